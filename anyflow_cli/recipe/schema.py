@@ -1,0 +1,187 @@
+"""What a recipe may say: one YAML describes one model family through all commands.
+
+The classes hold meaning, defaults and ranges; reading files, inheritance and messages live in ``load.py``. No torch
+here: a recipe is checked on any machine. Defaults are the paper's (FACTS and paper sections named beside them).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """Base of every section: unknown keys are refused, values do not change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Lora(Section):
+    """Low-rank adapters on self-attention, feed-forward and, in the student, the timestep embedders."""
+
+    rank: Count = 256
+    alpha: Positive = 256
+
+
+class Model(Section):
+    """The pretrained model, the shape of its videos, and what becomes trainable."""
+
+    teacher: str = Field("tiny", description="Pipeline folder, Hub name, or the name of a built-in model.")
+    shipped: str | None = Field(None, description="Built-in any-step model used until the user has trained one.")
+    causal: bool = False
+    lora: Lora | None = Field(None, description="Adapters on one frozen base; null trains all weights.")
+    gate: Fraction = 0.25  # on emb0(r); paper sec. 4.2.1
+    conditioning: Literal["interpolate", "zero-init"] = "interpolate"  # zero-init is the ablation of Fig. 11
+    shift: Positive = 5.0
+    height: Count = 480
+    width: Count = 832
+    frames: Count = 81
+    fps: Count = 16
+    max_text_tokens: Count = 512
+    negative_prompt: str = ""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    gradient_checkpointing: bool = False
+
+
+class Data(Section):
+    """Where captions and latents come from."""
+
+    prompts: str | None = Field(None, description="File of prompts; null: captions of the world below.")
+    world: Literal["shapes", "shapes-shifted"] = "shapes"
+    path: str | None = Field(None, description="Data set of latents; null: what `synthesize` left in the run directory.")
+    workers: Annotated[int, Field(ge=0)] = 0
+
+
+class Synthesize(Section):
+    """Teacher videos as shards of latents."""
+
+    count: Count | None = Field(None, description="Videos to make; null: one a prompt.")
+    steps: Count = 50
+    guidance: Positive = 5.0
+    batch: Count = 1
+    shard_size: Count = 256
+    previews: bool = False
+    seed: int = 0
+
+
+class Ema(Section):
+    """Exponential moving average; before ``start`` it equals the weights."""
+
+    decay: Fraction = 0.999
+    start: Annotated[int, Field(ge=0)] = 1000
+
+
+class Optimiser(Section):
+    """AdamW with a linear warm-up, then constant."""
+
+    lr: Positive = 5e-5
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    warmup: Annotated[int, Field(ge=0)] = 1000
+    clip: Positive = 1.0
+
+
+class Training(Section):
+    """What every training command shares."""
+
+    steps: Count = 6000
+    batch: Count = Field(32, description="Global batch: over all processes and accumulation steps.")
+    micro_batch: Count | None = Field(None, description="Samples a forward pass and process; null: all of its share.")
+    optimiser: Optimiser = Optimiser()
+    ema: Ema = Ema()
+    seed: int = 0
+    checkpoint_every: Count = 500
+    keep_checkpoints: Count = 2
+    log_every: Count = 10
+    preview_every: Annotated[int, Field(ge=0)] = 500
+    preview_prompts: Annotated[int, Field(ge=0, le=16)] = 4
+    tensorboard: bool = True
+
+
+class FlowMap(Section):
+    """Alg. 1: the forward flow-map loss, alone in stage 1 and beside the matching loss in stage 2."""
+
+    guidance: Positive = 3.0  # g of Eq. 6
+    delta: Positive = 0.005  # of Eq. 4
+    weight: Literal["beta", "uniform", "normal"] = "beta"  # w(t), Fig. 10
+    adaptive: bool = True  # Eq. 7
+    boundary: Fraction = 0.5  # share of the global batch with r = t
+    to_zero: Fraction = 0.25  # share of the global batch with r = 0
+    text_dropout: Fraction = 0.1
+
+
+class TrainFlowMap(Training):
+    """Stage 1, its baselines, and the teacher's own tuning."""
+
+    objective: Literal["flow-map", "flow-matching", "consistency-ode"] = "flow-map"
+    flow_map: FlowMap = FlowMap()
+
+
+class Distill(Training):
+    """Stage 2: on-policy distillation (Alg. 2)."""
+
+    steps: Count = 800
+    optimiser: Optimiser = Optimiser(lr=2e-6, betas=(0.0, 0.999), warmup=0)
+    fake_optimiser: Optimiser | None = Field(None, description="Of the fake score; null: the student's.")
+    ema: Ema = Ema(decay=0.99, start=200)
+    simulation: Literal["flow-map", "consistency"] = "flow-map"
+    budgets: tuple[Count, ...] = (2, 4, 8, 16, 50)  # N of Alg. 2
+    consistency_steps: Count = 4
+    real_guidance: Annotated[float, Field(ge=1)] = 4.0  # usual convention: x_null + 4 (x_c - x_null)
+    t_min: Fraction = 0.02
+    t_max: Fraction = 0.98
+    joint: bool = Field(True, description="Add the stage-1 loss on data to each student update.")
+    joint_weight: Annotated[float, Field(ge=0)] = 1.0
+    flow_map: FlowMap = FlowMap()
+    start: str | None = Field(None, description="Any-step model to start from; null: what `train-flowmap` left.")
+    real_score: str | None = Field(None, description="Tuned teacher; null: the run's `teacher` if it exists, else the teacher.")
+
+
+class Finetune(Training):
+    """Continued flow-map training of an any-step model on the user's own videos."""
+
+    steps: Count = 1000
+    flow_map: FlowMap = FlowMap()
+    start: str | None = Field(None, description="Any-step model to start from; null: what `distill` left, else the shipped one.")
+
+
+class Sample(Section):
+    """Defaults of `sample`."""
+
+    nfe: tuple[Count, ...] = (4,)
+    seed: int = 0
+    batch: Count = 1
+    teacher_steps: Count = 50
+    teacher_guidance: Positive = 5.0
+
+
+class Evaluate(Section):
+    """Defaults of `evaluate`."""
+
+    suite: Literal["shapes"] = "shapes"
+    nfe: tuple[Count, ...] = (4, 32)
+    prompts: Count = Field(64, description="Prompts of the suite.")
+    samples: Count = Field(1, description="Videos a prompt.")
+    seed: int = 1000
+    batch: Count = 8
+    teacher: bool = Field(True, description="Score the teacher at its own step count beside the model.")
+
+
+class Recipe(Section):
+    """One model family through all commands."""
+
+    name: str
+    description: str = ""
+    model: Model = Model()
+    data: Data = Data()
+    synthesize: Synthesize = Synthesize()
+    train_flowmap: TrainFlowMap = TrainFlowMap()
+    distill: Distill = Distill()
+    finetune: Finetune = Finetune()
+    sample: Sample = Sample()
+    evaluate: Evaluate = Evaluate()
