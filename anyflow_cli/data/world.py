@@ -1,0 +1,198 @@
+"""The shapes world: short captioned clips, drawn rather than filmed, infinite and seeded.
+
+One coloured shape moves in a straight line over a plain background, behind three small white dots that stand still.
+The dots are in no caption: several independent, sharply placed things are what a few large sampling steps get wrong,
+so they leave something to distil. ``shapes`` is the world of the built-in models; ``shapes-shifted`` has colours and
+diagonal motions that those models never saw, for fine-tuning.
+
+Legend: T frames, H W height and width in pixels; pixels are uint8 RGB.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from math import hypot, sqrt
+
+import numpy as np
+from numpy.typing import NDArray
+
+Colour = tuple[int, int, int]
+Pixels = NDArray[np.uint8]
+
+HEIGHT = WIDTH = 64
+FRAMES = 33
+FPS = 16
+
+SHAPES = ("circle", "square", "triangle")
+BACKGROUNDS: dict[str, Colour] = {"gray": (128, 128, 128), "black": (14, 14, 14), "navy": (22, 28, 92)}
+COLOURS: dict[str, Colour] = {
+    "red": (224, 44, 44), "green": (44, 190, 70), "blue": (70, 120, 250), "yellow": (244, 212, 44),
+    "purple": (170, 60, 214), "orange": (246, 140, 30), "cyan": (44, 208, 220),
+}  # fmt: skip
+SIZES = {"small": 6.0, "large": 11.0}  # radius of the enclosing circle of equal visual weight, in pixels
+SPEEDS = {"slowly": 0.4, "quickly": 0.85}  # pixels a frame
+DIRECTIONS: dict[str, tuple[float, float]] = {
+    "left": (-1.0, 0.0), "right": (1.0, 0.0), "up": (0.0, -1.0), "down": (0.0, 1.0),
+    "up and left": (-sqrt(0.5), -sqrt(0.5)), "up and right": (sqrt(0.5), -sqrt(0.5)),
+    "down and left": (-sqrt(0.5), sqrt(0.5)), "down and right": (sqrt(0.5), sqrt(0.5)),
+}  # fmt: skip  # unit vectors, x to the right, y downwards
+DOT_COLOUR: Colour = (250, 250, 250)
+DOT_COUNT = 3
+DOT_RADIUS = 2.2
+DOT_DISTANCE = 9.0  # between centres, so that dots never touch
+OMITTED = {"size": 0.1, "direction": 0.1, "speed": 0.4, "background": 0.1}  # how often a caption leaves it out
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Everything that is in one clip. ``start`` is the centre in frame 0, ``step`` the motion a frame, in pixels."""
+
+    shape: str
+    colour: str
+    size: str
+    direction: str
+    speed: str
+    background: str
+    radius: float
+    start: tuple[float, float]
+    step: tuple[float, float]
+    dots: tuple[tuple[float, float], ...]
+    omitted: frozenset[str] = frozenset()
+
+    @property
+    def caption(self) -> str:
+        """The sentence that goes with the clip, without what it happens to leave out."""
+        return _sentence(self, self.omitted)
+
+    @property
+    def full_caption(self) -> str:
+        """The sentence that names every attribute."""
+        return _sentence(self, frozenset())
+
+
+@dataclass(frozen=True)
+class World:
+    """A family of scenes: which colours and directions occur."""
+
+    name: str
+    colours: tuple[str, ...]
+    directions: tuple[str, ...]
+
+    def scene(self, seed: int) -> Scene:
+        """The scene of this seed; equal seeds give equal scenes on every machine."""
+        rng = np.random.default_rng([seed, *self.name.encode()])
+        size, speed = _pick(rng, SIZES), _pick(rng, SPEEDS)
+        direction = _pick(rng, self.directions)
+        radius = SIZES[size] * rng.uniform(0.93, 1.07)
+        pace = SPEEDS[speed] * rng.uniform(0.92, 1.08)
+        step = (DIRECTIONS[direction][0] * pace, DIRECTIONS[direction][1] * pace)
+        return Scene(
+            shape=_pick(rng, SHAPES),
+            colour=_pick(rng, self.colours),
+            size=size,
+            direction=direction,
+            speed=speed,
+            background=_pick(rng, BACKGROUNDS),
+            radius=radius,
+            start=(_start(rng, radius, step[0], WIDTH), _start(rng, radius, step[1], HEIGHT)),
+            step=step,
+            dots=_dots(rng),
+            omitted=frozenset(name for name, share in OMITTED.items() if rng.random() < share),
+        )
+
+
+WORLDS = {
+    "shapes": World("shapes", ("red", "green", "blue", "yellow"), ("left", "right", "up", "down")),
+    "shapes-shifted": World(
+        "shapes-shifted",
+        ("purple", "orange", "cyan"),
+        ("up and left", "up and right", "down and left", "down and right"),
+    ),
+}
+
+
+def render(scene: Scene, frames: int = FRAMES) -> Pixels:
+    """Draw a scene with soft edges one pixel wide, (T, H, W, 3)."""
+    time = np.arange(frames, dtype=np.float32)[:, None, None]
+    dx = _axis(WIDTH)[None, None, :] - (scene.start[0] + scene.step[0] * time)
+    dy = _axis(HEIGHT)[None, :, None] - (scene.start[1] + scene.step[1] * time)
+    video = np.broadcast_to(np.float32(BACKGROUNDS[scene.background]), (frames, HEIGHT, WIDTH, 3))
+    video = _paint(video, _distance(scene.shape, dx, dy, scene.radius), COLOURS[scene.colour])
+    for x, y in scene.dots:
+        dot = np.hypot(_axis(WIDTH)[None, :] - x, _axis(HEIGHT)[:, None] - y) - DOT_RADIUS
+        video = _paint(video, dot[None], DOT_COLOUR)
+    return np.round(video).astype(np.uint8)
+
+
+def parse_caption(caption: str) -> dict[str, str]:
+    """The attributes a sentence names, among shape, colour, size, direction, speed and background.
+
+    Written for the captions of the worlds; in a free sentence it finds the same words and ignores the others.
+    """
+    words = re.findall(r"[a-z]+", caption.lower())
+    found: dict[str, str] = {}
+    for name, before in zip(words[1:], words, strict=False):
+        if name == "background" and before in BACKGROUNDS:
+            found["background"] = before
+    for name, values in (("shape", SHAPES), ("size", SIZES), ("colour", COLOURS), ("speed", SPEEDS)):
+        named = [word for word in words if word in values]
+        if named:
+            found[name] = named[0]
+    text = " ".join(words)
+    directions = [name for name in DIRECTIONS if re.search(rf"\b{name}\b", text)]
+    if directions:
+        found["direction"] = max(directions, key=len)  # "up and left" names neither "up" nor "left" alone
+    return found
+
+
+def _sentence(scene: Scene, omitted: frozenset[str]) -> str:
+    said = {
+        "size": f"{scene.size} ",
+        "direction": f" moving {scene.direction}",
+        "speed": f" {scene.speed}",
+        "background": f" on a {scene.background} background",
+    }
+    # A speed without a direction would read badly: "a red circle slowly".
+    hidden = omitted | {"speed"} if "direction" in omitted else omitted
+    size, direction, speed, background = ("" if name in hidden else text for name, text in said.items())
+    return f"a {size}{scene.colour} {scene.shape}{direction}{speed}{background}"
+
+
+def _pick(rng: np.random.Generator, values: dict[str, object] | tuple[str, ...]) -> str:  # type: ignore[type-arg]
+    names = tuple(values)
+    return names[int(rng.integers(len(names)))]
+
+
+def _start(rng: np.random.Generator, radius: float, step: float, length: int) -> float:
+    travel = step * (FRAMES - 1)
+    low, high = radius + 1 + max(0.0, -travel), length - 1 - radius - max(0.0, travel)
+    return float(rng.uniform(low, high))
+
+
+def _dots(rng: np.random.Generator) -> tuple[tuple[float, float], ...]:
+    dots: list[tuple[float, float]] = []
+    while len(dots) < DOT_COUNT:
+        x, y = (float(v) for v in rng.uniform(4, (WIDTH - 4, HEIGHT - 4)))
+        if all(hypot(x - a, y - b) >= DOT_DISTANCE for a, b in dots):
+            dots.append((x, y))
+    return tuple(dots)
+
+
+def _axis(length: int) -> NDArray[np.float32]:
+    return np.arange(length, dtype=np.float32) + np.float32(0.5)
+
+
+def _distance(shape: str, dx: NDArray[np.float32], dy: NDArray[np.float32], radius: float) -> NDArray[np.float32]:
+    """Signed distance to the outline, negative inside, (T, H, W)."""
+    if shape == "circle":
+        return np.asarray(np.hypot(dx, dy) - radius)
+    if shape == "square":
+        return np.asarray(np.maximum(np.abs(dx), np.abs(dy)) - 0.88 * radius)
+    side = 0.866 * np.abs(dx) - 0.5 * dy  # an upright triangle: two slanted sides and the base
+    return np.asarray(np.maximum(side, dy) - 0.56 * radius)
+
+
+def _paint(video: NDArray[np.float32], distance: NDArray[np.float32], colour: Colour) -> NDArray[np.float32]:
+    cover = np.clip(0.5 - distance, 0, 1)[..., None]
+    return np.asarray(video * (1 - cover) + np.float32(colour) * cover, dtype=np.float32)
