@@ -1,0 +1,190 @@
+"""Contact sheets: a grid of videos as one picture that can be read in a README.
+
+Columns are what is compared (step counts, models), rows what they share (a prompt, a seed). Each cell shows
+a few frames of its video, first and last included: side by side, or one below the other where a single row
+would make the sheet too flat. Small videos are enlarged by whole factors without smoothing, so that what is
+seen is what was made. No model and no file knowledge here: arrays in, a picture out.
+
+Legend: a video is uint8 (T, H, W, 3).
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+Video = NDArray[np.uint8]
+Colour = tuple[int, int, int]
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+
+FRAME_SIDE = (112, 240)  # longer side of a frame, in pixels: enlarged to the first, reduced to the second
+MARGIN, GAP, SEAM = 24, 16, 2  # around the sheet, between cells, between the frames of a cell
+TITLE, LABEL, NOTE = 20, 15, 12  # font sizes
+
+
+@dataclass(frozen=True)
+class Theme:
+    """Colours of a sheet; both are neutral, so that the videos' own colours are judged rightly."""
+
+    paper: Colour
+    ink: Colour
+    faint: Colour
+
+
+LIGHT = Theme(paper=(250, 250, 249), ink=(34, 34, 38), faint=(120, 120, 126))
+DARK = Theme(paper=(24, 25, 28), ink=(232, 232, 234), faint=(150, 151, 158))
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row: what its videos share, and a video for each column."""
+
+    label: str
+    videos: Sequence[Video]
+
+
+@dataclass(frozen=True)
+class _Geometry:
+    """Sizes in pixels that every cell has in common."""
+
+    frame: tuple[int, int]
+    frames: int
+    down: bool
+
+    @property
+    def cell(self) -> tuple[int, int]:
+        width, height = self.frame
+        run = self.frames - 1
+        if self.down:
+            return width, height * self.frames + SEAM * run
+        return width * self.frames + SEAM * run, height
+
+    def corner(self, index: int) -> tuple[int, int]:
+        """Where frame ``index`` starts inside its cell."""
+        width, height = self.frame
+        return (0, index * (height + SEAM)) if self.down else (index * (width + SEAM), 0)
+
+
+def contact_sheet(
+    rows: Sequence[Row],
+    columns: Sequence[str],
+    *,
+    title: str = "",
+    note: str = "",
+    frames: int | None = None,
+    down: bool | None = None,
+    theme: Theme = LIGHT,
+) -> Image.Image:
+    """Draw ``rows`` under the headings ``columns``; every row holds one video a column.
+
+    ``frames`` is how many of each video are shown (by default five, or three where the sheet would grow too
+    wide); ``down`` stacks them vertically, which is the default for a single row.
+    """
+    if not rows or any(len(row.videos) != len(columns) for row in rows):
+        raise ValueError(f"a contact sheet needs rows of {len(columns)} videos each, one a column")
+    geometry = _geometry(rows, len(columns), frames, down)
+    width, height = geometry.cell
+    body = max(len(columns) * (width + GAP) - GAP, 360)
+    page = Image.new("RGB", (body + 2 * MARGIN, _height(rows, title, note, body, height)), theme.paper)
+    draw = ImageDraw.Draw(page)
+    y = _text(draw, MARGIN, title, body, TITLE, theme.ink, after=GAP // 2)
+    for row in rows:
+        y = _text(draw, y, row.label, body, LABEL, theme.ink, after=4)
+        for index, column in enumerate(columns):
+            x = MARGIN + index * (width + GAP)
+            draw.text((x, y), _fit(column, width, NOTE), fill=theme.faint, font=_font(NOTE))
+            _paste(page, row.videos[index], geometry, x, y + _line(NOTE))
+        y += _line(NOTE) + height + GAP
+    _text(draw, y, note, body, NOTE, theme.faint, after=0)
+    return page
+
+
+def pick_frames(video: Video, count: int) -> Video:
+    """``count`` frames at even distances with both ends: (T, H, W, 3) -> (count, H, W, 3)."""
+    return np.take(video, np.linspace(0, len(video) - 1, count).round().astype(int), axis=0)
+
+
+def _geometry(rows: Sequence[Row], columns: int, frames: int | None, down: bool | None) -> _Geometry:
+    frame = _frame_size(rows[0].videos[0])
+    stacked = down if down is not None else len(rows) == 1 and columns > 1
+    wanted = frames or (5 if stacked or columns * 5 * frame[0] <= 1800 else 3)
+    return _Geometry(frame, min(wanted, min(len(video) for row in rows for video in row.videos)), stacked)
+
+
+def _frame_size(video: Video) -> tuple[int, int]:
+    """Size on the sheet as (width, height): a whole factor up, or any factor down."""
+    height, width = video.shape[1:3]
+    smallest, largest = FRAME_SIDE
+    longest = max(height, width)
+    if longest > largest:
+        return max(1, round(width * largest / longest)), max(1, round(height * largest / longest))
+    factor = max(1, -(-smallest // longest))
+    return width * factor, height * factor
+
+
+def _paste(page: Image.Image, video: Video, geometry: _Geometry, x: int, y: int) -> None:
+    for index, frame in enumerate(pick_frames(video, geometry.frames)):
+        enlarged = frame.shape[1] <= geometry.frame[0]
+        filter_ = Image.Resampling.NEAREST if enlarged else Image.Resampling.LANCZOS
+        left, top = geometry.corner(index)
+        page.paste(Image.fromarray(frame).resize(geometry.frame, filter_), (x + left, y + top))
+
+
+def _height(rows: Sequence[Row], title: str, note: str, body: int, cell: int) -> int:
+    labels = sum(len(_wrap(row.label, body, LABEL)) * _line(LABEL) + 4 * bool(row.label) for row in rows)
+    titles = len(_wrap(title, body, TITLE)) * _line(TITLE) + GAP // 2 * bool(title)
+    notes = len(_wrap(note, body, NOTE)) * _line(NOTE)
+    grid = len(rows) * (_line(NOTE) + cell + GAP) - (0 if note else GAP)
+    return 2 * MARGIN + titles + labels + grid + notes
+
+
+def _text(
+    draw: ImageDraw.ImageDraw, y: int, text: str, width: int, size: int, fill: Colour, *, after: int
+) -> int:
+    """Write wrapped lines from ``y`` on and give back where the next thing may start."""
+    for line in _wrap(text, width, size):
+        draw.text((MARGIN, y), line, fill=fill, font=_font(size))
+        y += _line(size)
+    return y + after * bool(text)
+
+
+def _wrap(text: str, width: int, size: int, limit: int = 3) -> list[str]:
+    """Lines no wider than ``width``, at most ``limit``: a prompt of any length leaves a readable sheet."""
+    lines: list[str] = []
+    for word in "".join(c if c.isprintable() else " " for c in text[:1000]).split():
+        joined = f"{lines[-1]} {word}" if lines else word
+        if lines and _width(joined, size) <= width:
+            lines[-1] = joined
+        else:
+            lines.append(word)
+    kept = [_fit(line, width, size) for line in lines[:limit]]
+    if len(lines) > limit:
+        kept[-1] = _fit(kept[-1] + " ...", width, size)
+    return kept
+
+
+def _fit(text: str, width: int, size: int) -> str:
+    """Cut one line to ``width`` pixels, with an ellipsis."""
+    if _width(text, size) <= width:
+        return text
+    longest = bisect_left(range(len(text)), True, key=lambda n: _width(text[:n] + "...", size) > width) - 1
+    return text[: max(longest, 0)] + "..."
+
+
+@cache
+def _font(size: int) -> Font:
+    return ImageFont.load_default(size)
+
+
+def _width(text: str, size: int) -> float:
+    return _font(size).getlength(text)
+
+
+def _line(size: int) -> int:
+    return round(size * 1.45)
