@@ -1,0 +1,177 @@
+"""Algorithm 1: forward flow-map training, and the two objectives it is compared with.
+
+``flow_map_loss`` is the algorithm; the functions above it are its equations. One network call with gradient
+and one without: the null branch of the guidance and both sides of the difference quotient share the latter,
+and the quotient is taken only where it counts, for samples with ``t > r``. All frames of a sample share (t,
+r).
+
+Averages over ranks: each rank holds an equal slice of the global batch and the ranks' gradients are averaged,
+so a loss that is a mean over its slice needs no more. Only Eq. 7 mixes samples; it takes ``global_mean``,
+which a trainer replaces by a reduction over its ranks.
+
+Shapes: B batch of this rank, F latent frames, C channels, H W latent height and width, I samples with t > r.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from anyflow_cli.flow.times import TimeWeight
+from anyflow_cli.flow.velocity import Query, Velocity, flow_map, full_time, per_frame, together
+
+GlobalMean = Callable[[Tensor, Tensor], Tensor]
+"""Mean of values (B,) where mask (B,) holds, over the samples of all ranks; NaN where it holds for none."""
+
+
+@dataclass(frozen=True)
+class FlowMapLoss:
+    """The loss to descend, and the raw errors (no weight, no gradient) that tell how it is going."""
+
+    loss: Tensor  # ()
+    per_sample: Tensor  # (B,)
+    boundary: Tensor  # () global mean over t == r, NaN if the batch has none
+    non_boundary: Tensor  # () global mean over t > r, NaN if the batch has none
+
+
+def interpolate(x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+    """Give the state at t on the straight path from data to noise: ``z_t = (1 - t) x + t eps``."""
+    t = per_frame(t, x)
+    return (1 - t) * x + t * eps
+
+
+def fuse_guidance(u_c: Tensor, u_null: Tensor, g: Tensor | float) -> Tensor:
+    """Fuse guidance into the prediction (Eq. 6): ``u = (u_c - (1 - g) sg(u_null)) / g``."""
+    return (u_c - (1 - g) * u_null.detach()) / g
+
+
+def difference_quotient(u_plus: Tensor, u_minus: Tensor, span: Tensor, g: Tensor | float) -> Tensor:
+    """Differentiate u along the path (Eq. 4, Alg. 1): ``du/dt = (u+ - u-) / (2 d g)``, span (I,) = 2 d."""
+    return (u_plus - u_minus) / (per_frame(span, u_plus) * g)
+
+
+def adaptive_weights(loss: Tensor, boundary: Tensor, global_mean: GlobalMean) -> Tensor:
+    """Bring the samples with t > r to the level of those with t = r (Eq. 7): w (B,) from losses (B,).
+
+    No gradient. ``w = 1`` on the boundary, ``mean_boundary_loss / (loss + 1e-5)`` off it. A global batch
+    without a boundary sample has no level to follow and is left as it is.
+    """
+    loss = loss.detach()
+    level = global_mean(loss, boundary)
+    return torch.where(boundary | level.isnan(), 1, level / (loss + 1e-5))
+
+
+def local_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean of values (B,) where mask (B,) holds, for a process alone; NaN where it holds for none."""
+    return values[mask].mean()
+
+
+def flow_map_loss(
+    model: Velocity,
+    null: Velocity,
+    x: Tensor,
+    eps: Tensor,
+    t: Tensor,
+    r: Tensor,
+    *,
+    guidance: float = 3.0,
+    delta: float = 0.005,
+    weight: TimeWeight = torch.ones_like,
+    adaptive: bool = True,
+    global_mean: GlobalMean = local_mean,
+    null_mask: Tensor | None = None,
+) -> FlowMapLoss:
+    """Algorithm 1 on data x and noise eps (B, F, C, H, W) at times t >= r (B,).
+
+    ``null`` is the same network under the negative prompt; with guidance 1 it is not evaluated. ``null_mask``
+    (B,) names samples whose own condition was replaced by that prompt: for them ``u_c`` and ``u_null`` are
+    the same, there is nothing to guide, and g is 1. Without the mask they would follow ``u = v - (t - r) / g
+    du/dt``, no flow map.
+
+    With guidance 1 and no t > r in the slice, the call without gradient is left out: ranks that must call
+    alike (FSDP) then have to see to it that each has such a sample. With any other guidance all make the same
+    two calls.
+    """
+    z = interpolate(x, eps, t)
+    v = eps - x
+    boundary = t == r
+    everyone = torch.arange(len(z), device=z.device)
+    inner = everyone[~boundary]
+    fused = everyone if guidance != 1 else everyone[:0]
+    g = _guidance_per_sample(guidance, null_mask, z)
+
+    # All that takes no gradient, in one call and before the graph of u_c is held
+    with torch.no_grad():
+        plus, minus = _sides(model, z, v, t, r, delta)
+        u_null, u_plus, u_minus = together(
+            Query(null, z, t, r).take(fused), plus.take(inner), minus.take(inner)
+        )
+
+    # Guidance-fused training
+    u_c = model(z, t, r)
+    u = fuse_guidance(u_c, _spread(u_null, fused, z), g)
+
+    # Differential derivation equation
+    du_dt = difference_quotient(u_plus, u_minus, (plus.t - minus.t)[inner], g[inner])
+    u_tgt = v - per_frame(t - r, z) * _spread(du_dt, inner, z)
+
+    error = (u - u_tgt).square().flatten(1).mean(1)  # (B,)
+    scale = adaptive_weights(error, boundary, global_mean) if adaptive else torch.ones_like(error)
+    raw = error.detach()
+    return FlowMapLoss(
+        loss=(weight(t) * scale * error).mean(),
+        per_sample=raw,
+        boundary=global_mean(raw, boundary),
+        non_boundary=global_mean(raw, ~boundary),
+    )
+
+
+def _guidance_per_sample(guidance: float, null_mask: Tensor | None, z: Tensor) -> Tensor:
+    """Give g (B, 1, 1, 1, 1): the guidance, or 1 for samples under the null condition."""
+    g = full_time(guidance, z)
+    return per_frame(g if null_mask is None else torch.where(null_mask, 1, g), z)
+
+
+def _sides(model: Velocity, z: Tensor, v: Tensor, t: Tensor, r: Tensor, delta: float) -> tuple[Query, Query]:
+    """Give both points of the difference quotient, ``(z + d v, t + d, r)`` and ``(z - d v, t - d, r)``.
+
+    They stay in [r, 1], where the model is trained, and the quotient is divided by the distance they really
+    have. With t in [r + d, 1 - d] that is 2 d, as in Alg. 1, and the error O(d^2). For t > 1 - d the quotient
+    leans to one side and the error is O(d); for t < r + d too, but there du/dt is multiplied by t - r < d.
+    """
+    t_plus = (t + delta).clamp(max=1)
+    t_minus = torch.maximum(t - delta, r)
+    z_plus = z + per_frame(t_plus - t, z) * v
+    z_minus = z - per_frame(t - t_minus, z) * v
+    return Query(model, z_plus, t_plus, r), Query(model, z_minus, t_minus, r)
+
+
+def _spread(values: Tensor, index: Tensor, z: Tensor) -> Tensor:
+    """Put values (I, F, C, H, W) at their samples of a batch like z (B, F, C, H, W), 0 elsewhere."""
+    return torch.zeros_like(z).index_copy(0, index, values)
+
+
+def flow_matching_loss(
+    model: Velocity, x: Tensor, eps: Tensor, t: Tensor, weight: TimeWeight = torch.ones_like
+) -> Tensor:
+    """Regress u(z_t, t, t) onto v, for data x and noise eps (B, F, C, H, W) at t (B,) or (B, F)."""
+    z = interpolate(x, eps, t)
+    error = model(z, t, t) - (eps - x)
+    return (weight(per_frame(t, z)) * error.square()).mean()
+
+
+def consistency_loss(
+    model: Velocity, z: Tensor, t: Tensor, x: Tensor, weight: TimeWeight = torch.ones_like
+) -> Tensor:
+    """Regress f(z_t, t, 0) onto x, the end of z's path: consistency ODE-init, the baseline of Table 2.
+
+    z (B, F, C, H, W) is the state at t (B,) of a path that ends in x. For the teacher's own path that is
+    ODE-init to the letter. With data that keep the teacher's video x and the noise eps it was made from,
+    ``interpolate(x, eps, t)`` is the path's chord: exact at t = 1 and t = 0, and one x for each z. With fresh
+    noise the best f is the mean of all x behind z, a denoiser and no consistency model.
+    """
+    error = flow_map(model, z, t, torch.zeros_like(t)) - x
+    return (weight(per_frame(t, z)) * error.square()).mean()

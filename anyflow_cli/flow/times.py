@@ -1,0 +1,96 @@
+"""Flow times: shift, sampling grids, the times of a training batch and their weight w(t).
+
+Times live in [0, 1], 1 is noise and 0 is data. The shift is applied to the uniform grid of sampling **and**
+to times after they are drawn for training. The sampler of (t, r) draws the **global** batch: every rank draws
+all of it from an equally seeded generator and keeps its own slice, so the shares of FACTS 2 hold for any
+number of ranks.
+
+Shapes: B global batch, N steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+WeightKind = Literal["beta", "uniform", "normal"]
+TimeWeight = Callable[[Tensor], Tensor]
+
+TRAINING_TIMES = 1000  # the grid over which w(t) has mean 1
+
+
+@dataclass(frozen=True)
+class TimeRatios:
+    """Shares of the global batch with ``r = t`` (boundary) and with ``r = 0``; for the rest r is free."""
+
+    boundary: float = 0.5
+    to_zero: float = 0.25
+
+    def __post_init__(self) -> None:
+        """Refuse shares that are negative or exceed the batch."""
+        if min(self.boundary, self.to_zero) < 0 or self.boundary + self.to_zero > 1:
+            raise ValueError(f"boundary={self.boundary} and to_zero={self.to_zero} are no shares of a batch")
+
+
+def shift(tau: Tensor, k: float) -> Tensor:
+    """Move times towards noise: ``s(tau) = k tau / (1 + (k - 1) tau)``; 0 and 1 stay exactly."""
+    return k * tau / (1 + (k - 1) * tau)
+
+
+def grid(steps: int, k: float) -> Tensor:
+    """Give the shifted times 1 = s_0 > ... > s_N = 0 of a sampling in N steps, (N + 1,) fp32."""
+    return shift(torch.linspace(1, 0, steps + 1, dtype=torch.float64), k).float()
+
+
+def sample_times(
+    count: int, k: float, ratios: TimeRatios, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Draw t >= r, each (B,), for a global batch of ``count`` samples (FACTS 2).
+
+    ``t = max(a, b)`` and ``r = min(a, b)`` of uniform a, b; then ``r = t`` and ``r = 0`` for their shares,
+    the shift, and a random order. Boundary samples are those with ``t == r`` to the bit. A share that is no
+    whole number of samples is rounded up or down at random, so that it is right on average even for a batch
+    of one.
+    """
+    a, b = torch.rand(2, count, generator=generator, device=generator.device)
+    t, r = torch.maximum(a, b), torch.minimum(a, b)
+    offset = torch.rand((), generator=generator, device=generator.device, dtype=torch.float64)
+    place = (torch.arange(count, device=generator.device) + offset) / count
+    r = torch.where(place < ratios.boundary + ratios.to_zero, 0, r)
+    r = torch.where(place < ratios.boundary, t, r)
+    order = torch.randperm(count, generator=generator, device=generator.device)
+    return shift(t, k)[order], shift(r, k)[order]
+
+
+def sample_logit_normal(count: int, k: float, generator: torch.Generator) -> Tensor:
+    """Draw ``t = s(sigmoid(N(0, 1)))``, (B,): flow matching and the fake score."""
+    return shift(torch.randn(count, generator=generator, device=generator.device).sigmoid(), k)
+
+
+def sample_uniform(
+    count: int, k: float, generator: torch.Generator, t_min: float = 0.0, t_max: float = 1.0
+) -> Tensor:
+    """Draw ``t = s(U(0, 1))`` held in [t_min, t_max], (B,): the re-noising of distribution matching."""
+    return shift(torch.rand(count, generator=generator, device=generator.device), k).clamp(t_min, t_max)
+
+
+def loss_weight(kind: WeightKind, k: float) -> TimeWeight:
+    """Give w(t) of Fig. 10 with mean 1 over the shifted grid of training times."""
+    density = _DENSITIES[kind]
+    mean = density(grid(TRAINING_TIMES, k)[:-1].double()).mean().item()
+    return lambda t: density(t) / mean
+
+
+def _beta(t: Tensor) -> Tensor:
+    return t * (1 - t).sqrt()  # Beta(2, 1.5), not normalised
+
+
+def _normal(t: Tensor) -> Tensor:
+    return torch.exp(-0.5 * ((t - 0.5) / 0.25) ** 2)
+
+
+_DENSITIES: dict[WeightKind, TimeWeight] = {"beta": _beta, "uniform": torch.ones_like, "normal": _normal}

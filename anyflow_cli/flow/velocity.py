@@ -1,0 +1,120 @@
+"""What a velocity model is: the one contract between this room and everything that predicts ``u``.
+
+Here: the protocol, closed-form models, classifier-free guidance, and the flow map that follows from ``u``.
+Not here: networks (``anyflow_cli.model``). A model carries its condition with it, so whoever calls it may
+drop, repeat or concatenate samples (``take``, ``join``) and text, chunks and caches follow.
+
+Shapes: B batch, F latent frames, C channels, H W latent height and width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor
+
+
+class Velocity(Protocol):
+    """Average velocity ``u(z, t, r)`` over ``[r, t]``, with the condition of each of the B samples bound."""
+
+    def __call__(self, z: Tensor, t: Tensor, r: Tensor) -> Tensor:
+        """Predict u (B, F, C, H, W) of z (B, F, C, H, W) at times t, r (B,) or (B, F) in [0, 1], r <= t."""
+
+    def take(self, index: Tensor) -> Velocity:
+        """Bind the conditions of these samples only; index (N,) may repeat and reorder."""
+
+    def join(self, *others: Velocity) -> Velocity:
+        """Bind the conditions of self and the others one after the other along the batch."""
+
+
+@dataclass(frozen=True)
+class Query:
+    """What a model is asked: u at states z (B, F, C, H, W) and times t, r (B,)."""
+
+    model: Velocity
+    z: Tensor
+    t: Tensor
+    r: Tensor
+
+    def take(self, index: Tensor) -> Query:
+        """Ask for these samples only."""
+        return Query(self.model.take(index), self.z[index], self.t[index], self.r[index])
+
+
+def together(*queries: Query) -> tuple[Tensor, ...]:
+    """Answer several queries to one network in one call; an answer has the shape and dtype of its z."""
+    z = torch.cat([query.z for query in queries])
+    if len(z) == 0:
+        return tuple(query.z for query in queries)
+    model = queries[0].model.join(*(query.model for query in queries[1:]))
+    u = model(z, torch.cat([query.t for query in queries]), torch.cat([query.r for query in queries]))
+    return torch.split(u.to(z.dtype), [len(query.z) for query in queries])
+
+
+@dataclass(frozen=True)
+class _Closed:
+    function: Callable[[Tensor, Tensor, Tensor], Tensor]
+
+    def __call__(self, z: Tensor, t: Tensor, r: Tensor) -> Tensor:
+        return self.function(z, t, r)
+
+    def take(self, index: Tensor) -> Velocity:
+        return self
+
+    def join(self, *others: Velocity) -> Velocity:
+        return self
+
+
+@dataclass(frozen=True)
+class _Guided:
+    model: Velocity
+    null: Velocity
+    scale: float
+
+    def __call__(self, z: Tensor, t: Tensor, r: Tensor) -> Tensor:
+        u, u_null = together(Query(self.model, z, t, r), Query(self.null, z, t, r))
+        return u_null + self.scale * (u - u_null)
+
+    def take(self, index: Tensor) -> Velocity:
+        return _Guided(self.model.take(index), self.null.take(index), self.scale)
+
+    def join(self, *others: Velocity) -> Velocity:
+        parts = cast("tuple[_Guided, ...]", others)
+        assert all(part.scale == self.scale for part in parts)
+        model = self.model.join(*(part.model for part in parts))
+        null = self.null.join(*(part.null for part in parts))
+        return _Guided(model, null, self.scale)
+
+
+def closed(function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Velocity:
+    """Make a function of (z, t, r) that has no condition a velocity model."""
+    return _Closed(function)
+
+
+def guided(model: Velocity, null: Velocity, scale: float) -> Velocity:
+    """Classifier-free guidance, ``u_null + scale (u - u_null)``, in one call of twice the batch."""
+    return _Guided(model, null, scale)
+
+
+def per_frame(t: Tensor, z: Tensor) -> Tensor:
+    """Bring times t (B,) or (B, F) to z's rank, (B, 1, 1, 1, 1) or (B, F, 1, 1, 1)."""
+    return t.reshape(*t.shape, *(1,) * (z.ndim - t.ndim))
+
+
+def flow_map(model: Velocity, z: Tensor, t: Tensor, r: Tensor) -> Tensor:
+    """Jump along the path from time t to time r (Eq. 2): ``f(z, t, r) = z - (t - r) u(z, t, r)``."""
+    return z - per_frame(t - r, z) * model(z, t, r)
+
+
+def full_time(t: float, z: Tensor) -> Tensor:
+    """Give one time to the whole batch of z (B, ...): (B,)."""
+    return z.new_full((z.shape[0],), t)
+
+
+def noise_like(z: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Draw N(0, I) of z's shape where the generator lives: one of the CPU gives the same anywhere."""
+    device = z.device if generator is None else generator.device
+    return torch.randn(z.shape, generator=generator, device=device, dtype=z.dtype).to(z.device)
