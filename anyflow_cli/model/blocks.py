@@ -1,0 +1,203 @@
+"""The transformer block and its parts: attention, feed-forward, modulation per frame.
+
+Legend: B batch, F latent frames (1 where all frames share their times), L tokens, D width, E heads, d channels a head.
+
+Parameter names are those of the diffusers Wan and AnyFlow classes. Norms, rotations, modulation and sums into the stream
+are fp32; matrix products and attention run in the weights' type, or autocast's. Modulation is held once a frame and
+broadcast over the frame's tokens: a row for every token would take gigabytes at full size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor, nn
+
+from anyflow_cli.model.config import NetworkConfig
+from anyflow_cli.model.layout import Group, Layout, Span
+from anyflow_cli.model.rotary import rotate
+
+
+@dataclass(frozen=True)
+class TextKeys:
+    """Keys and values of the text for each block, ``(B, L, E, d)`` each: the same at every step of a sampling."""
+
+    layers: tuple[tuple[Tensor, Tensor], ...]
+
+    def take(self, index: Tensor) -> TextKeys:
+        """The samples ``index`` of the batch, repeated or dropped as it says."""
+        return TextKeys(tuple((key[index], value[index]) for key, value in self.layers))
+
+    @staticmethod
+    def join(parts: Sequence[TextKeys]) -> TextKeys:
+        """One batch after another."""
+        layers = zip(*(part.layers for part in parts))
+        return TextKeys(
+            tuple((torch.cat([k for k, _ in pairs]), torch.cat([v for _, v in pairs])) for pairs in layers)
+        )
+
+
+class RmsNorm(nn.Module):
+    """Root mean square norm over the whole width, all heads together; fp32 out."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) of any type to (..., D) fp32."""
+        x = x.float()
+        # vector_norm has a fused backward; the mean of squares does not.
+        square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square()
+        return x * torch.rsqrt(square / x.shape[-1] + self.eps) * self.weight.float()
+
+
+class Attention(nn.Module):
+    """Projections of one attention. Which tokens attend to which is the caller's business."""
+
+    def __init__(self, config: NetworkConfig) -> None:
+        super().__init__()
+        self.heads = config.heads
+        self.to_q = nn.Linear(config.dim, config.dim)
+        self.to_k = nn.Linear(config.dim, config.dim)
+        self.to_v = nn.Linear(config.dim, config.dim)
+        self.to_out = nn.ModuleList([nn.Linear(config.dim, config.dim)])
+        self.norm_q = RmsNorm(config.dim, config.eps)
+        self.norm_k = RmsNorm(config.dim, config.eps)
+
+    def split(self, x: Tensor) -> Tensor:
+        """(B, L, D) to (B, L, E, d)."""
+        return x.unflatten(-1, (self.heads, -1))
+
+    def over_video(self, x: Tensor, turns: Tensor, groups: Sequence[Group]) -> Tensor:
+        """Self-attention of the tokens (B, L, D) within the layout's groups."""
+        value = self.split(self.to_v(x))
+        query = rotate(self.split(self.norm_q(self.to_q(x))), turns).to(value.dtype)
+        key = rotate(self.split(self.norm_k(self.to_k(x))), turns).to(value.dtype)
+        parts = [
+            attend(query[:, group.queries], _gather(key, group.keys), _gather(value, group.keys)) for group in groups
+        ]
+        return self._project(parts[0] if len(parts) == 1 else torch.cat(parts, dim=1))
+
+    def text_keys(self, text: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of the projected text (B, L, D), each (B, L, E, d)."""
+        value = self.split(self.to_v(text))
+        return self.split(self.norm_k(self.to_k(text))).to(value.dtype), value
+
+    def over_text(self, x: Tensor, keys: tuple[Tensor, Tensor]) -> Tensor:
+        """Cross-attention of the tokens (B, L, D) to the text's keys and values."""
+        key, value = keys
+        query = self.split(self.norm_q(self.to_q(x))).to(value.dtype)
+        return self._project(attend(query, key, value))
+
+    def _project(self, x: Tensor) -> Tensor:
+        projected: Tensor = self.to_out[0](x.flatten(-2))
+        return projected
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Dense attention without a mask, all (B, L, E, d)."""
+    heads_first = (x.transpose(1, 2) for x in (query, key, value))
+    return nnf.scaled_dot_product_attention(*heads_first).transpose(1, 2)
+
+
+def _gather(x: Tensor, ranges: Sequence[slice]) -> Tensor:
+    """The tokens of ``ranges``; a view where they are one range."""
+    return x[:, ranges[0]] if len(ranges) == 1 else torch.cat([x[:, tokens] for tokens in ranges], dim=1)
+
+
+class GeluLinear(nn.Module):
+    """A linear layer, then GELU (tanh form)."""
+
+    def __init__(self, dim: int, width: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(dim, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) to (..., width)."""
+        return nnf.gelu(self.proj(x), approximate="tanh")
+
+
+class FeedForward(nn.Module):
+    """Two layers. The middle of ``net`` is the dropout of the classes whose names these are."""
+
+    def __init__(self, config: NetworkConfig) -> None:
+        super().__init__()
+        up, down = GeluLinear(config.dim, config.ffn_dim), nn.Linear(config.ffn_dim, config.dim)
+        self.net = nn.Sequential(up, nn.Identity(), down)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, L, D) to the same."""
+        out: Tensor = self.net(x)
+        return out
+
+
+class Block(nn.Module):
+    """Self-attention, text attention, feed-forward; the first and last modulated by the frame's times."""
+
+    def __init__(self, config: NetworkConfig) -> None:
+        super().__init__()
+        self.eps = config.eps
+        self.attn1 = Attention(config)
+        self.attn2 = Attention(config)
+        self.norm2 = nn.LayerNorm(config.dim, config.eps) if config.cross_attn_norm else None
+        self.ffn = FeedForward(config)
+        self.scale_shift_table = nn.Parameter(torch.randn(1, 6, config.dim) / config.dim**0.5)
+
+    def forward(
+        self, h: Tensor, text: Tensor | tuple[Tensor, Tensor], modulation: Tensor, turns: Tensor, layout: Layout
+    ) -> Tensor:
+        """Tokens ``h`` (B, L, D) to the same. ``text``: projected text (B, L', D), or its keys and values.
+
+        ``modulation``: (B, F, 6, D), what the times add to the block's own table.
+        """
+        rows = (self.scale_shift_table.float().unsqueeze(1) + modulation).unbind(2)  # 6 of (B, F, D)
+        shift_attn, scale_attn, gate_attn, shift_ffn, scale_ffn, gate_ffn = rows
+        spans = layout.even_spans
+        update = self.attn1.over_video(modulated(h, shift_attn, scale_attn, self.eps, spans), turns, layout.groups)
+        h = gated(h, update, gate_attn, spans)
+        keys = text if isinstance(text, tuple) else self.attn2.text_keys(text)
+        h = h + self.attn2.over_text(self._text_norm(h), keys)
+        update = self.ffn(modulated(h, shift_ffn, scale_ffn, self.eps, spans))
+        return gated(h, update, gate_ffn, spans)
+
+    def _text_norm(self, h: Tensor) -> Tensor:
+        if self.norm2 is None:
+            return h
+        weight, bias = self.norm2.weight.float(), self.norm2.bias.float()
+        return nnf.layer_norm(h.float(), (h.shape[-1],), weight, bias, self.eps).to(h.dtype)
+
+
+def modulated(h: Tensor, shift: Tensor, scale: Tensor, eps: float, spans: Sequence[Span]) -> Tensor:
+    """``norm(h) (1 + scale) + shift`` in fp32; ``h`` (B, L, D), one row of ``shift``, ``scale`` (B, F, D) a frame."""
+    normed = nnf.layer_norm(h.float(), (h.shape[-1],), eps=eps)
+    return by_frame(_scaled_and_shifted, (normed,), (shift, 1 + scale), spans).to(h.dtype)
+
+
+def gated(h: Tensor, update: Tensor, gate: Tensor, spans: Sequence[Span]) -> Tensor:
+    """``h + update gate`` in fp32; tokens (B, L, D), one row of ``gate`` (B, F, D) a frame."""
+    return by_frame(torch.addcmul, (h.float(), update), (gate,), spans).to(h.dtype)
+
+
+def _scaled_and_shifted(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return torch.addcmul(shift, x, scale)
+
+
+def by_frame(
+    op: Callable[..., Tensor], tokens: Sequence[Tensor], rows: Sequence[Tensor], spans: Sequence[Span]
+) -> Tensor:
+    """``op(*tokens, *rows)`` with each row (B, F, D) broadcast over its frame's tokens (B, L, D), never repeated."""
+    if rows[0].shape[1] == 1:  # all frames share their times
+        return op(*tokens, *rows)
+    parts = [
+        op(
+            *(x[:, span.tokens].unflatten(1, (span.frame_count, -1)) for x in tokens),
+            *(row[:, span.frames].unsqueeze(2) for row in rows),
+        ).flatten(1, 2)
+        for span in spans
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)

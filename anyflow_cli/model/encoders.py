@@ -1,0 +1,147 @@
+"""Text encoder and video VAE of a pipeline folder, behind the shapes that this project uses.
+
+Legend: B batch, L text tokens, D text width, T video frames, F latent frames, C latent channels, H W pixels, h w latent.
+
+Both give what diffusers' Wan pipelines give: prompts cleaned, encoded and zero-padded in the same way (Wan attends to the
+zeros, without a mask), latents normalised by the VAE's statistics. Both are frozen and work without gradient.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anyflow_cli.errors import UsageError
+from anyflow_cli.model.folder import component
+
+
+def clean_prompt(prompt: str) -> str:
+    """Repaired, unescaped, with single spaces: what the pipelines do before they tokenise."""
+    from diffusers.utils import is_ftfy_available
+
+    if is_ftfy_available():
+        import ftfy
+
+        prompt = ftfy.fix_text(prompt)
+    return re.sub(r"\s+", " ", html.unescape(html.unescape(prompt)).strip()).strip()
+
+
+class TextEncoder:
+    """A UMT5 encoder and its tokenizer."""
+
+    def __init__(self, tokenizer: Any, model: Any) -> None:
+        self._tokenizer = tokenizer
+        self._model = model.eval().requires_grad_(False)
+
+    @classmethod
+    def load(
+        cls, pipeline: Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    ) -> TextEncoder:
+        """The text encoder of a pipeline folder."""
+        from transformers import AutoTokenizer, UMT5EncoderModel
+
+        tokenizer = _loaded(AutoTokenizer, component(pipeline, "tokenizer"))
+        model = _loaded(UMT5EncoderModel, component(pipeline, "text_encoder"), dtype=dtype, use_safetensors=True)
+        return cls(tokenizer, model.to(device))
+
+    @property
+    def dim(self) -> int:
+        """Width D of the embeddings."""
+        return int(self._model.config.d_model)
+
+    def tokens(self, prompts: Sequence[str]) -> list[int]:
+        """Tokens that each prompt would take, uncut, its end mark included."""
+        return [len(ids) for ids in self._tokenizer([clean_prompt(p) for p in prompts]).input_ids]
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str], max_tokens: int, batch: int = 32) -> Tensor:
+        """Embeddings (B, max_tokens, D) fp32 on the encoder's device; zero after a prompt's end, longer prompts cut."""
+        parts = [self._encode(prompts[i : i + batch], max_tokens) for i in range(0, len(prompts), batch)]
+        return torch.cat(parts)
+
+    def _encode(self, prompts: Sequence[str], max_tokens: int) -> Tensor:
+        inputs = self._tokenizer(
+            [clean_prompt(prompt) for prompt in prompts],
+            padding="max_length",
+            max_length=max_tokens,
+            truncation=True,
+            add_special_tokens=True,
+            return_attention_mask=True,
+            return_tensors="pt",
+        )
+        mask = inputs.attention_mask.to(self._model.device)
+        hidden: Tensor = self._model(inputs.input_ids.to(self._model.device), mask).last_hidden_state
+        return hidden.float().masked_fill(mask.unsqueeze(-1) == 0, 0.0)
+
+
+class VideoVAE:
+    """A Wan VAE; latents are normalised, videos are in [0, 1]. Weights and arithmetic are fp32."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model.eval().requires_grad_(False)
+        config = model.config
+        self.spatial_factor = int(config.scale_factor_spatial)
+        self.temporal_factor = int(config.scale_factor_temporal)
+        self.channels = int(config.z_dim)
+        self._mean = torch.tensor(config.latents_mean, device=model.device).view(1, -1, 1, 1, 1)
+        self._std = torch.tensor(config.latents_std, device=model.device).view(1, -1, 1, 1, 1)
+
+    @classmethod
+    def load(cls, pipeline: Path, device: torch.device | str = "cpu") -> VideoVAE:
+        """The VAE of a pipeline folder."""
+        from diffusers import AutoencoderKLWan
+
+        model = _loaded(AutoencoderKLWan, component(pipeline, "vae"), torch_dtype=torch.float32, use_safetensors=True)
+        return cls(model.to(device))
+
+    def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
+        """(F, C, h, w) of a video of ``frames`` x ``height`` x ``width``; refuses what the factors do not divide."""
+        space, time = self.spatial_factor, self.temporal_factor
+        if height % space or width % space:
+            raise UsageError(
+                f"A video of {height}x{width} cannot be encoded: the VAE needs multiples of {space}.",
+                f"Use {max(height // space, 1) * space}x{max(width // space, 1) * space}.",
+            )
+        if frames < 1 or (frames - 1) % time:
+            shorter = max(frames - 1, 0) // time * time + 1
+            raise UsageError(
+                f"{frames} frames cannot be encoded: the VAE needs one more than a multiple of {time}.",
+                f"Use {shorter} or {shorter + time} frames.",
+            )
+        return (frames - 1) // time + 1, self.channels, height // space, width // space
+
+    @torch.no_grad()
+    def encode(self, video: Tensor, batch: int = 1) -> Tensor:
+        """Video (B, T, 3, H, W) in [0, 1] to normalised latents (B, F, C, h, w): the mode, not a sample."""
+        self.latent_shape(video.shape[1], video.shape[3], video.shape[4])
+        return torch.cat([self._encode(part) for part in video.split(batch)])
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor, batch: int = 1) -> Tensor:
+        """Normalised latents (B, F, C, h, w) to video (B, T, 3, H, W) in [0, 1]."""
+        return torch.cat([self._decode(part) for part in latents.split(batch)])
+
+    def _encode(self, video: Tensor) -> Tensor:
+        pixels = video.to(self._model.device, torch.float32).transpose(1, 2) * 2 - 1
+        mode = self._model.encode(pixels).latent_dist.mode()
+        return ((mode - self._mean) / self._std).transpose(1, 2)
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        z = latents.to(self._model.device, torch.float32).transpose(1, 2) * self._std + self._mean
+        video: Tensor = self._model.decode(z).sample
+        return (video.transpose(1, 2) / 2 + 0.5).clamp(0, 1)
+
+
+def _loaded(kind: Any, folder: Path, **options: Any) -> Any:
+    """A component by its library's own loader; a broken folder is the user's to mend."""
+    try:
+        return kind.from_pretrained(folder, local_files_only=True, **options)
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UsageError(f"{folder} cannot be loaded: {reason}", "Fetch or save the model again.") from error

@@ -1,0 +1,141 @@
+"""Token layouts: which frames become which tokens, where they stand, and what they may see.
+
+Legend: B batch, F latent frames, C channels, H W latent height and width, L tokens, D width.
+
+A layout is data. The network receives latents ``(B, F, C, H, W)`` and cuts them, frame after frame, into the layout's
+segments; patch embedding, rotary positions, modulation, attention groups and the output follow from the segments alone.
+The times of a frame are given with the frame (``t``, ``r`` of shape ``(B, F)``), so clean context is a segment whose
+frames carry ``t = r = 0``: teacher forcing, cache filling and a sampling step differ in their segments, not in the network.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+from anyflow_cli.errors import UsageError
+
+Patch = Literal["full", "compressed"]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Consecutive latent frames with one patch size and one view.
+
+    ``first`` is the position of its first frame in the video (rotary positions are absolute); ``sees`` are the indices
+    of the segments whose keys its queries attend to, ascending; ``read`` says whether its velocity is an output.
+    """
+
+    first: int
+    frames: int
+    sees: tuple[int, ...]
+    patch: Patch = "full"
+    read: bool = True
+
+
+@dataclass(frozen=True)
+class Span:
+    """A run of frames with equally many tokens each, in frames and in tokens ``[start, stop)``."""
+
+    frames: slice
+    tokens: slice
+
+    @property
+    def frame_count(self) -> int:
+        """Number of frames."""
+        return int(self.frames.stop - self.frames.start)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Queries of the tokens ``queries`` attend to the keys of all ``keys``."""
+
+    queries: slice
+    keys: tuple[slice, ...]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Segments in token order over latent frames of ``height x width``."""
+
+    segments: tuple[Segment, ...]
+    height: int
+    width: int
+    patch: tuple[int, int] = (2, 2)
+    compressed_patch: tuple[int, int] = (4, 4)
+
+    def __post_init__(self) -> None:
+        for segment in self.segments:
+            high, wide = self.patch_of(segment)
+            if self.height % high or self.width % wide:
+                raise UsageError(
+                    f"A latent frame of {self.height}x{self.width} cannot be cut into patches of {high}x{wide}.",
+                    "Choose a height and a width that the VAE's factor times the patch size divides.",
+                )
+
+    def patch_of(self, segment: Segment) -> tuple[int, int]:
+        """Height and width of the segment's patches."""
+        return self.patch if segment.patch == "full" else self.compressed_patch
+
+    def grid_of(self, segment: Segment) -> tuple[int, int]:
+        """Patches down and across one frame of the segment."""
+        high, wide = self.patch_of(segment)
+        return self.height // high, self.width // wide
+
+    @cached_property
+    def frames(self) -> int:
+        """Frames of the input, over all segments."""
+        return sum(segment.frames for segment in self.segments)
+
+    @cached_property
+    def spans(self) -> tuple[Span, ...]:
+        """The span of each segment."""
+        spans, frame, token = [], 0, 0
+        for segment in self.segments:
+            down, across = self.grid_of(segment)
+            stop = token + segment.frames * down * across
+            spans.append(Span(slice(frame, frame + segment.frames), slice(token, stop)))
+            frame, token = frame + segment.frames, stop
+        return tuple(spans)
+
+    @cached_property
+    def even_spans(self) -> tuple[Span, ...]:
+        """As few spans as possible: neighbours with equally many tokens a frame are one."""
+        merged: list[Span] = []
+        for i, span in enumerate(self.spans):
+            if i and self.segments[i].patch == self.segments[i - 1].patch:
+                span = Span(_joined(merged[-1].frames, span.frames), _joined(merged[-1].tokens, span.tokens))
+                merged.pop()
+            merged.append(span)
+        return tuple(merged)
+
+    @cached_property
+    def groups(self) -> tuple[Group, ...]:
+        """Query groups: neighbours that see the same keys attend in one call."""
+        groups: list[Group] = []
+        for i, (segment, span) in enumerate(zip(self.segments, self.spans)):
+            keys = self._keys(segment.sees)
+            queries = span.tokens
+            if i and groups[-1].keys == keys:
+                queries = _joined(groups.pop().queries, queries)
+            groups.append(Group(queries, keys))
+        return tuple(groups)
+
+    def _keys(self, sees: tuple[int, ...]) -> tuple[slice, ...]:
+        """The seen segments as token ranges; ranges that touch are one."""
+        ranges: list[slice] = []
+        for index in sees:
+            tokens = self.spans[index].tokens
+            touches = ranges and ranges[-1].stop == tokens.start
+            ranges.append(_joined(ranges.pop(), tokens) if touches else tokens)
+        return tuple(ranges)
+
+
+def _joined(first: slice, second: slice) -> slice:
+    return slice(first.start, second.stop)
+
+
+def bidirectional(frames: int, height: int, width: int, patch: tuple[int, int] = (2, 2)) -> Layout:
+    """The whole video in one segment that sees itself."""
+    return Layout((Segment(0, frames, (0,)),), height, width, patch)

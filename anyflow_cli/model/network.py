@@ -1,0 +1,270 @@
+"""The one network: a Wan transformer with one time or two, over any token layout.
+
+Legend: B batch, F latent frames, C channels, H W latent height and width, L tokens, D width.
+
+Parameter names are those of ``WanTransformer3DModel``, ``AnyFlowTransformer3DModel`` and
+``AnyFlowFARTransformer3DModel``. Times are in [0, 1] everywhere but in the sinusoid below, and their whole path to the
+modulation is fp32: the difference quotient of stage 1 sees steps of 0.005, and embeddings turn by a radian in 0.001.
+The module holds no buffers, so that it can be made on the meta device and given its weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from anyflow_cli.model.blocks import Block, TextKeys, modulated
+from anyflow_cli.model.config import Conditioning, NetworkConfig
+from anyflow_cli.model.layout import Layout, Segment, bidirectional
+from anyflow_cli.model.rotary import rotation
+
+TIME_SCALE = 1000.0
+# Kept in fp32 by ``store_as``: small, and what times and norms go through.
+FP32_PARTS = ("time_embedder", "delta_embedder", "delta_proj", "time_proj", "scale_shift_table", "norm")
+
+Contexts = tuple[AbstractContextManager[None], AbstractContextManager[None]]
+
+
+class PatchEmbedding(nn.Module):
+    """One token a patch; the weights are those of a convolution whose stride is its kernel."""
+
+    def __init__(self, channels: int, dim: int, patch: tuple[int, int]) -> None:
+        super().__init__()
+        conv = nn.Conv3d(channels, dim, (1, *patch), (1, *patch))
+        self.weight, self.bias = conv.weight, conv.bias
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Latents (B, F, C, H, W) to tokens (B, L, D)."""
+        high, wide = self.weight.shape[-2:]
+        z = z.unflatten(4, (-1, wide)).unflatten(3, (-1, high))  # (B, F, C, down, high, across, wide)
+        patches = z.permute(0, 1, 3, 5, 2, 4, 6).flatten(4).flatten(1, 3)
+        return nnf.linear(patches.to(self.weight.dtype), self.weight.flatten(1), self.bias)
+
+
+class Embedder(nn.Module):
+    """Two linear layers around an activation."""
+
+    def __init__(self, width: int, dim: int, act: nn.Module) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(width, dim)
+        self.act = act
+        self.linear_2 = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., width) to (..., D)."""
+        out: Tensor = self.linear_2(self.act(self.linear_1(x)))
+        return out
+
+
+class ConditionEmbedder(nn.Module):
+    """Times to modulation, text embeddings to the network's width."""
+
+    def __init__(self, config: NetworkConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.time_embedder = Embedder(config.freq_dim, config.dim, nn.SiLU())
+        if config.two_time:
+            self.delta_embedder = Embedder(config.freq_dim, config.dim, nn.SiLU())
+            if config.conditioning == "zero-init":
+                self.delta_proj = nn.Linear(config.dim, config.dim, bias=False)
+                nn.init.zeros_(self.delta_proj.weight)
+        self.time_proj = nn.Linear(config.dim, config.dim * 6)
+        self.text_embedder = Embedder(config.text_dim, config.dim, nn.GELU(approximate="tanh"))
+
+    def times(self, t: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+        """Times (B, F) to their embedding (B, F, D) and the blocks' modulation (B, F, 6, D), all fp32."""
+        with torch.autocast(t.device.type, enabled=False):
+            embedding = self._mix(t.float(), r.float())
+            return embedding, self.time_proj(nnf.silu(embedding)).unflatten(-1, (6, -1))
+
+    def _mix(self, t: Tensor, r: Tensor) -> Tensor:
+        config = self.config
+        at_t: Tensor = self.time_embedder(sinusoid(t, config.freq_dim))
+        if not config.two_time:
+            return at_t
+        at_delta: Tensor = self.delta_embedder(sinusoid(r if config.delta == "r" else t - r, config.freq_dim))
+        if config.conditioning == "zero-init":
+            return at_t + self.delta_proj(at_delta)
+        # lerp is exact where both embeddings agree: at r = t the untouched copy is the pretrained network to the bit.
+        return torch.lerp(at_t, at_delta, config.gate)
+
+
+def sinusoid(t: Tensor, channels: int) -> Tensor:
+    """Cosines, then sines of ``1000 t`` at falling speeds, (..., channels) fp32. The only place that scales a time."""
+    half = channels // 2
+    falling = torch.arange(half, dtype=torch.float32, device=t.device) / half
+    angles = (TIME_SCALE * t).unsqueeze(-1) * torch.exp(-math.log(10000.0) * falling)
+    return torch.cat((angles.cos(), angles.sin()), dim=-1)
+
+
+def plain_contexts() -> Contexts:
+    """Nothing to restore around a checkpointed block's forward and its recomputation."""
+    return nullcontext(), nullcontext()
+
+
+class FlowMapTransformer(nn.Module):
+    """Velocity ``u(z_t, t, r)`` of latents under text. A network with one time ignores ``r``.
+
+    ``gradient_checkpointing`` recomputes each block in the backward pass, inside the second context that
+    ``checkpoint_contexts`` gives at its forward (adapter roles restore theirs there).
+    """
+
+    def __init__(self, config: NetworkConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.gradient_checkpointing = False
+        self.checkpoint_contexts: Callable[[], Contexts] = plain_contexts
+        self.patch_embedding = PatchEmbedding(config.in_channels, config.dim, config.patch)
+        if config.causal is not None:
+            self.far_patch_embedding = PatchEmbedding(config.in_channels, config.dim, config.causal.compressed_patch)
+        self.condition_embedder = ConditionEmbedder(config)
+        self.blocks = nn.ModuleList([Block(config) for _ in range(config.layers)])
+        self.proj_out = nn.Linear(config.dim, config.out_channels * math.prod(config.patch))
+        self.scale_shift_table = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim**0.5)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.proj_out.weight.device
+
+    def forward(
+        self, z: Tensor, t: Tensor, r: Tensor, text: Tensor | TextKeys, layout: Layout | None = None
+    ) -> Tensor:
+        """Velocity of the frames that the layout reads, (B, F', C, H, W) in the type of ``z``.
+
+        ``z``: (B, F, C, H, W), the frames of all segments in order. ``t``, ``r``: (B,) or (B, F) in [0, 1].
+        ``text``: embeddings (B, L', text_dim), or what ``text_keys`` made of them. Without a layout: bidirectional.
+        """
+        layout = layout or bidirectional(z.shape[1], z.shape[3], z.shape[4], self.config.patch)
+        assert z.shape[1] == layout.frames, f"{z.shape[1]} frames for a layout of {layout.frames}"
+        embedding, modulation = self.condition_embedder.times(_by_frame(t), _by_frame(r))
+        turns = rotation(layout, self.config.head_dim, z.device)
+        h = self._tokens(z, layout)
+        for block, keys in zip(self.blocks, self._text_of_blocks(text)):
+            h = self._run(block, h, keys, modulation, turns, layout)
+        return self._read(h, embedding, layout).to(z.dtype)
+
+    def text_keys(self, text: Tensor) -> TextKeys:
+        """Keys and values of the text embeddings (B, L', text_dim) for every block, to use in many calls."""
+        projected = self._project_text(text)
+        return TextKeys(tuple(block.attn2.text_keys(projected) for block in self.blocks))
+
+    def text_parameters(self) -> list[nn.Parameter]:
+        """What ``text_keys`` depends on."""
+        parts = [self.condition_embedder.text_embedder]
+        parts += [part for block in self.blocks for part in (block.attn2.to_k, block.attn2.to_v, block.attn2.norm_k)]
+        return [parameter for part in parts for parameter in part.parameters()]
+
+    def store_as(self, dtype: torch.dtype) -> FlowMapTransformer:
+        """Hold the weights as ``dtype``, less the small ones that times and norms go through, which stay fp32."""
+        for name, parameter in self.named_parameters():
+            keep = any(part in name for part in FP32_PARTS)
+            parameter.data = parameter.data.to(torch.float32 if keep else dtype)
+        return self
+
+    def _project_text(self, text: Tensor) -> Tensor:
+        embedder = self.condition_embedder.text_embedder
+        projected: Tensor = embedder(text.to(self.proj_out.weight.dtype))
+        return projected
+
+    def _text_of_blocks(self, text: Tensor | TextKeys) -> list[Tensor] | tuple[tuple[Tensor, Tensor], ...]:
+        """Projected text, the same for all blocks, or each block's keys and values."""
+        if isinstance(text, TextKeys):
+            return text.layers
+        return [self._project_text(text)] * len(self.blocks)
+
+    def _tokens(self, z: Tensor, layout: Layout) -> Tensor:
+        """Latents (B, F, C, H, W) to tokens (B, L, D)."""
+        parts = [
+            self._embedding_of(segment)(z[:, span.frames]) for segment, span in zip(layout.segments, layout.spans)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    def _embedding_of(self, segment: Segment) -> nn.Module:
+        return self.patch_embedding if segment.patch == "full" else self.far_patch_embedding
+
+    def _run(self, block: nn.Module, *args: object) -> Tensor:
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            out = checkpoint(
+                block, *args, use_reentrant=False, preserve_rng_state=False, context_fn=self.checkpoint_contexts
+            )
+        else:
+            out = block(*args)
+        assert isinstance(out, Tensor)
+        return out
+
+    def _read(self, h: Tensor, embedding: Tensor, layout: Layout) -> Tensor:
+        """Tokens (B, L, D) to the velocity of the segments that are read (B, F', C, H, W)."""
+        table = self.scale_shift_table.float().unsqueeze(1)  # (1, 1, 2, D)
+        shift, scale = (table + embedding.unsqueeze(2)).unbind(2)
+        out = self.proj_out(modulated(h, shift, scale, self.config.eps, layout.even_spans))
+        parts = [
+            self._unpatch(out[:, span.tokens], layout, segment)
+            for segment, span in zip(layout.segments, layout.spans)
+            if segment.read
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    def _unpatch(self, out: Tensor, layout: Layout, segment: Segment) -> Tensor:
+        """(B, L, high wide C) to (B, F, C, H, W)."""
+        out = out.unflatten(1, (segment.frames, *layout.grid_of(segment))).unflatten(-1, (*layout.patch, -1))
+        return out.permute(0, 1, 6, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
+
+
+def _by_frame(t: Tensor) -> Tensor:
+    """(B,) or (B, F) to (B, 1) or (B, F): one column where all frames share their time."""
+    return t.unsqueeze(1) if t.dim() == 1 else t
+
+
+def on_meta(config: NetworkConfig) -> FlowMapTransformer:
+    """A network without storage, to be given weights by ``load_state_dict(..., assign=True)``."""
+    with torch.device("meta"):
+        return FlowMapTransformer(config)
+
+
+def two_time_from(
+    network: FlowMapTransformer, gate: float = 0.25, conditioning: Conditioning = "interpolate"
+) -> FlowMapTransformer:
+    """A flow-map network that starts as ``network`` (one time) and takes over its weights.
+
+    ``interpolate``: ``(1 - g) emb(t) + g emb0(r)``, the pretrained network at ``r = t``.
+    ``zero-init`` (the ablation of Fig. 11): ``emb(t) + W0 emb0(t - r)`` with ``W0 = 0``, the pretrained network at any r.
+    """
+    assert not network.config.two_time, "the network already takes two times"
+    zero_init = conditioning == "zero-init"
+    config = replace(
+        network.config, two_time=True, gate=gate, conditioning=conditioning, delta="t-r" if zero_init else "r"
+    )
+    weights = dict(network.state_dict())
+    for name, value in network.condition_embedder.time_embedder.state_dict().items():
+        weights[f"condition_embedder.delta_embedder.{name}"] = value.clone()
+    if zero_init:
+        like = weights["condition_embedder.time_embedder.linear_2.weight"]
+        weights["condition_embedder.delta_proj.weight"] = torch.zeros_like(like)
+    flow_map = on_meta(config)
+    flow_map.load_state_dict(weights, assign=True)
+    return flow_map.requires_grad_(True)
+
+
+def folded(config: NetworkConfig, weights: dict[str, Tensor]) -> tuple[NetworkConfig, dict[str, Tensor]]:
+    """The same function in the parameters of the diffusers classes, which know no ``W0``.
+
+    ``e + W0 d`` is ``(1 - g) e' + g d'`` where each embedder's last layer is divided by its share and ``W0`` is multiplied into the
+    second's. At ``g = 1/2`` the division is exact.
+    """
+    if config.conditioning != "zero-init":
+        return config, weights
+    weights = dict(weights)
+    w0 = weights.pop("condition_embedder.delta_proj.weight")
+    for kind in ("weight", "bias"):
+        time, delta = (f"condition_embedder.{part}_embedder.linear_2.{kind}" for part in ("time", "delta"))
+        weights[time] = 2 * weights[time]
+        weights[delta] = 2 * (w0 @ weights[delta])
+    return replace(config, conditioning="interpolate", gate=0.5), weights
