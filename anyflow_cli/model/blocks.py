@@ -1,10 +1,11 @@
 """The transformer block and its parts: attention, feed-forward, modulation per frame.
 
-Legend: B batch, F latent frames (1 where all frames share their times), L tokens, D width, E heads, d channels a head.
+Legend: B batch, F latent frames (1 where all frames share their times), L tokens, D width, E heads, d
+channels of a head.
 
-Parameter names are those of the diffusers Wan and AnyFlow classes. Norms, rotations, modulation and sums into the stream
-are fp32; matrix products and attention run in the weights' type, or autocast's. Modulation is held once a frame and
-broadcast over the frame's tokens: a row for every token would take gigabytes at full size.
+Parameter names are those of the diffusers Wan and AnyFlow classes. Norms, rotations, modulation and sums into
+the stream are fp32; matrix products and attention run in the weights' type, or autocast's. Modulation is held
+once a frame and broadcast over the frame's tokens: a row for every token would take gigabytes at full size.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from anyflow_cli.model.rotary import rotate
 
 @dataclass(frozen=True)
 class TextKeys:
-    """Keys and values of the text for each block, ``(B, L, E, d)`` each: the same at every step of a sampling."""
+    """Keys and values of the text for each block, ``(B, L, E, d)`` each: the same at every sampling step."""
 
     layers: tuple[tuple[Tensor, Tensor], ...]
 
@@ -34,7 +35,7 @@ class TextKeys:
     @staticmethod
     def join(parts: Sequence[TextKeys]) -> TextKeys:
         """One batch after another."""
-        layers = zip(*(part.layers for part in parts))
+        layers = zip(*(part.layers for part in parts), strict=True)
         return TextKeys(
             tuple((torch.cat([k for k, _ in pairs]), torch.cat([v for _, v in pairs])) for pairs in layers)
         )
@@ -71,7 +72,7 @@ class Attention(nn.Module):
 
     def split(self, x: Tensor) -> Tensor:
         """(B, L, D) to (B, L, E, d)."""
-        return x.unflatten(-1, (self.heads, -1))
+        return torch.unflatten(x, -1, (self.heads, -1))
 
     def over_video(self, x: Tensor, turns: Tensor, groups: Sequence[Group]) -> Tensor:
         """Self-attention of the tokens (B, L, D) within the layout's groups."""
@@ -79,7 +80,8 @@ class Attention(nn.Module):
         query = rotate(self.split(self.norm_q(self.to_q(x))), turns).to(value.dtype)
         key = rotate(self.split(self.norm_k(self.to_k(x))), turns).to(value.dtype)
         parts = [
-            attend(query[:, group.queries], _gather(key, group.keys), _gather(value, group.keys)) for group in groups
+            attend(query[:, group.queries], _gather(key, group.keys), _gather(value, group.keys))
+            for group in groups
         ]
         return self._project(parts[0] if len(parts) == 1 else torch.cat(parts, dim=1))
 
@@ -101,8 +103,8 @@ class Attention(nn.Module):
 
 def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Dense attention without a mask, all (B, L, E, d)."""
-    heads_first = (x.transpose(1, 2) for x in (query, key, value))
-    return nnf.scaled_dot_product_attention(*heads_first).transpose(1, 2)
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    return nnf.scaled_dot_product_attention(query, key, value).transpose(1, 2)
 
 
 def _gather(x: Tensor, ranges: Sequence[slice]) -> Tensor:
@@ -149,7 +151,12 @@ class Block(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.randn(1, 6, config.dim) / config.dim**0.5)
 
     def forward(
-        self, h: Tensor, text: Tensor | tuple[Tensor, Tensor], modulation: Tensor, turns: Tensor, layout: Layout
+        self,
+        h: Tensor,
+        text: Tensor | tuple[Tensor, Tensor],
+        modulation: Tensor,
+        turns: Tensor,
+        layout: Layout,
     ) -> Tensor:
         """Tokens ``h`` (B, L, D) to the same. ``text``: projected text (B, L', D), or its keys and values.
 
@@ -158,12 +165,12 @@ class Block(nn.Module):
         rows = (self.scale_shift_table.float().unsqueeze(1) + modulation).unbind(2)  # 6 of (B, F, D)
         shift_attn, scale_attn, gate_attn, shift_ffn, scale_ffn, gate_ffn = rows
         spans = layout.even_spans
-        update = self.attn1.over_video(modulated(h, shift_attn, scale_attn, self.eps, spans), turns, layout.groups)
-        h = gated(h, update, gate_attn, spans)
+        x = modulated(h, shift_attn, scale_attn, self.eps, spans)
+        h = gated(h, self.attn1.over_video(x, turns, layout.groups), gate_attn, spans)
         keys = text if isinstance(text, tuple) else self.attn2.text_keys(text)
         h = h + self.attn2.over_text(self._text_norm(h), keys)
-        update = self.ffn(modulated(h, shift_ffn, scale_ffn, self.eps, spans))
-        return gated(h, update, gate_ffn, spans)
+        x = modulated(h, shift_ffn, scale_ffn, self.eps, spans)
+        return gated(h, self.ffn(x), gate_ffn, spans)
 
     def _text_norm(self, h: Tensor) -> Tensor:
         if self.norm2 is None:
@@ -173,7 +180,7 @@ class Block(nn.Module):
 
 
 def modulated(h: Tensor, shift: Tensor, scale: Tensor, eps: float, spans: Sequence[Span]) -> Tensor:
-    """``norm(h) (1 + scale) + shift`` in fp32; ``h`` (B, L, D), one row of ``shift``, ``scale`` (B, F, D) a frame."""
+    """``norm(h) (1 + scale) + shift`` in fp32; tokens (B, L, D), one row of the others (B, F, D) a frame."""
     normed = nnf.layer_norm(h.float(), (h.shape[-1],), eps=eps)
     return by_frame(_scaled_and_shifted, (normed,), (shift, 1 + scale), spans).to(h.dtype)
 
@@ -190,12 +197,12 @@ def _scaled_and_shifted(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 def by_frame(
     op: Callable[..., Tensor], tokens: Sequence[Tensor], rows: Sequence[Tensor], spans: Sequence[Span]
 ) -> Tensor:
-    """``op(*tokens, *rows)`` with each row (B, F, D) broadcast over its frame's tokens (B, L, D), never repeated."""
+    """``op(*tokens, *rows)``, each row (B, F, D) broadcast over its frame's tokens (B, L, D)."""
     if rows[0].shape[1] == 1:  # all frames share their times
         return op(*tokens, *rows)
     parts = [
         op(
-            *(x[:, span.tokens].unflatten(1, (span.frame_count, -1)) for x in tokens),
+            *(torch.unflatten(x[:, span.tokens], 1, (span.frame_count, -1)) for x in tokens),
             *(row[:, span.frames].unsqueeze(2) for row in rows),
         ).flatten(1, 2)
         for span in spans

@@ -1,8 +1,8 @@
 """Sizes of the network, read from and written as the configuration of the diffusers classes.
 
-Three classes share one architecture: ``WanTransformer3DModel`` (one time), ``AnyFlowTransformer3DModel`` (two times) and
-``AnyFlowFARTransformer3DModel`` (two times, causal). A configuration that this network cannot represent exactly is
-refused here, before a weight is read.
+Three classes share one architecture: ``WanTransformer3DModel`` (one time), ``AnyFlowTransformer3DModel`` (two
+times) and ``AnyFlowFARTransformer3DModel`` (two times, causal). A configuration that this network cannot
+represent exactly is refused here, before a weight is read.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ WAN = "WanTransformer3DModel"
 ANYFLOW = "AnyFlowTransformer3DModel"
 ANYFLOW_FAR = "AnyFlowFARTransformer3DModel"
 CLASSES = (WAN, ANYFLOW, ANYFLOW_FAR)
+QK_NORM = "rms_norm_across_heads"
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,8 @@ class NetworkConfig:
             "rope_max_seq_len": self.rope_max_seq_len,
         }
         if not self.two_time:
-            return config | {"qk_norm": "rms_norm_across_heads", "added_kv_proj_dim": None, "pos_embed_seq_len": None}
+            one_time = {"qk_norm": QK_NORM, "added_kv_proj_dim": None, "pos_embed_seq_len": None}
+            return config | one_time
         config |= {"gate_value": self.gate, "deltatime_type": self.delta}
         if self.causal is not None:
             config |= {
@@ -137,7 +139,7 @@ def _spatial(patch: Any) -> tuple[int, int]:
     frames, height, width = (int(n) for n in patch)
     if frames != 1:
         raise UsageError(
-            f"The transformer's patches span {frames} latent frames; anyflow handles patches within one frame.",
+            f"The transformer's patches span {frames} latent frames; anyflow needs patches within one frame.",
             "Use a model whose patch_size starts with 1, as every Wan 2 model's does.",
         )
     return height, width
@@ -149,7 +151,7 @@ def _refuse_unsupported(config: Mapping[str, Any]) -> None:
             "The transformer takes image embeddings (an image-to-video Wan), which anyflow does not train.",
             "Use the text-to-video model of the same family.",
         )
-    if config.get("qk_norm", "rms_norm_across_heads") != "rms_norm_across_heads":
+    if config.get("qk_norm", QK_NORM) != QK_NORM:
         raise UsageError(
             f"The transformer normalises queries and keys by {config['qk_norm']!r}, not across heads.",
             "Use a Wan 2 model.",

@@ -1,9 +1,11 @@
 """Text encoder and video VAE of a pipeline folder, behind the shapes that this project uses.
 
-Legend: B batch, L text tokens, D text width, T video frames, F latent frames, C latent channels, H W pixels, h w latent.
+Legend: B batch, L text tokens, D text width, T video frames, F latent frames, C latent channels, H W pixels,
+h w latent.
 
-Both give what diffusers' Wan pipelines give: prompts cleaned, encoded and zero-padded in the same way (Wan attends to the
-zeros, without a mask), latents normalised by the VAE's statistics. Both are frozen and work without gradient.
+Both give what diffusers' Wan pipelines give: prompts cleaned, encoded and zero-padded in the same way (Wan
+attends to the zeros, without a mask), latents normalised by the VAE's statistics. Both are frozen, without
+gradient.
 """
 
 from __future__ import annotations
@@ -47,7 +49,8 @@ class TextEncoder:
         from transformers import AutoTokenizer, UMT5EncoderModel
 
         tokenizer = _loaded(AutoTokenizer, component(pipeline, "tokenizer"))
-        model = _loaded(UMT5EncoderModel, component(pipeline, "text_encoder"), dtype=dtype, use_safetensors=True)
+        folder = component(pipeline, "text_encoder")
+        model = _loaded(UMT5EncoderModel, folder, dtype=dtype, use_safetensors=True)
         return cls(tokenizer, model.to(device))
 
     @property
@@ -61,7 +64,7 @@ class TextEncoder:
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], max_tokens: int, batch: int = 32) -> Tensor:
-        """Embeddings (B, max_tokens, D) fp32 on the encoder's device; zero after a prompt's end, longer prompts cut."""
+        """Embeddings (B, max_tokens, D) fp32, zero after a prompt's end; longer prompts are cut."""
         parts = [self._encode(prompts[i : i + batch], max_tokens) for i in range(0, len(prompts), batch)]
         return torch.cat(parts)
 
@@ -97,11 +100,12 @@ class VideoVAE:
         """The VAE of a pipeline folder."""
         from diffusers import AutoencoderKLWan
 
-        model = _loaded(AutoencoderKLWan, component(pipeline, "vae"), torch_dtype=torch.float32, use_safetensors=True)
+        folder = component(pipeline, "vae")
+        model = _loaded(AutoencoderKLWan, folder, torch_dtype=torch.float32, use_safetensors=True)
         return cls(model.to(device))
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
-        """(F, C, h, w) of a video of ``frames`` x ``height`` x ``width``; refuses what the factors do not divide."""
+        """(F, C, h, w) of a video of ``height`` x ``width``; refuses what the factors do not divide."""
         space, time = self.spatial_factor, self.temporal_factor
         if height % space or width % space:
             raise UsageError(
@@ -120,16 +124,16 @@ class VideoVAE:
     def encode(self, video: Tensor, batch: int = 1) -> Tensor:
         """Video (B, T, 3, H, W) in [0, 1] to normalised latents (B, F, C, h, w): the mode, not a sample."""
         self.latent_shape(video.shape[1], video.shape[3], video.shape[4])
-        return torch.cat([self._encode(part) for part in video.split(batch)])
+        return torch.cat([self._encode(part) for part in torch.split(video, batch)])
 
     @torch.no_grad()
     def decode(self, latents: Tensor, batch: int = 1) -> Tensor:
         """Normalised latents (B, F, C, h, w) to video (B, T, 3, H, W) in [0, 1]."""
-        return torch.cat([self._decode(part) for part in latents.split(batch)])
+        return torch.cat([self._decode(part) for part in torch.split(latents, batch)])
 
     def _encode(self, video: Tensor) -> Tensor:
         pixels = video.to(self._model.device, torch.float32).transpose(1, 2) * 2 - 1
-        mode = self._model.encode(pixels).latent_dist.mode()
+        mode: Tensor = self._model.encode(pixels).latent_dist.mode()
         return ((mode - self._mean) / self._std).transpose(1, 2)
 
     def _decode(self, latents: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Pipeline folders in the layout of diffusers: finding, reading and writing them.
 
-A pipeline folder holds ``model_index.json`` and one directory a component. Only JSON and safetensors are read. What is
-written appears whole or not at all: it is made beside its place and renamed.
+A pipeline folder holds ``model_index.json`` and one directory a component. Only JSON and safetensors are
+read. What is written appears whole or not at all: it is made beside its place and renamed.
 """
 
 from __future__ import annotations
@@ -32,19 +32,21 @@ HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
 
 
 def resolve(address: str) -> Path:
-    """The folder that ``address`` names: a built-in model, a directory, or a model of the Hugging Face Hub."""
+    """The folder that ``address`` names: a built-in model, a directory, or a model of the Hub."""
     if address in BUILT_IN:
         return _built_in(address)
     path = Path(address).expanduser()
     if path.is_dir():
         return path
     if path.exists():
-        raise UsageError(f"{address} is a file, not a model folder.", "Give the directory that holds model_index.json.")
+        raise UsageError(
+            f"{address} is a file, not a model folder.", "Give the directory that holds model_index.json."
+        )
     if address.count("/") == 1 and not address.startswith((".", "~", "/")):
         return _from_hub(address)
     raise UsageError(
         f"There is no model at {address}.",
-        f"Give a pipeline folder, a Hub name such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers, or one of {', '.join(BUILT_IN)}.",
+        f"Give a pipeline folder, a Hub name (Wan-AI/Wan2.1-T2V-1.3B-Diffusers) or one of {', '.join(BUILT_IN)}.",
     )
 
 
@@ -52,7 +54,8 @@ def _built_in(name: str) -> Path:
     path = ASSETS / name
     if not path.is_dir():
         raise AnyflowError(
-            f"The built-in model {name} is not part of this installation.", "Install anyflow again, from its wheel."
+            f"The built-in model {name} is not part of this installation.",
+            "Install anyflow again, from its wheel.",
         )
     return path
 
@@ -89,7 +92,8 @@ def component(pipeline: Path, name: str) -> Path:
     path = pipeline / name
     if not path.is_dir():
         raise UsageError(
-            f"{pipeline} has no {name} directory.", "Give a whole pipeline folder, with vae, text_encoder and tokenizer."
+            f"{pipeline} has no {name} directory.",
+            "Give a whole pipeline folder, with vae, text_encoder and tokenizer.",
         )
     return path
 
@@ -139,7 +143,9 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         try:
             weights |= load_file(file)
         except FileNotFoundError:
-            raise UsageError(f"{file} is missing, though the index names it.", "Fetch the model again.") from None
+            raise UsageError(
+                f"{file} is missing, though the index names it.", "Fetch the model again."
+            ) from None
         except SafetensorError as error:
             raise UsageError(f"{file} is damaged ({error}).", "Fetch or save the model again.") from error
     return weights
@@ -153,21 +159,28 @@ def _weight_files(folder: Path) -> list[Path]:
     if single.is_file():
         return [single]
     raise UsageError(
-        f"{folder} holds no {WEIGHTS}.safetensors.", "Convert the weights to safetensors; other formats are not read."
+        f"{folder} holds no {WEIGHTS}.safetensors.",
+        "Convert the weights to safetensors; other formats are not read.",
     )
 
 
-def _check_names_and_shapes(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], folder: Path) -> None:
+def _check_names_and_shapes(
+    expected: Mapping[str, Tensor], found: Mapping[str, Tensor], folder: Path
+) -> None:
     hint = "The weights and config.json belong to different models; fetch or save the folder again."
     for name, tensor in expected.items():
         if name not in found:
             raise UsageError(f"The weights of {folder} lack {name}.", hint)
         if found[name].shape != tensor.shape:
             wanted, got = tuple(tensor.shape), tuple(found[name].shape)
-            raise UsageError(f"The weights of {folder} hold {name} as {got}; config.json says {wanted}.", hint)
+            raise UsageError(
+                f"The weights of {folder} hold {name} as {got}; config.json says {wanted}.", hint
+            )
     for name in found:
         if name not in expected:
-            raise UsageError(f"The weights of {folder} hold {name}, which is no part of this architecture.", hint)
+            raise UsageError(
+                f"The weights of {folder} hold {name}, which is no part of this architecture.", hint
+            )
 
 
 def save_pipeline(
@@ -180,10 +193,11 @@ def save_pipeline(
     dtype: torch.dtype | None = None,
     replace: bool = False,
 ) -> Path:
-    """Write ``network`` as a pipeline folder at ``target``, the other components taken from ``source_pipeline``.
+    """Write ``network`` as a pipeline folder at ``target``; other components come from ``source_pipeline``.
 
-    Two times: an AnyFlow folder that samples at ``shift`` (None: the source's). One time: a Wan folder with the source's
-    scheduler. ``lineage.json`` records ``lineage``. An existing ``target`` is an error unless ``replace``.
+    Two times: an AnyFlow folder that samples at ``shift`` (None: the source's). One time: a Wan folder with
+    the source's scheduler. ``lineage.json`` records ``lineage``. An existing ``target`` is an error unless
+    ``replace``.
     """
     if target.exists() and not replace:
         raise UsageError(f"{target} exists already.", "Choose another directory, or remove it.")
@@ -283,7 +297,11 @@ def _made_beside(target: Path) -> Iterator[Path]:
     except OSError as error:
         full = error.errno == errno.ENOSPC
         reason = "the disk is full" if full else error.strerror or str(error)
-        hint = "Free some space and run the command again." if full else "Check the directory and its permissions."
+        hint = (
+            "Free some space and run the command again."
+            if full
+            else "Check the directory and its permissions."
+        )
         raise AnyflowError(f"{target} could not be written: {reason}.", hint) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -2,10 +2,11 @@
 
 Legend: B batch, F latent frames, C channels, H W latent height and width, L tokens, D width.
 
-A layout is data. The network receives latents ``(B, F, C, H, W)`` and cuts them, frame after frame, into the layout's
-segments; patch embedding, rotary positions, modulation, attention groups and the output follow from the segments alone.
-The times of a frame are given with the frame (``t``, ``r`` of shape ``(B, F)``), so clean context is a segment whose
-frames carry ``t = r = 0``: teacher forcing, cache filling and a sampling step differ in their segments, not in the network.
+A layout is data. The network receives latents ``(B, F, C, H, W)`` and cuts them, frame after frame, into the
+layout's segments; patch embedding, rotary positions, modulation, attention groups and the output follow from
+the segments alone. The times of a frame are given with the frame (``t``, ``r`` of shape ``(B, F)``), so clean
+context is a segment whose frames carry ``t = r = 0``: teacher forcing, cache filling and a sampling step
+differ in their segments, not in the network.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ Patch = Literal["full", "compressed"]
 class Segment:
     """Consecutive latent frames with one patch size and one view.
 
-    ``first`` is the position of its first frame in the video (rotary positions are absolute); ``sees`` are the indices
-    of the segments whose keys its queries attend to, ascending; ``read`` says whether its velocity is an output.
+    ``first`` is the position of its first frame in the video (rotary positions are absolute); ``sees`` are
+    the indices of the segments whose keys its queries attend to, ascending; ``read`` says whether its
+    velocity is an output.
     """
 
     first: int
@@ -70,7 +72,7 @@ class Layout:
             high, wide = self.patch_of(segment)
             if self.height % high or self.width % wide:
                 raise UsageError(
-                    f"A latent frame of {self.height}x{self.width} cannot be cut into patches of {high}x{wide}.",
+                    f"A latent frame of {self.height}x{self.width} does not divide into {high}x{wide} patches.",
                     "Choose a height and a width that the VAE's factor times the patch size divides.",
                 )
 
@@ -114,7 +116,7 @@ class Layout:
     def groups(self) -> tuple[Group, ...]:
         """Query groups: neighbours that see the same keys attend in one call."""
         groups: list[Group] = []
-        for i, (segment, span) in enumerate(zip(self.segments, self.spans)):
+        for i, (segment, span) in enumerate(zip(self.segments, self.spans, strict=True)):
             keys = self._keys(segment.sees)
             queries = span.tokens
             if i and groups[-1].keys == keys:

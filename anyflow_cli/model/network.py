@@ -3,9 +3,10 @@
 Legend: B batch, F latent frames, C channels, H W latent height and width, L tokens, D width.
 
 Parameter names are those of ``WanTransformer3DModel``, ``AnyFlowTransformer3DModel`` and
-``AnyFlowFARTransformer3DModel``. Times are in [0, 1] everywhere but in the sinusoid below, and their whole path to the
-modulation is fp32: the difference quotient of stage 1 sees steps of 0.005, and embeddings turn by a radian in 0.001.
-The module holds no buffers, so that it can be made on the meta device and given its weights.
+``AnyFlowFARTransformer3DModel``. Times are in [0, 1] everywhere but in the sinusoid below, and their whole
+path to the modulation is fp32: the difference quotient of stage 1 sees steps of 0.005, and embeddings turn by
+a radian in 0.001. The module holds no buffers, so that it can be made on the meta device and given its
+weights.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from typing import cast
 
 import torch
 import torch.nn.functional as nnf
@@ -43,7 +45,9 @@ class PatchEmbedding(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         """Latents (B, F, C, H, W) to tokens (B, L, D)."""
         high, wide = self.weight.shape[-2:]
-        z = z.unflatten(4, (-1, wide)).unflatten(3, (-1, high))  # (B, F, C, down, high, across, wide)
+        z = torch.unflatten(
+            torch.unflatten(z, 4, (-1, wide)), 3, (-1, high)
+        )  # (B, F, C, down, high, across, wide)
         patches = z.permute(0, 1, 3, 5, 2, 4, 6).flatten(4).flatten(1, 3)
         return nnf.linear(patches.to(self.weight.dtype), self.weight.flatten(1), self.bias)
 
@@ -82,7 +86,7 @@ class ConditionEmbedder(nn.Module):
         """Times (B, F) to their embedding (B, F, D) and the blocks' modulation (B, F, 6, D), all fp32."""
         with torch.autocast(t.device.type, enabled=False):
             embedding = self._mix(t.float(), r.float())
-            return embedding, self.time_proj(nnf.silu(embedding)).unflatten(-1, (6, -1))
+            return embedding, torch.unflatten(self.time_proj(nnf.silu(embedding)), -1, (6, -1))
 
     def _mix(self, t: Tensor, r: Tensor) -> Tensor:
         config = self.config
@@ -91,13 +95,15 @@ class ConditionEmbedder(nn.Module):
             return at_t
         at_delta: Tensor = self.delta_embedder(sinusoid(r if config.delta == "r" else t - r, config.freq_dim))
         if config.conditioning == "zero-init":
-            return at_t + self.delta_proj(at_delta)
-        # lerp is exact where both embeddings agree: at r = t the untouched copy is the pretrained network to the bit.
+            mixed: Tensor = at_t + self.delta_proj(at_delta)
+            return mixed
+        # lerp is exact where both embeddings agree: at r = t the untouched copy is the pretrained network to
+        # the bit.
         return torch.lerp(at_t, at_delta, config.gate)
 
 
 def sinusoid(t: Tensor, channels: int) -> Tensor:
-    """Cosines, then sines of ``1000 t`` at falling speeds, (..., channels) fp32. The only place that scales a time."""
+    """Cosines, then sines of ``1000 t`` at falling speeds, (..., channels) fp32; the only place that scales a time."""
     half = channels // 2
     falling = torch.arange(half, dtype=torch.float32, device=t.device) / half
     angles = (TIME_SCALE * t).unsqueeze(-1) * torch.exp(-math.log(10000.0) * falling)
@@ -123,7 +129,9 @@ class FlowMapTransformer(nn.Module):
         self.checkpoint_contexts: Callable[[], Contexts] = plain_contexts
         self.patch_embedding = PatchEmbedding(config.in_channels, config.dim, config.patch)
         if config.causal is not None:
-            self.far_patch_embedding = PatchEmbedding(config.in_channels, config.dim, config.causal.compressed_patch)
+            self.far_patch_embedding = PatchEmbedding(
+                config.in_channels, config.dim, config.causal.compressed_patch
+            )
         self.condition_embedder = ConditionEmbedder(config)
         self.blocks = nn.ModuleList([Block(config) for _ in range(config.layers)])
         self.proj_out = nn.Linear(config.dim, config.out_channels * math.prod(config.patch))
@@ -140,34 +148,40 @@ class FlowMapTransformer(nn.Module):
         """Velocity of the frames that the layout reads, (B, F', C, H, W) in the type of ``z``.
 
         ``z``: (B, F, C, H, W), the frames of all segments in order. ``t``, ``r``: (B,) or (B, F) in [0, 1].
-        ``text``: embeddings (B, L', text_dim), or what ``text_keys`` made of them. Without a layout: bidirectional.
+        ``text``: embeddings (B, L', text_dim), or what ``text_keys`` made of them. Without a layout:
+        bidirectional.
         """
         layout = layout or bidirectional(z.shape[1], z.shape[3], z.shape[4], self.config.patch)
         assert z.shape[1] == layout.frames, f"{z.shape[1]} frames for a layout of {layout.frames}"
         embedding, modulation = self.condition_embedder.times(_by_frame(t), _by_frame(r))
         turns = rotation(layout, self.config.head_dim, z.device)
         h = self._tokens(z, layout)
-        for block, keys in zip(self.blocks, self._text_of_blocks(text)):
+        for block, keys in zip(self.blocks, self._text_of_blocks(text), strict=True):
             h = self._run(block, h, keys, modulation, turns, layout)
         return self._read(h, embedding, layout).to(z.dtype)
 
     def text_keys(self, text: Tensor) -> TextKeys:
         """Keys and values of the text embeddings (B, L', text_dim) for every block, to use in many calls."""
         projected = self._project_text(text)
-        return TextKeys(tuple(block.attn2.text_keys(projected) for block in self.blocks))
+        return TextKeys(tuple(block.attn2.text_keys(projected) for block in self._typed_blocks))
 
     def text_parameters(self) -> list[nn.Parameter]:
         """What ``text_keys`` depends on."""
-        parts = [self.condition_embedder.text_embedder]
-        parts += [part for block in self.blocks for part in (block.attn2.to_k, block.attn2.to_v, block.attn2.norm_k)]
+        parts: list[nn.Module] = [self.condition_embedder.text_embedder]
+        for block in self._typed_blocks:
+            parts += [block.attn2.to_k, block.attn2.to_v, block.attn2.norm_k]
         return [parameter for part in parts for parameter in part.parameters()]
 
     def store_as(self, dtype: torch.dtype) -> FlowMapTransformer:
-        """Hold the weights as ``dtype``, less the small ones that times and norms go through, which stay fp32."""
+        """Hold the weights as ``dtype``, less the small ones of times and norms, which stay fp32."""
         for name, parameter in self.named_parameters():
             keep = any(part in name for part in FP32_PARTS)
             parameter.data = parameter.data.to(torch.float32 if keep else dtype)
         return self
+
+    @property
+    def _typed_blocks(self) -> list[Block]:
+        return cast("list[Block]", list(self.blocks))
 
     def _project_text(self, text: Tensor) -> Tensor:
         embedder = self.condition_embedder.text_embedder
@@ -183,7 +197,8 @@ class FlowMapTransformer(nn.Module):
     def _tokens(self, z: Tensor, layout: Layout) -> Tensor:
         """Latents (B, F, C, H, W) to tokens (B, L, D)."""
         parts = [
-            self._embedding_of(segment)(z[:, span.frames]) for segment, span in zip(layout.segments, layout.spans)
+            self._embedding_of(segment)(z[:, span.frames])
+            for segment, span in zip(layout.segments, layout.spans, strict=True)
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
@@ -193,7 +208,11 @@ class FlowMapTransformer(nn.Module):
     def _run(self, block: nn.Module, *args: object) -> Tensor:
         if self.gradient_checkpointing and torch.is_grad_enabled():
             out = checkpoint(
-                block, *args, use_reentrant=False, preserve_rng_state=False, context_fn=self.checkpoint_contexts
+                block,
+                *args,
+                use_reentrant=False,
+                preserve_rng_state=False,
+                context_fn=self.checkpoint_contexts,
             )
         else:
             out = block(*args)
@@ -207,14 +226,15 @@ class FlowMapTransformer(nn.Module):
         out = self.proj_out(modulated(h, shift, scale, self.config.eps, layout.even_spans))
         parts = [
             self._unpatch(out[:, span.tokens], layout, segment)
-            for segment, span in zip(layout.segments, layout.spans)
+            for segment, span in zip(layout.segments, layout.spans, strict=True)
             if segment.read
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def _unpatch(self, out: Tensor, layout: Layout, segment: Segment) -> Tensor:
         """(B, L, high wide C) to (B, F, C, H, W)."""
-        out = out.unflatten(1, (segment.frames, *layout.grid_of(segment))).unflatten(-1, (*layout.patch, -1))
+        out = torch.unflatten(out, 1, (segment.frames, *layout.grid_of(segment)))
+        out = torch.unflatten(out, -1, (*layout.patch, -1))
         return out.permute(0, 1, 6, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
 
 
@@ -234,8 +254,8 @@ def two_time_from(
 ) -> FlowMapTransformer:
     """A flow-map network that starts as ``network`` (one time) and takes over its weights.
 
-    ``interpolate``: ``(1 - g) emb(t) + g emb0(r)``, the pretrained network at ``r = t``.
-    ``zero-init`` (the ablation of Fig. 11): ``emb(t) + W0 emb0(t - r)`` with ``W0 = 0``, the pretrained network at any r.
+    ``interpolate``: ``(1 - g) emb(t) + g emb0(r)``, the pretrained network at ``r = t``. ``zero-init`` (the
+    ablation of Fig. 11): ``emb(t) + W0 emb0(t - r)``, ``W0 = 0``: the pretrained network at any r.
     """
     assert not network.config.two_time, "the network already takes two times"
     zero_init = conditioning == "zero-init"
@@ -256,8 +276,8 @@ def two_time_from(
 def folded(config: NetworkConfig, weights: dict[str, Tensor]) -> tuple[NetworkConfig, dict[str, Tensor]]:
     """The same function in the parameters of the diffusers classes, which know no ``W0``.
 
-    ``e + W0 d`` is ``(1 - g) e' + g d'`` where each embedder's last layer is divided by its share and ``W0`` is multiplied into the
-    second's. At ``g = 1/2`` the division is exact.
+    ``e + W0 d`` is ``(1 - g) e' + g d'`` where each embedder's last layer is divided by its share, and ``W0``
+    multiplied into the second's. At ``g = 1/2`` the division is exact.
     """
     if config.conditioning != "zero-init":
         return config, weights
