@@ -11,7 +11,7 @@ import csv
 import io
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,8 @@ FORMATS = "one prompt a line (.txt), or a column 'prompt', 'caption' or 'text' (
 
 log = logging.getLogger(__name__)
 
-Numbered = tuple[int, Any]  # line (of a table: row) number from 1, and what stands there
+Row = Mapping[Any, Any]
+Rows = Iterator[tuple[int, Row]]  # line (in a parquet table: row) number from 1, and its columns
 
 
 def read_prompts(path: str | Path) -> list[str]:
@@ -33,22 +34,15 @@ def read_prompts(path: str | Path) -> list[str]:
     if not path.is_file():
         what = "is a directory" if path.is_dir() else "does not exist"
         raise UsageError(f"The prompt file {path} {what}.", f"Give a file with {FORMATS}.")
-    reader = READERS.get(path.suffix.lower())
-    if reader is None:
-        raise UsageError(
-            f"The prompt file {path} has the unknown ending '{path.suffix}'.", f"Rename it: {FORMATS}."
-        )
-    prompts = [_checked(path, line, value) for line, value in reader(path)]
+    prompts = [text_field(path, line, row, COLUMNS) for line, row in read_rows(path)]
     if not prompts:
         raise UsageError(f"The prompt file {path} holds no prompt.", f"Write {FORMATS}.")
     repeated = len(prompts) - len(set(prompts))
     if repeated:
         log.warning(
             "%s repeats %d of its %d prompts; each is used, with a seed of its own.",
-            path,
-            repeated,
-            len(prompts),
-        )
+            path, repeated, len(prompts),
+        )  # fmt: skip
     return prompts
 
 
@@ -57,27 +51,48 @@ def world_captions(world: str, count: int, seed: int = 0) -> list[str]:
     return [WORLDS[world].scene(seed + index).caption for index in range(count)]
 
 
-def _checked(path: Path, line: int, value: Any) -> str:
+def read_rows(path: Path) -> Rows:
+    """The rows of a table by its ending; a line of a txt file is a row with the column 'prompt'."""
+    reader = READERS.get(path.suffix.lower())
+    if reader is None:
+        raise UsageError(f"The file {path} has the unknown ending '{path.suffix}'.", f"Rename it: {FORMATS}.")
+    return reader(path)
+
+
+def text_field(path: Path, line: int, row: Row, columns: Sequence[str]) -> str:
+    """The text in the first of ``columns`` that the row has, refused when it is no usable text."""
+    column = next((name for name in columns if name in row), None)
+    if column is None:
+        found = ", ".join(f"'{name}'" for name in row if name is not None) or "none"
+        wanted = " or ".join(f"'{name}'" for name in columns)
+        raise UsageError(
+            f"Line {line} of {path} has no column {wanted} (found: {found}).", "Name the column so."
+        )
+    value = row[column]
     if not isinstance(value, str) or not value.strip():
         raise UsageError(
-            f"Line {line} of {path} has no text for its prompt.",
-            "Fill it in or remove the line; nothing was written.",
+            f"Line {line} of {path} has no text for its {column}.", "Fill it in or remove the line."
         )
-    prompt = value.strip()
-    if len(prompt) > MAX_LENGTH:
+    return checked_text(f"line {line} of {path}", value.strip())
+
+
+def checked_text(where: str, text: str) -> str:
+    """The text itself, unless it is too long or holds control characters."""
+    if len(text) > MAX_LENGTH:
         raise UsageError(
-            f"The prompt in line {line} of {path} has {len(prompt):,} characters, more than {MAX_LENGTH:,}.",
-            "Shorten it; text encoders read about 500 tokens, the rest would be ignored unsaid.",
+            f"The text in {where} has {len(text):,} characters, more than {MAX_LENGTH:,}.",
+            "Shorten it: text encoders read about 500 tokens and would ignore the rest unsaid.",
         )
-    if any(ord(c) < 32 and c not in "\n\r\t" for c in prompt):
-        raise UsageError(f"The prompt in line {line} of {path} contains control characters.", "Remove them.")
-    return prompt
+    if any(ord(c) < 32 and c not in "\n\r\t" for c in text):
+        raise UsageError(f"The text in {where} contains control characters.", "Remove them.")
+    return text
 
 
-def _text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """A text file as UTF-8, or a message that says what it is instead."""
     raw = path.read_bytes()
     if b"\0" in raw:
-        raise UsageError(f"The prompt file {path} is binary, not text.", f"Give a file with {FORMATS}.")
+        raise UsageError(f"The file {path} is binary, not text.", f"Give a file with {FORMATS}.")
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -87,28 +102,27 @@ def _text(path: Path) -> str:
         ) from error
 
 
-def _txt(path: Path) -> Iterator[Numbered]:
-    for number, line in enumerate(_text(path).split("\n"), 1):
+def _txt(path: Path) -> Rows:
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if line.strip():
-            yield number, line
+            yield number, {"prompt": line}
 
 
-def _csv(path: Path) -> Iterator[Numbered]:
-    reader = csv.DictReader(io.StringIO(_text(path), newline=""))
-    column = _column(path, reader.fieldnames or ())
+def _csv(path: Path) -> Rows:
+    reader = csv.DictReader(io.StringIO(read_text(path), newline=""))
     try:
         for row in reader:
-            yield reader.line_num, row[column]
+            yield reader.line_num, row
     except csv.Error as error:
         raise UsageError(
             f"Line {reader.line_num} of {path} is not CSV: {error}.", "Quote its text."
         ) from error
 
 
-def _jsonl(path: Path) -> Iterator[Numbered]:
+def _jsonl(path: Path) -> Rows:
     for number, line in _txt(path):
         try:
-            row = json.loads(line)
+            row = json.loads(line["prompt"])
         except json.JSONDecodeError as error:
             raise UsageError(
                 f"Line {number} of {path} is not JSON: {error.msg}.", "Write one object a line."
@@ -117,37 +131,24 @@ def _jsonl(path: Path) -> Iterator[Numbered]:
             raise UsageError(
                 f"Line {number} of {path} is not a JSON object.", 'Write {"prompt": "..."} a line.'
             )
-        yield number, row[_column(path, row, f"line {number} of ")]
+        yield number, row
 
 
-def _parquet(path: Path) -> Iterator[Numbered]:
+def _parquet(path: Path) -> Rows:
     try:
         import pyarrow.parquet as parquet
     except ImportError as error:
         raise UsageError(
-            f"Reading {path} needs pyarrow.", "pip install pyarrow, or export it as csv or jsonl."
+            f"Reading {path} needs pyarrow.", "pip install pyarrow, or export a csv or jsonl."
         ) from error
     try:
-        column = _column(path, parquet.read_schema(path).names)
-        values = parquet.read_table(path, columns=[column]).column(column).to_pylist()
+        rows = parquet.read_table(path).to_pylist()
     except (OSError, ValueError) as error:  # pyarrow's ArrowInvalid is a ValueError
-        raise UsageError(f"The prompt file {path} cannot be read as parquet.", "Export it again.") from error
-    yield from enumerate(values, 1)
+        raise UsageError(f"The file {path} cannot be read as parquet.", "Export it again.") from error
+    yield from enumerate(rows, 1)
 
 
-def _column(path: Path, names: Iterable[str], where: str = "") -> str:
-    names = list(names)
-    for column in COLUMNS:
-        if column in names:
-            return column
-    found = ", ".join(f"'{name}'" for name in names) or "none"
-    raise UsageError(
-        f"No column 'prompt', 'caption' or 'text' in {where}{path} (found: {found}).",
-        "Name the column one of these.",
-    )
-
-
-READERS: dict[str, Callable[[Path], Iterator[Numbered]]] = {
+READERS: dict[str, Callable[[Path], Rows]] = {
     ".txt": _txt,
     ".csv": _csv,
     ".jsonl": _jsonl,

@@ -197,7 +197,6 @@ def write_manifest(
             f"No sample in {directory} passed the checks.", "The reasons stand in the shards' .json files."
         )
     ((shape, text_dim),) = shapes
-    assert shape is not None and text_dim is not None
     manifest = Manifest(sum(r.samples for r in records), records, shape, text_dim, provenance)
     write_json(directory / MANIFEST, asdict(manifest))
     return manifest
