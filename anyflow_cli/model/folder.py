@@ -46,7 +46,7 @@ def resolve(address: str) -> Path:
         return _from_hub(address)
     raise UsageError(
         f"There is no model at {address}.",
-        f"Give a pipeline folder, a Hub name (Wan-AI/Wan2.1-T2V-1.3B-Diffusers) or one of {', '.join(BUILT_IN)}.",
+        f"Give a pipeline folder, a Hub name (Wan-AI/Wan2.1-T2V-1.3B-Diffusers), {' or '.join(BUILT_IN)}.",
     )
 
 
@@ -122,7 +122,7 @@ def read_config(path: Path) -> NetworkConfig:
 
 
 def load_network(path: Path, dtype: torch.dtype | None = torch.float32) -> FlowMapTransformer:
-    """The network of a pipeline or transformer folder, weights as ``dtype`` (None: as stored)."""
+    """The network of a pipeline or transformer folder, frozen; weights as ``dtype`` (None: as stored)."""
     folder = transformer_folder(path)
     network = on_meta(read_config(folder))
     weights = read_weights(folder)
@@ -130,7 +130,7 @@ def load_network(path: Path, dtype: torch.dtype | None = torch.float32) -> FlowM
     network.load_state_dict(weights, assign=True)
     if dtype is not None:
         network.store_as(dtype)
-    return network.requires_grad_(True)
+    return network.requires_grad_(False)
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:

@@ -72,7 +72,7 @@ class Layout:
             high, wide = self.patch_of(segment)
             if self.height % high or self.width % wide:
                 raise UsageError(
-                    f"A latent frame of {self.height}x{self.width} does not divide into {high}x{wide} patches.",
+                    f"Latent frames of {self.height}x{self.width} do not divide into {high}x{wide} patches.",
                     "Choose a height and a width that the VAE's factor times the patch size divides.",
                 )
 

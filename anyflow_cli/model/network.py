@@ -103,7 +103,7 @@ class ConditionEmbedder(nn.Module):
 
 
 def sinusoid(t: Tensor, channels: int) -> Tensor:
-    """Cosines, then sines of ``1000 t`` at falling speeds, (..., channels) fp32; the only place that scales a time."""
+    """Cosines, then sines of ``1000 t`` at falling speeds, (..., channels) fp32; the one place that scales them."""
     half = channels // 2
     falling = torch.arange(half, dtype=torch.float32, device=t.device) / half
     angles = (TIME_SCALE * t).unsqueeze(-1) * torch.exp(-math.log(10000.0) * falling)
@@ -252,7 +252,7 @@ def on_meta(config: NetworkConfig) -> FlowMapTransformer:
 def two_time_from(
     network: FlowMapTransformer, gate: float = 0.25, conditioning: Conditioning = "interpolate"
 ) -> FlowMapTransformer:
-    """A flow-map network that starts as ``network`` (one time) and takes over its weights.
+    """A frozen flow-map network that starts as ``network`` (one time) and takes over its weights.
 
     ``interpolate``: ``(1 - g) emb(t) + g emb0(r)``, the pretrained network at ``r = t``. ``zero-init`` (the
     ablation of Fig. 11): ``emb(t) + W0 emb0(t - r)``, ``W0 = 0``: the pretrained network at any r.
@@ -270,7 +270,7 @@ def two_time_from(
         weights["condition_embedder.delta_proj.weight"] = torch.zeros_like(like)
     flow_map = on_meta(config)
     flow_map.load_state_dict(weights, assign=True)
-    return flow_map.requires_grad_(True)
+    return flow_map.requires_grad_(False)
 
 
 def folded(config: NetworkConfig, weights: dict[str, Tensor]) -> tuple[NetworkConfig, dict[str, Tensor]]:

@@ -1,0 +1,96 @@
+"""A Wan pipeline folder with small random weights, for tests of any room; made in about a second.
+
+Not the model that ships with the package (``tiny``), which is trained. Sizes: latents of 8 channels, factors 8 and 4,
+text of 32 channels; the transformer has 2 layers of 2 heads.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+WORDS = "a small large red green blue circle square triangle moving left right up down on gray white background"
+TEXT_DIM = 32
+CHANNELS = 8
+SHIFT = 5.0
+
+
+def make_wan_folder(target: Path, seed: int = 0) -> Path:
+    """Write the folder and return it."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        WanPipeline(
+            tokenizer=_tokenizer(),
+            text_encoder=_text_encoder(),
+            transformer=wan_transformer(),
+            vae=_vae(),
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT),
+        ).save_pretrained(target)
+    return target
+
+
+def wan_transformer(**changes: Any) -> Any:
+    """Diffusers' own network in the folder's sizes, with weights large enough that every part matters."""
+    from diffusers import WanTransformer3DModel
+
+    return spread(WanTransformer3DModel(**sizes(**changes)))
+
+
+def sizes(**changes: Any) -> dict[str, Any]:
+    """Arguments of the diffusers transformer classes."""
+    return {
+        "num_attention_heads": 2,
+        "attention_head_dim": 16,
+        "in_channels": CHANNELS,
+        "out_channels": CHANNELS,
+        "text_dim": TEXT_DIM,
+        "freq_dim": 32,
+        "ffn_dim": 64,
+        "num_layers": 2,
+        **changes,
+    }
+
+
+def spread(network: Any) -> Any:
+    """Move norms and biases off their start at one and zero, where an error in them would not show."""
+    with torch.no_grad():
+        for parameter in network.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    return network.eval()
+
+
+def _vae() -> Any:
+    from diffusers import AutoencoderKLWan
+
+    statistics = {
+        "latents_mean": [0.1 * i for i in range(CHANNELS)],
+        "latents_std": [1 + 0.1 * i for i in range(CHANNELS)],
+    }
+    return AutoencoderKLWan(base_dim=8, z_dim=CHANNELS, num_res_blocks=1, **statistics).eval()
+
+
+def _text_encoder() -> Any:
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    config = UMT5Config(
+        vocab_size=len(WORDS.split()) + 3, d_model=TEXT_DIM, d_kv=16, d_ff=64, num_layers=1, num_heads=2
+    )
+    return UMT5EncoderModel(config).eval()
+
+
+def _tokenizer() -> Any:
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<pad>", "</s>", "<unk>", *WORDS.split()]
+    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    inner.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=512
+    )
