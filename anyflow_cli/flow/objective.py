@@ -2,8 +2,8 @@
 
 ``flow_map_loss`` is the algorithm; the functions above it are its equations. One network call with gradient
 and one without: the null branch of the guidance and both sides of the difference quotient share the latter,
-and the quotient is taken only where it counts, for samples with ``t > r``. All frames of a sample share (t,
-r).
+and the quotient is taken only where it counts, for samples with ``t > r``. All frames of a sample share t
+and r.
 
 Averages over ranks: each rank holds an equal slice of the global batch and the ranks' gradients are averaged,
 so a loss that is a mean over its slice needs no more. Only Eq. 7 mixes samples; it takes ``global_mean``,
@@ -56,8 +56,9 @@ def difference_quotient(u_plus: Tensor, u_minus: Tensor, span: Tensor, g: Tensor
 def adaptive_weights(loss: Tensor, boundary: Tensor, global_mean: GlobalMean) -> Tensor:
     """Bring the samples with t > r to the level of those with t = r (Eq. 7): w (B,) from losses (B,).
 
-    No gradient. ``w = 1`` on the boundary, ``mean_boundary_loss / (loss + 1e-5)`` off it. A global batch
-    without a boundary sample has no level to follow and is left as it is.
+    No gradient. ``w = 1`` on the boundary, ``mean_boundary_loss / (loss + 1e-5)`` off it, of raw losses: w(t)
+    comes on top, else it would cancel. A global batch without a boundary sample has no level to follow and is
+    left as it is.
     """
     loss = loss.detach()
     level = global_mean(loss, boundary)
@@ -88,8 +89,8 @@ def flow_map_loss(
 
     ``null`` is the same network under the negative prompt; with guidance 1 it is not evaluated. ``null_mask``
     (B,) names samples whose own condition was replaced by that prompt: for them ``u_c`` and ``u_null`` are
-    the same, there is nothing to guide, and g is 1. Without the mask they would follow ``u = v - (t - r) / g
-    du/dt``, no flow map.
+    the same, there is nothing to guide, and g is 1. Without the mask they would be trained towards
+    ``u = v - (t - r) / g du/dt``, which is no flow map.
 
     With guidance 1 and no t > r in the slice, the call without gradient is left out: ranks that must call
     alike (FSDP) then have to see to it that each has such a sample. With any other guidance all make the same
@@ -97,28 +98,20 @@ def flow_map_loss(
     """
     z = interpolate(x, eps, t)
     v = eps - x
-    boundary = t == r
-    everyone = torch.arange(len(z), device=z.device)
-    inner = everyone[~boundary]
-    fused = everyone if guidance != 1 else everyone[:0]
     g = _guidance_per_sample(guidance, null_mask, z)
+    asked, of_null = Query(model, z, t, r), Query(null, z, t, r)
+    u_null, du_dt = _null_and_derivative(asked, of_null if guidance != 1 else None, v, delta, g)
 
-    # All that takes no gradient, in one call and before the graph of u_c is held
-    with torch.no_grad():
-        plus, minus = _sides(model, z, v, t, r, delta)
-        u_null, u_plus, u_minus = together(
-            Query(null, z, t, r).take(fused), plus.take(inner), minus.take(inner)
-        )
-
-    # Guidance-fused training
+    # Guidance-fused training (Eq. 6)
     u_c = model(z, t, r)
-    u = fuse_guidance(u_c, _spread(u_null, fused, z), g)
+    u = fuse_guidance(u_c, u_null, g)
 
-    # Differential derivation equation
-    du_dt = difference_quotient(u_plus, u_minus, (plus.t - minus.t)[inner], g[inner])
-    u_tgt = v - per_frame(t - r, z) * _spread(du_dt, inner, z)
+    # Differential derivation equation (Eq. 3)
+    u_tgt = v - per_frame(t - r, z) * du_dt
 
+    # metric(u - sg(u_tgt)), with w(t) and Eq. 7
     error = (u - u_tgt).square().flatten(1).mean(1)  # (B,)
+    boundary = t == r
     scale = adaptive_weights(error, boundary, global_mean) if adaptive else torch.ones_like(error)
     raw = error.detach()
     return FlowMapLoss(
@@ -135,23 +128,32 @@ def _guidance_per_sample(guidance: float, null_mask: Tensor | None, z: Tensor) -
     return per_frame(g if null_mask is None else torch.where(null_mask, 1, g), z)
 
 
-def _sides(model: Velocity, z: Tensor, v: Tensor, t: Tensor, r: Tensor, delta: float) -> tuple[Query, Query]:
-    """Give both points of the difference quotient, ``(z + d v, t + d, r)`` and ``(z - d v, t - d, r)``.
+@torch.no_grad()
+def _null_and_derivative(
+    asked: Query, of_null: Query | None, v: Tensor, delta: float, g: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Give what takes no gradient, u_null and du/dt, each (B, F, C, H, W), in one call of B + 2 I samples.
 
-    They stay in [r, 1], where the model is trained, and the quotient is divided by the distance they really
-    have. With t in [r + d, 1 - d] that is 2 d, as in Alg. 1, and the error O(d^2). For t > 1 - d the quotient
-    leans to one side and the error is O(d); for t < r + d too, but there du/dt is multiplied by t - r < d.
+    Both sides of the quotient stay in [r, 1], where the model is trained, and are divided by the distance
+    they really have. With t in [r + d, 1 - d] that is 2 d, as in Alg. 1, and the error O(d^2). For t > 1 - d
+    the quotient leans to one side and the error is O(d); for t < r + d too, but there du/dt stands times t -
+    r < d.
     """
+    z, t, r = asked.z, asked.t, asked.r
+    inner = (t > r).nonzero().squeeze(1)  # (I,)
     t_plus = (t + delta).clamp(max=1)
     t_minus = torch.maximum(t - delta, r)
     z_plus = z + per_frame(t_plus - t, z) * v
     z_minus = z - per_frame(t - t_minus, z) * v
-    return Query(model, z_plus, t_plus, r), Query(model, z_minus, t_minus, r)
 
-
-def _spread(values: Tensor, index: Tensor, z: Tensor) -> Tensor:
-    """Put values (I, F, C, H, W) at their samples of a batch like z (B, F, C, H, W), 0 elsewhere."""
-    return torch.zeros_like(z).index_copy(0, index, values)
+    plus = Query(asked.model, z_plus, t_plus, r).take(inner)
+    minus = Query(asked.model, z_minus, t_minus, r).take(inner)
+    if of_null is None:
+        u_null, (u_plus, u_minus) = torch.zeros_like(z), together(plus, minus)
+    else:
+        u_null, u_plus, u_minus = together(of_null, plus, minus)
+    du_dt = difference_quotient(u_plus, u_minus, plus.t - minus.t, g[inner])
+    return u_null, torch.zeros_like(z).index_copy(0, inner, du_dt)
 
 
 def flow_matching_loss(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from anyflow_cli.flow.objective import interpolate
-from anyflow_cli.flow.velocity import Velocity, flow_map, full_time, noise_like, per_frame
+from anyflow_cli.flow.velocity import Generators, Velocity, flow_map, full_time, noise_like, per_frame
 
 OnStep = Callable[[int, Tensor], None]
 
@@ -31,7 +31,7 @@ class Sampler(Protocol):
         z: Tensor,
         grid: Tensor,
         *,
-        generator: torch.Generator | None = None,
+        generator: Generators = None,
         on_step: OnStep | None = None,
     ) -> Tensor:
         """Sample."""
@@ -43,7 +43,7 @@ def flow_map_euler(
     z: Tensor,
     grid: Tensor,
     *,
-    generator: torch.Generator | None = None,
+    generator: Generators = None,
     on_step: OnStep | None = None,
 ) -> Tensor:
     """Jump from time to time with the flow map: ``z_r = z_t - (t - r) u(z_t, t, r)``."""
@@ -59,7 +59,7 @@ def euler(
     z: Tensor,
     grid: Tensor,
     *,
-    generator: torch.Generator | None = None,
+    generator: Generators = None,
     on_step: OnStep | None = None,
 ) -> Tensor:
     """Integrate the ODE with the instantaneous velocity: ``z_r = z_t - (t - r) u(z_t, t, t)``."""
@@ -75,7 +75,7 @@ def consistency(
     z: Tensor,
     grid: Tensor,
     *,
-    generator: torch.Generator | None = None,
+    generator: Generators = None,
     on_step: OnStep | None = None,
 ) -> Tensor:
     """Predict x = f(z, t, 0) and noise it to the next time with fresh noise, until the time is 0."""

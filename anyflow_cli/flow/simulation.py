@@ -16,7 +16,7 @@ from torch import Tensor
 
 from anyflow_cli.flow.samplers import consistency
 from anyflow_cli.flow.times import grid
-from anyflow_cli.flow.velocity import Velocity, flow_map, full_time
+from anyflow_cli.flow.velocity import Generators, Velocity, flow_map, full_time
 
 BUDGETS = (2, 4, 8, 16, 50)  # N of Alg. 2
 
@@ -54,7 +54,7 @@ def draw_exit_step(steps: int, generator: torch.Generator) -> int:
 
 
 def consistency_rollout(
-    model: Velocity, noise: Tensor, times: Tensor, exit_step: int, generator: torch.Generator
+    model: Velocity, noise: Tensor, times: Tensor, exit_step: int, generator: Generators
 ) -> Tensor:
     """Consistency backward simulation: predict x at time 0, noise it to the next time, until the exit step.
 

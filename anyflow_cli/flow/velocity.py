@@ -9,12 +9,15 @@ Shapes: B batch, F latent frames, C channels, H W latent height and width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, cast
 
 import torch
 from torch import Tensor
+
+Generators = torch.Generator | Sequence[torch.Generator] | None
+"""One for the batch, or one for each sample: then a sample's noise does not depend on its batch."""
 
 
 class Velocity(Protocol):
@@ -114,7 +117,9 @@ def full_time(t: float, z: Tensor) -> Tensor:
     return z.new_full((z.shape[0],), t)
 
 
-def noise_like(z: Tensor, generator: torch.Generator | None) -> Tensor:
+def noise_like(z: Tensor, generator: Generators) -> Tensor:
     """Draw N(0, I) of z's shape where the generator lives: one of the CPU gives the same anywhere."""
+    if isinstance(generator, Sequence):
+        return torch.stack([noise_like(sample, own) for sample, own in zip(z, generator, strict=True)])
     device = z.device if generator is None else generator.device
     return torch.randn(z.shape, generator=generator, device=device, dtype=z.dtype).to(z.device)

@@ -1,0 +1,129 @@
+"""Closed forms for Gaussian data, x ~ N(mean, std^2 I): all that a network approximates, exactly.
+
+    z_t ~ N((1 - t) mean, s_t^2),  s_t^2 = (1 - t)^2 std^2 + t^2
+    f(z, t, r) = (1 - r) mean + s_r / s_t (z - (1 - t) mean)
+
+Shapes: B batch, F latent frames, C channels, H W height and width; F = C, so that a swapped axis is not
+caught by its size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from anyflow_cli.flow.velocity import Velocity, per_frame
+
+SHAPE = (3, 3, 2, 2)  # F, C, H, W
+
+
+def normal(seed: int, *shape: int) -> Tensor:
+    """Draw N(0, I) in float64."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """The exact velocity of Gaussian data. A sample's condition is its mean, (B, F, C, H, W) or 1 for all."""
+
+    mean: Tensor
+    std: float = 0.6
+
+    def __call__(self, z: Tensor, t: Tensor, r: Tensor) -> Tensor:
+        """Give u = (z_t - z_r) / (t - r), in a form that holds at t = r too, where it is v."""
+        t, r = per_frame(t, z), per_frame(r, z)
+        slope = ((t + r) * (1 + self.std**2) - 2 * self.std**2) / (self.scale(t) + self.scale(r))
+        return slope / self.scale(t) * (z - (1 - t) * self.mean) - self.mean
+
+    def take(self, index: Tensor) -> Gaussian:
+        return self if len(self.mean) == 1 else Gaussian(self.mean[index], self.std)
+
+    def join(self, *others: Velocity) -> Gaussian:
+        parts = [self.mean, *(cast("Gaussian", other).mean for other in others)]
+        return self if len(self.mean) == 1 else Gaussian(torch.cat(parts), self.std)
+
+    def scale(self, t: Tensor) -> Tensor:
+        """Give s_t."""
+        return ((1 - t).square() * self.std**2 + t.square()).sqrt()
+
+    def flow(self, z: Tensor, t: Tensor, r: Tensor) -> Tensor:
+        """Give the flow map f(z, t, r) by the formula at the head of this file."""
+        t, r = per_frame(t, z), per_frame(r, z)
+        return (1 - r) * self.mean + self.scale(r) / self.scale(t) * (z - (1 - t) * self.mean)
+
+    def clean(self, z: Tensor, t: Tensor) -> Tensor:
+        """Give E[x | z_t = z]."""
+        t = per_frame(t, z)
+        return self.mean + (1 - t) * (self.std / self.scale(t)) ** 2 * (z - (1 - t) * self.mean)
+
+    def pair(self, z: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Give the x and eps whose straight path passes z at t with the velocity v = v(z, t)."""
+        v = self(z, t, t)
+        return z - per_frame(t, z) * v, z + per_frame(1 - t, z) * v
+
+
+@dataclass(frozen=True)
+class Fused:
+    """The exact student of Alg. 1 under guidance g, and its null branch, as conditions of one model.
+
+    The null branch is ``u(z, t, r) = t drift``. A student that fuses it with a flow of velocity v has to
+    satisfy ``d/dt [(t - r) u_c] = g v + (1 - g) t drift`` along that flow, so ``u_c = g u + (1 - g) (t + r) /
+    2 drift``.
+    """
+
+    data: Gaussian
+    is_null: Tensor  # (B,)
+    guidance: float
+    drift: Tensor  # (1, F, C, H, W)
+
+    def __call__(self, z: Tensor, t: Tensor, r: Tensor) -> Tensor:
+        t_null, t_mean = per_frame(t, z), per_frame((t + r) / 2, z)
+        u_c = self.guidance * self.data(z, t, r) + (1 - self.guidance) * t_mean * self.drift
+        return torch.where(per_frame(self.is_null, z), t_null * self.drift, u_c)
+
+    def take(self, index: Tensor) -> Fused:
+        return Fused(self.data.take(index), self.is_null[index], self.guidance, self.drift)
+
+    def join(self, *others: Velocity) -> Fused:
+        parts = cast("tuple[Fused, ...]", others)
+        is_null = torch.cat([self.is_null, *(part.is_null for part in parts)])
+        return Fused(self.data.join(*(part.data for part in parts)), is_null, self.guidance, self.drift)
+
+
+@dataclass(frozen=True)
+class Watched:
+    """A velocity model that notes each call: its batch, its times, whether gradient was on."""
+
+    model: Velocity
+    calls: list[tuple[int, Tensor, Tensor, bool]] = field(default_factory=list)
+
+    def __call__(self, z: Tensor, t: Tensor, r: Tensor) -> Tensor:
+        self.calls.append((len(z), t, r, torch.is_grad_enabled()))
+        return self.model(z, t, r)
+
+    def take(self, index: Tensor) -> Watched:
+        return Watched(self.model.take(index), self.calls)
+
+    def join(self, *others: Velocity) -> Watched:
+        return Watched(self.model.join(*(cast("Watched", other).model for other in others)), self.calls)
+
+
+@dataclass(frozen=True)
+class Bent:
+    """A velocity model made of another one: ``u = bend(model, z, t, r)``."""
+
+    model: Velocity
+    bend: Callable[[Velocity, Tensor, Tensor, Tensor], Tensor]
+
+    def __call__(self, z: Tensor, t: Tensor, r: Tensor) -> Tensor:
+        return self.bend(self.model, z, t, r)
+
+    def take(self, index: Tensor) -> Bent:
+        return Bent(self.model.take(index), self.bend)
+
+    def join(self, *others: Velocity) -> Bent:
+        return Bent(self.model.join(*(cast("Bent", other).model for other in others)), self.bend)

@@ -1,0 +1,123 @@
+"""Distribution matching between Gaussians: where it vanishes, where it points, and where it leads."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from anyflow_cli.flow.matching import (
+    distribution_matching_loss,
+    fake_score_loss,
+    matching_gradient,
+    predict_clean,
+)
+from anyflow_cli.flow.objective import flow_matching_loss, interpolate
+from anyflow_cli.flow.velocity import per_frame
+from tests.flow.gaussian import SHAPE, Bent, Gaussian, Watched, normal
+
+B = 4
+T = torch.tensor([0.9, 0.7, 0.4, 0.1]).double()
+EPS = normal(0, B, *SHAPE)
+REAL, FAKE, NULL = (Gaussian(normal(seed, B, *SHAPE)) for seed in (1, 2, 3))
+X = FAKE.mean + FAKE.std * normal(4, B, *SHAPE)
+
+
+def pull(x: Tensor, fake: Gaussian, real: Gaussian, null: Gaussian, guidance: float = 4.0) -> Tensor:
+    """Give the gradient on x times the number of elements, over the 2 of the square."""
+    x = x.clone().requires_grad_()
+    loss = distribution_matching_loss(x, fake, real, null, T, EPS, guidance)
+    return torch.autograd.grad(loss, x)[0] * x.numel() / 2
+
+
+def test_scores_predict_the_mean_of_the_clean_data() -> None:
+    torch.testing.assert_close(predict_clean(REAL, X, T), REAL.clean(X, T))
+
+
+def test_it_vanishes_where_fake_and_real_agree() -> None:
+    """At guidance 1 the null branch does not matter; where all three agree the guidance does not."""
+    assert pull(X, REAL, REAL, NULL, guidance=1.0).abs().max() < 1e-12
+    assert pull(X, REAL, REAL, REAL).abs().max() < 1e-12
+
+
+def test_descent_leads_from_the_fake_mean_to_the_real_one() -> None:
+    """For data of one width x0_fake - x0_real = (mean_fake - mean_real) t^2 / s_t^2."""
+    got = pull(X, FAKE, REAL, REAL)
+    z = interpolate(X, EPS, T)
+    share = per_frame(T.square() / REAL.scale(T).square(), X)
+    distance = (X - REAL.clean(z, T)).abs().mean(dim=(1, 2, 3, 4), keepdim=True)
+    torch.testing.assert_close(got, (FAKE.mean - REAL.mean) * share / distance)
+    assert (got * (REAL.mean - X)).sum() < 0
+
+
+def test_real_guidance_goes_beyond_the_condition_by_three() -> None:
+    """x0 = x0_c + 3 (x0_c - x0_null): guidance 4 of the usual convention, and its default."""
+    z = interpolate(X, EPS, T)
+    x0_c, x0_null = REAL.clean(z, T), NULL.clean(z, T)
+    wanted = matching_gradient(X, FAKE.clean(z, T), x0_c + 3 * (x0_c - x0_null))
+    torch.testing.assert_close(pull(X, FAKE, REAL, NULL), wanted)
+
+
+def test_descent_carries_the_student_to_the_real_distribution() -> None:
+    """A student that is x = m + std eps, with a fake score that keeps up with it, ends at the real mean."""
+    real, mean = Gaussian(torch.full((1, 1, 1, 1, 1), 0.8).double()), torch.tensor(-0.5).double()
+    for step in range(60):
+        start = mean.clone().requires_grad_()
+        x = start + real.std * normal(step, 64, *SHAPE)
+        t = torch.rand(64, generator=torch.Generator().manual_seed(step)).double()
+        fake = Gaussian(mean.expand(1, 1, 1, 1, 1), real.std)
+        loss = distribution_matching_loss(x, fake, real, real, t, normal(1000 + step, 64, *SHAPE))
+        mean = mean - 0.1 * torch.autograd.grad(loss, start)[0]
+    assert mean.item() == pytest.approx(0.8, abs=0.05)
+
+
+def test_each_sample_has_its_own_distance() -> None:
+    """Scaling one sample's three videos leaves its gradient, and that of the others, as it was."""
+    factor = torch.tensor([1.0, 100.0, 1.0, 0.01]).double().reshape(B, 1, 1, 1, 1)
+    one = matching_gradient(X, FAKE.mean, REAL.mean)
+    torch.testing.assert_close(matching_gradient(factor * X, factor * FAKE.mean, factor * REAL.mean), one)
+
+
+def test_what_has_no_direction_has_no_gradient() -> None:
+    x = X.clone()
+    x[0] = REAL.mean[0]  # distance 0, fake elsewhere: infinite
+    fake = FAKE.mean.clone()
+    x[1] = fake[1] = REAL.mean[1]  # 0 / 0
+    fake[2, 0, 0, 0, 0] = torch.nan
+    gradient = matching_gradient(x, fake, REAL.mean)
+    assert gradient.isfinite().all()
+    assert gradient[:2].abs().max() == 0
+    assert gradient[2, 0, 0, 0, 0] == 0
+    assert gradient[2, 1].abs().min() > 0
+
+
+def test_the_difference_is_taken_in_high_precision() -> None:
+    """Predictions that agree to 1e-9 differ in float64; in fp32 their difference would be 0."""
+    x, real = torch.zeros(1, *SHAPE), torch.ones(1, *SHAPE).double()
+    gradient = matching_gradient(x, real + 1e-9, real)
+    torch.testing.assert_close(gradient, torch.full_like(real, 1e-9), rtol=1e-5, atol=0)
+
+
+def test_the_loss_is_the_mean_square_of_the_gradient_in_the_students_dtype() -> None:
+    loss = distribution_matching_loss(X.float(), FAKE, REAL, NULL, T, EPS)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(pull(X, FAKE, REAL, NULL).square().mean().item(), rel=1e-5)
+
+
+def test_scores_run_without_gradient_and_the_real_one_once() -> None:
+    fake, real, null = Watched(FAKE), Watched(REAL), Watched(NULL)
+    distribution_matching_loss(X.clone().requires_grad_(), fake, real, null, T, EPS)
+    assert [(batch, gradient) for batch, _, _, gradient in fake.calls] == [(B, False)]
+    assert [(batch, gradient) for batch, _, _, gradient in real.calls] == [(2 * B, False)]
+
+
+def test_the_fake_score_learns_the_students_samples_and_leaves_them_alone() -> None:
+    x = X.clone().requires_grad_()
+    a = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    fake = Bent(FAKE, lambda u, z, t, r: u(z, t, r) + a)
+    loss = fake_score_loss(fake, x, EPS, T)
+    torch.testing.assert_close(loss, flow_matching_loss(FAKE, X, EPS, T))
+    with pytest.raises(RuntimeError, match="not have been used"):
+        torch.autograd.grad(loss, x, retain_graph=True)
+    (to_score,) = torch.autograd.grad(loss, a)
+    torch.testing.assert_close(to_score, 2 * (FAKE(interpolate(X, EPS, T), T, T) - (EPS - X)).mean())
