@@ -1,0 +1,1 @@
+"""Scores of generated videos: suites, the protocol they are run under, and the reports made of them."""

@@ -1,0 +1,321 @@
+"""What is seen in a clip: the dots, the moving shape in every frame, and what belongs to neither.
+
+Measurements only, in pixels and levels; which of them are good is for ``score.py`` to say. Forms are compared
+with clips the world itself draws, so a shape added there needs nothing here.
+
+Legend: T frames, H W height and width, D dots found, S sectors of the angular profile.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from anyflow_cli.data.world import (
+    COLOURS,
+    DOT_COUNT,
+    DOT_RADIUS,
+    FRAMES,
+    HEIGHT,
+    SHAPES,
+    SIZES,
+    WIDTH,
+    Pixels,
+    Scene,
+    render,
+)
+from anyflow_cli.evaluate.shapes.components import Mask, component_labels, largest_component
+from anyflow_cli.evaluate.shapes.unmix import NAMES, Floats, Mixture, unmix
+
+SECTORS = 16
+OBJECT = 0.25  # share of the shape's colour above which a pixel may belong to the shape
+DOT = 0.25  # mean share of white over time above which a dot is looked for
+LEAST_AREA = 20.0  # pixels; less is no shape
+LEAST_DOT = 3.0
+REACH = 5  # half width in pixels of the window around a dot
+EVERY = 4  # sharpness looks at each fourth frame
+FAINT = 12.0  # steps between neighbouring pixels below this are no edge
+
+
+@dataclass(frozen=True)
+class Dots:
+    """The DOT_COUNT best dots, or fewer: centres (D, 2) as x, y, and how well each is drawn."""
+
+    centres: Floats
+    likeness: Floats  # (D,) overlap with an ideal dot, mean over frames, 0..1
+    extra: int  # how many more there are
+    stray: Floats  # (T,) white area outside of the dots
+
+
+@dataclass(frozen=True)
+class Track:
+    """The largest moving part in each frame; frames without one have ``seen`` false and hold no meaning."""
+
+    seen: Mask  # (T,)
+    area: Floats  # (T,)
+    centre: Floats  # (T, 2) x, y
+    colour: Floats  # (T, 3)
+    profile: Floats  # (T, S) share of the area in each sector around the centre
+    stray: Floats  # (T,) area of the shape's colour outside of it
+    start: Floats  # (2,) of the straight uniform motion that fits best
+    step: Floats  # (2,) pixels a frame
+    residual: float  # root mean square distance from that motion
+
+
+@dataclass(frozen=True)
+class Observation:
+    """All measurements of one clip."""
+
+    mixture: Mixture
+    dots: Dots
+    track: Track
+    shape: str | None  # the form it is nearest to over the whole clip
+    forms: tuple[str, ...]  # the same, frame by frame, where seen
+    radius: Floats  # (T,) as the world counts sizes, where seen
+    background_share: dict[str, float]  # share of each colour among what is neither shape nor dot
+    background_levels: Floats  # (T, 3) mean background colour in each frame
+    unexplained: float  # pixels a frame that no mixture explains
+    steepness: float  # of edges, against the world's own drawing of the same scene
+
+
+def observe(video: Pixels) -> Observation:
+    """Measure a clip (T, H, W, 3)."""
+    mixture = unmix(video)
+    dots = _dots(mixture.white)
+    presence = _filled(mixture.shape, mixture.white, dots.centres)
+    inside = largest_component(presence > OBJECT, presence)
+    track = _track(video, presence, mixture.white, inside)
+    forms, radius = _forms(track)
+    outside = ~(_grown(inside) | (mixture.white > 0.05))
+    return Observation(
+        mixture=mixture,
+        dots=dots,
+        track=track,
+        shape=max(SHAPES, key=forms.count) if forms else None,
+        forms=forms,
+        radius=radius,
+        background_share=_background_share(mixture, outside),
+        background_levels=_levels(video, outside, mixture.background_rgb),
+        unexplained=float(mixture.unexplained.sum() / len(video)),
+        steepness=_steepness(video, mixture, dots, track, forms, radius),
+    )
+
+
+# -- dots ----------------------------------------------------------------------------------------------------
+
+
+def _dots(white: Floats) -> Dots:
+    """Find what is white and stays where it is."""
+    mean = white.mean(0)
+    labels = component_labels(mean > DOT)
+    mass = np.bincount(labels.ravel(), mean.ravel())[1:]
+    y, x = np.mgrid[:HEIGHT, :WIDTH] + 0.5
+    found = []
+    for number in np.flatnonzero(mass >= LEAST_DOT):
+        weight = mean * (labels == number + 1)
+        centre = ((weight * x).sum() / weight.sum(), (weight * y).sum() / weight.sum())
+        found.append((_dot_likeness(white, centre), centre))
+    found.sort(reverse=True)
+    best = found[:DOT_COUNT]
+    near = np.zeros((HEIGHT, WIDTH), bool)
+    for _, (cx, cy) in best:
+        near |= (abs(x - cx) <= REACH) & (abs(y - cy) <= REACH)
+    centres = np.array([centre for _, centre in best], np.float32).reshape(-1, 2)
+    likeness = np.array([value for value, _ in best], np.float32)
+    return Dots(centres, likeness, len(found) - len(best), (white * ~near).sum((1, 2)))
+
+
+def _dot_likeness(white: Floats, centre: tuple[float, float]) -> float:
+    """Overlap of the white around ``centre`` with a dot of the world: sum of minima over sum of maxima."""
+    column, row = int(centre[0]), int(centre[1])
+    rows = slice(max(row - REACH, 0), min(row + REACH + 1, HEIGHT))
+    columns = slice(max(column - REACH, 0), min(column + REACH + 1, WIDTH))
+    y, x = np.mgrid[rows, columns] + 0.5
+    ideal = np.clip(0.5 - (np.hypot(x - centre[0], y - centre[1]) - DOT_RADIUS), 0, 1)
+    seen = white[:, rows, columns]
+    overlap = np.minimum(seen, ideal).sum((1, 2)) / np.maximum(seen, ideal).sum((1, 2))
+    return float(overlap.mean())
+
+
+# -- the moving shape ----------------------------------------------------------------------------------------
+
+
+def _filled(shape: Floats, white: Floats, centres: Floats) -> Floats:
+    """Shares of the shape (T, H, W) with the places under each dot filled in from around it."""
+    filled = shape.copy()
+    for x, y in centres:
+        window = (slice(None), *(slice(max(int(c) - 2 * REACH, 0), int(c) + 2 * REACH) for c in (y, x)))
+        covered = white[window] > 0.05
+        free = np.where(covered, 0, 1).astype(np.float32)
+        around = _box(shape[window] * free) / np.maximum(_box(free), 1e-3)
+        filled[window] = np.where(covered, around, shape[window])
+    return filled
+
+
+def _box(values: Floats, reach: int = 3) -> Floats:
+    """Sum over a square window of 2 reach + 1 pixels, (T, H, W)."""
+    for axis in (1, 2):
+        pad = [(0, 0)] * 3
+        pad[axis] = (reach, reach)
+        padded = np.pad(values, pad)
+        length = values.shape[axis]
+        shifted = [np.take(padded, range(i, i + length), axis) for i in range(2 * reach + 1)]
+        values = np.add.reduce(shifted)
+    return values
+
+
+def _grown(mask: Mask) -> Mask:
+    """The mask (T, H, W) and its four neighbours."""
+    grown = mask.copy()
+    grown[:, 1:] |= mask[:, :-1]
+    grown[:, :-1] |= mask[:, 1:]
+    grown[:, :, 1:] |= mask[:, :, :-1]
+    grown[:, :, :-1] |= mask[:, :, 1:]
+    return grown
+
+
+def _track(video: Pixels, presence: Floats, white: Floats, inside: Mask) -> Track:
+    own = np.where(_grown(inside), presence, 0)
+    frames = len(own)
+    t, y, x = np.nonzero(own)
+    weight = own[t, y, x]
+    area = np.bincount(t, weight, minlength=frames)
+    seen = area >= LEAST_AREA
+    safe = np.maximum(area, 1e-6)
+    centre = np.stack([np.bincount(t, weight * (axis + 0.5), minlength=frames) / safe for axis in (x, y)], 1)
+    dx, dy = x + 0.5 - centre[t, 0], y + 0.5 - centre[t, 1]
+    start, step, residual = _straight(centre, seen)
+    return Track(
+        seen=seen,
+        area=area.astype(np.float32),
+        centre=centre.astype(np.float32),
+        colour=_core_colours(video, inside & (presence > 0.9) & (white < 0.05)),
+        profile=(_sectors(t, dx, dy, weight, frames) / safe[:, None]).astype(np.float32),
+        stray=np.where(_grown(inside), 0, presence).sum((1, 2)),
+        start=start,
+        step=step,
+        residual=residual,
+    )
+
+
+def _sectors(t: NDArray[np.intp], dx: Floats, dy: Floats, weight: Floats, frames: int) -> NDArray[np.float64]:
+    """Area in each sector (T, S); a pixel is shared between the two sectors whose middles it lies between."""
+    angle = (np.arctan2(dy, dx) / (2 * np.pi) % 1.0) * SECTORS
+    first = np.floor(angle).astype(np.intp)
+    part = angle - first
+    slots = frames * SECTORS
+    total = np.bincount(t * SECTORS + first % SECTORS, weight * (1 - part), minlength=slots)
+    total = total + np.bincount(t * SECTORS + (first + 1) % SECTORS, weight * part, minlength=slots)
+    return np.asarray(total.reshape(frames, SECTORS))
+
+
+def _core_colours(video: Pixels, core: Mask) -> Floats:
+    """Mean colour of the inner part of the shape in each frame, (T, 3)."""
+    t, y, x = np.nonzero(core)
+    pixels = video[t, y, x].astype(np.float32)
+    count = np.maximum(np.bincount(t, minlength=len(video)), 1)
+    sums = [np.bincount(t, pixels[:, c], minlength=len(video)) for c in range(3)]
+    return np.asarray(np.stack(sums, 1) / count[:, None], np.float32)
+
+
+def _straight(centre: NDArray[np.float64], seen: Mask) -> tuple[Floats, Floats, float]:
+    """The uniform motion nearest to the track (T, 2) where seen: start, step, root mean square residual."""
+    if seen.sum() < 3:
+        return np.zeros(2, np.float32), np.zeros(2, np.float32), float("inf")
+    time = np.flatnonzero(seen).astype(np.float64)
+    design = np.stack([np.ones_like(time), time], 1)
+    fit, *_ = np.linalg.lstsq(design, centre[seen], rcond=None)
+    residual = float(np.sqrt(((design @ fit - centre[seen]) ** 2).sum(1).mean()))
+    return fit[0].astype(np.float32), fit[1].astype(np.float32), residual
+
+
+# -- form and size -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Form:
+    """How the world draws one shape at one size."""
+
+    name: str
+    profile: Floats  # (S,)
+    unit_area: float  # area over radius squared
+
+
+@lru_cache(maxsize=1)
+def _known_forms() -> tuple[Form, ...]:
+    return tuple(_known_form(name, size, radius) for name in SHAPES for size, radius in SIZES.items())
+
+
+def _known_form(name: str, size: str, radius: float) -> Form:
+    # An odd step, so that the mean runs over all positions of the edge between two pixels.
+    colour, start, step = next(iter(COLOURS)), (24, 26), (0.37, 0.23)
+    scene = Scene(name, colour, size, "right", "slowly", "black", radius, start, step, ())
+    video = render(scene)
+    mixture = unmix(video)
+    track = _track(video, mixture.shape, mixture.white, mixture.shape > OBJECT)
+    return Form(name, track.profile.mean(0), float(track.area.mean()) / radius**2)
+
+
+def _forms(track: Track) -> tuple[tuple[str, ...], Floats]:
+    """The nearest form of each frame in which something is seen, and the radius the world would give it."""
+    known = _known_forms()
+    profiles = np.stack([form.profile for form in known])
+    distance = np.abs(track.profile[track.seen, None] - profiles).sum(-1)
+    nearest = distance.argmin(1)
+    unit = np.array([form.unit_area for form in known], np.float32)
+    return tuple(known[i].name for i in nearest), np.sqrt(track.area[track.seen] / unit[nearest])
+
+
+# -- the rest of the picture ---------------------------------------------------------------------------------
+
+
+def _background_share(mixture: Mixture, outside: Mask) -> dict[str, float]:
+    counts = np.bincount(mixture.labels[outside], minlength=len(NAMES))
+    return {name: float(count / max(counts.sum(), 1)) for name, count in zip(NAMES, counts, strict=True)}
+
+
+def _levels(video: Pixels, outside: Mask, ground: Floats) -> Floats:
+    """Mean colour outside of shape and dots in each frame, (T, 3)."""
+    t, y, x = np.nonzero(~outside)  # few, so their sum is taken off that of the whole frame
+    inner = np.stack([np.bincount(t, video[t, y, x, c], minlength=len(video)) for c in range(3)], 1)
+    count = outside.sum((1, 2))[:, None]
+    whole = np.ones(HEIGHT * WIDTH, np.float32) @ video.reshape(len(video), -1, 3).astype(np.float32)
+    sums = whole - inner
+    return np.where(count > 0, sums / np.maximum(count, 1), ground).astype(np.float32)
+
+
+def _steepness(
+    video: Pixels, mixture: Mixture, dots: Dots, track: Track, forms: tuple[str, ...], radius: Floats
+) -> float:
+    """Steepness of edges over that of the scene as the world would draw it; 1 is as sharp as the world."""
+    if not forms or mixture.colour is None:
+        return 0.0
+    scene = Scene(
+        shape=max(SHAPES, key=forms.count),
+        colour=mixture.colour,
+        size="",
+        direction="",
+        speed="",
+        background=mixture.background,
+        radius=float(np.median(radius)),
+        start=(float(track.start[0]), float(track.start[1])),
+        step=(EVERY * float(track.step[0]), EVERY * float(track.step[1])),
+        dots=tuple((float(x), float(y)) for x, y in dots.centres),
+    )
+    ideal = render(scene, (FRAMES + EVERY - 1) // EVERY)
+    return _edge_steepness(video[::EVERY]) / max(_edge_steepness(ideal), 1e-6)
+
+
+def _edge_steepness(video: Pixels) -> float:
+    """Mean step between neighbouring pixels, weighted by its square so that noise has no say; in levels."""
+    levels = video.astype(np.float32)
+    cubes = squares = 0.0
+    for axis in (1, 2):
+        difference = np.diff(levels, axis=axis)
+        square = np.einsum("thwc,thwc->thw", difference, difference)
+        edge = square[square > FAINT**2]
+        cubes, squares = cubes + float((edge**1.5).sum()), squares + float(edge.sum())
+    return cubes / squares if squares else 0.0

@@ -1,0 +1,131 @@
+"""A clip of the world taken apart: how much of each pixel is background, moving shape and white dot.
+
+Every pixel of the world is a mixture of three colours, since edges are soft: background, the shape's colour,
+white. Solving for the shares gives masks that are exact below a pixel, and what no mixture explains is a
+defect. The colours of background and shape are measured in the clip itself, so that a wrong tint is one
+finding and not a thousand.
+
+Legend: T frames, H W height and width, K foreground pixels of all frames; colours are RGB, 0..255.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from anyflow_cli.data.world import BACKGROUNDS, COLOURS, DOT_COLOUR, Colour, Pixels
+
+Floats = NDArray[np.float32]
+Labels = NDArray[np.uint8]
+
+FOREGROUND = 16.0  # distance from the background at which a pixel is looked at
+CORE = 0.9  # share of the strongest pixels' shape share above which a pixel lies inside the shape
+
+PALETTE = {**BACKGROUNDS, **COLOURS, "white": DOT_COLOUR}
+NAMES = tuple(PALETTE)
+PALETTE_RGB = np.array(list(PALETTE.values()), np.float32)
+
+
+def rgb_array(colour: Colour) -> Floats:
+    """A colour of the world as an array (3,)."""
+    return np.array(colour, np.float32)
+
+
+WHITE = rgb_array(DOT_COLOUR)
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Shares of shape, white and neither, each (T, H, W), and the two measured colours."""
+
+    labels: Labels  # nearest palette colour of each pixel, index into NAMES
+    shape: Floats
+    white: Floats
+    unexplained: Floats
+    background: str
+    background_rgb: Floats
+    colour: str | None  # None where nothing but background and white was found
+    colour_rgb: Floats
+
+
+def unmix(video: Pixels) -> Mixture:
+    """Take a clip (T, H, W, 3) apart."""
+    labels = nearest_labels(video)
+    counts = np.bincount(labels.ravel(), minlength=len(NAMES))
+    background = max(BACKGROUNDS, key=lambda name: counts[NAMES.index(name)])
+    ground = _median_colour(video[::4][labels[::4] == NAMES.index(background)])
+    contrast = video - ground
+    where = np.einsum("thwc,thwc->thw", contrast, contrast) > FOREGROUND**2
+    found = contrast[where]  # (K, 3)
+    colour = _dominant_colour(found, ground)
+    rgb = _core_colour(found, ground, rgb_array(COLOURS[colour])) if colour else ground
+    shape, white, unexplained = (_dense(s, where) for s in _shares(found, rgb - ground, WHITE - ground))
+    return Mixture(labels, shape, white, unexplained, background, ground, colour, rgb)
+
+
+def _dense(sparse: Floats, where: NDArray[np.bool_]) -> Floats:
+    values = np.zeros(where.shape, np.float32)
+    values[where] = sparse
+    return values
+
+
+def nearest_labels(video: Pixels) -> Labels:
+    """Index into NAMES of the palette colour nearest to each pixel, (T, H, W); 5 bits a channel count."""
+    five = (video >> 3).astype(np.uint16)
+    return np.asarray(_label_table()[(five[..., 0] << 10) | (five[..., 1] << 5) | five[..., 2]])
+
+
+@lru_cache(maxsize=1)
+def _label_table() -> Labels:
+    level = np.arange(32, dtype=np.float32) * 8 + 3.5
+    cube = np.stack(np.meshgrid(level, level, level, indexing="ij"), axis=-1).reshape(-1, 3)
+    distance = ((cube[:, None] - PALETTE_RGB) ** 2).sum(-1)
+    return np.asarray(distance.argmin(1), np.uint8)
+
+
+def _median_colour(pixels: Pixels) -> Floats:
+    """Median of each channel of (K, 3), by counting: sorting would cost more than everything else here."""
+    if not len(pixels):
+        return np.asarray(PALETTE_RGB[0])
+    halves = [np.cumsum(np.bincount(pixels[:, c], minlength=256)) for c in range(3)]
+    return np.array([np.searchsorted(half, half[-1] / 2) for half in halves], np.float32)
+
+
+def _dominant_colour(contrast: Floats, ground: Floats) -> str | None:
+    """The palette colour most foreground pixels lean to, whatever their opacity; white counts for none."""
+    if not len(contrast):
+        return None
+    white = (WHITE - ground) / np.linalg.norm(WHITE - ground)
+    chroma = contrast - (contrast @ white)[:, None] * white
+    strength = np.linalg.norm(chroma, axis=1)
+    towards = np.array(list(COLOURS.values()), np.float32) - ground
+    towards -= (towards @ white)[:, None] * white
+    towards /= np.linalg.norm(towards, axis=1, keepdims=True)
+    vote = (chroma @ towards.T).argmax(1)
+    votes = np.bincount(vote, np.where(strength > FOREGROUND, strength, 0), minlength=len(COLOURS))
+    return list(COLOURS)[int(votes.argmax())] if votes.any() else None
+
+
+def _core_colour(contrast: Floats, ground: Floats, colour: Floats) -> Floats:
+    """Median colour inside the shape, first found by the palette's own colour."""
+    share, white, _ = _shares(contrast, colour - ground, WHITE - ground)
+    if not share.any():
+        return colour
+    core = (share >= CORE * np.quantile(share[share > 0], 0.9)) & (white < 0.2)
+    return np.asarray(ground + np.median(contrast[core], axis=0), np.float32) if core.any() else colour
+
+
+def _shares(contrast: Floats, colour: Floats, white: Floats) -> tuple[Floats, Floats, Floats]:
+    """Least-squares shares (K,) of colour and white, each in 0..1, and the rest as a share of 255."""
+    axes = np.stack([colour, white], axis=1)
+    gram = axes.T @ axes + np.eye(2, dtype=np.float32)
+    shape_share, white_share = np.linalg.solve(gram, axes.T @ contrast.T)
+    alone = contrast @ colour / max(float(colour @ colour), 1.0)
+    shape_share = np.where(white_share < 0, alone, shape_share)
+    white_share = np.where(shape_share < 0, contrast @ white / (white @ white), white_share)
+    shape_share, white_share = np.clip(shape_share, 0, 1), np.clip(white_share, 0, 1)
+    left = contrast - shape_share[:, None] * colour - white_share[:, None] * white
+    return shape_share, white_share, np.linalg.norm(left, axis=1) / 255
