@@ -1,24 +1,54 @@
 """What a recipe may say: one YAML describes one model family through all commands.
 
-The classes hold meaning, defaults and ranges; reading files, inheritance and messages live in ``load.py``. No torch
-here: a recipe is checked on any machine. Defaults are the paper's (FACTS and paper sections named beside them).
+The classes hold meaning, defaults, ranges and the rules between keys; reading files, inheritance and messages
+live in ``load.py``. No torch here: a recipe is checked on any machine. Defaults are the paper's, its sections
+named beside them.
+
+A rule between two keys stands as a validator of the later one, so that every broken rule is found at once and
+names its own key. Its message completes "KEY must ...".
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
+Budgets = Annotated[tuple[Count, ...], Field(min_length=1)]  # numbers of network evaluations
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+Value = TypeVar("Value")
+
+
+def require(rule: bool, value: Value, must: str) -> Value:
+    """Return ``value`` where the rule holds; ``must`` completes "KEY must ..."."""
+    if not rule:
+        raise ValueError(must)
+    return value
+
+
+def _laid_over(default: object, value: object) -> object:
+    """Complete a section that is given in part."""
+    if isinstance(default, Section) and isinstance(value, dict):
+        return {**default.model_dump(), **value}
+    return value
 
 
 class Section(BaseModel):
-    """Base of every section: unknown keys are refused, values do not change after loading."""
+    """Base of every section: unknown keys are refused, types not guessed, values fixed once loaded."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, validate_default=True, allow_inf_nan=False
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _keep_other_defaults(cls, value: object, info: ValidationInfo) -> object:
+        """A section given in part keeps the rest of *this* field's default, not of its class."""
+        default = cls.model_fields[info.field_name or ""].default
+        return _laid_over(default, value)
 
 
 class Lora(Section):
@@ -32,7 +62,9 @@ class Model(Section):
     """The pretrained model, the shape of its videos, and what becomes trainable."""
 
     teacher: str = Field("tiny", description="Pipeline folder, Hub name, or the name of a built-in model.")
-    shipped: str | None = Field(None, description="Built-in any-step model used until the user has trained one.")
+    shipped: str | None = Field(
+        None, description="Built-in any-step model used until the user has trained one."
+    )
     causal: bool = False
     lora: Lora | None = Field(None, description="Adapters on one frozen base; null trains all weights.")
     gate: Fraction = 0.25  # on emb0(r); paper sec. 4.2.1
@@ -47,13 +79,25 @@ class Model(Section):
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     gradient_checkpointing: bool = False
 
+    @field_validator("height", "width")
+    @classmethod
+    def _whole_patches(cls, size: int) -> int:
+        return require(size % 16 == 0, size, "be a multiple of 16 (8 of the VAE times 2 of a patch)")
+
+    @field_validator("frames")
+    @classmethod
+    def _whole_latents(cls, frames: int) -> int:
+        return require((frames - 1) % 4 == 0, frames, "be 4 n + 1, as the VAE takes frames (33, 49, 81, ...)")
+
 
 class Data(Section):
     """Where captions and latents come from."""
 
     prompts: str | None = Field(None, description="File of prompts; null: captions of the world below.")
     world: Literal["shapes", "shapes-shifted"] = "shapes"
-    path: str | None = Field(None, description="Data set of latents; null: what `synthesize` left in the run directory.")
+    path: str | None = Field(
+        None, description="Data set of latents; null: what `synthesize` left in the run directory."
+    )
     workers: Annotated[int, Field(ge=0)] = 0
 
 
@@ -91,7 +135,9 @@ class Training(Section):
 
     steps: Count = 6000
     batch: Count = Field(32, description="Global batch: over all processes and accumulation steps.")
-    micro_batch: Count | None = Field(None, description="Samples a forward pass and process; null: all of its share.")
+    micro_batch: Count | None = Field(
+        None, description="Samples a forward pass and process; null: all of its share."
+    )
     optimiser: Optimiser = Optimiser()
     ema: Ema = Ema()
     seed: int = 0
@@ -101,6 +147,12 @@ class Training(Section):
     preview_every: Annotated[int, Field(ge=0)] = 500
     preview_prompts: Annotated[int, Field(ge=0, le=16)] = 4
     tensorboard: bool = True
+
+    @field_validator("micro_batch")
+    @classmethod
+    def _divides_batch(cls, micro: int | None, info: ValidationInfo) -> int | None:
+        batch = info.data.get("batch")
+        return require(not micro or not batch or batch % micro == 0, micro, f"divide the batch of {batch}")
 
 
 class FlowMap(Section):
@@ -113,6 +165,12 @@ class FlowMap(Section):
     boundary: Fraction = 0.5  # share of the global batch with r = t
     to_zero: Fraction = 0.25  # share of the global batch with r = 0
     text_dropout: Fraction = 0.1
+
+    @field_validator("to_zero")
+    @classmethod
+    def _leave_the_whole(cls, to_zero: float, info: ValidationInfo) -> float:
+        boundary = info.data.get("boundary", 0)
+        return require(boundary + to_zero <= 1, to_zero, f"be at most 1 - boundary ({1 - boundary:g})")
 
 
 class TrainFlowMap(Training):
@@ -127,19 +185,39 @@ class Distill(Training):
 
     steps: Count = 800
     optimiser: Optimiser = Optimiser(lr=2e-6, betas=(0.0, 0.999), warmup=0)
-    fake_optimiser: Optimiser | None = Field(None, description="Of the fake score; null: the student's.")
+    fake_optimiser: Optimiser | None = Field(
+        None, description="Of the fake score; what it leaves out, or null: the student's."
+    )
     ema: Ema = Ema(decay=0.99, start=200)
     simulation: Literal["flow-map", "consistency"] = "flow-map"
-    budgets: tuple[Count, ...] = (2, 4, 8, 16, 50)  # N of Alg. 2
+    budgets: Budgets = (2, 4, 8, 16, 50)  # N of Alg. 2
     consistency_steps: Count = 4
+    reuse_rollout: bool = Field(
+        False, description="The fake score learns from the step's own rollout, not a fresh one."
+    )
     real_guidance: Annotated[float, Field(ge=1)] = 4.0  # usual convention: x_null + 4 (x_c - x_null)
     t_min: Fraction = 0.02
     t_max: Fraction = 0.98
     joint: bool = Field(True, description="Add the stage-1 loss on data to each student update.")
     joint_weight: Annotated[float, Field(ge=0)] = 1.0
     flow_map: FlowMap = FlowMap()
-    start: str | None = Field(None, description="Any-step model to start from; null: what `train-flowmap` left.")
-    real_score: str | None = Field(None, description="Tuned teacher; null: the run's `teacher` if it exists, else the teacher.")
+    start: str | None = Field(
+        None, description="Any-step model to start from; null: what `train-flowmap` left."
+    )
+    real_score: str | None = Field(
+        None, description="Tuned teacher; null: the run's `teacher` if it exists, else the teacher."
+    )
+
+    @field_validator("fake_optimiser", mode="before")
+    @classmethod
+    def _as_the_student(cls, value: object, info: ValidationInfo) -> object:
+        return _laid_over(info.data.get("optimiser"), value)
+
+    @field_validator("t_max")
+    @classmethod
+    def _leave_a_range(cls, t_max: float, info: ValidationInfo) -> float:
+        t_min = info.data.get("t_min", -1)
+        return require(t_max > t_min, t_max, f"be above t_min ({t_min:g})")
 
 
 class Finetune(Training):
@@ -147,13 +225,15 @@ class Finetune(Training):
 
     steps: Count = 1000
     flow_map: FlowMap = FlowMap()
-    start: str | None = Field(None, description="Any-step model to start from; null: what `distill` left, else the shipped one.")
+    start: str | None = Field(
+        None, description="Any-step model to start from; null: what `distill` left, else the shipped one."
+    )
 
 
 class Sample(Section):
     """Defaults of `sample`."""
 
-    nfe: tuple[Count, ...] = (4,)
+    nfe: Budgets = (4,)
     seed: int = 0
     batch: Count = 1
     teacher_steps: Count = 50
@@ -164,7 +244,7 @@ class Evaluate(Section):
     """Defaults of `evaluate`."""
 
     suite: Literal["shapes"] = "shapes"
-    nfe: tuple[Count, ...] = (4, 32)
+    nfe: Budgets = (4, 32)
     prompts: Count = Field(64, description="Prompts of the suite.")
     samples: Count = Field(1, description="Videos a prompt.")
     seed: int = 1000
@@ -175,7 +255,7 @@ class Evaluate(Section):
 class Recipe(Section):
     """One model family through all commands."""
 
-    name: str
+    name: Name = Field(description="Names the run directory; where a file says nothing, the file's own name.")
     description: str = ""
     model: Model = Model()
     data: Data = Data()

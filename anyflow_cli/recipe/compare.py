@@ -1,0 +1,70 @@
+"""Resolved recipes written out, told apart and named by a hash."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import yaml
+
+from anyflow_cli.recipe.schema import Recipe
+
+
+def dump(recipe: Recipe) -> str:
+    """Write a recipe with every value as YAML; reading it back gives an equal recipe."""
+    return yaml.dump(_plain(recipe), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
+
+
+def flat(recipe: Recipe) -> dict[str, Any]:
+    """Give every value under its dotted key, e.g. ``distill.optimiser.lr``."""
+    return dict(_flattened(_plain(recipe), ""))
+
+
+def differing_keys(a: Recipe, b: Recipe, sections: Iterable[str] | None = None) -> list[str]:
+    """Give the dotted keys in which two recipes differ; ``sections`` limits the comparison to these."""
+    left, right = flat(a), flat(b)
+    wanted = None if sections is None else set(sections)
+    keys = (key for key in {**left, **right} if wanted is None or key.partition(".")[0] in wanted)
+    return [key for key in keys if left.get(key, _ABSENT) != right.get(key, _ABSENT)]
+
+
+def digest(recipe: Recipe) -> str:
+    """SHA-256 of all values that bear on results: the description does not."""
+    values = {key: value for key, value in flat(recipe).items() if key != "description"}
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+_ABSENT = object()
+
+
+class _Dumper(yaml.SafeDumper):
+    """Lists on one line; text in quotes where YAML 1.1 would read it as something else."""
+
+
+_Dumper.add_representer(
+    list, lambda dumper, items: dumper.represent_sequence("tag:yaml.org,2002:seq", items, flow_style=True)
+)
+# SafeDumper writes 1e-06, which YAML 1.1 reads as text; with a dot every reader takes it for a number
+_Dumper.add_representer(
+    float, lambda dumper, value: dumper.represent_scalar("tag:yaml.org,2002:float", _number(value))
+)
+
+
+def _number(value: float) -> str:
+    mantissa, exponent, power = repr(value).partition("e")
+    return f"{mantissa}{'' if '.' in mantissa else '.0'}{exponent}{power}"
+
+
+def _plain(recipe: Recipe) -> dict[str, Any]:
+    content: dict[str, Any] = recipe.model_dump(mode="json")
+    return content
+
+
+def _flattened(content: Mapping[str, Any], prefix: str) -> Iterable[tuple[str, Any]]:
+    for key, value in content.items():
+        if isinstance(value, Mapping):
+            yield from _flattened(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

@@ -1,0 +1,158 @@
+"""From a recipe's name or path to a checked ``Recipe``: finding, inheritance, overrides.
+
+Everything wrong is said at once, with the place of each mistake (``mistakes.py`` words it). What a recipe may
+say is in ``schema.py``; comparing and writing recipes in ``compare.py``.
+
+A recipe's ``name`` and ``description`` are its own and never inherited: two recipes must not share a run
+directory because one extends the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from anyflow_cli.errors import UsageError
+from anyflow_cli.recipe.mistakes import Mistake, closest, in_yaml, mistakes_of, refusal
+from anyflow_cli.recipe.schema import Recipe
+from anyflow_cli.recipe.source import RECIPE_HINT, Key, Place, Source, parse_value, read_source
+
+DEFAULT = "tiny"
+_OWN = ("name", "description", "extends")
+
+
+@dataclass(frozen=True)
+class Override:
+    """One value set from the command line; ``option`` is how it was given, for messages."""
+
+    key: str
+    value: Any
+    option: str
+
+
+def load_recipe(address: str = DEFAULT, overrides: Iterable[str | Override] = ()) -> Recipe:
+    """Read, resolve and check a recipe.
+
+    Args:
+        address: The name of a shipped recipe, or the path of a YAML file.
+        overrides: ``KEY=VALUE`` texts, as ``--set`` takes them, or ``Override``s; later ones win.
+
+    Raises:
+        UsageError: Names every mistake with its file, line and key.
+    """
+    path, shown = find_recipe(address)
+    source = _resolved(path, shown, ())
+    content, places = dict(source.content), dict(source.places)
+    content.setdefault("name", path.stem)
+    mistakes = [mistake for item in overrides if (mistake := _override(content, places, item))]
+    try:
+        recipe = Recipe.model_validate(content)
+    except ValidationError as error:
+        raise refusal([*mistakes, *mistakes_of(error, places, Place(shown))]) from error
+    if mistakes:
+        raise refusal(mistakes)
+    return recipe
+
+
+def recipes_dir() -> Path:
+    """The directory of the shipped recipes: inside an installed package, beside it in a checkout."""
+    package = Path(__file__).resolve().parents[1]
+    installed = package / "recipes"
+    return installed if installed.is_dir() else package.parent / "recipes"
+
+
+def recipe_names() -> list[str]:
+    """Names of the shipped recipes."""
+    return sorted(path.stem for path in recipes_dir().glob("*.yaml"))
+
+
+def find_recipe(address: str, beside: Path | None = None) -> tuple[Path, str]:
+    """Give the file of a recipe, and what messages call it; a path is relative to ``beside`` if given."""
+    if _is_path(address):
+        path = (beside or Path()) / Path(address).expanduser()
+        if not path.exists():
+            raise UsageError(f"There is no recipe file {address}.", RECIPE_HINT)
+        return path, address
+    if address not in recipe_names():
+        raise _unknown_recipe(address)
+    return recipes_dir() / f"{address}.yaml", f"{address}.yaml"
+
+
+def _is_path(address: str) -> bool:
+    return "/" in address or "\\" in address or address.endswith((".yaml", ".yml"))
+
+
+def _unknown_recipe(address: str) -> UsageError:
+    local = next(
+        (f"./{address}{end}" for end in (".yaml", ".yml", "") if Path(address + end).is_file()), None
+    )
+    guess = local or closest(address, recipe_names())
+    question = f"; did you mean {guess}" if guess else ""
+    return UsageError(
+        f'There is no recipe "{address}"{question}{"?" if question else "."}',
+        f"Shipped recipes: {', '.join(recipe_names())}. Name your own file by its path, e.g. ./mine.yaml.",
+    )
+
+
+def _resolved(path: Path, shown: str, chain: tuple[tuple[Path, str], ...]) -> Source:
+    """Read a file and what it extends; the nearer file wins key by key."""
+    real = path.resolve()
+    circle = [name for file, name in chain if file == real]
+    if circle:
+        names = [name for _, name in chain]
+        loop = " -> ".join([*names[names.index(circle[0]) :], shown])
+        raise UsageError(
+            f"These recipes extend one another in a circle: {loop}.", "Remove one of their `extends`."
+        )
+    source = read_source(path, shown)
+    parent = source.content.get("extends")
+    own = Source({key: value for key, value in source.content.items() if key != "extends"}, source.places)
+    if parent is None:
+        return own
+    place = source.places[("extends",)]
+    if not isinstance(parent, str):
+        raise UsageError(
+            f"{place}: extends must be the name or the path of one recipe, got {in_yaml(parent)}."
+        )
+    try:
+        parent_path, parent_shown = find_recipe(parent, beside=path.parent)
+    except UsageError as error:
+        raise UsageError(f"{place}: {error.message}", error.hint) from error
+    base = _resolved(parent_path, parent_shown, (*chain, (real, shown)))
+    inherited = {key: value for key, value in base.content.items() if key not in _OWN}
+    return Source(_merged(inherited, own.content), {**base.places, **own.places})
+
+
+def _merged(base: Mapping[str, Any], nearer: Mapping[str, Any]) -> dict[str, Any]:
+    """Lay one mapping over another, section by section; anything else is replaced whole."""
+    result = dict(base)
+    for key, value in nearer.items():
+        below = result.get(key)
+        nested = isinstance(below, Mapping) and isinstance(value, Mapping)
+        result[key] = _merged(below or {}, value) if nested else value
+    return result
+
+
+def _override(content: dict[str, Any], places: dict[Key, Place], item: str | Override) -> Mistake | None:
+    """Write one override into ``content``, or say what is wrong with it."""
+    if isinstance(item, str):
+        name, equals, text = item.partition("=")
+        item = Override(name.strip(), parse_value(text), f"--set {item}")
+        if not equals or not all(item.key.split(".")):
+            return Mistake(
+                Place(item.option), (), "must be written as --set KEY=VALUE, e.g. --set distill.steps=100"
+            )
+    key = tuple(item.key.split("."))
+    for depth, section in enumerate(key[:-1], 1):
+        if not isinstance(content.get(section), Mapping):
+            content[section], places[key[:depth]] = {}, Place(item.option)
+        content[section] = content = dict(content[section])
+    content[key[-1]] = item.value
+    for below in [other for other in places if other[: len(key)] == key]:
+        del places[below]
+    places[key] = Place(item.option)
+    return None

@@ -1,0 +1,56 @@
+"""Where everything of a recipe lies: ``<runs>/<recipe name>/...``. Only names; nothing is created here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+MODEL = "model"  # the finished pipeline folder inside a training run's directory
+STAGE_1 = {"flow-map": "train-flowmap", "flow-matching": "teacher", "consistency-ode": "consistency-ode"}
+STAGE_2 = {"flow-map": "distill", "consistency": "distill-consistency"}
+
+
+@dataclass(frozen=True)
+class RunPaths:
+    """The directories of one recipe under the directory of all runs."""
+
+    root: Path
+    recipe: str
+
+    @property
+    def home(self) -> Path:
+        """All of this recipe's results."""
+        return self.root / self.recipe
+
+    @property
+    def data(self) -> Path:
+        """The data set that ``synthesize`` makes."""
+        return self.home / "data"
+
+    def stage_1(self, objective: str = "flow-map") -> Path:
+        """The run of ``train-flowmap`` with this objective (``train_flowmap.objective``)."""
+        return self.home / STAGE_1[objective]
+
+    def stage_2(self, simulation: str = "flow-map") -> Path:
+        """The run of ``distill`` with this simulation (``distill.simulation``)."""
+        return self.home / STAGE_2[simulation]
+
+    @property
+    def finetune(self) -> Path:
+        """The run of ``finetune``."""
+        return self.home / "finetune"
+
+    @property
+    def samples(self) -> Path:
+        """Videos and contact sheets of ``sample``."""
+        return self.home / "samples"
+
+    @property
+    def evaluate(self) -> Path:
+        """Scores, plots and the report of ``evaluate``."""
+        return self.home / "evaluate"
+
+    def any_step_model(self) -> Path | None:
+        """The furthest any-step model trained here: of ``distill``, else of ``train-flowmap``, else none."""
+        candidates = (self.stage_2() / MODEL, self.stage_1() / MODEL)
+        return next((path for path in candidates if path.is_dir()), None)

@@ -1,0 +1,153 @@
+"""Reading one YAML file of a recipe, keeping for every key the file and line it stands in.
+
+Values follow YAML 1.2's core types (``1e-6`` is a number, ``on`` and ``no`` are text), so that what a recipe
+says does not depend on the spelling of YAML 1.1. What the keys mean is not known here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from anyflow_cli.errors import AnyflowError, UsageError
+
+LARGEST = 1 << 20  # bytes; a checkpoint given by mistake is not read whole
+RECIPE_HINT = "`anyflow recipes copy tiny mine.yaml` makes a recipe to start from."
+NOT_YAML = (yaml.YAMLError, RecursionError, ValueError)  # forbidden characters, circles, tags that do not fit
+Key = tuple[str | int, ...]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a value was written: a file and line, or an option of the command line (line 0)."""
+
+    source: str
+    line: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.source}:{self.line}" if self.line else self.source
+
+
+@dataclass(frozen=True)
+class Source:
+    """The content of one file, and the place of each key in it."""
+
+    content: Mapping[str, Any]
+    places: Mapping[Key, Place]
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader with the core types of YAML 1.2 alone: no dates, sexagesimals, octals or ``yes``."""
+
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012 (as in the base)
+
+
+for _tag, _pattern, _first in (
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    ("int", r"[-+]?(0|[1-9][0-9_]*)", list("-+0123456789")),
+    (
+        "float",
+        r"[-+]?(?=[0-9]*[.eE])(\.[0-9]+|[0-9]+\.?[0-9]*)([eE][-+]?[0-9]+)?|[-+]?\.(inf|nan)",
+        list("-+.0123456789"),
+    ),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), _first)
+
+
+def read_source(path: Path, shown: str) -> Source:
+    """Read a YAML mapping; ``shown`` is the file's name in messages."""
+    return parse_source(_text(path, shown), shown)
+
+
+def parse_source(text: str, shown: str) -> Source:
+    """Parse a YAML mapping and note the line of every key."""
+    reader = _Reader(shown, {})
+    try:
+        content = reader.read(text)
+    except yaml.MarkedYAMLError as error:
+        raise _syntax_error(error, shown) from error
+    except NOT_YAML as error:
+        raise UsageError(f"{shown} is not a YAML file.", RECIPE_HINT) from error
+    if not isinstance(content, dict):
+        found = "is empty" if content is None else "does not hold keys and values"
+        raise UsageError(f"{shown} {found}, so it is not a recipe.", RECIPE_HINT)
+    return Source(content, reader.places)
+
+
+def parse_value(text: str) -> Any:
+    """Give the value that ``text`` has in YAML; text that is no YAML stands for itself."""
+    try:
+        return _Reader("", {}).read(text)
+    except NOT_YAML:
+        return text
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Turns YAML nodes into values, refusing what YAML allows and a recipe cannot mean."""
+
+    shown: str
+    places: dict[Key, Place]
+
+    def read(self, text: str) -> Any:
+        """Give the value of a whole text."""
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        return None if node is None else self.value(node, ())
+
+    def value(self, node: yaml.Node, key: Key) -> Any:
+        """Give the value of a node; ``key`` is the path that leads to it."""
+        if isinstance(node, yaml.MappingNode):
+            return self.mapping(node, key)
+        if isinstance(node, yaml.SequenceNode):
+            items = enumerate(node.value)
+            return tuple(self._placed(item, (*key, index), item) for index, item in items)
+        return _Loader("").construct_object(node)
+
+    def mapping(self, node: yaml.MappingNode, key: Key) -> dict[str, Any]:
+        """Give the keys and values of a mapping; each key may stand once."""
+        content: dict[str, Any] = {}
+        for name_node, item in node.value:
+            name = str(name_node.value)
+            if not isinstance(name_node, yaml.ScalarNode):
+                raise yaml.MarkedYAMLError(problem="a key must be a word", problem_mark=name_node.start_mark)
+            if name in content:
+                first = self.places[(*key, name)].line
+                problem = f"the key {name} stands here a second time, first in line {first}"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=name_node.start_mark)
+            content[name] = self._placed(item, (*key, name), name_node)
+        return content
+
+    def _placed(self, item: yaml.Node, key: Key, written: yaml.Node) -> Any:
+        self.places[key] = Place(self.shown, written.start_mark.line + 1)
+        return self.value(item, key)
+
+
+def _text(path: Path, shown: str) -> str:
+    try:
+        with path.open("rb") as file:
+            data = file.read(LARGEST + 1)
+    except IsADirectoryError as error:
+        raise UsageError(f"{shown} is a directory, not a recipe.", "Name the YAML file in it.") from error
+    except OSError as error:
+        raise AnyflowError(f"Cannot read {shown}: {error.strerror}.") from error
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{shown} is not a text file, so it is not a recipe.", RECIPE_HINT) from error
+    if len(data) > LARGEST or "\0" in text:
+        raise UsageError(f"{shown} is not a text file of a recipe's size.", RECIPE_HINT)
+    return text
+
+
+def _syntax_error(error: yaml.MarkedYAMLError, shown: str) -> UsageError:
+    mark = error.problem_mark or error.context_mark
+    place = Place(shown, mark.line + 1 if mark else 0)
+    problem = ", ".join(part for part in (error.context, error.problem) if part)
+    return UsageError(f"{place}: {problem}.", "Correct that line; nothing was started.")
