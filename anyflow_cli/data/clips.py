@@ -1,4 +1,4 @@
-"""Video files: real clips in, previews out. ffmpeg does the work: rates, rotations and codecs are its business.
+"""Video files: real clips in, previews out. ffmpeg does the work: rates and codecs are its business.
 
 A clip from a user is fitted to the wanted frames, rate and size, and everything done to it is said; one that
 cannot be used is named with its reason, never dropped in silence. Captions stand beside the clips
@@ -89,7 +89,7 @@ def list_clips(directory: Path) -> list[ClipFile]:
 
 
 def read_clip(path: Path, wanted: ClipFormat) -> Clip:
-    """Fit a video to the format: rate by nearest frame, size by scaling and a centred crop, then the start."""
+    """Fit a video: rate by nearest frame, size by scaling and a centred crop, then the start."""
     width, height = wanted.width, wanted.height
     scale = f"scale={width}:{height}:force_original_aspect_ratio=increase:flags=bicubic"
     filters = f"fps={wanted.fps},{scale},crop={width}:{height}"

@@ -1,7 +1,7 @@
 """Is a data set on disk what was written? Hashes first, then every sample; nothing is changed.
 
-Shards are checked side by side in threads: hashing and reading release the interpreter lock, so 10,000 samples take
-about as long as reading them once.
+Shards are checked side by side in threads: hashing and reading release the interpreter lock, so 10,000
+samples take about as long as reading them once.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Verification:
 
 
 def verify(directory: Path, on_shard: Callable[[ShardRecord], None] = lambda record: None) -> Verification:
-    """Check every shard of a complete data set against its manifest; ``on_shard`` sees each when it is done."""
+    """Check every shard of a data set against its manifest; ``on_shard`` sees each when it is done."""
     manifest = read_manifest(directory)
     problems: list[str] = []
     try:
