@@ -3,9 +3,10 @@
     python benchmarks/network.py                       the tiny model's sizes, one thread
     python benchmarks/network.py --preset wan1b --layers 2 --frames 5 --device cuda
 
-Both hold the same weights. Runs are interleaved, so that a machine that slows down slows both; the table gives medians
-and the ratio of ours to theirs (below 1: ours is faster, or smaller). Memory is the peak above what was held before the
-call: on CUDA the allocator's own, on a CPU the sum of the profiler's allocations and frees.
+Both hold the same weights. Runs are interleaved, so that a machine that slows down slows both; the table
+gives medians and the ratio of ours to theirs (below 1: ours is faster, or smaller). Memory is the peak above
+what was held before the call: on CUDA the allocator's own, on a CPU the sum of the profiler's allocations and
+frees.
 """
 
 from __future__ import annotations
@@ -44,13 +45,15 @@ class Row:
 
 
 def main() -> None:
+    """Print the table."""
     args = _arguments()
     torch.manual_seed(0)
     torch.set_num_threads(args.threads)
     ours, theirs = _networks(args)
-    print(f"{args.preset}: {args.layers} layers, B={args.batch} F={args.frames} {args.height}x{args.width} latent,")
-    print(f"{args.text} text tokens, {args.precision}, {args.device}, {args.threads} thread(s), median of {args.repeats}")
-    print(f"\n{'':34}{'ours ms':>10}{'theirs ms':>11}{'time':>8}{'ours MB':>10}{'theirs MB':>11}{'memory':>8}")
+    print(f"{args.preset}: {args.layers} layers, B={args.batch} F={args.frames} {args.height}x{args.width},")
+    print(f"{args.text} text tokens, {args.precision}, {args.device}, {args.threads} thread(s),")
+    print(f"median of {args.repeats}\n")
+    print(f"{'':34}{'ours ms':>10}{'theirs ms':>11}{'time':>8}{'ours MB':>10}{'theirs MB':>11}{'memory':>8}")
     for row in _rows(args, ours, theirs):
         _report(row, args)
 
@@ -140,7 +143,7 @@ def _call(forward: Call, backward: bool, args: argparse.Namespace) -> Callable[[
     def training() -> None:
         with _autocast(args):
             loss = forward().float().square().mean()
-        loss.backward()
+        torch.autograd.backward(loss)
 
     return training if backward else inference
 

@@ -21,6 +21,9 @@ from anyflow_cli.model.config import NetworkConfig
 from anyflow_cli.model.layout import Group, Layout, Span
 from anyflow_cli.model.rotary import rotate
 
+# Below this many queries torch's fp32 attention beats its bf16 one on a CPU (backward: 2 to 6 times faster).
+CPU_SHORT = 1024
+
 
 @dataclass(frozen=True)
 class TextKeys:
@@ -77,8 +80,8 @@ class Attention(nn.Module):
     def over_video(self, x: Tensor, turns: Tensor, groups: Sequence[Group]) -> Tensor:
         """Self-attention of the tokens (B, L, D) within the layout's groups."""
         value = self.split(self.to_v(x))
-        query = rotate(self.split(self.norm_q(self.to_q(x))), turns).to(value.dtype)
-        key = rotate(self.split(self.norm_k(self.to_k(x))), turns).to(value.dtype)
+        query = rotate(self.split(self.norm_q(self.to_q(x))), turns)
+        key = rotate(self.split(self.norm_k(self.to_k(x))), turns)
         parts = [
             attend(query[:, group.queries], _gather(key, group.keys), _gather(value, group.keys))
             for group in groups
@@ -93,8 +96,7 @@ class Attention(nn.Module):
     def over_text(self, x: Tensor, keys: tuple[Tensor, Tensor]) -> Tensor:
         """Cross-attention of the tokens (B, L, D) to the text's keys and values."""
         key, value = keys
-        query = self.split(self.norm_q(self.to_q(x))).to(value.dtype)
-        return self._project(attend(query, key, value))
+        return self._project(attend(self.split(self.norm_q(self.to_q(x))), key, value))
 
     def _project(self, x: Tensor) -> Tensor:
         projected: Tensor = self.to_out[0](x.flatten(-2))
@@ -102,9 +104,13 @@ class Attention(nn.Module):
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Dense attention without a mask, all (B, L, E, d)."""
-    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-    return nnf.scaled_dot_product_attention(query, key, value).transpose(1, 2)
+    """Dense attention without a mask, all (B, L, E, d), in the type of ``value``."""
+    on_cpu = query.device.type == "cpu"
+    kernel = torch.float32 if on_cpu and query.shape[1] < CPU_SHORT else value.dtype
+    heads_first = [x.to(kernel).transpose(1, 2) for x in (query, key, value)]
+    with torch.autocast(query.device.type, enabled=False):  # it would undo the choice
+        out = nnf.scaled_dot_product_attention(heads_first[0], heads_first[1], heads_first[2])
+    return out.transpose(1, 2).to(value.dtype)
 
 
 def _gather(x: Tensor, ranges: Sequence[slice]) -> Tensor:

@@ -81,7 +81,7 @@ class NetworkConfig:
             layers=int(config.get("num_layers", 40)),
             ffn_dim=int(config.get("ffn_dim", 13824)),
             in_channels=int(config.get("in_channels", 16)),
-            out_channels=int(config.get("out_channels") or config.get("in_channels", 16)),
+            out_channels=int(config.get("out_channels", 16) or config.get("in_channels", 16)),
             text_dim=int(config.get("text_dim", 4096)),
             freq_dim=int(config.get("freq_dim", 256)),
             patch=_spatial(config.get("patch_size", (1, 2, 2))),
@@ -89,7 +89,7 @@ class NetworkConfig:
             eps=float(config.get("eps", 1e-6)),
             rope_max_seq_len=int(config.get("rope_max_seq_len", 1024)),
             two_time=two_time,
-            gate=float(config.get("gate_value", 0.25)),
+            gate=float(config.get("gate_value", 0.25)) if two_time else cls.gate,
             delta=config.get("deltatime_type", "r") if two_time else "r",
             causal=_causal(config) if name == ANYFLOW_FAR else None,
         )
@@ -150,6 +150,11 @@ def _refuse_unsupported(config: Mapping[str, Any]) -> None:
         raise UsageError(
             "The transformer takes image embeddings (an image-to-video Wan), which anyflow does not train.",
             "Use the text-to-video model of the same family.",
+        )
+    if config.get("deltatime_type", "r") not in ("r", "t-r"):
+        raise UsageError(
+            f"The transformer's second time is {config['deltatime_type']!r}; anyflow knows r and t-r.",
+            "Use a model that diffusers can run.",
         )
     if config.get("qk_norm", QK_NORM) != QK_NORM:
         raise UsageError(

@@ -103,7 +103,7 @@ class ConditionEmbedder(nn.Module):
 
 
 def sinusoid(t: Tensor, channels: int) -> Tensor:
-    """Cosines, then sines of ``1000 t`` at falling speeds, (..., channels) fp32; the one place that scales them."""
+    """Cosines, then sines of ``1000 t`` at falling speeds, (..., channels) fp32; no other place scales t."""
     half = channels // 2
     falling = torch.arange(half, dtype=torch.float32, device=t.device) / half
     angles = (TIME_SCALE * t).unsqueeze(-1) * torch.exp(-math.log(10000.0) * falling)
@@ -223,9 +223,9 @@ class FlowMapTransformer(nn.Module):
         """Tokens (B, L, D) to the velocity of the segments that are read (B, F', C, H, W)."""
         table = self.scale_shift_table.float().unsqueeze(1)  # (1, 1, 2, D)
         shift, scale = (table + embedding.unsqueeze(2)).unbind(2)
-        out = self.proj_out(modulated(h, shift, scale, self.config.eps, layout.even_spans))
+        x = modulated(h, shift, scale, self.config.eps, layout.even_spans)
         parts = [
-            self._unpatch(out[:, span.tokens], layout, segment)
+            self._unpatch(self.proj_out(x[:, span.tokens]), layout, segment)
             for segment, span in zip(layout.segments, layout.spans, strict=True)
             if segment.read
         ]

@@ -13,6 +13,7 @@ real score of stage 2.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -228,7 +229,9 @@ def _add_adapter(network: FlowMapTransformer, name: Role, size: LoraSize) -> Non
     student_of_two_times = name == "student" and network.config.two_time
     targets = f"({ADAPTED}|{ADAPTED_TIMES})" if student_of_two_times else ADAPTED
     config = LoraConfig(r=size.rank, lora_alpha=size.alpha, target_modules=targets)
-    inject_adapter_in_model(config, network, adapter_name=name)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several adapters are meant
+        inject_adapter_in_model(config, network, adapter_name=name)
     for _, layer in _adapted_layers(network):
         for side in (layer.lora_A, layer.lora_B):
             if name in side:  # peft gives them the base's type; what is trained is held in fp32

@@ -1,0 +1,104 @@
+"""A condition travels with its samples, and the text's keys are made once and never out of date."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from anyflow_cli.flow.velocity import guided
+from anyflow_cli.model.conditioned import Conditioned
+from anyflow_cli.model.network import FlowMapTransformer
+from tests.model.helpers import distance, inputs, ours, theirs
+
+X = inputs(batch=3)
+
+
+@pytest.fixture
+def network() -> FlowMapTransformer:
+    return ours(theirs("AnyFlowTransformer3DModel"))
+
+
+@pytest.fixture
+def made(network: FlowMapTransformer, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Batch sizes of the texts whose keys were made, in order."""
+    sizes: list[int] = []
+    original = network.text_keys
+
+    def watched(text: torch.Tensor) -> object:
+        sizes.append(len(text))
+        return original(text)
+
+    monkeypatch.setattr(network, "text_keys", watched)
+    return sizes
+
+
+def test_it_is_the_network_under_its_text(network: FlowMapTransformer) -> None:
+    expected = network(X.z, X.t, X.r, X.text)
+    torch.testing.assert_close(Conditioned(network, X.text)(X.z, X.t, X.r), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_take_and_join_carry_the_text(network: FlowMapTransformer, trained: bool) -> None:
+    network.requires_grad_(trained)
+    whole = network(X.z, X.t, X.r, X.text)
+    index = torch.tensor([2, 0, 2])
+    model = Conditioned(network, X.text)
+    joined = model.take(index).join(model.take(torch.tensor([1])))
+    order = torch.tensor([2, 0, 2, 1])
+    assert distance(joined(X.z[order], X.t[order], X.r[order]), whole[order]) < 1e-6
+
+
+def test_keys_are_made_once_for_all_steps(network: FlowMapTransformer, made: list[int]) -> None:
+    model = guided(Conditioned(network, X.text), Conditioned(network, torch.zeros_like(X.text)), 3.0)
+    for _ in range(4):
+        model(X.z, X.t, X.r)
+    assert made == [3, 3]  # the prompts', the negative prompt's
+
+
+def test_keys_that_are_trained_are_made_anew(network: FlowMapTransformer, made: list[int]) -> None:
+    """Else a velocity kept over an optimiser's step would see old weights, and a graph would be freed twice."""
+    network.requires_grad_(True)
+    model = Conditioned(network, X.text)
+    with torch.no_grad():
+        before = model(X.z, X.t, X.r)
+        network.blocks[0].attn2.to_v.weight.mul_(2)  # type: ignore[union-attr, operator]
+        assert distance(model(X.z, X.t, X.r), before) > 1e-4
+    for _ in range(2):
+        model(X.z, X.t, X.r).square().sum().backward()
+    assert made == []
+    assert network.condition_embedder.text_embedder.linear_1.weight.grad is not None
+
+
+def test_keys_of_a_frozen_text_path_let_gradients_through(network: FlowMapTransformer) -> None:
+    trained = network.blocks[0].attn1.to_q.weight  # type: ignore[union-attr]
+    trained.requires_grad_(True)  # type: ignore[operator]
+    model = Conditioned(network, X.text)
+    with torch.inference_mode():
+        model(X.z, X.t, X.r)
+    z = X.z.clone().requires_grad_(True)
+    model(z, X.t, X.r).square().sum().backward()
+    assert z.grad is not None
+    assert trained.grad is not None
+
+
+def test_the_scope_is_entered_for_every_use(network: FlowMapTransformer) -> None:
+    entered: list[str] = []
+
+    @contextmanager
+    def scope() -> Iterator[None]:
+        entered.append("in")
+        yield
+        entered.append("out")
+
+    model = Conditioned(network, X.text, scope)
+    model.take(torch.tensor([0]))(X.z[:1], X.t[:1], X.r[:1])
+    assert entered == ["in", "out", "in", "out"]  # for the keys, for the call
+
+
+def test_joining_two_networks_is_a_bug(network: FlowMapTransformer) -> None:
+    other = ours(theirs("AnyFlowTransformer3DModel"))
+    with pytest.raises(AssertionError, match="differ in network"):
+        Conditioned(network, X.text).join(Conditioned(other, X.text))
