@@ -8,7 +8,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 scripts/setup.sh
-export PATH="$PWD/${VENV:-.venv}/bin:$PATH"
+PATH="$(cd "${VENV:-.venv}" && pwd)/bin:$PATH"
 
 for command in synthesize train-flowmap distill finetune sample evaluate; do
   echo "== anyflow $command $*" >&2

@@ -8,7 +8,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 scripts/setup.sh dev
-export PATH="$PWD/${VENV:-.venv}/bin:$PATH"
+PATH="$(cd "${VENV:-.venv}" && pwd)/bin:$PATH"
 
 ruff check .
 ruff format --check .

@@ -1,0 +1,94 @@
+"""The two streams: logs, progress and errors on stderr, results on stdout.
+
+Nothing printed here is read as markup, since prompts and paths are data. Colour follows the terminal and
+``NO_COLOR``. Of several processes only the first speaks; errors come from any.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+PACKAGE = "anyflow_cli"  # the parent of every module's logger
+WIDE = 200  # columns of a table that goes to a file or pipe
+
+stderr = Console(stderr=True, highlight=False, markup=False, emoji=False)
+
+
+class _Handler(logging.Handler):
+    """Prints through the console of the progress bars, so that a line stands above the bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one record; anything above info is named."""
+        prefix = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
+        stderr.print(
+            f"{prefix}{self.format(record)}", style="dim" if not prefix else "yellow", soft_wrap=True
+        )
+
+
+def start_logging() -> None:
+    """Send what the package logs to stderr: infos of the first process, warnings of all."""
+    logger = logging.getLogger(PACKAGE)
+    logger.handlers = [_Handler()]
+    logger.propagate = False
+    logger.setLevel(logging.INFO if is_first_process() else logging.WARNING)
+
+
+def set_debug(on: bool) -> bool:
+    """Switch debug messages, and with them tracebacks, on (the callback of ``--debug``)."""
+    if on:
+        logging.getLogger(PACKAGE).setLevel(logging.DEBUG)
+    return on
+
+
+def debugging() -> bool:
+    """Whether ``--debug`` was given."""
+    return logging.getLogger(PACKAGE).isEnabledFor(logging.DEBUG)
+
+
+def is_first_process() -> bool:
+    """Whether this is the process that speaks, of those that torchrun or accelerate started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def print_error(message: str, hint: str | None = None) -> None:
+    """Print ``error:`` and ``hint:`` on stderr."""
+    stderr.print(Text.assemble(("error:", "bold red"), " ", message), soft_wrap=True)
+    if hint:
+        stderr.print(Text.assemble(("hint:", "bold cyan"), " ", hint), soft_wrap=True)
+
+
+def print_result(values: Mapping[str, Any], *, as_json: bool, text: str | Table | None = None) -> None:
+    """Print a command's result on stdout: as JSON, or for people as ``text`` or a table of the values."""
+    if not is_first_process():
+        return
+    stdout = Console(highlight=False, markup=False, emoji=False)
+    if as_json:
+        return stdout.print(json.dumps(values, indent=2, ensure_ascii=False, default=str), soft_wrap=True)
+    if not stdout.is_terminal:
+        stdout.width = WIDE
+    stdout.print(facts_table(values) if text is None else text, soft_wrap=isinstance(text, str))
+
+
+def facts_table(values: Mapping[str, Any], title: str | None = None) -> Table:
+    """Lay out names and values in two columns."""
+    table = Table.grid(padding=(0, 2))
+    table.title, table.title_justify = title, "left"
+    table.add_column(style="cyan", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in values.items():
+        table.add_row(Text(name), Text(str(value)))
+    return table
+
+
+def print_plan(command: str, facts: Mapping[str, Any], *, as_json: bool) -> None:
+    """Print what ``--dry-run`` found: everything resolved and checked, nothing loaded or written."""
+    table = facts_table(facts, f"{command} would do this; nothing was loaded or written.")
+    print_result({"command": command, "dry_run": True, **facts}, as_json=as_json, text=table)

@@ -1,0 +1,83 @@
+"""From an exception to the sentence, hint and exit code that a user gets.
+
+0 done, 1 failed, 2 wrong use or recipe, 130 interrupted. What is not recognised here is a bug and keeps its
+traceback: a run that dies after hours must say where.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from anyflow_cli.errors import AnyflowError
+
+INTERRUPTED = 130
+FREE_SPACE = "Free some space, or choose another disk with --runs; starting the same command again continues."
+OTHER_PLACE = "Correct its permissions, or choose another place with --runs."
+# errno -> sentence about a path, hint
+DISK = {
+    errno.ENOSPC: ("No space is left on the disk{of}.", FREE_SPACE),
+    errno.EDQUOT: ("The disk quota is used up{of}.", FREE_SPACE),
+    errno.EACCES: ("There is no permission to open the file{name}.", OTHER_PLACE),
+    errno.EPERM: ("There is no permission to change the file{name}.", OTHER_PLACE),
+    errno.EROFS: ("The disk{of} can only be read.", OTHER_PLACE),
+}
+FULL_DISK_WORDS = ("No space left on device", "PytorchStreamWriter failed writing")  # safetensors, torch.save
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What is printed, and the exit code."""
+
+    message: str
+    hint: str | None
+    code: int
+
+
+def failure_of(error: BaseException) -> Failure | None:
+    """Recognise an error; None for a bug."""
+    if isinstance(error, AnyflowError):
+        return Failure(error.message, error.hint, error.exit_code)
+    if hasattr(error, "format_message"):
+        return _wrong_use(error)
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, told by name: torch may not be loaded
+        hint = "Lower the section's micro_batch or batch, or set model.gradient_checkpointing=true."
+        return Failure("The device ran out of memory.", hint, 1)
+    return next((failure for cause in _causes(error) if (failure := _of_the_disk(cause))), None)
+
+
+def _wrong_use(error: Any) -> Failure:
+    """Word an error of the command line's parser."""
+    guesses = getattr(error, "possibilities", None)
+    message = (
+        f"{error.message}; did you mean {' or '.join(sorted(guesses))}?"
+        if guesses
+        else error.format_message()
+    )
+    command = error.ctx.command_path if getattr(error, "ctx", None) else "anyflow"
+    return Failure(message, f"`{command} --help` shows what there is.", error.exit_code)
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """The error and what led to it."""
+    while error:
+        yield error
+        following = error.__cause__ or error.__context__
+        if following is None:
+            return
+        error = following
+
+
+def _of_the_disk(error: BaseException) -> Failure | None:
+    code = error.errno if isinstance(error, OSError) else None
+    if code is None and any(words in str(error) for words in FULL_DISK_WORDS):
+        code = errno.ENOSPC
+    if code not in DISK:
+        return None
+    sentence, hint = DISK[code]
+    name = getattr(error, "filename", None)
+    return Failure(
+        sentence.format(of=f" of {name}" if name else "", name=f" {name}" if name else ""), hint, 1
+    )

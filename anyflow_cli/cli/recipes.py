@@ -1,0 +1,99 @@
+"""``anyflow recipes``: the shipped recipes, and checking and starting your own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from anyflow_cli.cli.common import (
+    DEFAULT_RECIPE,
+    DebugOption,
+    JsonOption,
+    SetOption,
+    examples,
+    print_result,
+    resolve,
+)
+from anyflow_cli.errors import UsageError
+
+app = typer.Typer(help="List, show, copy and check recipes.", rich_markup_mode="rich")
+RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A shipped recipe or a YAML file.")]
+
+
+@app.callback(invoke_without_command=True)
+def _list_if_alone(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        list_recipes()
+
+
+@app.command("list", epilog=examples("anyflow recipes list"))
+def list_recipes(as_json: JsonOption = False, debug: DebugOption = False) -> None:
+    """Show the names of the shipped recipes and what each is for."""
+    from anyflow_cli.recipe.load import recipe_names
+
+    found = {name: resolve(name).description for name in recipe_names()}
+    print_result(found, as_json=as_json)
+
+
+@app.command(
+    "show", epilog=examples("anyflow recipes show tiny", "anyflow recipes show tiny --set distill.steps=9")
+)
+def show(
+    recipe: RecipeArgument = DEFAULT_RECIPE,
+    assignments: SetOption = None,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Print a recipe with every value it resolves to, as YAML that can be used as a recipe."""
+    from anyflow_cli.recipe.compare import dump
+
+    settings = resolve(recipe, assignments)
+    print_result(settings.model_dump(mode="json"), as_json=as_json, text=dump(settings).rstrip())
+
+
+@app.command("copy", epilog=examples("anyflow recipes copy tiny mine.yaml"))
+def copy(
+    recipe: RecipeArgument,
+    target: Annotated[Path, typer.Argument(metavar="FILE", help="The YAML file to make; never overwritten.")],
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Copy a recipe to a file of your own, to be changed and named by its path."""
+    from anyflow_cli.recipe.load import find_recipe
+
+    source, _ = find_recipe(recipe)
+    if target.suffix not in (".yaml", ".yml"):
+        raise UsageError(f"{target} is no name of a recipe file.", f"Let it end in .yaml: {target}.yaml")
+    try:
+        with target.open("x", encoding="utf-8") as file:
+            file.write(source.read_text(encoding="utf-8"))
+    except FileExistsError as error:
+        raise UsageError(f"{target} exists and was left as it is.", "Choose another name.") from error
+    except FileNotFoundError as error:
+        raise UsageError(f"There is no directory {target.parent}.", "Make it first.") from error
+    print_result({"recipe": target}, as_json=as_json, text=str(target))
+
+
+@app.command(
+    "validate",
+    epilog=examples("anyflow recipes validate mine.yaml", "anyflow recipes validate tiny tiny-long"),
+)
+def validate(
+    recipes: Annotated[list[str], typer.Argument(metavar="RECIPE...", help="Shipped recipes or YAML files.")],
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Check recipes and say everything that is wrong with them at once."""
+    wrong: list[UsageError] = []
+    for recipe in recipes:
+        try:
+            resolve(recipe)
+        except UsageError as error:
+            wrong.append(error)
+    if wrong:
+        raise UsageError("\n".join(error.message for error in wrong), wrong[0].hint)
+    print_result(
+        {"valid": recipes}, as_json=as_json, text="\n".join(f"{recipe}: valid" for recipe in recipes)
+    )
