@@ -1,7 +1,7 @@
 """A Wan pipeline folder with small random weights, for tests of any room; made in about a second.
 
-Not the model that ships with the package (``tiny``), which is trained. Sizes: latents of 8 channels, factors 8 and 4,
-text of 32 channels; the transformer has 2 layers of 2 heads.
+Not the model that ships with the package (``tiny``), which is trained. Sizes: latents of 8 channels, factors
+8 and 4, text of 32 channels; the transformer has 2 layers of 2 heads.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 
-WORDS = "a small large red green blue circle square triangle moving left right up down on gray white background"
+WORDS = (
+    "a small large red green blue circle square triangle moving left right up down on gray white background"
+)
 TEXT_DIM = 32
 CHANNELS = 8
 SHIFT = 5.0

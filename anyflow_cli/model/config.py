@@ -76,18 +76,20 @@ class NetworkConfig:
         _refuse_unsupported(config)
         two_time = name != WAN
         return cls(
-            heads=int(config.get("num_attention_heads", 40)),
-            head_dim=int(config.get("attention_head_dim", 128)),
-            layers=int(config.get("num_layers", 40)),
-            ffn_dim=int(config.get("ffn_dim", 13824)),
-            in_channels=int(config.get("in_channels", 16)),
-            out_channels=int(config.get("out_channels", 16) or config.get("in_channels", 16)),
-            text_dim=int(config.get("text_dim", 4096)),
-            freq_dim=int(config.get("freq_dim", 256)),
+            heads=_number(config, "num_attention_heads", 40),
+            head_dim=_number(config, "attention_head_dim", 128),
+            layers=_number(config, "num_layers", 40),
+            ffn_dim=_number(config, "ffn_dim", 13824),
+            in_channels=_number(config, "in_channels", 16),
+            out_channels=_number(
+                config, "out_channels" if config.get("out_channels", 16) else "in_channels", 16
+            ),
+            text_dim=_number(config, "text_dim", 4096),
+            freq_dim=_number(config, "freq_dim", 256),
             patch=_spatial(config.get("patch_size", (1, 2, 2))),
             cross_attn_norm=bool(config.get("cross_attn_norm", True)),
             eps=float(config.get("eps", 1e-6)),
-            rope_max_seq_len=int(config.get("rope_max_seq_len", 1024)),
+            rope_max_seq_len=_number(config, "rope_max_seq_len", 1024),
             two_time=two_time,
             gate=float(config.get("gate_value", 0.25)) if two_time else cls.gate,
             delta=config.get("deltatime_type", "r") if two_time else "r",
@@ -129,9 +131,19 @@ class NetworkConfig:
 def _causal(config: Mapping[str, Any]) -> Causal:
     return Causal(
         compressed_patch=_spatial(config.get("compressed_patch_size", (1, 4, 4))),
-        full_chunks=int(config.get("full_chunk_limit", 3)),
+        full_chunks=_number(config, "full_chunk_limit", 3),
         partition=tuple(int(n) for n in config.get("chunk_partition", Causal.partition)),
     )
+
+
+def _number(config: Mapping[str, Any], key: str, default: int) -> int:
+    value = config.get(key, default)
+    if not isinstance(value, int) or value < 1:
+        raise UsageError(
+            f"The transformer's config.json says {key} is {value!r}, which is no size.",
+            "Fetch or save it again.",
+        )
+    return value
 
 
 def _spatial(patch: Any) -> tuple[int, int]:

@@ -36,9 +36,9 @@ def resolve(address: str) -> Path:
     if address in BUILT_IN:
         return _built_in(address)
     path = Path(address).expanduser()
-    if path.is_dir():
+    if address and path.is_dir():
         return path
-    if path.exists():
+    if address and path.exists():
         raise UsageError(
             f"{address} is a file, not a model folder.", "Give the directory that holds model_index.json."
         )

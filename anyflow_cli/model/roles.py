@@ -230,7 +230,9 @@ def _add_adapter(network: FlowMapTransformer, name: Role, size: LoraSize) -> Non
     targets = f"({ADAPTED}|{ADAPTED_TIMES})" if student_of_two_times else ADAPTED
     config = LoraConfig(r=size.rank, lora_alpha=size.alpha, target_modules=targets)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several adapters are meant
+        warnings.filterwarnings(
+            "ignore", message="Already found a `peft_config`"
+        )  # several adapters are meant
         inject_adapter_in_model(config, network, adapter_name=name)
     for _, layer in _adapted_layers(network):
         for side in (layer.lora_A, layer.lora_B):

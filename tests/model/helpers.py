@@ -23,7 +23,9 @@ class Inputs:
     text: Tensor
 
 
-def inputs(batch: int = 2, frames: int = 3, height: int = 4, width: int = 6, text: int = 7, seed: int = 1) -> Inputs:
+def inputs(
+    batch: int = 2, frames: int = 3, height: int = 4, width: int = 6, text: int = 7, seed: int = 1
+) -> Inputs:
     """Random inputs in the tiny pipeline's sizes; t and r differ from frame to frame."""
     draw = torch.Generator().manual_seed(seed)
     t = torch.rand(batch, frames, generator=draw)

@@ -1,4 +1,4 @@
-"""Layouts: what follows from segments, and that several segments compute what a mask over one sequence does."""
+"""Layouts: what follows from segments, and that several compute what a mask over one sequence does."""
 
 from __future__ import annotations
 
@@ -44,14 +44,19 @@ def test_the_bidirectional_layout_is_one_span_and_one_group() -> None:
 
 
 def test_groups_and_spans_of_teacher_forcing() -> None:
-    layout = teacher_forcing((1, 2, 1), full=2, height=8, width=8)  # 4 tokens a compressed frame, 16 a full one
+    layout = teacher_forcing(
+        (1, 2, 1), full=2, height=8, width=8
+    )  # 4 tokens a compressed frame, 16 a full one
     assert [span.tokens for span in layout.even_spans] == [slice(0, 4), slice(4, 4 + 6 * 16)]
     assert [span.frames for span in layout.even_spans] == [slice(0, 1), slice(1, 7)]
     keys = [group.keys for group in layout.groups]
     assert keys == [
         (slice(0, 4),),  # context sees itself
         (slice(0, 36),),  # the first noisy chunk: context and itself
-        (slice(0, 4), slice(36, 84)),  # the second: context, itself, then the first clean chunk, which touches it
+        (
+            slice(0, 4),
+            slice(36, 84),
+        ),  # the second: context, itself, then the first clean chunk, which touches it
         (slice(0, 4), slice(52, 84)),  # the first clean chunk
         (slice(0, 4), slice(52, 100)),
     ]
@@ -83,8 +88,8 @@ def test_query_groups_equal_a_mask(partition: tuple[int, ...], monkeypatch: pyte
     def masked(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         if key.shape[1] != len(mask):  # the text's
             return attend(query, key, value)
-        heads_first = (part.transpose(1, 2) for part in (query, key, value))
-        out = torch.nn.functional.scaled_dot_product_attention(*heads_first, attn_mask=mask)
+        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        out = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         return out.transpose(1, 2)
 
     monkeypatch.setattr(blocks, "attend", masked)
@@ -101,7 +106,7 @@ def test_segments_with_one_view_equal_one_segment() -> None:
 @pytest.mark.parametrize("clean", [True, False])
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_teacher_forcing_as_a_layout_equals_the_masked_causal_class(clean: bool) -> None:
-    """The causal layouts are data too: diffusers' own training path needs a mask, padding and two extra branches."""
+    """The causal layouts are data too; diffusers' training path takes a mask, padding and branches."""
     partition, limit = (1, 2, 1, 2), 2
     reference = theirs("AnyFlowFARTransformer3DModel", full_chunk_limit=limit, chunk_partition=partition)
     x = inputs(frames=6, height=8, width=8)
@@ -111,9 +116,9 @@ def test_teacher_forcing_as_a_layout_equals_the_masked_causal_class(clean: bool)
     zeros = torch.zeros(2, 3)
     options: dict[str, Any] = {"clean_hidden_states": tail, "clean_timestep": zeros} if clean else {}
     with torch.no_grad():
-        expected = reference(
-            x.z, 1000 * t, 1000 * r, x.text, list(partition), return_dict=False, **options
-        )[0]
+        expected = reference(x.z, 1000 * t, 1000 * r, x.text, list(partition), return_dict=False, **options)[
+            0
+        ]
 
     layout = teacher_forcing(partition, limit, 8, 8)
     z, t, r = (torch.cat(pair, 1) for pair in ((x.z, tail), (t, zeros), (r, zeros)))
@@ -126,5 +131,6 @@ def test_teacher_forcing_as_a_layout_equals_the_masked_causal_class(clean: bool)
 def _without_clean(layout: Layout) -> tuple[Segment, ...]:
     """Context and noisy chunks, each seeing all before it and itself."""
     return tuple(
-        Segment(s.first, s.frames, tuple(range(i + 1)), s.patch, s.read) for i, s in enumerate(layout.segments[:4])
+        Segment(s.first, s.frames, tuple(range(i + 1)), s.patch, s.read)
+        for i, s in enumerate(layout.segments[:4])
     )

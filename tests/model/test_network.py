@@ -1,4 +1,4 @@
-"""The network computes what diffusers' classes compute, forward and backward, and holds less while doing it."""
+"""The network computes what diffusers' classes compute, forward and backward, and holds less for it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ SHAPE_NAMES = ("batch", "frames", "height", "width", "text")
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("changes", [{}, {"deltatime_type": "t-r", "gate_value": 0.4}, {"cross_attn_norm": False}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"deltatime_type": "t-r", "gate_value": 0.4}, {"cross_attn_norm": False}]
+)
 def test_equals_the_anyflow_class(shape: tuple[int, ...], changes: dict[str, Any]) -> None:
     reference = theirs("AnyFlowTransformer3DModel", **changes)
     x = inputs(**dict(zip(SHAPE_NAMES, shape, strict=True)))
@@ -44,8 +46,8 @@ def test_gradients_equal_those_of_the_anyflow_class() -> None:
     network = ours(reference).requires_grad_(True)
     x = inputs()
     weight = torch.randn(x.z.shape, generator=torch.Generator().manual_seed(3))
-    (network(x.z, x.t, x.r, x.text) * weight).sum().backward()
-    (anyflow_velocity(reference, x) * weight).sum().backward()
+    torch.autograd.backward((network(x.z, x.t, x.r, x.text) * weight).sum())
+    torch.autograd.backward((anyflow_velocity(reference, x) * weight).sum())
     expected = {name: parameter.grad for name, parameter in reference.named_parameters()}
     for name, parameter in network.named_parameters():
         assert parameter.grad is not None, name
@@ -57,7 +59,9 @@ def test_several_channel_counts_in_and_out() -> None:
     x = inputs()
     z = x.z[:, :, :5]
     with torch.no_grad():
-        expected = reference(z.transpose(1, 2), 1000 * x.t[:, 0], x.text, return_dict=False)[0].transpose(1, 2)
+        expected = reference(z.transpose(1, 2), 1000 * x.t[:, 0], x.text, return_dict=False)[0].transpose(
+            1, 2
+        )
         assert distance(ours(reference)(z, x.t[:, 0], x.t[:, 0], x.text), expected) < 1e-5
 
 
@@ -156,9 +160,7 @@ def test_text_keys_can_be_made_once() -> None:
     network = ours(theirs("AnyFlowTransformer3DModel"))
     x = inputs()
     keys = network.text_keys(x.text)
-    torch.testing.assert_close(
-        network(x.z, x.t, x.r, keys), network(x.z, x.t, x.r, x.text), rtol=0, atol=0
-    )
+    torch.testing.assert_close(network(x.z, x.t, x.r, keys), network(x.z, x.t, x.r, x.text), rtol=0, atol=0)
     index = torch.tensor([1, 0, 1])
     taken = network(x.z[index], x.t[index], x.r[index], keys.take(index))
     assert distance(taken, network(x.z, x.t, x.r, x.text)[index]) < 1e-6
@@ -179,8 +181,10 @@ def test_checkpointing_changes_no_gradient() -> None:
     for checkpointed in (False, True):
         network.zero_grad()
         network.gradient_checkpointing = checkpointed
-        network(x.z, x.t, x.r, x.text).square().mean().backward()
-        gradients.append([parameter.grad.clone() for parameter in network.parameters() if parameter.grad is not None])
+        torch.autograd.backward(network(x.z, x.t, x.r, x.text).square().mean())
+        gradients.append(
+            [parameter.grad.clone() for parameter in network.parameters() if parameter.grad is not None]
+        )
     for plain, recomputed in zip(*gradients, strict=True):
         torch.testing.assert_close(plain, recomputed, rtol=0, atol=0)
 
@@ -199,7 +203,7 @@ def largest_held(forward: Any) -> int:
 
 
 def test_no_modulation_is_held_per_token() -> None:
-    """Rows of 6 D for each of L tokens would be the largest tensor held: the feed-forward's are 2 D wide here."""
+    """Rows of 6 D for each of L tokens would be the largest tensor held: the feed-forward's are 2 D here."""
     reference = theirs("AnyFlowTransformer3DModel")
     network = ours(reference).requires_grad_(True)
     x = inputs(batch=2, frames=3, height=16, width=16, text=2)
@@ -214,10 +218,14 @@ def test_a_network_made_on_meta_runs_once_it_has_weights() -> None:
     network = on_meta(reference.config)
     network.load_state_dict(reference.state_dict(), assign=True)
     x = inputs()
-    torch.testing.assert_close(network(x.z, x.t, x.r, x.text), reference(x.z, x.t, x.r, x.text), rtol=0, atol=0)
+    torch.testing.assert_close(
+        network(x.z, x.t, x.r, x.text), reference(x.z, x.t, x.r, x.text), rtol=0, atol=0
+    )
 
 
-@pytest.mark.parametrize("name", ["WanTransformer3DModel", "AnyFlowTransformer3DModel", "AnyFlowFARTransformer3DModel"])
+@pytest.mark.parametrize(
+    "name", ["WanTransformer3DModel", "AnyFlowTransformer3DModel", "AnyFlowFARTransformer3DModel"]
+)
 def test_parameters_have_the_names_and_shapes_of_the_class(name: str) -> None:
     reference = theirs(name)
     expected = {key: value.shape for key, value in reference.state_dict().items()}

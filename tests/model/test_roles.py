@@ -1,4 +1,4 @@
-"""Roles: each computes what it should, trains what it should, and a backward pass keeps the role of its forward."""
+"""Roles: each computes and trains what it should, and a backward pass keeps the role of its forward."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_switching_never_changes_what_trains(lora: LoraSize | None) -> None:
 def test_gradients_reach_the_role_alone(lora: LoraSize | None, role: Role) -> None:
     made = backbone(lora)
     disturb(made, "student", "fake")
-    ask(made, role).square().sum().backward()
+    torch.autograd.backward(ask(made, role).square().sum())
     own = {id(parameter) for parameter in made.parameters_of(role)}
     reached = {id(p) for p in made.parameters() if p.grad is not None and p.grad.abs().sum() > 0}
     assert reached == own
@@ -107,9 +107,7 @@ def test_lora_targets_are_the_papers() -> None:
 
     block = {"attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "ffn.net.0.proj", "ffn.net.2"}
     blocks = {f"blocks.{i}.{name}" for i in range(2) for name in block}
-    times = {
-        f"condition_embedder.{which}_embedder.linear_{i}" for which in ("time", "delta") for i in (1, 2)
-    }
+    times = {f"condition_embedder.{which}_embedder.linear_{i}" for which in ("time", "delta") for i in (1, 2)}
     assert layers("fake") == blocks
     assert layers("student") == blocks | times
 
@@ -169,8 +167,8 @@ def test_a_checkpointed_backward_runs_under_the_role_of_its_forward(lora: LoraSi
             made.network_of(role).gradient_checkpointing = checkpointed
         student, fake = ask(made, "student"), ask(made, "fake")
         with made.role("fake"):
-            student.square().sum().backward()
-        fake.square().sum().backward()
+            torch.autograd.backward(student.square().sum())
+        torch.autograd.backward(fake.square().sum())
         trained = [*made.parameters_of("student"), *made.parameters_of("fake")]
         gradients.append([p.grad for p in trained if p.grad is not None])
         assert len(gradients[-1]) == len(trained)
@@ -232,14 +230,15 @@ def test_adapters_are_the_same_whatever_was_drawn_before() -> None:
 def test_roles_share_one_base() -> None:
     made = backbone()
     base = sum(p.numel() for p in two_time_from(wan()).parameters())
-    adapters = sum(p.numel() for role in ("student", "fake") for p in made.parameters_of(role))  # type: ignore[arg-type]
+    trained = [*made.parameters_of("student"), *made.parameters_of("fake")]
+    adapters = sum(parameter.numel() for parameter in trained)
     assert sum(p.numel() for p in made.parameters()) == base + adapters
 
 
 def test_adapters_on_a_bf16_base_are_fp32() -> None:
     made = Backbone(two_time_from(wan()).store_as(torch.bfloat16), ("student",), lora=LORA)
     assert {parameter.dtype for parameter in made.parameters_of("student")} == {torch.float32}
-    ask(made, "student").square().sum().backward()
+    torch.autograd.backward(ask(made, "student").square().sum())
     assert all(parameter.grad is not None for parameter in made.parameters_of("student"))
 
 

@@ -1,0 +1,110 @@
+"""Text and video go through the encoders exactly as they go through diffusers' pipelines."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from anyflow_cli.errors import UsageError
+from anyflow_cli.model.encoders import TextEncoder, VideoVAE, clean_prompt
+from tests.model.helpers import distance
+
+PROMPTS = ["a small red circle", "", "a  large\n blue &amp;lt; square moving right on white background"]
+
+
+@pytest.fixture(scope="module")
+def text_encoder(wan_folder: Path) -> TextEncoder:
+    return TextEncoder.load(wan_folder)
+
+
+@pytest.fixture(scope="module")
+def vae(wan_folder: Path) -> VideoVAE:
+    return VideoVAE.load(wan_folder)
+
+
+@pytest.mark.parametrize("max_tokens", [6, 24])  # the first cuts the longest prompt
+@pytest.mark.parametrize("batch", [1, 32])
+def test_text_equals_the_pipelines(
+    wan_folder: Path, text_encoder: TextEncoder, max_tokens: int, batch: int
+) -> None:
+    from diffusers import WanPipeline
+
+    pipeline = WanPipeline.from_pretrained(wan_folder)
+    expected, _ = pipeline.encode_prompt(
+        PROMPTS, do_classifier_free_guidance=False, max_sequence_length=max_tokens
+    )
+    text = text_encoder.encode(PROMPTS, max_tokens, batch)
+    assert text.shape == (3, max_tokens, text_encoder.dim)
+    assert distance(text, expected) < 1e-6
+
+
+def test_text_is_zero_after_its_end(text_encoder: TextEncoder) -> None:
+    text = text_encoder.encode(PROMPTS, 24)
+    for embedding, count in zip(text, text_encoder.tokens(PROMPTS), strict=True):
+        assert embedding[count:].abs().sum() == 0
+        assert (embedding[:count].abs().sum(-1) > 0).all()
+
+
+def test_token_counts_are_of_the_whole_prompt(text_encoder: TextEncoder) -> None:
+    assert text_encoder.tokens(["", "a red circle", "red " * 1000]) == [1, 4, 1001]
+
+
+@pytest.mark.parametrize("text", ["it&amp;#39;s", "  two\t words ", "schÃ¶n", "&lt;b&gt;"])
+def test_prompts_are_cleaned_as_in_the_pipelines(text: str) -> None:
+    from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+
+    assert clean_prompt(text) == prompt_clean(text)
+
+
+def test_encoding_is_the_mode_normalised(wan_folder: Path, vae: VideoVAE) -> None:
+    from diffusers import AnyFlowPipeline, FlowMapEulerDiscreteScheduler
+
+    video = torch.rand(2, 5, 3, 16, 24, generator=torch.Generator().manual_seed(0))
+    pipeline = AnyFlowPipeline(None, None, None, vae._model, FlowMapEulerDiscreteScheduler())
+    expected = pipeline.encode_video(video, 16, 24)
+    latents = vae.encode(video)
+    assert latents.shape == (2, 2, 8, 2, 3)
+    assert latents.shape[1:] == vae.latent_shape(5, 16, 24)
+    assert distance(latents, expected) < 1e-5
+    assert distance(vae.encode(video, batch=2), latents) < 1e-5
+
+
+def test_decoding_undoes_the_normalisation(vae: VideoVAE) -> None:
+    latents = torch.randn(2, 2, 8, 2, 3, generator=torch.Generator().manual_seed(0))
+    video = vae.decode(latents)
+    config = vae._model.config
+    scaled = latents * torch.tensor(config.latents_std).view(-1, 1, 1) + torch.tensor(
+        config.latents_mean
+    ).view(-1, 1, 1)
+    with torch.no_grad():
+        expected = vae._model.decode(scaled.transpose(1, 2)).sample.transpose(1, 2) / 2 + 0.5
+    assert video.shape == (2, 5, 3, 16, 24)
+    assert distance(video, expected) < 1e-5
+    assert video.min() >= 0
+    assert video.max() <= 1
+    assert video.std() > 0.01
+
+
+@pytest.mark.parametrize(
+    ("shape", "words"), [((5, 16, 20), "16x20"), ((6, 16, 16), "6 frames"), ((0, 8, 8), "0 frames")]
+)
+def test_sizes_that_do_not_fit_are_refused(vae: VideoVAE, shape: tuple[int, int, int], words: str) -> None:
+    with pytest.raises(UsageError, match=words) as caught:
+        vae.latent_shape(*shape)
+    assert caught.value.hint
+
+
+def test_a_broken_component_is_named(wan_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="has no vae directory"):
+        VideoVAE.load(tmp_path)
+    shutil.copytree(wan_folder / "vae", tmp_path / "vae")
+    (tmp_path / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(UsageError, match="vae cannot be loaded"):
+        VideoVAE.load(tmp_path)
+    (tmp_path / "text_encoder").mkdir()
+    (tmp_path / "tokenizer").mkdir()
+    with pytest.raises(UsageError, match="tokenizer cannot be loaded"):
+        TextEncoder.load(tmp_path)
