@@ -1,0 +1,1 @@
+"""Training: one loop (``trainer``), what differs between stages (``objectives``), and the state of a run."""

@@ -1,0 +1,146 @@
+"""The state of a training run on disk: written whole or not at all, the newest complete one found again.
+
+A checkpoint is a folder ``step-000500`` of safetensors (weights by phase, EMA), optimiser states
+(``torch.save``, read back with ``weights_only``) and ``state.json``. It is written under a temporary
+name, flushed to the disk, marked ``COMPLETE`` and renamed, in this order, so that a kill at any moment
+leaves either the old set of checkpoints or the new one. What belongs into it is the trainer's business;
+here are names, files and their order.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from anyflow_cli.errors import AnyflowError
+
+MARKER = "COMPLETE"
+FORMAT = 1  # raise it when an older program could not read what this one writes
+
+
+@dataclass(frozen=True)
+class State:
+    """Everything a run needs to go on as if it had not stopped."""
+
+    step: int
+    tensors: Mapping[str, Mapping[str, Tensor]]  # file name -> named tensors: weights by phase, and "ema"
+    optimisers: Mapping[str, Mapping[str, Any]]  # phase -> state dict
+    extra: Mapping[str, Any]  # small, as JSON: open sums of the metrics, what an objective keeps
+
+
+def save(directory: Path, state: State, keep: int) -> Path:
+    """Write ``directory/step-...``, then remove all but the newest ``keep``.
+
+    A failure leaves the older ones untouched.
+    """
+    target = directory / f"step-{state.step:06d}"
+    partial = directory / f".{target.name}.partial"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        _remove_partials(directory)
+        partial.mkdir()
+        _write(partial, state)
+        if target.exists():  # an earlier save of this step that never got its marker, or the same state again
+            _discard(target)
+        partial.rename(target)
+        _flush(directory)
+    # torch and safetensors report a full disk by errors of their own
+    except (OSError, SafetensorError, RuntimeError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise AnyflowError(
+            f"The checkpoint of step {state.step} could not be written to {directory}: {error}.",
+            "Free space or rights there, then start the same command again: it goes on from the last one.",
+        ) from error
+    for old in complete(directory)[:-keep]:
+        _discard(old)
+    return target
+
+
+def complete(directory: Path) -> list[Path]:
+    """All whole checkpoints, oldest first."""
+    return sorted(path for path in directory.glob("step-*") if (path / MARKER).exists())
+
+
+def newest(directory: Path) -> Path | None:
+    """The checkpoint a run continues from."""
+    found = complete(directory)
+    return found[-1] if found else None
+
+
+def load(path: Path) -> State:
+    """Read a checkpoint into memory on the CPU."""
+    try:
+        record = json.loads((path / "state.json").read_text())
+        if record["format"] > FORMAT:
+            raise AnyflowError(
+                f"{path} was written by a newer anyflow.", "Update it: pip install -U anyflow."
+            )
+        return State(
+            step=record["step"],
+            tensors={name: load_file(path / f"{name}.safetensors") for name in record["tensors"]},
+            optimisers={name: _load_optimiser(path, name) for name in record["optimisers"]},
+            extra=record["extra"],
+        )
+    except (OSError, SafetensorError, RuntimeError, KeyError, json.JSONDecodeError) as error:
+        raise AnyflowError(
+            f"The checkpoint {path} is damaged: {error}.",
+            "Remove that folder; the same command then continues from the one before it.",
+        ) from error
+
+
+def _write(folder: Path, state: State) -> None:
+    for name, tensors in state.tensors.items():
+        stored = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+        save_file(stored, folder / f"{name}.safetensors")
+    for name, optimiser in state.optimisers.items():
+        torch.save(optimiser, folder / f"optimiser-{name}.pt")
+    record = {
+        "format": FORMAT,
+        "step": state.step,
+        "tensors": list(state.tensors),
+        "optimisers": list(state.optimisers),
+        "extra": state.extra,
+    }
+    (folder / "state.json").write_text(json.dumps(record, indent=1))
+    for path in folder.iterdir():
+        _flush(path)
+    (folder / MARKER).touch()
+    _flush(folder)
+
+
+def _load_optimiser(path: Path, name: str) -> dict[str, Any]:
+    state: dict[str, Any] = torch.load(path / f"optimiser-{name}.pt", map_location="cpu", weights_only=True)
+    return state
+
+
+def _discard(path: Path) -> None:
+    """Remove a checkpoint, its marker first, so that what a kill leaves of it is not taken for whole."""
+    (path / MARKER).unlink(missing_ok=True)
+    shutil.rmtree(path)
+
+
+def _remove_partials(directory: Path) -> None:
+    for path in directory.glob(".step-*.partial"):
+        shutil.rmtree(path)
+    for path in directory.glob("step-*"):
+        if not (path / MARKER).exists():
+            shutil.rmtree(path)
+
+
+def _flush(path: Path) -> None:
+    """Force a file or the entries of a folder to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

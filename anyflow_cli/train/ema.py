@@ -1,0 +1,51 @@
+"""Exponential moving average of the student's trainable weights.
+
+Before step ``start`` the average is the weights themselves, so that a short run never mixes in its random
+start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+class Ema:
+    """Shadow copies of named parameters; ``decay`` per step from step ``start`` on, counted from 1."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float, start: int) -> None:
+        self.parameters = dict(parameters)
+        self.decay, self.start = decay, start
+        self.shadow = {name: value.detach().clone() for name, value in self.parameters.items()}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """After the optimiser's ``step``-th update: ``shadow = decay shadow + (1 - decay) weight``."""
+        decay = self.decay if step >= self.start else 0.0
+        for name, value in self.parameters.items():
+            self.shadow[name].lerp_(value, 1 - decay)
+
+    @contextmanager
+    def swapped(self) -> Iterator[None]:
+        """The average in place of the weights, for previews and for what is saved at the end."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for name, value in self.parameters.items():
+            weight = value.detach().clone()
+            value.copy_(self.shadow[name])
+            self.shadow[name].copy_(weight)
+
+    @torch.no_grad()
+    def load(self, shadow: Mapping[str, Tensor]) -> None:
+        """Continue from saved averages."""
+        for name, value in self.shadow.items():
+            value.copy_(shadow[name])

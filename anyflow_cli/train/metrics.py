@@ -1,0 +1,112 @@
+"""What a run reports: ``metrics.jsonl``, one JSON object a logged step, and TensorBoard beside it.
+
+A row holds the mean of each value over the steps since the row before. The open sums travel in the
+checkpoint, and on resume rows written after the checkpoint are cut off, so that an interrupted run leaves
+the same file as an undisturbed one, the fields ``seconds`` and ``memory`` aside.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from anyflow_cli.errors import AnyflowError
+
+
+class Metrics:
+    """Sums values step by step and writes a row every ``every`` steps. Only the main process writes."""
+
+    def __init__(self, directory: Path, every: int, *, writes: bool, tensorboard: bool) -> None:
+        self.path, self.every, self.writes = directory / "metrics.jsonl", every, writes
+        self.sums: dict[str, tuple[float, int]] = {}  # of the steps since the last row, and how many had it
+        self.steps = 0
+        self.since = time.perf_counter()
+        self.board_directory = directory / "tensorboard" if tensorboard and writes else None
+        self.board: Any = None
+
+    def add(self, step: int, values: Mapping[str, float]) -> dict[str, Any] | None:
+        """Take in a step's values; the row, when this step closes one."""
+        for name, value in values.items():
+            total, count = self.sums.get(name, (0.0, 0))
+            self.sums[name] = total + value, count + 1
+        self.steps += 1
+        return self._close(step) if step % self.every == 0 else None
+
+    def resume(self, step: int, extra: Mapping[str, Any]) -> None:
+        """Continue after ``step``: take up the open sums, drop rows that this run will write again."""
+        self.sums = {name: (total, count) for name, (total, count) in extra["sums"].items()}
+        self.steps = extra["steps"]
+        self._cut(step)
+
+    def restart(self) -> None:
+        """Begin at step 0: whatever an earlier start wrote before its first checkpoint goes."""
+        self._cut(0)
+
+    def _cut(self, step: int) -> None:
+        if self.board_directory is not None:
+            self.board = _board(self.board_directory, step)
+        if self.writes and self.path.exists():
+            lines = self.path.read_text().splitlines(keepends=True)
+            partial = self.path.with_suffix(".partial")
+            partial.write_text("".join(line for line in lines if _written_by(line, step)))
+            os.replace(partial, self.path)
+
+    def state(self) -> dict[str, Any]:
+        """The open sums, for the checkpoint."""
+        return {"sums": self.sums, "steps": self.steps}
+
+    def close(self) -> None:
+        """Flush TensorBoard."""
+        if self.board is not None:
+            self.board.close()
+
+    def _close(self, step: int) -> dict[str, Any]:
+        means = {name: total / count for name, (total, count) in self.sums.items()}
+        now = time.perf_counter()
+        seconds = round((now - self.since) / self.steps, 4)
+        row: dict[str, Any] = {"step": step, **means, "seconds": seconds, "memory": peak_memory()}
+        self.sums, self.steps, self.since = {}, 0, now
+        if self.writes:
+            self._write(row)
+        return row
+
+    def _write(self, row: dict[str, Any]) -> None:
+        try:
+            with self.path.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            raise AnyflowError(
+                f"{self.path} could not be written: {error}.", "Free space or rights there."
+            ) from error
+        if self.board is not None:
+            for name, value in row.items():
+                self.board.add_scalar(name, value, row["step"])
+
+
+def peak_memory() -> int:
+    """Peak bytes so far: of the GPU where there is one, else of the process."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _written_by(line: str, step: int) -> bool:
+    try:
+        return bool(json.loads(line)["step"] <= step)
+    except json.JSONDecodeError:  # the last line of a killed run may be torn
+        return False
+
+
+def _board(directory: Path, step: int) -> Any:
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(directory), purge_step=step + 1)

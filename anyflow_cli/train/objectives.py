@@ -1,0 +1,250 @@
+"""What differs between trainings: which loss, of which role, drawn how. The loop is in ``trainer``.
+
+An objective has phases in the order in which a step runs them, each with parameters, an optimiser and
+terms: losses that are added up. Each term is run and differentiated by itself, so that one graph is held
+at a time.
+
+    flow-map          stage 1, Alg. 1                       student: flow map flow-matching     the
+    teacher's own tuning              student: flow matching, one time consistency-ode   baseline of Table
+    2                   student: f(z, t, 0) against the teacher's x on-policy         stage 2, Alg. 2
+    student: matching + flow map on data; fake: its score
+
+A term returns its mean loss over the micro batch and, for reports, (sum, count) pairs, which add up
+exactly over micro batches and processes.
+
+Legend: N global batch, B micro batch, F latent frames, C channels, H W latent height and width, L text
+tokens, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from anyflow_cli.data.batches import Batch
+from anyflow_cli.flow import matching, objective, simulation, times
+from anyflow_cli.flow.velocity import Velocity
+from anyflow_cli.model.roles import Backbone, Role
+from anyflow_cli.recipe import schema
+from anyflow_cli.train.draws import Draws
+
+Tally = Mapping[str, Tensor]  # name -> (sum, count), (2,)
+Term = Callable[[Batch, Draws], tuple[Tensor, Tally]]
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One optimiser's part of a step: the losses that move one role's weights."""
+
+    role: Role
+    optimiser: schema.Optimiser
+    terms: tuple[Term, ...]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Phases, in the order in which a step runs them, over the roles of one backbone."""
+
+    backbone: Backbone
+    phases: tuple[Phase, ...]
+
+
+def stage_one(
+    name: Literal["flow-map", "flow-matching", "consistency-ode"],
+    backbone: Backbone,
+    negative: Tensor,
+    settings: schema.FlowMap,
+    optimiser: schema.Optimiser,
+    shift: float,
+) -> Objective:
+    """An objective of the student alone on data; ``negative`` (L, D) is the negative prompt's embedding."""
+    terms: dict[str, Term] = {
+        "flow-map": FlowMapTerm(backbone, negative, settings, shift),
+        "flow-matching": FlowMatchingTerm(backbone, negative, settings.text_dropout, shift),
+        "consistency-ode": ConsistencyTerm(backbone, settings, shift),
+    }
+    return Objective(backbone, (Phase("student", optimiser, (terms[name],)),))
+
+
+def on_policy(backbone: Backbone, negative: Tensor, settings: schema.Distill, shift: float) -> Objective:
+    """Stage 2: Alg. 2 and, in the same update of the student, Alg. 1 on data; then the fake score."""
+    policy = OnPolicyTerms(backbone, negative, settings, shift)
+    student: tuple[Term, ...] = (policy.matching,)
+    if settings.joint:
+        flow_map = FlowMapTerm(backbone, negative, settings.flow_map, shift)
+        student += (weighted(flow_map, settings.joint_weight, "flow_map_"),)
+    fake = Phase("fake", settings.fake_optimiser or settings.optimiser, (policy.fake_score,))
+    return Objective(backbone, (Phase("student", settings.optimiser, student), fake))
+
+
+@dataclass(frozen=True)
+class FlowMapTerm:
+    """Algorithm 1 on data."""
+
+    backbone: Backbone
+    negative: Tensor  # (L, D)
+    settings: schema.FlowMap
+    shift: float
+
+    def __call__(self, batch: Batch, draws: Draws) -> tuple[Tensor, Tally]:
+        """Loss of a micro batch; boundary samples first in the global batch, as ``GlobalMean`` needs them."""
+        settings, x = self.settings, batch.latents
+        ratios = times.TimeRatios(settings.boundary, settings.to_zero)
+        t, r = times.sample_times(draws.count, self.shift, ratios, draws.generator("times"))
+        order = (t != r).to(torch.uint8).argsort(stable=True)
+        t, r = draws.local(t[order]).to(x), draws.local(r[order]).to(x)
+        batch, dropped = drop_text(batch, self.negative, settings.text_dropout, draws)
+        result = objective.flow_map_loss(
+            self.backbone.velocity("student", batch.text),
+            _null(self.backbone, "student", self.negative, batch),
+            x, draws.noise("noise", x.shape[1:]).to(x), t, r,
+            guidance=settings.guidance,
+            delta=settings.delta,
+            weight=times.loss_weight(settings.weight, self.shift),
+            adaptive=settings.adaptive,
+            global_mean=draws.global_mean,
+            null_mask=dropped,
+        )  # fmt: skip
+        boundary = t == r
+        return result.loss, {
+            "loss": tally(result.loss, len(x)),
+            "boundary": tally(result.per_sample, boundary),
+            "non_boundary": tally(result.per_sample, ~boundary),
+        }
+
+
+@dataclass(frozen=True)
+class FlowMatchingTerm:
+    """Plain flow matching on data, logit-normal times."""
+
+    backbone: Backbone
+    negative: Tensor  # (L, D)
+    text_dropout: float
+    shift: float
+
+    def __call__(self, batch: Batch, draws: Draws) -> tuple[Tensor, Tally]:
+        """Loss of a micro batch."""
+        x = batch.latents
+        t = draws.local(times.sample_logit_normal(draws.count, self.shift, draws.generator("times"))).to(x)
+        batch, _ = drop_text(batch, self.negative, self.text_dropout, draws)
+        model = self.backbone.velocity("student", batch.text)
+        loss = objective.flow_matching_loss(model, x, draws.noise("noise", x.shape[1:]).to(x), t)
+        return loss, {"loss": tally(loss, len(x))}
+
+
+@dataclass(frozen=True)
+class ConsistencyTerm:
+    """Consistency ODE-init: one jump from the noise at any t to the teacher's own video."""
+
+    backbone: Backbone
+    settings: schema.FlowMap
+    shift: float
+
+    def __call__(self, batch: Batch, draws: Draws) -> tuple[Tensor, Tally]:
+        """Loss of a micro batch."""
+        x = batch.latents
+        t = draws.local(times.sample_uniform(draws.count, self.shift, draws.generator("times"))).to(x)
+        z = objective.interpolate(x, draws.noise("noise", x.shape[1:]).to(x), t)
+        weight = times.loss_weight(self.settings.weight, self.shift)
+        loss = objective.consistency_loss(self.backbone.velocity("student", batch.text), z, t, x, weight)
+        return loss, {"loss": tally(loss, len(x))}
+
+
+class OnPolicyTerms:
+    """Algorithm 2: the student's own samples are pulled to the teacher's; the fake score follows them.
+
+    ``reuse_rollout`` trains the fake score on the samples that the student was just trained on, which
+    saves the second rollout; else it gets fresh ones from the updated student, as the paper does.
+    """
+
+    def __init__(self, backbone: Backbone, negative: Tensor, settings: schema.Distill, shift: float) -> None:
+        self.backbone, self.negative, self.settings, self.shift = backbone, negative, settings, shift
+        self._rollouts: dict[tuple[int, ...], Tensor] = {}  # of this step, by positions of a micro batch
+
+    def matching(self, batch: Batch, draws: Draws) -> tuple[Tensor, Tally]:
+        """Distribution matching (Eq. 5) on a rollout with gradient."""
+        settings = self.settings
+        x = self._rollout(batch, draws, "rollout")
+        if settings.reuse_rollout:
+            self._rollouts[draws.positions] = x.detach()
+        t = times.sample_uniform(
+            draws.count, self.shift, draws.generator("matching-times"), settings.t_min, settings.t_max
+        )
+        loss = matching.distribution_matching_loss(
+            x,
+            self.backbone.velocity("fake", batch.text),
+            self.backbone.velocity("real", batch.text),
+            _null(self.backbone, "real", self.negative, batch),
+            draws.local(t).to(x),
+            draws.noise("matching-noise", x.shape[1:]).to(x),
+            settings.real_guidance,
+        )
+        return loss, {"matching": tally(loss, len(x))}
+
+    def fake_score(self, batch: Batch, draws: Draws) -> tuple[Tensor, Tally]:
+        """Flow matching of the fake score on the student's samples."""
+        if self.settings.reuse_rollout:
+            x = self._rollouts.pop(draws.positions)
+        else:
+            with torch.no_grad():
+                x = self._rollout(batch, draws, "fake-rollout")
+        t = draws.local(times.sample_logit_normal(draws.count, self.shift, draws.generator("fake-times"))).to(
+            x
+        )
+        eps = draws.noise("fake-noise", x.shape[1:]).to(x)
+        loss = matching.fake_score_loss(self.backbone.velocity("fake", batch.text), x, eps, t)
+        return loss, {"fake": tally(loss, len(x))}
+
+    def _rollout(self, batch: Batch, draws: Draws, stream: str) -> Tensor:
+        """Samples of the student at time 0, (B, F, C, H, W); N and k are the same on every process."""
+        settings, generator = self.settings, draws.generator(stream)
+        model = self.backbone.velocity("student", batch.text)
+        noise = draws.noise(f"{stream}-start", batch.latents.shape[1:]).to(batch.latents)
+        if settings.simulation == "flow-map":
+            segment = simulation.draw_segment(settings.budgets, generator)
+            return simulation.flow_map_rollout(model, noise, segment.steps, segment.k, self.shift)
+        exit_step = simulation.draw_exit_step(settings.consistency_steps, generator)
+        grid = times.grid(settings.consistency_steps, self.shift)
+        return simulation.consistency_rollout(
+            model, noise, grid, exit_step, draws.generators(f"{stream}-noise")
+        )
+
+
+def weighted(term: Term, weight: float, prefix: str) -> Term:
+    """The same loss times ``weight``; what it reports keeps its scale and gets a prefix."""
+
+    def scaled(batch: Batch, draws: Draws) -> tuple[Tensor, Tally]:
+        loss, report = term(batch, draws)
+        return weight * loss, {prefix + name: value for name, value in report.items()}
+
+    return scaled
+
+
+def drop_text(batch: Batch, negative: Tensor, share: float, draws: Draws) -> tuple[Batch, Tensor]:
+    """Replace the text of a ``share`` of the samples by the negative prompt's; which (B,) were replaced."""
+    chance = torch.rand(draws.count, generator=draws.generator("text-dropout"))
+    dropped = (draws.local(chance) < share).to(batch.text.device)
+    text = torch.where(dropped[:, None, None], negative.to(batch.text), batch.text)
+    return replace(batch, text=text), dropped
+
+
+def tally(values: Tensor, of: Tensor | int) -> Tensor:
+    """(sum, count): of values (B,) where a mask (B,) holds, or of a mean () that stands for so many."""
+    values = values.detach().double()
+    if isinstance(of, int):
+        return torch.stack([values * of, torch.full_like(values, of)])
+    return torch.stack([values[of].sum(), of.sum().double()])
+
+
+def _null(backbone: Backbone, role: Role, negative: Tensor, batch: Batch) -> Velocity:
+    """The role's network under the negative prompt."""
+    return backbone.velocity(role, negative.to(batch.text).expand_as(batch.text))
+
+
+def cut(batch: Batch, start: int, stop: int) -> Batch:
+    """A micro batch of a process's share."""
+    return Batch(batch.latents[start:stop], batch.text[start:stop], batch.captions[start:stop])

@@ -1,0 +1,275 @@
+"""The loop: draw, differentiate, update, average, report, save. One for every objective.
+
+A step runs the objective's phases in order; a phase's gradient is summed over its terms and micro batches
+and then moves its role's weights. Accelerate carries device, precision and processes. Whatever is random in
+a step follows from its number (``draws``), so a checkpoint needs no generator states, and a run killed at
+any moment goes on as if it had not been, bit for bit on one CPU.
+
+Legend: N global batch, B micro batch.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from anyflow_cli.data.batches import Batch
+from anyflow_cli.errors import AnyflowError, UsageError
+from anyflow_cli.model.precision import Precision
+from anyflow_cli.recipe import schema
+from anyflow_cli.train import checkpoint
+from anyflow_cli.train.draws import Draws, GlobalMean
+from anyflow_cli.train.ema import Ema
+from anyflow_cli.train.metrics import Metrics
+from anyflow_cli.train.objectives import Objective, Phase, Tally, Term, cut
+
+OnStep = Callable[[int, Mapping[str, float]], None]
+Preview = Callable[[int], None]
+
+
+class Source(Protocol):
+    """Global batches by step, or a process's part of each; ``data.batches.Batches`` is one."""
+
+    def stream(self, start: int, part: slice = ..., workers: int = ...) -> Iterator[Batch]:
+        """Give batches of steps start, start + 1, ... without end."""
+
+
+class StoppedError(AnyflowError):
+    """The run was asked to end and has saved its state."""
+
+    exit_code = 130
+
+
+class TermModule(nn.Module):
+    """A phase's terms as a module over its own parameters: what DDP and autocast wrap."""
+
+    def __init__(self, parameters: list[nn.Parameter], terms: tuple[Term, ...]) -> None:
+        super().__init__()
+        self.weights = nn.ParameterList(parameters)
+        self.terms = terms
+
+    def forward(self, number: int, batch: Batch, draws: Draws) -> tuple[Tensor, Tally]:
+        """Loss and report of one term."""
+        return self.terms[number](batch, draws)
+
+
+class PhaseState:
+    """A phase with its optimiser and schedule."""
+
+    def __init__(self, phase: Phase, parameters: list[nn.Parameter], accelerator: Any) -> None:
+        settings = phase.optimiser
+        self.name, self.clip, self.warmup, self.lr = phase.role, settings.clip, settings.warmup, settings.lr
+        self.parameters = parameters
+        self.terms = phase.terms
+        self.module = accelerator.prepare_model(TermModule(parameters, phase.terms))
+        self.optimiser = torch.optim.AdamW(
+            parameters, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay
+        )
+
+    def update(self, step: int) -> float:
+        """Clip, take the optimiser's ``step``-th step (from 1), clear; the norm of the gradient."""
+        norm = float(nn.utils.clip_grad_norm_(self.parameters, self.clip))
+        if norm == norm and norm != float("inf"):
+            for group in self.optimiser.param_groups:
+                group["lr"] = self.lr * min(1.0, step / max(self.warmup, 1))
+            self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+        return norm
+
+
+class Trainer:
+    """Everything a run holds in memory, and the loop over it."""
+
+    def __init__(
+        self,
+        directory: Path,
+        objective: Objective,
+        source: Source,
+        settings: schema.Training,
+        *,
+        accelerator: Any,
+        workers: int = 0,
+        on_step: OnStep | None = None,
+        preview: Preview | None = None,
+    ) -> None:
+        self.directory, self.checkpoints = directory, directory / "checkpoints"
+        self.backbone, self.settings, self.accelerator = objective.backbone, settings, accelerator
+        self.source, self.workers = source, workers
+        self.on_step, self.preview = on_step, preview
+        self.rank, self.ranks = accelerator.process_index, accelerator.num_processes
+        if settings.batch % self.ranks:
+            raise UsageError(
+                f"A global batch of {settings.batch} cannot be divided among {self.ranks} processes.",
+                f"Set batch to a multiple of {self.ranks}.",
+            )
+        self.share = settings.batch // self.ranks
+        self.micro = min(settings.micro_batch or self.share, self.share)
+        self.backbone.to(accelerator.device)
+        self.phases = [
+            PhaseState(phase, self.backbone.parameters_of(phase.role), accelerator)
+            for phase in objective.phases
+        ]
+        student = self.backbone.named_parameters_of("student")
+        self.ema = Ema(student, settings.ema.decay, settings.ema.start)
+        self.metrics = Metrics(
+            directory,
+            settings.log_every,
+            writes=accelerator.is_main_process,
+            tensorboard=settings.tensorboard,
+        )
+        self.step = 0
+
+    def run(self) -> None:
+        """Train from where the run stands to ``settings.steps``; saved at the end."""
+        settings, part = self.settings, slice(self.rank, None, self.ranks)
+        self.resume()
+        with _signals() as stop:
+            batches = self.source.stream(self.step, part, self.workers)
+            while self.step < settings.steps:
+                self.step += 1
+                values = self._train_step(_on(next(batches), self.accelerator.device))
+                self.ema.update(self.step)
+                self.metrics.add(self.step, values)
+                if self.on_step is not None:
+                    self.on_step(self.step, values)
+                if self.preview is not None and _due(self.step, settings.preview_every):
+                    with self.ema.swapped():
+                        self.preview(self.step)
+                if stop.is_set():
+                    self.accelerator.set_trigger()
+                stopped = self.accelerator.check_trigger()  # by a signal to any process
+                if stopped or self.step == settings.steps or _due(self.step, settings.checkpoint_every):
+                    self.save()
+                if stopped and self.step < settings.steps:
+                    raise StoppedError(
+                        f"Stopped after step {self.step} of {settings.steps}; the state is saved.",
+                        "Start the same command again: it continues from there.",
+                    )
+        self.metrics.close()
+
+    def _train_step(self, batch: Batch) -> dict[str, float]:
+        """All phases on this process's share of a global batch; what is reported of the step."""
+        values: dict[str, float] = {}
+        for phase in self.phases:
+            tallies = self._accumulate(phase, batch)
+            report = {name: total / count for name, (total, count) in tallies.items() if count}
+            norm = phase.update(self.step)
+            self._refuse_divergence(phase.name, [norm, *report.values()])
+            values |= report | {f"{phase.name}_gradient": norm}
+        return values
+
+    def _accumulate(self, phase: PhaseState, batch: Batch) -> dict[str, list[float]]:
+        """Sum the gradient over micro batches and terms; (sum, count) of each report over all processes."""
+        total: dict[str, Tensor] = {}
+        means = [GlobalMean(self._reduce) for _ in phase.terms]
+        starts = range(0, self.share, self.micro)
+        for start in starts:
+            micro = cut(batch, start, start + self.micro)
+            positions = tuple(range(self.rank, self.settings.batch, self.ranks))[start : start + self.micro]
+            for number, mean in enumerate(means):
+                mean.next_micro_batch()
+                draws = Draws(self.settings.seed, self.step, self.settings.batch, positions, mean)
+                last = start == starts[-1] and number == len(means) - 1
+                with self._synchronised(phase, last):
+                    loss, tallies = phase.module(number, micro, draws)
+                    self.accelerator.backward(loss * len(positions) / self.share)
+                for name, value in tallies.items():
+                    total[name] = total[name] + value if name in total else value
+        summed = self._reduce(torch.stack(list(total.values()))).tolist()
+        return dict(zip(total, summed, strict=True))
+
+    def _synchronised(self, phase: PhaseState, last: bool) -> AbstractContextManager[Any]:
+        """Processes exchange gradients once a phase, in its last backward pass."""
+        context: AbstractContextManager[Any] = self.accelerator.no_sync(phase.module)
+        return nullcontext() if last else context
+
+    def _reduce(self, values: Tensor) -> Tensor:
+        """Sum over processes."""
+        total: Tensor = self.accelerator.reduce(values, "sum")
+        return total
+
+    def _refuse_divergence(self, phase: str, values: list[float]) -> None:
+        if all(abs(value) < float("inf") for value in values):  # false for NaN
+            return
+        last = checkpoint.newest(self.checkpoints)
+        raise AnyflowError(
+            f"The loss of the {phase} is not a number at step {self.step}; its weights were not moved.",
+            (f"The last good state is {last}. " if last else "")
+            + "Lower optimiser.lr, or set model.precision to fp32, and start again.",
+        )
+
+    # --- state
+
+    def state(self) -> checkpoint.State:
+        """Everything that a step changes."""
+        tensors: dict[str, Mapping[str, Tensor]] = {"ema": self.ema.shadow}
+        tensors |= {phase.name: self.backbone.state_dict_of(phase.name) for phase in self.phases}
+        return checkpoint.State(
+            step=self.step,
+            tensors=tensors,
+            optimisers={phase.name: phase.optimiser.state_dict() for phase in self.phases},
+            extra=self.metrics.state(),
+        )
+
+    def save(self) -> None:
+        """Write a checkpoint; the main process does, the others wait."""
+        if self.accelerator.is_main_process:
+            checkpoint.save(self.checkpoints, self.state(), self.settings.keep_checkpoints)
+        self.accelerator.wait_for_everyone()
+
+    def resume(self) -> None:
+        """Take up the newest complete checkpoint, if there is one."""
+        path = checkpoint.newest(self.checkpoints)
+        if path is None:
+            self.metrics.restart()
+            return
+        state = checkpoint.load(path)
+        self.step = state.step
+        for phase in self.phases:
+            self.backbone.load_state_dict_of(phase.name, state.tensors[phase.name])
+            phase.optimiser.load_state_dict(dict(state.optimisers[phase.name]))
+        self.ema.load(state.tensors["ema"])
+        self.metrics.resume(state.step, state.extra)
+
+
+def make_accelerator(precision: Precision) -> Any:
+    """Accelerate's view of this process: device, other processes, mixed precision."""
+    from accelerate import Accelerator, DistributedDataParallelKwargs
+
+    distributed = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+    return Accelerator(mixed_precision="bf16" if precision == "bf16" else "no", kwargs_handlers=[distributed])
+
+
+@contextmanager
+def _signals() -> Iterator[threading.Event]:
+    """An event that SIGTERM and SIGINT set, so that the step at hand is finished and saved."""
+    stop = threading.Event()
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        stop.set()
+
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
+        yield stop
+        return
+    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _on(batch: Batch, device: torch.device) -> Batch:
+    return Batch(batch.latents.to(device), batch.text.to(device), batch.captions)

@@ -1,0 +1,83 @@
+"""A small run for the tests of this room: a random network, random latents, one thread."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from anyflow_cli.data.batches import Batch
+from anyflow_cli.model.config import NetworkConfig
+from anyflow_cli.model.network import FlowMapTransformer, two_time_from
+from anyflow_cli.model.roles import Backbone, LoraSize, Role
+from anyflow_cli.recipe import schema
+from anyflow_cli.train import objectives
+from anyflow_cli.train.trainer import Trainer, make_accelerator
+
+CONFIG = NetworkConfig(
+    heads=2, head_dim=8, layers=2, ffn_dim=32, in_channels=4, out_channels=4, text_dim=8, freq_dim=16
+)
+LATENT = (3, 4, 4, 4)  # F, C, H, W
+NEGATIVE = torch.zeros(5, 8)
+OPTIMISER = schema.Optimiser(lr=3e-3, warmup=2)
+Kind = Literal["flow-map", "flow-matching", "consistency-ode", "on-policy"]
+
+
+class RandomData:
+    """Eight fixed latents; the samples of a step are the next of them in turn."""
+
+    def __init__(self, batch: int, latents: Tensor | None = None) -> None:
+        self.batch = batch
+        generator = torch.Generator().manual_seed(7)
+        self.latents = torch.randn(8, *LATENT, generator=generator) if latents is None else latents
+        self.text = torch.randn(8, *NEGATIVE.shape, generator=generator)
+
+    def stream(self, start: int, part: slice = slice(None), workers: int = 0) -> Iterator[Batch]:
+        for step in count(start):
+            at = [(step * self.batch + i) % 8 for i in range(self.batch)][part]
+            yield Batch(self.latents[at], self.text[at], [""] * len(at))
+
+
+def network(seed: int = 0, *, two_time: bool = True) -> FlowMapTransformer:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        plain = FlowMapTransformer(CONFIG)
+    return two_time_from(plain) if two_time else plain
+
+
+def backbone(kind: Kind, lora: bool = False, seed: int = 0) -> Backbone:
+    roles: tuple[Role, ...] = ("student", "real", "fake") if kind == "on-policy" else ("student",)
+    size = LoraSize(4, 4) if lora else None
+    return Backbone(network(seed, two_time=kind != "flow-matching"), roles, lora=size)
+
+
+def objective(kind: Kind, roles: Backbone, **changes: Any) -> objectives.Objective:
+    if kind == "on-policy":
+        settings = schema.Distill(optimiser=OPTIMISER, **changes)
+        return objectives.on_policy(roles, NEGATIVE, settings, 5.0)
+    return objectives.stage_one(kind, roles, NEGATIVE, schema.FlowMap(**changes), OPTIMISER, 5.0)
+
+
+def training(**changes: Any) -> schema.Training:
+    defaults: dict[str, Any] = {
+        "steps": 6, "batch": 4, "optimiser": OPTIMISER, "ema": schema.Ema(decay=0.9, start=3),
+        "checkpoint_every": 2, "log_every": 2, "preview_every": 0, "tensorboard": False,
+    }  # fmt: skip
+    return schema.Training(**(defaults | changes))
+
+
+def trainer(
+    directory: Path, kind: Kind = "flow-map", *, lora: bool = False, changes: dict[str, Any] | None = None,
+    hooks: dict[str, Any] | None = None, source: Any = None, **settings: Any,
+) -> Trainer:  # fmt: skip
+    directory.mkdir(parents=True, exist_ok=True)
+    run = training(**settings)
+    roles = backbone(kind, lora)
+    return Trainer(
+        directory, objective(kind, roles, **(changes or {})), source or RandomData(run.batch), run,
+        accelerator=make_accelerator("fp32"), **(hooks or {}),
+    )  # fmt: skip
