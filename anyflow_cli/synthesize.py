@@ -15,7 +15,6 @@ video is (T, 3, height, width) in [0, 1].
 from __future__ import annotations
 
 import logging
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -91,18 +90,19 @@ class Source(Protocol):
         """The samples of these indices in order, and each candidate that was turned down."""
 
 
-def synthesize(job: Job, advance: Callable[[int], None] = lambda count: None) -> Report:
-    """Make this rank's missing shards; ``advance`` hears how many more indices are settled."""
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    records = job.records()
-    missing = [n for n, record in enumerate(records) if record is None and n % world == rank]
+def synthesize(job: Job, on_progress: Callable[[int], None] = lambda settled: None) -> Report:
+    """Make this rank's missing shards; ``on_progress`` hears how many of their videos are settled so far."""
+    missing = job.missing()
     if missing or not (job.out / NEGATIVE).exists():
         write_json(job.out / PROVENANCE, job.provenance)
         source = _source(job)
         write_negative(job.out, source.negative)
+        before = 0
         for number in missing:
-            results = source.results(job.ranges[number])
-            write_shard(shard_path(job.out, number), _settled(results, job.ranges[number], advance))
+            indices = job.ranges[number]
+            results = _watched(source.results(indices), indices, before, on_progress)
+            write_shard(shard_path(job.out, number), results)
+            before += len(indices)
     return _finish(job, len(missing))
 
 
@@ -118,18 +118,15 @@ def _finish(job: Job, made: int) -> Report:
     return Report(job.out, len(job.captions), samples, len(records), made, complete, rejected)
 
 
-def _settled(
-    results: Iterator[Sample | Rejection], indices: range, advance: Callable[[int], None]
+def _watched(
+    results: Iterator[Sample | Rejection], indices: range, before: int, on_progress: Callable[[int], None]
 ) -> Iterator[Sample | Rejection]:
-    """Pass results on, and tell how many indices lie behind them."""
-    behind = 0
+    """Pass results on, and tell how many videos are settled: those of earlier shards and these."""
     for result in results:
         yield result
         if isinstance(result, Sample):
-            reached = result.index - indices.start + 1
-            advance(reached - behind)
-            behind = reached
-    advance(len(indices) - behind)  # what was given up at the end
+            on_progress(before + result.index - indices.start + 1)
+    on_progress(before + len(indices))  # the last ones may have been given up
 
 
 def _source(job: Job) -> Source:
@@ -291,7 +288,7 @@ class Encoders:
 
 def seed_of(seed: int, index: int, attempt: int) -> int:
     """The noise seed of a video's n-th attempt; attempts lie far apart, so that no two videos share one."""
-    return seed + index + (attempt << 32)
+    return seed + index + (attempt << 30)  # not << 32: torch's CPU generator drops all but the lower 32 bits
 
 
 def _mp4(video: Tensor, fps: int) -> bytes:

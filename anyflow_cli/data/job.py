@@ -47,6 +47,11 @@ class Job:
         """What is complete already, by shard."""
         return [read_record(shard_path(self.out, number)) for number in range(len(self.ranges))]
 
+    def missing(self) -> list[int]:
+        """The shards still to be made by this process, of as many as RANK and WORLD_SIZE say."""
+        rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        return [n for n, record in enumerate(self.records()) if record is None and n % world == rank]
+
     @property
     def stored(self) -> torch.dtype:
         """Latents keep the precision they are made in: at full scale fp32 would be 2 TB where bf16 is 1."""

@@ -243,17 +243,19 @@ def read_negative(directory: Path) -> Tensor:
 def index_members(path: Path) -> Members:
     """Where each sample's parts lie, from the archive's headers alone (no member is read)."""
     members: Members = {}
-    size = path.stat().st_size
+    end = 0
     try:
         with tarfile.open(path, "r:") as archive:
             for info in archive:
                 key, _, ending = info.name.partition(".")
-                if info.offset_data + info.size > size:
-                    raise tarfile.ReadError(f"{info.name} is cut short")
+                end = info.offset_data + -(-info.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
                 if info.isfile():
                     members.setdefault(key, {})[ending] = Span(info.offset_data, info.size)
     except tarfile.TarError as error:
         raise UsageError(f"The shard {path} is damaged: {error}.", REPAIR) from error
+    # tarfile takes a broken header for the end; the true end is two blocks of zeros.
+    if read_bytes(path, Span(end, 2 * tarfile.BLOCKSIZE)) != bytes(2 * tarfile.BLOCKSIZE):
+        raise UsageError(f"The shard {path} is damaged or cut short after byte {end:,}.", REPAIR)
     return members
 
 

@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from anyflow_cli.data.clips import (
+    ClipFormat,
+    Pixels,
+    UnusableClipError,
+    from_pixels,
+    list_clips,
+    read_clip,
+    to_pixels,
+    write_mp4,
+)
+from anyflow_cli.data.world import WORLDS, render
+from anyflow_cli.errors import UsageError
+
+
+def levels(frames: int, height: int = 32, width: int = 32) -> Pixels:
+    """A clip whose every frame has one gray level, 4 apart, so that a frame tells its number."""
+    return np.broadcast_to(
+        (20 + 4 * np.arange(frames, dtype=np.uint8))[:, None, None, None], (frames, height, width, 3)
+    )
+
+
+def numbers(pixels: Pixels) -> list[int]:
+    """Which frames of ``levels`` these are."""
+    return [round((float(frame.mean()) - 20) / 4) for frame in pixels]
+
+
+def test_a_clip_comes_back_nearly_as_it_was(tmp_path: Path) -> None:
+    video = render(WORLDS["shapes"].scene(3))
+    write_mp4(tmp_path / "clip.mp4", video, 16)
+    clip = read_clip(tmp_path / "clip.mp4", ClipFormat(33, 16, 64, 64))
+    assert clip.changes == ()
+    assert clip.pixels.shape == video.shape
+    assert np.abs(clip.pixels.astype(int) - video).mean() < 2.5
+    assert (
+        np.abs(clip.pixels.mean((0, 1, 2)) - video.mean((0, 1, 2))).max() < 2
+    )  # a colour matrix is off by more
+
+
+def test_equal_pixels_give_equal_bytes(tmp_path: Path) -> None:
+    for name in ("a.mp4", "b.mp4"):
+        write_mp4(tmp_path / name, levels(9), 16)
+    assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.mp4", "b.mp4"]
+
+
+@pytest.mark.parametrize(("fps", "expected"), [(8, [0, 2, 4, 6]), (16, [0, 1, 2, 3]), (32, [0, 0, 1, 1])])
+def test_time_is_resampled_to_the_nearest_frame(tmp_path: Path, fps: int, expected: list[int]) -> None:
+    write_mp4(tmp_path / "clip.mp4", levels(12), 16)
+    clip = read_clip(tmp_path / "clip.mp4", ClipFormat(4, fps, 32, 32))
+    found = numbers(clip.pixels)
+    assert all(abs(a - b) <= (fps != 16) for a, b in zip(found, expected, strict=True)), found
+    assert np.diff(found).sum() in range(expected[-1] - 1, expected[-1] + 2)
+    assert any("resampled from 16 to" in change for change in clip.changes) == (fps != 16)
+    assert "cut after 4 frames" in clip.changes
+
+
+def test_size_is_scaled_and_the_centre_kept(tmp_path: Path) -> None:
+    wide = np.zeros((5, 64, 128, 3), np.uint8)
+    wide[:, :, 32:96] = 200  # the middle square is what a square crop keeps
+    write_mp4(tmp_path / "wide.mp4", wide, 16)
+    clip = read_clip(tmp_path / "wide.mp4", ClipFormat(5, 16, 32, 32))
+    assert clip.changes == ("scaled and cropped from 64x128 to 32x32",)
+    assert abs(float(clip.pixels[:, :, 2:-2].mean()) - 200) < 3
+    scaled = read_clip(tmp_path / "wide.mp4", ClipFormat(5, 16, 32, 64))
+    assert scaled.changes == ("scaled from 64x128 to 32x64",)
+
+
+def test_too_short_and_unreadable_clips_are_named(tmp_path: Path) -> None:
+    write_mp4(tmp_path / "short.mp4", levels(8), 16)
+    with pytest.raises(UnusableClipError, match="too short: 8 frames at 16 fps where 9"):
+        read_clip(tmp_path / "short.mp4", ClipFormat(9, 16, 32, 32))
+    (tmp_path / "text.mp4").write_text("no video")
+    with pytest.raises(UnusableClipError, match=r"unreadable \(.+\)"):
+        read_clip(tmp_path / "text.mp4", ClipFormat(9, 16, 32, 32))
+
+
+@pytest.mark.parametrize("name", ["-y.mp4", "a 'quoted' name; rm.mp4", "%03d.mp4", "Füße: drei.mp4"])
+def test_names_are_only_names(tmp_path: Path, name: str) -> None:
+    write_mp4(tmp_path / name, levels(5), 16)
+    assert numbers(read_clip(tmp_path / name, ClipFormat(5, 16, 32, 32)).pixels) == [0, 1, 2, 3, 4]
+
+
+def test_pixels_and_tensors_are_inverse() -> None:
+    pixels = render(WORLDS["shapes"].scene(0))
+    video = from_pixels(pixels)
+    assert video.shape == (33, 3, 64, 64)
+    assert np.array_equal(to_pixels(video), pixels)
+    assert to_pixels(torch.full((2, 5, 3, 4, 4), 2.0)).shape == (2, 5, 4, 4, 3)
+    assert to_pixels(torch.full((1, 3, 4, 4), 2.0)).min() == 255
+
+
+def test_captions_stand_beside_the_clips_or_in_a_table(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "sub").mkdir()
+    for name in ("b.mp4", "a.MOV", "sub/c.webm", "notes.pdf", ".hidden.mp4"):
+        (tmp_path / name).touch()
+    (tmp_path / "a.txt").write_text("  a red\ncircle ")
+    (tmp_path / "captions.csv").write_text('file,caption\nsub/c.webm,"a square, green"\ngone.mp4,x\n')
+    with caplog.at_level(logging.WARNING):
+        clips = list_clips(tmp_path)
+    assert [(clip.path.name, clip.caption) for clip in clips] == [
+        ("a.MOV", "a red circle"),
+        ("b.mp4", None),
+        ("c.webm", "a square, green"),
+    ]
+    assert "gone.mp4" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("captions.csv", b"name,caption\na.mp4,x\n", "no column 'file'"),
+        ("captions.jsonl", b'{"file": "a.mp4", "caption": ""}\n', "no text for its caption"),
+        ("a.txt", b"x" * 2001, "2,001 characters"),
+        ("a.txt", b"\xff\xfe", "not UTF-8"),
+    ],
+)
+def test_bad_captions_are_refused(tmp_path: Path, name: str, content: bytes, said: str) -> None:
+    (tmp_path / "a.mp4").touch()
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UsageError, match=said):
+        list_clips(tmp_path)
+
+
+def test_a_directory_without_videos_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="holds no video"):
+        list_clips(tmp_path)
+    with pytest.raises(UsageError, match="does not exist"):
+        list_clips(tmp_path / "absent")

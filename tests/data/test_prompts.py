@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+
+import pytest
+
+from anyflow_cli.data.prompts import MAX_LENGTH, read_prompts, world_captions
+from anyflow_cli.data.world import WORLDS
+from anyflow_cli.errors import UsageError
+
+PROMPTS = ["a red circle", 'a "large" square, moving', "ein Dreieck bewegt sich über Grün"]
+FILES = {
+    "plain.txt": "\n".join(PROMPTS),
+    "blank lines and windows.TXT": "\ufeff\r\n" + "\r\n  \r\n".join(PROMPTS) + "\r\n\r\n",
+    "table.csv": f'id,caption\n1,{PROMPTS[0]}\n2,"a ""large"" square, moving"\n3,{PROMPTS[2]}\n',
+    "lines.jsonl": "\n".join(json.dumps({"text": p, "id": 0}) for p in PROMPTS) + "\n",
+}
+BAD = {
+    "empty.txt": (b"", "holds no prompt"),
+    "blank.txt": (b"\n  \n", "holds no prompt"),
+    "picture.txt": (b"\x89PNG\r\n\0\0\0", "is binary"),
+    "latin.txt": ("a\nb\nein Dreieck über".encode("latin-1"), "Line 3 of"),
+    "long.txt": (b"short\n\n" + b"x" * 5000, "line 3 of"),
+    "bell.txt": (b"ring\x07", "control characters"),
+    "words.doc": (b"a red circle", "unknown ending '.doc'"),
+    "columns.csv": (b"a,b\n1,2\n", "found: 'a', 'b'"),
+    "hole.csv": (b'prompt\na\n""\n', "Line 3 of"),
+    "short.csv": (b"id,prompt\n1,a\n2\n", "Line 3 of"),
+    "broken.jsonl": (b'{"prompt": "a"}\n{"prompt": \n', "Line 2 of"),
+    "list.jsonl": (b"[1, 2]\n", "not a JSON object"),
+    "number.jsonl": (b'{"prompt": 5}\n', "Line 1 of"),
+    "column.jsonl": (b'{"prompt": "a"}\n{"title": "a"}\n', "Line 2 of"),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_format_gives_the_same_prompts(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(FILES[name].encode())
+    assert read_prompts(tmp_path / name) == PROMPTS
+
+
+def test_parquet(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.table({"prompt": PROMPTS, "id": [1, 2, 3]}), tmp_path / "t.parquet")
+    assert read_prompts(tmp_path / "t.parquet") == PROMPTS
+
+
+def test_parquet_without_its_library_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    (tmp_path / "t.parquet").write_bytes(b"PAR1")
+    with pytest.raises(UsageError, match="needs pyarrow") as error:
+        read_prompts(tmp_path / "t.parquet")
+    assert error.value.hint is not None
+    assert "pip install pyarrow" in error.value.hint
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_files_are_named_in_one_sentence_with_a_hint(tmp_path: Path, name: str) -> None:
+    content, said = BAD[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UsageError) as error:
+        read_prompts(tmp_path / name)
+    assert said in error.value.message
+    assert name in error.value.message
+    assert error.value.message.endswith(".")
+    assert "\n" not in error.value.message
+    assert error.value.hint
+
+
+@pytest.mark.parametrize("name", ["absent.txt", "."])
+def test_what_is_no_file(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UsageError, match=r"does not exist|is a directory"):
+        read_prompts(tmp_path / name)
+
+
+def test_the_longest_prompt_that_is_taken(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("x" * MAX_LENGTH)
+    assert read_prompts(tmp_path / "p.txt") == ["x" * MAX_LENGTH]
+
+
+def test_repeats_are_kept_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "p.txt").write_text("a\nb\na\na\n")
+    with caplog.at_level(logging.WARNING):
+        assert read_prompts(tmp_path / "p.txt") == ["a", "b", "a", "a"]
+    assert "repeats 2 of its 4 prompts" in caplog.text
+
+
+def test_captions_of_a_world_follow_its_seeds() -> None:
+    captions = world_captions("shapes", 5, seed=3)
+    assert captions == [WORLDS["shapes"].scene(seed).caption for seed in range(3, 8)]
+    assert captions[2:] == world_captions("shapes", 3, seed=5)

@@ -1,0 +1,209 @@
+from __future__ import annotations
+
+import errno
+import io
+import json
+import os
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from anyflow_cli.data.atomic import committed
+from anyflow_cli.data.shards import (
+    MANIFEST,
+    PROVENANCE,
+    CorruptSampleError,
+    Rejection,
+    Sample,
+    index_members,
+    read_manifest,
+    read_negative,
+    read_record,
+    read_sample,
+    sha256,
+    shard_path,
+    shard_ranges,
+    write_manifest,
+    write_shard,
+)
+from anyflow_cli.errors import AnyflowError, UsageError
+from tests.data.datasets import SHAPE, TEXT_DIM, make_data, make_sample, rejecting
+
+
+@pytest.mark.parametrize(("count", "size"), [(1, 4), (4, 4), (10, 4), (12, 1), (3, 100)])
+def test_shards_cover_every_index_once(count: int, size: int) -> None:
+    ranges = shard_ranges(count, size)
+    assert [index for indices in ranges for index in indices] == list(range(count))
+    assert all(indices.start == number * size for number, indices in enumerate(ranges))
+
+
+def test_a_sample_comes_back_as_it_was(tmp_path: Path) -> None:
+    text = torch.randn(3, TEXT_DIM).bfloat16()
+    sample = Sample(
+        12, "a 'caption' with ü", torch.randn(SHAPE), text, {"seed": 5, "fps": 16}, b"not really mp4"
+    )
+    record = write_shard(tmp_path / "00000.tar", [sample])
+    members = index_members(tmp_path / "00000.tar")
+    assert set(members) == {"00000012"}
+    assert set(members["00000012"]) == {"safetensors", "json", "mp4"}
+    back = read_sample(tmp_path / "00000.tar", "00000012", members["00000012"])
+    assert torch.equal(back.latents, sample.latents)
+    assert torch.equal(back.text, text)
+    assert back.text.dtype == torch.bfloat16
+    assert (back.index, back.caption, back.facts) == (12, sample.caption, {"seed": 5, "fps": 16})
+    assert record.latent_shape == SHAPE
+    assert record == read_record(tmp_path / "00000.tar")
+
+
+def test_a_shard_is_a_plain_webdataset(tmp_path: Path) -> None:
+    write_shard(tmp_path / "00000.tar", [make_sample(0), make_sample(1)])
+    with tarfile.open(tmp_path / "00000.tar") as archive:
+        names = archive.getnames()
+        handle = archive.extractfile("00000001.json")
+        assert handle is not None
+        assert json.load(handle)["caption"] == "caption 1"
+    assert names == [f"0000000{i}.{ending}" for i in (0, 1) for ending in ("safetensors", "json")]
+
+
+def test_equal_samples_give_equal_bytes(tmp_path: Path) -> None:
+    first, second = (write_shard(tmp_path / name, [make_sample(3)]) for name in ("00000.tar", "00001.tar"))
+    assert first.sha256 == second.sha256 == sha256(tmp_path / "00001.tar")
+    assert write_shard(tmp_path / "00002.tar", [make_sample(4)]).sha256 != first.sha256
+
+
+def test_rejections_stand_in_the_record_and_the_manifest(tmp_path: Path) -> None:
+    record = write_shard(tmp_path / "00000.tar", [make_sample(0), rejecting(1), make_sample(2)])
+    assert (record.samples, record.rejected) == (2, (Rejection(1, "seed 1", "black"),))
+    write_manifest(tmp_path, [record], {"seed": 0})
+    assert read_manifest(tmp_path).shards == (record,)
+    assert read_manifest(tmp_path).count == 2
+
+
+def test_a_crash_while_writing_leaves_no_shard(tmp_path: Path) -> None:
+    def crashing() -> Iterator[Sample]:
+        yield make_sample(0)
+        raise RuntimeError("boom")
+
+    with pytest.raises(RuntimeError, match="boom"):
+        write_shard(tmp_path / "00000.tar", crashing())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_process_leaves_is_no_shard(tmp_path: Path) -> None:
+    write_shard(tmp_path / "00000.tar", [make_sample(0)])
+    os.rename(tmp_path / "00000.tar", tmp_path / ".00000.0.tmp.tar")  # killed between record and shard
+    assert read_record(tmp_path / "00000.tar") is None
+    write_shard(tmp_path / "00000.tar", [make_sample(0)])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["00000.json", "00000.tar"]
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS])
+def test_a_full_or_read_only_disk_is_said_and_the_old_file_survives(tmp_path: Path, code: int) -> None:
+    path = tmp_path / "00000.tar"
+    path.write_text("old")
+
+    def write_half() -> None:
+        with committed(path) as temporary:
+            temporary.write_text("half")
+            raise OSError(code, os.strerror(code))
+
+    with pytest.raises(AnyflowError, match="Cannot write") as error:
+        write_half()
+    assert os.strerror(code) in error.value.message
+    assert [p.name for p in tmp_path.iterdir()] == ["00000.tar"]
+    assert path.read_text() == "old"
+
+
+def test_other_errors_of_the_system_keep_their_name(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), committed(tmp_path / "a") as temporary:
+        temporary.write_text((tmp_path / "absent").read_text())
+
+
+@pytest.mark.parametrize("left", [0, 100, 700, 1536, 2000, 3000, 3072])
+def test_a_shard_cut_short_anywhere_is_named(tmp_path: Path, left: int) -> None:
+    path = tmp_path / "00000.tar"
+    write_shard(path, [make_sample(0), make_sample(1)])
+    path.write_bytes(path.read_bytes()[:left])
+    with pytest.raises(UsageError, match=rf"00000\.tar has {left:,} bytes") as error:
+        read_record(path)
+    assert error.value.hint is not None
+    assert "--verify" in error.value.hint
+    with pytest.raises(UsageError, match="damaged"):
+        index_members(path)
+
+
+def test_a_broken_header_is_not_taken_for_the_end(tmp_path: Path) -> None:
+    path = tmp_path / "00000.tar"
+    write_shard(path, [make_sample(0), make_sample(1)])
+    last = max(span.offset for parts in index_members(path).values() for span in parts.values())
+    with path.open("r+b") as handle:
+        handle.seek(last - 512)
+        handle.write(b"#")
+    with pytest.raises(UsageError, match="damaged"):
+        index_members(path)
+
+
+def test_names_in_an_archive_are_not_paths(tmp_path: Path) -> None:
+    path = tmp_path / "in" / "00000.tar"
+    path.parent.mkdir()
+    with tarfile.open(path, "w") as archive:
+        for name in ("../../evil.json", "/etc/evil.json"):
+            archive.addfile(tarfile.TarInfo(name), io.BytesIO())
+        link = tarfile.TarInfo("link.json")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        archive.addfile(link)
+    members = index_members(path)
+    assert "link" not in members
+    assert [p.name for p in tmp_path.rglob("*")] == ["in", "00000.tar"]
+
+
+@pytest.mark.parametrize("damage", ["nan", "json", "tensors", "part"])
+def test_a_corrupt_sample_is_named(tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "00000.tar"
+    write_shard(path, [make_sample(3, float("nan") if damage == "nan" else None)])
+    (parts,) = index_members(path).values()
+    with path.open("r+b") as handle:
+        if damage in ("json", "tensors"):
+            handle.seek(parts["json" if damage == "json" else "safetensors"].offset)
+            handle.write(b"#" * 8)
+    if damage == "part":
+        del parts["json"]
+    with pytest.raises(CorruptSampleError, match=r"Sample 00000003 of .*00000\.tar"):
+        read_sample(path, "00000003", parts)
+
+
+def test_mixed_shapes_are_refused(tmp_path: Path) -> None:
+    other = Sample(1, "b", torch.zeros(9, 3, 4, 4), torch.zeros(1, TEXT_DIM))
+    records = [write_shard(shard_path(tmp_path, n), [s]) for n, s in enumerate((make_sample(0), other))]
+    with pytest.raises(UsageError, match=r"several shapes.*00001\.tar"):
+        write_manifest(tmp_path, records, {})
+
+
+def test_a_data_set_without_samples_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(AnyflowError, match="No sample"):
+        write_manifest(tmp_path, [write_shard(tmp_path / "00000.tar", [rejecting(0)])], {})
+
+
+def test_a_missing_incomplete_broken_or_newer_manifest(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="holds no data set"):
+        read_manifest(tmp_path)
+    (tmp_path / PROVENANCE).write_text("{}")
+    with pytest.raises(UsageError, match="not complete yet"):
+        read_manifest(tmp_path)
+    (tmp_path / MANIFEST).write_text("{")
+    with pytest.raises(UsageError, match="cannot be read"):
+        read_manifest(tmp_path)
+    (tmp_path / MANIFEST).write_text('{"version": 99}')
+    with pytest.raises(UsageError, match="version 99"):
+        read_manifest(tmp_path)
+
+
+def test_the_negative_prompt(tmp_path: Path) -> None:
+    make_data(tmp_path)
+    assert torch.equal(read_negative(tmp_path), torch.full((2, TEXT_DIM), 7.0))
+    (tmp_path / "negative.safetensors").write_bytes(b"")
+    with pytest.raises(UsageError, match=r"negative\.safetensors"):
+        read_negative(tmp_path)
