@@ -1,0 +1,148 @@
+"""The suite on clips of the world, whole and spoiled: each fault is seen where it belongs."""
+
+from __future__ import annotations
+
+import time
+from functools import lru_cache, partial
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from anyflow_cli.data.world import FRAMES, HEIGHT, WIDTH, WORLDS, render
+from anyflow_cli.errors import UsageError
+from anyflow_cli.evaluate.shapes import ShapesSuite, score_video, score_videos
+from anyflow_cli.evaluate.suite import SuiteResult
+from tests.evaluate import damage
+from tests.evaluate.damage import SCENES, Damage
+
+NAMES = tuple(dimension.name for dimension in ShapesSuite().dimensions)
+PROMPTS = [scene.full_caption for scene in SCENES]
+
+
+@lru_cache(maxsize=32)
+def scored(spoil: Damage) -> SuiteResult:
+    return score_videos([spoil(scene) for scene in SCENES], PROMPTS)
+
+
+@pytest.mark.parametrize("world", list(WORLDS))
+def test_clips_of_the_world_score_near_the_top(world: str) -> None:
+    scenes = [WORLDS[world].scene(seed) for seed in range(32)]
+    result = score_videos([render(s) for s in scenes], [s.caption for s in scenes], world)
+    assert not result.missing
+    assert min(result.dimensions.values()) >= 97
+    assert result.total is not None
+    assert result.total >= 99
+    assert result.correct == 100
+
+
+# What each fault must cost, in points of its own dimensions; every other dimension keeps at least 90.
+FAULTS: dict[str, tuple[Damage, dict[str, float], set[str]]] = {
+    # fault                         its own dimensions: at most           may suffer with them
+    "shape":      (damage.wrong_shape,      {"shape": 5},                         set()),
+    "colour":     (damage.wrong_colour,     {"colour": 5},                        set()),
+    "size":       (damage.wrong_size,       {"size": 5},                          set()),
+    "background": (damage.wrong_background, {"background": 5},                    set()),
+    "reversed":   (damage.reversed_motion,  {"direction": 5},                     set()),
+    "pace":       (damage.other_pace,       {"speed": 5, "dynamic degree": 60},   set()),
+    "frozen":     (damage.frozen,           {"dynamic degree": 5},                {"direction", "speed"}),
+    "jitter":     (damage.jittered,         {"motion smoothness": 60},            set()),
+    "blur":       (damage.blur,             {"sharpness": 25},                    {"details"}),
+    "noise":      (damage.noise,            {"artefacts": 60},                    {"sharpness"}),
+    "saturation": (damage.saturation,       {"artefacts": 60},                    set()),
+    "flicker":    (damage.flicker,          {"temporal consistency": 30},
+                   {"artefacts", "motion smoothness", "details", "colour", "size", "shape"}),
+    "ghost":      (damage.ghost,            {"artefacts": 60, "details": 60},
+                   {"sharpness", "shape", "size", "colour"}),
+    "two dots":   (damage.two_dots,         {"details": 67},                      set()),
+    "four dots":  (damage.four_dots,        {"details": 80},                      {"artefacts"}),
+    "vanishing":  (damage.vanishing,        {"temporal consistency": 60, "motion smoothness": 60},
+                   {"shape", "colour", "size", "sharpness"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_costs_its_own_dimension(fault: str) -> None:
+    spoil, own, with_it = FAULTS[fault]
+    result = scored(spoil)
+    for name, most in own.items():
+        assert result.dimensions[name] <= most, (name, result.dimensions)
+    others = set(NAMES) - set(own) - with_it
+    assert {n: result.dimensions[n] for n in others if result.dimensions[n] < 90} == {}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_costs_total(fault: str) -> None:
+    total = scored(FAULTS[fault][0]).total
+    assert total is not None
+    assert total < 97.5
+
+
+def test_more_of_a_fault_costs_more() -> None:
+    steps = [damage.levels(partial(damage.blurred_by, sigma)) for sigma in (0.4, 0.7, 1.2)]
+    scores = [score_videos([fault(s) for s in SCENES[:6]], PROMPTS[:6]).dimensions for fault in steps]
+    for name in ("sharpness", "details"):
+        assert scores[0][name] > scores[1][name] + 10 > scores[2][name] + 20
+
+
+@pytest.mark.parametrize("level", [0, 255])
+def test_an_empty_picture_is_worth_nothing(level: int) -> None:
+    empty = np.full((FRAMES, HEIGHT, WIDTH, 3), level, np.uint8)
+    result = score_videos([empty] * len(PROMPTS), PROMPTS)
+    assert result.quality == 0
+    assert result.correct == 0
+
+
+def test_random_pixels_are_worth_next_to_nothing() -> None:
+    rng = np.random.default_rng(0)
+    static = [rng.integers(0, 256, (FRAMES, HEIGHT, WIDTH, 3), np.uint8) for _ in PROMPTS]
+    result = score_videos(static, PROMPTS)
+    assert result.total is not None
+    assert result.total < 10
+
+
+def test_only_what_the_prompt_names_is_judged() -> None:
+    score = score_video(render(SCENES[0]), f"a {SCENES[0].colour} {SCENES[0].shape}")
+    assert set(score.right) == {"colour", "shape"}
+    assert "size" not in score.scores
+    assert "sharpness" in score.scores
+
+
+def test_a_video_is_correct_only_if_all_it_names_is_right() -> None:
+    spoiled = [damage.wrong_colour(SCENES[0]), *(render(scene) for scene in SCENES[1:4])]
+    assert score_videos(spoiled, PROMPTS[:4]).correct == 75
+
+
+def test_prompts_are_fixed_and_unlike_each_other() -> None:
+    suite = ShapesSuite()
+    assert suite.prompts(64)[:16] == suite.prompts(16)
+    assert len(set(suite.prompts(64))) > 55
+
+
+@pytest.mark.parametrize(
+    "video",
+    [
+        np.zeros((FRAMES, HEIGHT, WIDTH), np.uint8),
+        np.zeros((FRAMES, HEIGHT, WIDTH, 3), np.float32),
+        np.zeros((5, HEIGHT, WIDTH, 3), np.uint8),
+    ],
+)
+def test_another_kind_of_clip_is_refused_by_name(video: NDArray[Any]) -> None:
+    with pytest.raises(UsageError, match=r"shape \(33, 64, 64, 3\)") as error:
+        score_video(video, "a red circle")
+    assert error.value.hint
+
+
+def test_counts_must_agree() -> None:
+    with pytest.raises(UsageError, match="1 videos for 2 prompts"):
+        score_videos([render(SCENES[0])], PROMPTS[:2])
+
+
+def test_a_clip_takes_milliseconds() -> None:
+    clips = [render(scene) for scene in SCENES[:8]]
+    score_video(clips[0], PROMPTS[0])
+    start = time.process_time()
+    for clip in clips:
+        score_video(clip, PROMPTS[0])
+    assert (time.process_time() - start) / len(clips) < 0.1  # about 0.015 on an idle core

@@ -1,0 +1,75 @@
+"""Sums of a suite: VBench's arithmetic, and nothing invented for what was not measured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pytest
+
+from anyflow_cli.evaluate.suite import Dimension, Video, VideoScore, summarise, total_score
+
+
+@dataclass(frozen=True)
+class Toy:
+    name: str = "toy"
+    dimensions: tuple[Dimension, ...] = (
+        Dimension("steady", "quality", low=0.5, high=0.9),
+        Dimension("lively", "quality", weight=0.5),
+        Dimension("named", "semantic"),
+    )
+
+    def prompts(self, count: int) -> list[str]:
+        return ["a"] * count
+
+    def score(self, videos: Sequence[Video], prompts: Sequence[str]) -> list[VideoScore]:
+        return []
+
+    def distance(self, features: Sequence[Sequence[float]]) -> float | None:
+        return float(len(features))
+
+
+def test_a_row_of_vbench_adds_up() -> None:
+    assert total_score(85.09, 75.82) == pytest.approx(83.24, abs=0.005)  # the benchmark's own script
+
+
+def test_dimensions_are_normalised_then_weighted() -> None:
+    result = summarise(Toy(), [VideoScore({"steady": 0.7, "lively": 1.0, "named": 0.25})])
+    assert result.dimensions == pytest.approx({"steady": 50, "lively": 100, "named": 25})
+    assert result.quality == pytest.approx((50 + 0.5 * 100) / 1.5)
+    assert result.semantic == pytest.approx(25)
+    assert result.total == pytest.approx((4 * 100 / 1.5 + 25) / 5)
+
+
+def test_a_dimension_is_the_mean_of_the_videos_it_applies_to() -> None:
+    scores = [
+        VideoScore({"steady": 0.9, "lively": 1.0, "named": 1.0}),
+        VideoScore({"steady": 0.7, "lively": 0.0}),
+    ]
+    result = summarise(Toy(), scores)
+    assert result.dimensions == pytest.approx({"steady": 75, "lively": 50, "named": 100})
+    assert result.videos == 2
+
+
+def test_no_total_without_a_dimension_and_its_name_is_given() -> None:
+    result = summarise(Toy(), [VideoScore({"steady": 0.7, "lively": 1.0})])
+    assert result.missing == ("named",)
+    assert result.semantic is None
+    assert result.total is None
+    assert result.quality is not None
+
+
+def test_correct_counts_only_videos_with_something_to_be_right_about() -> None:
+    scores = [
+        VideoScore({}, {"colour": True, "shape": True}),
+        VideoScore({}, {"colour": True, "shape": False}),
+        VideoScore({}, {}),
+    ]
+    assert summarise(Toy(), scores).correct == 50
+    assert summarise(Toy(), scores[2:]).correct is None
+
+
+def test_the_distance_is_over_all_videos_that_have_features() -> None:
+    scores = [VideoScore({}, features=(1.0,)), VideoScore({}, features=(2.0,)), VideoScore({})]
+    assert summarise(Toy(), scores).distance == 2
+    assert summarise(Toy(), scores[2:]).distance is None
