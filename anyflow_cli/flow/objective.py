@@ -29,12 +29,14 @@ GlobalMean = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class FlowMapLoss:
-    """The loss to descend, and the raw errors (no weight, no gradient) that tell how it is going."""
+    """The loss to descend, and the raw errors (no weight, no gradient) that tell how it is going.
+
+    Those of samples with t == r and of the others belong apart: Eq. 7 brings them to one level in the loss
+    alone.
+    """
 
     loss: Tensor  # ()
     per_sample: Tensor  # (B,)
-    boundary: Tensor  # () global mean over t == r, NaN if the batch has none
-    non_boundary: Tensor  # () global mean over t > r, NaN if the batch has none
 
 
 def interpolate(x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
@@ -111,15 +113,8 @@ def flow_map_loss(
 
     # metric(u - sg(u_tgt)), with w(t) and Eq. 7
     error = (u - u_tgt).square().flatten(1).mean(1)  # (B,)
-    boundary = t == r
-    scale = adaptive_weights(error, boundary, global_mean) if adaptive else torch.ones_like(error)
-    raw = error.detach()
-    return FlowMapLoss(
-        loss=(weight(t) * scale * error).mean(),
-        per_sample=raw,
-        boundary=global_mean(raw, boundary),
-        non_boundary=global_mean(raw, ~boundary),
-    )
+    level = adaptive_weights(error, t == r, global_mean) if adaptive else torch.ones_like(error)
+    return FlowMapLoss((weight(t) * level * error).mean(), error.detach())
 
 
 def _guidance_per_sample(guidance: float, null_mask: Tensor | None, z: Tensor) -> Tensor:

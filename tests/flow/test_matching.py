@@ -34,6 +34,11 @@ def test_scores_predict_the_mean_of_the_clean_data() -> None:
     torch.testing.assert_close(predict_clean(REAL, X, T), REAL.clean(X, T))
 
 
+def test_scores_are_compared_in_high_precision_whatever_they_run_in() -> None:
+    low = Bent(REAL, lambda u, z, t, r: u(z, t, r).bfloat16())
+    assert predict_clean(low, X.float(), T.float()).dtype == torch.float64
+
+
 def test_it_vanishes_where_fake_and_real_agree() -> None:
     """At guidance 1 the null branch does not matter; where all three agree the guidance does not."""
     assert pull(X, REAL, REAL, NULL, guidance=1.0).abs().max() < 1e-12

@@ -244,22 +244,29 @@ def test_adaptive_weights_are_bounded_and_need_a_boundary() -> None:
 def test_the_loss_is_weighted_by_time_and_level_and_its_parts_are_raw() -> None:
     """Without adaptation: mean of w(t) times the raw errors; with it, of w(t) times the boundary's."""
     weight = loss_weight("beta", 5.0)
-    student = Bent(exact(3.0)[0], lambda u, z, t, r: u(z, t, r) + 1)
-    null = Bent(exact(3.0)[1], student.bend)
+    off = torch.ones((), dtype=torch.float64, requires_grad=True)
+    student, null = (Bent(model, lambda u, z, t, r: u(z, t, r) + off) for model in exact(3.0))
     plain = Step().loss(student, null, weight=weight, adaptive=False)
     raw = plain.per_sample
-    torch.testing.assert_close(plain.loss, (weight(INSIDE) * raw).mean())
-    torch.testing.assert_close(plain.boundary, raw[-1])
-    torch.testing.assert_close(plain.non_boundary, raw[:-1].mean())
+    torch.testing.assert_close(plain.loss.detach(), (weight(INSIDE) * raw).mean())
     assert not raw.requires_grad
-    level = Step().loss(student, null, weight=weight).loss
+    level = Step().loss(student, null, weight=weight).loss.detach()
     torch.testing.assert_close(level, (weight(INSIDE) * raw[-1]).mean(), rtol=1e-3, atol=0)
 
 
-def test_a_batch_without_boundary_says_so() -> None:
-    result = Step(INSIDE, BELOW.clamp(max=0.1)).loss()
-    assert result.boundary.isnan()
-    assert result.loss.isfinite()
+def test_a_batch_without_boundary_is_not_adapted() -> None:
+    step = Step(INSIDE, BELOW.clamp(max=0.1))
+    wrong = Bent(DATA, WRONG_STUDENTS["v for u"])
+    result = step.loss(wrong, wrong)
+    torch.testing.assert_close(result.loss, result.per_sample.mean())
+
+
+def test_the_null_branch_gets_no_gradient() -> None:
+    u_c, u_null = (torch.ones(1, requires_grad=True) for _ in range(2))
+    u = fuse_guidance(u_c, u_null, 3.0)
+    assert torch.autograd.grad(u, u_c, retain_graph=True)[0].item() == pytest.approx(1 / 3)
+    with pytest.raises(RuntimeError, match="not have been used"):
+        torch.autograd.grad(u, u_null)
 
 
 # The path and the baselines

@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.multiprocessing
 from torch import Tensor
 
-from anyflow_cli.flow.objective import FlowMapLoss, GlobalMean, flow_map_loss, local_mean
+from anyflow_cli.flow.objective import GlobalMean, flow_map_loss, local_mean
 from anyflow_cli.flow.times import TimeRatios, loss_weight, sample_times
 from tests.flow.gaussian import SHAPE, Bent, Gaussian, normal
 
@@ -24,15 +24,15 @@ TIMES = sample_times(B, 5.0, TimeRatios(), torch.Generator().manual_seed(0))
 T, R = (time.double()[(TIMES[0] > TIMES[1]).long().argsort()] for time in TIMES)
 
 
-def loss_and_gradient(share: slice, global_mean: GlobalMean) -> tuple[FlowMapLoss, Tensor]:
-    """Alg. 1 on a share of the batch, and the gradient on the one parameter of a student far from exact."""
+def loss_and_gradient(share: slice, global_mean: GlobalMean) -> tuple[Tensor, Tensor]:
+    """The loss of Alg. 1 on a share of the batch, and its gradient on the parameter of a student far off."""
     parameter = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
     model = Bent(Gaussian(MEAN[share]), lambda u, z, t, r: u(z, t, r) + parameter * z)
-    result = flow_map_loss(
+    loss = flow_map_loss(
         model, model, X[share], EPS[share], T[share], R[share],
         weight=loss_weight("beta", 5.0), global_mean=global_mean,
-    )  # fmt: skip
-    return result, torch.autograd.grad(result.loss, parameter)[0]
+    ).loss  # fmt: skip
+    return loss.detach(), torch.autograd.grad(loss, parameter)[0]
 
 
 def share_of(rank: int, ranks: int) -> slice:
@@ -62,7 +62,7 @@ class Meeting:
 
         return mean
 
-    def run(self) -> list[tuple[FlowMapLoss, Tensor]]:
+    def run(self) -> list[tuple[Tensor, Tensor]]:
         with ThreadPoolExecutor(self.ranks) as pool:
             work = [
                 pool.submit(loss_and_gradient, share_of(rank, self.ranks), self.mean_of(rank))
@@ -71,37 +71,29 @@ class Meeting:
             return [part.result() for part in work]
 
 
-def check_equal_to_one_process(
-    losses: Tensor, gradients: Tensor, boundary: Tensor, non_boundary: Tensor
-) -> None:
+def check_equal_to_one_process(losses: Tensor, gradients: Tensor) -> None:
+    """Each (ranks,); averaged over ranks, as a trainer averages gradients."""
     whole, gradient = loss_and_gradient(slice(None), local_mean)
-    torch.testing.assert_close(losses.mean(), whole.loss.detach())
+    torch.testing.assert_close(losses.mean(), whole)
     torch.testing.assert_close(gradients.mean(), gradient)
-    torch.testing.assert_close(boundary, whole.boundary.expand_as(boundary))
-    torch.testing.assert_close(non_boundary, whole.non_boundary.expand_as(boundary))
 
 
 def test_four_ranks_are_one() -> None:
-    results, gradients = zip(*Meeting(4).run(), strict=True)
-    check_equal_to_one_process(
-        torch.stack([result.loss.detach() for result in results]),
-        torch.stack(gradients),
-        torch.stack([result.boundary for result in results]),
-        torch.stack([result.non_boundary for result in results]),
-    )
+    losses, gradients = zip(*Meeting(4).run(), strict=True)
+    check_equal_to_one_process(torch.stack(losses), torch.stack(gradients))
 
 
 def test_ranks_that_do_not_meet_differ() -> None:
     """What the reduction is for: with a mean over its own share each rank has another level, or none."""
-    results, gradients = zip(*(loss_and_gradient(share_of(r, 4), local_mean) for r in range(4)), strict=True)
+    losses, gradients = zip(*(loss_and_gradient(share_of(r, 4), local_mean) for r in range(4)), strict=True)
     whole, gradient = loss_and_gradient(slice(None), local_mean)
-    assert abs(torch.stack([result.loss for result in results]).mean() / whole.loss - 1) > 0.05
+    assert abs(torch.stack(losses).mean() / whole - 1) > 0.05
     assert abs(torch.stack(gradients).mean() / gradient - 1) > 0.05
 
 
 def mean_over_processes(values: Tensor, mask: Tensor) -> Tensor:
     """Sum and count over the process group; 0 / 0 is the NaN of the contract."""
-    sums = torch.stack([(values * mask).sum(), mask.sum().to(values.dtype)])
+    sums = torch.stack([values[mask].sum(), mask.sum().to(values.dtype)])
     dist.all_reduce(sums)
     return sums[0] / sums[1]
 
@@ -110,9 +102,8 @@ def work(rank: int, ranks: int, folder: str) -> None:
     """One process of the test below."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
-    result, gradient = loss_and_gradient(share_of(rank, ranks), mean_over_processes)
-    numbers = torch.stack([result.loss.detach(), gradient, result.boundary, result.non_boundary])
-    torch.save(numbers, Path(folder) / f"{rank}.pt")
+    numbers = loss_and_gradient(share_of(rank, ranks), mean_over_processes)
+    torch.save(torch.stack(numbers), Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()
 
 
