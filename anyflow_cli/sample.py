@@ -1,0 +1,194 @@
+"""From prompts and seeds to videos, with any model of this family at any number of steps.
+
+``Sampler`` is the one way to sample outside training: the command, evaluation and synthesis stand on it. An
+any-step model (two times) is solved by Euler over its flow map, one evaluation a step; a plain Wan model is
+a teacher and is solved by guided Euler, two evaluations a step. A video depends on its prompt, seed and
+step count, not on what it was batched with. Which model is meant, and how it is opened, is in
+``addresses.py``; files are in ``samples.py``.
+
+Legend: B batch, F latent frames, C channels, H W latent height and width; a video is uint8 (T, height,
+width, 3).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from anyflow_cli.addresses import open_model
+from anyflow_cli.data.clips import Pixels, to_pixels
+from anyflow_cli.data.noise import batch_noise
+from anyflow_cli.errors import UsageError
+from anyflow_cli.flow.samplers import SAMPLERS
+from anyflow_cli.flow.times import grid
+from anyflow_cli.flow.velocity import Velocity, guided
+from anyflow_cli.model.conditioned import Conditioned
+from anyflow_cli.model.encoders import TextEncoder, VideoVAE
+from anyflow_cli.model.network import FlowMapTransformer
+from anyflow_cli.model.precision import autocast, resolve_precision
+from anyflow_cli.recipe.schema import Recipe
+
+Method = Literal["flow-map", "euler", "consistency"]
+
+
+class Latency(NamedTuple):
+    """Seconds a video took, on average: in the network, and in the VAE's decoder."""
+
+    network: float
+    decode: float
+
+
+class Sampler:
+    """A network with its text encoder and VAE, at the shapes and the shift of a recipe."""
+
+    def __init__(
+        self,
+        network: FlowMapTransformer,
+        encoder: TextEncoder,
+        vae: VideoVAE,
+        recipe: Recipe,
+        *,
+        method: Method | None = None,
+        lineage: dict[str, Any] | None = None,
+    ) -> None:
+        check_fit(network, encoder, vae)
+        two_time = network.config.two_time
+        if method == "flow-map" and not two_time:
+            raise UsageError(
+                "The flow-map sampler needs an any-step model, and this one takes a single time.",
+                "Leave --sampler out: a plain Wan model is sampled as the teacher it is.",
+            )
+        self.method: Method = method or ("flow-map" if two_time else "euler")
+        self.is_teacher = self.method == "euler" and not two_time
+        self.lineage = lineage or {}
+        self.model, self.guidance = recipe.model, recipe.sample.teacher_guidance if self.is_teacher else None
+        self.shape = vae.latent_shape(recipe.model.frames, recipe.model.height, recipe.model.width)
+        self.device = network.device
+        self.precision = resolve_precision(recipe.model.precision, self.device)
+        self._network, self._encoder, self._vae = network.eval().requires_grad_(False), encoder, vae
+        self._null: Tensor | None = None
+        self._start_clock()
+
+    @classmethod
+    def load(
+        cls,
+        address: str,
+        recipe: Recipe,
+        *,
+        teacher: bool = False,
+        method: Method | None = None,
+        device: torch.device | str | None = None,
+    ) -> Sampler:
+        """Open a model wherever it is (see ``addresses.open_model``), on the GPU where there is one."""
+        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        opened = open_model(address, recipe)
+        if teacher and opened.network.config.two_time:
+            raise UsageError(
+                f"{address} is an any-step model, not a teacher.",
+                "Leave --teacher out, or name a plain Wan model.",
+            )
+        large = torch.bfloat16 if place.type == "cuda" else torch.float32  # UMT5-XXL is 22 GB in fp32
+        if place.type == "cuda" and resolve_precision(recipe.model.precision, place) == "bf16":
+            opened.network.store_as(torch.bfloat16)
+        encoder = TextEncoder.load(opened.pipeline, large, place)
+        vae = VideoVAE.load(opened.pipeline, place)
+        return cls(opened.network.to(place), encoder, vae, recipe, method=method, lineage=opened.lineage)
+
+    def videos(
+        self, prompts: Sequence[str], seeds: Sequence[int], nfe: int, batch: int = 1
+    ) -> Iterator[Pixels]:
+        """The video (T, height, width, 3) of each prompt and its seed, in order, at ``nfe`` steps."""
+        for latents in self.latents(prompts, seeds, nfe, batch):
+            yield from self.decode(latents)
+
+    def latents(
+        self, prompts: Sequence[str], seeds: Sequence[int], nfe: int, batch: int = 1
+    ) -> Iterator[Tensor]:
+        """As ``videos``, still encoded: (B, F, C, H, W) for each batch in turn."""
+        if len(prompts) != len(seeds):
+            raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds; one seed a prompt is needed")
+        if nfe < 1:
+            raise UsageError(f"{nfe} steps cannot be sampled.", "Give a number of steps from 1 on.")
+        self._start_clock()
+        size = 1 if self.method == "consistency" else batch  # its noise between steps is one stream a video
+        for start in range(0, len(prompts), size):
+            part = slice(start, start + size)
+            yield self._batch(prompts[part], seeds[part], nfe)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Pixels:
+        """Latents (B, F, C, H, W) to videos (B, T, height, width, 3)."""
+        with self._timed("decode"):
+            return to_pixels(self._vae.decode(latents))
+
+    @property
+    def latency(self) -> Latency:
+        """Of the sampling that ran last."""
+        count = max(self._count, 1)
+        return Latency(self._spent["network"] / count, self._spent["decode"] / count)
+
+    @torch.no_grad()
+    def _batch(self, prompts: Sequence[str], seeds: Sequence[int], nfe: int) -> Tensor:
+        noise = batch_noise(seeds, self.shape).to(self.device)
+        with autocast(self.precision, self.device):
+            velocity = self._velocity(prompts)
+            with self._timed("network"):
+                times = grid(nfe, self.model.shift)
+                latents = SAMPLERS[self.method](velocity, noise, times, generator=self._stream(seeds))
+        self._count += len(prompts)
+        return latents
+
+    def _velocity(self, prompts: Sequence[str]) -> Velocity:
+        conditioned = Conditioned(self._network, self._text(prompts))
+        if self.guidance is None:
+            return conditioned
+        if self._null is None:
+            self._null = self._text([self.model.negative_prompt])
+        null = Conditioned(self._network, self._null.expand(len(prompts), -1, -1))
+        return guided(conditioned, null, self.guidance)
+
+    def _text(self, prompts: Sequence[str]) -> Tensor:
+        return self._encoder.encode(prompts, self.model.max_text_tokens).to(self.device)
+
+    def _stream(self, seeds: Sequence[int]) -> torch.Generator | None:
+        """Noise for the steps of a single video: what follows its starting noise in its seed's stream."""
+        if len(seeds) > 1:
+            return None
+        generator = torch.Generator().manual_seed(seeds[0])
+        torch.randn(self.shape, generator=generator)
+        return generator
+
+    def _start_clock(self) -> None:
+        self._count, self._spent = 0, {"network": 0.0, "decode": 0.0}
+
+    @contextmanager
+    def _timed(self, part: str) -> Iterator[None]:
+        """Add the block's time to a part; without waiting for the device it would be booked elsewhere."""
+        start = self._now()
+        yield
+        self._spent[part] += self._now() - start
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+
+def check_fit(network: FlowMapTransformer, encoder: TextEncoder, vae: VideoVAE) -> None:
+    """Refuse a network that was made for other latents or another text encoder."""
+    config = network.config
+    hint = "Use the pipeline folder that this model was trained with."
+    if config.in_channels != vae.channels:
+        raise UsageError(
+            f"The model works on latents of {config.in_channels} channels, the VAE makes {vae.channels}.",
+            hint,
+        )
+    if config.text_dim != encoder.dim:
+        raise UsageError(
+            f"The model reads text of width {config.text_dim}, the encoder writes {encoder.dim}.", hint
+        )

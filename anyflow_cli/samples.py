@@ -1,0 +1,166 @@
+"""The files of one sampling: mp4s, a contact sheet, and ``samples.json`` with all it takes to repeat it.
+
+A sampling has a directory of its own, numbered where the user names none; nothing in it is ever written
+over. File names are made from a counter, letters of the prompt and a hash of it: a prompt is data and can
+name no path.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import re
+import unicodedata
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import anyflow_cli
+from anyflow_cli.addresses import Choice
+from anyflow_cli.data.atomic import committed, write_json
+from anyflow_cli.data.clips import Pixels, write_mp4
+from anyflow_cli.errors import AnyflowError, UsageError
+from anyflow_cli.recipe.compare import digest
+from anyflow_cli.recipe.schema import Recipe
+from anyflow_cli.sample import Sampler
+from anyflow_cli.sheets import Row, contact_sheet, pick_frames
+
+SHEET_ROWS = 8  # videos of one step count that the sheet shows; all are in the mp4s
+SHEET_FRAMES = 5
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to sample: every prompt from every seed at every number of steps."""
+
+    prompts: Sequence[str]
+    seeds: Sequence[int]
+    nfe: Sequence[int]
+
+    @property
+    def pairs(self) -> list[tuple[int, str, int]]:
+        """Number and text of the prompt, and the seed, of each video of one step count."""
+        return [(n, prompt, seed) for n, prompt in enumerate(self.prompts) for seed in self.seeds]
+
+
+def write_samples(
+    sampler: Sampler,
+    request: Request,
+    out: Path,
+    recipe: Recipe,
+    choice: Choice,
+    advance: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
+    """Sample and write everything into ``out``; gives what ``samples.json`` says."""
+    columns: list[list[Pixels]] = []
+    entries: list[dict[str, Any]] = []
+    for nfe in request.nfe:
+        shown: list[Pixels] = []
+        for entry, video in _videos(sampler, request, nfe, recipe.sample.batch):
+            write_mp4(out / entry["file"], video, recipe.model.fps)
+            entries.append(entry)
+            if len(shown) < SHEET_ROWS:
+                shown.append(pick_frames(video, min(SHEET_FRAMES, len(video))))
+            advance()
+        columns.append(shown)
+        _add_latency(entries, nfe, sampler)
+    _write_sheet(
+        out / "sheet.png", request, columns, [steps_label(nfe, sampler) for nfe in request.nfe], choice
+    )
+    record = _record(sampler, recipe, choice) | {"sheet": "sheet.png", "samples": entries}
+    write_json(out / "samples.json", record)
+    return record
+
+
+def _videos(
+    sampler: Sampler, request: Request, nfe: int, batch: int
+) -> Iterator[tuple[dict[str, Any], Pixels]]:
+    pairs = request.pairs
+    videos = sampler.videos([prompt for _, prompt, _ in pairs], [seed for *_, seed in pairs], nfe, batch)
+    for (number, prompt, seed), video in zip(pairs, videos, strict=True):
+        file = file_name(number, prompt, seed, steps_label(nfe, sampler))
+        yield {"file": file, "prompt": prompt, "seed": seed, "nfe": nfe}, video
+
+
+def _add_latency(entries: list[dict[str, Any]], nfe: int, sampler: Sampler) -> None:
+    """Seconds a video, the mean over its step count: single videos of a batch have no time of their own."""
+    network, decode = (round(seconds, 4) for seconds in sampler.latency)
+    for entry in entries:
+        if entry["nfe"] == nfe:
+            entry |= {"network_seconds": network, "decode_seconds": decode}
+
+
+def steps_label(nfe: int, sampler: Sampler) -> str:
+    """A number of steps as the literature writes it: ``4``, or ``50x2`` where guidance doubles each step."""
+    return f"{nfe}x2" if sampler.guidance is not None else str(nfe)
+
+
+def file_name(number: int, prompt: str, seed: int, steps: str) -> str:
+    """A name that any file system takes and that tells prompts apart which share their first letters."""
+    plain = unicodedata.normalize("NFKD", prompt).encode("ascii", "ignore").decode().lower()
+    slug = re.sub(r"[^a-z0-9]+", "-", plain).strip("-")[:40].strip("-") or "prompt"
+    mark = hashlib.sha256(prompt.encode()).hexdigest()[:6]
+    return f"{number:03d}-{slug}-{mark}-seed{seed}-steps{steps}.mp4"
+
+
+def make_directory(out: Path | None, samples: Path) -> Path:
+    """The user's directory, which must be new or empty, or the next number under ``samples``."""
+    try:
+        if out is None:
+            return _numbered(samples)
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise UsageError(f"{out} holds files already.", "Choose a new directory with --out.")
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise AnyflowError(
+            f"{out or samples} cannot be made: {error.strerror}.", "Choose another place with --out."
+        ) from error
+    return out
+
+
+def _numbered(samples: Path) -> Path:
+    samples.mkdir(parents=True, exist_ok=True)
+    taken = [int(path.name) for path in samples.iterdir() if path.name.isdigit()]
+    number = max(taken, default=0) + 1
+    while True:  # another sampling may take the number between looking and making
+        path = samples / f"{number:04d}"
+        try:
+            path.mkdir()
+        except FileExistsError:
+            number += 1
+        else:
+            return path
+
+
+def _write_sheet(
+    path: Path, request: Request, columns: list[list[Pixels]], labels: list[str], choice: Choice
+) -> None:
+    pairs = request.pairs[:SHEET_ROWS]
+    many = len(request.seeds) > 1
+    rows = [
+        Row(prompt + (f" (seed {seed})" if many else ""), [column[i] for column in columns])
+        for i, (_, prompt, seed) in enumerate(pairs)
+    ]
+    more = len(request.pairs) - len(pairs)
+    note = choice.address + (f"; {more} more beside this sheet" if more else "")
+    headings = [f"{label} step{'' if label == '1' else 's'}" for label in labels]
+    with committed(path) as temporary:
+        contact_sheet(rows, headings, note=note).save(temporary, format="PNG", optimize=True)
+
+
+def _record(sampler: Sampler, recipe: Recipe, choice: Choice) -> dict[str, Any]:
+    """What made these videos, apart from prompts and seeds."""
+    return {
+        "anyflow": anyflow_cli.__version__,
+        "model": {"address": choice.address, "why": choice.why, "lineage": sampler.lineage},
+        "sampler": sampler.method,
+        "guidance": sampler.guidance,
+        "precision": sampler.precision,
+        "device": str(sampler.device),
+        "machine": platform.machine(),
+        "versions": {name: version(name) for name in ("torch", "diffusers", "transformers")},
+        "recipe": {"name": recipe.name, "digest": digest(recipe)},
+        "settings": recipe.model.model_dump(mode="json"),
+    }
