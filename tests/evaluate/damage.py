@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -44,14 +45,19 @@ def blurred(video: NDArray[np.float64], sigma: float) -> NDArray[np.float64]:
     for axis in (1, 2):
         pad = [(9, 9) if a == axis else (0, 0) for a in range(4)]
         windows = np.lib.stride_tricks.sliding_window_view(np.pad(video, pad, mode="edge"), 19, axis=axis)
-        video = windows @ kernel
+        video = np.asarray(windows @ kernel)
     return video
+
+
+def blurred_by(sigma: float, video: NDArray[np.float64], rng: np.random.Generator) -> NDArray[np.float64]:
+    """As ``levels`` calls it."""
+    return blurred(video, sigma)
 
 
 def saturated(video: NDArray[np.float64], strength: float) -> NDArray[np.float64]:
     """Colours further from gray."""
     gray = video.mean(-1, keepdims=True)
-    return gray + strength * (video - gray)
+    return np.asarray(gray + strength * (video - gray))
 
 
 def other_pace(scene: Scene) -> Pixels:
@@ -91,7 +97,7 @@ wrong_background = redrawn(background=lambda s: after(BACKGROUNDS, s.background)
 no_dots = redrawn(dots=())
 two_dots = redrawn(dots=lambda s: s.dots[:2])
 four_dots = redrawn(dots=lambda s: (*s.dots, (3.0, 61.0)))
-blur = levels(lambda v, _: blurred(v, 1.2))
+blur = levels(partial(blurred_by, 1.2))
 noise = levels(lambda v, rng: v + rng.normal(0, 8, v.shape))
 flicker = levels(lambda v, rng: v * rng.uniform(0.85, 1.15, (len(v), 1, 1, 1)))
 saturation = levels(lambda v, _: saturated(v, 1.7))
