@@ -122,11 +122,14 @@ def _watched(
     results: Iterator[Sample | Rejection], indices: range, before: int, on_progress: Callable[[int], None]
 ) -> Iterator[Sample | Rejection]:
     """Pass results on, and tell how many videos are settled: those of earlier shards and these."""
+    done = before
     for result in results:
         yield result
         if isinstance(result, Sample):
-            on_progress(before + result.index - indices.start + 1)
-    on_progress(before + len(indices))  # the last ones may have been given up
+            done = before + result.index - indices.start + 1
+            on_progress(done)
+    if done < before + len(indices):  # the last ones were given up
+        on_progress(before + len(indices))
 
 
 def _source(job: Job) -> Source:

@@ -13,7 +13,7 @@ from typing import Annotated, Any, NamedTuple
 import typer
 
 from anyflow_cli import __version__
-from anyflow_cli.cli import recipes
+from anyflow_cli.cli import doctor, recipes, sample, synthesize
 from anyflow_cli.cli.common import examples
 from anyflow_cli.cli.console import debugging, print_error, start_logging, stderr
 from anyflow_cli.cli.failures import INTERRUPTED, failure_of
@@ -32,7 +32,11 @@ class Verb(NamedTuple):
     panel: str
 
 
-VERBS: tuple[Verb, ...] = ()
+VERBS: tuple[Verb, ...] = (
+    Verb("synthesize", synthesize.synthesize, synthesize.EXAMPLES, CHAIN),
+    Verb("sample", sample.sample, sample.EXAMPLES, USE),
+    Verb("doctor", doctor.doctor, doctor.EXAMPLES, AROUND),
+)
 
 app = typer.Typer(
     help="Turn a pretrained video diffusion model into one that samples at any number of steps, and use it.",

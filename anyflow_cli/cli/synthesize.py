@@ -1,0 +1,179 @@
+"""``anyflow synthesize``: make, continue or check a data set of latents."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from anyflow_cli.cli.common import (
+    DEFAULT_RECIPE,
+    DEFAULT_RUNS,
+    OUTPUT_PANEL,
+    RECIPE_PANEL,
+    DebugOption,
+    DryRunOption,
+    JsonOption,
+    RecipeOption,
+    RunsOption,
+    SeedOption,
+    SetOption,
+    examples,
+    print_plan,
+    print_result,
+    resolve,
+)
+from anyflow_cli.cli.console import facts_table
+from anyflow_cli.cli.progress import Progress
+from anyflow_cli.errors import AnyflowError, UsageError
+from anyflow_cli.recipe.paths import RunPaths
+
+if TYPE_CHECKING:
+    from anyflow_cli.data.job import Job
+
+log = logging.getLogger(__name__)
+
+EXAMPLES = examples(
+    "anyflow synthesize",
+    "anyflow synthesize --prompts prompts.txt --out data/mine",
+    "anyflow synthesize --from-videos clips/ --out data/clips",
+    "anyflow synthesize --verify",
+    "torchrun --nproc-per-node 8 --no-python anyflow synthesize -r bidirectional1b --prompts prompts.txt",
+)
+
+
+PromptsOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--prompts", metavar="FILE", rich_help_panel=RECIPE_PANEL, show_default=False,
+        help="Prompts as txt, csv, jsonl or parquet; without it, captions of the shapes world.",
+    ),
+]  # fmt: skip
+CountOption = Annotated[
+    int | None,
+    typer.Option(
+        "--count", metavar="N", rich_help_panel=RECIPE_PANEL, show_default=False,
+        help="Videos to make; prompts are used over and over until there are so many.",
+    ),
+]  # fmt: skip
+VideosOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--from-videos", metavar="DIR", rich_help_panel=RECIPE_PANEL, show_default=False,
+        help="Encode real clips instead; captions in NAME.txt beside each, or captions.csv (file, caption).",
+    ),
+]  # fmt: skip
+PreviewsOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--previews/--no-previews", rich_help_panel=RECIPE_PANEL, show_default=False,
+        help="Keep an mp4 of every video in the shards.",
+    ),
+]  # fmt: skip
+OutOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--out", metavar="DIR", rich_help_panel=OUTPUT_PANEL, show_default=False,
+        help="The data set's directory; without it, data in the recipe's runs.",
+    ),
+]  # fmt: skip
+VerifyOption = Annotated[
+    bool,
+    typer.Option(
+        "--verify", rich_help_panel=OUTPUT_PANEL, help="Check a finished data set: hashes, shapes, numbers."
+    ),
+]
+
+
+def synthesize(
+    recipe: RecipeOption = DEFAULT_RECIPE,
+    prompts: PromptsOption = None,
+    count: CountOption = None,
+    from_videos: VideosOption = None,
+    previews: PreviewsOption = None,
+    seed: SeedOption = None,
+    assignments: SetOption = None,
+    out: OutOption = None,
+    runs: RunsOption = DEFAULT_RUNS,
+    verify: VerifyOption = False,
+    dry_run: DryRunOption = False,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Make a data set: teacher videos from prompts, or real clips, as shards of latents.
+
+    The same command continues a data set that was stopped: only missing shards are made.
+    """
+    _refuse_together({"--from-videos": from_videos, "--prompts": prompts})
+    _refuse_together({"--from-videos": from_videos, "--count": count})
+    options = {
+        "--prompts": ("data.prompts", None if prompts is None else str(prompts)),
+        "--count": ("synthesize.count", count),
+        "--previews": ("synthesize.previews", previews),
+        "--seed": ("synthesize.seed", seed),
+    }
+    settings = resolve(recipe, assignments, options)
+    directory = out or RunPaths(runs, settings.name).data
+    if verify:
+        return _verify(directory, as_json=as_json)
+    from anyflow_cli.data.job import prepare
+
+    job = prepare(settings, directory, from_videos)
+    if dry_run:
+        return print_plan("synthesize", _facts(job), as_json=as_json)
+    _run(job, as_json=as_json)
+
+
+def _run(job: Job, *, as_json: bool) -> None:
+    from anyflow_cli.synthesize import synthesize as run
+
+    todo = sum(len(job.ranges[number]) for number in job.missing())
+    with Progress("synthesize", todo, "videos") as progress:
+        report = run(job, progress.update)
+    values = {
+        "data": report.out, "samples": report.samples, "wanted": report.wanted, "shards": report.shards,
+        "made": report.made, "rejected": report.reasons, "complete": report.complete,
+    }  # fmt: skip
+    shown = facts_table(values | {"rejected": _counted(report.reasons)})
+    print_result(values, as_json=as_json, text=shown)
+
+
+def _verify(directory: Path, *, as_json: bool) -> None:
+    from anyflow_cli.data.shards import read_manifest
+    from anyflow_cli.data.verify import verify
+
+    with Progress("verify", len(read_manifest(directory).shards), "shards") as progress:
+        found = verify(directory, lambda record: progress.update(progress.done + 1))
+    values = {"data": directory, "shards": found.shards, "samples": found.samples, "problems": found.problems}
+    print_result(values, as_json=as_json, text=facts_table(values | {"problems": len(found.problems)}))
+    for problem in found.problems:
+        log.warning("%s", problem)
+    if found.problems:
+        raise AnyflowError(
+            f"The data set {directory} has {len(found.problems)} problems.",
+            "Remove the shards named above and run `anyflow synthesize` again: it makes what is missing.",
+        )
+
+
+def _facts(job: Job) -> dict[str, Any]:
+    made, done = job.recipe.synthesize, sum(record is not None for record in job.records())
+    teacher = {"teacher": job.recipe.model.teacher, "evaluations a video": f"{made.steps} x 2"}
+    prompts = job.recipe.data.prompts or f"captions of the world '{job.recipe.data.world}'"
+    return {
+        "data": job.out,
+        "videos": len(job.captions),
+        **({"prompts": prompts, **teacher} if job.clips is None else {"source": "real clips"}),
+        "shards": len(job.ranges),
+        "complete already": done,
+    }
+
+
+def _counted(reasons: dict[str, int]) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in reasons.items()) or "none"
+
+
+def _refuse_together(options: dict[str, object]) -> None:
+    if all(value is not None for value in options.values()):
+        raise UsageError(f"{' and '.join(options)} cannot be used together.", "Leave one of them out.")
