@@ -245,7 +245,9 @@ def test_the_loss_is_weighted_by_time_and_level_and_its_parts_are_raw() -> None:
     """Without adaptation: mean of w(t) times the raw errors; with it, of w(t) times the boundary's."""
     weight = loss_weight("beta", 5.0)
     off = torch.ones((), dtype=torch.float64, requires_grad=True)
-    student, null = (Bent(model, lambda u, z, t, r: u(z, t, r) + off) for model in exact(3.0))
+    student, null = (
+        Bent(model, lambda u, z, t, r: u(z, t, r) + (0.5 + per_frame(r, z)) * off) for model in exact(3.0)
+    )
     plain = Step().loss(student, null, weight=weight, adaptive=False)
     raw = plain.per_sample
     torch.testing.assert_close(plain.loss.detach(), (weight(INSIDE) * raw).mean())
