@@ -61,3 +61,9 @@ def open_model(address: str, recipe: Recipe) -> Opened:
     pipeline = path if whole else resolve(recipe.model.teacher)
     lineage = path / "lineage.json"
     return Opened(load_network(path), pipeline, read_json(lineage) if lineage.is_file() else {})
+
+
+def check_address(address: str) -> None:
+    """Refuse an address that leads nowhere; a name of the Hub is not asked for, since that would fetch it."""
+    if address.count("/") != 1 or Path(address).expanduser().exists():
+        resolve(address)

@@ -126,6 +126,11 @@ class Sampler:
         with self._timed("decode"):
             return to_pixels(self._vae.decode(latents))
 
+    def cut(self, prompts: Sequence[str]) -> list[str]:
+        """The prompts that are longer than the recipe's ``max_text_tokens`` and are read to there only."""
+        lengths = self._encoder.tokens(prompts)
+        return [p for p, n in zip(prompts, lengths, strict=True) if n > self.model.max_text_tokens]
+
     @property
     def latency(self) -> Latency:
         """Of the sampling that ran last."""

@@ -8,6 +8,7 @@ name no path.
 from __future__ import annotations
 
 import hashlib
+import logging
 import platform
 import re
 import unicodedata
@@ -30,6 +31,8 @@ from anyflow_cli.sheets import Row, contact_sheet, pick_frames
 SHEET_ROWS = 8  # videos of one step count that the sheet shows; all are in the mp4s
 SHEET_FRAMES = 5
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Request:
@@ -51,9 +54,14 @@ def write_samples(
     out: Path,
     recipe: Recipe,
     choice: Choice,
-    advance: Callable[[], None] = lambda: None,
+    advance: Callable[[int], None] = lambda done: None,
 ) -> dict[str, Any]:
-    """Sample and write everything into ``out``; gives what ``samples.json`` says."""
+    """Sample and write everything into ``out``; gives what ``samples.json`` says.
+
+    ``advance`` hears how many videos are written so far.
+    """
+    for prompt in sampler.cut(request.prompts):
+        log.warning("Only the first %d tokens are read of: %s", recipe.model.max_text_tokens, prompt)
     columns: list[list[Pixels]] = []
     entries: list[dict[str, Any]] = []
     for nfe in request.nfe:
@@ -63,7 +71,7 @@ def write_samples(
             entries.append(entry)
             if len(shown) < SHEET_ROWS:
                 shown.append(pick_frames(video, min(SHEET_FRAMES, len(video))))
-            advance()
+            advance(len(entries))
         columns.append(shown)
         _add_latency(entries, nfe, sampler)
     _write_sheet(
@@ -105,13 +113,18 @@ def file_name(number: int, prompt: str, seed: int, steps: str) -> str:
     return f"{number:03d}-{slug}-{mark}-seed{seed}-steps{steps}.mp4"
 
 
+def check_directory(out: Path | None) -> None:
+    """A directory that the user names must be new or empty."""
+    if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(f"{out} holds files already.", "Choose a new directory with --out.")
+
+
 def make_directory(out: Path | None, samples: Path) -> Path:
-    """The user's directory, which must be new or empty, or the next number under ``samples``."""
+    """The user's directory, or the next number under ``samples``."""
+    check_directory(out)
     try:
         if out is None:
             return _numbered(samples)
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise UsageError(f"{out} holds files already.", "Choose a new directory with --out.")
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise AnyflowError(

@@ -1,0 +1,68 @@
+"""``anyflow doctor``: what of this machine and environment would stop a run."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+import typer
+
+from anyflow_cli.cli.common import (
+    DEFAULT_RECIPE,
+    DEFAULT_RUNS,
+    DebugOption,
+    JsonOption,
+    RecipeOption,
+    RunsOption,
+    SetOption,
+    examples,
+    print_result,
+    resolve,
+)
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from anyflow_cli.doctor import Finding
+
+EXAMPLES = examples("anyflow doctor", "anyflow doctor --recipe mine.yaml --json")
+COLOURS = {"ok": "green", "note": "yellow", "stop": "bold red"}
+
+
+def doctor(
+    recipe: RecipeOption = DEFAULT_RECIPE,
+    assignments: SetOption = None,
+    runs: RunsOption = DEFAULT_RUNS,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Look for what would stop a run here: versions, devices, disk, memory, models.
+
+    Ends with exit code 1 if something would.
+    """
+    settings = resolve(recipe, assignments)
+
+    from anyflow_cli.doctor import examine
+
+    findings = list(examine(settings, runs))
+    stopped = any(finding.state == "stop" for finding in findings)
+    values = {"ready": not stopped, "findings": [asdict(finding) for finding in findings]}
+    print_result(values, as_json=as_json, text=_table(findings))
+    if stopped:
+        raise typer.Exit(1)
+
+
+def _table(findings: list[Finding]) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for finding in findings:
+        text = Text(finding.text)
+        if finding.hint and finding.state != "ok":
+            text.append(f"\nhint: {finding.hint}", style="cyan")
+        table.add_row(Text(finding.state, style=COLOURS[finding.state]), Text(finding.name), text)
+    return table

@@ -1,0 +1,311 @@
+"""What of this machine and environment would stop a run, found before a run is started.
+
+Each check looks at one thing and gives a ``Finding``: fine, worth knowing, or in the way, with the next
+step. Checks stand alone: a broken torch does not hide a full disk, and a check that breaks is itself a
+finding. Nothing is downloaded and nothing is left behind. What a run will *cost* is not asked here; that is
+``plan``.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Literal
+
+from anyflow_cli.errors import AnyflowError, UsageError
+from anyflow_cli.recipe.schema import Recipe
+
+if TYPE_CHECKING:
+    import torch
+
+DISTRIBUTION = "anyflow"
+GIB = 2**30
+LEAST_DISK, LEAST_MEMORY = 1 * GIB, 2 * GIB  # what recipe `tiny` needs, with room to spare
+State = Literal["ok", "note", "stop"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing looked at: ``stop`` is in the way of a run, ``note`` is worth knowing."""
+
+    name: str
+    state: State
+    text: str
+    hint: str | None = None
+
+
+def examine(recipe: Recipe, runs: Path) -> Iterator[Finding]:
+    """Look at everything a run of ``recipe`` under ``runs`` stands on, cheapest first."""
+    checks: list[tuple[str, Callable[[], Finding]]] = [
+        ("python", python),
+        ("packages", packages),
+        ("torch", torch_build),
+        ("devices", devices),
+        ("processors", processors),
+        ("memory", memory),
+        ("disk", lambda: disk(runs)),
+        ("runs directory", lambda: writable(runs)),
+        ("video files", ffmpeg),
+        ("built-in models", built_in_models),
+        ("teacher", lambda: teacher(recipe)),
+        ("precision", lambda: precision(recipe)),
+    ]
+    for name, check in checks:
+        yield _guarded(name, check)
+
+
+def _guarded(name: str, check: Callable[[], Finding]) -> Finding:
+    """A check that cannot be carried out is a finding: environments break in ways no one listed."""
+    try:
+        return check()
+    except AnyflowError as error:
+        return Finding(name, "stop", error.message, error.hint)
+    except Exception as error:
+        text = f"the check itself failed: {type(error).__name__}: {error}"
+        return Finding(name, "stop", text, "reinstall anyflow in a fresh environment")
+
+
+def python() -> Finding:
+    """The interpreter: 3.10 to 3.13."""
+    text = f"{platform.python_version()} at {sys.executable}"
+    if (3, 10) <= sys.version_info[:2] <= (3, 13):
+        return Finding("python", "ok", text)
+    hint = "make an environment with such a Python"
+    return Finding("python", "stop", f"{text}; 3.10 to 3.13 is needed", hint)
+
+
+def packages() -> Finding:
+    """Installed versions against the ranges this package was released with."""
+    from packaging.requirements import Requirement
+
+    try:
+        lines = importlib.metadata.requires(DISTRIBUTION) or []
+    except importlib.metadata.PackageNotFoundError:
+        return Finding("packages", "note", "anyflow runs from a checkout, not installed", "pip install -e .")
+    wanted = [r for r in map(Requirement, lines) if r.marker is None or r.marker.evaluate({"extra": ""})]
+    wrong = [problem for r in wanted if (problem := _mismatch(r.name, r.specifier.contains))]
+    if wrong:
+        return Finding("packages", "stop", "; ".join(wrong), "reinstall anyflow in a fresh environment")
+    return Finding("packages", "ok", f"{len(wanted)} packages, all in range")
+
+
+def _mismatch(name: str, accepts: Callable[[str, bool], bool]) -> str | None:
+    try:
+        version = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return f"{name} is missing"
+    return None if accepts(version, True) else f"{name} {version} is out of range"
+
+
+def torch_build() -> Finding:
+    """Which torch, built for what, beside which diffusers."""
+    import diffusers
+    import torch
+
+    text = f"torch {torch.__version__} built for {_build(torch.version)}, diffusers {diffusers.__version__}"
+    if not hasattr(diffusers, "AnyFlowPipeline"):
+        return Finding("torch", "stop", f"{text} without AnyFlowPipeline", "pip install 'diffusers>=0.41'")
+    if _build(torch.version) == "CPU" and shutil.which("nvidia-smi"):
+        hint = "install a CUDA build: https://pytorch.org/get-started/locally"
+        return Finding("torch", "note", f"{text}, but this machine has an NVIDIA driver", hint)
+    return Finding("torch", "ok", text)
+
+
+def _build(version: ModuleType) -> str:
+    if version.cuda:
+        return f"CUDA {version.cuda}"
+    return f"ROCm {version.hip}" if version.hip else "CPU"
+
+
+def devices() -> Finding:
+    """Accelerators that torch can see, with their free memory."""
+    import torch
+
+    if torch.cuda.is_available():
+        return Finding("devices", "ok", ", ".join(map(_gpu, range(torch.cuda.device_count()))))
+    if torch.version.cuda or torch.version.hip:
+        text = "torch is built for GPUs but sees none; runs go to the CPU"
+        return Finding("devices", "note", text, "check nvidia-smi and CUDA_VISIBLE_DEVICES")
+    return Finding("devices", "ok", "CPU only: enough for the tiny recipes")
+
+
+def _gpu(index: int) -> str:
+    import torch
+
+    free = torch.cuda.mem_get_info(index)[0] / GIB
+    return f"{torch.cuda.get_device_name(index)} ({free:.0f} GiB free)"
+
+
+def processors() -> Finding:
+    """Cores this process may use, and whether the thread settings fit them."""
+    import torch
+
+    cores, threads = usable_cores(), torch.get_num_threads()
+    text = f"{cores} usable cores, {threads} threads"
+    if threads > cores:
+        text += ": more threads than cores is slow"
+        return Finding("processors", "note", text, f"export OMP_NUM_THREADS={cores}")
+    return Finding("processors", "ok", text)
+
+
+def usable_cores() -> int:
+    """Cores by affinity and by the container's quota, whichever is less."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota, _, period = _read("/sys/fs/cgroup/cpu.max").partition(" ")
+    return min(cores, max(1, int(quota) // int(period))) if quota.isdigit() else cores
+
+
+def memory() -> Finding:
+    """Main memory that is free now, within the container's limit."""
+    free = free_memory()
+    text = f"{free / GIB:.1f} GiB free"
+    if free < LEAST_MEMORY:
+        hint = "close other programs, or raise the container's limit"
+        return Finding("memory", "stop", f"{text}; {LEAST_MEMORY / GIB:.0f} GiB is the least", hint)
+    return Finding("memory", "ok", text)
+
+
+def free_memory() -> int:
+    """Bytes this process may still take, by the system and by its container, whichever is less."""
+    known = re.search(r"MemAvailable:\s*(\d+) kB", _read("/proc/meminfo"))
+    free = int(known[1]) * 1024 if known else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit, used = _read("/sys/fs/cgroup/memory.max"), _read("/sys/fs/cgroup/memory.current")
+    return min(free, int(limit) - int(used)) if limit.isdigit() and used.isdigit() else free
+
+
+def disk(runs: Path) -> Finding:
+    """Room where runs are written."""
+    free = shutil.disk_usage(_existing(runs)).free
+    text = f"{free / GIB:.1f} GiB free for {runs}"
+    if free < LEAST_DISK:
+        text += f"; {LEAST_DISK / GIB:.0f} GiB is the least"
+        return Finding("disk", "stop", text, "free some, or choose another place with --runs")
+    return Finding("disk", "ok", text)
+
+
+def writable(runs: Path) -> Finding:
+    """Whether a file can be made where runs are written; the file is gone again at once."""
+    place = _existing(runs)
+    try:
+        with tempfile.TemporaryFile(dir=place) as file:
+            file.write(b"anyflow doctor")
+    except OSError as error:
+        text = f"{place} cannot be written: {error.strerror}"
+        return Finding("runs directory", "stop", text, "choose another place with --runs")
+    return Finding("runs directory", "ok", f"{runs} can be written")
+
+
+def ffmpeg() -> Finding:
+    """The encoder behind every mp4, started once."""
+    import imageio_ffmpeg
+
+    try:
+        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-version"]
+        shown = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        hint = "pip install --force-reinstall imageio-ffmpeg"
+        return Finding("video files", "stop", f"ffmpeg does not start: {error}", hint)
+    return Finding("video files", "ok", " ".join(shown.split()[:3]))
+
+
+def built_in_models() -> Finding:
+    """The small models of the package, each weight file opened: a clone without LFS leaves stand-ins."""
+    from safetensors import SafetensorError, safe_open
+
+    from anyflow_cli.model.folder import BUILT_IN, resolve
+
+    for name in BUILT_IN:
+        files = sorted(resolve(name).rglob("*.safetensors"))
+        for file in files:
+            try:
+                with safe_open(file, framework="np") as opened:
+                    opened.keys()
+            except (OSError, SafetensorError) as error:
+                return Finding("built-in models", "stop", f"{file} is damaged: {error}", "reinstall anyflow")
+    return Finding("built-in models", "ok", ", ".join(BUILT_IN))
+
+
+def teacher(recipe: Recipe) -> Finding:
+    """Whether the recipe's teacher is here already; nothing is fetched."""
+    from anyflow_cli.model.folder import BUILT_IN, read_config, resolve
+
+    address = recipe.model.teacher
+    if address in BUILT_IN or Path(address).expanduser().exists():
+        config = read_config(resolve(address))
+        text = f"{address}: {config.layers} layers of width {config.dim}"
+        return Finding("teacher", "ok", text)
+    place = _cached(address)
+    if place is not None:
+        return Finding("teacher", "ok", f"{address} is in the cache, {place}")
+    if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
+        hint = "unset HF_HUB_OFFLINE, or give a local folder with --set model.teacher=..."
+        return Finding("teacher", "stop", f"{address} is not in the cache and the Hub is switched off", hint)
+    hint = f"fetch it ahead of time with `hf download {address}`"
+    return Finding("teacher", "note", f"{address} will be fetched from the Hugging Face Hub when used", hint)
+
+
+def _cached(name: str) -> str | None:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return str(snapshot_download(name, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None
+    except HFValidationError as error:
+        hint = "Set model.teacher to a folder or a Hub name."
+        raise UsageError(f"There is no model at {name}.", hint) from error
+
+
+def precision(recipe: Recipe) -> Finding:
+    """What ``model.precision`` means on this machine, and on a CPU whether it is the faster choice."""
+    import torch
+
+    from anyflow_cli.model.precision import resolve_precision
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    chosen, setting = resolve_precision(recipe.model.precision, device), recipe.model.precision
+    text = f"{chosen} on {device}" + (" (auto)" if setting == "auto" else "")
+    if device != "cpu":
+        return Finding("precision", "ok", text)
+    gain = _matmul_seconds(torch.float32) / _matmul_seconds(torch.bfloat16)
+    text += f"; bf16 multiplies {gain:.1f} times as fast as fp32"
+    if chosen == "bf16" and gain < 1:
+        return Finding("precision", "note", text, "--set model.precision=fp32 is faster here")
+    return Finding("precision", "ok", text)
+
+
+def _matmul_seconds(dtype: torch.dtype, size: int = 512, tries: int = 5) -> float:
+    """The best of a few products of two square matrices; the first ones warm up."""
+    import torch
+
+    a, best = torch.ones(size, size, dtype=dtype), float("inf")
+    for _ in range(tries):
+        start = time.perf_counter()
+        a @ a
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def _existing(path: Path) -> Path:
+    """The nearest folder above ``path`` that is there already."""
+    path = path.absolute()
+    return path if path.is_dir() else _existing(path.parent)
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text().strip()
+    except OSError:
+        return ""
