@@ -151,8 +151,9 @@ def _verify(directory: Path, *, as_json: bool) -> None:
     for problem in found.problems:
         log.warning("%s", problem)
     if found.problems:
+        number = len(found.problems)
         raise AnyflowError(
-            f"The data set {directory} has {len(found.problems)} problems.",
+            f"The data set {directory} has {number} problem{'s' * (number > 1)}.",
             "Remove the shards named above and run `anyflow synthesize` again: it makes what is missing.",
         )
 
