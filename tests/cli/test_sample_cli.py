@@ -1,0 +1,180 @@
+"""``anyflow sample`` and ``anyflow doctor`` as their users see them: what is written, said and refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from anyflow_cli.cli import app
+from anyflow_cli.model.folder import load_network, save_pipeline
+from anyflow_cli.model.network import two_time_from
+from tests.tiny_pipeline import make_wan_folder
+
+Run = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a teacher, ``wan``, and an any-step model, ``any``."""
+    folder = tmp_path_factory.mktemp("models")
+    wan = make_wan_folder(folder / "wan")
+    save_pipeline(folder / "any", two_time_from(load_network(wan)), wan, {})
+    return folder
+
+
+@pytest.fixture
+def small(models: Path, tmp_path: Path) -> list[str]:
+    """The command with the default recipe made small."""
+    values = {
+        "model.teacher": models / "wan", "model.shipped": models / "any", "model.precision": "fp32",
+        "model.height": 32, "model.width": 32, "model.frames": 5, "sample.teacher_steps": 3,
+    }  # fmt: skip
+    settings = [part for key, value in values.items() for part in ("--set", f"{key}={value}")]
+    return ["sample", *settings, "--runs", str(tmp_path / "runs")]
+
+
+def files(folder: Path) -> set[str]:
+    return {path.name for path in folder.rglob("*") if path.is_file()}
+
+
+def test_prompts_seeds_and_steps_each_give_a_video(small: list[str], tmp_path: Path, capsys: Run) -> None:
+    (tmp_path / "p.txt").write_text("a circle\na [bold]square[/bold]\n")
+    given = [
+        "-p",
+        "../../x",
+        "--prompts",
+        str(tmp_path / "p.txt"),
+        "--nfe",
+        "1,2",
+        "--count",
+        "2",
+        "--seed",
+        "5",
+    ]
+    assert app.main([*small, *given, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert [(s["nfe"], s["seed"]) for s in result["samples"]] == [(n, s) for n in (1, 2) for s in (5, 6) * 3]
+    assert {s["prompt"] for s in result["samples"]} == {"../../x", "a circle", "a [bold]square[/bold]"}
+    assert files(tmp_path / "runs") == {"sheet.png", "samples.json", *(s["file"] for s in result["samples"])}
+    assert Path(result["out"]) == tmp_path / "runs" / "tiny" / "samples" / "0001"
+
+
+def test_a_second_sampling_leaves_the_first_alone(small: list[str], tmp_path: Path, capsys: Run) -> None:
+    for number in ("0001", "0002"):
+        assert app.main([*small, "-p", "a circle", "--nfe", "1"]) == 0
+        sheet = capsys.readouterr().out.splitlines()[0]
+        assert sheet == str(tmp_path / "runs" / "tiny" / "samples" / number / "sheet.png")
+
+
+def test_the_model_used_is_said(small: list[str], models: Path, tmp_path: Path, capsys: Run) -> None:
+    assert app.main([*small, "-p", "a circle", "--dry-run"]) == 0
+    assert f"Model: {models / 'any'} (shipped with anyflow" in capsys.readouterr().err
+    trained = tmp_path / "runs" / "tiny" / "distill" / "model"
+    save_pipeline(trained, load_network(models / "any"), models / "wan", {})
+    assert app.main([*small, "-p", "a circle", "--nfe", "1"]) == 0
+    assert f"Model: {trained} (the furthest model trained with recipe tiny)" in capsys.readouterr().err
+
+
+def test_a_run_is_an_address_for_its_model(small: list[str], models: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    save_pipeline(run / "model", load_network(models / "any"), models / "wan", {})
+    assert app.main([*small, "-p", "a circle", "--nfe", "1", "--model", str(run)]) == 0
+
+
+def test_the_teacher_takes_its_own_steps_twice(small: list[str], tmp_path: Path, capsys: Run) -> None:
+    assert app.main([*small, "-p", "a circle", "--teacher", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["sampler"] == "euler"
+    assert result["samples"][0]["file"].endswith("-steps3x2.mp4")
+
+
+def test_without_a_prompt_a_few_of_the_recipe_are_shown(
+    small: list[str], tmp_path: Path, capsys: Run
+) -> None:
+    assert app.main([*small, "--nfe", "1", "--dry-run", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["prompts"] == 4
+    assert "No prompt was given" in err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_prompt_that_is_cut_is_said(small: list[str], capsys: Run) -> None:
+    assert app.main([*small, "-p", "a circle " * 20, "--nfe", "1"]) == 0
+    assert "Only the first 32 tokens are read of: a circle a circle" in capsys.readouterr().err
+
+
+WRONG = {
+    "no steps": (["-p", "a", "--nfe", "0"], "--nfe"),
+    "steps that are no numbers": (
+        ["-p", "a", "--nfe", "4,x"],
+        "--nfe takes step counts such as 1,4,32, not '4,x'",
+    ),
+    "no step counts": (["-p", "a", "--nfe", ""], "--nfe"),
+    "an empty prompt": (["-p", "  "], "A prompt is empty."),
+    "a long prompt": (["-p", "a" * 5000], "5,000 characters"),
+    "no prompt file": (["--prompts", "none.txt"], "none.txt does not exist"),
+    "no model": (["-p", "a", "--model", "no/where/at/all"], "There is no model at no/where/at/all."),
+    "no seeds": (["-p", "a", "--count", "0"], "--count"),
+    "an unknown sampler": (["-p", "a", "--sampler", "heun"], "--sampler"),
+    "a recipe key": (["-p", "a", "--set", "sample.nfee=4"], "sample.nfe"),
+}
+
+
+@pytest.mark.parametrize(("given", "message"), WRONG.values(), ids=WRONG)
+def test_wrong_use_is_one_sentence_a_hint_and_exit_code_2(
+    small: list[str], tmp_path: Path, capsys: Run, given: list[str], message: str
+) -> None:
+    assert app.main([*small, *given]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert message in err
+    assert "hint: " in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_used_directory_is_left_alone(small: list[str], tmp_path: Path, capsys: Run) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("years of work")
+    for extra in ([], ["--dry-run"]):
+        assert app.main([*small, "-p", "a", "--out", str(mine), *extra]) == 2
+        assert "holds files already" in capsys.readouterr().err
+    assert files(mine) == {"thesis.txt"}
+
+
+def test_a_model_of_another_kind_writes_nothing(
+    small: list[str], models: Path, tmp_path: Path, capsys: Run
+) -> None:
+    assert app.main([*small, "-p", "a", "--teacher", "--model", str(models / "any")]) == 2
+    assert "is an any-step model, not a teacher" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_doctor_ends_with_1_where_something_is_in_the_way(tmp_path: Path, capsys: Run) -> None:
+    given = ["doctor", "--runs", str(tmp_path), "--set", "model.teacher=/no/where"]
+    assert app.main([*given, "--json"]) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert report["ready"] is False
+    assert {f["name"]: f["state"] for f in report["findings"]}["teacher"] == "stop"
+    assert app.main(given) == 1
+    out = capsys.readouterr().out
+    assert "There is no model at /no/where." in out
+    assert "hint: " in out
+
+
+def test_doctor_ends_with_0_where_nothing_is(
+    models: Path, tmp_path: Path, capsys: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from anyflow_cli import doctor
+
+    ready = doctor.Finding("built-in models", "ok", "there")
+    monkeypatch.setattr(doctor, "built_in_models", lambda: ready)
+    monkeypatch.setattr(
+        doctor, "packages", lambda: doctor.Finding("packages", "note", "a checkout", "install")
+    )
+    given = ["--runs", str(tmp_path), "--set", f"model.teacher={models / 'wan'}"]
+    assert app.main(["doctor", *given]) == 0
+    assert "hint: install" in capsys.readouterr().out
