@@ -260,6 +260,7 @@ class Encoders:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         model = job.recipe.model
         self._job, self._device = job, device
+        self._has_said_cut = False
         self._text = TextEncoder.load(folder, dtype, device)
         self.vae = VideoVAE.load(folder, device)
         self.latent_shape = self.vae.latent_shape(model.frames, model.height, model.width)
@@ -270,7 +271,18 @@ class Encoders:
         limit = self._job.recipe.model.max_text_tokens
         padded = self._text.encode(captions, limit).cpu()
         lengths = self._text.tokens(captions)
+        self._say_cut(captions, lengths)
         return [text[: min(length, limit)] for text, length in zip(padded, lengths, strict=True)]
+
+    def _say_cut(self, captions: Sequence[str], lengths: Sequence[int]) -> None:
+        """Warn of the first caption that is longer than the model reads; a line for each would be too many."""
+        limit = self._job.recipe.model.max_text_tokens
+        cut = [caption for caption, length in zip(captions, lengths, strict=True) if length > limit]
+        if cut and not self._has_said_cut:
+            self._has_said_cut = True
+            log.warning(
+                "Captions are read up to model.max_text_tokens (%d); this one is longer: %s", limit, cut[0]
+            )
 
     def padded(self, texts: Sequence[Tensor]) -> Tensor:
         """Embeddings (L', D) -> (B, L, D) on the device, zeros after each."""

@@ -95,6 +95,28 @@ def test_the_report_and_the_manifest(teacher: Path, tmp_path: Path) -> None:
     assert all(set(endings) == {"safetensors", "json", "mp4"} for endings in parts.values())
 
 
+def test_bf16_is_stored_as_such_and_stays_close(teacher: Path, undisturbed: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(teacher, count=2)
+    model = recipe.model.model_copy(update={"precision": "bf16"})
+    synthesize(prepare(recipe.model_copy(update={"model": model}), tmp_path / "d"))
+    half, full = LatentData(tmp_path / "d", TOKENS), LatentData(undisturbed, TOKENS)
+    for position in (0, 1):
+        x, expected = half.sample(position).latents, full.sample(position).latents
+        assert x.dtype == torch.bfloat16
+        assert (x.float() - expected).norm() < 0.03 * expected.norm()
+    assert half.batch([0]).latents.dtype == torch.float32
+
+
+def test_captions_that_are_cut_are_said_once(
+    teacher: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    recipe = recipe_of(teacher, count=3)
+    model = recipe.model.model_copy(update={"max_text_tokens": 4})
+    synthesize(prepare(recipe.model_copy(update={"model": model}), tmp_path / "d"))
+    assert caplog.text.count("model.max_text_tokens (4)") == 1
+    assert LatentData(tmp_path / "d", 4).batch([0, 1, 2]).text.shape == (3, 4, 32)
+
+
 def test_a_second_start_makes_nothing(
     teacher: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
