@@ -275,7 +275,7 @@ class Encoders:
         return [text[: min(length, limit)] for text, length in zip(padded, lengths, strict=True)]
 
     def _say_cut(self, captions: Sequence[str], lengths: Sequence[int]) -> None:
-        """Warn of the first caption that is longer than the model reads; a line for each would be too many."""
+        """Warn of the first caption that is longer than the model reads; a line for each would be many."""
         limit = self._job.recipe.model.max_text_tokens
         cut = [caption for caption, length in zip(captions, lengths, strict=True) if length > limit]
         if cut and not self._has_said_cut:
