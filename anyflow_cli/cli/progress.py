@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from types import TracebackType
 
 import psutil
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as RichProgress
 
 from anyflow_cli.cli.console import is_first_process, stderr
@@ -26,7 +26,7 @@ class Progress:
     def __init__(self, label: str, total: int, unit: str = "steps") -> None:
         self.label, self.total, self.unit = label, total, unit
         self.done = 0
-        self._start: tuple[int, float] | None = None  # a resumed job's rate counts from where it resumed
+        self._first: tuple[int, float] | None = None  # step and time; a resumed job does not start at 0
         self._printed = time.monotonic()
         self._shown = is_first_process()
         self._bar = _bar() if self._shown and stderr.is_terminal else None
@@ -34,7 +34,7 @@ class Progress:
     def __enter__(self) -> Progress:
         if self._bar:
             self._bar.start()
-            self._task = self._bar.add_task(self.label, total=self.total, figures="")
+            self._task = self._bar.add_task(self.label, total=self.total, text="")
         return self
 
     def __exit__(
@@ -46,31 +46,24 @@ class Progress:
     def update(self, done: int, figures: Mapping[str, float] | None = None) -> None:
         """Say that ``done`` steps are finished, with figures of the last one."""
         now = time.monotonic()
-        self._start = self._start or (self.done if done <= self.done + 1 else done, now)
+        self._first = self._first or (done, now)
         self.done = done
         if self._bar:
-            self._bar.update(self._task, completed=done, figures=self._figures(now, figures or {}))
+            self._bar.update(self._task, completed=done, text=self._text(now, figures or {}))
         elif self._shown and (now - self._printed >= QUIET or done >= self.total):
             self._printed = now
-            left = self._seconds_left(now)
-            line = f"{self.label}: {done}/{self.total} {self.unit}, {self._figures(now, figures or {})}"
-            stderr.print(line + (f", {_duration(left)} left" if left else ""), soft_wrap=True)
+            text = self._text(now, figures or {})
+            stderr.print(f"{self.label}: {done}/{self.total} {self.unit}, {text}", soft_wrap=True)
 
-    def _rate(self, now: float) -> float:
-        """Steps a second since the first one seen; 0 until there are two."""
-        first, since = self._start or (0, now)
-        return (self.done - first) / (now - since) if now > since else 0.0
-
-    def _seconds_left(self, now: float) -> float:
-        rate = self._rate(now)
-        return (self.total - self.done) / rate if rate else 0.0
-
-    def _figures(self, now: float, figures: Mapping[str, float]) -> str:
-        """Rate, figures and memory in one line."""
-        rate = self._rate(now)
-        speed = f"{rate:.2f}/s" if rate >= 1 or not rate else f"{1 / rate:.1f} s each"
-        values = [f"{name} {value:.4g}" for name, value in figures.items()]
-        return ", ".join([*([speed] if rate else []), *values, _memory()])
+    def _text(self, now: float, figures: Mapping[str, float]) -> str:
+        """Figures, memory and, once there are two steps to tell it from, rate and time left."""
+        parts = [*(f"{name} {value:.4g}" for name, value in figures.items()), _memory()]
+        first, since = self._first or (self.done, now)
+        if self.done > first and now > since:
+            each = (now - since) / (self.done - first)
+            parts.append(f"{1 / each:.1f}/s" if each < 1 else f"{each:.1f} s each")
+            parts.append(f"{_duration(each * (self.total - self.done))} left")
+        return ", ".join(parts)
 
 
 def _bar() -> RichProgress:
@@ -78,8 +71,7 @@ def _bar() -> RichProgress:
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[figures]}", style="dim"),
-        TimeRemainingColumn(),
+        TextColumn("{task.fields[text]}", style="dim", markup=False),
         console=stderr,
     )
 

@@ -116,7 +116,8 @@ def _resolved(path: Path, shown: str, chain: tuple[tuple[Path, str], ...]) -> So
     place = source.places[("extends",)]
     if not isinstance(parent, str):
         raise UsageError(
-            f"{place}: extends must be the name or the path of one recipe, got {in_yaml(parent)}."
+            f"{place}: extends must be the name or the path of one recipe, got {in_yaml(parent)}.",
+            "Of several, let one extend the next.",
         )
     try:
         parent_path, parent_shown = find_recipe(parent, beside=path.parent)

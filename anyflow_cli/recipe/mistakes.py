@@ -130,14 +130,13 @@ def _meant(key: Key) -> str | None:
 
 def in_yaml(value: Any) -> str:
     """A value as YAML would write it, cut short."""
-    if isinstance(value, tuple):
-        return f"[{', '.join(map(in_yaml, value))}]"
-    words = {None: "nothing", True: "true", False: "false"}
-    text = (
-        words[value]
-        if value is None or isinstance(value, bool)
-        else f"'{value}'"
-        if isinstance(value, str)
-        else f"{value}"
-    )
+    text = _written(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _written(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "nothing", True: "true", False: "false"}[value]
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_written, value))}]"
+    return repr(value) if isinstance(value, str) else str(value)

@@ -19,6 +19,7 @@ from anyflow_cli.errors import AnyflowError, UsageError
 LARGEST = 1 << 20  # bytes; a checkpoint given by mistake is not read whole
 RECIPE_HINT = "`anyflow recipes copy tiny mine.yaml` makes a recipe to start from."
 NOT_YAML = (yaml.YAMLError, RecursionError, ValueError)  # forbidden characters, circles, tags that do not fit
+TAGS = {f"tag:yaml.org,2002:{kind}" for kind in ("map", "seq", "str", "null", "bool", "int", "float")}
 Key = tuple[str | int, ...]
 
 
@@ -103,6 +104,9 @@ class _Reader:
 
     def value(self, node: yaml.Node, key: Key) -> Any:
         """Give the value of a node; ``key`` is the path that leads to it."""
+        if node.tag not in TAGS:
+            problem = f"the tag {node.tag} has no meaning here"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
         if isinstance(node, yaml.MappingNode):
             return self.mapping(node, key)
         if isinstance(node, yaml.SequenceNode):

@@ -1,0 +1,222 @@
+"""Finding, inheriting and overriding recipes, and all their mistakes at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from anyflow_cli.errors import UsageError
+from anyflow_cli.recipe.load import Override, load_recipe, recipe_names
+from anyflow_cli.recipe.schema import Distill, Lora, Recipe
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def load(text: str, *overrides: str | Override, **others: str) -> Recipe:
+    """Write ``text`` to mine.yaml, ``others`` beside it, and load it."""
+    for name, content in {"mine": text, **others}.items():
+        Path(f"{name}.yaml").write_text(content, encoding="utf-8")
+    return load_recipe("mine.yaml", overrides)
+
+
+def refused(text: str, *overrides: str | Override, **others: str) -> str:
+    """Load what must be refused, and give the message."""
+    with pytest.raises(UsageError) as caught:
+        load(text, *overrides, **others)
+    assert caught.value.exit_code == 2
+    assert caught.value.hint
+    return caught.value.message
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_shipped_recipe_is_valid_and_named_by_its_file(name: str) -> None:
+    recipe = load_recipe(name)
+    assert recipe.name == name
+    assert recipe.description
+
+
+def test_the_default_is_tiny() -> None:
+    assert load_recipe() == load_recipe("tiny")
+
+
+def test_the_nearer_file_wins_key_by_key() -> None:
+    recipe = load(
+        "extends: ./below.yaml\ndistill: {optimiser: {lr: 1e-6}}\nevaluate: {nfe: [8]}\n",
+        below="extends: tiny\ndistill: {steps: 7, optimiser: {lr: 3e-6, clip: 2.0}}\n",
+    )
+    assert recipe.distill.steps == 7
+    assert (recipe.distill.optimiser.lr, recipe.distill.optimiser.clip) == (1e-6, 2.0)
+    assert recipe.evaluate.nfe == (8,)
+    assert recipe.model == load_recipe("tiny").model
+
+
+def test_extends_is_relative_to_the_file_that_says_it() -> None:
+    Path("family").mkdir()
+    Path("family/base.yaml").write_text("sample: {seed: 5}", encoding="utf-8")
+    Path("family/child.yaml").write_text("extends: ./base.yaml", encoding="utf-8")
+    assert load("extends: family/child.yaml").sample.seed == 5
+
+
+def test_name_and_description_are_never_inherited() -> None:
+    recipe = load("extends: ./base.yaml", base="name: other\ndescription: words\nsample: {seed: 5}")
+    assert (recipe.name, recipe.description, recipe.sample.seed) == ("mine", "", 5)
+    assert load("name: chosen").name == "chosen"
+
+
+def test_null_takes_a_section_away_and_an_override_brings_it_back() -> None:
+    base = "model: {lora: {rank: 4, alpha: 2}}"
+    assert load("extends: ./base.yaml\nmodel: {lora: null}", base=base).model.lora is None
+    assert load("model: {lora: null}", "model.lora.rank=8").model.lora == Lora(rank=8)
+
+
+def test_a_section_given_in_part_keeps_the_defaults_of_its_place() -> None:
+    distill = load("distill: {optimiser: {clip: 0.5}, ema: {decay: 0.5}}").distill
+    assert distill.optimiser == Distill().optimiser.model_copy(update={"clip": 0.5})
+    assert (distill.ema.decay, distill.ema.start) == (0.5, Distill().ema.start)
+
+
+def test_the_fake_score_takes_from_the_student_what_it_leaves_out() -> None:
+    distill = load("distill: {optimiser: {lr: 1e-5, clip: 0.5}, fake_optimiser: {lr: 2e-4}}").distill
+    assert distill.fake_optimiser == distill.optimiser.model_copy(update={"lr": 2e-4})
+
+
+def test_overrides_are_typed_and_the_last_wins() -> None:
+    recipe = load(
+        "sample: {seed: 1}",
+        "sample.seed=2", "sample.seed=3", "sample.nfe=[1, 2]", "data.prompts=a=b.txt",
+        "distill.optimiser.lr=1e-7", Override("synthesize.count", 9, "--count"),
+    )  # fmt: skip
+    assert (recipe.sample.seed, recipe.sample.nfe, recipe.synthesize.count) == (3, (1, 2), 9)
+    assert (recipe.data.prompts, recipe.distill.optimiser.lr) == ("a=b.txt", 1e-7)
+
+
+def test_a_file_of_the_same_content_loads_the_same_twice() -> None:
+    text = "extends: tiny\nsample: {seed: 1}"
+    assert load(text, "sample.seed=4").sample.seed == 4
+    assert load(text).sample.seed == 1  # an override leaves nothing behind
+
+
+def test_all_mistakes_are_said_at_once_in_the_order_of_lines() -> None:
+    message = refused(
+        "extends: ./base.yaml\nmodle: {}\nmodel:\n  height: 65\ndistill:\n  lr: 1e-5\n  t_max: 0.01\n",
+        "model.gate=2",
+        "nonsense",
+        Override("sample.seed", "x", "--seed"),
+        base="finetune:\n  steps: 0\n",
+    )
+    assert message.split("\n  ") == [
+        "The recipe has 8 mistakes.",
+        "--seed: sample.seed must be a whole number, got 'x'",
+        "--set model.gate=2: model.gate must be a number of at most 1, got 2",
+        "--set nonsense: must be written as --set KEY=VALUE, e.g. --set distill.steps=100",
+        "./base.yaml:2: finetune.steps must be a number of at least 1, got 0",
+        "mine.yaml:2: modle is not a key of recipes; did you mean model?",
+        "mine.yaml:4: model.height must be a multiple of 16 (8 of the VAE times 2 of a patch), got 65",
+        "mine.yaml:6: distill.lr is not a key of recipes; did you mean distill.optimiser.lr?",
+        "mine.yaml:7: distill.t_max must be above t_min (0.02), got 0.01",
+    ]
+
+
+LONG = "x" * 90
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("name: a/b",
+         "1: name must be letters, digits, '.', '_' and '-', as it names a directory, got 'a/b'."),
+        ("name: 7", "1: name must be text (put it in quotes), got 7."),
+        ("model:", "1: model must be a section of keys, got nothing."),
+        ("model: {frames: 32}",
+         "1: model.frames must be 4 n + 1, as the VAE takes frames (33, 49, 81, ...), got 32."),
+        ("model: {width: 500}",
+         "1: model.width must be a multiple of 16 (8 of the VAE times 2 of a patch), got 500."),
+        ("model: {fps: 8.5}", "1: model.fps must be a whole number, got 8.5."),
+        ("model: {fps: true}", "1: model.fps must be a whole number, got true."),
+        ("model: {fps: '8'}", "1: model.fps must be a whole number, got '8'."),
+        ("model: {shift: 0}", "1: model.shift must be a number above 0, got 0."),
+        ("model: {shift: .inf}", "1: model.shift must be a finite number, got inf."),
+        ("model: {gate: big}", "1: model.gate must be a number, got 'big'."),
+        ("model: {causal: yes}", "1: model.causal must be true or false, got 'yes'."),
+        (
+            "model: {conditioning: zero_init}",
+            "1: model.conditioning must be 'interpolate' or 'zero-init', got 'zero_init'; "
+            "did you mean zero-init?",
+        ),
+        ("model: {hieght: 64}", "1: model.hieght is not a key of recipes; did you mean model.height?"),
+        ("evaluate: {nfe: 4}", "1: evaluate.nfe must be a list, e.g. [4, 32], got 4."),
+        ("evaluate: {nfe: []}", "1: evaluate.nfe must be a list of at least 1, got []."),
+        ("evaluate: {nfe: [0]}", "1: evaluate.nfe[0] must be a number of at least 1, got 0."),
+        ("distill: {optimiser: {betas: [0.9]}}", "1: distill.optimiser.betas[1] is missing."),
+        (
+            "distill: {optimiser: {betas: [0, 0, 0]}}",
+            "1: distill.optimiser.betas must be a list of 2, got [0, 0, 0].",
+        ),
+        (
+            "train_flowmap: {flow_map: {boundary: 0.9}}",
+            "1: train_flowmap.flow_map.to_zero must be at most 1 - boundary (0.1), got 0.25.",
+        ),
+        ("finetune:\n  batch: 8\n  micro_batch: 3",
+         "3: finetune.micro_batch must divide the batch of 8, got 3."),
+        ("finetune: {micro_batch: 5}", "1: finetune.micro_batch must divide the batch of 32, got 5."),
+        ("totally: 1", "1: totally is not a key of recipes."),
+        ("extends: [tiny]", "1: extends must be the name or the path of one recipe, got ['tiny']."),
+        ("extends: tinny", '1: There is no recipe "tinny"; did you mean tiny?'),
+        ("extends: ./gone.yaml", "1: There is no recipe file ./gone.yaml."),
+        (f"data: {{prompts: [{LONG}]}}",
+         f"1: data.prompts must be text (put it in quotes), got ['{LONG[:55]}...."),
+    ],
+)  # fmt: skip
+def test_one_mistake_is_one_sentence(text: str, sentence: str) -> None:
+    assert refused(text) == f"mine.yaml:{sentence}"
+
+
+def test_a_circle_names_its_members_and_no_others() -> None:
+    own = refused("extends: ./mine.yaml")
+    assert own == "These recipes extend one another in a circle: mine.yaml -> ./mine.yaml."
+    message = refused("extends: ./a.yaml", a="extends: ./b.yaml", b="extends: ./a.yaml")
+    assert message == "These recipes extend one another in a circle: ./a.yaml -> ./b.yaml -> ./a.yaml."
+
+
+def test_a_mistake_below_is_named_where_it_stands() -> None:
+    message = refused("extends: ./a.yaml", a="extends: tiny\nsample: {sede: 1}")
+    assert message == "./a.yaml:2: sample.sede is not a key of recipes; did you mean sample.seed?"
+
+
+def test_an_override_answers_for_what_it_replaced() -> None:
+    text = "sample:\n  nfe: [4]\ndistill:\n  steps: 3"
+    assert refused(text, "sample.nfe=[0]").startswith("--set sample.nfe=[0]: sample.nfe[0] must be")
+    assert refused(text, "distill.steps.x=1").startswith("--set distill.steps.x=1: distill.steps must be")
+
+
+@pytest.mark.parametrize("item", ["=3", "a", "a..b=1", ".a=1"])
+def test_an_override_without_key_or_value_is_refused(item: str) -> None:
+    assert refused("name: a", item).startswith(f"--set {item}: must be written as --set KEY=VALUE")
+
+
+@pytest.mark.parametrize(
+    ("address", "sentence"),
+    [
+        ("tine", 'There is no recipe "tine"; did you mean tiny?'),
+        ("zzzzzz", 'There is no recipe "zzzzzz".'),
+        ("", 'There is no recipe "".'),
+        ("mine", 'There is no recipe "mine"; did you mean ./mine.yaml?'),
+        ("./gone.yaml", "There is no recipe file ./gone.yaml."),
+        ("./", "./ is a directory, not a recipe."),
+    ],
+)
+def test_an_unknown_recipe_is_named_with_the_likely_one(address: str, sentence: str) -> None:
+    Path("mine.yaml").write_text("name: a", encoding="utf-8")
+    with pytest.raises(UsageError) as caught:
+        load_recipe(address)
+    assert caught.value.message == sentence
+
+
+def test_the_hint_for_an_unknown_name_lists_all() -> None:
+    with pytest.raises(UsageError) as caught:
+        load_recipe("zzzzzz")
+    assert all(name in (caught.value.hint or "") for name in recipe_names())
