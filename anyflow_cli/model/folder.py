@@ -202,8 +202,9 @@ def save_pipeline(
     if target.exists() and not replace:
         raise UsageError(f"{target} exists already.", "Choose another directory, or remove it.")
     weights = {name: tensor.detach() for name, tensor in network.state_dict().items()}
+    assert not any(".lora_" in name for name in weights), "merge a role first: Backbone.merged"
     config, weights = folded(network.config, weights)
-    with _made_beside(target) as folder:
+    with made_beside(target) as folder:
         for name in ("vae", "text_encoder", "tokenizer"):
             link_tree(component(source_pipeline, name), folder / name)
         _write_scheduler(folder / "scheduler", source_pipeline, config, shift)
@@ -283,7 +284,7 @@ def _link_or_copy(source: str, target: str) -> None:
 
 
 @contextmanager
-def _made_beside(target: Path) -> Iterator[Path]:
+def made_beside(target: Path) -> Iterator[Path]:
     """A fresh directory beside ``target`` that takes its name when the body has succeeded."""
     folder = target.with_name(f".{target.name}.{os.getpid()}.partial")
     shutil.rmtree(folder, ignore_errors=True)

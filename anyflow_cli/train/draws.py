@@ -36,29 +36,19 @@ class GlobalMean:
     """Mean over samples of the global batch (Eq. 7), exact with accumulation and over processes.
 
     Boundary samples come first in the global batch and the m-th micro batches of all processes are a
-    consecutive run of it. So when the first other sample needs the mean, every boundary sample has
-    already had its forward pass, here or elsewhere: a running sum, reduced over processes in each micro
-    batch, is then complete. The k-th call in a micro batch continues the k-th sum.
+    consecutive run of it. So when the first other sample needs the mean, every boundary sample has had its
+    forward pass, here or elsewhere: a running sum, reduced over processes in each micro batch, is then
+    complete. One for each phase, term and step.
     """
 
     def __init__(self, reduce: Reduce) -> None:
         self._reduce = reduce
-        self._totals: list[Tensor] = []
-        self._call = 0
-
-    def next_micro_batch(self) -> None:
-        """Start counting calls again."""
-        self._call = 0
+        self._total: Tensor | float = 0.0
 
     def __call__(self, values: Tensor, mask: Tensor) -> Tensor:
         """Mean of values (B,) where mask (B,) holds, over all seen in this step; NaN if it held nowhere."""
-        total = self._reduce(torch.stack([values[mask].double().sum(), mask.sum().double()]))
-        if self._call < len(self._totals):
-            total = total + self._totals[self._call]
-            self._totals[self._call] = total
-        else:
-            self._totals.append(total)
-        self._call += 1
+        total = self._total + self._reduce(torch.stack([values[mask].double().sum(), mask.sum().double()]))
+        self._total = total
         return (total[0] / total[1]).to(values.dtype)
 
 

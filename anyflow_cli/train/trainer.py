@@ -175,7 +175,6 @@ class Trainer:
             micro = cut(batch, start, start + self.micro)
             positions = tuple(range(self.rank, self.settings.batch, self.ranks))[start : start + self.micro]
             for number, mean in enumerate(means):
-                mean.next_micro_batch()
                 draws = Draws(self.settings.seed, self.step, self.settings.batch, positions, mean)
                 last = start == starts[-1] and number == len(means) - 1
                 with self._synchronised(phase, last):
@@ -203,7 +202,7 @@ class Trainer:
         raise AnyflowError(
             f"The loss of the {phase} is not a number at step {self.step}; its weights were not moved.",
             (f"The last good state is {last}. " if last else "")
-            + "Lower optimiser.lr, or set model.precision to fp32, and start again.",
+            + "Go on from it with --set model.precision=fp32, or begin anew with a lower optimiser.lr.",
         )
 
     # --- state

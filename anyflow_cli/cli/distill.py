@@ -1,0 +1,82 @@
+"""``anyflow distill``: stage 2, on-policy distillation, and the consistency baseline."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from anyflow_cli.cli.common import (
+    DEFAULT_RECIPE,
+    DEFAULT_RUNS,
+    RECIPE_PANEL,
+    DebugOption,
+    DryRunOption,
+    JsonOption,
+    RecipeOption,
+    RunsOption,
+    SeedOption,
+    SetOption,
+    examples,
+    print_plan,
+    resolve,
+)
+from anyflow_cli.cli.train_flowmap import StepsOption
+from anyflow_cli.cli.training import run_stage, stage_facts
+from anyflow_cli.recipe.paths import RunPaths
+
+EXAMPLES = examples(
+    "anyflow distill",
+    "anyflow distill --simulation consistency",
+    "anyflow distill --set distill.budgets=[2,4,8] --set distill.joint=false",
+    "torchrun --nproc-per-node 8 -m anyflow_cli.cli.app distill -r bidirectional1b",
+)
+
+SimulationOption = Annotated[
+    str | None,
+    typer.Option(
+        "--simulation", metavar="NAME", rich_help_panel=RECIPE_PANEL, show_default=False,
+        help="How the student's samples are simulated: flow-map, or consistency (a baseline).",
+    ),
+]  # fmt: skip
+StartOption = Annotated[
+    str | None,
+    typer.Option(
+        "--model", metavar="ADDRESS", rich_help_panel=RECIPE_PANEL, show_default=False,
+        help="Any-step model to start from; without it, what train-flowmap left.",
+    ),
+]  # fmt: skip
+
+
+def distill(
+    recipe: RecipeOption = DEFAULT_RECIPE,
+    simulation: SimulationOption = None,
+    model: StartOption = None,
+    steps: StepsOption = None,
+    seed: SeedOption = None,
+    assignments: SetOption = None,
+    runs: RunsOption = DEFAULT_RUNS,
+    dry_run: DryRunOption = False,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Stage 2: pull the student's own samples to the teacher's distribution (on-policy distillation).
+
+    The same command continues a run that was stopped, from its newest checkpoint.
+    """
+    options = {
+        "--simulation": ("distill.simulation", simulation),
+        "--model": ("distill.start", model),
+        "--steps": ("distill.steps", steps),
+        "--seed": ("distill.seed", seed),
+    }
+    settings = resolve(recipe, assignments, options)
+    from anyflow_cli.train.run import check_run
+    from anyflow_cli.train.stages import distill_inputs
+
+    inputs = distill_inputs(settings, RunPaths(runs, settings.name))
+    check_run(settings, inputs)
+    if dry_run:
+        facts = {"simulation": settings.distill.simulation, "joint stage-1 loss": settings.distill.joint}
+        return print_plan("distill", facts | stage_facts(settings, inputs), as_json=as_json)
+    run_stage(settings, inputs, "distill", as_json=as_json)

@@ -1,0 +1,86 @@
+"""``anyflow train-flowmap``: stage 1, the baselines it is compared with, and the teacher's own tuning."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from anyflow_cli.cli.common import (
+    DEFAULT_RECIPE,
+    DEFAULT_RUNS,
+    RECIPE_PANEL,
+    DebugOption,
+    DryRunOption,
+    JsonOption,
+    RecipeOption,
+    RunsOption,
+    SeedOption,
+    SetOption,
+    examples,
+    print_plan,
+    resolve,
+)
+from anyflow_cli.cli.training import run_stage, stage_facts
+from anyflow_cli.recipe.paths import RunPaths
+
+if TYPE_CHECKING:
+    from anyflow_cli.recipe.schema import Recipe
+
+EXAMPLES = examples(
+    "anyflow train-flowmap",
+    "anyflow train-flowmap --set train_flowmap.steps=1000",
+    "anyflow train-flowmap --objective flow-matching   (tunes the teacher)",
+    "torchrun --nproc-per-node 8 -m anyflow_cli.cli.app train-flowmap -r bidirectional1b",
+)
+
+ObjectiveOption = Annotated[
+    str | None,
+    typer.Option(
+        "--objective", metavar="NAME", rich_help_panel=RECIPE_PANEL, show_default=False,
+        help="flow-map, flow-matching (the teacher's own tuning) or consistency-ode (a baseline).",
+    ),
+]  # fmt: skip
+StepsOption = Annotated[
+    int | None,
+    typer.Option(
+        "--steps", metavar="N", rich_help_panel=RECIPE_PANEL, show_default=False,
+        help="Optimiser steps in all; a finished run given more goes on.",
+    ),
+]  # fmt: skip
+
+
+def train_flowmap(
+    recipe: RecipeOption = DEFAULT_RECIPE,
+    objective: ObjectiveOption = None,
+    steps: StepsOption = None,
+    seed: SeedOption = None,
+    assignments: SetOption = None,
+    runs: RunsOption = DEFAULT_RUNS,
+    dry_run: DryRunOption = False,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Stage 1: train the teacher to jump between any two times (forward flow-map training).
+
+    The same command continues a run that was stopped, from its newest checkpoint.
+    """
+    options = {
+        "--objective": ("train_flowmap.objective", objective),
+        "--steps": ("train_flowmap.steps", steps),
+        "--seed": ("train_flowmap.seed", seed),
+    }
+    settings = resolve(recipe, assignments, options)
+    paths = RunPaths(runs, settings.name)
+    from anyflow_cli.train.run import check_run
+    from anyflow_cli.train.stages import flowmap_inputs
+
+    inputs = flowmap_inputs(settings, paths)
+    check_run(settings, inputs)
+    if dry_run:
+        return print_plan("train-flowmap", _facts(settings) | stage_facts(settings, inputs), as_json=as_json)
+    run_stage(settings, inputs, "train-flowmap", as_json=as_json)
+
+
+def _facts(recipe: Recipe) -> dict[str, Any]:
+    return {"objective": recipe.train_flowmap.objective}

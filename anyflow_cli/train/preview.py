@@ -1,0 +1,80 @@
+"""Samples of a model in training, as one contact sheet a time: rows are captions, columns step counts.
+
+Each preview starts from the same noise and the same embedded captions, so that two sheets of a run differ by
+training alone. The first captions of the data set are taken: their embeddings are at hand.
+
+Legend: B captions, F latent frames, C channels, H W latent height and width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from anyflow_cli.data.atomic import committed
+from anyflow_cli.data.batches import LatentData
+from anyflow_cli.data.clips import to_pixels
+from anyflow_cli.data.noise import batch_noise
+from anyflow_cli.flow.samplers import SAMPLERS
+from anyflow_cli.flow.times import grid
+from anyflow_cli.flow.velocity import Velocity, guided
+from anyflow_cli.model.encoders import VideoVAE
+from anyflow_cli.model.precision import Precision, autocast
+from anyflow_cli.model.roles import Backbone
+from anyflow_cli.sheets import Row, contact_sheet
+
+
+@dataclass(frozen=True)
+class PreviewPlan:
+    """How to sample: a teacher is guided (``guidance`` above 1), a student is not."""
+
+    sampler: Literal["flow-map", "euler", "consistency"]
+    nfe: Sequence[int]
+    guidance: float
+    shift: float
+    captions: int
+
+
+def make_preview(
+    directory: Path,
+    backbone: Backbone,
+    data: LatentData,
+    pipeline: Path,
+    plan: PreviewPlan,
+    precision: Precision,
+) -> Callable[[int], None]:
+    """Give a function of the step that writes ``previews/step-...png``; the VAE is loaded only for it."""
+    batch = data.batch(range(min(plan.captions, len(data))))
+    noise = batch_noise(range(len(batch.captions)), data.latent_shape)
+
+    @torch.no_grad()
+    def preview(step: int) -> None:
+        device = next(backbone.parameters()).device
+        velocity: Velocity = backbone.velocity("student", batch.text.to(device))
+        if plan.guidance != 1:
+            negative = data.negative.to(device).expand_as(batch.text)
+            velocity = guided(velocity, backbone.velocity("student", negative), plan.guidance)
+        with autocast(precision, device):
+            latents = [
+                SAMPLERS[plan.sampler](
+                    velocity, noise.to(device), grid(nfe, plan.shift), generator=_generators(len(noise))
+                )
+                for nfe in plan.nfe
+            ]
+        vae = VideoVAE.load(pipeline, device)
+        columns = [to_pixels(vae.decode(part)) for part in latents]
+        rows = [Row(caption, [column[i] for column in columns]) for i, caption in enumerate(batch.captions)]
+        sheet = contact_sheet(rows, [f"{nfe} steps" for nfe in plan.nfe], title=f"step {step}")
+        with committed(directory / "previews" / f"step-{step:06d}.png") as temporary:
+            sheet.save(temporary, format="PNG")
+
+    return preview
+
+
+def _generators(count: int) -> list[torch.Generator]:
+    """For samplers that draw on the way; the same at each preview."""
+    return [torch.Generator().manual_seed(seed + 1) for seed in range(count)]

@@ -1,0 +1,278 @@
+"""From a recipe to a run and its finished model: what each training command does.
+
+Each stage first says what it would be made from (``*_inputs``: paths alone, checked, nothing loaded), then
+``train`` assembles networks, data and objective, runs the loop and saves the averaged student as a pipeline
+folder. A stage finds what the stage before it left in the recipe's runs.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+
+from anyflow_cli.data.batches import Batches, LatentData
+from anyflow_cli.data.shards import read_manifest
+from anyflow_cli.errors import UsageError
+from anyflow_cli.model.adapter import load_adapter, save_adapter
+from anyflow_cli.model.folder import load_network, resolve, save_pipeline
+from anyflow_cli.model.network import FlowMapTransformer, two_time_from
+from anyflow_cli.model.precision import Precision, resolve_precision
+from anyflow_cli.model.roles import Backbone, LoraSize, Role
+from anyflow_cli.recipe import schema
+from anyflow_cli.recipe.paths import MODEL, RunPaths
+from anyflow_cli.train import objectives
+from anyflow_cli.train.preview import PreviewPlan, make_preview
+from anyflow_cli.train.run import Inputs, begin_run
+from anyflow_cli.train.trainer import OnStep, Trainer, make_accelerator
+
+log = logging.getLogger(__name__)
+
+
+class Finished(NamedTuple):
+    """What a training command leaves."""
+
+    model: Path
+    adapter: Path | None
+    steps: int
+
+
+# --- what a stage is made from
+
+
+def flowmap_inputs(recipe: schema.Recipe, paths: RunPaths) -> Inputs:
+    """Stage 1, its baselines, and the tuning of the teacher (by ``train_flowmap.objective``)."""
+    return Inputs(
+        paths.stage_1(recipe.train_flowmap.objective),
+        "train_flowmap",
+        _data(recipe, paths),
+        {"teacher": resolve(recipe.model.teacher)},
+    )
+
+
+def distill_inputs(recipe: schema.Recipe, paths: RunPaths) -> Inputs:
+    """Stage 2: from what stage 1 left, towards the tuned teacher if there is one."""
+    settings = recipe.distill
+    start = resolve(settings.start) if settings.start else _stage_1_model(recipe, paths)
+    tuned = paths.stage_1("flow-matching") / MODEL
+    if settings.real_score:
+        real = resolve(settings.real_score)
+    else:
+        real = tuned if tuned.is_dir() else resolve(recipe.model.teacher)
+    parents = {"start": start, "real score": real, "teacher": resolve(recipe.model.teacher)}
+    return Inputs(paths.stage_2(settings.simulation), "distill", _data(recipe, paths), parents)
+
+
+def finetune_inputs(recipe: schema.Recipe, paths: RunPaths, start: Path, data: Path) -> Inputs:
+    """Continued flow-map training of any any-step model on other data."""
+    read_manifest(data)
+    return Inputs(paths.finetune, "finetune", data, {"start": start})
+
+
+def _data(recipe: schema.Recipe, paths: RunPaths) -> Path:
+    data = Path(recipe.data.path) if recipe.data.path else paths.data
+    if not data.exists():
+        raise UsageError(
+            f"There is no data set at {data}.", f"Make it with `anyflow synthesize -r {recipe.name}`."
+        )
+    read_manifest(data)
+    return data
+
+
+def _stage_1_model(recipe: schema.Recipe, paths: RunPaths) -> Path:
+    """Consistency simulation starts from its own ODE-init where that was trained."""
+    ode = paths.stage_1("consistency-ode") / MODEL
+    if recipe.distill.simulation == "consistency" and ode.is_dir():
+        return ode
+    model = paths.stage_1() / MODEL
+    if not model.is_dir():
+        raise UsageError(
+            f"There is no stage-1 model at {model}.",
+            f"Train it with `anyflow train-flowmap -r {recipe.name}`, or name one as distill.start.",
+        )
+    return model
+
+
+# --- networks
+
+
+def student_backbone(recipe: schema.Recipe, inputs: Inputs, precision: Precision) -> Backbone:
+    """The student alone: of one time for the teacher's tuning, else of two."""
+    address = inputs.parents.get("start") or inputs.parents["teacher"]
+    network = _load(address, recipe, precision)
+    tuning = inputs.section == "train_flowmap" and recipe.train_flowmap.objective == "flow-matching"
+    if tuning and network.config.two_time:
+        raise UsageError(f"{address} is an any-step model, not a teacher.", "Name a plain Wan model.")
+    if not tuning and not network.config.two_time:
+        if inputs.section == "finetune":
+            raise UsageError(
+                f"{address} is a teacher, not an any-step model.",
+                "Give one that `train-flowmap` or `distill` made with --model.",
+            )
+        network = two_time_from(network, recipe.model.gate, recipe.model.conditioning)
+    return _backbone(recipe, network, ("student",), seed=_section(recipe, inputs).seed)
+
+
+def on_policy_backbone(recipe: schema.Recipe, inputs: Inputs, precision: Precision) -> Backbone:
+    """Student, real and fake score. All on one base where start and real score are adapters of the teacher."""
+    roles: tuple[Role, ...] = ("student", "real", "fake")
+    start, real, teacher = (inputs.parents[name] for name in ("start", "real score", "teacher"))
+    seed = recipe.distill.seed
+    student_adapter = _adapter_of(recipe, start)
+    real_adapter = _adapter_of(recipe, real)
+    if student_adapter is not None and (real == teacher or real_adapter is not None):
+        network = two_time_from(
+            _load(teacher, recipe, precision), recipe.model.gate, recipe.model.conditioning
+        )
+        backbone = _backbone(recipe, network, roles, real_adapter=real_adapter, seed=seed)
+        backbone.load_state_dict_of("student", student_adapter)
+        return backbone
+    network = _load(start, recipe, precision)
+    if not network.config.two_time:
+        raise UsageError(
+            f"{start} is a teacher, not an any-step model.",
+            f"Train one with `anyflow train-flowmap -r {recipe.name}` first.",
+        )
+    return _backbone(recipe, network, roles, teacher=_load(real, recipe, precision), seed=seed)
+
+
+def _backbone(
+    recipe: schema.Recipe, network: FlowMapTransformer, roles: tuple[Role, ...], **options: Any
+) -> Backbone:
+    backbone = Backbone(network, roles, lora=_lora(recipe), **options)
+    for module in backbone.modules():
+        if isinstance(module, FlowMapTransformer):
+            module.gradient_checkpointing = recipe.model.gradient_checkpointing
+    return backbone
+
+
+def _load(path: Path, recipe: schema.Recipe, precision: Precision) -> FlowMapTransformer:
+    """Weights that train are held in fp32; a base under adapters in the precision of the arithmetic."""
+    frozen = recipe.model.lora is not None and precision == "bf16"
+    return load_network(path, torch.bfloat16 if frozen else torch.float32)
+
+
+def _lora(recipe: schema.Recipe) -> LoraSize | None:
+    lora = recipe.model.lora
+    return LoraSize(lora.rank, lora.alpha) if lora else None
+
+
+def _adapter_of(recipe: schema.Recipe, model: Path) -> dict[str, torch.Tensor] | None:
+    """The adapter on the recipe's teacher that a run left beside its finished model, if sizes agree."""
+    folder = model.parent / "adapter"
+    if recipe.model.lora is None or model.name != MODEL or not folder.is_dir():
+        return None
+    adapter = load_adapter(folder)
+    belongs = adapter.size == _lora(recipe) and adapter.base == str(resolve(recipe.model.teacher))
+    return adapter.weights if belongs else None
+
+
+# --- running
+
+
+def train(recipe: schema.Recipe, inputs: Inputs, on_step: OnStep | None = None) -> Finished:
+    """Run a stage to its end, or continue it, and save the averaged student."""
+    settings = _section(recipe, inputs)
+    accelerator, lineage, precision = _begin(recipe, inputs)
+    data = LatentData(inputs.data, recipe.model.max_text_tokens)
+    on_policy = inputs.section == "distill"
+    backbone = (on_policy_backbone if on_policy else student_backbone)(recipe, inputs, precision)
+    _check_fit(backbone.network_of("student"), data)
+    source = next(iter(inputs.parents.values()))
+    preview = None
+    if accelerator.is_main_process and settings.preview_every and settings.preview_prompts:
+        plan = _preview_plan(recipe, inputs)
+        preview = make_preview(inputs.directory, backbone, data, source, plan, precision)
+    trainer = Trainer(
+        inputs.directory,
+        _objective(recipe, inputs, backbone, data),
+        Batches(data, settings.batch, settings.seed),
+        settings,
+        accelerator=accelerator,
+        workers=recipe.data.workers,
+        on_step=on_step,
+        preview=preview,
+    )
+    trainer.run()
+    if accelerator.is_main_process:
+        _save(recipe, inputs, trainer, source, lineage)
+    accelerator.wait_for_everyone()
+    return Finished(inputs.finished, inputs.adapter if backbone.lora else None, trainer.step)
+
+
+def _begin(recipe: schema.Recipe, inputs: Inputs) -> tuple[Any, dict[str, Any], Precision]:
+    """Claim the directory, on the main process first. A run keeps the precision it began with."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    precision = resolve_precision(recipe.model.precision, device)
+    accelerator = make_accelerator(precision)
+    facts = {"precision": precision, "processes": accelerator.num_processes}
+    with accelerator.main_process_first():
+        lineage = begin_run(recipe, inputs, facts)
+    if recipe.model.precision == "auto" and lineage["precision"] != precision:
+        raise UsageError(
+            f"This run began in {lineage['precision']}, and `auto` means {precision} on this machine.",
+            f"Say which with --set model.precision={lineage['precision']}.",
+        )
+    return accelerator, lineage, precision
+
+
+def _section(recipe: schema.Recipe, inputs: Inputs) -> schema.Training:
+    return cast("schema.Training", getattr(recipe, inputs.section))
+
+
+def _objective(
+    recipe: schema.Recipe, inputs: Inputs, backbone: Backbone, data: LatentData
+) -> objectives.Objective:
+    shift = recipe.model.shift
+    if inputs.section == "distill":
+        return objectives.on_policy(backbone, data.negative, recipe.distill, shift)
+    if inputs.section == "finetune":
+        settings = recipe.finetune
+        return objectives.stage_one(
+            "flow-map", backbone, data.negative, settings.flow_map, settings.optimiser, shift
+        )
+    first = recipe.train_flowmap
+    return objectives.stage_one(
+        first.objective, backbone, data.negative, first.flow_map, first.optimiser, shift
+    )
+
+
+def _check_fit(network: FlowMapTransformer, data: LatentData) -> None:
+    """Refuse data made for another model before a step is taken."""
+    for what, has, wants in (
+        ("latents of {} channels", data.latent_shape[1], network.config.in_channels),
+        ("text of width {}", data.text_dim, network.config.text_dim),
+    ):
+        if has != wants:
+            raise UsageError(
+                f"{data.directory} holds {what.format(has)}; the model takes {wants}.",
+                "Make a data set with this recipe's teacher: `anyflow synthesize`.",
+            )
+
+
+def _preview_plan(recipe: schema.Recipe, inputs: Inputs) -> PreviewPlan:
+    count, shift = _section(recipe, inputs).preview_prompts, recipe.model.shift
+    student = PreviewPlan("flow-map", recipe.sample.nfe, 1.0, shift, count)
+    if inputs.section == "train_flowmap" and recipe.train_flowmap.objective == "flow-matching":
+        nfe, guidance = (recipe.sample.teacher_steps,), recipe.sample.teacher_guidance
+        return replace(student, sampler="euler", nfe=nfe, guidance=guidance)
+    ode = inputs.section == "train_flowmap" and recipe.train_flowmap.objective == "consistency-ode"
+    simulated = inputs.section == "distill" and recipe.distill.simulation == "consistency"
+    return replace(student, sampler="consistency") if ode or simulated else student
+
+
+def _save(
+    recipe: schema.Recipe, inputs: Inputs, trainer: Trainer, source: Path, lineage: dict[str, Any]
+) -> None:
+    backbone = trainer.backbone
+    with trainer.ema.swapped():
+        network = backbone.merged("student")
+        if backbone.lora is not None:
+            base = str(source)
+            save_adapter(inputs.adapter, backbone.state_dict_of("student"), backbone.lora, base)
+    facts = {**lineage, "steps": trainer.step}
+    save_pipeline(inputs.finished, network, source, facts, shift=recipe.model.shift, replace=True)
+    log.info("The averaged model is in %s.", inputs.finished)
