@@ -96,7 +96,8 @@ class Attention(nn.Module):
     def over_text(self, x: Tensor, keys: tuple[Tensor, Tensor]) -> Tensor:
         """Cross-attention of the tokens (B, L, D) to the text's keys and values."""
         key, value = keys
-        return self._project(attend(self.split(self.norm_q(self.to_q(x))), key, value))
+        out = attend(self.split(self.norm_q(self.to_q(x))), key, value)
+        return self._project(out.to(x.dtype))  # kept keys may have been made in another type
 
     def _project(self, x: Tensor) -> Tensor:
         projected: Tensor = self.to_out[0](x.flatten(-2))

@@ -143,7 +143,10 @@ class VideoVAE:
 
 
 def _loaded(kind: Any, folder: Path, **options: Any) -> Any:
-    """A component by its library's own loader; a broken folder is the user's to mend."""
+    """A component by its library's loader, without progress bar; a broken folder is the user's to mend."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
     try:
         return kind.from_pretrained(folder, local_files_only=True, **options)
     except (OSError, ValueError, RuntimeError) as error:

@@ -12,7 +12,7 @@ differ in their segments, not in the network.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Literal
 
 from anyflow_cli.errors import UsageError
@@ -138,6 +138,7 @@ def _joined(first: slice, second: slice) -> slice:
     return slice(first.start, second.stop)
 
 
+@lru_cache(maxsize=32)
 def bidirectional(frames: int, height: int, width: int, patch: tuple[int, int] = (2, 2)) -> Layout:
     """The whole video in one segment that sees itself."""
     return Layout((Segment(0, frames, (0,)),), height, width, patch)

@@ -84,6 +84,17 @@ def test_keys_of_a_frozen_text_path_let_gradients_through(network: FlowMapTransf
     assert trained.grad is not None
 
 
+def test_keys_made_under_autocast_serve_outside_it(network: FlowMapTransformer) -> None:
+    model = Conditioned(network, X.text)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = model(X.z, X.t, X.r)
+    assert 0 < distance(model(X.z, X.t, X.r), half) < 0.05
+    model = Conditioned(network, X.text)
+    model(X.z, X.t, X.r)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert distance(model(X.z, X.t, X.r), half) < 0.05
+
+
 def test_the_scope_is_entered_for_every_use(network: FlowMapTransformer) -> None:
     entered: list[str] = []
 

@@ -176,6 +176,17 @@ def test_a_checkpointed_backward_runs_under_the_role_of_its_forward(lora: LoraSi
         torch.testing.assert_close(plain, recomputed, rtol=0, atol=0)
 
 
+def test_a_checkpointed_graph_can_be_walked_twice() -> None:
+    made = backbone()
+    disturb(made, "student", "fake")
+    made.network_of("student").gradient_checkpointing = True
+    loss = ask(made, "student").square().sum()
+    first = torch.autograd.grad(loss, made.parameters_of("student"), retain_graph=True)
+    second = torch.autograd.grad(loss, made.parameters_of("student"))
+    for before, after in zip(first, second, strict=True):
+        torch.testing.assert_close(before, after, rtol=0, atol=0)
+
+
 @BOTH
 @pytest.mark.parametrize("role", ["student", "fake"])
 def test_state_dicts_round_trip(lora: LoraSize | None, role: Role) -> None:
