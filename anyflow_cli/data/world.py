@@ -11,6 +11,7 @@ Legend: T frames, H W height and width in pixels; pixels are uint8 RGB.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import hypot, sqrt
 
@@ -41,7 +42,8 @@ DOT_COLOUR: Colour = (250, 250, 250)
 DOT_COUNT = 3
 DOT_RADIUS = 2.2
 DOT_DISTANCE = 9.0  # between centres, so that dots never touch
-OMITTED = {"size": 0.1, "direction": 0.1, "speed": 0.4, "background": 0.1}  # how often a caption leaves it out
+# How often a caption leaves an attribute out.
+OMITTED = {"size": 0.1, "direction": 0.1, "speed": 0.4, "background": 0.1}
 
 
 @dataclass(frozen=True)
@@ -112,12 +114,12 @@ WORLDS = {
 }
 
 
-def render(scene: Scene, frames: int = FRAMES) -> Pixels:
-    """Draw a scene with soft edges one pixel wide, (T, H, W, 3)."""
-    time = np.arange(frames, dtype=np.float32)[:, None, None]
+def render(scene: Scene, frames: int = FRAMES, first: int = 0) -> Pixels:
+    """Draw ``frames`` frames of a scene from frame ``first`` on, with edges one pixel soft, (T, H, W, 3)."""
+    time = np.arange(first, first + frames, dtype=np.float32)[:, None, None]
     dx = _axis(WIDTH)[None, None, :] - (scene.start[0] + scene.step[0] * time)
     dy = _axis(HEIGHT)[None, :, None] - (scene.start[1] + scene.step[1] * time)
-    video = np.broadcast_to(np.float32(BACKGROUNDS[scene.background]), (frames, HEIGHT, WIDTH, 3))
+    video = np.broadcast_to(np.asarray(BACKGROUNDS[scene.background], np.float32), (frames, HEIGHT, WIDTH, 3))
     video = _paint(video, _distance(scene.shape, dx, dy, scene.radius), COLOURS[scene.colour])
     for x, y in scene.dots:
         dot = np.hypot(_axis(WIDTH)[None, :] - x, _axis(HEIGHT)[:, None] - y) - DOT_RADIUS
@@ -159,7 +161,7 @@ def _sentence(scene: Scene, omitted: frozenset[str]) -> str:
     return f"a {size}{scene.colour} {scene.shape}{direction}{speed}{background}"
 
 
-def _pick(rng: np.random.Generator, values: dict[str, object] | tuple[str, ...]) -> str:  # type: ignore[type-arg]
+def _pick(rng: np.random.Generator, values: Iterable[str]) -> str:
     names = tuple(values)
     return names[int(rng.integers(len(names)))]
 
@@ -183,7 +185,9 @@ def _axis(length: int) -> NDArray[np.float32]:
     return np.arange(length, dtype=np.float32) + np.float32(0.5)
 
 
-def _distance(shape: str, dx: NDArray[np.float32], dy: NDArray[np.float32], radius: float) -> NDArray[np.float32]:
+def _distance(
+    shape: str, dx: NDArray[np.float32], dy: NDArray[np.float32], radius: float
+) -> NDArray[np.float32]:
     """Signed distance to the outline, negative inside, (T, H, W)."""
     if shape == "circle":
         return np.asarray(np.hypot(dx, dy) - radius)
@@ -195,4 +199,4 @@ def _distance(shape: str, dx: NDArray[np.float32], dy: NDArray[np.float32], radi
 
 def _paint(video: NDArray[np.float32], distance: NDArray[np.float32], colour: Colour) -> NDArray[np.float32]:
     cover = np.clip(0.5 - distance, 0, 1)[..., None]
-    return np.asarray(video * (1 - cover) + np.float32(colour) * cover, dtype=np.float32)
+    return np.asarray(video * (1 - cover) + np.asarray(colour, np.float32) * cover, dtype=np.float32)
