@@ -12,7 +12,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -65,7 +65,7 @@ def print_error(message: str, hint: str | None = None) -> None:
         stderr.print(Text.assemble(("hint:", "bold cyan"), " ", hint), soft_wrap=True)
 
 
-def print_result(values: Mapping[str, Any], *, as_json: bool, text: str | Table | None = None) -> None:
+def print_result(values: Mapping[str, Any], *, as_json: bool, text: RenderableType | None = None) -> None:
     """Print a command's result on stdout: as JSON, or for people as ``text`` or a table of the values."""
     if not is_first_process():
         return
@@ -77,10 +77,9 @@ def print_result(values: Mapping[str, Any], *, as_json: bool, text: str | Table 
     stdout.print(facts_table(values) if text is None else text, soft_wrap=isinstance(text, str))
 
 
-def facts_table(values: Mapping[str, Any], title: str | None = None) -> Table:
+def facts_table(values: Mapping[str, Any]) -> Table:
     """Lay out names and values in two columns."""
     table = Table.grid(padding=(0, 2))
-    table.title, table.title_justify = title, "left"
     table.add_column(style="cyan", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in values.items():
@@ -90,5 +89,6 @@ def facts_table(values: Mapping[str, Any], title: str | None = None) -> Table:
 
 def print_plan(command: str, facts: Mapping[str, Any], *, as_json: bool) -> None:
     """Print what ``--dry-run`` found: everything resolved and checked, nothing loaded or written."""
-    table = facts_table(facts, f"{command} would do this; nothing was loaded or written.")
-    print_result({"command": command, "dry_run": True, **facts}, as_json=as_json, text=table)
+    title = f"anyflow {command} would do this; nothing was loaded or written."
+    plan = Group(Text(title), facts_table(facts))
+    print_result({"command": command, "dry_run": True, **facts}, as_json=as_json, text=plan)

@@ -24,7 +24,7 @@ DISK = {
     errno.EPERM: ("There is no permission to change the file{name}.", OTHER_PLACE),
     errno.EROFS: ("The disk{of} can only be read.", OTHER_PLACE),
 }
-FULL_DISK_WORDS = ("No space left on device", "PytorchStreamWriter failed writing")  # safetensors, torch.save
+FULL_DISK_WORDS = ("No space left on device", "basic_ios::clear: iostream error")  # safetensors, torch.save
 
 
 @dataclass(frozen=True)
