@@ -38,11 +38,12 @@ import typer
 from rich.markup import escape
 
 from anyflow_cli.cli.console import print_plan, print_result, set_debug
+from anyflow_cli.errors import UsageError
 
 if TYPE_CHECKING:
     from anyflow_cli.recipe.schema import Recipe
 
-__all__ = ["examples", "print_plan", "print_result", "resolve"]
+__all__ = ["examples", "parse_steps", "print_plan", "print_result", "resolve"]
 
 DEFAULT_RECIPE = "tiny"
 DEFAULT_RUNS = Path("runs")
@@ -114,6 +115,18 @@ def resolve(
     return load_recipe(
         recipe, [*(assignments or ()), *(Override(key, value, option) for option, key, value in given)]
     )
+
+
+def parse_steps(text: str | None) -> tuple[int, ...] | None:
+    """Read ``--nfe 1,4,32``; whether the numbers are in range is for the recipe to say."""
+    if text is None:
+        return None
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise UsageError(
+            f"--nfe takes step counts such as 1,4,32, not {text!r}.", "Write --nfe 1,4,32."
+        ) from None
 
 
 def examples(*lines: str) -> str:

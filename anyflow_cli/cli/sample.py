@@ -20,6 +20,7 @@ from anyflow_cli.cli.common import (
     SeedOption,
     SetOption,
     examples,
+    parse_steps,
     print_plan,
     print_result,
     resolve,
@@ -97,7 +98,7 @@ def sample(
 
     Without --model, the furthest model trained with the recipe is used, else the one that ships.
     """
-    options = {"--nfe": ("sample.nfe", _steps(nfe)), "--seed": ("sample.seed", seed)}
+    options = {"--nfe": ("sample.nfe", parse_steps(nfe)), "--seed": ("sample.seed", seed)}
     settings = resolve(recipe, assignments, options)
     texts = _prompts(settings, prompt, prompts)
 
@@ -127,18 +128,6 @@ def sample(
         record = write_samples(opened, request, folder, settings, choice, progress.update)
     shown = f"{folder / record['sheet']}\n" + "\n".join(str(folder / s["file"]) for s in record["samples"])
     print_result({"out": folder, **record}, as_json=as_json, text=shown)
-
-
-def _steps(text: str | None) -> tuple[int, ...] | None:
-    """``1,4,32`` as numbers; whether they are in range is for the recipe to say."""
-    if text is None:
-        return None
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise UsageError(
-            f"--nfe takes step counts such as 1,4,32, not {text!r}.", "Write --nfe 1,4,32."
-        ) from None
 
 
 def _prompts(settings: Recipe, given: list[str] | None, file: Path | None) -> list[str]:

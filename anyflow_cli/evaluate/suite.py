@@ -70,6 +70,11 @@ class Suite(Protocol):
         ...
 
     @property
+    def version(self) -> int:
+        """Goes up whenever a score of an unchanged video could change; older scores are then not reused."""
+        ...
+
+    @property
     def dimensions(self) -> tuple[Dimension, ...]:
         """All it can measure, in the order of reports."""
         ...

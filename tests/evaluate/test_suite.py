@@ -13,6 +13,7 @@ from anyflow_cli.evaluate.suite import Dimension, Video, VideoScore, summarise, 
 @dataclass(frozen=True)
 class Toy:
     name: str = "toy"
+    version: int = 1
     dimensions: tuple[Dimension, ...] = (
         Dimension("steady", "quality", low=0.5, high=0.9),
         Dimension("lively", "quality", weight=0.5),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from math import isfinite
 
 import numpy as np
 
@@ -32,8 +33,13 @@ class ShapesSuite:
     """The suite for one of the worlds."""
 
     world: str = "shapes"
-    name: str = "shapes"
+    version: int = 1
     dimensions: tuple[Dimension, ...] = DIMENSIONS
+
+    @property
+    def name(self) -> str:
+        """``shapes``, or the name of the other world."""
+        return self.world
 
     def prompts(self, count: int) -> list[str]:
         """Captions of scenes nobody trains on."""
@@ -67,7 +73,7 @@ def score_video(video: Video, prompt: str) -> VideoScore:
         scores=quality_scores(seen, named) | semantic_scores(seen, named),
         right=right_attributes(seen, named),
         features=features(video),
-        notes=quality_notes(seen),
+        notes={name: value for name, value in quality_notes(seen).items() if isfinite(value)},
     )
 
 

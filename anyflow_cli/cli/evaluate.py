@@ -1,0 +1,183 @@
+"""``anyflow evaluate``: scores, latency and their trend over step counts, with a report."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from anyflow_cli.cli.common import (
+    DEFAULT_RECIPE,
+    DEFAULT_RUNS,
+    DebugOption,
+    DryRunOption,
+    JsonOption,
+    RecipeOption,
+    RunsOption,
+    SeedOption,
+    SetOption,
+    examples,
+    parse_steps,
+    print_plan,
+    print_result,
+    resolve,
+)
+from anyflow_cli.cli.progress import Progress
+from anyflow_cli.errors import AnyflowError, UsageError
+
+if TYPE_CHECKING:
+    from anyflow_cli.evaluate.protocol import Protocol
+    from anyflow_cli.evaluate.results import Evaluation
+    from anyflow_cli.evaluate.run import Job
+    from anyflow_cli.recipe.schema import Recipe
+
+EXAMPLES = examples(
+    "anyflow evaluate",
+    "anyflow evaluate --nfe 1,2,4,8,16,32",
+    "anyflow evaluate --model runs/tiny/train-flowmap --limit 8",
+    "anyflow evaluate --nfe 4 --fail-below 85",
+)
+MEGABYTE = 1e6
+VIDEO_BITS = 0.25  # a pixel of an mp4 at the quality in which previews are kept
+
+log = logging.getLogger(__name__)
+
+
+def evaluate(
+    nfe: Annotated[
+        str | None,
+        typer.Option(metavar="N,N,...", show_default=False, help="Step counts, instead of the recipe's."),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            show_default=False,
+            help="A diffusers folder, a training run or checkpoint, a built-in or Hub name.",
+        ),
+    ] = None,
+    suite: Annotated[
+        Literal["shapes"] | None,
+        typer.Option(show_default=False, help="What to measure, instead of the recipe's suite."),
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            show_default=False,
+            help="Your own prompts (txt, csv, jsonl, parquet): not comparable.",
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(
+            min=1, metavar="K", show_default=False, help="Only the first K prompts: not comparable."
+        ),
+    ] = None,
+    fail_below: Annotated[
+        float | None,
+        typer.Option(
+            min=0, max=100, metavar="X", show_default=False,
+            help="End with exit code 1 if Total is below X at any of the step counts.",
+        ),
+    ] = None,
+    recipe: RecipeOption = DEFAULT_RECIPE,
+    assignments: SetOption = None,
+    runs: RunsOption = DEFAULT_RUNS,
+    seed: SeedOption = None,
+    dry_run: DryRunOption = False,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:  # fmt: skip
+    """Score a model at several step counts, with the teacher beside it, and write a report.
+
+    Without --model, the furthest model trained with the recipe is used, else the one that ships. Videos and
+    scores that are there already are used again.
+    """
+    options = {
+        "--nfe": ("evaluate.nfe", parse_steps(nfe)),
+        "--suite": ("evaluate.suite", suite),
+        "--seed": ("evaluate.seed", seed),
+    }
+    settings = resolve(recipe, assignments, options)
+
+    from anyflow_cli.addresses import find_model
+    from anyflow_cli.evaluate.run import prepare
+    from anyflow_cli.recipe.paths import RunPaths
+
+    protocol = _protocol(settings, prompts, limit)
+    paths = RunPaths(runs, settings.name)
+    choice = find_model(settings, paths, model)
+    log.info("Model: %s (%s)", *choice)
+    job = prepare(settings, protocol, choice, paths.evaluate)
+    facts = _facts(job)
+    if dry_run:
+        return print_plan("evaluate", facts, as_json=as_json)
+    log.info("%(videos)d videos, of which %(to make)d are still to be made (%(disk)s).", facts)
+    evaluation = _run(job)
+    _show(job, evaluation, as_json=as_json)
+    _judge(evaluation, fail_below)
+
+
+def _protocol(settings: Recipe, file: Path | None, limit: int | None) -> Protocol:
+    """The suite's questions, and every way in which they were changed."""
+    from anyflow_cli.data.prompts import read_prompts
+    from anyflow_cli.evaluate.protocol import Protocol
+    from anyflow_cli.evaluate.shapes import ShapesSuite
+
+    suite = ShapesSuite(settings.data.world)
+    texts = suite.prompts(settings.evaluate.prompts) if file is None else read_prompts(file)
+    deviations = [] if file is None else [f"own prompts from {file}"]
+    if limit is not None and limit < len(texts):
+        deviations.append(f"only the first {limit} of {len(texts)} prompts")
+        texts = texts[:limit]
+    return Protocol(suite, tuple(texts), settings.evaluate.samples, settings.evaluate.seed, tuple(deviations))
+
+
+def _facts(job: Job) -> dict[str, object]:
+    """What is asked, what is there, what is still to be made and the room it takes."""
+    missing = sum(len(job.missing(one)) for one in job.variants)
+    model = job.recipe.model
+    size = missing * model.frames * model.height * model.width * VIDEO_BITS / 8 / MEGABYTE
+    return {
+        "suite": job.protocol.suite.name,
+        "comparable": not job.protocol.deviations,
+        "prompts": len(job.protocol.prompts),
+        "models": {f"{one.subject.address} at {one.label}": one.subject.why for one in job.variants},
+        "videos": job.videos,
+        "to make": missing,
+        "disk": f"about {size:.1f} MB",
+        "out": str(job.out),
+    }
+
+
+def _run(job: Job) -> Evaluation:
+    from anyflow_cli.evaluate.run import evaluate as run
+
+    with Progress("evaluate", job.videos, "videos") as progress:
+        return run(job, advance=progress.update)
+
+
+def _show(job: Job, evaluation: Evaluation, *, as_json: bool) -> None:
+    from anyflow_cli.evaluate.report import write_results
+    from anyflow_cli.evaluate.table import score_table
+
+    files = {name: str(path) for name, path in write_results(evaluation, job.protocol.suite, job.out).items()}
+    print_result(evaluation.as_json() | {"files": files}, as_json=as_json, text=score_table(evaluation))
+    log.info("Report: %s", files["report.html"])
+
+
+def _judge(evaluation: Evaluation, least: float | None) -> None:
+    """Exit code 1 where a Total asked for is too low; a missing one cannot be judged."""
+    if least is None:
+        return
+    for one in evaluation.models:
+        if one.result.total is None:
+            raise UsageError(
+                f"Without {', '.join(one.result.missing)} there is no Total for --fail-below to judge.",
+                "Evaluate more prompts.",
+            )
+        if one.result.total < least:
+            raise AnyflowError(f"Total is {one.result.total:.1f} at {one.title}, below {least:g}.")

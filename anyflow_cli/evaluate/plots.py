@@ -1,0 +1,99 @@
+"""The figure of an evaluation: scores and latency against network evaluations, the teacher as a line."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
+
+from anyflow_cli.evaluate.results import NOT_COMPARABLE, Evaluation, Measured
+
+SCORES = ("total", "quality", "semantic")
+MARKERS = ("o", "s", "^")
+
+
+@dataclass(frozen=True)
+class Theme:
+    """Colours; the lines are told apart by marker too."""
+
+    paper: str
+    ink: str
+    faint: str
+    lines: tuple[str, str, str]
+
+
+LIGHT = Theme("#ffffff", "#1d2433", "#c9ced8", ("#0b6bcb", "#d1590b", "#2f8f4e"))
+DARK = Theme("#14181f", "#e6e9ef", "#3a4250", ("#6cb2ff", "#ff9d5c", "#72d08f"))
+
+
+def scores_png(evaluation: Evaluation, theme: Theme = LIGHT) -> bytes:
+    """Draw the figure."""
+    figure = Figure(figsize=(9, 3.8), dpi=150, facecolor=theme.paper, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    _draw_scores(left, evaluation, theme)
+    _draw_latency(right, evaluation, theme)
+    for axes in (left, right):
+        _dress(axes, evaluation, theme)
+    if not evaluation.card["comparable"]:
+        figure.suptitle(
+            f"{NOT_COMPARABLE}: {'; '.join(evaluation.card['deviations'])}", color=theme.ink, size=9
+        )
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def _draw_scores(axes: Axes, evaluation: Evaluation, theme: Theme) -> None:
+    for name, colour, marker in zip(SCORES, theme.lines, MARKERS, strict=True):
+        known = [(m.evaluations, getattr(m.result, name)) for m in evaluation.models]
+        points = [(x, y) for x, y in known if y is not None]
+        if points:
+            axes.plot(*zip(*points, strict=True), marker + "-", color=colour, label=name.capitalize(), ms=5)
+        teacher = evaluation.teacher
+        if teacher and (value := getattr(teacher.result, name)) is not None:
+            label = f"teacher {teacher.label}" if name == "total" else None
+            axes.axhline(value, color=colour, ls="--", lw=1.2, alpha=0.9, label=label)
+    _draw_interval(axes, evaluation.models, theme)
+    axes.set_title("score (0 to 100)")
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False, labelcolor=theme.ink, fontsize=8)
+
+
+def _draw_interval(axes: Axes, models: list[Measured], theme: Theme) -> None:
+    bounds = [(m.evaluations, m.interval) for m in models]
+    known = [(x, b.low, b.high) for x, b in bounds if b is not None]
+    if known:
+        x, low, high = zip(*known, strict=True)
+        axes.fill_between(x, low, high, color=theme.lines[0], alpha=0.18, lw=0)
+
+
+def _draw_latency(axes: Axes, evaluation: Evaluation, theme: Theme) -> None:
+    steps = [m.evaluations for m in evaluation.models]
+    decoded = [m.seconds for m in evaluation.models]
+    axes.plot(steps, decoded, "o-", color=theme.lines[0], ms=5, label="with decoding")
+    network = [m.network_seconds for m in evaluation.models]
+    axes.plot(steps, network, "s:", color=theme.lines[1], ms=5, label="network alone")
+    if evaluation.teacher:
+        label = f"teacher {evaluation.teacher.label}"
+        axes.axhline(evaluation.teacher.seconds, color=theme.lines[0], ls="--", lw=1.2, label=label)
+    axes.set_yscale("log")
+    axes.set_title("seconds a video")
+    axes.legend(frameon=False, labelcolor=theme.ink, fontsize=8)
+
+
+def _dress(axes: Axes, evaluation: Evaluation, theme: Theme) -> None:
+    steps = sorted({m.evaluations for m in evaluation.models})
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_locator(FixedLocator(steps))
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlabel("network evaluations a video", color=theme.ink)
+    axes.set_facecolor(theme.paper)
+    axes.grid(color=theme.faint, lw=0.6)
+    axes.tick_params(colors=theme.ink, which="both")
+    axes.title.set_color(theme.ink)
+    for spine in axes.spines.values():
+        spine.set_color(theme.faint)

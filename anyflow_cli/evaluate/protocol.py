@@ -1,0 +1,184 @@
+"""What exactly is measured: model, prompts, seeds, sampler; and the card that stands beside every score.
+
+A *variant* is one model at one number of steps. Its key is a hash of everything that decides its videos and
+their scores, so results are found again by what they are: a teacher scored once serves every later student,
+and a model that was trained further never meets the scores of its former self. Prompts are not in the key:
+each video stands for itself, by prompt and seed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import anyflow_cli
+from anyflow_cli.addresses import Choice
+from anyflow_cli.evaluate.suite import Suite
+from anyflow_cli.model.folder import read_config, read_json, resolve
+from anyflow_cli.model.precision import resolve_precision
+from anyflow_cli.recipe.paths import MODEL
+from anyflow_cli.recipe.schema import Recipe
+
+PACKAGES = ("torch", "diffusers", "transformers", "numpy")
+WEIGHTLESS = ("lineage.json", "README.md", ".gitattributes")  # files that no video depends on
+BLOB = 64  # letters of a SHA-256, as the Hub's cache names large files
+
+
+@dataclass(frozen=True)
+class Item:
+    """One video to make."""
+
+    prompt: str
+    seed: int
+    number: int  # of the prompt, from 0
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """The questions: prompts, videos a prompt, first seed; and in what it is not the suite's own."""
+
+    suite: Suite
+    prompts: tuple[str, ...]
+    samples: int
+    seed: int
+    deviations: tuple[str, ...] = ()
+
+    @property
+    def items(self) -> list[Item]:
+        """All videos of one variant; seeds run on over prompts and samples."""
+        pairs = [(n, k) for n in range(len(self.prompts)) for k in range(self.samples)]
+        return [Item(self.prompts[n], self.seed + n * self.samples + k, n) for n, k in pairs]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model as it lies on the disk."""
+
+    address: str
+    why: str
+    teacher: bool  # a plain Wan model, guided: two evaluations a step
+    weights: str  # hash of its files
+    lineage: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One model at one number of steps, on one machine's arithmetic."""
+
+    subject: Subject
+    steps: int
+    settings: dict[str, Any]  # all that decides its videos and scores, besides prompt and seed
+    reference: bool = False  # the teacher, beside the model in question
+
+    @property
+    def label(self) -> str:
+        """Steps as the literature writes them: ``4``, or ``50x2`` for a guided teacher."""
+        return f"{self.steps}x2" if self.subject.teacher else str(self.steps)
+
+    @property
+    def evaluations(self) -> int:
+        """Calls of the network for one video."""
+        return self.steps * 2 if self.subject.teacher else self.steps
+
+    @property
+    def key(self) -> str:
+        """A name for its directory."""
+        kind = "teacher" if self.subject.teacher else "model"
+        return f"{kind}-{self.label}-{fingerprint(self.settings)[:12]}"
+
+
+def subject(choice: Choice, recipe: Recipe) -> Subject:
+    """Look at a model without loading it."""
+    path = resolve(choice.address)
+    if (path / MODEL).is_dir() and not (path / "model_index.json").is_file():
+        path = path / MODEL
+    whole = (path / "model_index.json").is_file()
+    folders = [path] if whole else [path, resolve(recipe.model.teacher)]
+    lineage = path / "lineage.json"
+    return Subject(
+        address=choice.address,
+        why=choice.why,
+        teacher=not read_config(path).two_time,
+        weights=fingerprint([_folder_hash(folder) for folder in folders]),
+        lineage=read_json(lineage) if lineage.is_file() else {},
+    )
+
+
+def variant(
+    of: Subject, steps: int, protocol: Protocol, recipe: Recipe, *, reference: bool = False
+) -> Variant:
+    """A subject at a number of steps under a protocol."""
+    model = recipe.model
+    settings = {
+        "suite": protocol.suite.name, "suite version": protocol.suite.version, "weights": of.weights,
+        "steps": steps, "sampler": "guided Euler" if of.teacher else "flow-map Euler",
+        "guidance": recipe.sample.teacher_guidance if of.teacher else None,
+        "negative prompt": model.negative_prompt if of.teacher else None,
+        "shift": model.shift, "size": [model.frames, model.height, model.width],
+        "text tokens": model.max_text_tokens, "precision": resolve_precision(model.precision, own_device()),
+    }  # fmt: skip
+    return Variant(of, steps, settings, reference)
+
+
+def card(protocol: Protocol, variants: Sequence[Variant], recipe: Recipe) -> dict[str, Any]:
+    """Everything a stranger needs to repeat the numbers, or to see why theirs differ."""
+    return {
+        "suite": protocol.suite.name,
+        "suite version": protocol.suite.version,
+        "dimensions": [dimension.name for dimension in protocol.suite.dimensions],
+        "comparable": not protocol.deviations,
+        "deviations": list(protocol.deviations),
+        "prompts": len(protocol.prompts),
+        "prompt set": fingerprint(list(protocol.prompts)),
+        "samples a prompt": protocol.samples,
+        "seeds": [protocol.items[0].seed, protocol.items[-1].seed],  # one a video, the same for every model
+        "fps": recipe.model.fps,
+        "recipe": recipe.name,
+        "models": {one.key: _model_card(one) for one in variants},
+        "versions": {"anyflow": anyflow_cli.__version__} | {name: version(name) for name in PACKAGES},
+        "machine": f"{platform.machine()}, {_device_name()}, {torch.get_num_threads()} threads",
+    }
+
+
+def own_device() -> torch.device:
+    """Where models are sampled."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def fingerprint(content: Any) -> str:
+    """SHA-256 of anything that JSON can hold."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def _model_card(one: Variant) -> dict[str, Any]:
+    of = one.subject
+    return {"address": of.address, "because": of.why, **one.settings, "lineage": of.lineage}
+
+
+def _folder_hash(folder: Path) -> list[list[str]]:
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in WEIGHTLESS]
+    return [[path.relative_to(folder).as_posix(), _file_hash(path)] for path in files]
+
+
+def _file_hash(path: Path) -> str:
+    """SHA-256 of a file; the Hub's cache names large files by it, which saves reading them."""
+    name = path.resolve().name
+    if path.is_symlink() and len(name) == BLOB:
+        return name
+    digest = hashlib.sha256()
+    with path.open("rb") as handle:
+        while piece := handle.read(1 << 22):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _device_name() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"

@@ -1,0 +1,74 @@
+"""Results for the terminal: a table of scores, and the trend in one sentence."""
+
+from __future__ import annotations
+
+from rich.table import Table
+from rich.text import Text
+
+from anyflow_cli.evaluate.results import NOT_COMPARABLE, Evaluation, Measured, share_of_teacher
+from anyflow_cli.evaluate.trend import LEVEL, Trend
+
+NONE = "-"
+
+
+def score_table(evaluation: Evaluation) -> Table:
+    """Scores in rows, step counts in columns."""
+    table = Table(title=Text(headline(evaluation)), caption=Text(closing(evaluation)))
+    table.title_justify = table.caption_justify = "left"
+    table.add_column("")
+    for one in evaluation.columns:
+        table.add_column(Text(one.title), justify="right")
+    cells = [row_of(one, evaluation) for one in evaluation.columns]
+    for name in cells[0]:
+        table.add_row(name, *(cell[name] for cell in cells))
+    table.add_section()
+    for name in evaluation.card["dimensions"]:
+        table.add_row(name, *(number(one.result.dimensions.get(name)) for one in evaluation.columns))
+    return table
+
+
+def row_of(one: Measured, evaluation: Evaluation) -> dict[str, str]:
+    """The summary of one column, in order."""
+    share = share_of_teacher(one, evaluation.teacher)
+    bounds = one.interval
+    return {
+        "Total": number(one.result.total),
+        f"  {LEVEL:.0%} interval": f"{bounds.low:.1f} to {bounds.high:.1f}" if bounds else NONE,
+        "  of the teacher's": NONE if share is None else f"{share:.1%}",
+        "Quality": number(one.result.quality),
+        "Semantic": number(one.result.semantic),
+        "all as named, %": number(one.result.correct),
+        "Fréchet distance": number(one.result.distance),
+        "seconds a video": f"{one.seconds:.3g}",
+        "  without decoding": f"{one.network_seconds:.3g}",
+    }
+
+
+def headline(evaluation: Evaluation) -> str:
+    """What was asked, and whether the numbers may be compared with others."""
+    card = evaluation.card
+    asked = f"{card['suite']}: {card['prompts']} prompts, {card['samples a prompt']} video(s) each"
+    if card["comparable"]:
+        return asked
+    return f"{asked}; {NOT_COMPARABLE} ({'; '.join(card['deviations'])})"
+
+
+def closing(evaluation: Evaluation) -> str:
+    """The verdict, and what is missing."""
+    missing = sorted({name for one in evaluation.measured for name in one.result.missing})
+    gap = [f"No Total: no prompt tells of {', '.join(missing)}."] if missing else []
+    return " ".join([*gap, *([verdict(evaluation.trend)] if evaluation.trend else [])])
+
+
+def verdict(trend: Trend) -> str:
+    """The trend in a sentence."""
+    bounds = f"{trend.interval.low:+.1f} to {trend.interval.high:+.1f}"
+    return (
+        f"From {trend.fewest} to {trend.most} steps Total changes by {trend.change:+.1f} "
+        f"({LEVEL:.0%} interval over prompts: {bounds}): {trend.verdict}."
+    )
+
+
+def number(value: float | None) -> str:
+    """One decimal, or a dash for what was not measured."""
+    return NONE if value is None else f"{value:.1f}"

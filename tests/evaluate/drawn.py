@@ -1,0 +1,74 @@
+"""A generator that draws instead of denoising: the more steps, the less it blurs; and folders to name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from anyflow_cli.addresses import Choice
+from anyflow_cli.data.world import WORLDS
+from anyflow_cli.evaluate.protocol import Protocol, Subject
+from anyflow_cli.evaluate.run import Job, prepare
+from anyflow_cli.evaluate.shapes import PROMPT_SEED, ShapesSuite
+from anyflow_cli.evaluate.suite import Video
+from anyflow_cli.recipe.schema import Evaluate, Model, Recipe, Sample
+from tests.evaluate import damage
+from tests.tiny_pipeline import sizes
+
+BLUR = {1: 1.0, 2: 0.7, 4: 0.4}  # sigma by steps; none at other numbers
+CAPTIONED = {WORLDS["shapes"].scene(PROMPT_SEED + n).caption: n for n in range(64)}
+
+
+class KilledError(Exception):
+    """Stands for a SIGKILL in the middle of a job."""
+
+
+@dataclass
+class Drawn:
+    """Draws the scene a caption was made from; remembers what was asked; dies after ``lives`` videos."""
+
+    lives: int = 1000
+    asked: list[tuple[str, int, int]] = field(default_factory=list)
+    latency: tuple[float, float] = (0.5, 0.25)
+
+    def videos(self, prompts: Sequence[str], seeds: Sequence[int], nfe: int, batch: int) -> Iterator[Video]:
+        draw = damage.levels(partial(damage.blurred_by, BLUR.get(nfe, 0.05)))
+        for prompt, seed in zip(prompts, seeds, strict=True):
+            if len(self.asked) == self.lives:
+                raise KilledError
+            self.asked.append((prompt, seed, nfe))
+            yield draw(WORLDS["shapes"].scene(PROMPT_SEED + CAPTIONED.get(prompt, 0)))
+
+    def open(self, of: Subject, recipe: Recipe) -> Drawn:
+        return self
+
+
+def make_folder(path: Path, weights: bytes, kind: str = "Wan") -> Path:
+    """A model folder that can be looked at, if not loaded."""
+    (path / "transformer").mkdir(parents=True)
+    (path / "model_index.json").write_text(json.dumps({"_class_name": f"{kind}Pipeline"}))
+    config = {"_class_name": f"{kind}Transformer3DModel", **sizes()}
+    (path / "transformer" / "config.json").write_text(json.dumps(config))
+    (path / "transformer" / "diffusion_pytorch_model.safetensors").write_bytes(weights)
+    return path
+
+
+def make_job(
+    root: Path, nfe: tuple[int, ...] = (1, 2), prompts: int = 6, *, samples: int = 1, teacher: bool = True
+) -> Job:
+    """A job under ``root`` whose model and teacher are both there."""
+    for name, weights, kind in (("teacher", b"old", "Wan"), ("model", b"new", "AnyFlow")):
+        if not (root / name).exists():
+            make_folder(root / name, weights, kind)
+    recipe = Recipe(
+        name="test",
+        model=Model(teacher=str(root / "teacher"), height=64, width=64, frames=33, fps=16, precision="fp32"),
+        sample=Sample(teacher_steps=5),
+        evaluate=Evaluate(nfe=nfe, samples=samples, batch=3, seed=7, teacher=teacher),
+    )
+    suite = ShapesSuite()
+    protocol = Protocol(suite, tuple(suite.prompts(prompts)), samples, 7)
+    return prepare(recipe, protocol, Choice(str(root / "model"), "for the test"), root / "out")

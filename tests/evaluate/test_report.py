@@ -1,0 +1,142 @@
+"""The page, the figure and the table: whole, self-contained, honest, and safe with any prompt."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from anyflow_cli.evaluate import report
+from anyflow_cli.evaluate.plots import DARK, scores_png
+from anyflow_cli.evaluate.report import page, write_results
+from anyflow_cli.evaluate.results import Evaluation
+from anyflow_cli.evaluate.run import evaluate
+from anyflow_cli.evaluate.shapes import ShapesSuite
+from anyflow_cli.evaluate.table import score_table
+from tests.evaluate.drawn import Drawn, make_job
+
+SUITE = ShapesSuite()
+HOSTILE = '<script>alert("red")</script> & [bold]a red circle[/bold] \'"'
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> Evaluation:
+    return evaluate(make_job(tmp_path_factory.mktemp("report")), Drawn().open)
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory: pytest.TempPathFactory) -> Evaluation:
+    job = make_job(tmp_path_factory.mktemp("hostile"), nfe=(2,), teacher=False)
+    own = replace(job.protocol, prompts=(HOSTILE, "a red circle"), deviations=("own prompts",))
+    return evaluate(replace(job, protocol=own), Drawn().open)
+
+
+class Page(HTMLParser):
+    """Collects what a browser would see."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "img", "source"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        while self.open and self.open.pop() != tag:
+            assert self.open, f"</{tag}> closes nothing"
+
+    def handle_data(self, data: str) -> None:
+        if not self.open or self.open[-1] not in ("style", "script"):
+            self.text += data
+
+
+def shown(evaluation: Evaluation, width: int = 200) -> str:
+    console = Console(width=width, record=True, file=None, quiet=False, markup=False)
+    with console.capture() as captured:
+        console.print(score_table(evaluation))
+    return captured.get()
+
+
+def test_the_page_holds_everything_and_fetches_nothing(found: Evaluation) -> None:
+    text = page(found, SUITE)
+    parsed = Page(text)
+    sources = [attrs[key] for _, attrs in parsed.tags for key in ("src", "srcset", "href") if key in attrs]
+    assert sources
+    assert all(source and source.startswith("data:") for source in sources)
+    assert sum(tag == "video" for tag, _ in parsed.tags) == 18
+    assert "http" not in re.sub(r"data:[^\"]*", "", text)
+    assert 'name="viewport"' in text
+    assert "prefers-color-scheme: dark" in text
+    for name in (d.name for d in SUITE.dimensions):
+        assert name in parsed.text
+    for prompt in found.prompts:
+        assert prompt in parsed.text
+
+
+def test_a_prompt_is_never_markup(hostile: Evaluation) -> None:
+    parsed = Page(page(hostile, SUITE))
+    assert sum(tag == "script" for tag, _ in parsed.tags) == 1  # our own
+    assert HOSTILE in parsed.text
+    labels = [attrs["aria-label"] for tag, attrs in parsed.tags if tag == "video"]
+    assert labels[0] == f"2 steps: {HOSTILE}"
+
+
+def test_what_is_not_comparable_says_so_everywhere(hostile: Evaluation, found: Evaluation) -> None:
+    assert "Not comparable" in page(hostile, SUITE)
+    assert "not comparable (own prompts)" in shown(hostile)
+    assert hostile.as_json()["card"]["comparable"] is False
+    assert "ot comparable" not in page(found, SUITE) + shown(found)
+
+
+def test_no_total_is_made_up(hostile: Evaluation) -> None:
+    summary = hostile.as_json()["scores"][0]
+    assert summary["total"] is None
+    assert "direction" in summary["missing"]
+    assert "No Total: no prompt tells of" in shown(hostile)
+    assert summary["quality"] is not None
+
+
+def test_the_table_shows_every_number(found: Evaluation) -> None:
+    text = shown(found)
+    for one in found.columns:
+        assert one.title in text
+        assert f"{one.result.total:.1f}" in text
+        for value in one.result.dimensions.values():
+            assert f"{value:.1f}" in text
+    assert "From 1 to 2 steps Total changes by +" in text
+    assert "improves" in text
+
+
+def test_the_files_are_whole_and_replaced(found: Evaluation, tmp_path: Path) -> None:
+    paths = write_results(found, SUITE, tmp_path)
+    write_results(found, SUITE, tmp_path)
+    content = json.loads(paths["results.json"].read_text())
+    assert [entry["evaluations"] for entry in content["scores"]] == [1, 2, 10]
+    assert content["scores"][0]["share of teacher"] == pytest.approx(
+        content["scores"][0]["total"] / content["scores"][2]["total"]
+    )
+    assert content["scores"][2]["share of teacher"] is None
+    assert content["trend"]["verdict"] == "improves"
+    assert paths["scores.png"].read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "results.json", "scores.png"]
+
+
+def test_the_page_stops_at_a_size_and_says_so(found: Evaluation, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "MOST_BYTES", 1)
+    text = page(found, SUITE)
+    assert sum(tag == "video" for tag, _ in Page(text).tags) == 3
+    assert "1 of 6 shown." in text
+
+
+def test_the_figure_is_drawn_without_a_teacher_or_a_total(hostile: Evaluation) -> None:
+    assert scores_png(hostile, DARK).startswith(b"\x89PNG")

@@ -1,0 +1,187 @@
+"""Evaluation with a generator that draws: what is made, what is made again, and what is said of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from anyflow_cli.addresses import Choice
+from anyflow_cli.data.clips import ClipFormat, read_clip
+from anyflow_cli.errors import AnyflowError, UsageError
+from anyflow_cli.evaluate.protocol import variant
+from anyflow_cli.evaluate.run import evaluate, prepare
+from anyflow_cli.evaluate.store import SCORES
+from tests.evaluate.drawn import Drawn, KilledError, make_folder, make_job
+
+
+def test_every_variant_makes_every_video_from_the_same_seeds(tmp_path: Path) -> None:
+    job, drawn = make_job(tmp_path), Drawn()
+    heard: list[int] = []
+    found = evaluate(job, drawn.open, heard.append)
+    by_steps = {steps: [(p, s) for p, s, n in drawn.asked if n == steps] for steps in (1, 2, 5)}
+    assert by_steps[1] == by_steps[2] == by_steps[5]
+    assert [seed for _, seed in by_steps[1]] == [7, 8, 9, 10, 11, 12]
+    assert [prompt for prompt, _ in by_steps[1]] == list(job.protocol.prompts)
+    assert heard == [0, 3, 6, 9, 12, 15, 18]
+    assert [one.title for one in found.columns] == ["1 step", "2 steps", "teacher 5x2"]
+    assert [one.evaluations for one in found.columns] == [1, 2, 10]
+
+
+def test_samples_of_a_prompt_have_seeds_of_their_own(tmp_path: Path) -> None:
+    job, drawn = make_job(tmp_path, nfe=(2,), prompts=2, samples=2, teacher=False), Drawn()
+    evaluate(job, drawn.open)
+    first, second = job.protocol.prompts
+    assert drawn.asked == [(first, 7, 2), (first, 8, 2), (second, 9, 2), (second, 10, 2)]
+
+
+def test_scores_latency_and_videos_are_kept(tmp_path: Path) -> None:
+    job = make_job(tmp_path)
+    found = evaluate(job, Drawn().open)
+    one = found.models[0]
+    assert (one.network_seconds, one.seconds, one.batch) == (0.5, 0.75, 3)
+    assert one.result.dimensions["sharpness"] < found.columns[-1].result.dimensions["sharpness"] - 30
+    clip = read_clip(one.directory / one.scored[0].file, ClipFormat(33, 16, 64, 64))
+    assert clip.changes == ()
+
+
+@pytest.mark.parametrize("lives", [0, 2, 3, 7, 17])
+def test_a_killed_evaluation_goes_on_and_ends_the_same(tmp_path: Path, lives: int) -> None:
+    whole = evaluate(make_job(tmp_path / "whole"), Drawn().open)
+    job, first, second = make_job(tmp_path / "cut"), Drawn(lives=lives), Drawn()
+    with pytest.raises(KilledError):
+        evaluate(job, first.open)
+    found = evaluate(job, second.open)
+    kept = lives // 3 * 3  # whole batches
+    assert first.asked[:kept] + second.asked == first.asked[:kept] + [
+        item for item in second.asked if item not in first.asked[:kept]
+    ]
+    assert len(second.asked) == 18 - kept
+    for a, b in zip(whole.measured, found.measured, strict=True):
+        assert a.result == b.result
+        assert a.interval == b.interval
+
+
+def test_a_finished_evaluation_loads_no_model(tmp_path: Path) -> None:
+    job = make_job(tmp_path)
+    before = evaluate(job, Drawn().open)
+    assert evaluate(job, lambda of, recipe: pytest.fail("a model was loaded")).as_json() == before.as_json()
+
+
+def test_more_prompts_and_steps_add_to_what_is_there(tmp_path: Path) -> None:
+    evaluate(make_job(tmp_path, nfe=(1,), prompts=3, teacher=False), Drawn().open)
+    more = Drawn()
+    evaluate(make_job(tmp_path, nfe=(1, 2), prompts=4, teacher=False), more.open)
+    assert [(seed, nfe) for _, seed, nfe in more.asked] == [(10, 1), (7, 2), (8, 2), (9, 2), (10, 2)]
+
+
+def test_a_model_trained_further_is_scored_anew_and_the_teacher_is_not(tmp_path: Path) -> None:
+    evaluate(make_job(tmp_path, nfe=(1,)), Drawn().open)
+    (tmp_path / "model" / "transformer" / "diffusion_pytorch_model.safetensors").write_bytes(b"newer")
+    again = Drawn()
+    evaluate(make_job(tmp_path, nfe=(1,)), again.open)
+    assert {nfe for *_, nfe in again.asked} == {1}
+    assert len(again.asked) == 6
+
+
+def test_notes_about_a_model_do_not_make_it_another(tmp_path: Path) -> None:
+    before = make_job(tmp_path).variants[0]
+    (tmp_path / "model" / "lineage.json").write_text('{"parent": "x"}')
+    after = make_job(tmp_path).variants[0]
+    assert after.key == before.key
+    assert after.subject.lineage == {"parent": "x"}
+
+
+@pytest.mark.parametrize(
+    ("section", "changes"),
+    [
+        ("model", {"shift": 2.0}),
+        ("model", {"max_text_tokens": 9}),
+        ("model", {"frames": 5}),
+    ],
+)
+def test_what_changes_videos_changes_the_key(
+    tmp_path: Path, section: str, changes: dict[str, object]
+) -> None:
+    job = make_job(tmp_path)
+    part = getattr(job.recipe, section).model_copy(update=changes)
+    other = job.recipe.model_copy(update={section: part})
+    of = job.variants[0].subject
+    assert variant(of, 1, job.protocol, other).key != job.variants[0].key
+
+
+def test_guidance_belongs_to_the_teacher_alone(tmp_path: Path) -> None:
+    job = make_job(tmp_path, nfe=(1,))
+    sample = job.recipe.sample.model_copy(update={"teacher_guidance": 2.0})
+    other = job.recipe.model_copy(update={"sample": sample})
+    keys = [
+        [variant(one.subject, 1, job.protocol, recipe).key for one in job.variants]
+        for recipe in (job.recipe, other)
+    ]
+    assert keys[0][0] == keys[1][0]
+    assert keys[0][1] != keys[1][1]
+
+
+def test_the_line_that_a_kill_cut_off_is_made_again(tmp_path: Path) -> None:
+    job = make_job(tmp_path, nfe=(1,), teacher=False)
+    evaluate(job, Drawn().open)
+    path = job.store(job.variants[0]).directory / SCORES
+    path.write_bytes(path.read_bytes()[:-40])
+    again = Drawn()
+    evaluate(job, again.open)
+    assert [seed for _, seed, _ in again.asked] == [12]
+    assert len(path.read_text().splitlines()) == 6
+
+
+def test_a_video_that_is_gone_is_made_again(tmp_path: Path) -> None:
+    job = make_job(tmp_path, nfe=(1,), teacher=False)
+    found = evaluate(job, Drawn().open)
+    (found.models[0].directory / found.models[0].scored[2].file).unlink()
+    again = Drawn()
+    evaluate(job, again.open)
+    assert [seed for _, seed, _ in again.asked] == [9]
+
+
+def test_a_damaged_line_is_named(tmp_path: Path) -> None:
+    job = make_job(tmp_path, nfe=(1,), teacher=False)
+    evaluate(job, Drawn().open)
+    path = job.store(job.variants[0]).directory / SCORES
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([lines[0], "{}", *lines[2:]]) + "\n")
+    with pytest.raises(AnyflowError, match=r"Line 2 of .*scores\.jsonl cannot be read"):
+        evaluate(job, Drawn().open)
+
+
+def test_two_evaluations_of_one_variant_do_not_mix(tmp_path: Path) -> None:
+    job = make_job(tmp_path, nfe=(1,), teacher=False)
+    with (
+        job.store(job.variants[0]).locked(),
+        pytest.raises(UsageError, match="Another evaluation is writing"),
+    ):
+        evaluate(job, Drawn().open)
+
+
+def test_the_model_may_be_the_teacher_itself(tmp_path: Path) -> None:
+    job = make_job(tmp_path, nfe=(2, 5))
+    make_folder(tmp_path / "same", b"old")
+    same = prepare(job.recipe, job.protocol, Choice(str(tmp_path / "same"), "given"), job.out)
+    assert [one.label for one in same.variants] == ["2x2", "5x2"]
+    assert [one.title for one in evaluate(same, Drawn().open).columns] == ["2x2 steps", "5x2 steps"]
+
+
+def test_the_card_says_what_a_stranger_needs(tmp_path: Path) -> None:
+    job = make_job(tmp_path)
+    card = json.loads(json.dumps(evaluate(job, Drawn().open).card))
+    assert card["comparable"] is True
+    assert card["prompts"] == 6
+    assert len(card["prompt set"]) == 64
+    assert card["seeds"] == [7, 12]
+    assert card["versions"].keys() >= {"anyflow", "torch", "diffusers"}
+    for entry in card["models"].values():
+        assert entry.keys() >= {"weights", "sampler", "steps", "guidance", "shift", "precision", "lineage"}
+
+
+def test_other_prompts_have_another_hash(tmp_path: Path) -> None:
+    cards = [evaluate(make_job(tmp_path, prompts=n), Drawn().open).card for n in (5, 6)]
+    assert cards[0]["prompt set"] != cards[1]["prompt set"]

@@ -1,0 +1,75 @@
+"""Bootstrap over prompts: exact where nothing varies, calibrated where it does, paired over steps."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from anyflow_cli.evaluate.suite import VideoScore, summarise
+from anyflow_cli.evaluate.trend import interval, totals, trend
+from tests.evaluate.test_suite import Toy
+
+
+def scores(values: np.ndarray, named: bool = True) -> list[VideoScore]:
+    return [
+        VideoScore({"steady": float(v), "lively": 1.0} | ({"named": 0.5} if named else {})) for v in values
+    ]
+
+
+def test_equal_videos_have_an_interval_of_no_width_at_the_total() -> None:
+    made = scores(np.full(10, 0.7))
+    drawn = totals(Toy(), made, range(10))
+    assert drawn is not None
+    bounds = interval(drawn)
+    assert bounds.low == pytest.approx(summarise(Toy(), made).total)
+    assert bounds.high == pytest.approx(bounds.low)
+
+
+def test_the_interval_is_that_of_a_mean() -> None:
+    values = np.random.default_rng(0).normal(0.7, 0.05, 100)
+    drawn = totals(Toy(), scores(values), range(100))
+    assert drawn is not None
+    slope = (
+        100 / 0.4 / 1.5 * 0.8
+    )  # of Total by the raw score: its range, its weight in Quality, Quality's in Total
+    assert drawn.std() == pytest.approx(slope * values.std() / 10, rel=0.1)
+    assert drawn.mean() == pytest.approx(summarise(Toy(), scores(values)).total, abs=0.5)
+
+
+def test_videos_of_a_prompt_are_drawn_together() -> None:
+    values = np.repeat([0.6, 0.8, 0.65, 0.75], 25)
+    together = totals(Toy(), scores(values), np.repeat(range(4), 25).tolist())
+    apart = totals(Toy(), scores(values), range(100))
+    assert together is not None
+    assert apart is not None
+    assert together.std() > 3 * apart.std()
+
+
+def test_no_interval_where_a_dimension_is_missing() -> None:
+    assert totals(Toy(), scores(np.full(4, 0.7), named=False), range(4)) is None
+
+
+@pytest.mark.parametrize(
+    ("gain", "verdict"), [(0.02, "improves"), (-0.02, "degrades"), (0.0, "flat"), (0.0005, "flat")]
+)
+def test_a_verdict_needs_more_than_noise(gain: float, verdict: str) -> None:
+    rng = np.random.default_rng(1)
+    prompt = rng.normal(0.7, 0.1, 64)  # prompts differ far more than step counts do
+    both = [prompt + rng.normal(0, 0.02, 64), prompt + gain + rng.normal(0, 0.02, 64)]
+    by_steps = {}
+    for steps, values in zip((32, 4), reversed(both), strict=True):
+        made = scores(values)
+        total, drawn = summarise(Toy(), made).total, totals(Toy(), made, range(64))
+        assert total is not None
+        assert drawn is not None
+        by_steps[steps] = (total, drawn)
+    found = trend(by_steps)
+    assert found is not None
+    assert (found.fewest, found.most) == (4, 32)
+    assert found.change == pytest.approx(by_steps[32][0] - by_steps[4][0])
+    assert found.interval.low < found.change < found.interval.high
+    assert found.verdict == verdict
+
+
+def test_one_step_count_has_no_trend() -> None:
+    assert trend({4: (80.0, np.zeros(3))}) is None
