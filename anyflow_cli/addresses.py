@@ -12,11 +12,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
 from anyflow_cli.errors import UsageError
-from anyflow_cli.model.folder import load_network, read_json, resolve
-from anyflow_cli.model.network import FlowMapTransformer
+from anyflow_cli.model.folder import load_network, read_json, read_shift, resolve
+from anyflow_cli.model.network import FlowMapTransformer, two_time_from
+from anyflow_cli.model.roles import Backbone, LoraSize
+from anyflow_cli.recipe.load import load_recipe
 from anyflow_cli.recipe.paths import MODEL, RunPaths
 from anyflow_cli.recipe.schema import Recipe
+
+RECIPE, LINEAGE = "recipe.yaml", "lineage.json"  # of a training run; train/run.py writes them
+WEIGHTS, MARKER = "ema.safetensors", "COMPLETE"  # of a checkpoint; train/checkpoint.py writes them
 
 
 class Choice(NamedTuple):
@@ -28,11 +38,12 @@ class Choice(NamedTuple):
 
 @dataclass(frozen=True)
 class Opened:
-    """A network, the pipeline folder with its text encoder and VAE, and where it comes from."""
+    """A network, the folder with its text encoder and VAE, where it comes from, and its own shift."""
 
     network: FlowMapTransformer
     pipeline: Path
     lineage: dict[str, Any]
+    shift: float
 
 
 def find_model(recipe: Recipe, paths: RunPaths, address: str | None, *, teacher: bool = False) -> Choice:
@@ -52,15 +63,94 @@ def find_model(recipe: Recipe, paths: RunPaths, address: str | None, *, teacher:
     )
 
 
-def open_model(address: str, recipe: Recipe) -> Opened:
-    """Open what ``address`` names; a bare transformer takes encoder and VAE from the recipe's teacher."""
-    path = resolve(address)
-    if (path / MODEL).is_dir() and not (path / "model_index.json").is_file():
-        path = path / MODEL
+def open_model(address: str, recipe: Recipe, dtype: torch.dtype | None = torch.float32) -> Opened:
+    """Open what ``address`` names, weights as ``dtype`` (None: as stored).
+
+    A bare transformer takes encoder and VAE from the recipe's teacher.
+    """
+    path = locate(address)
+    if is_checkpoint(path):
+        return _open_checkpoint(path, dtype)
     whole = (path / "model_index.json").is_file()
     pipeline = path if whole else resolve(recipe.model.teacher)
-    lineage = path / "lineage.json"
-    return Opened(load_network(path), pipeline, read_json(lineage) if lineage.is_file() else {})
+    lineage = path / LINEAGE
+    known = read_json(lineage) if lineage.is_file() else {}
+    return Opened(load_network(path, dtype), pipeline, known, read_shift(pipeline))
+
+
+def locate(address: str) -> Path:
+    """The model folder or checkpoint that an address leads to."""
+    path = resolve(address)
+    if (path / MODEL / "model_index.json").is_file():
+        return path / MODEL
+    if not (path / RECIPE).is_file():
+        return path
+    found = sorted(file.parent for file in path.glob(f"checkpoints/step-*/{MARKER}"))
+    if not found:
+        raise UsageError(
+            f"The run {path} has neither a finished model nor a checkpoint yet.",
+            "Wait for its first checkpoint, or set checkpoint_every lower.",
+        )
+    return found[-1]
+
+
+def trained_weights(checkpoint: Path) -> dict[str, Tensor]:
+    """The moving average of what a run trains: whole weights, or ``...lora_A.weight`` of its adapters."""
+    try:
+        return load_file(checkpoint / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise UsageError(
+            f"The checkpoint {checkpoint} is damaged: {error}.", "Use another one of the same run."
+        ) from error
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a folder is the state of a training run at one step, rather than a model."""
+    return (path / WEIGHTS).is_file()
+
+
+def _open_checkpoint(path: Path, dtype: torch.dtype | None) -> Opened:
+    """The student of a training run at one of its checkpoints, adapters merged."""
+    if not (path / MARKER).is_file():
+        raise UsageError(f"The checkpoint {path} is not complete.", "Use another one of the same run.")
+    run = run_of(path)
+    weights = trained_weights(path)
+    network = load_network(run.base, dtype)
+    if any("delta_embedder" in name for name in weights) and not network.config.two_time:
+        network = two_time_from(network, run.recipe.model.gate, run.recipe.model.conditioning)
+    network = _with(network, weights, run.recipe)
+    return Opened(network, run.base, run.lineage | {"checkpoint": path.name}, run.recipe.model.shift)
+
+
+class Run(NamedTuple):
+    """What the directory of a training run says: its recipe, its lineage, and what its weights stand on."""
+
+    recipe: Recipe
+    lineage: dict[str, Any]
+    base: Path
+
+
+def run_of(checkpoint: Path) -> Run:
+    """The run that a checkpoint belongs to."""
+    folder = checkpoint.parent.parent
+    lineage = read_json(folder / LINEAGE)
+    base = Path(lineage["base"])
+    if not base.is_dir():
+        raise UsageError(
+            f"{checkpoint} continues {base}, which is not there.",
+            "Bring that model back, or work in the directory where the training was started.",
+        )
+    return Run(load_recipe(str(folder / RECIPE)), lineage, base)
+
+
+def _with(network: FlowMapTransformer, weights: dict[str, Tensor], recipe: Recipe) -> FlowMapTransformer:
+    if recipe.model.lora is None:
+        network.load_state_dict(weights)
+        return network
+    size = LoraSize(recipe.model.lora.rank, recipe.model.lora.alpha)
+    backbone = Backbone(network, lora=size)
+    backbone.load_state_dict_of("student", weights)
+    return backbone.merged("student")
 
 
 def check_address(address: str) -> None:

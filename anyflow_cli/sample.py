@@ -115,9 +115,8 @@ class Sampler:
         if nfe < 1:
             raise UsageError(f"{nfe} steps cannot be sampled.", "Give a number of steps from 1 on.")
         self._start_clock()
-        size = 1 if self.method == "consistency" else batch  # its noise between steps is one stream a video
-        for start in range(0, len(prompts), size):
-            part = slice(start, start + size)
+        for start in range(0, len(prompts), batch):
+            part = slice(start, start + batch)
             yield self._batch(prompts[part], seeds[part], nfe)
 
     @torch.no_grad()
@@ -144,7 +143,8 @@ class Sampler:
             velocity = self._velocity(prompts)
             with self._timed("network"):
                 times = grid(nfe, self.model.shift)
-                latents = SAMPLERS[self.method](velocity, noise, times, generator=self._stream(seeds))
+                streams = [self._stream(seed) for seed in seeds]
+                latents = SAMPLERS[self.method](velocity, noise, times, generator=streams)
         self._count += len(prompts)
         return latents
 
@@ -160,11 +160,9 @@ class Sampler:
     def _text(self, prompts: Sequence[str]) -> Tensor:
         return self._encoder.encode(prompts, self.model.max_text_tokens).to(self.device)
 
-    def _stream(self, seeds: Sequence[int]) -> torch.Generator | None:
-        """Noise for the steps of a single video: what follows its starting noise in its seed's stream."""
-        if len(seeds) > 1:
-            return None
-        generator = torch.Generator().manual_seed(seeds[0])
+    def _stream(self, seed: int) -> torch.Generator:
+        """Noise for the steps of one video: what follows its starting noise in its seed's stream."""
+        generator = torch.Generator().manual_seed(seed)
         torch.randn(self.shape, generator=generator)
         return generator
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any, NamedTuple
 import typer
 
 from anyflow_cli import __version__
-from anyflow_cli.cli import distill, doctor, recipes, sample, synthesize, train_flowmap
+from anyflow_cli.cli import distill, doctor, export, recipes, sample, synthesize, train_flowmap
 from anyflow_cli.cli.common import examples
 from anyflow_cli.cli.console import debugging, print_error, start_logging, stderr
 from anyflow_cli.cli.failures import INTERRUPTED, failure_of
@@ -37,6 +37,7 @@ VERBS: tuple[Verb, ...] = (
     Verb("train-flowmap", train_flowmap.train_flowmap, train_flowmap.EXAMPLES, CHAIN),
     Verb("distill", distill.distill, distill.EXAMPLES, CHAIN),
     Verb("sample", sample.sample, sample.EXAMPLES, USE),
+    Verb("export", export.export, export.EXAMPLES, AROUND),
     Verb("doctor", doctor.doctor, doctor.EXAMPLES, AROUND),
 )
 

@@ -1,0 +1,225 @@
+"""Exports: what each format holds is the model, by the reader that the format is for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from anyflow_cli.addresses import open_model
+from anyflow_cli.errors import UsageError
+from anyflow_cli.export import COMFYUI_PREFIX, export, original_name, write_comfyui, write_merged
+from anyflow_cli.model.config import NetworkConfig
+from anyflow_cli.model.folder import load_network, save_pipeline
+from anyflow_cli.model.network import FlowMapTransformer, two_time_from
+from anyflow_cli.model.roles import Backbone, LoraSize
+from anyflow_cli.recipe.compare import dump
+from anyflow_cli.recipe.schema import Lora, Model, Recipe
+from anyflow_cli.train import checkpoint
+from tests.tiny_pipeline import make_wan_folder
+
+SMALL = NetworkConfig(
+    heads=2, head_dim=12, layers=2, ffn_dim=32, in_channels=4, out_channels=4, text_dim=8, freq_dim=16,
+    two_time=True,
+)  # fmt: skip
+
+
+@pytest.fixture
+def network() -> FlowMapTransformer:
+    torch.manual_seed(0)
+    return FlowMapTransformer(SMALL)
+
+
+def test_original_names_are_undone_by_the_converter_of_diffusers(network: FlowMapTransformer) -> None:
+    from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
+
+    names = [name for name in network.state_dict() if "delta" not in name]
+    original = {"model.diffusion_model." + original_name(name): torch.zeros(1) for name in names}
+    assert sorted(convert_wan_transformer_to_diffusers(original)) == sorted(names)
+
+
+def test_original_names_are_wans_own() -> None:
+    assert original_name("blocks.11.attn2.to_out.0.bias") == "blocks.11.cross_attn.o.bias"
+    assert original_name("blocks.0.attn1.norm_q.weight") == "blocks.0.self_attn.norm_q.weight"
+    assert original_name("blocks.3.norm2.weight") == "blocks.3.norm3.weight"
+    assert original_name("blocks.3.scale_shift_table") == "blocks.3.modulation"
+    assert original_name("scale_shift_table") == "head.modulation"
+    assert original_name("condition_embedder.delta_embedder.linear_2.bias") == "delta_embedding.2.bias"
+
+
+def test_comfyui_file_holds_every_weight_under_its_prefix(
+    network: FlowMapTransformer, tmp_path: Path
+) -> None:
+    write_comfyui(tmp_path / "m.safetensors", network, {}, None)
+    stored = load_file(tmp_path / "m.safetensors")
+    expected = {COMFYUI_PREFIX + original_name(n): w for n, w in network.state_dict().items()}
+    assert stored.keys() == expected.keys()
+    assert all(torch.equal(stored[name], weight) for name, weight in expected.items())
+
+
+def test_merged_file_builds_the_class_of_diffusers_from_its_own_metadata(
+    network: FlowMapTransformer, tmp_path: Path
+) -> None:
+    from diffusers import AnyFlowTransformer3DModel
+
+    write_merged(tmp_path / "m.safetensors", network, {"recipe": "tiny"}, None)
+    with safe_open(tmp_path / "m.safetensors", framework="pt") as file:
+        metadata = file.metadata()
+    other = AnyFlowTransformer3DModel.from_config(json.loads(metadata["config"]))
+    other.load_state_dict(load_file(tmp_path / "m.safetensors"))
+    z, t, r, text = (
+        torch.randn(2, 3, 4, 4, 4),
+        torch.tensor([0.9, 0.4]),
+        torch.tensor([0.5, 0.0]),
+        torch.randn(2, 5, 8),
+    )
+    with torch.no_grad():
+        times = {"timestep": 1000 * t[:, None].expand(2, 3), "r_timestep": 1000 * r[:, None].expand(2, 3)}
+        theirs = other(z, **times, encoder_hidden_states=text, return_dict=False)[0]
+        torch.testing.assert_close(network(z, t, r, text), theirs, rtol=1e-4, atol=1e-5)
+    assert json.loads(metadata["lineage"]) == {"recipe": "tiny"}
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+def test_weights_are_stored_as_asked(network: FlowMapTransformer, tmp_path: Path, dtype: str) -> None:
+    write_merged(tmp_path / "m.safetensors", network, {}, dtype)
+    kinds = {w.dtype for w in load_file(tmp_path / "m.safetensors").values()}
+    assert kinds == {{"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]}
+
+
+# --- whole models, runs and their checkpoints
+
+
+@pytest.fixture(scope="module")
+def wan(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_wan_folder(tmp_path_factory.mktemp("models") / "wan")
+
+
+def recipe_for(wan: Path, lora: bool = False) -> Recipe:
+    size = Lora(rank=4, alpha=8) if lora else None
+    return Recipe(name="test", model=Model(teacher=str(wan), lora=size, shift=3.0))
+
+
+def make_run(folder: Path, wan: Path, lora: bool) -> FlowMapTransformer:
+    """A run with one checkpoint, as a training leaves it, and the network that its average is."""
+    recipe = recipe_for(wan, lora)
+    size = LoraSize(4, 8) if lora else None
+    backbone = Backbone(two_time_from(load_network(wan)), lora=size)
+    with torch.no_grad():
+        for parameter in backbone.parameters_of("student"):
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)))
+    average = backbone.state_dict_of("student")
+    weights = {name: torch.zeros_like(tensor) for name, tensor in average.items()}
+    state = checkpoint.State(7, {"student": weights, "ema": average}, {}, {})
+    checkpoint.save(folder / "checkpoints", state, keep=2)
+    (folder / "recipe.yaml").write_text(dump(recipe))
+    (folder / "lineage.json").write_text(json.dumps({"stage": "train_flowmap", "base": str(wan)}))
+    return backbone.merged("student")
+
+
+def assert_same(network: FlowMapTransformer, other: FlowMapTransformer) -> None:
+    ours, theirs = network.state_dict(), other.state_dict()
+    assert ours.keys() == theirs.keys()
+    for name, weight in ours.items():
+        torch.testing.assert_close(weight, theirs[name], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_a_checkpoint_is_the_average_of_its_run(wan: Path, tmp_path: Path, lora: bool) -> None:
+    expected = make_run(tmp_path / "run", wan, lora)
+    for address in ("run", "run/checkpoints/step-000007"):
+        opened = open_model(str(tmp_path / address), recipe_for(wan))
+        assert_same(opened.network, expected)
+        assert opened.pipeline == wan
+        assert opened.shift == 3.0
+        assert opened.lineage["checkpoint"] == "step-000007"
+
+
+def test_a_finished_run_is_its_model(wan: Path, tmp_path: Path) -> None:
+    make_run(tmp_path / "run", wan, lora=False)
+    model = two_time_from(load_network(wan))
+    save_pipeline(tmp_path / "run" / "model", model, wan, {"steps": 9})
+    opened = open_model(str(tmp_path / "run"), recipe_for(wan))
+    assert opened.lineage == {"steps": 9}
+    assert_same(opened.network, model)
+
+
+def test_a_run_without_a_checkpoint_says_so(wan: Path, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(dump(recipe_for(wan)))
+    with pytest.raises(UsageError, match="neither a finished model nor a checkpoint"):
+        open_model(str(tmp_path), recipe_for(wan))
+
+
+def test_an_incomplete_checkpoint_is_refused(wan: Path, tmp_path: Path) -> None:
+    make_run(tmp_path, wan, lora=False)
+    (tmp_path / "checkpoints" / "step-000007" / "COMPLETE").unlink()
+    with pytest.raises(UsageError, match="not complete"):
+        open_model(str(tmp_path / "checkpoints" / "step-000007"), recipe_for(wan))
+
+
+def test_a_checkpoint_whose_start_is_gone_says_so(wan: Path, tmp_path: Path) -> None:
+    make_run(tmp_path, wan, lora=False)
+    (tmp_path / "lineage.json").write_text(json.dumps({"base": "runs/tiny/train-flowmap/model"}))
+    with pytest.raises(UsageError, match="continues runs/tiny/train-flowmap/model, which is not there"):
+        open_model(str(tmp_path), recipe_for(wan))
+
+
+def test_a_checkpoint_becomes_a_folder_that_diffusers_opens(wan: Path, tmp_path: Path) -> None:
+    from diffusers import AnyFlowPipeline
+
+    expected = make_run(tmp_path / "run", wan, lora=True)
+    made = export(str(tmp_path / "run"), recipe_for(wan), "diffusers", tmp_path / "out")
+    pipeline = AnyFlowPipeline.from_pretrained(made)
+    assert pipeline.scheduler.config.shift == 3.0
+    assert_same(expected, pipeline.transformer)
+    lineage = json.loads((made / "lineage.json").read_text())
+    assert lineage["checkpoint"] == "step-000007"
+    assert lineage["exported_from"] == str(tmp_path / "run")
+
+
+@pytest.mark.parametrize("place", ["run", "run/adapter of a finished run"])
+def test_an_adapter_merges_in_peft_to_the_trained_network(wan: Path, tmp_path: Path, place: str) -> None:
+    from diffusers import AnyFlowTransformer3DModel
+    from peft import PeftModel
+
+    expected = make_run(tmp_path / "run", wan, lora=True)
+    recipe = recipe_for(wan)
+    if place != "run":
+        export(str(tmp_path / "run"), recipe, "adapter", tmp_path / "run" / "adapter")
+        save_pipeline(tmp_path / "run" / "model", expected, wan, {})
+    made = export(str(tmp_path / "run"), recipe, "adapter", tmp_path / "out")
+    start = two_time_from(load_network(wan))
+    base = AnyFlowTransformer3DModel.from_config(start.config.to_diffusers())
+    base.load_state_dict(start.state_dict())
+    merged = PeftModel.from_pretrained(base, made).merge_and_unload()
+    assert_same(expected, merged)
+    assert json.loads((made / "adapter_config.json").read_text())["base_model_name_or_path"] == str(wan)
+
+
+def test_a_model_trained_whole_has_no_adapter(wan: Path, tmp_path: Path) -> None:
+    make_run(tmp_path / "run", wan, lora=False)
+    for address in (tmp_path / "run", wan):
+        with pytest.raises(UsageError, match="has no adapter"):
+            export(str(address), recipe_for(wan), "adapter", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_keeps_the_type_of_its_weights(wan: Path, tmp_path: Path) -> None:
+    recipe = recipe_for(wan)
+    half = export(str(wan), recipe, "diffusers", tmp_path / "half", "bf16")
+    kept = export(str(half), recipe, "merged", tmp_path / "kept.safetensors")
+    assert {weight.dtype for weight in load_file(kept).values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("kind", ["diffusers", "merged", "comfyui", "adapter"])
+def test_nothing_is_written_over(wan: Path, tmp_path: Path, kind: str) -> None:
+    for name in ("taken", "file.safetensors"):
+        (tmp_path / name).write_text("mine")
+    out = tmp_path / ("file.safetensors" if kind in ("merged", "comfyui") else "taken")
+    with pytest.raises(UsageError, match="exists already"):
+        export(str(wan), recipe_for(wan), kind, out)  # type: ignore[arg-type]
+    assert out.read_text() == "mine"
