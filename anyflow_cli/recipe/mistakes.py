@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -92,7 +92,10 @@ def known_keys(section: type[BaseModel] = Recipe, prefix: Key = ()) -> Iterator[
 def _section(annotation: Any) -> type[Section] | None:
     """The section that a field holds, looking through ``| None``."""
     kinds = (annotation, *getattr(annotation, "__args__", ()))
-    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)), None)
+    classes = (
+        kind for kind in kinds if isinstance(kind, type) and not get_origin(kind)
+    )  # 3.10: tuple[int] is one
+    return next((kind for kind in classes if issubclass(kind, Section)), None)
 
 
 def _place(key: Key, places: Mapping[Key, Place], whole: Place) -> Place:
