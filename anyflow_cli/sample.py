@@ -12,6 +12,7 @@ width, 3).
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -34,6 +35,8 @@ from anyflow_cli.model.precision import autocast, resolve_precision
 from anyflow_cli.recipe.schema import Recipe
 
 Method = Literal["flow-map", "euler", "consistency"]
+
+log = logging.getLogger(__name__)
 
 
 class Latency(NamedTuple):
@@ -92,6 +95,11 @@ class Sampler:
                 f"{address} is an any-step model, not a teacher.",
                 "Leave --teacher out, or name a plain Wan model.",
             )
+        if opened.network.config.two_time and opened.shift != recipe.model.shift:
+            log.warning(
+                "%s was made for shift %g and is sampled at the recipe's %g (model.shift).",
+                address, opened.shift, recipe.model.shift,
+            )  # fmt: skip
         large = torch.bfloat16 if place.type == "cuda" else torch.float32  # UMT5-XXL is 22 GB in fp32
         if place.type == "cuda" and resolve_precision(recipe.model.precision, place) == "bf16":
             opened.network.store_as(torch.bfloat16)
@@ -183,8 +191,13 @@ class Sampler:
 
 
 def check_fit(network: FlowMapTransformer, encoder: TextEncoder, vae: VideoVAE) -> None:
-    """Refuse a network that was made for other latents or another text encoder."""
+    """Refuse a network of another kind, or made for other latents or another text encoder."""
     config = network.config
+    if config.causal is not None:
+        raise UsageError(
+            "The model is causal (FAR), and only bidirectional ones can be sampled.",
+            "Use the bidirectional model of the same family.",
+        )
     hint = "Use the pipeline folder that this model was trained with."
     if config.in_channels != vae.channels:
         raise UsageError(

@@ -209,6 +209,28 @@ def test_a_network_of_another_architecture_is_refused(
         Sampler.load(str(folder), recipe_for(wan))
 
 
+def test_a_causal_network_is_refused(wan: Path, any_step: Path, tmp_path: Path) -> None:
+    from diffusers import AnyFlowFARTransformer3DModel
+
+    from tests.tiny_pipeline import sizes
+
+    folder = tmp_path / "causal"
+    shutil.copytree(any_step, folder)
+    shutil.rmtree(folder / "transformer")
+    AnyFlowFARTransformer3DModel(**sizes()).save_pretrained(folder / "transformer")
+    with pytest.raises(UsageError, match="causal"):
+        Sampler.load(str(folder), recipe_for(wan))
+
+
+def test_another_shift_than_the_models_own_is_said(
+    wan: Path, any_step: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    Sampler.load(str(any_step), recipe_for(wan))
+    assert not caplog.messages
+    Sampler.load(str(any_step), recipe_for(wan, shift=5.0))
+    assert "made for shift 3 and is sampled at the recipe's 5" in caplog.text
+
+
 def test_weights_that_do_not_fit_their_config_are_refused(wan: Path, tmp_path: Path) -> None:
     folder = tmp_path / "broken"
     shutil.copytree(wan, folder)
