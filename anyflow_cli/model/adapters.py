@@ -83,14 +83,14 @@ class Adapters:
 
     @torch.no_grad()
     def merged(self, weights: Mapping[str, Tensor], name: str | None) -> dict[str, Tensor]:
-        """Weights of the network as a plain state dict in which the adapter, if any, has been added."""
+        """Weights of the network as a plain state dict; the adapter, if any, has been added in fp32."""
         plain = {
             key.replace(".base_layer.", "."): value for key, value in weights.items() if ".lora_" not in key
         }
         for path, layer in self._layers:
             if name in layer.lora_A:
                 base = plain[f"{path}.weight"]
-                plain[f"{path}.weight"] = (base.float() + layer.get_delta_weight(name).float()).to(base.dtype)
+                plain[f"{path}.weight"] = base.float() + layer.get_delta_weight(name).float()
         return plain
 
 

@@ -160,10 +160,11 @@ class Backbone(nn.Module):
             for key, parameter in own.items():
                 parameter.data = before[key]
 
-    def merged(self, name: Role) -> FlowMapTransformer:
+    def merged(self, name: Role, dtype: torch.dtype = torch.float32) -> FlowMapTransformer:
         """A plain frozen network that computes what the role does, for export.
 
-        With adapters it shares all other weights with the base; else it is a copy.
+        Adapters are added in fp32 before ``dtype`` is taken: in bf16 a small one would vanish in the rounding
+        of a large weight. Weights that are neither adapted nor cast are shared with the base.
         """
         network = self._networks[name]
         weights = {key: tensor.detach() for key, tensor in network.state_dict().items()}
@@ -173,7 +174,7 @@ class Backbone(nn.Module):
             weights = {key: tensor.clone() for key, tensor in weights.items()}
         plain = on_meta(network.config)
         plain.load_state_dict(weights, assign=True)
-        return plain.requires_grad_(False)
+        return plain.store_as(dtype).requires_grad_(False)
 
 
 def _check_same(own: Mapping[str, Tensor], given: Mapping[str, Tensor], role: str) -> None:

@@ -103,6 +103,14 @@ def test_segments_with_one_view_equal_one_segment() -> None:
     assert distance(network(x.z, x.t, x.r, x.text, split), network(x.z, x.t, x.r, x.text)) < 1e-6
 
 
+def test_one_time_a_sample_serves_every_segment() -> None:
+    network = ours(theirs("AnyFlowFARTransformer3DModel", full_chunk_limit=1))
+    x, layout = inputs(frames=5, height=8, width=8), teacher_forcing((1, 2), 1, 8, 8)
+    t, r = x.t[:, 0], x.r[:, 0]
+    each = network(x.z, t[:, None].expand(2, 5), r[:, None].expand(2, 5), x.text, layout)
+    assert distance(network(x.z, t, r, x.text, layout), each) < 1e-6
+
+
 @pytest.mark.parametrize("clean", [True, False])
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_teacher_forcing_as_a_layout_equals_the_masked_causal_class(clean: bool) -> None:

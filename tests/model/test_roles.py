@@ -253,6 +253,18 @@ def test_adapters_on_a_bf16_base_are_fp32() -> None:
     assert all(parameter.grad is not None for parameter in made.parameters_of("student"))
 
 
+def test_a_small_adapter_survives_merging_into_a_bf16_base() -> None:
+    made = Backbone(two_time_from(wan()).store_as(torch.bfloat16), ("student",), lora=LORA)
+    name = "blocks.0.attn1.to_q"
+    base = made.merged("base").state_dict()[f"{name}.weight"]
+    for parameter in made.named_parameters_of("student").values():
+        torch.nn.init.constant_(parameter, 1e-3)
+    added = made.merged("student").state_dict()[f"{name}.weight"] - base
+    # rank 4 of 1e-3 times 1e-3, scaled by alpha / rank = 2; a step of bf16 is 200 times as large
+    torch.testing.assert_close(added, torch.full_like(added, 8e-6), rtol=0.01, atol=0)
+    assert made.merged("student", torch.bfloat16).blocks[0].attn1.to_q.weight.dtype == torch.bfloat16  # type: ignore[union-attr]
+
+
 def test_stage_one_alone_in_full_mode_holds_one_network() -> None:
     network = two_time_from(wan())
     made = Backbone(network)

@@ -36,10 +36,10 @@ def test_a_segment_stands_where_its_first_frame_is() -> None:
 
 
 def test_a_compressed_token_is_the_unit_average_of_what_it_covers() -> None:
-    full = torch.view_as_complex(rotation(bidirectional(2, 8, 8), DIM, CPU)).reshape(2, 4, 4, -1)
-    compressed = Layout((Segment(0, 2, (0,), "compressed"),), 8, 8)
+    full = torch.view_as_complex(rotation(bidirectional(2, 8, 12), DIM, CPU))
+    compressed = Layout((Segment(0, 2, (0,), "compressed"),), 8, 12, compressed_patch=(4, 6))
     got = torch.view_as_complex(rotation(compressed, DIM, CPU)).reshape(2, 2, 2, -1)
-    mean = full.reshape(2, 2, 2, 2, 2, -1).mean((2, 4))
+    mean = full.reshape(2, 2, 2, 2, 3, -1).mean((2, 4))  # each covers 2 x 3 patches
     torch.testing.assert_close(got, mean / mean.abs())
     torch.testing.assert_close(got.abs(), torch.ones_like(got.abs()))
 
