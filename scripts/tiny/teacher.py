@@ -1,0 +1,114 @@
+"""Step 4 of 4 of the tiny assets: the teacher, a Wan transformer of 1.8 million weights.
+
+    python scripts/tiny/teacher.py --pipeline build/untrained --data build/world --out build/teacher
+
+Flow matching on the data set of step 3. The optimiser is Muon for matrices and Adam for the rest: minutes
+count here, and a teacher trained from nothing is no part of the paper. ``--out`` becomes a Wan pipeline
+folder with the averaged weights.
+
+Legend: B clips, F latent frames, C channels, H W latent height and width, L text tokens, D text width.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import shutil
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from anyflow_cli.data.batches import LatentData
+from anyflow_cli.flow.objective import flow_matching_loss
+from anyflow_cli.flow.times import sample_logit_normal
+from anyflow_cli.model.conditioned import Conditioned
+from anyflow_cli.model.folder import load_network, write_transformer
+from anyflow_cli.model.network import FlowMapTransformer
+
+SHIFT = 3.0
+TEXT_TOKENS = 32
+LONG_TEXT = (
+    0.05,
+    512,
+)  # how often text is padded to the length that pipelines use if not told, so that both work
+TEXT_DROPOUT = 0.12
+EMA = 0.998
+
+
+def optimisers(network: FlowMapTransformer) -> list[tuple[torch.optim.Optimizer, float]]:
+    """Muon for the blocks' matrices, Adam for all else, each with its peak learning rate."""
+    matrices = [p for p in network.blocks.parameters() if p.ndim == 2]
+    chosen = {id(p) for p in matrices}
+    others = [p for p in network.parameters() if id(p) not in chosen]
+    muon = torch.optim.Muon(matrices, lr=0.02, weight_decay=0.0, momentum=0.95)
+    return [(muon, 0.02), (torch.optim.AdamW(others, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.0), 1e-3)]
+
+
+def pad(text: Tensor, tokens: int) -> Tensor:
+    """Zero-pad (B, L, D) to so many tokens."""
+    return torch.nn.functional.pad(text, (0, 0, 0, tokens - text.shape[1]))
+
+
+def main() -> None:
+    """Train, report, save."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--pipeline", type=Path, required=True)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, default=30, help="length of the schedule")
+    parser.add_argument("--batch", type=int, default=48)
+    args = parser.parse_args()
+    network = load_network(args.pipeline)
+    network.requires_grad_(True).train()
+    data = LatentData(args.data, TEXT_TOKENS)
+    everything = data.batch(range(len(data)))
+    average = {name: value.clone() for name, value in network.state_dict().items()}
+    generator = torch.Generator().manual_seed(0)
+    groups = optimisers(network)
+    begun, total = time.monotonic(), 0.0
+    for step in itertools.count():
+        done = (time.monotonic() - begun) / (60 * args.minutes)
+        if done >= 1:
+            break
+        index = torch.randint(len(data), (args.batch,), generator=generator)
+        x, text = everything.latents[index], everything.text[index]
+        dropped = torch.rand(args.batch, generator=generator) < TEXT_DROPOUT
+        text = torch.where(dropped[:, None, None], data.negative, text)
+        if torch.rand((), generator=generator) < LONG_TEXT[0]:
+            text = pad(text, LONG_TEXT[1])
+        eps = torch.randn(x.shape, generator=generator)
+        t = sample_logit_normal(args.batch, SHIFT, generator)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = flow_matching_loss(Conditioned(network, text), x, eps, t)
+        network.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        for optimiser, peak in groups:
+            for group in optimiser.param_groups:
+                group["lr"] = peak * min(1.0, (step + 1) / 100, 1.4 * (1 - done))
+            optimiser.step()
+        with torch.no_grad():
+            for name, value in network.state_dict().items():
+                average[name].lerp_(value, 1 - min(EMA, (step + 1) / (step + 10)))
+        total += loss.item()
+        if step % 50 == 49:
+            print(f"step {step + 1} ({done:.0%}) loss {total / 50:.4f}", flush=True)
+            total = 0.0
+        if step % 500 == 499:
+            save(args.pipeline, args.out, network, average)
+    save(args.pipeline, args.out, network, average)
+
+
+def save(pipeline: Path, target: Path, network: FlowMapTransformer, average: dict[str, Tensor]) -> None:
+    """Write the pipeline folder with the averaged weights."""
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(pipeline, target, ignore=shutil.ignore_patterns("transformer"))
+    write_transformer(target / "transformer", network.config, average)
+
+
+if __name__ == "__main__":
+    main()

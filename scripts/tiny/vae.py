@@ -1,0 +1,269 @@
+"""Step 1 of 4 of the tiny assets: the video autoencoder, an ordinary diffusers ``AutoencoderKLWan``.
+
+    python scripts/tiny/vae.py --out build/tiny/vae
+
+Spatial factor 8, temporal factor 4, 8 latent channels: a clip of 33x64x64 becomes 9x8x8. Trained on clips of
+both shapes worlds by a weighted L1 loss, in which shapes and dots count more than the plain background, plus
+a small KL term: single frames first, then nine frames, then, for the decoder alone, whole clips. Prints its
+PSNR on clips that it is not trained on.
+
+Legend: B clips, T frames, H W pixels, C channels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKLWan
+from diffusers.models.autoencoders.autoencoder_kl_wan import (
+    WanAttentionBlock,
+    WanCausalConv3d,
+    WanResidualBlock,
+)
+from torch import Tensor
+
+from anyflow_cli.data.world import BACKGROUNDS, FRAMES, HEIGHT, WORLDS, Scene, render
+
+LATENT_CHANNELS = 8
+CONFIG = {
+    "base_dim": 16, "z_dim": LATENT_CHANNELS, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 1,
+    "temperal_downsample": [False, True, True],
+    "latents_mean": [0.0] * LATENT_CHANNELS, "latents_std": [1.0] * LATENT_CHANNELS,
+}  # fmt: skip
+KL_WEIGHT = 1e-4
+FOREGROUND_WEIGHT = 4.0
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Scenes drawn once, three in four of the default world: pixels (N, T, H, W, 3) uint8."""
+
+    scenes: list[Scene]
+    pixels: Tensor
+
+    @classmethod
+    def draw(cls, first: int, count: int) -> Pool:
+        """The scenes with seeds from ``first`` on."""
+        scenes = [
+            WORLDS["shapes-shifted" if i % 4 == 3 else "shapes"].scene(i) for i in range(first, first + count)
+        ]
+        return cls(scenes, torch.stack([torch.from_numpy(render(scene)) for scene in scenes]))
+
+    def batch(self, rng: np.random.Generator, count: int, frames: int, size: int) -> tuple[Tensor, Tensor]:
+        """Random clips (B, 3, T, H, W) in [-1, 1] and weights; smaller ones are cut out around shape or dot."""
+        videos, weights = [], []
+        for index in rng.integers(len(self.scenes), size=count):
+            scene, begin = self.scenes[index], int(rng.integers(FRAMES - frames + 1))
+            left, top = corner(scene, begin + frames // 2, size, rng) if size < HEIGHT else (0, 0)
+            video = self.pixels[index, begin : begin + frames, top : top + size, left : left + size].float()
+            far = (video - torch.tensor(BACKGROUNDS[scene.background])).abs().sum(-1) > 12
+            weights.append(1 + FOREGROUND_WEIGHT * far)
+            videos.append(video.permute(3, 0, 1, 2) / 127.5 - 1)
+        return torch.stack(videos), torch.stack(weights)[:, None]
+
+
+def corner(scene: Scene, frame: int, size: int, rng: np.random.Generator) -> tuple[int, int]:
+    """Left and top of a square that holds the shape's centre in this frame (half the time) or a dot."""
+    shape = tuple(a + frame * b for a, b in zip(scene.start, scene.step, strict=True))
+    points = shape if rng.random() < 0.5 else scene.dots[int(rng.integers(len(scene.dots)))]
+    left, top = (int(np.clip(p - rng.uniform(3, size - 3), 0, HEIGHT - size)) for p in points)
+    return left, top
+
+
+def planar_convolution(self: WanCausalConv3d, x: Tensor, cache_x: Tensor | None = None) -> Tensor:
+    """The causal convolution as one planar convolution over the temporal taps stacked as channels.
+
+    Equal to diffusers' to rounding, and two to three times as fast on a CPU at these widths.
+    """
+    taps, missing = list(range(self.kernel_size[0])), self._padding[4]
+    if missing > 0 and cache_x is not None:
+        x = torch.cat([cache_x, x], dim=2)
+        missing -= cache_x.shape[2]
+    elif missing == 2 and x.shape[2] == 1:
+        taps, missing = [2], 0  # the two older taps would see zeros alone
+    frames = F.pad(x, (0, 0, 0, 0, missing, 0)).transpose(1, 2)  # (B, T, C, H, W)
+    stride = self.stride[0]
+    length = (frames.shape[1] - len(taps)) // stride + 1
+    stacked = torch.cat(
+        [frames[:, i : i + (length - 1) * stride + 1 : stride] for i in range(len(taps))], dim=2
+    )
+    weight = self.weight[:, :, taps].transpose(1, 2).flatten(1, 2)
+    planes = stacked.flatten(0, 1).contiguous(memory_format=torch.channels_last)
+    out = F.conv2d(planes, weight, self.bias, self.stride[1:], (self._padding[2], self._padding[0]))
+    return out.unflatten(0, (len(x), length)).transpose(1, 2)
+
+
+def reconstruct(vae: AutoencoderKLWan, video: Tensor, noisy: bool) -> tuple[Tensor, Tensor]:
+    """Decode a posterior sample (or its mean) of the clips; returns the pixels and the KL term."""
+    mean, log_variance = vae._encode(video).chunk(2, dim=1)
+    log_variance = log_variance.clamp(-30, 20)
+    latents = mean + torch.randn_like(mean) * (0.5 * log_variance).exp() if noisy else mean
+    kl = 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).mean()
+    return vae._decode(latents, return_dict=False)[0], kl
+
+
+@torch.no_grad()
+def psnr(vae: AutoencoderKLWan, pool: Pool, frames: int) -> tuple[float, float]:
+    """Peak signal to noise ratio in dB on fresh clips: over all pixels, and over shapes and dots alone."""
+    video, weight = pool.batch(np.random.default_rng(0), 6, frames, HEIGHT)
+    error = (reconstruct(vae, video, noisy=False)[0].clamp(-1, 1) - video) ** 2
+    shapes = (weight > 1).expand_as(error)
+    return 10 * math.log10(4 / error.mean().item()), 10 * math.log10(4 / error[shapes].mean().item())
+
+
+@torch.no_grad()
+def normalise(vae: AutoencoderKLWan, pool: Pool) -> None:
+    """Write the latents' mean and standard deviation into the configuration, where pipelines look for them."""
+    latents = torch.cat(
+        [
+            vae._encode(video.permute(3, 0, 1, 2)[None] / 127.5 - 1).chunk(2, dim=1)[0]
+            for video in pool.pixels.float()
+        ]
+    )
+    flat = latents.transpose(0, 1).flatten(1)
+    vae.register_to_config(latents_mean=flat.mean(1).tolist(), latents_std=flat.std(1).tolist())
+
+
+def untrained() -> AutoencoderKLWan:
+    """An autoencoder that starts as a plain chain of convolutions with little noise: steady at this width."""
+    vae = AutoencoderKLWan(**CONFIG)
+    vae.quant_conv.bias.data[LATENT_CHANNELS:] = -5.0
+    for block in vae.modules():
+        if isinstance(block, WanResidualBlock):
+            torch.nn.init.zeros_(block.conv2.weight)
+    return vae
+
+
+def leave_attention_out(vae: AutoencoderKLWan) -> None:
+    """Silence the attention in the middle: what is learned on cut-outs then holds for whole frames."""
+    for block in vae.modules():
+        if isinstance(block, WanAttentionBlock):
+            torch.nn.init.zeros_(block.proj.weight)
+            torch.nn.init.zeros_(block.proj.bias)
+            block.requires_grad_(False)
+
+
+class Muon:
+    """Momentum whose step is orthogonalised (Jordan et al. 2024), for the kernels; Adam for biases and gains.
+
+    In a first comparison on single frames it reached in 146 steps what Adam had not in several hundred.
+    """
+
+    def __init__(self, vae: AutoencoderKLWan, lr: float, adam_lr: float) -> None:
+        trained = [p for p in vae.parameters() if p.requires_grad]
+        self.kernels = [p for p in trained if p.ndim >= 4 and min(p.flatten(1).shape) > 8]
+        self.momenta = [torch.zeros_like(p) for p in self.kernels]
+        others = {id(p) for p in self.kernels}
+        self.adam = torch.optim.Adam(
+            [p for p in trained if id(p) not in others], lr=adam_lr, betas=(0.9, 0.99)
+        )
+        self.lr, self.adam_lr = lr, adam_lr
+
+    @torch.no_grad()
+    def step(self, scale: float) -> None:
+        """One step at ``scale`` times the learning rates."""
+        for kernel, momentum in zip(self.kernels, self.momenta, strict=True):
+            if kernel.grad is None:  # what joins frames has no part in single ones
+                continue
+            momentum.lerp_(kernel.grad, 0.05)
+            update = orthogonal(kernel.grad.lerp(momentum, 0.95).flatten(1))
+            kernel.sub_(update.view_as(kernel), alpha=scale * self.lr)
+        for group in self.adam.param_groups:
+            group["lr"] = scale * self.adam_lr
+        self.adam.step()
+
+
+def orthogonal(matrix: Tensor) -> Tensor:
+    """Nearly the closest matrix with orthonormal rows or columns, by five Newton-Schulz iterations."""
+    wide = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
+    x = wide / (wide.norm() + 1e-7)
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    x = x * max(1.0, matrix.shape[0] / matrix.shape[1]) ** 0.5
+    return x.T if matrix.shape[0] > matrix.shape[1] else x
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A share of the training; ``scale`` is that of the learning rate at its start and end."""
+
+    share: float
+    clips: int
+    frames: int
+    size: int
+    scale: tuple[float, float]
+    decoder_only: bool = False
+
+
+PHASES = (
+    Phase(0.20, clips=32, frames=1, size=32, scale=(1.0, 0.5)),
+    Phase(0.30, clips=8, frames=9, size=32, scale=(0.5, 0.25)),
+    Phase(0.15, clips=4, frames=9, size=HEIGHT, scale=(0.25, 0.01)),
+    # Whole clips: the cache of the causal convolutions reaches further back than nine frames.
+    Phase(0.35, clips=3, frames=FRAMES, size=32, scale=(0.5, 0.01), decoder_only=True),
+)
+
+
+def train(
+    vae: AutoencoderKLWan, optimiser: Muon, phase: Phase, pool: Pool, fresh: Pool, minutes: float
+) -> None:
+    """Train one phase of a training of so many minutes."""
+    rng, begun = np.random.default_rng(phase.clips), time.monotonic()
+    for part in (vae.encoder, vae.quant_conv):
+        part.requires_grad_(not phase.decoder_only)
+    leave_attention_out(vae)
+    for step in itertools.count():
+        done = (time.monotonic() - begun) / (60 * minutes * phase.share)
+        if done >= 1:
+            break
+        video, weight = pool.batch(rng, phase.clips, phase.frames, phase.size)
+        pixels, kl = reconstruct(vae, video, noisy=not phase.decoder_only)
+        loss = (weight * (pixels - video).abs()).mean() / weight.mean()
+        vae.zero_grad(set_to_none=True)
+        (loss + KL_WEIGHT * kl).backward()
+        optimiser.step(
+            min(1.0, (step + 1) / 20) * (phase.scale[0] + done * (phase.scale[1] - phase.scale[0]))
+        )
+        if step % 25 == 0:
+            print(f"step {step} ({done:.0%}) loss {loss:.4f} kl {kl:.3f}", flush=True)
+        if step % 100 == 99:
+            print("psnr all {:.1f} dB, shapes {:.1f} dB".format(*psnr(vae, fresh, phase.frames)), flush=True)
+    print("psnr all {:.1f} dB, shapes {:.1f} dB".format(*psnr(vae, fresh, phase.frames)), flush=True)
+
+
+def main() -> None:
+    """Train, report, save."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--start", type=Path, help="an autoencoder of this script to go on with")
+    parser.add_argument("--skip", type=int, default=0, help="phases that --start has behind it")
+    parser.add_argument(
+        "--minutes", type=float, default=20, help="of three threads; sets the length of the schedule"
+    )
+    args = parser.parse_args()
+    WanCausalConv3d.forward = planar_convolution
+    torch.manual_seed(0)
+    vae = AutoencoderKLWan.from_pretrained(args.start) if args.start else untrained()
+    leave_attention_out(vae)
+    optimiser = Muon(vae, lr=0.02, adam_lr=2e-3)
+    pool, fresh = Pool.draw(0, 2000), Pool.draw(10**7, 24)
+    for phase in PHASES[args.skip :]:
+        train(vae, optimiser, phase, pool, fresh, args.minutes)
+        if not phase.decoder_only:
+            normalise(vae, fresh)
+    vae.save_pretrained(args.out)
+
+
+if __name__ == "__main__":
+    main()
