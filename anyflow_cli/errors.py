@@ -1,14 +1,14 @@
 """Failures that a user can act on. Everything may import this file; it imports nothing.
 
-The command line prints the message as one sentence after ``error:``, the hint after ``hint:``, and ends with the
-exit code of the class. Bugs are not wrapped in these: they keep their traceback.
+The command line prints the message as one sentence after ``error:``, the hint after ``hint:``, and ends with
+the exit code of the class. Bugs are not wrapped in these: they keep their traceback.
 """
 
 from __future__ import annotations
 
 
 class AnyflowError(Exception):
-    """Something outside the code went wrong (a file, the disk, a checkpoint). ``hint`` names the next step."""
+    """Something outside the code went wrong (a file, the disk). ``hint`` names the next step."""
 
     exit_code = 1
 

@@ -1,9 +1,9 @@
 """The shapes world: short captioned clips, drawn rather than filmed, infinite and seeded.
 
-One coloured shape moves in a straight line over a plain background, behind three small white dots that stand still.
-The dots are in no caption: several independent, sharply placed things are what a few large sampling steps get wrong,
-so they leave something to distil. ``shapes`` is the world of the built-in models; ``shapes-shifted`` has colours and
-diagonal motions that those models never saw, for fine-tuning.
+One coloured shape moves in a straight line over a plain background, behind three small white dots that stand
+still. The dots are in no caption: several independent, sharply placed things are what a few large sampling
+steps get wrong, so they leave something to distil. ``shapes`` is the world of the built-in models;
+``shapes-shifted`` has colours and diagonal motions that those models never saw, for fine-tuning.
 
 Legend: T frames, H W height and width in pixels; pixels are uint8 RGB.
 """
@@ -48,7 +48,7 @@ OMITTED = {"size": 0.1, "direction": 0.1, "speed": 0.4, "background": 0.1}
 
 @dataclass(frozen=True)
 class Scene:
-    """Everything that is in one clip. ``start`` is the centre in frame 0, ``step`` the motion a frame, in pixels."""
+    """Everything in one clip. ``start`` is the centre in frame 0, ``step`` the motion a frame, in pixels."""
 
     shape: str
     colour: str

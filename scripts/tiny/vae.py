@@ -58,7 +58,7 @@ class Pool:
         return cls(scenes, torch.stack([torch.from_numpy(render(scene)) for scene in scenes]))
 
     def batch(self, rng: np.random.Generator, count: int, frames: int, size: int) -> tuple[Tensor, Tensor]:
-        """Random clips (B, 3, T, H, W) in [-1, 1] and weights; smaller ones are cut out around shape or dot."""
+        """Random clips (B, 3, T, H, W) in [-1, 1] and weights; small ones are cut around shape or dot."""
         videos, weights = [], []
         for index in rng.integers(len(self.scenes), size=count):
             scene, begin = self.scenes[index], int(rng.integers(FRAMES - frames + 1))
@@ -121,7 +121,7 @@ def psnr(vae: AutoencoderKLWan, pool: Pool, frames: int) -> tuple[float, float]:
 
 @torch.no_grad()
 def normalise(vae: AutoencoderKLWan, pool: Pool) -> None:
-    """Write the latents' mean and standard deviation into the configuration, where pipelines look for them."""
+    """Write the latents' mean and standard deviation into the configuration, where pipelines find them."""
     latents = torch.cat(
         [
             vae._encode(video.permute(3, 0, 1, 2)[None] / 127.5 - 1).chunk(2, dim=1)[0]

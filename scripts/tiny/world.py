@@ -38,18 +38,16 @@ from anyflow_cli.model.encoders import TextEncoder, VideoVAE
 SHIFT = 3.0
 TRANSFORMER = {
     "patch_size": (1, 2, 2), "num_attention_heads": 4, "attention_head_dim": 32, "num_layers": 6,
-    "ffn_dim": 512, "in_channels": 8, "out_channels": 8, "text_dim": 64, "freq_dim": 256, "cross_attn_norm": True,
-    "qk_norm": "rms_norm_across_heads", "rope_max_seq_len": 1024,
+    "ffn_dim": 512, "in_channels": 8, "out_channels": 8, "text_dim": 64, "freq_dim": 256,
+    "cross_attn_norm": True, "qk_norm": "rms_norm_across_heads", "rope_max_seq_len": 1024,
 }  # fmt: skip
-SLOW_ENOUGH = (
-    0.02  # radians per thousandth of t up to which a channel of the time embedding starts at full strength
-)
+SLOW_ENOUGH = 0.02  # radians per thousandth of t, up to which a time channel starts at full strength
 
 
 def untrained_transformer() -> WanTransformer3DModel:
     """A Wan transformer whose fast time channels start small, so that it becomes smooth in t.
 
-    The difference quotient of stage 1 looks 0.005 to either side, where the fastest channels turn by 5 radians.
+    The difference quotient of stage 1 looks 0.005 to either side, where the fastest turn by 5 radians.
     """
     torch.manual_seed(0)
     transformer = WanTransformer3DModel(**TRANSFORMER)
