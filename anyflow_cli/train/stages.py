@@ -31,6 +31,8 @@ from anyflow_cli.train.trainer import OnStep, Trainer, make_accelerator
 
 log = logging.getLogger(__name__)
 
+Weights = dict[str, torch.Tensor]
+
 
 class Finished(NamedTuple):
     """What a training command leaves."""
@@ -117,13 +119,13 @@ def student_backbone(recipe: schema.Recipe, inputs: Inputs, precision: Precision
 
 
 def on_policy_backbone(recipe: schema.Recipe, inputs: Inputs, precision: Precision) -> Backbone:
-    """Student, real and fake score. All on one base where start and real score are adapters of the teacher."""
+    """Student, real and fake score; all on one base where start and real score adapt the teacher."""
     roles: tuple[Role, ...] = ("student", "real", "fake")
     start, real, teacher = (inputs.parents[name] for name in ("start", "real score", "teacher"))
     seed = recipe.distill.seed
-    student_adapter = _adapter_of(recipe, start)
-    real_adapter = _adapter_of(recipe, real)
-    if student_adapter is not None and (real == teacher or real_adapter is not None):
+    shared = _on_teacher(recipe, inputs)
+    if shared is not None:
+        student_adapter, real_adapter = shared
         network = two_time_from(
             _load(teacher, recipe, precision), recipe.model.gate, recipe.model.conditioning
         )
@@ -137,6 +139,20 @@ def on_policy_backbone(recipe: schema.Recipe, inputs: Inputs, precision: Precisi
             f"Train one with `anyflow train-flowmap -r {recipe.name}` first.",
         )
     return _backbone(recipe, network, roles, teacher=_load(real, recipe, precision), seed=seed)
+
+
+def base_of(recipe: schema.Recipe, inputs: Inputs) -> Path:
+    """The model that the student's own weights stand on: the teacher if all roles share it, or the start."""
+    if inputs.section == "distill" and _on_teacher(recipe, inputs) is not None:
+        return inputs.parents["teacher"]
+    return next(iter(inputs.parents.values()))
+
+
+def _on_teacher(recipe: schema.Recipe, inputs: Inputs) -> tuple[Weights, Weights | None] | None:
+    """Adapters of start and real score (None: the teacher itself) where both belong on the teacher."""
+    student, real = (_adapter_of(recipe, inputs.parents[name]) for name in ("start", "real score"))
+    on_teacher = inputs.parents["real score"] == inputs.parents["teacher"] or real is not None
+    return (student, real) if student is not None and on_teacher else None
 
 
 def _backbone(
@@ -160,8 +176,8 @@ def _lora(recipe: schema.Recipe) -> LoraSize | None:
     return LoraSize(lora.rank, lora.alpha) if lora else None
 
 
-def _adapter_of(recipe: schema.Recipe, model: Path) -> dict[str, torch.Tensor] | None:
-    """The adapter on the recipe's teacher that a run left beside its finished model, if sizes agree."""
+def _adapter_of(recipe: schema.Recipe, model: Path) -> Weights | None:
+    """The adapter on the teacher that a run left beside its finished model, if sizes agree."""
     folder = model.parent / "adapter"
     if recipe.model.lora is None or model.name != MODEL or not folder.is_dir():
         return None
@@ -192,6 +208,7 @@ def train(recipe: schema.Recipe, inputs: Inputs, on_step: OnStep | None = None) 
         Batches(data, settings.batch, settings.seed),
         settings,
         accelerator=accelerator,
+        precision=precision,
         workers=recipe.data.workers,
         on_step=on_step,
         preview=preview,
@@ -207,8 +224,9 @@ def _begin(recipe: schema.Recipe, inputs: Inputs) -> tuple[Any, dict[str, Any], 
     """Claim the directory, on the main process first. A run keeps the precision it began with."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     precision = resolve_precision(recipe.model.precision, device)
-    accelerator = make_accelerator(precision)
+    accelerator = make_accelerator()
     facts = {"precision": precision, "processes": accelerator.num_processes}
+    facts |= {"base": str(base_of(recipe, inputs))}  # a checkpoint cannot be opened without it
     with accelerator.main_process_first():
         lineage = begin_run(recipe, inputs, facts)
     if recipe.model.precision == "auto" and lineage["precision"] != precision:
@@ -271,8 +289,7 @@ def _save(
     with trainer.ema.swapped():
         network = backbone.merged("student")
         if backbone.lora is not None:
-            base = str(source)
-            save_adapter(inputs.adapter, backbone.state_dict_of("student"), backbone.lora, base)
+            save_adapter(inputs.adapter, backbone.state_dict_of("student"), backbone.lora, lineage["base"])
     facts = {**lineage, "steps": trainer.step}
     save_pipeline(inputs.finished, network, source, facts, shift=recipe.model.shift, replace=True)
     log.info("The averaged model is in %s.", inputs.finished)

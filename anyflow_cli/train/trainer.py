@@ -1,8 +1,8 @@
 """The loop: draw, differentiate, update, average, report, save. One for every objective.
 
 A step runs the objective's phases in order; a phase's gradient is summed over its terms and micro batches
-and then moves its role's weights. Accelerate carries device, precision and processes. Whatever is random in
-a step follows from its number (``draws``), so a checkpoint needs no generator states, and a run killed at
+and then moves its role's weights. Accelerate carries devices and processes. Whatever is random in a step
+follows from its number (``draws``), so a checkpoint needs no generator states, and a run killed at
 any moment goes on as if it had not been, bit for bit on one CPU.
 
 Legend: N global batch, B micro batch.
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from anyflow_cli.data.batches import Batch
 from anyflow_cli.errors import AnyflowError, UsageError
-from anyflow_cli.model.precision import Precision
+from anyflow_cli.model.precision import Precision, autocast
 from anyflow_cli.recipe import schema
 from anyflow_cli.train import checkpoint
 from anyflow_cli.train.draws import Draws, GlobalMean
@@ -49,27 +49,30 @@ class StoppedError(AnyflowError):
 
 
 class TermModule(nn.Module):
-    """A phase's terms as a module over its own parameters: what DDP and autocast wrap."""
+    """A phase's terms as a module over its own parameters, which is what DDP wraps."""
 
-    def __init__(self, parameters: list[nn.Parameter], terms: tuple[Term, ...]) -> None:
+    def __init__(self, parameters: list[nn.Parameter], terms: tuple[Term, ...], precision: Precision) -> None:
         super().__init__()
         self.weights = nn.ParameterList(parameters)
-        self.terms = terms
+        self.terms, self.precision = terms, precision
 
     def forward(self, number: int, batch: Batch, draws: Draws) -> tuple[Tensor, Tally]:
         """Loss and report of one term."""
-        return self.terms[number](batch, draws)
+        with autocast(self.precision, batch.latents.device):
+            return self.terms[number](batch, draws)
 
 
 class PhaseState:
     """A phase with its optimiser and schedule."""
 
-    def __init__(self, phase: Phase, parameters: list[nn.Parameter], accelerator: Any) -> None:
+    def __init__(
+        self, phase: Phase, parameters: list[nn.Parameter], accelerator: Any, precision: Precision
+    ) -> None:
         settings = phase.optimiser
         self.name, self.clip, self.warmup, self.lr = phase.role, settings.clip, settings.warmup, settings.lr
         self.parameters = parameters
         self.terms = phase.terms
-        self.module = accelerator.prepare_model(TermModule(parameters, phase.terms))
+        self.module = accelerator.prepare_model(TermModule(parameters, phase.terms, precision))
         self.optimiser = torch.optim.AdamW(
             parameters, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay
         )
@@ -96,6 +99,7 @@ class Trainer:
         settings: schema.Training,
         *,
         accelerator: Any,
+        precision: Precision = "fp32",
         workers: int = 0,
         on_step: OnStep | None = None,
         preview: Preview | None = None,
@@ -114,7 +118,7 @@ class Trainer:
         self.micro = min(settings.micro_batch or self.share, self.share)
         self.backbone.to(accelerator.device)
         self.phases = [
-            PhaseState(phase, self.backbone.parameters_of(phase.role), accelerator)
+            PhaseState(phase, self.backbone.parameters_of(phase.role), accelerator, precision)
             for phase in objective.phases
         ]
         student = self.backbone.named_parameters_of("student")
@@ -239,12 +243,14 @@ class Trainer:
         self.metrics.resume(state.step, state.extra)
 
 
-def make_accelerator(precision: Precision) -> Any:
-    """Accelerate's view of this process: device, other processes, mixed precision."""
+def make_accelerator() -> Any:
+    """Accelerate's view of this process: its device, and the other processes."""
     from accelerate import Accelerator, DistributedDataParallelKwargs
 
     distributed = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
-    return Accelerator(mixed_precision="bf16" if precision == "bf16" else "no", kwargs_handlers=[distributed])
+    # Without being told, accelerate takes several processes without a GPU for one.
+    cpu = not torch.cuda.is_available()
+    return Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=[distributed])
 
 
 @contextmanager

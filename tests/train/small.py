@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
@@ -15,7 +16,7 @@ from anyflow_cli.model.config import NetworkConfig
 from anyflow_cli.model.network import FlowMapTransformer, two_time_from
 from anyflow_cli.model.roles import Backbone, LoraSize, Role
 from anyflow_cli.recipe import schema
-from anyflow_cli.train import objectives
+from anyflow_cli.train import checkpoint, objectives
 from anyflow_cli.train.trainer import Trainer, make_accelerator
 
 CONFIG = NetworkConfig(
@@ -23,7 +24,7 @@ CONFIG = NetworkConfig(
 )
 LATENT = (3, 4, 4, 4)  # F, C, H, W
 NEGATIVE = torch.zeros(5, 8)
-OPTIMISER = schema.Optimiser(lr=3e-3, warmup=2)
+OPTIMISER = schema.Optimiser(lr=1e-2, warmup=2)
 Kind = Literal["flow-map", "flow-matching", "consistency-ode", "on-policy"]
 
 
@@ -79,5 +80,28 @@ def trainer(
     roles = backbone(kind, lora)
     return Trainer(
         directory, objective(kind, roles, **(changes or {})), source or RandomData(run.batch), run,
-        accelerator=make_accelerator("fp32"), **(hooks or {}),
+        accelerator=make_accelerator(), **(hooks or {}),
     )  # fmt: skip
+
+
+def rows(directory: Path) -> list[dict[str, Any]]:
+    """The metrics of a run, less what the clock decides."""
+    lines = (directory / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in ("seconds", "memory")} for line in lines]
+
+
+def same_run(a: Path, b: Path) -> None:
+    """Fail unless two runs ended alike, bit for bit."""
+    paths = [checkpoint.newest(directory / "checkpoints") for directory in (a, b)]
+    first, second = (checkpoint.load(path) for path in paths if path is not None)
+    assert first.step == second.step
+    assert first.tensors.keys() == second.tensors.keys()
+    for part, tensors in first.tensors.items():
+        assert tensors.keys() == second.tensors[part].keys()
+        for name, value in tensors.items():
+            assert torch.equal(value, second.tensors[part][name]), f"{part}: {name}"
+    for part, state in first.optimisers.items():
+        for number, moments in state["state"].items():
+            for name, value in moments.items():
+                assert torch.equal(value, second.optimisers[part]["state"][number][name]), f"{part}: {name}"
+    assert rows(a) == rows(b)

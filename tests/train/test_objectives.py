@@ -1,0 +1,180 @@
+"""Each objective teaches what it should, to the role it should, and cuts its batch without a trace."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+from torch import Tensor
+
+from anyflow_cli.data.batches import Batch
+from anyflow_cli.flow.simulation import BUDGETS
+from anyflow_cli.recipe import schema
+from anyflow_cli.train.draws import Draws
+from anyflow_cli.train.objectives import FlowMapTerm, drop_text, tally, weighted
+from tests.train import small
+from tests.train.small import Kind, RandomData, trainer
+
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+
+def batch(count: int = 4) -> Batch:
+    return next(RandomData(count).stream(0))
+
+
+def gradients(run: Any, phase: int, of: str) -> list[Tensor | None]:
+    run.step = 1
+    run._accumulate(run.phases[phase], batch(run.settings.batch))
+    return [parameter.grad for parameter in run.backbone.parameters_of(of)]
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("kind", ["flow-map", "flow-matching", "consistency-ode"])
+def test_the_loss_falls(tmp_path: Path, kind: Kind, lora: bool) -> None:
+    """One video to learn, so that any objective can."""
+    source = RandomData(
+        4, torch.randn(1, *small.LATENT, generator=torch.manual_seed(0)).expand(8, -1, -1, -1, -1)
+    )
+    losses: list[float] = []
+    run = trainer(
+        tmp_path, kind, lora=lora, source=source, steps=60, checkpoint_every=60,
+        hooks={"on_step": lambda step, values: losses.append(values.get("boundary", values["loss"]))},
+    )  # fmt: skip
+    run.run()
+    assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("simulation", ["flow-map", "consistency"])
+def test_gradients_reach_the_role_of_the_phase_alone(tmp_path: Path, lora: bool, simulation: str) -> None:
+    run = trainer(tmp_path, "on-policy", lora=lora, changes={"simulation": simulation})
+    frozen = [p for p in run.backbone.parameters() if not p.requires_grad]
+    student = gradients(run, 0, "student")
+    assert all(gradient is not None for gradient in student)
+    assert all(parameter.grad is None for parameter in run.backbone.parameters_of("fake"))
+    run.phases[0].optimiser.zero_grad()
+    fake = gradients(run, 1, "fake")
+    assert any(gradient is not None and gradient.abs().sum() > 0 for gradient in fake)
+    assert all(parameter.grad is None for parameter in run.backbone.parameters_of("student"))
+    assert all(parameter.grad is None for parameter in frozen)
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_the_fake_score_moves_and_the_real_one_stands(tmp_path: Path, lora: bool) -> None:
+    run = trainer(tmp_path, "on-policy", lora=lora, steps=3)
+    z, t = torch.randn(2, *small.LATENT, generator=torch.manual_seed(1)), torch.tensor([0.3, 0.8])
+
+    def answers() -> dict[str, Tensor]:
+        text = batch(2).text
+        with torch.no_grad():
+            return {role: run.backbone.velocity(role, text)(z, t, t) for role in ("student", "real", "fake")}
+
+    before = answers()
+    torch.testing.assert_close(before["fake"], before["real"])
+    run.run()
+    after = answers()
+    assert torch.equal(before["real"], after["real"])
+    assert not torch.allclose(before["fake"], after["fake"], atol=1e-4)
+    assert not torch.allclose(before["student"], after["student"], atol=1e-4)
+
+
+def test_matching_has_nothing_to_say_while_the_scores_agree_without_guidance(tmp_path: Path) -> None:
+    run = trainer(tmp_path, "on-policy", changes={"joint": False, "real_guidance": 1.0})
+    loss, _ = run.phases[0].terms[0](batch(), Draws(0, 1, 4, (0, 1, 2, 3)))
+    assert loss.item() == pytest.approx(0, abs=1e-10)
+
+
+def test_the_joint_loss_is_alg_1_on_the_data_times_its_weight(tmp_path: Path) -> None:
+    run = trainer(tmp_path, "on-policy", changes={"joint_weight": 0.25})
+    draws = Draws(0, 1, 4, (0, 1, 2, 3))
+    alone = FlowMapTerm(run.backbone, small.NEGATIVE, schema.FlowMap(), 5.0)
+    joint, report = run.phases[0].terms[1](batch(), draws)
+    fresh = replace(draws, global_mean=type(draws.global_mean)(lambda values: values))
+    loss, _ = alone(batch(), fresh)
+    assert joint.item() == pytest.approx(0.25 * loss.item(), rel=1e-6)
+    assert report["flow_map_loss"][0] / 4 == pytest.approx(loss.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("reuse", [False, True])
+def test_the_fake_score_learns_from_fresh_samples_or_those_of_the_step(tmp_path: Path, reuse: bool) -> None:
+    run = trainer(tmp_path, "on-policy", changes={"reuse_rollout": reuse, "joint": False})
+    asked: list[int] = []
+    student = run.backbone.network_of("student")
+    student.register_forward_hook(lambda *_: asked.append(1))
+    draws = Draws(0, 1, 4, (0, 1, 2, 3))
+    run.phases[0].terms[0](batch(), draws)
+    of_student = len(asked)
+    assert 1 <= of_student <= 3
+    run.phases[1].terms[0](batch(), draws)
+    assert (len(asked) == of_student) is reuse
+
+
+def test_budgets_of_the_recipe_are_those_of_the_paper() -> None:
+    assert schema.Distill().budgets == BUDGETS
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("micro", [1, 2, 3])
+def test_micro_batches_give_the_gradient_of_the_whole(
+    tmp_path: Path, kind: Kind, lora: bool, micro: int
+) -> None:
+    """Equal up to the order of fp32 sums: the means over the global batch are exact, Eq. 7's too."""
+    both = [trainer(tmp_path / str(m), kind, lora=lora, batch=6, micro_batch=m) for m in (micro, 6)]
+    for phase in range(len(both[0].phases)):
+        cut, whole = (gradients(run, phase, run.phases[phase].name) for run in both)
+        scale = max(float(gradient.abs().max()) for gradient in whole if gradient is not None)
+        for a, b in zip(cut, whole, strict=True):
+            torch.testing.assert_close(a, b, rtol=2e-4, atol=2e-5 * scale)
+        for run in both:
+            run.phases[phase].optimiser.zero_grad()
+
+
+def test_reports_do_not_depend_on_the_micro_batch(tmp_path: Path) -> None:
+    reports = []
+    for micro in (1, 4):
+        run = trainer(tmp_path / str(micro), "flow-map", micro_batch=micro)
+        run.step = 1
+        reports.append(run._accumulate(run.phases[0], batch()))
+    one, four = reports
+    assert one["boundary"][1] == four["boundary"][1] == 2
+    for name in ("loss", "boundary", "non_boundary"):
+        assert one[name] == pytest.approx(four[name], rel=1e-4)
+
+
+def test_shares_of_times_hold_for_the_global_batch(tmp_path: Path) -> None:
+    run = trainer(tmp_path, "flow-map", batch=8, micro_batch=2)
+    run.step = 1
+    report = run._accumulate(run.phases[0], batch(8))
+    assert (report["boundary"][1], report["non_boundary"][1]) == (4, 4)
+
+
+@pytest.mark.parametrize(("share", "dropped"), [(0.0, 0), (1.0, 4)])
+def test_dropped_text_is_the_negative_prompts(share: float, dropped: int) -> None:
+    negative = torch.full_like(small.NEGATIVE, 3.0)
+    result, mask = drop_text(batch(), negative, share, Draws(0, 1, 4, (0, 1, 2, 3)))
+    assert int(mask.sum()) == dropped
+    assert torch.equal(result.text, negative.expand_as(batch().text) if dropped else batch().text)
+
+
+def test_text_is_dropped_by_position() -> None:
+    whole = drop_text(batch(), small.NEGATIVE, 0.5, Draws(0, 2, 4, (0, 1, 2, 3)))[1]
+    part = drop_text(batch(), small.NEGATIVE, 0.5, Draws(0, 2, 4, (3, 1, 0, 2)))[1]
+    assert 0 < int(whole.sum()) < 4
+    assert torch.equal(part, whole[[3, 1, 0, 2]])
+
+
+def test_tallies_add_up_over_micro_batches() -> None:
+    values, mask = torch.tensor([1.0, 2.0, 6.0]), torch.tensor([True, False, True])
+    assert (tally(values[:2], mask[:2]) + tally(values[2:], mask[2:])).tolist() == [7.0, 2.0]
+    assert tally(torch.tensor(0.5), 4).tolist() == [2.0, 4.0]
+
+
+def test_a_weight_scales_the_loss_and_not_the_report() -> None:
+    term = weighted(lambda batch, draws: (torch.tensor(2.0), {"loss": torch.tensor([2.0, 1.0])}), 0.5, "x_")
+    loss, report = term(batch(), Draws(0, 1, 4, (0,)))
+    assert loss.item() == 1.0
+    assert report["x_loss"].tolist() == [2.0, 1.0]
