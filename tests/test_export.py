@@ -223,3 +223,27 @@ def test_nothing_is_written_over(wan: Path, tmp_path: Path, kind: str) -> None:
     with pytest.raises(UsageError, match="exists already"):
         export(str(wan), recipe_for(wan), kind, out)  # type: ignore[arg-type]
     assert out.read_text() == "mine"
+
+
+@pytest.mark.parametrize("lora", ["null", "{rank: 4, alpha: 8}"], ids=["full", "lora"])
+def test_the_last_checkpoint_of_a_run_is_its_finished_model(
+    wan: Path, tmp_path: Path, lora: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Both stages by their commands: with adapters, stage 2 stands on the teacher and not on its start."""
+    from anyflow_cli.cli import app
+
+    recipe = tmp_path / "small.yaml"
+    training = "steps: 1, batch: 2, preview_every: 0, tensorboard: false, ema: {decay: 0.5, start: 1}"
+    recipe.write_text(
+        f"model: {{teacher: {wan}, lora: {lora}, height: 32, width: 32, frames: 5, precision: fp32}}\n"
+        "synthesize: {count: 2, batch: 2, steps: 1}\n"
+        f"train_flowmap: {{{training}, optimiser: {{lr: 1e-2, warmup: 0}}}}\n"
+        f"distill: {{{training}}}\n"
+    )
+    given = ["-r", str(recipe), "--runs", str(tmp_path)]
+    for command in ("synthesize", "train-flowmap", "distill"):
+        assert app.main([command, *given]) == 0, capsys.readouterr().err
+    for stage in ("train-flowmap", "distill"):
+        run = tmp_path / "small" / stage
+        finished = open_model(str(run), recipe_for(wan)).network
+        assert_same(finished, open_model(str(run / "checkpoints" / "step-000001"), recipe_for(wan)).network)
