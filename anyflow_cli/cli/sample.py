@@ -42,50 +42,51 @@ WITHOUT_PROMPTS = 4
 log = logging.getLogger(__name__)
 
 
+PromptOption = Annotated[
+    list[str] | None,
+    typer.Option("--prompt", "-p", metavar="TEXT", show_default=False, help="What to show; repeatable."),
+]
+PromptsOption = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", show_default=False, help="Prompts: txt, csv, jsonl or parquet."),
+]
+StepsOption = Annotated[
+    str | None,
+    typer.Option(metavar="N,N,...", show_default=False, help="Step counts, instead of the recipe's."),
+]
+CountOption = Annotated[int, typer.Option(min=1, metavar="K", help="Seeds a prompt, counted on from --seed.")]
+TeacherOption = Annotated[
+    bool, typer.Option("--teacher", help="Sample the recipe's teacher, guided: two evaluations a step.")
+]
+ModelOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="ADDRESS", show_default=False,
+        help="A diffusers folder, a training run or checkpoint, a built-in or Hub name.",
+    ),
+]  # fmt: skip
+SamplerOption = Annotated[
+    Literal["flow-map", "euler", "consistency"] | None,
+    typer.Option(show_default=False, help="How to go from noise to video, if not as the model's kind asks."),
+]
+OutOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR", show_default=False, rich_help_panel=OUTPUT_PANEL,
+        help="A new directory, instead of the next number under runs/RECIPE/samples.",
+    ),
+]  # fmt: skip
+
+
 def sample(
-    prompt: Annotated[
-        list[str] | None,
-        typer.Option("--prompt", "-p", metavar="TEXT", show_default=False, help="What to show; repeatable."),
-    ] = None,
-    prompts: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE", show_default=False, help="Prompts in a txt, csv, jsonl or parquet file."
-        ),
-    ] = None,
-    nfe: Annotated[
-        str | None,
-        typer.Option(metavar="N,N,...", show_default=False, help="Step counts, instead of the recipe's."),
-    ] = None,
-    count: Annotated[
-        int, typer.Option(min=1, metavar="K", help="Seeds a prompt, counted on from --seed.")
-    ] = 1,
-    teacher: Annotated[
-        bool, typer.Option("--teacher", help="Sample the recipe's teacher, guided: two evaluations a step.")
-    ] = False,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            metavar="ADDRESS",
-            show_default=False,
-            help="A diffusers folder, a training run or checkpoint, a built-in or Hub name.",
-        ),
-    ] = None,
-    sampler: Annotated[
-        Literal["flow-map", "euler", "consistency"] | None,
-        typer.Option(
-            show_default=False, help="How to go from noise to video, if not as the model's kind asks."
-        ),
-    ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR",
-            show_default=False,
-            rich_help_panel=OUTPUT_PANEL,
-            help="A new directory, instead of the next number under runs/RECIPE/samples.",
-        ),
-    ] = None,
+    prompt: PromptOption = None,
+    prompts: PromptsOption = None,
+    nfe: StepsOption = None,
+    count: CountOption = 1,
+    teacher: TeacherOption = False,
+    model: ModelOption = None,
+    sampler: SamplerOption = None,
+    out: OutOption = None,
     recipe: RecipeOption = DEFAULT_RECIPE,
     assignments: SetOption = None,
     runs: RunsOption = DEFAULT_RUNS,
