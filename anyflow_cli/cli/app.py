@@ -13,7 +13,17 @@ from typing import Annotated, Any, NamedTuple
 import typer
 
 from anyflow_cli import __version__
-from anyflow_cli.cli import distill, doctor, export, recipes, sample, synthesize, train_flowmap
+from anyflow_cli.cli import (
+    distill,
+    doctor,
+    evaluate,
+    export,
+    finetune,
+    recipes,
+    sample,
+    synthesize,
+    train_flowmap,
+)
 from anyflow_cli.cli.common import examples
 from anyflow_cli.cli.console import debugging, print_error, start_logging, stderr
 from anyflow_cli.cli.failures import INTERRUPTED, failure_of
@@ -36,7 +46,9 @@ VERBS: tuple[Verb, ...] = (
     Verb("synthesize", synthesize.synthesize, synthesize.EXAMPLES, CHAIN),
     Verb("train-flowmap", train_flowmap.train_flowmap, train_flowmap.EXAMPLES, CHAIN),
     Verb("distill", distill.distill, distill.EXAMPLES, CHAIN),
+    Verb("finetune", finetune.finetune, finetune.EXAMPLES, CHAIN),
     Verb("sample", sample.sample, sample.EXAMPLES, USE),
+    Verb("evaluate", evaluate.evaluate, evaluate.EXAMPLES, USE),
     Verb("export", export.export, export.EXAMPLES, AROUND),
     Verb("doctor", doctor.doctor, doctor.EXAMPLES, AROUND),
 )

@@ -22,9 +22,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from anyflow_cli.addresses import MARKER
 from anyflow_cli.errors import AnyflowError
 
-MARKER = "COMPLETE"
 FORMAT = 1  # raise it when an older program could not read what this one writes
 
 

@@ -68,7 +68,9 @@ def make_preview(
         vae = VideoVAE.load(pipeline, device)
         columns = [to_pixels(vae.decode(part)) for part in latents]
         rows = [Row(caption, [column[i] for column in columns]) for i, caption in enumerate(batch.captions)]
-        sheet = contact_sheet(rows, [f"{nfe} step{'s' * (nfe > 1)}" for nfe in plan.nfe], title=f"step {step}")
+        sheet = contact_sheet(
+            rows, [f"{nfe} step{'s' * (nfe > 1)}" for nfe in plan.nfe], title=f"step {step}"
+        )
         with committed(directory / "previews" / f"step-{step:06d}.png") as temporary:
             sheet.save(temporary, format="PNG")
 

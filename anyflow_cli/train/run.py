@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import anyflow_cli
+from anyflow_cli.addresses import LINEAGE, RECIPE, is_checkpoint
 from anyflow_cli.data.atomic import committed, write_json
 from anyflow_cli.data.shards import MANIFEST, sha256
 from anyflow_cli.errors import UsageError
@@ -28,7 +29,6 @@ from anyflow_cli.recipe.compare import differing_keys, dump, flat
 from anyflow_cli.recipe.load import load_recipe
 from anyflow_cli.recipe.schema import Recipe
 
-RECIPE, LINEAGE = "recipe.yaml", "lineage.json"
 HARMLESS = (
     "steps", "micro_batch", "checkpoint_every", "keep_checkpoints", "log_every", "preview_every",
     "preview_prompts", "tensorboard", "gradient_checkpointing", "shipped", "fps", "precision",
@@ -38,12 +38,17 @@ OTHER = "Use another --runs directory or recipe name, or go back to the settings
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run is made from. ``parents``: the role of each model folder, e.g. start, teacher."""
+    """What a run is made from. ``parents``: each model folder or checkpoint by its part, e.g. start, teacher.
+
+    ``base`` is the pipeline folder whose network the student's weights or adapter stand on, and whose other
+    components the finished model takes over.
+    """
 
     directory: Path
     section: str  # of the recipe, e.g. train_flowmap
     data: Path
     parents: Mapping[str, Path]
+    base: Path
 
     @property
     def finished(self) -> Path:
@@ -92,6 +97,7 @@ def begin_run(recipe: Recipe, inputs: Inputs, facts: Mapping[str, Any]) -> dict[
         "stage": inputs.section,
         "command": sys.argv,
         "recipe": recipe.name,
+        "base": str(inputs.base.resolve()),  # a checkpoint cannot be opened without it
         "versions": versions(),
         "inputs": fingerprints(inputs),
         **facts,
@@ -114,13 +120,14 @@ def fingerprints(inputs: Inputs) -> dict[str, dict[str, str]]:
     parents = {
         name: {"path": str(path), "sha256": fingerprint(path)} for name, path in inputs.parents.items()
     }
-    return {"data": data, **parents}
+    return {"data": data} | parents
 
 
 def fingerprint(model: Path) -> str:
     """Tells models apart without reading all of them: config, names, sizes and the ends of the weights."""
     digest = hashlib.sha256()
-    folder = transformer_folder(model)
+    state = is_checkpoint(model)
+    folder = model if state else transformer_folder(model)
     for file in sorted(folder.glob("*.safetensors")):
         size = file.stat().st_size
         digest.update(json.dumps([file.name, size]).encode())
@@ -128,5 +135,5 @@ def fingerprint(model: Path) -> str:
             for start in (0, max(size - (1 << 20), 0)):
                 handle.seek(start)
                 digest.update(handle.read(1 << 20))
-    digest.update((folder / "config.json").read_bytes())
+    digest.update((folder / ("state.json" if state else "config.json")).read_bytes())
     return digest.hexdigest()

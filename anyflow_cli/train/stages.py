@@ -14,17 +14,19 @@ from typing import Any, NamedTuple, cast
 
 import torch
 
+from anyflow_cli.addresses import is_checkpoint, locate, open_model, run_of
 from anyflow_cli.data.batches import Batches, LatentData
 from anyflow_cli.data.shards import read_manifest
 from anyflow_cli.errors import UsageError
 from anyflow_cli.model.adapter import load_adapter, save_adapter
-from anyflow_cli.model.folder import load_network, resolve, save_pipeline
+from anyflow_cli.model.folder import resolve, save_pipeline
 from anyflow_cli.model.network import FlowMapTransformer, two_time_from
 from anyflow_cli.model.precision import Precision, resolve_precision
 from anyflow_cli.model.roles import Backbone, LoraSize, Role
 from anyflow_cli.recipe import schema
 from anyflow_cli.recipe.paths import MODEL, RunPaths
 from anyflow_cli.train import objectives
+from anyflow_cli.train.heldout import TrainingPart
 from anyflow_cli.train.preview import PreviewPlan, make_preview
 from anyflow_cli.train.run import Inputs, begin_run
 from anyflow_cli.train.trainer import OnStep, Trainer, make_accelerator
@@ -47,31 +49,43 @@ class Finished(NamedTuple):
 
 def flowmap_inputs(recipe: schema.Recipe, paths: RunPaths) -> Inputs:
     """Stage 1, its baselines, and the tuning of the teacher (by ``train_flowmap.objective``)."""
-    return Inputs(
-        paths.stage_1(recipe.train_flowmap.objective),
-        "train_flowmap",
-        _data(recipe, paths),
-        {"teacher": resolve(recipe.model.teacher)},
-    )
+    teacher = resolve(recipe.model.teacher)
+    directory = paths.stage_1(recipe.train_flowmap.objective)
+    return Inputs(directory, "train_flowmap", _data(recipe, paths), {"teacher": teacher}, teacher)
 
 
 def distill_inputs(recipe: schema.Recipe, paths: RunPaths) -> Inputs:
     """Stage 2: from what stage 1 left, towards the tuned teacher if there is one."""
     settings = recipe.distill
-    start = resolve(settings.start) if settings.start else _stage_1_model(recipe, paths)
+    data = _data(recipe, paths)
+    start = locate(settings.start) if settings.start else _stage_1_model(recipe, paths)
+    teacher = resolve(recipe.model.teacher)
     tuned = paths.stage_1("flow-matching") / MODEL
-    if settings.real_score:
-        real = resolve(settings.real_score)
-    else:
-        real = tuned if tuned.is_dir() else resolve(recipe.model.teacher)
-    parents = {"start": start, "real score": real, "teacher": resolve(recipe.model.teacher)}
-    return Inputs(paths.stage_2(settings.simulation), "distill", _data(recipe, paths), parents)
+    found = tuned if tuned.is_dir() else teacher
+    real = locate(settings.real_score) if settings.real_score else found
+    parents = {"start": start, "real score": real, "teacher": teacher}
+    shared = _adapter_of(recipe, start) and (real == teacher or _adapter_of(recipe, real))
+    base = teacher if shared else _base_of(recipe, start)
+    return Inputs(paths.stage_2(settings.simulation), "distill", data, parents, base)
 
 
-def finetune_inputs(recipe: schema.Recipe, paths: RunPaths, start: Path, data: Path) -> Inputs:
+def finetune_inputs(recipe: schema.Recipe, paths: RunPaths, start: str, data: Path) -> Inputs:
     """Continued flow-map training of any any-step model on other data."""
     read_manifest(data)
-    return Inputs(paths.finetune, "finetune", data, {"start": start})
+    path = locate(start)
+    return Inputs(paths.finetune, "finetune", data, {"start": path}, _base_of(recipe, path))
+
+
+def _base_of(recipe: schema.Recipe, start: Path) -> Path:
+    """The pipeline folder behind a model; adapters need one whose weights are those that they start from."""
+    if not is_checkpoint(start):
+        return start
+    if recipe.model.lora is not None:
+        raise UsageError(
+            f"Adapters cannot be trained on the checkpoint {start}.",
+            f"Make it a model first: `anyflow export --model {start}`.",
+        )
+    return run_of(start).base
 
 
 def _data(recipe: schema.Recipe, paths: RunPaths) -> Path:
@@ -103,56 +117,42 @@ def _stage_1_model(recipe: schema.Recipe, paths: RunPaths) -> Path:
 
 def student_backbone(recipe: schema.Recipe, inputs: Inputs, precision: Precision) -> Backbone:
     """The student alone: of one time for the teacher's tuning, else of two."""
-    address = inputs.parents.get("start") or inputs.parents["teacher"]
-    network = _load(address, recipe, precision)
-    tuning = inputs.section == "train_flowmap" and recipe.train_flowmap.objective == "flow-matching"
-    if tuning and network.config.two_time:
-        raise UsageError(f"{address} is an any-step model, not a teacher.", "Name a plain Wan model.")
-    if not tuning and not network.config.two_time:
-        if inputs.section == "finetune":
-            raise UsageError(
-                f"{address} is a teacher, not an any-step model.",
-                "Give one that `train-flowmap` or `distill` made with --model.",
-            )
+    start = inputs.parents.get("start") or inputs.parents["teacher"]
+    network = _load(start, recipe, precision)
+    if inputs.section == "finetune":
+        _require(network, start, two_time=True)
+    elif recipe.train_flowmap.objective == "flow-matching":
+        _require(network, start, two_time=False)
+    elif not network.config.two_time:
         network = two_time_from(network, recipe.model.gate, recipe.model.conditioning)
     return _backbone(recipe, network, ("student",), seed=_section(recipe, inputs).seed)
 
 
 def on_policy_backbone(recipe: schema.Recipe, inputs: Inputs, precision: Precision) -> Backbone:
-    """Student, real and fake score; all on one base where start and real score adapt the teacher."""
+    """Student, real and fake score: on one base where start and real score are adapters of the teacher."""
     roles: tuple[Role, ...] = ("student", "real", "fake")
-    start, real, teacher = (inputs.parents[name] for name in ("start", "real score", "teacher"))
-    seed = recipe.distill.seed
-    shared = _on_teacher(recipe, inputs)
-    if shared is not None:
-        student_adapter, real_adapter = shared
-        network = two_time_from(
-            _load(teacher, recipe, precision), recipe.model.gate, recipe.model.conditioning
-        )
-        backbone = _backbone(recipe, network, roles, real_adapter=real_adapter, seed=seed)
-        backbone.load_state_dict_of("student", student_adapter)
-        return backbone
-    network = _load(start, recipe, precision)
-    if not network.config.two_time:
+    start, real, seed = inputs.parents["start"], inputs.parents["real score"], recipe.distill.seed
+    if inputs.base == start or is_checkpoint(start):
+        network = _load(start, recipe, precision)
+        _require(network, start, two_time=True)
+        return _backbone(recipe, network, roles, teacher=_load(real, recipe, precision), seed=seed)
+    teacher = _load(inputs.base, recipe, precision)
+    network = two_time_from(teacher, recipe.model.gate, recipe.model.conditioning)
+    backbone = _backbone(recipe, network, roles, real_adapter=_adapter_of(recipe, real), seed=seed)
+    adapter = _adapter_of(recipe, start)
+    assert adapter is not None, "the base is the teacher only where the start is its adapter"
+    backbone.load_state_dict_of("student", adapter)
+    return backbone
+
+
+def _require(network: FlowMapTransformer, path: Path, *, two_time: bool) -> None:
+    if network.config.two_time and not two_time:
+        raise UsageError(f"{path} is an any-step model, not a teacher.", "Set model.teacher to a plain Wan.")
+    if two_time and not network.config.two_time:
         raise UsageError(
-            f"{start} is a teacher, not an any-step model.",
-            f"Train one with `anyflow train-flowmap -r {recipe.name}` first.",
+            f"{path} is a teacher, not an any-step model.",
+            "Give one that `anyflow train-flowmap` or `anyflow distill` made.",
         )
-    return _backbone(recipe, network, roles, teacher=_load(real, recipe, precision), seed=seed)
-
-
-def base_of(recipe: schema.Recipe, inputs: Inputs) -> Path:
-    """The model that the student's own weights stand on: the teacher if all roles share it, or the start."""
-    if inputs.section == "distill" and _on_teacher(recipe, inputs) is not None:
-        return inputs.parents["teacher"]
-    return next(iter(inputs.parents.values()))
-
-
-def _on_teacher(recipe: schema.Recipe, inputs: Inputs) -> tuple[Weights, Weights | None] | None:
-    """Adapters of start and real score (None: the teacher itself) where both belong on the teacher."""
-    student, real = (_adapter_of(recipe, inputs.parents[name]) for name in ("start", "real score"))
-    on_teacher = inputs.parents["real score"] == inputs.parents["teacher"] or real is not None
-    return (student, real) if student is not None and on_teacher else None
 
 
 def _backbone(
@@ -168,7 +168,7 @@ def _backbone(
 def _load(path: Path, recipe: schema.Recipe, precision: Precision) -> FlowMapTransformer:
     """Weights that train are held in fp32; a base under adapters in the precision of the arithmetic."""
     frozen = recipe.model.lora is not None and precision == "bf16"
-    return load_network(path, torch.bfloat16 if frozen else torch.float32)
+    return open_model(str(path), recipe, torch.bfloat16 if frozen else torch.float32).network
 
 
 def _lora(recipe: schema.Recipe) -> LoraSize | None:
@@ -193,15 +193,16 @@ def train(recipe: schema.Recipe, inputs: Inputs, on_step: OnStep | None = None) 
     """Run a stage to its end, or continue it, and save the averaged student."""
     settings = _section(recipe, inputs)
     accelerator, lineage, precision = _begin(recipe, inputs)
-    data = LatentData(inputs.data, recipe.model.max_text_tokens)
+    tokens = recipe.model.max_text_tokens
+    part = TrainingPart if inputs.section == "finetune" else LatentData
+    data = part(inputs.data, tokens)
     on_policy = inputs.section == "distill"
     backbone = (on_policy_backbone if on_policy else student_backbone)(recipe, inputs, precision)
     _check_fit(backbone.network_of("student"), data)
-    source = next(iter(inputs.parents.values()))
     preview = None
     if accelerator.is_main_process and settings.preview_every and settings.preview_prompts:
         plan = _preview_plan(recipe, inputs)
-        preview = make_preview(inputs.directory, backbone, data, source, plan, precision)
+        preview = make_preview(inputs.directory, backbone, data, inputs.base, plan, precision)
     trainer = Trainer(
         inputs.directory,
         _objective(recipe, inputs, backbone, data),
@@ -215,7 +216,7 @@ def train(recipe: schema.Recipe, inputs: Inputs, on_step: OnStep | None = None) 
     )
     trainer.run()
     if accelerator.is_main_process:
-        _save(recipe, inputs, trainer, source, lineage)
+        _save(recipe, inputs, trainer, lineage)
     accelerator.wait_for_everyone()
     return Finished(inputs.finished, inputs.adapter if backbone.lora else None, trainer.step)
 
@@ -226,7 +227,6 @@ def _begin(recipe: schema.Recipe, inputs: Inputs) -> tuple[Any, dict[str, Any], 
     precision = resolve_precision(recipe.model.precision, device)
     accelerator = make_accelerator()
     facts = {"precision": precision, "processes": accelerator.num_processes}
-    facts |= {"base": str(base_of(recipe, inputs))}  # a checkpoint cannot be opened without it
     with accelerator.main_process_first():
         lineage = begin_run(recipe, inputs, facts)
     if recipe.model.precision == "auto" and lineage["precision"] != precision:
@@ -282,14 +282,12 @@ def _preview_plan(recipe: schema.Recipe, inputs: Inputs) -> PreviewPlan:
     return replace(student, sampler="consistency") if ode or simulated else student
 
 
-def _save(
-    recipe: schema.Recipe, inputs: Inputs, trainer: Trainer, source: Path, lineage: dict[str, Any]
-) -> None:
+def _save(recipe: schema.Recipe, inputs: Inputs, trainer: Trainer, lineage: dict[str, Any]) -> None:
     backbone = trainer.backbone
     with trainer.ema.swapped():
         network = backbone.merged("student")
         if backbone.lora is not None:
             save_adapter(inputs.adapter, backbone.state_dict_of("student"), backbone.lora, lineage["base"])
     facts = {**lineage, "steps": trainer.step}
-    save_pipeline(inputs.finished, network, source, facts, shift=recipe.model.shift, replace=True)
+    save_pipeline(inputs.finished, network, inputs.base, facts, shift=recipe.model.shift, replace=True)
     log.info("The averaged model is in %s.", inputs.finished)

@@ -1,0 +1,190 @@
+"""``anyflow finetune``: go on training an any-step model on one's own videos, and say what it changed."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from anyflow_cli.cli.common import (
+    DEFAULT_RECIPE,
+    DEFAULT_RUNS,
+    RECIPE_PANEL,
+    DebugOption,
+    DryRunOption,
+    JsonOption,
+    RecipeOption,
+    RunsOption,
+    SeedOption,
+    SetOption,
+    examples,
+    print_plan,
+    print_result,
+    resolve,
+)
+from anyflow_cli.cli.console import facts_table, is_first_process
+from anyflow_cli.cli.progress import Progress
+from anyflow_cli.cli.train_flowmap import StepsOption
+from anyflow_cli.cli.training import stage_facts, stage_result, train_stage
+from anyflow_cli.errors import UsageError
+from anyflow_cli.recipe.paths import RunPaths
+
+if TYPE_CHECKING:
+    from anyflow_cli.addresses import Choice
+    from anyflow_cli.recipe.schema import Recipe
+
+EXAMPLES = examples(
+    "anyflow finetune --data clips/",
+    "anyflow finetune --data data/mine --model runs/tiny/distill --steps 300",
+    "anyflow finetune --data clips/ --set finetune.optimiser.lr=2e-5",
+)
+STEPS = (4, 32)  # at which a model is scored before and after
+LOOKED_AT = 64  # captions that decide whether the built-in suite can score
+
+log = logging.getLogger(__name__)
+
+DataOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--data", metavar="DIR", rich_help_panel=RECIPE_PANEL, show_default=False,
+        help="Videos with captions (NAME.txt beside each, or captions.csv), or a data set of latents.",
+    ),
+]  # fmt: skip
+ModelOption = Annotated[
+    str | None,
+    typer.Option(
+        "--model", metavar="ADDRESS", rich_help_panel=RECIPE_PANEL, show_default=False,
+        help="Any-step model to start from; without it, the furthest one trained here, else the shipped one.",
+    ),
+]  # fmt: skip
+
+
+def finetune(
+    data: DataOption = None,
+    recipe: RecipeOption = DEFAULT_RECIPE,
+    model: ModelOption = None,
+    steps: StepsOption = None,
+    seed: SeedOption = None,
+    assignments: SetOption = None,
+    runs: RunsOption = DEFAULT_RUNS,
+    dry_run: DryRunOption = False,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Continue training an any-step model on your own videos; it stays any-step.
+
+    Says how 4 and 32 steps fare before and after: by score where the built-in suite can judge the captions,
+    else by the flow-map error on clips held out. The same command continues a run that was stopped.
+    """
+    options = {"--steps": ("finetune.steps", steps), "--seed": ("finetune.seed", seed)}
+    settings = resolve(recipe, assignments, options)
+    paths = RunPaths(runs, settings.name)
+    if data is None:
+        raise UsageError("finetune needs videos.", "Name their directory with --data.")
+    from anyflow_cli.addresses import find_model
+    from anyflow_cli.train.run import check_run
+    from anyflow_cli.train.stages import finetune_inputs
+
+    choice = find_model(settings, paths, model or settings.finetune.start)
+    log.info("Start: %s (%s)", *choice)
+    latents = _latents(settings, paths, data, dry_run=dry_run)
+    if latents is None:
+        facts = {"start": choice.address, "videos": data, "latents": paths.home / "finetune-data"}
+        return print_plan("finetune", facts | {"result": paths.finetune / "model"}, as_json=as_json)
+    inputs = finetune_inputs(settings, paths, choice.address, latents)
+    check_run(settings, inputs)
+    if dry_run:
+        return print_plan("finetune", stage_facts(settings, inputs), as_json=as_json)
+    finished = train_stage(settings, inputs, "finetune")
+    if is_first_process():
+        values = stage_result(finished, inputs)
+        compared = _compare(settings, paths, choice, finished.model, latents)
+        shown = facts_table(values | {name: _in_words(part) for name, part in compared.items()})
+        print_result(values | compared, as_json=as_json, text=shown)
+
+
+def _latents(settings: Recipe, paths: RunPaths, data: Path, *, dry_run: bool) -> Path | None:
+    """The data set of latents: as given, or made of the videos; None if that is still to be done."""
+    from anyflow_cli.data.job import prepare
+    from anyflow_cli.data.shards import MANIFEST, PROVENANCE
+    from anyflow_cli.synthesize import synthesize
+
+    if (data / MANIFEST).exists() or (data / PROVENANCE).exists():
+        return data
+    out = paths.home / "finetune-data"
+    job = prepare(settings, out, data)
+    todo = sum(len(job.ranges[number]) for number in job.missing())
+    if not todo and (out / MANIFEST).exists():
+        return out
+    if dry_run:
+        return None
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError(
+            "Videos are encoded by one process, and this is one of several.",
+            f"First run `anyflow synthesize --from-videos {data} --out {out}`, then give --data {out}.",
+        )
+    with Progress("encode videos", todo, "videos") as progress:
+        report = synthesize(job, progress.update)
+    log.info("%d of %d videos are in %s.", report.samples, report.wanted, out)
+    return out
+
+
+def _compare(
+    settings: Recipe, paths: RunPaths, before: Choice, after: Path, latents: Path
+) -> dict[str, dict[str, Any]]:
+    """Scores or errors of the model before and after."""
+    from anyflow_cli.addresses import Choice
+
+    both = {"before": before, "after": Choice(str(after), "fine-tuned")}
+    world = _world_of(settings, latents)
+    if world is None:
+        return {name: _error(choice, settings, latents) for name, choice in both.items()}
+    return {name: _scores(choice, settings, paths, world) for name, choice in both.items()}
+
+
+def _world_of(settings: Recipe, latents: Path) -> str | None:
+    """The world whose captions these are, if the suite can score this recipe's videos."""
+    from anyflow_cli.data.batches import LatentData
+    from anyflow_cli.data.world import FRAMES, HEIGHT, WIDTH, WORLDS, parse_caption
+
+    model = settings.model
+    if (model.frames, model.height, model.width) != (FRAMES, HEIGHT, WIDTH):
+        return None
+    clips = LatentData(latents, model.max_text_tokens)
+    captions = clips.batch(range(min(LOOKED_AT, len(clips)))).captions
+    named = [parse_caption(caption) for caption in captions]
+    for world in WORLDS.values():
+        if all("shape" in one and one.get("colour") in world.colours for one in named):
+            return world.name
+    return None
+
+
+def _scores(choice: Choice, settings: Recipe, paths: RunPaths, world: str) -> dict[str, Any]:
+    """Total of the suite at each step count, from the same prompts and seeds."""
+    from anyflow_cli.evaluate.protocol import Protocol
+    from anyflow_cli.evaluate.run import evaluate, prepare
+    from anyflow_cli.evaluate.shapes import ShapesSuite
+
+    wanted = settings.evaluate.model_copy(update={"nfe": STEPS, "teacher": False})
+    recipe = settings.model_copy(update={"evaluate": wanted})
+    suite = ShapesSuite(world)
+    protocol = Protocol(suite, tuple(suite.prompts(wanted.prompts)), wanted.samples, wanted.seed)
+    job = prepare(recipe, protocol, choice, paths.evaluate)
+    with Progress("score", job.videos, "videos") as progress:
+        result = evaluate(job, advance=progress.update)
+    return {f"total at {one.steps} steps": one.result.total for one in result.measured}
+
+
+def _error(choice: Choice, settings: Recipe, latents: Path) -> dict[str, Any]:
+    from anyflow_cli.addresses import open_model
+    from anyflow_cli.train.heldout import flow_map_error
+
+    found = flow_map_error(open_model(choice.address, settings).network, settings, latents)
+    return {"flow-map error": found.error, "clips": found.clips, "held out": found.unseen}
+
+
+def _in_words(values: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {f'{v:.4g}' if isinstance(v, float) else v}" for name, v in values.items())
