@@ -72,6 +72,7 @@ class Job:
 
 def prepare(recipe: Recipe, protocol: Protocol, choice: Choice, out: Path) -> Job:
     """Settle the variants: the model at each of the recipe's step counts, then its teacher at its own."""
+    protocol.suite.check(recipe.model)
     of = subject(choice, recipe)
     variants = [variant(of, steps, protocol, recipe) for steps in dict.fromkeys(recipe.evaluate.nfe)]
     if recipe.evaluate.teacher:

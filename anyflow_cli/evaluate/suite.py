@@ -15,6 +15,8 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from anyflow_cli.recipe.schema import Model
+
 Video = NDArray[np.uint8]  # (T, H, W, 3)
 Group = Literal["quality", "semantic"]
 QUALITY_WEIGHT, SEMANTIC_WEIGHT = 4.0, 1.0  # of VBench
@@ -77,6 +79,10 @@ class Suite(Protocol):
     @property
     def dimensions(self) -> tuple[Dimension, ...]:
         """All it can measure, in the order of reports."""
+        ...
+
+    def check(self, model: Model) -> None:
+        """Refuse a model whose videos it cannot score."""
         ...
 
     def prompts(self, count: int) -> list[str]:

@@ -12,9 +12,16 @@ NONE = "-"
 
 
 def score_table(evaluation: Evaluation) -> Table:
+    """What was asked, the scores, and the verdict, below each other."""
+    whole = Table.grid()
+    for part in (Text(headline(evaluation)), _scores(evaluation), Text(closing(evaluation))):
+        whole.add_row(part)
+    return whole
+
+
+def _scores(evaluation: Evaluation) -> Table:
     """Scores in rows, step counts in columns."""
-    table = Table(title=Text(headline(evaluation)), caption=Text(closing(evaluation)))
-    table.title_justify = table.caption_justify = "left"
+    table = Table()
     table.add_column("")
     for one in evaluation.columns:
         table.add_column(Text(one.title), justify="right")

@@ -22,6 +22,7 @@ Verdict = Literal["improves", "flat", "degrades"]
 
 DRAWS = 2000
 LEVEL = 0.95
+LEAST_PROMPTS = 5  # of fewer, a bootstrap knows nothing
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,13 @@ class Trend:
 
 
 def totals(suite: Suite, scores: Sequence[VideoScore], prompts: Sequence[int]) -> Doubles | None:
-    """Total of each draw (R,), or None where one lacks a dimension; ``prompts`` numbers their prompts."""
+    """Total of each draw (R,), ``prompts`` being the numbers of their prompts.
+
+    None for fewer than LEAST_PROMPTS, and where some draw lacks a dimension.
+    """
     sums, counts = _per_prompt(suite, scores, prompts)
+    if len(sums) < LEAST_PROMPTS:
+        return None
     draws = _draws(len(sums))
     counted = draws @ counts  # (R, D)
     if not (counted > 0).all():

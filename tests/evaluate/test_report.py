@@ -26,7 +26,7 @@ HOSTILE = '<script>alert("red")</script> & [bold]a red circle[/bold] \'"'
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Evaluation:
-    return evaluate(make_job(tmp_path_factory.mktemp("report")), Drawn().open)
+    return evaluate(make_job(tmp_path_factory.mktemp("report"), prompts=5), Drawn().open)
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def test_the_page_holds_everything_and_fetches_nothing(found: Evaluation) -> Non
     sources = [attrs[key] for _, attrs in parsed.tags for key in ("src", "srcset", "href") if key in attrs]
     assert sources
     assert all(source and source.startswith("data:") for source in sources)
-    assert sum(tag == "video" for tag, _ in parsed.tags) == 12
+    assert sum(tag == "video" for tag, _ in parsed.tags) == 15
     assert "http" not in re.sub(r"data:[^\"]*", "", text)
     assert 'name="viewport"' in text
     assert "prefers-color-scheme: dark" in text
@@ -135,7 +135,7 @@ def test_the_page_stops_at_a_size_and_says_so(found: Evaluation, monkeypatch: py
     monkeypatch.setattr(report, "MOST_BYTES", 1)
     text = page(found, SUITE)
     assert sum(tag == "video" for tag, _ in Page(text).tags) == 3
-    assert "1 of 4 shown." in text
+    assert "1 of 5 shown." in text
 
 
 def test_the_figure_is_drawn_without_a_teacher_or_a_total(hostile: Evaluation) -> None:

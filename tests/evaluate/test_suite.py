@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import pytest
 
 from anyflow_cli.evaluate.suite import Dimension, Video, VideoScore, summarise, total_score
+from anyflow_cli.recipe.schema import Model
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,9 @@ class Toy:
         Dimension("lively", "quality", weight=0.5),
         Dimension("named", "semantic"),
     )
+
+    def check(self, model: Model) -> None:
+        pass
 
     def prompts(self, count: int) -> list[str]:
         return ["a"] * count

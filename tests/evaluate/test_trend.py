@@ -37,16 +37,20 @@ def test_the_interval_is_that_of_a_mean() -> None:
 
 
 def test_videos_of_a_prompt_are_drawn_together() -> None:
-    values = np.repeat([0.6, 0.8, 0.65, 0.75], 25)
-    together = totals(Toy(), scores(values), np.repeat(range(4), 25).tolist())
+    values = np.repeat([0.6, 0.8, 0.65, 0.75, 0.7], 20)
+    together = totals(Toy(), scores(values), np.repeat(range(5), 20).tolist())
     apart = totals(Toy(), scores(values), range(100))
     assert together is not None
     assert apart is not None
     assert together.std() > 3 * apart.std()
 
 
+def test_no_interval_from_a_handful_of_prompts() -> None:
+    assert totals(Toy(), scores(np.linspace(0.6, 0.8, 4)), range(4)) is None
+
+
 def test_no_interval_where_a_dimension_is_missing() -> None:
-    assert totals(Toy(), scores(np.full(4, 0.7), named=False), range(4)) is None
+    assert totals(Toy(), scores(np.full(9, 0.7), named=False), range(9)) is None
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from anyflow_cli.evaluate.shapes.score import (
     semantic_scores,
 )
 from anyflow_cli.evaluate.suite import Dimension, SuiteResult, Video, VideoScore, summarise
+from anyflow_cli.recipe.schema import Model
 
 PROMPT_SEED = 2**41  # of the first scene whose caption is a prompt; far from training and from the reference
 
@@ -40,6 +41,15 @@ class ShapesSuite:
     def name(self) -> str:
         """``shapes``, or the name of the other world."""
         return self.world
+
+    def check(self, model: Model) -> None:
+        """Refuse videos of another size than the world's."""
+        if (model.frames, model.height, model.width) != (FRAMES, HEIGHT, WIDTH):
+            raise UsageError(
+                f"The suite {self.name} scores {FRAMES} frames of {HEIGHT}x{WIDTH}, "
+                f"and this recipe makes {model.frames} frames of {model.height}x{model.width}.",
+                "Evaluate a model of the shapes world, for example with the recipe `tiny`.",
+            )
 
     def prompts(self, count: int) -> list[str]:
         """Captions of scenes nobody trains on."""
@@ -59,8 +69,8 @@ def score_videos(videos: Iterable[Video], prompts: Sequence[str], world: str = "
     suite = ShapesSuite(world)
     clips = list(videos)
     if len(clips) != len(prompts):
-        message = f"there are {len(clips)} videos for {len(prompts)} prompts"
-        raise UsageError(message, "give one prompt a video")
+        message = f"There are {len(clips)} videos for {len(prompts)} prompts."
+        raise UsageError(message, "Give one prompt a video.")
     return summarise(suite, suite.score(clips, prompts))
 
 
@@ -80,7 +90,7 @@ def score_video(video: Video, prompt: str) -> VideoScore:
 def _check(video: Video) -> None:
     if video.dtype != np.uint8 or video.shape != (FRAMES, HEIGHT, WIDTH, 3):
         raise UsageError(
-            f"the suite `shapes` scores uint8 clips of shape {(FRAMES, HEIGHT, WIDTH, 3)}, "
-            f"this one is {video.dtype} {video.shape}",
-            "evaluate a model of the shapes world, for example the recipe `tiny`",
+            f"The suite shapes scores uint8 clips of shape {(FRAMES, HEIGHT, WIDTH, 3)}, "
+            f"and this one is {video.dtype} {video.shape}.",
+            "Evaluate a model of the shapes world, for example with the recipe `tiny`.",
         )

@@ -35,6 +35,8 @@ OBJECT = 0.25  # share of the shape's colour above which a pixel may belong to t
 DOT = 0.25  # mean share of white over time above which a dot is looked for
 LEAST_AREA = 20.0  # pixels; less is no shape
 LEAST_DOT = 3.0
+DISC = "circle"
+CORNERED = 0.4  # share of a form's corners above which it is that form and no disc
 REACH = 5  # half width in pixels of the window around a dot
 EVERY = 4  # sharpness looks at each fourth frame
 FAINT = 12.0  # steps between neighbouring pixels below this are no edge
@@ -74,7 +76,7 @@ class Observation:
     track: Track
     shape: str | None  # the form it is nearest to over the whole clip
     forms: tuple[str, ...]  # the same, frame by frame, where seen
-    radius: Floats  # (T,) as the world counts sizes, where seen
+    radius: Floats  # (T,) as the world counts the size of that form, where seen
     background_share: dict[str, float]  # share of each colour among what is neither shape nor dot
     background_levels: Floats  # (T, 3) mean background colour in each frame
     unexplained: float  # pixels a frame that no mixture explains
@@ -88,19 +90,20 @@ def observe(video: Pixels) -> Observation:
     presence = _filled(mixture.shape, mixture.white, dots.centres)
     inside = largest_component(presence > OBJECT, presence)
     track = _track(video, presence, mixture.white, inside)
-    forms, radius = _forms(track)
+    seen = track.profile[track.seen]
+    shape = _forms(seen.mean(0, keepdims=True))[0] if len(seen) else None
     outside = ~(_grown(inside) | (mixture.white > 0.05))
     return Observation(
         mixture=mixture,
         dots=dots,
         track=track,
-        shape=max(SHAPES, key=forms.count) if forms else None,
-        forms=forms,
-        radius=radius,
+        shape=shape,
+        forms=_forms(seen),
+        radius=_radius(track, shape),
         background_share=_background_share(mixture, outside),
         background_levels=_levels(video, outside, mixture.background_rgb),
         unexplained=float(mixture.unexplained.sum() / len(video)),
-        steepness=_steepness(video, mixture, dots, track, forms, radius),
+        steepness=0.0 if shape is None else _steepness(video, mixture, dots, track, shape),
     )
 
 
@@ -237,7 +240,7 @@ def _straight(centre: NDArray[np.float64], seen: Mask) -> tuple[Floats, Floats, 
 
 @dataclass(frozen=True)
 class Form:
-    """How the world draws one shape at one size."""
+    """How the world draws one shape, mean over its sizes."""
 
     name: str
     profile: Floats  # (S,)
@@ -245,28 +248,38 @@ class Form:
 
 
 @lru_cache(maxsize=1)
-def _known_forms() -> tuple[Form, ...]:
-    return tuple(_known_form(name, size, radius) for name in SHAPES for size, radius in SIZES.items())
+def _known_forms() -> dict[str, Form]:
+    return {name: _known_form(name) for name in SHAPES}
 
 
-def _known_form(name: str, size: str, radius: float) -> Form:
+def _known_form(name: str) -> Form:
+    tracks = [_drawn_track(name, radius) for radius in SIZES.values()]
+    areas = [float(t.area.mean()) / r**2 for t, r in zip(tracks, SIZES.values(), strict=True)]
+    profile = np.mean([track.profile.mean(0) for track in tracks], axis=0)
+    return Form(name, np.asarray(profile, np.float32), float(np.mean(areas)))
+
+
+def _drawn_track(name: str, radius: float) -> Track:
     # An odd step, so that the mean runs over all positions of the edge between two pixels.
     colour, start, step = next(iter(COLOURS)), (24, 26), (0.37, 0.23)
-    scene = Scene(name, colour, size, "right", "slowly", "black", radius, start, step, ())
-    video = render(scene)
+    video = render(Scene(name, colour, "", "right", "slowly", "black", radius, start, step, ()))
     mixture = unmix(video)
-    track = _track(video, mixture.shape, mixture.white, mixture.shape > OBJECT)
-    return Form(name, track.profile.mean(0), float(track.area.mean()) / radius**2)
+    return _track(video, mixture.shape, mixture.white, mixture.shape > OBJECT)
 
 
-def _forms(track: Track) -> tuple[tuple[str, ...], Floats]:
-    """The nearest form of each frame in which something is seen, and the radius the world would give it."""
-    known = _known_forms()
-    profiles = np.stack([form.profile for form in known])
-    distance = np.abs(track.profile[track.seen, None] - profiles).sum(-1)
-    nearest = distance.argmin(1)
-    unit = np.array([form.unit_area for form in known], np.float32)
-    return tuple(known[i].name for i in nearest), np.sqrt(track.area[track.seen] / unit[nearest])
+def _forms(profiles: Floats) -> tuple[str, ...]:
+    """The form of each profile (N, S): the one whose corners it has most of, else a disc.
+
+    A matched filter: how much of a form's departure from the disc is there, 1 being as the world draws it.
+    Its threshold lies below one half, since what goes wrong with corners is that they get rounded.
+    """
+    disc = _known_forms()[DISC].profile
+    cornered = [form for name, form in _known_forms().items() if name != DISC]
+    corners = np.stack([form.profile - disc for form in cornered], axis=1)  # (S, forms)
+    present = (profiles - disc) @ corners / (corners**2).sum(0)
+    best = present.argmax(1)
+    sharp = present.max(1) >= CORNERED
+    return tuple(cornered[i].name if is_sharp else DISC for i, is_sharp in zip(best, sharp, strict=True))
 
 
 # -- the rest of the picture ---------------------------------------------------------------------------------
@@ -287,20 +300,22 @@ def _levels(video: Pixels, outside: Mask, ground: Floats) -> Floats:
     return np.where(count > 0, sums / np.maximum(count, 1), ground).astype(np.float32)
 
 
-def _steepness(
-    video: Pixels, mixture: Mixture, dots: Dots, track: Track, forms: tuple[str, ...], radius: Floats
-) -> float:
+def _radius(track: Track, shape: str | None) -> Floats:
+    """Radius in each frame where the shape is seen."""
+    unit = _known_forms()[shape].unit_area if shape else 1.0
+    return np.asarray(np.sqrt(track.area[track.seen] / unit), np.float32)
+
+
+def _steepness(video: Pixels, mixture: Mixture, dots: Dots, track: Track, shape: str) -> float:
     """Steepness of edges over that of the scene as the world would draw it; 1 is as sharp as the world."""
-    if not forms or mixture.colour is None:
-        return 0.0
     scene = Scene(
-        shape=max(SHAPES, key=forms.count),
-        colour=mixture.colour,
+        shape=shape,
+        colour=mixture.colour or next(iter(COLOURS)),
         size="",
         direction="",
         speed="",
         background=mixture.background,
-        radius=float(np.median(radius)),
+        radius=float(np.median(_radius(track, shape))),
         start=(float(track.start[0]), float(track.start[1])),
         step=(EVERY * float(track.step[0]), EVERY * float(track.step[1])),
         dots=tuple((float(x), float(y)) for x, y in dots.centres),

@@ -1,0 +1,135 @@
+"""``anyflow evaluate`` as its users see it; videos are drawn, except where the whole path is the point."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from anyflow_cli.cli import app
+from anyflow_cli.evaluate import run
+from anyflow_cli.model.folder import load_network, save_pipeline
+from anyflow_cli.model.network import two_time_from
+from tests.evaluate.drawn import Drawn, make_folder
+from tests.tiny_pipeline import make_wan_folder
+
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture
+def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The command with models that draw."""
+    monkeypatch.setattr(run, "_open", Drawn().open)
+    make_folder(tmp_path / "wan", b"old")
+    make_folder(tmp_path / "any", b"new", "AnyFlow")
+    return arguments(tmp_path, tmp_path / "wan", tmp_path / "any")
+
+
+def arguments(root: Path, teacher: Path, model: Path) -> list[str]:
+    values = {
+        "model.teacher": teacher, "model.shipped": model, "model.precision": "fp32",
+        "sample.teacher_steps": 3, "evaluate.prompts": 8, "evaluate.nfe": "[1,2]",
+    }  # fmt: skip
+    settings = [part for key, value in values.items() for part in ("--set", f"{key}={value}")]
+    return ["evaluate", *settings, "--runs", str(root / "runs")]
+
+
+def test_scores_are_shown_and_a_report_is_written(
+    command: list[str], tmp_path: Path, capsys: Capture
+) -> None:
+    assert app.main(command) == 0
+    shown = capsys.readouterr()
+    assert "shapes: 8 prompts" in shown.out
+    assert "teacher 3x2" in shown.out
+    assert f"Model: {tmp_path / 'any'} (shipped with anyflow" in shown.err
+    out = tmp_path / "runs" / "tiny" / "evaluate"
+    assert (out / "report.html").stat().st_size > 50_000
+    assert {path.name for path in out.iterdir() if path.is_file()} == {
+        "report.html", "results.json", "scores.png",
+    }  # fmt: skip
+
+
+def test_json_is_the_result_alone(command: list[str], capsys: Capture) -> None:
+    assert app.main([*command, "--nfe", "4", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [entry["steps"] for entry in found["scores"]] == [4, 3]
+    assert found["card"]["comparable"] is True
+    assert Path(found["files"]["report.html"]).is_file()
+
+
+def test_a_dry_run_counts_and_writes_nothing(command: list[str], tmp_path: Path, capsys: Capture) -> None:
+    assert app.main([*command, "--dry-run", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["videos"], facts["to make"], facts["comparable"]) == (24, 24, True)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_limit_is_marked(command: list[str], capsys: Capture) -> None:
+    assert app.main([*command, "--limit", "3", "--json"]) == 0
+    card = json.loads(capsys.readouterr().out)["card"]
+    assert card["comparable"] is False
+    assert card["deviations"] == ["only the first 3 of 8 prompts"]
+    assert app.main([*command, "--limit", "99", "--dry-run", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["comparable"] is True
+
+
+def test_own_prompts_are_marked(command: list[str], tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "mine.txt").write_text("a small red circle\na <b>blue</b> square\n")
+    assert app.main([*command, "--prompts", str(tmp_path / "mine.txt"), "--nfe", "2"]) == 0
+    shown = capsys.readouterr()
+    assert "not comparable (own prompts from" in shown.out
+    assert "No Total: no prompt tells of" in shown.out
+
+
+def test_fail_below_is_for_machines(command: list[str], tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "one.txt").write_text("a small red circle\n")
+    assert app.main([*command, "--fail-below", "10"]) == 0
+    assert app.main([*command, "--fail-below", "95"]) == 1
+    assert "below 95" in capsys.readouterr().err
+    assert app.main([*command, "--fail-below", "10", "--prompts", str(tmp_path / "one.txt")]) == 2
+    assert "there is no Total for --fail-below to judge" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (["--nfe", "0"], "--nfe"),
+        (["--nfe", "four"], "--nfe takes step counts"),
+        (["--limit", "0"], "--limit"),
+        (["--suite", "shape"], "shapes"),
+        (["--model", "nowhere"], "There is no model at nowhere"),
+        (["--prompts", "none.txt"], "none.txt does not exist"),
+        (["--fail-below", "101"], "--fail-below"),
+        (["--set", "evaluate.prompt=3"], "prompts"),
+    ],
+)
+def test_wrong_use_is_named_and_writes_nothing(
+    command: list[str], tmp_path: Path, capsys: Capture, wrong: list[str], said: str
+) -> None:
+    assert app.main([*command, *wrong]) == 2
+    shown = capsys.readouterr()
+    assert said in shown.err
+    assert not shown.out
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_model_of_other_clips_is_refused_before_it_is_loaded(command: list[str], capsys: Capture) -> None:
+    assert app.main([*command, "--set", "model.height=480"]) == 2
+    shown = capsys.readouterr().err
+    assert "The suite shapes scores 33 frames of 64x64" in shown.replace("\n", " ")
+    assert "hint:" in shown
+
+
+@pytest.mark.slow
+def test_models_with_random_weights_go_the_whole_way(tmp_path: Path, capsys: Capture) -> None:
+    wan = make_wan_folder(tmp_path / "wan")
+    save_pipeline(tmp_path / "any", two_time_from(load_network(wan)), wan, {})
+    command = [*arguments(tmp_path, wan, tmp_path / "any"), "--limit", "2", "--json"]
+    assert app.main(command) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [entry["evaluations"] for entry in found["scores"]] == [1, 2, 6]
+    assert all(entry["quality"] < 40 for entry in found["scores"])
+    assert all(
+        0 < entry["seconds"]["network"] < entry["seconds"]["with decoding"] for entry in found["scores"]
+    )
