@@ -50,7 +50,8 @@ DataOption = Annotated[
     Path | None,
     typer.Option(
         "--data", metavar="DIR", rich_help_panel=RECIPE_PANEL, show_default=False,
-        help="Videos with captions (NAME.txt beside each, or captions.csv), or a data set of latents.",
+        help="Videos with captions (NAME.txt beside each, or captions.csv), or a data set of latents. "
+        "Without it, clips of the world that the recipe names, if any.",
     ),
 ]  # fmt: skip
 ModelOption = Annotated[
@@ -79,20 +80,28 @@ def finetune(
     Says how 4 and 32 steps fare before and after: by score where the built-in suite can judge the captions,
     else by the flow-map error on clips held out. The same command continues a run that was stopped.
     """
-    options = {"--steps": ("finetune.steps", steps), "--seed": ("finetune.seed", seed)}
+    options = {
+        "--model": ("finetune.start", model),
+        "--steps": ("finetune.steps", steps),
+        "--seed": ("finetune.seed", seed),
+    }
     settings = resolve(recipe, assignments, options)
     paths = RunPaths(runs, settings.name)
-    if data is None:
+    if data is None and settings.finetune.world is None:
         raise UsageError("finetune needs videos.", "Name their directory with --data.")
     from anyflow_cli.addresses import find_model
     from anyflow_cli.train.run import check_run
     from anyflow_cli.train.stages import finetune_inputs
 
-    choice = find_model(settings, paths, model or settings.finetune.start)
+    choice = find_model(settings, paths, settings.finetune.start)
     log.info("Start: %s (%s)", *choice)
     latents = _latents(settings, paths, data, dry_run=dry_run)
     if latents is None:
-        facts = {"start": choice.address, "videos": data, "latents": paths.home / "finetune-data"}
+        facts = {
+            "start": choice.address,
+            "videos": data or f"clips of {settings.finetune.world}",
+            "latents": paths.home / "finetune-data",
+        }
         return print_plan("finetune", facts | {"result": paths.finetune / "model"}, as_json=as_json)
     inputs = finetune_inputs(settings, paths, choice.address, latents)
     check_run(settings, inputs)
@@ -106,12 +115,19 @@ def finetune(
         print_result(values | compared, as_json=as_json, text=shown)
 
 
-def _latents(settings: Recipe, paths: RunPaths, data: Path, *, dry_run: bool) -> Path | None:
+def _latents(settings: Recipe, paths: RunPaths, data: Path | None, *, dry_run: bool) -> Path | None:
     """The data set of latents: as given, or made of the videos; None if that is still to be done."""
+    from anyflow_cli.data.film import film
     from anyflow_cli.data.job import prepare
     from anyflow_cli.data.shards import MANIFEST, PROVENANCE
     from anyflow_cli.synthesize import synthesize
 
+    if data is None:
+        data = paths.home / "finetune-clips"
+        if dry_run and not data.is_dir():
+            return None
+        if not dry_run and settings.finetune.world is not None:
+            film(data, settings.finetune.world, settings.finetune.clips)
     if (data / MANIFEST).exists() or (data / PROVENANCE).exists():
         return data
     out = paths.home / "finetune-data"

@@ -108,31 +108,18 @@ def read_clip(path: Path, wanted: ClipFormat) -> Clip:
     return Clip(pixels[: wanted.frames], (*_changes(messages, wanted), *cut))
 
 
-def write_mp4(path: Path, video: Pixels, fps: float) -> None:
-    """Commit a video (T, H, W, 3) as H.264 in yuv420p. Equal pixels give equal bytes, whatever the cores."""
+def write_mp4(path: Path, video: Pixels, fps: float, *, lossless: bool = False) -> None:
+    """Commit a video (T, H, W, 3) as H.264 in yuv420p, which everything plays, or without loss in RGB.
+
+    Equal pixels give equal bytes, whatever the cores.
+    """
     frames, height, width, _ = video.shape
-    given = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(fps), "-i", "-"]
-    coded = [
-        "-vf",
-        "scale=out_color_matrix=bt709:out_range=tv",
-        *BT709,
-        "-c:v",
-        "libx264",
-        "-pix_fmt",
-        "yuv420p",
-    ]
-    same = [
-        "-crf",
-        "14",
-        "-threads",
-        "1",
-        "-fflags",
-        "+bitexact",
-        "-flags:v",
-        "+bitexact",
-        "-movflags",
-        "+faststart",
-    ]
+    given = f"-f rawvideo -pix_fmt rgb24 -s {width}x{height} -r {fps} -i -".split()
+    kept = ["-c:v", "libx264rgb", "-pix_fmt", "rgb24", "-crf", "0"]
+    played = ["-vf", "scale=out_color_matrix=bt709:out_range=tv", *BT709]
+    played += ["-c:v", "libx264", "-pix_fmt", "yuv420p", "-crf", "14"]
+    coded = kept if lossless else played
+    same = ["-threads", "1", "-fflags", "+bitexact", "-flags:v", "+bitexact", "-movflags", "+faststart"]
     with committed(path) as temporary:
         result = _ffmpeg(
             ["-y", *given, *coded, *same, f"file:{temporary}"], np.ascontiguousarray(video).tobytes()

@@ -36,6 +36,9 @@ def _laid_over(default: object, value: object) -> object:
     return value
 
 
+World = Literal["shapes", "shapes-shifted"]
+
+
 class Section(BaseModel):
     """Base of every section: unknown keys are refused, types not guessed, values fixed once loaded."""
 
@@ -94,7 +97,7 @@ class Data(Section):
     """Where captions and latents come from."""
 
     prompts: str | None = Field(None, description="File of prompts; null: captions of the world below.")
-    world: Literal["shapes", "shapes-shifted"] = "shapes"
+    world: World = "shapes"
     path: str | None = Field(
         None, description="Data set of latents; null: what `synthesize` left in the run directory."
     )
@@ -228,6 +231,8 @@ class Finetune(Training):
     start: str | None = Field(
         None, description="Any-step model to start from; null: what `distill` left, else the shipped one."
     )
+    world: World | None = Field(None, description="Draw clips of this world when no --data is given.")
+    clips: Count = Field(256, description="Clips to draw of that world.")
 
 
 class Sample(Section):

@@ -59,15 +59,17 @@ def main() -> None:
     parser.add_argument("--pipeline", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--peak", type=float, default=1.0, help="scale of the learning rates; less to go on")
     parser.add_argument("--minutes", type=float, default=30, help="length of the schedule")
     parser.add_argument("--batch", type=int, default=48)
+    parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     network = load_network(args.pipeline)
     network.requires_grad_(True).train()
     data = LatentData(args.data, TEXT_TOKENS)
     everything = data.batch(range(len(data)))
     average = {name: value.clone() for name, value in network.state_dict().items()}
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(args.seed)
     groups = optimisers(network)
     begun, total = time.monotonic(), 0.0
     for step in itertools.count():
@@ -89,7 +91,7 @@ def main() -> None:
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         for optimiser, peak in groups:
             for group in optimiser.param_groups:
-                group["lr"] = peak * min(1.0, (step + 1) / 100, 1.4 * (1 - done))
+                group["lr"] = args.peak * peak * min(1.0, (step + 1) / 100, 1.4 * (1 - done))
             optimiser.step()
         with torch.no_grad():
             for name, value in network.state_dict().items():

@@ -40,6 +40,7 @@ CONFIG = {
 }  # fmt: skip
 KL_WEIGHT = 1e-4
 FOREGROUND_WEIGHT = 4.0
+FIRST_FRAME_WEIGHT = 4.0  # it has a latent frame of its own, and is one of 33
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ class Pool:
             video = self.pixels[index, begin : begin + frames, top : top + size, left : left + size].float()
             far = (video - torch.tensor(BACKGROUNDS[scene.background])).abs().sum(-1) > 12
             weights.append(1 + FOREGROUND_WEIGHT * far)
+            weights[-1][0] *= FIRST_FRAME_WEIGHT
             videos.append(video.permute(3, 0, 1, 2) / 127.5 - 1)
         return torch.stack(videos), torch.stack(weights)[:, None]
 
@@ -115,7 +117,7 @@ def psnr(vae: AutoencoderKLWan, pool: Pool, frames: int) -> tuple[float, float]:
     """Peak signal to noise ratio in dB on fresh clips: over all pixels, and over shapes and dots alone."""
     video, weight = pool.batch(np.random.default_rng(0), 6, frames, HEIGHT)
     error = (reconstruct(vae, video, noisy=False)[0].clamp(-1, 1) - video) ** 2
-    shapes = (weight > 1).expand_as(error)
+    shapes = (weight > FIRST_FRAME_WEIGHT).expand_as(error)
     return 10 * math.log10(4 / error.mean().item()), 10 * math.log10(4 / error[shapes].mean().item())
 
 
@@ -248,6 +250,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--start", type=Path, help="an autoencoder of this script to go on with")
     parser.add_argument("--skip", type=int, default=0, help="phases that --start has behind it")
+    parser.add_argument("--peak", type=float, default=1.0, help="scale of the learning rates; less to go on")
     parser.add_argument(
         "--minutes", type=float, default=20, help="of three threads; sets the length of the schedule"
     )
@@ -256,7 +259,7 @@ def main() -> None:
     torch.manual_seed(0)
     vae = AutoencoderKLWan.from_pretrained(args.start) if args.start else untrained()
     leave_attention_out(vae)
-    optimiser = Muon(vae, lr=0.02, adam_lr=2e-3)
+    optimiser = Muon(vae, lr=0.02 * args.peak, adam_lr=2e-3 * args.peak)
     pool, fresh = Pool.draw(0, 2000), Pool.draw(10**7, 24)
     for phase in PHASES[args.skip :]:
         train(vae, optimiser, phase, pool, fresh, args.minutes)
