@@ -2,7 +2,7 @@
 
 Times live in [0, 1], 1 is noise and 0 is data. The shift is applied to the uniform grid of sampling **and**
 to times after they are drawn for training. The sampler of (t, r) draws the **global** batch: every rank draws
-all of it from an equally seeded generator and keeps its own slice, so the shares of FACTS 2 hold for any
+all of it from an equally seeded generator and keeps its own slice, so the shares of the paper hold for any
 number of ranks.
 
 Shapes: B global batch, N steps.
@@ -49,7 +49,7 @@ def grid(steps: int, k: float) -> Tensor:
 def sample_times(
     count: int, k: float, ratios: TimeRatios, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Draw t >= r, each (B,), for a global batch of ``count`` samples (FACTS 2).
+    """Draw t >= r, each (B,), for a global batch of ``count`` samples (Sec. 4.2.1).
 
     ``t = max(a, b)`` and ``r = min(a, b)`` of uniform a, b; then ``r = t`` and ``r = 0`` for their shares,
     the shift, and a random order. Boundary samples are those with ``t == r`` to the bit. A share that is no
