@@ -50,8 +50,6 @@ def save(directory: Path, state: State, keep: int) -> Path:
         _remove_partials(directory)
         partial.mkdir()
         _write(partial, state)
-        if target.exists():  # an earlier save of this step that never got its marker, or the same state again
-            _discard(target)
         partial.rename(target)
         _flush(directory)
     # torch and safetensors report a full disk by errors of their own

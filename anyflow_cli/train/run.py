@@ -65,7 +65,7 @@ def check_run(recipe: Recipe, inputs: Inputs) -> None:
     """Refuse a directory that holds something else, or a run from other settings or inputs."""
     directory = inputs.directory
     if not (directory / RECIPE).exists():
-        if directory.exists() and any(directory.iterdir()):
+        if directory.exists() and any(not path.name.startswith(".") for path in directory.iterdir()):
             raise UsageError(f"{directory} holds files that are no training run.", "Use another --runs.")
         return
     hint = OTHER.format(path=directory / RECIPE)
@@ -78,6 +78,8 @@ def check_run(recipe: Recipe, inputs: Inputs) -> None:
     ]
     if differing:
         raise UsageError(f"{directory} holds a run with another {', '.join(differing)}.", hint)
+    if not (directory / LINEAGE).exists():  # killed as it began
+        return
     before = read_json(directory / LINEAGE)
     for name, found in fingerprints(inputs).items():
         if before["inputs"].get(name, {}).get("sha256") != found["sha256"]:
@@ -102,9 +104,9 @@ def begin_run(recipe: Recipe, inputs: Inputs, facts: Mapping[str, Any]) -> dict[
         "inputs": fingerprints(inputs),
         **facts,
     }
-    write_json(path, lineage)
     with committed(inputs.directory / RECIPE) as temporary:
         temporary.write_text(dump(recipe), encoding="utf-8")
+    write_json(path, lineage)
     return lineage
 
 

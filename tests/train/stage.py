@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,20 @@ from tests.tiny_pipeline import CHANNELS, TEXT_DIM
 LORA = {"rank": 4, "alpha": 4.0}
 
 
-def make_data(directory: Path, count: int = 12, seed: int = 0, channels: int = CHANNELS) -> Path:
-    """Random latents of 9 frames of 32 x 32 pixels."""
+def make_data(
+    directory: Path,
+    count: int = 12,
+    seed: int = 0,
+    channels: int = CHANNELS,
+    shape: tuple[int, int, int] = (3, 4, 4),
+    captions: Sequence[str] | None = None,
+) -> Path:
+    """Random latents, by default of 9 frames of 32 x 32 pixels."""
     generator = torch.Generator().manual_seed(seed)
     samples = [
         Sample(
-            index, f"clip {index}",
-            torch.randn(3, channels, 4, 4, generator=generator),
+            index, captions[index] if captions else f"clip {index}",
+            torch.randn(shape[0], channels, *shape[1:], generator=generator),
             torch.randn(5, TEXT_DIM, generator=generator),
         )
         for index in range(count)

@@ -57,11 +57,6 @@ def test_what_a_kill_left_is_passed_over_and_then_cleared(tmp_path: Path) -> Non
     assert names(tmp_path) == ["step-000001", "step-000002"]
 
 
-def test_the_same_step_is_written_again(tmp_path: Path) -> None:
-    save(tmp_path, state(1), keep=2)
-    assert load(save(tmp_path, state(1), keep=2)).step == 1
-
-
 def full_disk(*_: Any, **__: Any) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 

@@ -99,6 +99,21 @@ def test_a_directory_of_other_things_is_left_alone(inputs: Inputs) -> None:
     assert [path.name for path in inputs.directory.iterdir()] == ["letter.txt"]
 
 
+def test_killed_as_it_began_it_begins_again(inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Killed(BaseException):
+        pass
+
+    def die(*_: Any) -> None:
+        raise Killed
+
+    recipe = make_recipe(inputs.base, inputs.data)
+    with monkeypatch.context() as patch:
+        patch.setattr("anyflow_cli.train.run.write_json", die)
+        with pytest.raises(Killed):
+            begin_run(recipe, inputs, {})
+    assert begin_run(recipe, inputs, {"precision": "fp32"})["precision"] == "fp32"
+
+
 def test_a_fingerprint_tells_weights_apart_and_ignores_the_rest(wan: Path, tmp_path: Path) -> None:
     other = make_wan_folder(tmp_path / "other", seed=1)
     assert fingerprint(other) != fingerprint(wan)
