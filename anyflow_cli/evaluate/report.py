@@ -17,7 +17,7 @@ from anyflow_cli.evaluate.plots import DARK, LIGHT, scores_png
 from anyflow_cli.evaluate.results import NOT_COMPARABLE, Evaluation, Measured
 from anyflow_cli.evaluate.store import Scored
 from anyflow_cli.evaluate.suite import Suite
-from anyflow_cli.evaluate.table import NONE, closing, number, row_of
+from anyflow_cli.evaluate.table import NONE, asked, closing, number, row_of
 
 MOST_BYTES = 24 * 2**20  # of videos on the page
 WEAK = 0.7  # scores below this are named under the video
@@ -41,7 +41,7 @@ def page(evaluation: Evaluation, suite: Suite) -> str:
     title = f"anyflow: {card['suite']}, {card['recipe']}"
     body = [
         f"<h1>{escape(title)}</h1>",
-        f"<p class=soft>{card['prompts']} prompts, {card['samples a prompt']} video(s) a prompt</p>",
+        f"<p class=soft>{escape(asked(card))}</p>",
         _warning(card),
         f"<div class=cards>{''.join(_headline(one) for one in evaluation.columns)}</div>",
         f"<p>{escape(closing(evaluation))}</p>",
@@ -66,10 +66,10 @@ def _warning(card: dict[str, Any]) -> str:
 
 
 def _headline(one: Measured) -> str:
-    correct = "" if one.result.correct is None else f"{one.result.correct:.0f} % as named, "
+    correct = "" if one.result.correct is None else f"<span>{one.result.correct:.0f} % all as named</span>"
     return (
         f"<div class=card>{escape(one.title)}<b>{number(one.result.total)}</b>"
-        f"<span class=soft>{correct}{one.seconds:.2g} s a video</span></div>"
+        f"<div class=soft>{correct}<span>{one.seconds:.2g} s a video</span></div></div>"
     )
 
 
@@ -77,7 +77,7 @@ def _figure(evaluation: Evaluation) -> str:
     light, dark = (_data("image/png", scores_png(evaluation, theme)) for theme in (LIGHT, DARK))
     alt = "Scores and seconds a video against network evaluations; the numbers are in the table below."
     dark_source = f'<source srcset="{dark}" media="(prefers-color-scheme: dark)">'
-    return f'<picture>{dark_source}<img src="{light}" alt="{alt}"></picture>'
+    return f'<div class=scroll><picture>{dark_source}<img src="{light}" alt="{alt}"></picture></div>'
 
 
 def _scores(evaluation: Evaluation, suite: Suite) -> str:

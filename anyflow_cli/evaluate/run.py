@@ -117,7 +117,7 @@ def _make(job: Job, open_model: Open, advance: Advance) -> None:
         with job.store(one).locked():
             items = job.missing(one)  # again, now that nobody else writes
             if items and (opened is None or opened[0] is not one.subject):
-                log.info("Model: %s (%s)", one.subject.address, one.subject.why)
+                log.info("Loading %s, %s.", one.subject.address, one.subject.why)
                 opened = (one.subject, open_model(one.subject, job.recipe))
             for start in range(0, len(items), job.recipe.evaluate.batch):
                 assert opened is not None

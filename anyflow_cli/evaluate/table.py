@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from rich.table import Table
 from rich.text import Text
 
@@ -54,10 +56,16 @@ def row_of(one: Measured, evaluation: Evaluation) -> dict[str, str]:
 def headline(evaluation: Evaluation) -> str:
     """What was asked, and whether the numbers may be compared with others."""
     card = evaluation.card
-    asked = f"{card['suite']}: {card['prompts']} prompts, {card['samples a prompt']} video(s) each"
     if card["comparable"]:
-        return asked
-    return f"{asked}; {NOT_COMPARABLE} ({'; '.join(card['deviations'])})"
+        return asked(card)
+    return f"{asked(card)}; {NOT_COMPARABLE} ({'; '.join(card['deviations'])})"
+
+
+def asked(card: dict[str, Any]) -> str:
+    """The size of the question."""
+    prompts, videos = card["prompts"], card["samples a prompt"]
+    each = "one video" if videos == 1 else f"{videos} videos"
+    return f"suite {card['suite']}, {prompts} prompt{'' if prompts == 1 else 's'}, {each} a prompt"
 
 
 def closing(evaluation: Evaluation) -> str:

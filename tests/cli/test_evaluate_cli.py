@@ -40,7 +40,7 @@ def test_scores_are_shown_and_a_report_is_written(
 ) -> None:
     assert app.main(command) == 0
     shown = capsys.readouterr()
-    assert "shapes: 8 prompts" in shown.out
+    assert "suite shapes, 8 prompts, one video a prompt" in shown.out
     assert "teacher 3x2" in shown.out
     assert f"Model: {tmp_path / 'any'} (shipped with anyflow" in shown.err
     out = tmp_path / "runs" / "tiny" / "evaluate"
