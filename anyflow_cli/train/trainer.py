@@ -10,6 +10,7 @@ Legend: N global batch, B micro batch.
 
 from __future__ import annotations
 
+import math
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -78,9 +79,9 @@ class PhaseState:
         )
 
     def update(self, step: int) -> float:
-        """Clip, take the optimiser's ``step``-th step (from 1), clear; the norm of the gradient."""
+        """Clip, take the optimiser's ``step``-th step (from 1) if the gradient is finite, clear; its norm."""
         norm = float(nn.utils.clip_grad_norm_(self.parameters, self.clip))
-        if norm == norm and norm != float("inf"):
+        if math.isfinite(norm):
             for group in self.optimiser.param_groups:
                 group["lr"] = self.lr * min(1.0, step / max(self.warmup, 1))
             self.optimiser.step()
@@ -165,8 +166,9 @@ class Trainer:
         for phase in self.phases:
             tallies = self._accumulate(phase, batch)
             report = {name: total / count for name, (total, count) in tallies.items() if count}
+            self._refuse_divergence(phase.name, *report.values())
             norm = phase.update(self.step)
-            self._refuse_divergence(phase.name, [norm, *report.values()])
+            self._refuse_divergence(phase.name, norm)
             values |= report | {f"{phase.name}_gradient": norm}
         return values
 
@@ -199,8 +201,8 @@ class Trainer:
         total: Tensor = self.accelerator.reduce(values, "sum")
         return total
 
-    def _refuse_divergence(self, phase: str, values: list[float]) -> None:
-        if all(abs(value) < float("inf") for value in values):  # false for NaN
+    def _refuse_divergence(self, phase: str, *values: float) -> None:
+        if all(map(math.isfinite, values)):
             return
         last = checkpoint.newest(self.checkpoints)
         raise AnyflowError(
