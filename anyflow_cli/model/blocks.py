@@ -24,22 +24,24 @@ from anyflow_cli.model.rotary import rotate
 # Below this many queries torch's fp32 attention beats its bf16 one on a CPU (backward: 2 to 6 times faster).
 CPU_SHORT = 1024
 
+KeyValue = tuple[Tensor, Tensor]
+
 
 @dataclass(frozen=True)
-class TextKeys:
-    """Keys and values of the text for each block, ``(B, L, E, d)`` each: the same at every sampling step."""
+class LayerKeys:
+    """Keys and values for each block, ``(B, L, E, d)`` each: of the text, or of cached chunks."""
 
-    layers: tuple[tuple[Tensor, Tensor], ...]
+    layers: tuple[KeyValue, ...]
 
-    def take(self, index: Tensor) -> TextKeys:
+    def take(self, index: Tensor) -> LayerKeys:
         """The samples ``index`` of the batch, repeated or dropped as it says."""
-        return TextKeys(tuple((key[index], value[index]) for key, value in self.layers))
+        return LayerKeys(tuple((key[index], value[index]) for key, value in self.layers))
 
     @staticmethod
-    def join(parts: Sequence[TextKeys]) -> TextKeys:
+    def join(parts: Sequence[LayerKeys]) -> LayerKeys:
         """One batch after another."""
         layers = zip(*(part.layers for part in parts), strict=True)
-        return TextKeys(
+        return LayerKeys(
             tuple((torch.cat([k for k, _ in pairs]), torch.cat([v for _, v in pairs])) for pairs in layers)
         )
 
@@ -77,23 +79,30 @@ class Attention(nn.Module):
         """(B, L, D) to (B, L, E, d)."""
         return torch.unflatten(x, -1, (self.heads, -1))
 
-    def over_video(self, x: Tensor, turns: Tensor, groups: Sequence[Group]) -> Tensor:
-        """Self-attention of the tokens (B, L, D) within the layout's groups."""
+    def over_video(self, x: Tensor, turns: Tensor, layout: Layout, cache: KeyValue | None) -> Tensor:
+        """Self-attention of the tokens (B, L, D) as the layout says; keys are cached after their rotation."""
         value = self.split(self.to_v(x))
         query = rotate(self.split(self.norm_q(self.to_q(x))), turns)
         key = rotate(self.split(self.norm_k(self.to_k(x))), turns)
+        cached_key, cached_value = cache or (None, None)
         parts = [
-            attend(query[:, group.queries], _gather(key, group.keys), _gather(value, group.keys))
-            for group in groups
+            attend(
+                query[:, group.queries],
+                _gather(key, group, cached_key),
+                _gather(value, group, cached_value),
+            )
+            for group in layout.groups
         ]
+        if cache is not None:
+            _write(cache, (key, value), layout)
         return self._project(parts[0] if len(parts) == 1 else torch.cat(parts, dim=1))
 
-    def text_keys(self, text: Tensor) -> tuple[Tensor, Tensor]:
+    def text_keys(self, text: Tensor) -> KeyValue:
         """Keys and values of the projected text (B, L, D), each (B, L, E, d)."""
         value = self.split(self.to_v(text))
         return self.split(self.norm_k(self.to_k(text))).to(value.dtype), value
 
-    def over_text(self, x: Tensor, keys: tuple[Tensor, Tensor]) -> Tensor:
+    def over_text(self, x: Tensor, keys: KeyValue) -> Tensor:
         """Cross-attention of the tokens (B, L, D) to the text's keys and values."""
         key, value = keys
         out = attend(self.split(self.norm_q(self.to_q(x))), key, value)
@@ -114,9 +123,20 @@ def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return out.transpose(1, 2).to(value.dtype)
 
 
-def _gather(x: Tensor, ranges: Sequence[slice]) -> Tensor:
-    """The tokens of ``ranges``; a view where they are one range."""
-    return x[:, ranges[0]] if len(ranges) == 1 else torch.cat([x[:, tokens] for tokens in ranges], dim=1)
+def _gather(x: Tensor, group: Group, cache: Tensor | None) -> Tensor:
+    """What the group sees of ``x`` and of the cache; a view where that is one range of ``x``."""
+    if cache is None or not group.cached:
+        parts = [x[:, tokens] for tokens in group.keys]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+    own = [x[:, tokens].to(cache.dtype) for tokens in group.keys]
+    return torch.cat([*(cache[:, place] for place in group.cached), *own], dim=1)
+
+
+def _write(cache: KeyValue, new: KeyValue, layout: Layout) -> None:
+    """Put keys and values of the input where the layout wants them kept; the cache carries no gradient."""
+    for stored, x in zip(cache, new, strict=True):
+        for write in layout.writes:
+            stored[:, write.place] = x[:, write.tokens].detach()
 
 
 class GeluLinear(nn.Module):
@@ -160,20 +180,22 @@ class Block(nn.Module):
     def forward(
         self,
         h: Tensor,
-        text: Tensor | tuple[Tensor, Tensor],
+        text: Tensor | KeyValue,
         modulation: Tensor,
         turns: Tensor,
         layout: Layout,
+        cache: KeyValue | None = None,
     ) -> Tensor:
         """Tokens ``h`` (B, L, D) to the same. ``text``: projected text (B, L', D), or its keys and values.
 
-        ``modulation``: (B, F, 6, D), what the times add to the block's own table.
+        ``modulation``: (B, F, 6, D), what the times add to the block's own table. ``cache``: what the layout
+        reads of earlier passes and writes for later ones, (B, L', E, d) each.
         """
         rows = (self.scale_shift_table.float().unsqueeze(1) + modulation).unbind(2)  # 6 of (B, F, D)
         shift_attn, scale_attn, gate_attn, shift_ffn, scale_ffn, gate_ffn = rows
         spans = layout.even_spans
         x = modulated(h, shift_attn, scale_attn, self.eps, spans)
-        h = gated(h, self.attn1.over_video(x, turns, layout.groups), gate_attn, spans)
+        h = gated(h, self.attn1.over_video(x, turns, layout, cache), gate_attn, spans)
         keys = text if isinstance(text, tuple) else self.attn2.text_keys(text)
         h = h + self.attn2.over_text(self._text_norm(h), keys)
         x = modulated(h, shift_ffn, scale_ffn, self.eps, spans)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from anyflow_cli.flow.velocity import Velocity
-from anyflow_cli.model.blocks import TextKeys
+from anyflow_cli.model.blocks import LayerKeys
 from anyflow_cli.model.layout import Layout
 from anyflow_cli.model.network import FlowMapTransformer
 
@@ -32,25 +32,34 @@ class Conditioned:
         text: Tensor,
         scope: Scope = nullcontext,
         layout: Layout | None = None,
-        keys: TextKeys | None = None,
+        keys: LayerKeys | None = None,
+        cache: LayerKeys | None = None,
     ) -> None:
         self.network = network
         self.text = text
         self._scope = scope
         self._layout = layout
         self._keys = keys
+        self._cache = cache
 
     def __call__(self, z: Tensor, t: Tensor, r: Tensor) -> Tensor:
         """Velocity (B, F, C, H, W) of ``z`` at ``t``, ``r``, (B,) or (B, F)."""
         keys = self._shared_keys()
         with self._scope():
-            velocity: Tensor = self.network(z, t, r, self.text if keys is None else keys, self._layout)
+            text = self.text if keys is None else keys
+            velocity: Tensor = self.network(z, t, r, text, self._layout, self._cache)
             return velocity
+
+    def over(self, layout: Layout, cache: LayerKeys | None = None) -> Conditioned:
+        """The same condition over another layout, and the cache that it names."""
+        return Conditioned(self.network, self.text, self._scope, layout, self._shared_keys(), cache)
 
     def take(self, index: Tensor) -> Conditioned:
         """The condition of the samples ``index``, repeated or dropped as it says."""
         keys = self._shared_keys()
-        return self._with(self.text[index], keys and keys.take(index))
+        return self._with(
+            self.text[index], keys and keys.take(index), self._cache and self._cache.take(index)
+        )
 
     def join(self, *others: Velocity) -> Conditioned:
         """The conditions of several batches, one after another; all run the same network in the same role."""
@@ -61,18 +70,23 @@ class Conditioned:
             assert isinstance(other, Conditioned), "only conditions of networks can be joined"
             assert other._scope is self._scope, "joined conditions differ in role"
             assert other.network is self.network, "joined conditions differ in network"
+            assert other._layout == self._layout, "joined conditions differ in layout"
             parts.append(other)
-        keys = [part._shared_keys() for part in parts]
-        joined = TextKeys.join([part for part in keys if part is not None]) if None not in keys else None
-        return self._with(torch.cat([part.text for part in parts]), joined)
+        keys = _joined([part._shared_keys() for part in parts])
+        return self._with(torch.cat([part.text for part in parts]), keys, _joined([p._cache for p in parts]))
 
-    def _with(self, text: Tensor, keys: TextKeys | None) -> Conditioned:
-        return Conditioned(self.network, text, self._scope, self._layout, keys)
+    def _with(self, text: Tensor, keys: LayerKeys | None, cache: LayerKeys | None) -> Conditioned:
+        return Conditioned(self.network, text, self._scope, self._layout, keys, cache)
 
-    def _shared_keys(self) -> TextKeys | None:
+    def _shared_keys(self) -> LayerKeys | None:
         """The text's keys, made at first need; None where each call has to make its own."""
         if self._keys is None and not any(p.requires_grad for p in self.network.text_parameters()):
             # Kept beyond this call: neither inference tensors nor a graph may stay in them.
             with torch.inference_mode(False), torch.no_grad(), self._scope():
                 self._keys = self.network.text_keys(self.text)
         return self._keys
+
+
+def _joined(parts: list[LayerKeys | None]) -> LayerKeys | None:
+    """One batch after another; None where a part has none."""
+    return LayerKeys.join([part for part in parts if part is not None]) if None not in parts else None

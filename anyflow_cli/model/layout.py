@@ -6,12 +6,14 @@ A layout is data. The network receives latents ``(B, F, C, H, W)`` and cuts them
 layout's segments; patch embedding, rotary positions, modulation, attention groups and the output follow from
 the segments alone. The times of a frame are given with the frame (``t``, ``r`` of shape ``(B, F)``), so clean
 context is a segment whose frames carry ``t = r = 0``: teacher forcing, cache filling and a sampling step
-differ in their segments, not in the network.
+differ in their segments, not in the network. A segment may also be ``cached``: its keys and values were
+computed in an earlier pass, and only they take part. ``causal.py`` and ``cache.py`` build such layouts.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Literal
 
@@ -26,7 +28,8 @@ class Segment:
 
     ``first`` is the position of its first frame in the video (rotary positions are absolute); ``sees`` are
     the indices of the segments whose keys its queries attend to, ascending; ``read`` says whether its
-    velocity is an output.
+    velocity is an output. ``place`` is the cache's token at which its keys start: a ``cached`` segment has
+    them there and is no input, another one's are written there.
     """
 
     first: int
@@ -34,6 +37,8 @@ class Segment:
     sees: tuple[int, ...]
     patch: Patch = "full"
     read: bool = True
+    cached: bool = False
+    place: int | None = None
 
 
 @dataclass(frozen=True)
@@ -51,10 +56,19 @@ class Span:
 
 @dataclass(frozen=True)
 class Group:
-    """Queries of the tokens ``queries`` attend to the keys of all ``keys``."""
+    """Queries of the tokens ``queries`` attend to the keys of ``keys``, and of ``cached`` in the cache."""
 
     queries: slice
     keys: tuple[slice, ...]
+    cached: tuple[slice, ...] = ()
+
+
+@dataclass(frozen=True)
+class Write:
+    """Keys of the tokens ``tokens`` go to ``place`` in the cache."""
+
+    tokens: slice
+    place: slice
 
 
 @dataclass(frozen=True)
@@ -85,18 +99,27 @@ class Layout:
         high, wide = self.patch_of(segment)
         return self.height // high, self.width // wide
 
+    def tokens_of(self, segment: Segment) -> int:
+        """Number of the segment's tokens."""
+        down, across = self.grid_of(segment)
+        return segment.frames * down * across
+
+    @cached_property
+    def inputs(self) -> tuple[Segment, ...]:
+        """The segments that are given as latents."""
+        return tuple(segment for segment in self.segments if not segment.cached)
+
     @cached_property
     def frames(self) -> int:
-        """Frames of the input, over all segments."""
-        return sum(segment.frames for segment in self.segments)
+        """Frames of the input, over all its segments."""
+        return sum(segment.frames for segment in self.inputs)
 
     @cached_property
     def spans(self) -> tuple[Span, ...]:
-        """The span of each segment."""
+        """The span of each input segment."""
         spans, frame, token = [], 0, 0
-        for segment in self.segments:
-            down, across = self.grid_of(segment)
-            stop = token + segment.frames * down * across
+        for segment in self.inputs:
+            stop = token + self.tokens_of(segment)
             spans.append(Span(slice(frame, frame + segment.frames), slice(token, stop)))
             frame, token = frame + segment.frames, stop
         return tuple(spans)
@@ -106,7 +129,7 @@ class Layout:
         """As few spans as possible: neighbours with equally many tokens a frame are one."""
         merged: list[Span] = []
         for i, span in enumerate(self.spans):
-            if i and self.segments[i].patch == self.segments[i - 1].patch:
+            if i and self.inputs[i].patch == self.inputs[i - 1].patch:
                 span = Span(_joined(merged[-1].frames, span.frames), _joined(merged[-1].tokens, span.tokens))
                 merged.pop()
             merged.append(span)
@@ -116,22 +139,41 @@ class Layout:
     def groups(self) -> tuple[Group, ...]:
         """Query groups: neighbours that see the same keys attend in one call."""
         groups: list[Group] = []
-        for i, (segment, span) in enumerate(zip(self.segments, self.spans, strict=True)):
-            keys = self._keys(segment.sees)
-            queries = span.tokens
-            if i and groups[-1].keys == keys:
-                queries = _joined(groups.pop().queries, queries)
-            groups.append(Group(queries, keys))
+        for segment, span in zip(self.inputs, self.spans, strict=True):
+            group = Group(span.tokens, *self._keys(segment.sees))
+            if groups and (groups[-1].keys, groups[-1].cached) == (group.keys, group.cached):
+                group = replace(group, queries=_joined(groups.pop().queries, group.queries))
+            groups.append(group)
         return tuple(groups)
 
-    def _keys(self, sees: tuple[int, ...]) -> tuple[slice, ...]:
-        """The seen segments as token ranges; ranges that touch are one."""
-        ranges: list[slice] = []
-        for index in sees:
-            tokens = self.spans[index].tokens
-            touches = ranges and ranges[-1].stop == tokens.start
-            ranges.append(_joined(ranges.pop(), tokens) if touches else tokens)
-        return tuple(ranges)
+    @cached_property
+    def writes(self) -> tuple[Write, ...]:
+        """What goes into the cache."""
+        return tuple(
+            Write(span.tokens, self._place(segment))
+            for segment, span in zip(self.inputs, self.spans, strict=True)
+            if segment.place is not None
+        )
+
+    def _keys(self, sees: tuple[int, ...]) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
+        """The seen segments as ranges of the input's tokens, and of the cache's."""
+        own = dict(zip((i for i, s in enumerate(self.segments) if not s.cached), self.spans, strict=True))
+        seen = [own[i].tokens for i in sees if i in own]
+        cached = [self._place(self.segments[i]) for i in sees if i not in own]
+        return _merged(seen), _merged(cached)
+
+    def _place(self, segment: Segment) -> slice:
+        assert segment.place is not None, "a cached segment without a place"
+        return slice(segment.place, segment.place + self.tokens_of(segment))
+
+
+def _merged(ranges: Iterable[slice]) -> tuple[slice, ...]:
+    """The same ranges; those that touch are one."""
+    merged: list[slice] = []
+    for tokens in ranges:
+        touches = merged and merged[-1].stop == tokens.start
+        merged.append(_joined(merged.pop(), tokens) if touches else tokens)
+    return tuple(merged)
 
 
 def _joined(first: slice, second: slice) -> slice:

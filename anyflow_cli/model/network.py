@@ -22,7 +22,7 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from anyflow_cli.model.blocks import Block, TextKeys, modulated
+from anyflow_cli.model.blocks import Block, KeyValue, LayerKeys, modulated
 from anyflow_cli.model.config import Conditioning, NetworkConfig
 from anyflow_cli.model.layout import Layout, Segment, bidirectional
 from anyflow_cli.model.rotary import rotation
@@ -142,28 +142,45 @@ class FlowMapTransformer(nn.Module):
         """Where the weights are."""
         return self.proj_out.weight.device
 
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The type of matrix products: autocast's where it is on, else the weights'."""
+        kind = self.device.type
+        return (
+            torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.proj_out.weight.dtype
+        )
+
     def forward(
-        self, z: Tensor, t: Tensor, r: Tensor, text: Tensor | TextKeys, layout: Layout | None = None
+        self,
+        z: Tensor,
+        t: Tensor,
+        r: Tensor,
+        text: Tensor | LayerKeys,
+        layout: Layout | None = None,
+        cache: LayerKeys | None = None,
     ) -> Tensor:
         """Velocity of the frames that the layout reads, (B, F', C, H, W) in the type of ``z``.
 
-        ``z``: (B, F, C, H, W), the frames of all segments in order. ``t``, ``r``: (B,) or (B, F) in [0, 1].
-        ``text``: embeddings (B, L', text_dim), or what ``text_keys`` made of them. Without a layout:
-        bidirectional.
+        ``z``: (B, F, C, H, W), the frames of all input segments in order. ``t``, ``r``: (B,) or (B, F) in [0,
+        1]. ``text``: embeddings (B, L', text_dim), or what ``text_keys`` made of them. Without a layout:
+        bidirectional. ``cache``: where the layout's cached segments are and new ones go.
         """
         layout = layout or bidirectional(z.shape[1], z.shape[3], z.shape[4], self.config.patch)
         assert z.shape[1] == layout.frames, f"{z.shape[1]} frames for a layout of {layout.frames}"
         embedding, modulation = self.condition_embedder.times(_by_frame(t), _by_frame(r))
         turns = rotation(layout, self.config.head_dim, z.device)
         h = self._tokens(z, layout)
-        for block, keys in zip(self.blocks, self._text_of_blocks(text), strict=True):
-            h = self._run(block, h, keys, modulation, turns, layout)
+        caches = [None] * len(self.blocks) if cache is None else cache.layers
+        for block, keys, cached in zip(self.blocks, self._text_of_blocks(text), caches, strict=True):
+            h = self._run(block, h, keys, modulation, turns, layout, cached)
+        if not any(segment.read for segment in layout.inputs):  # a pass that only fills the cache
+            return z[:, :0]
         return self._read(h, embedding, layout).to(z.dtype)
 
-    def text_keys(self, text: Tensor) -> TextKeys:
+    def text_keys(self, text: Tensor) -> LayerKeys:
         """Keys and values of the text embeddings (B, L', text_dim) for every block, to use in many calls."""
         projected = self._project_text(text)
-        return TextKeys(tuple(block.attn2.text_keys(projected) for block in self._typed_blocks))
+        return LayerKeys(tuple(block.attn2.text_keys(projected) for block in self._typed_blocks))
 
     def text_parameters(self) -> list[nn.Parameter]:
         """What ``text_keys`` depends on."""
@@ -188,22 +205,24 @@ class FlowMapTransformer(nn.Module):
         projected: Tensor = embedder(text.to(self.proj_out.weight.dtype))
         return projected
 
-    def _text_of_blocks(self, text: Tensor | TextKeys) -> list[Tensor] | tuple[tuple[Tensor, Tensor], ...]:
+    def _text_of_blocks(self, text: Tensor | LayerKeys) -> list[Tensor] | tuple[KeyValue, ...]:
         """Projected text, the same for all blocks, or each block's keys and values."""
-        if isinstance(text, TextKeys):
+        if isinstance(text, LayerKeys):
             return text.layers
         return [self._project_text(text)] * len(self.blocks)
 
     def _tokens(self, z: Tensor, layout: Layout) -> Tensor:
         """Latents (B, F, C, H, W) to tokens (B, L, D)."""
         parts = [
-            self._embedding_of(segment)(z[:, span.frames])
-            for segment, span in zip(layout.segments, layout.spans, strict=True)
+            self._embedded(z[:, span.frames], segment)
+            for segment, span in zip(layout.inputs, layout.spans, strict=True)
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
-    def _embedding_of(self, segment: Segment) -> nn.Module:
-        return self.patch_embedding if segment.patch == "full" else self.far_patch_embedding
+    def _embedded(self, z: Tensor, segment: Segment) -> Tensor:
+        full = segment.patch == "full"
+        tokens: Tensor = (self.patch_embedding if full else self.far_patch_embedding)(z)
+        return tokens.to(self.compute_dtype)  # one embedding may be trained in fp32 on a bf16 base
 
     def _run(self, block: nn.Module, *args: object) -> Tensor:
         if self.gradient_checkpointing and torch.is_grad_enabled():
@@ -226,7 +245,7 @@ class FlowMapTransformer(nn.Module):
         x = modulated(h, shift, scale, self.config.eps, layout.even_spans)
         parts = [
             self._unpatch(self.proj_out(x[:, span.tokens]), layout, segment)
-            for segment, span in zip(layout.segments, layout.spans, strict=True)
+            for segment, span in zip(layout.inputs, layout.spans, strict=True)
             if segment.read
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)

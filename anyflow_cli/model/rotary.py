@@ -21,10 +21,10 @@ THETA = 10000.0
 
 @lru_cache(maxsize=32)
 def rotation(layout: Layout, head_dim: int, device: torch.device) -> Tensor:
-    """Cosine and sine of every token's angles, (L, 1, d / 2, 2) fp32; shared by all steps and networks."""
+    """Cosine and sine of every input token's angles, (L, 1, d / 2, 2) fp32; for all steps and networks."""
     # Cached tables are saved for backward passes later, which inference tensors cannot be.
     with torch.inference_mode(False), torch.no_grad():
-        turns = torch.cat([_segment_turns(layout, segment, head_dim) for segment in layout.segments])
+        turns = torch.cat([_segment_turns(layout, segment, head_dim) for segment in layout.inputs])
         return torch.view_as_real(turns).float().unsqueeze(1).to(device)
 
 

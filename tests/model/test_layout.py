@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
 
 from anyflow_cli.errors import UsageError
 from anyflow_cli.model import blocks
+from anyflow_cli.model.causal import teacher_forcing
 from anyflow_cli.model.layout import Layout, Segment, bidirectional
 from tests.model.helpers import distance, inputs, ours, theirs
 
@@ -23,17 +22,9 @@ def chunk_causal(partition: tuple[int, ...], height: int, width: int) -> Layout:
     return Layout(tuple(segments), height, width)
 
 
-def teacher_forcing(partition: tuple[int, ...], full: int, height: int, width: int) -> Layout:
-    """[compressed context | noisy full chunks | the same chunks clean] of FACTS 4, as plain data."""
-    chunks = [(sum(partition[:i]), n) for i, n in enumerate(partition)]
-    split = max(len(chunks) - full, 0)
-    past, window = chunks[:split], chunks[split:]
-    context = tuple(range(split))
-    clean = [split + len(window) + i for i in range(len(window))]
-    segments = [Segment(*chunk, context[: i + 1], "compressed", read=False) for i, chunk in enumerate(past)]
-    segments += [Segment(*chunk, (*context, split + i, *clean[:i])) for i, chunk in enumerate(window)]
-    segments += [Segment(*chunk, (*context, *clean[: i + 1]), read=False) for i, chunk in enumerate(window)]
-    return Layout(tuple(segments), height, width)
+def forcing(partition: tuple[int, ...], full: int, height: int, width: int) -> Layout:
+    config = ours(theirs("AnyFlowFARTransformer3DModel", full_chunk_limit=full)).config
+    return teacher_forcing(config, partition, height, width)
 
 
 def test_the_bidirectional_layout_is_one_span_and_one_group() -> None:
@@ -44,9 +35,7 @@ def test_the_bidirectional_layout_is_one_span_and_one_group() -> None:
 
 
 def test_groups_and_spans_of_teacher_forcing() -> None:
-    layout = teacher_forcing(
-        (1, 2, 1), full=2, height=8, width=8
-    )  # 4 tokens a compressed frame, 16 a full one
+    layout = forcing((1, 2, 1), 2, 8, 8)  # 4 tokens a compressed frame, 16 a full one
     assert [span.tokens for span in layout.even_spans] == [slice(0, 4), slice(4, 4 + 6 * 16)]
     assert [span.frames for span in layout.even_spans] == [slice(0, 1), slice(1, 7)]
     keys = [group.keys for group in layout.groups]
@@ -105,40 +94,24 @@ def test_segments_with_one_view_equal_one_segment() -> None:
 
 def test_one_time_a_sample_serves_every_segment() -> None:
     network = ours(theirs("AnyFlowFARTransformer3DModel", full_chunk_limit=1))
-    x, layout = inputs(frames=5, height=8, width=8), teacher_forcing((1, 2), 1, 8, 8)
+    x, layout = inputs(frames=5, height=8, width=8), forcing((1, 2), 1, 8, 8)
     t, r = x.t[:, 0], x.r[:, 0]
     each = network(x.z, t[:, None].expand(2, 5), r[:, None].expand(2, 5), x.text, layout)
     assert distance(network(x.z, t, r, x.text, layout), each) < 1e-6
 
 
-@pytest.mark.parametrize("clean", [True, False])
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-def test_teacher_forcing_as_a_layout_equals_the_masked_causal_class(clean: bool) -> None:
-    """The causal layouts are data too; diffusers' training path takes a mask, padding and branches."""
-    partition, limit = (1, 2, 1, 2), 2
-    reference = theirs("AnyFlowFARTransformer3DModel", full_chunk_limit=limit, chunk_partition=partition)
-    x = inputs(frames=6, height=8, width=8)
-    t, r = x.t.clone(), x.r.clone()
-    t[:, :3] = r[:, :3] = 0
-    tail = torch.randn(2, 3, 8, 8, 8, generator=torch.Generator().manual_seed(5))
-    zeros = torch.zeros(2, 3)
-    options: dict[str, Any] = {"clean_hidden_states": tail, "clean_timestep": zeros} if clean else {}
-    with torch.no_grad():
-        expected = reference(x.z, 1000 * t, 1000 * r, x.text, list(partition), return_dict=False, **options)[
-            0
-        ]
-
-    layout = teacher_forcing(partition, limit, 8, 8)
-    z, t, r = (torch.cat(pair, 1) for pair in ((x.z, tail), (t, zeros), (r, zeros)))
-    if not clean:
-        layout = Layout(_without_clean(layout), 8, 8)
-        z, t, r = x.z, t[:, :6], r[:, :6]
-    assert distance(ours(reference)(z, t, r, x.text, layout), expected) < 1e-5
-
-
-def _without_clean(layout: Layout) -> tuple[Segment, ...]:
-    """Context and noisy chunks, each seeing all before it and itself."""
-    return tuple(
-        Segment(s.first, s.frames, tuple(range(i + 1)), s.patch, s.read)
-        for i, s in enumerate(layout.segments[:4])
+def test_cached_segments_are_no_input_and_their_tokens_are_in_the_cache() -> None:
+    """4 tokens a compressed frame, 16 a full one."""
+    past = (
+        Segment(0, 1, (0,), "compressed", cached=True, place=0),
+        Segment(3, 1, (1,), cached=True, place=40),
     )
+    again = Segment(1, 2, (0, 2), "compressed", read=False, place=4)
+    layout = Layout((*past, again, Segment(4, 1, (0, 1, 2, 3))), 8, 8)
+    assert layout.frames == 3
+    assert [span.tokens for span in layout.spans] == [slice(0, 8), slice(8, 24)]
+    assert [(group.keys, group.cached) for group in layout.groups] == [
+        ((slice(0, 8),), (slice(0, 4),)),
+        ((slice(0, 24),), (slice(0, 4), slice(40, 56))),
+    ]
+    assert [(write.tokens, write.place) for write in layout.writes] == [(slice(0, 8), slice(4, 12))]
