@@ -18,17 +18,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
 import anyflow_cli
-from anyflow_cli.addresses import Choice
+from anyflow_cli.addresses import LINEAGE, WEIGHTS, Choice, is_checkpoint, locate, run_of
 from anyflow_cli.evaluate.suite import Suite
 from anyflow_cli.model.folder import read_config, read_json, resolve
 from anyflow_cli.model.precision import resolve_precision
-from anyflow_cli.recipe.paths import MODEL
 from anyflow_cli.recipe.schema import Recipe
 
 PACKAGES = ("torch", "diffusers", "transformers", "numpy")
-WEIGHTLESS = ("lineage.json", "README.md", ".gitattributes")  # files that no video depends on
+WEIGHTLESS = (LINEAGE, "README.md", ".gitattributes")  # files that no video depends on
 BLOB = 64  # letters of a SHA-256, as the Hub's cache names large files
 
 
@@ -96,20 +96,33 @@ class Variant:
 
 
 def subject(choice: Choice, recipe: Recipe) -> Subject:
-    """Look at a model without loading it."""
-    path = resolve(choice.address)
-    if (path / MODEL).is_dir() and not (path / "model_index.json").is_file():
-        path = path / MODEL
+    """Look at a model or checkpoint without loading it."""
+    path = locate(choice.address)
+    look = _look_at_checkpoint if is_checkpoint(path) else _look_at_folder
+    files, teacher, lineage = look(path, recipe)
+    return Subject(choice.address, choice.why, teacher, fingerprint(files), lineage)
+
+
+Look = tuple[list[Any], bool, dict[str, Any]]  # hashes of files, whether it is a teacher, lineage
+
+
+def _look_at_folder(path: Path, recipe: Recipe) -> Look:
+    """A pipeline folder, or a transformer that takes the rest from the recipe's teacher."""
     whole = (path / "model_index.json").is_file()
     folders = [path] if whole else [path, resolve(recipe.model.teacher)]
-    lineage = path / "lineage.json"
-    return Subject(
-        address=choice.address,
-        why=choice.why,
-        teacher=not read_config(path).two_time,
-        weights=fingerprint([_folder_hash(folder) for folder in folders]),
-        lineage=read_json(lineage) if lineage.is_file() else {},
-    )
+    lineage = path / LINEAGE
+    known = read_json(lineage) if lineage.is_file() else {}
+    return [_folder_hash(folder) for folder in folders], not read_config(path).two_time, known
+
+
+def _look_at_checkpoint(path: Path, recipe: Recipe) -> Look:
+    """What a run has trained so far, on the model it started from."""
+    run = run_of(path)
+    with safe_open(path / WEIGHTS, "pt") as weights:
+        names = weights.keys()
+    two_time = read_config(run.base).two_time or any("delta_embedder" in name for name in names)
+    files = [_file_hash(path / WEIGHTS), _folder_hash(run.base)]
+    return files, not two_time, run.lineage | {"checkpoint": path.name}
 
 
 def variant(

@@ -6,14 +6,17 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from anyflow_cli.addresses import Choice
 from anyflow_cli.data.clips import ClipFormat, read_clip
 from anyflow_cli.errors import AnyflowError, UsageError
-from anyflow_cli.evaluate.protocol import variant
+from anyflow_cli.evaluate.protocol import subject, variant
 from anyflow_cli.evaluate.results import Evaluation
 from anyflow_cli.evaluate.run import evaluate, prepare
 from anyflow_cli.evaluate.store import SCORES
+from anyflow_cli.recipe.compare import dump
 from tests.evaluate.drawn import Drawn, KilledError, make_folder, make_job
 
 
@@ -111,6 +114,22 @@ def test_what_changes_videos_changes_the_key(
     other = job.recipe.model_copy(update={section: part})
     of = job.variants[0].subject
     assert variant(of, 1, job.protocol, other).key != job.variants[0].key
+
+
+def test_a_later_checkpoint_of_a_run_is_another_model(tmp_path: Path) -> None:
+    job = make_job(tmp_path)
+    folder = tmp_path / "distill"
+    steps = [folder / "checkpoints" / f"step-{step:06d}" for step in (1, 2)]
+    for value, step in enumerate(steps):
+        step.mkdir(parents=True)
+        (step / "COMPLETE").touch()
+        save_file({"condition_embedder.delta_embedder.x": torch.full((1,), value)}, step / "ema.safetensors")
+    (folder / "lineage.json").write_text(json.dumps({"base": str(tmp_path / "teacher")}))
+    (folder / "recipe.yaml").write_text(dump(job.recipe))
+    first, second, newest = (subject(Choice(str(path), "given"), job.recipe) for path in (*steps, folder))
+    assert first.weights != second.weights == newest.weights
+    assert not first.teacher  # it has grown a second time
+    assert newest.lineage["checkpoint"] == "step-000002"
 
 
 def test_guidance_belongs_to_the_teacher_alone(tmp_path: Path) -> None:
