@@ -48,6 +48,7 @@ class Batch:
     latents: Tensor  # (B, F, C, H, W)
     text: Tensor  # (B, L, D), zeros after a prompt's own tokens
     captions: list[str]
+    seeds: Sequence[int | None] = ()  # of the noise that the teacher made each from; None for real clips
 
 
 class LatentData:
@@ -94,6 +95,10 @@ class LatentData:
             torch.stack([sample.latents.float() for sample in samples]),
             torch.stack([self._padded(sample.text.float()) for sample in samples]),
             [sample.caption for sample in samples],
+            [
+                sample.facts.get("seed") if sample.facts.get("source") == "teacher" else None
+                for sample in samples
+            ],
         )
 
     def _usable(self, position: int) -> Sample:
@@ -134,6 +139,11 @@ class LatentData:
                 "Set model.max_text_tokens to what the data set was made with.",
             )
         return torch.nn.functional.pad(text, (0, 0, 0, missing))
+
+
+def _noise_seed(sample: Sample) -> int | None:
+    """The seed of the noise that a teacher made this sample from; real clips have none."""
+    return sample.facts["seed"] if sample.facts.get("source") == "teacher" else None
 
 
 class Batches:

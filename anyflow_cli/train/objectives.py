@@ -26,6 +26,8 @@ import torch
 from torch import Tensor
 
 from anyflow_cli.data.batches import Batch
+from anyflow_cli.data.noise import batch_noise
+from anyflow_cli.errors import UsageError
 from anyflow_cli.flow import matching, objective, simulation, times
 from anyflow_cli.flow.velocity import Velocity
 from anyflow_cli.model.roles import Backbone, Role
@@ -138,7 +140,11 @@ class FlowMatchingTerm:
 
 @dataclass(frozen=True)
 class ConsistencyTerm:
-    """Consistency ODE-init: one jump from the noise at any t to the teacher's own video."""
+    """Consistency ODE-init: one jump from any t of a path to the teacher's own video at its end.
+
+    The path's start is the very noise that the teacher made the video from, drawn again from its seed; in
+    between stands the chord. Fresh noise would make the target the mean of many videos.
+    """
 
     backbone: Backbone
     settings: schema.FlowMap
@@ -147,8 +153,14 @@ class ConsistencyTerm:
     def __call__(self, batch: Batch, draws: Draws) -> tuple[Tensor, Tally]:
         """Loss of a micro batch."""
         x = batch.latents
+        seeds = [seed for seed in batch.seeds if seed is not None]
+        if len(seeds) < len(x):
+            raise UsageError(
+                "consistency-ode needs the noise each video was made from, and the data set has real clips.",
+                "Train it on what `anyflow synthesize` made with the teacher.",
+            )
         t = draws.local(times.sample_uniform(draws.count, self.shift, draws.generator("times"))).to(x)
-        z = objective.interpolate(x, draws.noise("noise", x.shape[1:]).to(x), t)
+        z = objective.interpolate(x, batch_noise(seeds, x.shape[1:]).to(x), t)
         weight = times.loss_weight(self.settings.weight, self.shift)
         loss = objective.consistency_loss(self.backbone.velocity("student", batch.text), z, t, x, weight)
         return loss, {"loss": tally(loss, len(x))}
@@ -247,4 +259,5 @@ def _null(backbone: Backbone, role: Role, negative: Tensor, batch: Batch) -> Vel
 
 def cut(batch: Batch, start: int, stop: int) -> Batch:
     """A micro batch of a process's share."""
-    return Batch(batch.latents[start:stop], batch.text[start:stop], batch.captions[start:stop])
+    part = slice(start, stop)
+    return Batch(batch.latents[part], batch.text[part], batch.captions[part], batch.seeds[part])

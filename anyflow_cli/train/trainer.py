@@ -15,6 +15,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
@@ -279,4 +280,4 @@ def _due(step: int, every: int) -> bool:
 
 
 def _on(batch: Batch, device: torch.device) -> Batch:
-    return Batch(batch.latents.to(device), batch.text.to(device), batch.captions)
+    return replace(batch, latents=batch.latents.to(device), text=batch.text.to(device))

@@ -40,7 +40,7 @@ class RandomData:
     def stream(self, start: int, part: slice = slice(None), workers: int = 0) -> Iterator[Batch]:
         for step in count(start):
             at = [(step * self.batch + i) % 8 for i in range(self.batch)][part]
-            yield Batch(self.latents[at], self.text[at], [""] * len(at))
+            yield Batch(self.latents[at], self.text[at], [""] * len(at), at)
 
 
 def network(seed: int = 0, *, two_time: bool = True) -> FlowMapTransformer:

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from anyflow_cli.data.batches import Batch
+from anyflow_cli.data.noise import batch_noise
+from anyflow_cli.errors import UsageError
 from anyflow_cli.flow.simulation import BUDGETS
 from anyflow_cli.recipe import schema
 from anyflow_cli.train.draws import Draws
@@ -178,3 +180,24 @@ def test_a_weight_scales_the_loss_and_not_the_report() -> None:
     loss, report = term(batch(), Draws(0, 1, 4, (0,)))
     assert loss.item() == 1.0
     assert report["x_loss"].tolist() == [2.0, 1.0]
+
+
+def test_ode_init_starts_from_the_noise_each_video_was_made_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise the target of a state is the mean of many videos, and the baseline is a denoiser."""
+    seen: list[Tensor] = []
+
+    def loss(model: Any, z: Tensor, t: Tensor, x: Tensor, weight: Any) -> Tensor:
+        start = (z - (1 - t)[:, None, None, None, None] * x) / t[:, None, None, None, None]
+        seen.append(start)
+        return z.sum() * 0
+
+    monkeypatch.setattr("anyflow_cli.flow.objective.consistency_loss", loss)
+    term = small.objective("consistency-ode", small.backbone("consistency-ode")).phases[0].terms[0]
+    term(batch(4), Draws(0, 1, 4, (0, 1, 2, 3)))
+    torch.testing.assert_close(seen[0], batch_noise([0, 1, 2, 3], small.LATENT), rtol=1e-3, atol=1e-3)
+
+
+def test_ode_init_refuses_real_clips() -> None:
+    term = small.objective("consistency-ode", small.backbone("consistency-ode")).phases[0].terms[0]
+    with pytest.raises(UsageError, match="real clips"):
+        term(replace(batch(2), seeds=[3, None]), Draws(0, 1, 2, (0, 1)))
