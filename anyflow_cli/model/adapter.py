@@ -1,5 +1,8 @@
 """Adapters on disk, in PEFT's format: what LoRA training learnt, without the base.
 
+Modules that were trained whole (a causal model's compressed patch embedding) are in it as PEFT's
+``modules_to_save``.
+
 ``PeftModel.from_pretrained(transformer, folder)`` opens one on the diffusers class of its base. Names inside
 this project are those of ``Backbone.state_dict_of``.
 """
@@ -25,9 +28,14 @@ def save_adapter(folder: Path, weights: Mapping[str, Tensor], size: LoraSize, ba
     from peft import LoraConfig
     from safetensors.torch import save_file
 
-    layers = sorted({name.rpartition(".lora_")[0] for name in weights})
+    layers = sorted({name.rpartition(".lora_")[0] for name in weights if ".lora_" in name})
+    whole = sorted({name.rpartition(".")[0] for name in weights if ".lora_" not in name})
     config = LoraConfig(
-        r=size.rank, lora_alpha=size.alpha, target_modules=layers, base_model_name_or_path=base
+        r=size.rank,
+        lora_alpha=size.alpha,
+        target_modules=layers,
+        modules_to_save=whole or None,
+        base_model_name_or_path=base,
     )
     stored = {PREFIX + name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
     with made_beside(folder) as partial:

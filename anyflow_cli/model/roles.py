@@ -7,6 +7,9 @@ The student takes two times, ``u(z, t, r)``. The scores take one and are asked a
 network whose second embedder is an untouched copy equals the pretrained one: scores therefore do not adapt
 the embedders. A tuned teacher is the student of a one-time network; its adapter, or its network, becomes the
 real score of stage 2.
+
+The student of a causal network also trains the compressed patch embedding, whole and in place: the other
+roles see videos bidirectionally and never use it.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from torch import Tensor, nn
 
 from anyflow_cli.errors import UsageError
 from anyflow_cli.model.adapters import Adapters, LoraSize
+from anyflow_cli.model.causal import FAR
 from anyflow_cli.model.conditioned import Conditioned
 from anyflow_cli.model.network import FlowMapTransformer, on_meta
 
@@ -56,6 +60,7 @@ class Backbone(nn.Module):
         self._networks: dict[Role, FlowMapTransformer] = {"student": network}
         self._adapters: dict[FlowMapTransformer, Adapters] = {}
         self._adapter_names: dict[Role, str] = {}
+        self._whole: dict[Role, nn.Module] = {}  # trained beside the role's adapter
         if lora is None:
             self._own_copies(network, teacher)
         else:
@@ -102,6 +107,8 @@ class Backbone(nn.Module):
         adapt_times = name == "student" and network.config.two_time
         self._adapters[network].add(name, lora, adapt_times=adapt_times)
         self._adapter_names[name] = name
+        if name == "student" and network.config.causal is not None:
+            self._whole[name] = network.far_patch_embedding.float()  # as adapters are
 
     # --- switching
 
@@ -123,11 +130,13 @@ class Backbone(nn.Module):
     # --- weights
 
     def named_parameters_of(self, name: Role) -> dict[str, nn.Parameter]:
-        """The role's own weights: its adapter (``...lora_A.weight``), its whole copy, or none."""
+        """The role's own weights: its adapter (``...lora_A.weight``) and what it trains whole, or a copy."""
         network = self._networks[name]
         if network in self._adapters:
             adapter = self._adapter_names.get(name)
-            return {} if adapter is None else self._adapters[network].parameters(adapter)
+            own = {} if adapter is None else self._adapters[network].parameters(adapter)
+            whole = self._whole[name].named_parameters() if name in self._whole else ()
+            return own | {f"{FAR}.{key}": parameter for key, parameter in whole}
         return {} if name in ("real", "base") else dict(network.named_parameters())
 
     def parameters_of(self, name: Role) -> list[nn.Parameter]:
