@@ -27,7 +27,7 @@ from anyflow_cli.model.conditioned import Conditioned
 from anyflow_cli.model.folder import load_network, write_transformer
 from anyflow_cli.model.network import FlowMapTransformer
 
-SHIFT = 3.0
+SHIFT = 3.0  # of the training times
 TEXT_TOKENS = 32
 LONG_TEXT = (
     0.05,

@@ -1,0 +1,36 @@
+"""Put the tiny teacher into the package: weights stored in half precision, so that the wheel stays small.
+
+    python scripts/tiny/pack.py --teacher build/teacher --vae build/tiny/vae --out anyflow_cli/assets/tiny
+
+Every loader here computes in fp32 or bf16 whatever the file holds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def main() -> None:
+    """Copy what is small, halve what is large."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--teacher", type=Path, required=True)
+    parser.add_argument("--vae", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    shutil.copytree(args.teacher, args.out, dirs_exist_ok=True, ignore=shutil.ignore_patterns(WEIGHTS, "vae"))
+    shutil.copytree(args.vae, args.out / "vae", dirs_exist_ok=True, ignore=shutil.ignore_patterns(WEIGHTS))
+    for source, part in ((args.vae, "vae"), (args.teacher / "transformer", "transformer")):
+        weights = {name: value.half() for name, value in load_file(source / WEIGHTS).items()}
+        save_file(weights, args.out / part / WEIGHTS, metadata={"format": "pt"})
+
+
+if __name__ == "__main__":
+    main()
