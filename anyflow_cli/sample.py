@@ -2,8 +2,9 @@
 
 ``Sampler`` is the one way to sample outside training: the command, evaluation and synthesis stand on it. An
 any-step model (two times) is solved by Euler over its flow map, one evaluation a step; a plain Wan model is
-a teacher and is solved by guided Euler, two evaluations a step. A video depends on its prompt, seed and
-step count, not on what it was batched with. Which model is meant, and how it is opened, is in
+a teacher and is solved by guided Euler, two evaluations a step. A causal model is sampled chunk by chunk,
+from given first frames where there are any. A video depends on its prompt, seed and step count, not on what
+it was batched with. Which model is meant, and how it is opened, is in
 ``addresses.py``; files are in ``samples.py``.
 
 Legend: B batch, F latent frames, C channels, H W latent height and width; a video is uint8 (T, height,
@@ -22,16 +23,18 @@ import torch
 from torch import Tensor
 
 from anyflow_cli.addresses import open_model
-from anyflow_cli.data.clips import Pixels, to_pixels
+from anyflow_cli.data.clips import Pixels, from_pixels, to_pixels
 from anyflow_cli.data.noise import batch_noise
 from anyflow_cli.errors import UsageError
 from anyflow_cli.flow.samplers import SAMPLERS
 from anyflow_cli.flow.times import grid
 from anyflow_cli.flow.velocity import Velocity, guided
+from anyflow_cli.model.causal import partition_for
 from anyflow_cli.model.conditioned import Conditioned
 from anyflow_cli.model.encoders import TextEncoder, VideoVAE
 from anyflow_cli.model.network import FlowMapTransformer
 from anyflow_cli.model.precision import autocast, resolve_precision
+from anyflow_cli.model.rollout import rollout
 from anyflow_cli.recipe.schema import Recipe
 
 Method = Literal["flow-map", "euler", "consistency"]
@@ -75,6 +78,9 @@ class Sampler:
         self.precision = resolve_precision(recipe.model.precision, self.device)
         self._network, self._encoder, self._vae = network.eval().requires_grad_(False), encoder, vae
         self._null: Tensor | None = None
+        self.first_steps: int | None = None
+        self.given_frames = 0
+        self._given: Tensor | None = None
         self._start_clock()
 
     @classmethod
@@ -106,6 +112,31 @@ class Sampler:
         encoder = TextEncoder.load(opened.pipeline, large, place)
         vae = VideoVAE.load(opened.pipeline, place)
         return cls(opened.network.to(place), encoder, vae, recipe, method=method, lineage=opened.lineage)
+
+    def begin(self, frames: Pixels | None = None, first_steps: int | None = None) -> None:
+        """Let every video begin with ``frames`` (T, height, width, 3), as many as the VAE takes together.
+
+        ``first_steps``: the steps of the first chunk that is sampled, instead of those of the others. Both
+        need a causal model.
+        """
+        if frames is None and first_steps is None:
+            return
+        if self._network.config.causal is None:
+            raise UsageError(
+                "The model is bidirectional: it makes all frames at once, from noise.",
+                "Use a causal (FAR) model for --image, --video and --nfe-first.",
+            )
+        if first_steps is not None and first_steps < 1:
+            raise UsageError(f"{first_steps} steps cannot be sampled.", "Give a number of steps from 1 on.")
+        self.first_steps = first_steps
+        if frames is not None:
+            self.given_frames = len(frames)
+            self._given = self._vae.encode(from_pixels(frames)[None]).to(self.device)
+            if self._given.shape[1] >= self.shape[0]:
+                raise UsageError(
+                    f"The {len(frames)} given frames leave nothing to sample of {self.model.frames}.",
+                    "Give fewer frames, or set model.frames higher.",
+                )
 
     def videos(
         self, prompts: Sequence[str], seeds: Sequence[int], nfe: int, batch: int = 1
@@ -152,9 +183,24 @@ class Sampler:
             with self._timed("network"):
                 times = grid(nfe, self.model.shift)
                 streams = [self._stream(seed) for seed in seeds]
-                latents = SAMPLERS[self.method](velocity, noise, times, generator=streams)
+                if isinstance(velocity, Conditioned) and self._network.config.causal is not None:
+                    latents = self._chunks(velocity, noise, times, streams)
+                else:
+                    latents = SAMPLERS[self.method](velocity, noise, times, generator=streams)
         self._count += len(prompts)
         return latents
+
+    def _chunks(
+        self, model: Conditioned, noise: Tensor, times: Tensor, streams: Sequence[torch.Generator]
+    ) -> Tensor:
+        """A causal model's video (B, F, C, H, W), chunk after chunk."""
+        assert self._network.config.causal is not None
+        partition = partition_for(self._network.config.causal, noise.shape[1])
+        grids = [times] if self.first_steps is None else [grid(self.first_steps, self.model.shift), times]
+        given = None if self._given is None else self._given.expand(len(noise), -1, -1, -1, -1)
+        sampler = SAMPLERS[self.method]
+        chunks = rollout(model, noise, partition, sampler, grids, given=given, generator=streams)
+        return torch.cat(list(chunks), dim=1)
 
     def _velocity(self, prompts: Sequence[str]) -> Velocity:
         conditioned = Conditioned(self._network, self._text(prompts))
@@ -191,13 +237,8 @@ class Sampler:
 
 
 def check_fit(network: FlowMapTransformer, encoder: TextEncoder, vae: VideoVAE) -> None:
-    """Refuse a network of another kind, or made for other latents or another text encoder."""
+    """Refuse a network that was made for other latents or another text encoder."""
     config = network.config
-    if config.causal is not None:
-        raise UsageError(
-            "The model is causal (FAR), and only bidirectional ones can be sampled.",
-            "Use the bidirectional model of the same family.",
-        )
     hint = "Use the pipeline folder that this model was trained with."
     if config.in_channels != vae.channels:
         raise UsageError(

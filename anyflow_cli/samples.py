@@ -170,6 +170,8 @@ def _record(sampler: Sampler, recipe: Recipe, choice: Choice) -> dict[str, Any]:
         "model": {"address": choice.address, "why": choice.why, "lineage": sampler.lineage},
         "sampler": sampler.method,
         "guidance": sampler.guidance,
+        "given_frames": sampler.given_frames,
+        "first_steps": sampler.first_steps,
         "precision": sampler.precision,
         "device": str(sampler.device),
         "machine": platform.machine(),

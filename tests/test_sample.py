@@ -13,11 +13,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from anyflow_cli.addresses import Choice, find_model, open_model
-from anyflow_cli.data.clips import Pixels
+from anyflow_cli.data.clips import Pixels, from_pixels
 from anyflow_cli.data.noise import noise
 from anyflow_cli.errors import UsageError
+from anyflow_cli.flow.samplers import flow_map_euler
+from anyflow_cli.flow.times import grid
+from anyflow_cli.model.causal import causal_from
+from anyflow_cli.model.conditioned import Conditioned
+from anyflow_cli.model.config import Causal
 from anyflow_cli.model.folder import load_network, save_pipeline
 from anyflow_cli.model.network import two_time_from
+from anyflow_cli.model.rollout import rollout
 from anyflow_cli.recipe.paths import RunPaths
 from anyflow_cli.recipe.schema import Model, Recipe
 from anyflow_cli.recipe.schema import Sample as SampleSection
@@ -209,17 +215,62 @@ def test_a_network_of_another_architecture_is_refused(
         Sampler.load(str(folder), recipe_for(wan))
 
 
-def test_a_causal_network_is_refused(wan: Path, any_step: Path, tmp_path: Path) -> None:
-    from diffusers import AnyFlowFARTransformer3DModel
+# --- causal models
 
-    from tests.tiny_pipeline import sizes
 
-    folder = tmp_path / "causal"
-    shutil.copytree(any_step, folder)
-    shutil.rmtree(folder / "transformer")
-    AnyFlowFARTransformer3DModel(**sizes()).save_pretrained(folder / "transformer")
-    with pytest.raises(UsageError, match="causal"):
-        Sampler.load(str(folder), recipe_for(wan))
+@pytest.fixture(scope="module")
+def causal(wan: Path) -> Path:
+    """A causal folder of random weights: chunks of 1, 2 and 1 latent frames, two of them in full."""
+    network = causal_from(two_time_from(load_network(wan)), Causal(full_chunks=2, partition=(1, 2, 1)))
+    return save_pipeline(wan.parent / "causal", network, wan, {}, shift=3.0)
+
+
+def causal_sampler(causal: Path) -> Sampler:
+    return Sampler.load(str(causal), recipe_for(causal, frames=13, height=64, width=64))
+
+
+def test_a_causal_model_is_sampled_chunk_by_chunk_whatever_its_batch(causal: Path) -> None:
+    sampler = causal_sampler(causal)
+    seeds = [3, 4, 5]
+    alone = [next(sampler.videos([p], [s], 2)) for p, s in zip(PROMPTS[:3], seeds, strict=True)]
+    assert alone[0].shape == (13, 64, 64, 3)
+    assert largest_difference(alone, list(sampler.videos(PROMPTS[:3], seeds, 2, batch=3))) <= 1
+    latents = next(sampler.latents(PROMPTS[:1], seeds[:1], 2))
+    model = Conditioned(sampler._network, sampler._text(PROMPTS[:1]))
+    times = grid(2, 3.0)
+    chunks = rollout(model, noise(3, sampler.shape)[None], (1, 2, 1), flow_map_euler, [times])
+    torch.testing.assert_close(latents, torch.cat(list(chunks), dim=1), rtol=0, atol=0)
+
+
+def test_given_frames_begin_every_video(causal: Path) -> None:
+    sampler, plain = causal_sampler(causal), causal_sampler(causal)
+    frames = np.random.default_rng(0).integers(0, 256, (5, 64, 64, 3), np.uint8)
+    sampler.begin(frames)
+    given = sampler._vae.encode(from_pixels(frames)[None])
+    latents = next(sampler.latents(PROMPTS[:2], [1, 2], 2, batch=2))
+    torch.testing.assert_close(latents[:, :2], given.expand(2, -1, -1, -1, -1), rtol=0, atol=0)
+    free = next(plain.latents(PROMPTS[:2], [1, 2], 2, batch=2))
+    assert (latents[:, 2:] - free[:, 2:]).abs().max() > 1e-3
+
+
+def test_the_first_chunk_can_have_steps_of_its_own(causal: Path) -> None:
+    sampler = causal_sampler(causal)
+    four, one = (next(sampler.latents(PROMPTS[:1], [1], nfe)) for nfe in (4, 1))
+    sampler.begin(first_steps=4)
+    mixed = next(sampler.latents(PROMPTS[:1], [1], 1))
+    torch.testing.assert_close(mixed[:, :1], four[:, :1], rtol=0, atol=0)
+    assert (mixed[:, :1] - one[:, :1]).abs().max() > 1e-3
+    assert (mixed[:, 1:] - four[:, 1:]).abs().max() > 1e-3
+
+
+def test_what_cannot_begin_a_video_is_said(causal: Path, sampler: Sampler) -> None:
+    frames = np.zeros((13, 64, 64, 3), np.uint8)
+    with pytest.raises(UsageError, match="13 given frames leave nothing to sample"):
+        causal_sampler(causal).begin(frames)
+    with pytest.raises(UsageError, match="bidirectional"):
+        sampler.begin(frames)
+    with pytest.raises(UsageError, match="bidirectional"):
+        sampler.begin(first_steps=2)
 
 
 def test_another_shift_than_the_models_own_is_said(

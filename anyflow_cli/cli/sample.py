@@ -29,6 +29,7 @@ from anyflow_cli.cli.progress import Progress
 from anyflow_cli.errors import UsageError
 
 if TYPE_CHECKING:
+    from anyflow_cli.data.clips import Pixels
     from anyflow_cli.recipe.schema import Recipe
 
 EXAMPLES = examples(
@@ -36,8 +37,10 @@ EXAMPLES = examples(
     'anyflow sample -p "a large blue square moving up" --nfe 1,2,4,32 --count 3',
     "anyflow sample --prompts prompts.txt --model runs/tiny/distill --out samples",
     'anyflow sample -p "a green triangle" --teacher',
+    'anyflow sample -p "a red circle" --model nvidia/AnyFlow-FAR-Wan2.1-1.3B-Diffusers --image first.png',
 )
 WITHOUT_PROMPTS = 4
+CAUSAL_PANEL = "Causal models"
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +72,33 @@ SamplerOption = Annotated[
     Literal["flow-map", "euler", "consistency"] | None,
     typer.Option(show_default=False, help="How to go from noise to video, if not as the model's kind asks."),
 ]
+ImageOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE", show_default=False, rich_help_panel=CAUSAL_PANEL,
+        help="A picture to be the first frame, scaled and cropped to the recipe's size.",
+    ),
+]  # fmt: skip
+VideoOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE", show_default=False, rich_help_panel=CAUSAL_PANEL, help="A video to be continued."
+    ),
+]
+VideoFramesOption = Annotated[
+    int | None,
+    typer.Option(
+        min=1, metavar="N", show_default=False, rich_help_panel=CAUSAL_PANEL,
+        help="Its first frames that are kept, instead of half of what is made at most.",
+    ),
+]  # fmt: skip
+FirstStepsOption = Annotated[
+    int | None,
+    typer.Option(
+        "--nfe-first", min=1, metavar="N", show_default=False, rich_help_panel=CAUSAL_PANEL,
+        help="Steps of the first chunk that is sampled; --nfe then holds for the others.",
+    ),
+]  # fmt: skip
 OutOption = Annotated[
     Path | None,
     typer.Option(
@@ -86,6 +116,10 @@ def sample(
     teacher: TeacherOption = False,
     model: ModelOption = None,
     sampler: SamplerOption = None,
+    image: ImageOption = None,
+    video: VideoOption = None,
+    video_frames: VideoFramesOption = None,
+    nfe_first: FirstStepsOption = None,
     out: OutOption = None,
     recipe: RecipeOption = DEFAULT_RECIPE,
     assignments: SetOption = None,
@@ -102,6 +136,7 @@ def sample(
     options = {"--nfe": ("sample.nfe", parse_steps(nfe)), "--seed": ("sample.seed", seed)}
     settings = resolve(recipe, assignments, options)
     texts = _prompts(settings, prompt, prompts)
+    given = _given_frames(settings, image, video, video_frames)
 
     from anyflow_cli.addresses import check_address, find_model
     from anyflow_cli.recipe.paths import RunPaths
@@ -124,11 +159,42 @@ def sample(
     from anyflow_cli.sample import Sampler
 
     opened = Sampler.load(choice.address, settings, teacher=teacher, method=sampler)
+    opened.begin(given, nfe_first)
     folder = make_directory(out, paths.samples)
     with Progress("sample", total, "videos") as progress:
         record = write_samples(opened, request, folder, settings, choice, progress.update)
     shown = f"{folder / record['sheet']}\n" + "\n".join(str(folder / s["file"]) for s in record["samples"])
     print_result({"out": folder, **record}, as_json=as_json, text=shown)
+
+
+def _given_frames(
+    settings: Recipe, image: Path | None, video: Path | None, count: int | None
+) -> Pixels | None:
+    """The first frames that a picture or a video gives, at the recipe's size and rate."""
+    if image is not None and video is not None:
+        raise UsageError("A video begins with --image or with --video, not with both.", "Leave one out.")
+    if video is None and count is not None:
+        raise UsageError("--video-frames says how much of --video is kept, and there is none.", "Give one.")
+    path = image or video
+    if path is None:
+        return None
+    if not path.is_file():
+        raise UsageError(f"{path} is no file.", "Give a picture with --image, or a video with --video.")
+
+    from anyflow_cli.data.clips import ClipFormat, UnusableClipError, read_image, read_start
+
+    shape = settings.model
+    wanted = ClipFormat(count or max(shape.frames // 2, 1), shape.fps, shape.height, shape.width)
+    try:
+        clip = read_image(path, wanted) if video is None else read_start(path, wanted)
+    except UnusableClipError as error:
+        raise UsageError(f"{path}: {error.message}.", "Give a file that ffmpeg can read.") from error
+    for change in clip.changes:
+        log.info("%s: %s.", path.name, change)
+    whole = (len(clip.pixels) - 1) // 4 * 4 + 1
+    if whole < len(clip.pixels):
+        log.info("%s: the first %d frames are kept; the VAE takes 1, 5, 9, ...", path.name, whole)
+    return clip.pixels[:whole]
 
 
 def _prompts(settings: Recipe, given: list[str] | None, file: Path | None) -> list[str]:

@@ -90,6 +90,16 @@ def list_clips(directory: Path) -> list[ClipFile]:
 
 def read_clip(path: Path, wanted: ClipFormat) -> Clip:
     """Fit a video: rate by nearest frame, size by scaling and a centred crop, then the start."""
+    clip = read_start(path, wanted)
+    if len(clip.pixels) < wanted.frames:
+        raise UnusableClipError(
+            f"too short: {len(clip.pixels)} frames at {wanted.fps} fps where {wanted.frames} are needed"
+        )
+    return clip
+
+
+def read_start(path: Path, wanted: ClipFormat) -> Clip:
+    """As ``read_clip``, but a video may have fewer frames than wanted."""
     width, height = wanted.width, wanted.height
     scale = f"scale={width}:{height}:force_original_aspect_ratio=increase:flags=bicubic"
     filters = f"fps={wanted.fps},{scale},crop={width}:{height}"
@@ -100,12 +110,26 @@ def read_clip(path: Path, wanted: ClipFormat) -> Clip:
     if result.returncode or not result.stdout:
         raise UnusableClipError(f"unreadable ({_last_line(messages)})")
     pixels = np.frombuffer(result.stdout, np.uint8).reshape(-1, height, width, 3)
-    if len(pixels) < wanted.frames:
-        raise UnusableClipError(
-            f"too short: {len(pixels)} frames at {wanted.fps} fps where {wanted.frames} are needed"
-        )
     cut = (f"cut after {wanted.frames} frames",) if len(pixels) > wanted.frames else ()
     return Clip(pixels[: wanted.frames], (*_changes(messages, wanted), *cut))
+
+
+def read_image(path: Path, wanted: ClipFormat) -> Clip:
+    """A picture as a video of one frame, fitted by scaling and a centred crop."""
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(path) as opened:
+            image = ImageOps.exif_transpose(opened).convert("RGB")
+    except OSError as error:
+        raise UnusableClipError(f"unreadable ({error})") from error
+    width, height = image.size
+    fitted = ImageOps.fit(image, (wanted.width, wanted.height), Image.Resampling.BICUBIC)
+    same_ratio = width * wanted.height == height * wanted.width
+    how = "scaled" if same_ratio else "scaled and cropped"
+    changed = (width, height) != (wanted.width, wanted.height)
+    told = (f"{how} from {height}x{width} to {wanted.height}x{wanted.width}",) if changed else ()
+    return Clip(np.asarray(fitted, np.uint8)[None], told)
 
 
 def write_mp4(path: Path, video: Pixels, fps: float, *, lossless: bool = False) -> None:

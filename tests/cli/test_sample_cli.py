@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from anyflow_cli.cli import app
+from anyflow_cli.data.clips import write_mp4
 from anyflow_cli.model.folder import load_network, save_pipeline
 from anyflow_cli.model.network import two_time_from
 from tests.tiny_pipeline import make_wan_folder
@@ -178,3 +180,73 @@ def test_doctor_ends_with_0_where_nothing_is(
     given = ["--runs", str(tmp_path), "--set", f"model.teacher={models / 'wan'}"]
     assert app.main(["doctor", *given]) == 0
     assert "hint: install" in capsys.readouterr().out
+
+
+# --- causal models
+
+
+@pytest.fixture
+def far(models: Path, small: list[str]) -> list[str]:
+    """The command with a causal model, at a size that its compressed patches divide."""
+    from anyflow_cli.model.causal import causal_from
+    from anyflow_cli.model.config import Causal
+
+    if not (models / "far").exists():
+        network = causal_from(load_network(models / "any"), Causal(full_chunks=2, partition=(1, 1, 1)))
+        save_pipeline(models / "far", network, models / "wan", {})
+    return [*small, "--set", "model.frames=9", "-p", "a circle", "--nfe", "1", "--model", str(models / "far")]
+
+
+def picture(path: Path, height: int = 48, width: int = 64) -> Path:
+    from PIL import Image
+
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def test_a_picture_begins_a_video(far: list[str], tmp_path: Path, capsys: Run) -> None:
+    given = ["--image", str(picture(tmp_path / "first.png")), "--nfe-first", "3", "--json"]
+    assert app.main([*far, *given]) == 0
+    captured = capsys.readouterr()
+    result = json.loads(captured.out)
+    assert (result["given_frames"], result["first_steps"]) == (1, 3)
+    assert "first.png: scaled and cropped from 48x64 to 32x32." in captured.err
+
+
+def test_a_video_is_continued(far: list[str], tmp_path: Path, capsys: Run) -> None:
+    clip = tmp_path / "start.mp4"
+    write_mp4(clip, np.random.default_rng(0).integers(0, 256, (9, 32, 32, 3), np.uint8), 8)
+    assert (
+        app.main([*far, "--set", "model.fps=8", "--video", str(clip), "--video-frames", "6", "--json"]) == 0
+    )
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["given_frames"] == 5
+    assert "the first 5 frames are kept" in captured.err
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--image", "{picture}", "--video", "{picture}"], "not with both"),
+        (["--image", "{missing}"], "is no file"),
+        (["--image", "{text}"], "unreadable"),
+        (["--video", "{text}"], "unreadable"),
+        (["--video-frames", "5"], "there is none"),
+        (["--image", "{picture}", "--model", "{bidirectional}"], "bidirectional"),
+        (["--nfe-first", "2", "--model", "{bidirectional}"], "bidirectional"),
+    ],
+)
+def test_a_beginning_that_cannot_be_used_is_one_sentence(
+    far: list[str], models: Path, tmp_path: Path, given: list[str], message: str, capsys: Run
+) -> None:
+    (tmp_path / "text.png").write_text("no picture")
+    places = {
+        "picture": picture(tmp_path / "first.png"), "missing": tmp_path / "missing",
+        "text": tmp_path / "text.png", "bidirectional": models / "any",
+    }  # fmt: skip
+    assert app.main([*far, *(part.format(**places) for part in given)]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "hint:" in error
+    assert not (tmp_path / "runs").exists()

@@ -14,6 +14,8 @@ from anyflow_cli.data.clips import (
     from_pixels,
     list_clips,
     read_clip,
+    read_image,
+    read_start,
     to_pixels,
     write_mp4,
 )
@@ -137,3 +139,22 @@ def test_a_directory_without_videos_is_refused(tmp_path: Path) -> None:
         list_clips(tmp_path)
     with pytest.raises(UsageError, match="does not exist"):
         list_clips(tmp_path / "absent")
+
+
+def test_a_picture_becomes_one_frame_of_the_wanted_size(tmp_path: Path) -> None:
+    """Left half red, right half blue, twice as wide as wanted: the centre is kept."""
+    from PIL import Image
+
+    pixels = np.zeros((16, 64, 3), np.uint8)
+    pixels[:, :32, 0] = pixels[:, 32:, 2] = 255
+    Image.fromarray(pixels).save(tmp_path / "wide.png")
+    clip = read_image(tmp_path / "wide.png", ClipFormat(9, 8, 16, 32))
+    np.testing.assert_array_equal(clip.pixels, pixels[None, :, 16:48])
+    assert clip.changes == ("scaled and cropped from 16x64 to 16x32",)
+
+
+def test_the_start_of_a_short_video_is_all_of_it(tmp_path: Path) -> None:
+    video = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), np.uint8)
+    write_mp4(tmp_path / "short.mp4", video, 8)
+    assert len(read_start(tmp_path / "short.mp4", ClipFormat(9, 8, 16, 16)).pixels) == 3
+    assert len(read_start(tmp_path / "short.mp4", ClipFormat(2, 8, 16, 16)).pixels) == 2
