@@ -140,8 +140,7 @@ class Teacher:
     """Guided samples of the recipe's teacher, one a caption."""
 
     def __init__(self, job: Job) -> None:
-        model, device = job.recipe.model, own_device()
-        folder = resolve(model.teacher)
+        device, folder = own_device(), resolve(job.teacher)
         self._job = job
         self._precision: Precision = "bf16" if job.stored == torch.bfloat16 else "fp32"
         self._encoders = Encoders(job, folder, device)
@@ -149,8 +148,8 @@ class Teacher:
         self._network = load_network(folder, job.stored).to(device)
         if self._network.config.two_time:
             raise UsageError(
-                f"{model.teacher} is an any-step model, not a teacher.",
-                "Set model.teacher to a plain Wan pipeline.",
+                f"{job.teacher} is an any-step model, not a teacher.",
+                "Set synthesize.teacher or model.teacher to a plain Wan pipeline.",
             )
 
     def results(self, indices: range) -> Iterator[Sample | Rejection]:
@@ -221,7 +220,7 @@ class Videos:
         model = job.recipe.model
         self._job, self._clips = job, clips
         self._format = ClipFormat(model.frames, model.fps, model.height, model.width)
-        self._encoders = Encoders(job, resolve(model.teacher), own_device())
+        self._encoders = Encoders(job, resolve(job.teacher), own_device())
         self.negative = self._encoders.negative
 
     def results(self, indices: range) -> Iterator[Sample | Rejection]:

@@ -160,7 +160,7 @@ def _verify(directory: Path, *, as_json: bool) -> None:
 
 def _facts(job: Job) -> dict[str, Any]:
     made, done = job.recipe.synthesize, sum(record is not None for record in job.records())
-    teacher = {"teacher": job.recipe.model.teacher, "evaluations a video": f"{made.steps} x 2"}
+    teacher = {"teacher": job.teacher, "evaluations a video": f"{made.steps} x 2"}
     prompts = job.recipe.data.prompts or f"captions of the world '{job.recipe.data.world}'"
     return {
         "data": job.out,

@@ -53,6 +53,11 @@ class Job:
         return [n for n, record in enumerate(self.records()) if record is None and n % world == rank]
 
     @property
+    def teacher(self) -> str:
+        """Address of the pipeline that makes the videos, or encodes the clips."""
+        return str(self.provenance["model"])
+
+    @property
     def stored(self) -> torch.dtype:
         """Latents keep the precision they are made in: at full scale fp32 would be 2 TB where bf16 is 1."""
         return torch.bfloat16 if self.provenance["precision"] == "bf16" else torch.float32
@@ -63,7 +68,7 @@ def prepare(recipe: Recipe, out: Path, videos: Path | None = None) -> Job:
     clips = None if videos is None else list_clips(videos)
     if clips is None:
         captions = _captions(recipe)
-        _check_teacher(recipe.model.teacher)
+        _check_teacher(recipe.synthesize.teacher or recipe.model.teacher)
     else:
         captions = [clip.caption or "" for clip in clips]
     job = Job(recipe, out, captions, clips, _provenance(recipe, captions, clips, videos))
@@ -103,10 +108,11 @@ def _provenance(
 ) -> dict[str, Any]:
     """Everything that decides the bytes of the data set, and a few notes. The batch size does not."""
     model, made = recipe.model, recipe.synthesize
+    teacher = (made.teacher or model.teacher) if clips is None else model.teacher
     common = {
         "anyflow": anyflow_cli.__version__, "recipe": recipe.name,
         "kind": "teacher" if clips is None else "videos",
-        "model": model.teacher, "height": model.height, "width": model.width, "frames": model.frames,
+        "model": teacher, "height": model.height, "width": model.width, "frames": model.frames,
         "fps": model.fps, "max_text_tokens": model.max_text_tokens, "negative_prompt": model.negative_prompt,
         "precision": resolve_precision(model.precision, own_device()), "count": len(captions),
         "shard_size": made.shard_size, "previews": made.previews, "captions": _hash(captions),

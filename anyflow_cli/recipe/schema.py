@@ -107,6 +107,9 @@ class Data(Section):
 class Synthesize(Section):
     """Teacher videos as shards of latents."""
 
+    teacher: str | None = Field(
+        None, description="Makes the videos; of the same VAE and text encoder. Null: the model's teacher."
+    )
     count: Count | None = Field(None, description="Videos to make; null: one a prompt.")
     steps: Count = 50
     guidance: Positive = 5.0
