@@ -19,6 +19,7 @@ from anyflow_cli.cli import (
     evaluate,
     export,
     finetune,
+    plan,
     recipes,
     sample,
     synthesize,
@@ -50,6 +51,7 @@ VERBS: tuple[Verb, ...] = (
     Verb("sample", sample.sample, sample.EXAMPLES, USE),
     Verb("evaluate", evaluate.evaluate, evaluate.EXAMPLES, USE),
     Verb("export", export.export, export.EXAMPLES, AROUND),
+    Verb("plan", plan.plan, plan.EXAMPLES, AROUND),
     Verb("doctor", doctor.doctor, doctor.EXAMPLES, AROUND),
 )
 

@@ -1,0 +1,137 @@
+"""The plan of a recipe: what each stage holds and takes, what would make it fit, what it leaves on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from anyflow_cli.errors import UsageError
+from anyflow_cli.plan import disk, stages
+from anyflow_cli.plan.cluster import RESERVE, Cluster, this_machine
+from anyflow_cli.plan.fit import Advice, advise
+from anyflow_cli.plan.stages import Stage, Target, target_of
+from anyflow_cli.plan.steps import RoleSize
+from anyflow_cli.recipe.schema import Recipe
+
+
+class Builder(NamedTuple):
+    """How a stage is planned, and the section of the recipe that its settings are in."""
+
+    build: Callable[[Target], Stage]
+    section: str
+
+
+BUILDERS = {
+    "synthesize": Builder(stages.synthesis, "synthesize"),
+    "tune": Builder(stages.tuning, "train_flowmap"),
+    "train-flowmap": Builder(stages.stage_one, "train_flowmap"),
+    "distill": Builder(stages.stage_two, "distill"),
+    "finetune": Builder(stages.finetuning, "finetune"),
+    "sample": Builder(stages.sampling, "sample"),
+}
+CHAIN = ("synthesize", "tune", "train-flowmap", "distill", "sample")  # a step of finetune is one of stage 1
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A stage, and advice where it does not fit."""
+
+    stage: Stage
+    advice: Advice | None
+
+    @property
+    def fits(self) -> bool:
+        """Whether it does as it is."""
+        return self.advice is None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All of a recipe on a cluster. ``disk``: bytes by what lies there."""
+
+    target: Target
+    stages: Mapping[str, Planned]
+    disk: Mapping[str, int]
+
+    @property
+    def roles(self) -> Mapping[str, RoleSize]:
+        """Of stage 2, which has all of them."""
+        return self.stages["distill"].stage.roles
+
+
+def plan(recipe: Recipe, cluster: Cluster) -> Plan:
+    """Plan the chain of a recipe."""
+    target = target_of(recipe, cluster)
+    planned = {name: plan_stage(target, name) for name in CHAIN}
+    return Plan(target, planned, _disk(target, planned))
+
+
+def plan_stage(target: Target, name: str) -> Planned:
+    """Plan one stage, and look for settings that make it fit."""
+    build, section = BUILDERS[name]
+    stage = build(target)
+    fits = stage.peak.total <= target.cluster.usable
+    return Planned(stage, None if fits else advise(build, section, target))
+
+
+def dry_run_facts(recipe: Recipe, command: str, cluster: Cluster | None = None) -> dict[str, str]:
+    """The last lines of a command's ``--dry-run``: what its stage costs on this machine, in words.
+
+    Nothing where that cannot be planned (a model whose sizes are not known): a dry run must not fail for it.
+    """
+    from anyflow_cli.plan.show import in_words
+
+    tunes = command == "train-flowmap" and recipe.train_flowmap.objective == stages.TUNING
+    try:
+        target = target_of(recipe, cluster or this_machine())
+        return in_words(plan_stage(target, "tune" if tunes else command))
+    except UsageError:
+        return {}
+
+
+def _disk(target: Target, planned: Mapping[str, Planned]) -> dict[str, int]:
+    recipe = target.recipe
+    found = {f"data: {part}": size for part, size in disk.dataset(target).items()}
+    for name in ("tune", "train-flowmap", "distill"):
+        stage = planned[name].stage
+        settings = recipe.distill if name == "distill" else recipe.train_flowmap
+        found[f"{stage.name}: checkpoints"] = disk.checkpoints(stage, settings)
+        found[f"{stage.name}: model"] = disk.finished(stage, target)
+    return found
+
+
+def as_values(made: Plan) -> dict[str, Any]:
+    """Everything as plain values, for ``--json``: bytes, operations, seconds, hours."""
+    target, cluster = made.target, made.target.cluster
+    return {
+        "recipe": target.recipe.name,
+        "teacher": target.recipe.model.teacher,
+        "precision": target.precision,
+        "cluster": {
+            "devices": cluster.count, "memory": cluster.memory, "usable": cluster.usable,
+            "reserve": RESERVE if cluster.is_gpu else 0, "peak": cluster.peak,
+            "utilisation": cluster.utilisation,
+        },
+        "roles": {name: size._asdict() for name, size in made.roles.items()},
+        "stages": {name: _stage_values(planned) for name, planned in made.stages.items()},
+        "disk": dict(made.disk),
+    }  # fmt: skip
+
+
+def _stage_values(planned: Planned) -> dict[str, Any]:
+    stage, advice = planned.stage, planned.advice
+    values = {
+        "command": f"anyflow {stage.command}",
+        "memory": dict(stage.peak.parts),
+        "peak": stage.peak.total,
+        "at": stage.peak.name,
+        "fits": planned.fits,
+        "activations": stages.activations(stage),
+        "rollout": stage.rollout,
+        **stage.work._asdict(),
+    }
+    if advice is not None:
+        settings = [f"{key}={value}" for change in advice.changes for key, value in change.values.items()]
+        values["advice"] = {"set": settings, "fits": advice.fits, "peak": advice.peak}
+    return values

@@ -1,0 +1,120 @@
+"""What a training step's cost follows from, taken from a recipe, and the networks it is about.
+
+Mirrors what ``train/stages.py`` builds from folders, without the folders: roles, adapters, types of weights.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from anyflow_cli.model.config import NetworkConfig
+from anyflow_cli.model.network import FlowMapTransformer, two_time_from
+from anyflow_cli.model.precision import Precision
+from anyflow_cli.model.roles import Backbone, LoraSize, Role
+from anyflow_cli.recipe import schema
+from anyflow_cli.train import objectives
+
+Kind = Literal["flow-map", "flow-matching", "consistency-ode", "on-policy", "sampling", "synthesis"]
+ONE_TIME = ("flow-matching", "synthesis")  # kinds that run a teacher as it is
+
+
+@dataclass(frozen=True)
+class Setup:
+    """One process of one stage, or of sampling: then ``settings`` are of no matter.
+
+    ``separate``: the start is no adapter of the teacher, so it is a base too.
+    """
+
+    kind: Kind
+    network: NetworkConfig  # of the teacher
+    model: schema.Model
+    settings: schema.Training | None
+    latent: tuple[int, int, int, int]  # F, C, H, W
+    text: tuple[int, int]  # L, D
+    precision: Precision
+    ranks: int
+    gpu: bool
+    separate: bool = False
+
+    @property
+    def roles(self) -> tuple[Role, ...]:
+        """The roles its backbone has."""
+        return ("student", "real", "fake") if self.kind == "on-policy" else ("student",)
+
+    @property
+    def trains(self) -> bool:
+        """Whether anything does."""
+        return self.settings is not None
+
+    @property
+    def lora(self) -> LoraSize | None:
+        """Size of the adapters, None where whole networks train or nothing does."""
+        lora = self.model.lora if self.trains else None
+        return LoraSize(lora.rank, lora.alpha) if lora else None
+
+    @property
+    def share(self) -> int:
+        """Samples a step and process."""
+        assert self.settings is not None
+        return max(self.settings.batch // self.ranks, 1)
+
+    @property
+    def micro(self) -> int:
+        """Samples a forward pass, as the trainer cuts them."""
+        assert self.settings is not None
+        return min(self.settings.micro_batch or self.share, self.share)
+
+    @property
+    def stored(self) -> torch.dtype:
+        """Type of frozen weights; those that train are fp32."""
+        frozen = self.lora is not None or (self.gpu and not self.trains)
+        return torch.bfloat16 if frozen and self.precision == "bf16" else torch.float32
+
+
+def backbone_on_meta(setup: Setup, depth: int) -> Backbone:
+    """The stage's backbone with networks of ``depth`` blocks, on the meta device."""
+    config = replace(setup.network, layers=depth)
+    with torch.device("meta"):
+        teacher = network = _plain(config, setup.stored)
+        if setup.kind not in ONE_TIME and not config.two_time:
+            network = two_time_from(teacher, setup.model.gate, setup.model.conditioning)
+        apart = setup.kind == "on-policy" and (setup.lora is None or setup.separate)
+        backbone = Backbone(
+            network,
+            setup.roles,
+            lora=setup.lora,
+            teacher=teacher if apart else None,
+            real_adapter=_tuned_adapter(setup, config) if setup.kind == "on-policy" else None,
+        )
+    for module in backbone.modules():
+        if isinstance(module, FlowMapTransformer):
+            module.gradient_checkpointing = setup.model.gradient_checkpointing
+    return backbone if setup.trains else backbone.requires_grad_(False)
+
+
+def _tuned_adapter(setup: Setup, config: NetworkConfig) -> dict[str, Tensor] | None:
+    """What tuning the teacher leaves; as the paper does, a plan counts on it."""
+    if setup.lora is None:
+        return None
+    return Backbone(_plain(replace(config, two_time=False), torch.float32), lora=setup.lora).state_dict_of(
+        "student"
+    )
+
+
+def _plain(config: NetworkConfig, dtype: torch.dtype) -> FlowMapTransformer:
+    return FlowMapTransformer(config).store_as(dtype).requires_grad_(False)
+
+
+def objective_of(setup: Setup, backbone: Backbone, negative: Tensor) -> objectives.Objective:
+    """The objective that the trainer would run."""
+    settings, shift = setup.settings, setup.model.shift
+    if isinstance(settings, schema.Distill):
+        return objectives.on_policy(backbone, negative, settings, shift)
+    assert isinstance(settings, (schema.TrainFlowMap, schema.Finetune))
+    name = setup.kind
+    assert name == "flow-map" or name == "flow-matching" or name == "consistency-ode"
+    return objectives.stage_one(name, backbone, negative, settings.flow_map, settings.optimiser, shift)

@@ -1,0 +1,280 @@
+"""What each command trains and holds: memory by part and moment, operations and time, for one process.
+
+Today's trainer gives every process a whole copy of weights, gradients and optimiser (DDP); ``_held`` is the
+one place that says so, and where sharding would divide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from anyflow_cli.errors import UsageError
+from anyflow_cli.model.precision import Precision, resolve_precision
+from anyflow_cli.plan.cluster import Cluster
+from anyflow_cli.plan.ledger import Segment
+from anyflow_cli.plan.sampling import decoding, sampling_of
+from anyflow_cli.plan.setup import Kind, Setup
+from anyflow_cli.plan.steps import RoleSize, Step, roles_of, step_of
+from anyflow_cli.plan.teachers import Pipeline, pipeline_of
+from anyflow_cli.recipe import schema
+
+Command = Literal["synthesize", "train-flowmap", "distill", "finetune", "sample"]
+TUNING: Literal["flow-matching"] = "flow-matching"
+FP32 = 4
+
+
+class Moment(NamedTuple):
+    """A time in a stage, and the bytes held then by part."""
+
+    name: str
+    parts: Mapping[str, int]
+
+    @property
+    def total(self) -> int:
+        """All parts together."""
+        return sum(self.parts.values())
+
+
+class Work(NamedTuple):
+    """Floating-point operations, and the time they take where the devices' speed is known."""
+
+    operations: float  # of an iteration (or a video) on one device
+    seconds: float | None
+    repeats: int  # iterations (or videos)
+    hours: float | None  # of the whole stage on all devices
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One command, or one objective of it, on one process."""
+
+    name: str
+    command: str
+    roles: Mapping[str, RoleSize]
+    peak: Moment
+    work: Work
+    setup: Setup
+    rollout: int  # bytes of stage 2's rollout and its graph
+
+
+@dataclass(frozen=True)
+class Target:
+    """A recipe on a machine."""
+
+    recipe: schema.Recipe
+    pipeline: Pipeline
+    cluster: Cluster
+
+    @property
+    def precision(self) -> Precision:
+        """What ``auto`` will mean there."""
+        setting = self.recipe.model.precision
+        if self.cluster.is_gpu:
+            return "bf16" if setting == "auto" else setting
+        return resolve_precision(setting, "cpu")
+
+    @property
+    def latent(self) -> tuple[int, int, int, int]:
+        """(F, C, H, W)."""
+        model = self.recipe.model
+        return self.pipeline.latent_shape(model.frames, model.height, model.width)
+
+
+def target_of(recipe: schema.Recipe, cluster: Cluster) -> Target:
+    """Look up the sizes of the recipe's teacher."""
+    if recipe.model.causal:
+        raise UsageError(
+            f"Recipe {recipe.name} is causal, and plan knows bidirectional models only.",
+            "Plan its bidirectional sibling for a lower bound.",
+        )
+    return Target(recipe, pipeline_of(recipe.model.teacher), cluster)
+
+
+# --- training
+
+
+def tuning(target: Target) -> Stage:
+    """The teacher's own tuning."""
+    settings = target.recipe.train_flowmap.model_copy(update={"objective": TUNING})
+    command = f"train-flowmap --objective {TUNING}"
+    return _training(target, "teacher tuning", command, TUNING, settings)
+
+
+def stage_one(target: Target) -> Stage:
+    """``train-flowmap`` as the recipe has it."""
+    settings = target.recipe.train_flowmap
+    return _training(target, "stage 1", "train-flowmap", settings.objective, settings)
+
+
+def stage_two(target: Target) -> Stage:
+    """``distill``."""
+    return _training(target, "stage 2", "distill", "on-policy", target.recipe.distill)
+
+
+def finetuning(target: Target) -> Stage:
+    """``finetune``."""
+    return _training(target, "fine-tuning", "finetune", "flow-map", target.recipe.finetune)
+
+
+def _training(target: Target, name: str, command: str, kind: Kind, settings: schema.Training) -> Stage:
+    setup = training_setup(target, kind, settings)
+    step = step_of(setup)
+    moments = [*_training_moments(setup, step), *_preview_moments(target, setup, step)]
+    seconds = target.cluster.seconds(step.operations)
+    hours = None if seconds is None else seconds * settings.steps / 3600
+    return Stage(
+        name, command, step.roles,
+        max(moments, key=lambda moment: moment.total),
+        Work(step.operations, seconds, settings.steps, hours),
+        setup,
+        step.rollout,
+    )  # fmt: skip
+
+
+def training_setup(target: Target, kind: Kind, settings: schema.Training) -> Setup:
+    """One process of a training stage."""
+    cluster, pipeline, model = target.cluster, target.pipeline, target.recipe.model
+    if settings.batch % cluster.count:
+        raise UsageError(
+            f"A global batch of {settings.batch} cannot be divided among {cluster.count} processes.",
+            f"Set batch to a multiple of {cluster.count}, or plan for another number of GPUs.",
+        )
+    return Setup(
+        kind, pipeline.network, model, settings, target.latent,
+        (model.max_text_tokens, pipeline.network.text_dim), target.precision, cluster.count, cluster.is_gpu,
+        separate=isinstance(settings, schema.Distill) and _starts_elsewhere(settings),
+    )  # fmt: skip
+
+
+def _starts_elsewhere(settings: schema.Distill) -> bool:
+    """Whether start or real score have no adapter of the teacher beside them, as ``train.stages`` looks."""
+    given = [address for address in (settings.start, settings.real_score) if address is not None]
+    return any(not (Path(address).parent / "adapter").is_dir() for address in given)
+
+
+def activations(stage: Stage) -> dict[str, int]:
+    """Bytes of activations at the peak of a training step, with checkpointing and without."""
+    if not stage.setup.trains:
+        return {}
+    found = {}
+    for name, on in (("with checkpointing", True), ("without checkpointing", False)):
+        model = stage.setup.model.model_copy(update={"gradient_checkpointing": on})
+        step = step_of(replace(stage.setup, model=model))
+        segment = max(step.segments, key=lambda segment: segment.peak)
+        found[name] = segment.parts["activations"] + segment.parts["latents"]
+    return found
+
+
+def _held(setup: Setup, step: Step) -> dict[str, int]:
+    """Bytes a process holds all the time. Each holds everything: a sharded part would be divided here."""
+    trained = {role: size.trainable_bytes for role, size in step.roles.items()}
+    # DDP's buckets outlive the step; a process alone frees a phase's gradients before the next begins
+    gradients = sum(trained.values()) if setup.ranks > 1 else max(trained.values())
+    sample = _numbers(setup.latent) + _numbers(setup.text)
+    return {
+        "weights": sum(size.bytes for size in step.roles.values()),
+        "gradients": gradients if step.keeps_gradients else 0,
+        "optimiser": 2 * sum(trained.values()),
+        "average": trained["student"],
+        "data": FP32 * setup.share * sample,
+    }
+
+
+def _training_moments(setup: Setup, step: Step) -> Iterator[Moment]:
+    held = _held(setup, step)
+    for segment in step.segments:
+        parts = {"activations": segment.parts["activations"] + segment.parts["latents"]}
+        gradients = held["gradients"] + segment.parts["gradients"]
+        yield Moment(_name(segment), held | {"gradients": gradients} | parts)
+    for role, size in step.roles.items():
+        if size.trainable:
+            # AdamW makes the roots of the second moments, on a GPU of all tensors at once
+            passing = size.trainable_bytes if setup.gpu else 2 * size.largest
+            gradients = held["gradients"] or size.trainable_bytes
+            yield Moment(f"{role}: update", held | {"gradients": gradients, "activations": passing})
+
+
+def _name(segment: Segment) -> str:
+    label = segment.label
+    if not label.role:
+        return "between network calls"
+    count = f"{label.samples} sample{'s' * (label.samples > 1)}"
+    return f"{label.role}: {label.direction}, {count}"
+
+
+def _preview_moments(target: Target, setup: Setup, step: Step) -> Iterator[Moment]:
+    """The main process samples as it trains, then loads the VAE and decodes."""
+    settings = setup.settings
+    assert settings is not None
+    if not settings.preview_every or not settings.preview_prompts:
+        return
+    held = _held(setup, step)
+    call = sampling_of(setup, settings.preview_prompts, setup.kind == TUNING)
+    yield Moment("preview: sampling", held | {"activations": call.peak})
+    vae = decoding(target.pipeline.vae, setup.latent)
+    weights = held["weights"] + vae.weights
+    yield Moment("preview: decoding", held | {"weights": weights, "activations": vae.peak})
+
+
+def _numbers(shape: tuple[int, ...]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count
+
+
+# --- sampling
+
+
+def sampling(target: Target) -> Stage:
+    """``sample`` with the any-step model, at the largest of the recipe's step counts."""
+    settings = target.recipe.sample
+    return _sampling(target, "sampling", "sample", "sampling", settings.batch, max(settings.nfe), 1)
+
+
+def synthesis(target: Target) -> Stage:
+    """``synthesize``: guided, two evaluations a step, on all devices."""
+    settings = target.recipe.synthesize
+    teacher = target
+    if settings.teacher is not None:
+        teacher = replace(target, pipeline=pipeline_of(settings.teacher))
+    return _sampling(
+        teacher,
+        "synthesis",
+        "synthesize",
+        "synthesis",
+        settings.batch,
+        2 * settings.steps,
+        settings.count or 1,
+    )
+
+
+def _sampling(
+    target: Target, name: str, command: str, kind: Kind, batch: int, evaluations: int, videos: int
+) -> Stage:
+    model, cluster = target.recipe.model, target.cluster
+    text = (model.max_text_tokens, target.pipeline.network.text_dim)
+    setup = Setup(
+        kind, target.pipeline.network, model, None, target.latent, text, target.precision, 1, cluster.is_gpu
+    )
+    roles = {"network": roles_of(setup)["student"]}
+    call = sampling_of(setup, batch, kind == "synthesis")
+    vae = decoding(target.pipeline.vae, target.latent)
+    encoder = target.pipeline.text.parameters * (2 if cluster.is_gpu else FP32)
+    weights = {"weights": roles["network"].bytes + encoder + vae.weights}
+    moments = [
+        Moment("network", weights | {"activations": call.peak}),
+        Moment("decoding", weights | {"activations": vae.peak}),
+    ]
+    operations = call.operations * evaluations
+    seconds = cluster.seconds(operations)
+    processes = cluster.count if kind == "synthesis" else 1
+    hours = None if seconds is None else seconds * videos / processes / 3600
+    peak = max(moments, key=lambda moment: moment.total)
+    return Stage(name, command, roles, peak, Work(operations, seconds, videos, hours), setup, 0)
+
+
+STAGES = (synthesis, tuning, stage_one, stage_two, finetuning, sampling)

@@ -1,0 +1,154 @@
+"""What one step of a stage costs: sizes of the roles, bytes by part at the peak, operations.
+
+Networks are rehearsed with two and with three blocks. Blocks are alike, so whatever a stretch of a step holds
+or computes is a straight line in their number, and the full depth follows.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+from torch import nn
+
+from anyflow_cli.model.roles import Backbone
+from anyflow_cli.plan.ledger import Label, Segment
+from anyflow_cli.plan.rehearsal import Rehearsal, calls_of
+from anyflow_cli.plan.setup import Setup, backbone_on_meta
+from anyflow_cli.train.draws import Draws
+
+DEPTHS = (2, 3)
+SAMPLED_STEPS = 64  # of a run, over which the calls of a step are averaged
+BASE = "frozen base"
+
+
+class RoleSize(NamedTuple):
+    """Weights that a role owns."""
+
+    parameters: int
+    trainable: int
+    bytes: int
+    trainable_bytes: int
+    largest: int  # bytes of the largest trainable tensor
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step's costs on one process. ``operations``: of the average step, recomputation included."""
+
+    roles: Mapping[str, RoleSize]
+    segments: Sequence[Segment]
+    operations: float
+    keeps_gradients: bool
+
+    @property
+    def rollout(self) -> int:
+        """Bytes of the student's own sample and its graph, as the scores are first asked."""
+        return next((s.start for s in self.segments if s.label.role in ("real", "fake")), 0)
+
+
+@lru_cache(maxsize=256)
+def step_of(setup: Setup) -> Step:
+    """Rehearse the heaviest micro batch of a training stage."""
+    steps = [micro_batches(setup, step) for step in range(1, SAMPLED_STEPS + 1)]
+    called = [[calls_of(setup, draws) for draws in micros] for micros in steps]
+    heaviest = max(range(len(steps)), key=lambda i: max(_weight(calls) for calls in called[i]))
+    micro = max(range(len(steps[heaviest])), key=lambda i: _weight(called[heaviest][i]))
+    draws = steps[heaviest][micro]
+    assert setup.settings is not None
+    keeps = setup.ranks > 1 or setup.micro < setup.share
+    segments = at_full_depth(setup, lambda depth: Rehearsal(setup, depth, keeps_gradients=keeps).step(draws))
+    calls = [call for micros in called for calls in micros for call in calls]
+    return Step(roles_of(setup), segments, operations(segments, calls) / len(steps), keeps)
+
+
+def micro_batches(setup: Setup, step: int) -> list[Draws]:
+    """The random numbers of each micro batch of a step, on the process that has most to do.
+
+    That is the last one: boundary samples come first in the global batch, and cost least.
+    """
+    assert setup.settings is not None
+    settings, ranks = setup.settings, setup.ranks
+    positions = tuple(range(ranks - 1, settings.batch, ranks))
+    return [
+        Draws(settings.seed, step, settings.batch, positions[start : start + setup.micro])
+        for start in range(0, setup.share, setup.micro)
+    ]
+
+
+def _weight(calls: Iterable[Label]) -> tuple[int, int]:
+    """What makes a micro batch heavy: first the samples whose graph is held, then the others."""
+    held, passing = 0, 0
+    for call in calls:
+        held += call.samples * call.with_gradient
+        passing += call.samples * (not call.with_gradient)
+    return held, passing
+
+
+def operations(segments: Sequence[Segment], calls: Iterable[Label]) -> float:
+    """Operations of all ``calls`` and their backward passes, at the price a sample has in ``segments``."""
+    spent: Counter[tuple[str, str]] = Counter()
+    samples: Counter[tuple[str, str]] = Counter()
+    for segment in segments:
+        key = segment.label.role, segment.label.direction
+        spent[key] += segment.operations
+        samples[key] += segment.label.samples
+    total = 0.0
+    for call in calls:
+        for direction in ("forward", "backward") if call.with_gradient else ("forward",):
+            key = call.role, direction
+            total += call.samples * spent[key] / samples[key]
+    return total
+
+
+def at_full_depth(setup: Setup, run: Callable[[int], list[Segment]]) -> list[Segment]:
+    """Segments of a run as they are with all blocks of the network."""
+    layers = setup.network.layers
+    if layers <= DEPTHS[1]:
+        return run(layers)
+    return [_line(low, high, layers) for low, high in zip(*map(run, DEPTHS), strict=True)]
+
+
+def _line(low: Segment, high: Segment, layers: int) -> Segment:
+    assert low.label == high.label
+    parts = {part: _along(low.parts[part], high.parts[part], layers) for part in {**low.parts, **high.parts}}
+    start = _along(low.start, high.start, layers)
+    return Segment(low.label, start, Counter(parts), _along(low.operations, high.operations, layers))
+
+
+def _along(low: int, high: int, layers: int) -> int:
+    return low + (high - low) * (layers - DEPTHS[0]) // (DEPTHS[1] - DEPTHS[0])
+
+
+def roles_of(setup: Setup) -> dict[str, RoleSize]:
+    """Weights by role; what belongs to none is the frozen base."""
+    layers = setup.network.layers
+    if layers <= DEPTHS[1]:
+        return _sizes(backbone_on_meta(setup, layers))
+    low, high = (_sizes(backbone_on_meta(setup, depth)) for depth in DEPTHS)
+    return {
+        role: RoleSize(*(_along(a, b, layers) for a, b in zip(low[role], high[role], strict=True)))
+        for role in low
+    }
+
+
+def _sizes(backbone: Backbone) -> dict[str, RoleSize]:
+    own = {role: backbone.named_parameters_of(role).values() for role in backbone.roles}
+    owned = {id(parameter) for parameters in own.values() for parameter in parameters}
+    rest = [parameter for parameter in backbone.parameters() if id(parameter) not in owned]
+    groups: dict[str, list[nn.Parameter]] = {BASE: rest} | {role: list(own[role]) for role in own}
+    return {role: _size(parameters) for role, parameters in groups.items() if parameters}
+
+
+def _size(parameters: Sequence[nn.Parameter]) -> RoleSize:
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    return RoleSize(
+        sum(p.numel() for p in parameters),
+        sum(p.numel() for p in trained),
+        sum(p.nbytes for p in parameters),
+        sum(p.nbytes for p in trained),
+        max((p.nbytes for p in trained), default=0),
+    )
