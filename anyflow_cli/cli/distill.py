@@ -71,12 +71,17 @@ def distill(
         "--seed": ("distill.seed", seed),
     }
     settings = resolve(recipe, assignments, options)
+    paths = RunPaths(runs, settings.name)
+    facts = {"simulation": settings.distill.simulation, "joint stage-1 loss": settings.distill.joint}
+    from anyflow_cli.plan.needs import missing_facts
+
+    if dry_run and (missing := missing_facts(settings, paths, "distill")):
+        return print_plan("distill", facts | missing, as_json=as_json)
     from anyflow_cli.train.run import check_run
     from anyflow_cli.train.stages import distill_inputs
 
-    inputs = distill_inputs(settings, RunPaths(runs, settings.name))
+    inputs = distill_inputs(settings, paths)
     check_run(settings, inputs)
     if dry_run:
-        facts = {"simulation": settings.distill.simulation, "joint stage-1 loss": settings.distill.joint}
         return print_plan("distill", facts | stage_facts(settings, inputs), as_json=as_json)
     run_stage(settings, inputs, "distill", as_json=as_json)

@@ -8,14 +8,17 @@ import typer
 
 from anyflow_cli.cli.common import (
     DEFAULT_RECIPE,
+    DEFAULT_RUNS,
     DebugOption,
     JsonOption,
     RecipeOption,
+    RunsOption,
     SetOption,
     examples,
     print_result,
     resolve,
 )
+from anyflow_cli.recipe.paths import RunPaths
 
 EXAMPLES = examples(
     "anyflow plan --recipe bidirectional1b --gpus 8x80GB",
@@ -54,6 +57,7 @@ def plan(
     gpus: GpusOption = None,
     peak: PeakOption = None,
     utilisation: UtilisationOption = 0.4,
+    runs: RunsOption = DEFAULT_RUNS,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -69,5 +73,5 @@ def plan(
     from anyflow_cli.plan.show import as_table
 
     machine = this_machine(peak, utilisation) if gpus is None else parse_cluster(gpus, peak, utilisation)
-    made = make(settings, machine)
+    made = make(settings, machine, RunPaths(runs, settings.name))
     print_result(as_values(made), as_json=as_json, text=as_table(made))

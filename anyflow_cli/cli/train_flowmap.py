@@ -72,6 +72,10 @@ def train_flowmap(
     }
     settings = resolve(recipe, assignments, options)
     paths = RunPaths(runs, settings.name)
+    from anyflow_cli.plan.needs import missing_facts
+
+    if dry_run and (missing := missing_facts(settings, paths, "train-flowmap")):
+        return print_plan("train-flowmap", _facts(settings) | missing, as_json=as_json)
     from anyflow_cli.train.run import check_run
     from anyflow_cli.train.stages import flowmap_inputs
 

@@ -49,7 +49,7 @@ class Cluster:
 
     def __str__(self) -> str:
         """As people say it."""
-        memory = f"{self.memory / GIB:.0f} GB"
+        memory = f"{self.memory / GIB:.3g} GB"
         return f"{self.count} x {memory}" if self.is_gpu else f"CPU with {memory}"
 
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 import tarfile
+from collections.abc import Mapping
 
-from anyflow_cli.plan.stages import Stage, Target
-from anyflow_cli.plan.steps import BASE
+from anyflow_cli.plan.stages import Target
+from anyflow_cli.plan.steps import BASE, RoleSize
 from anyflow_cli.recipe import schema
 
 RECORD = 1024  # of a sample: the header of its safetensors file, its caption and facts
@@ -33,16 +34,16 @@ def _in_archive(size: int) -> int:
     return block + -(-size // block) * block
 
 
-def checkpoints(stage: Stage, settings: schema.Training) -> int:
+def checkpoints(roles: Mapping[str, RoleSize], settings: schema.Training) -> int:
     """Bytes of a run's checkpoints: those kept, and one being written.
 
     Each holds the weights of every phase, both moments of its optimiser, and the student's average.
     """
-    trained = {role: size.trainable_bytes for role, size in stage.roles.items()}
+    trained = {role: size.trainable_bytes for role, size in roles.items()}
     return (settings.keep_checkpoints + 1) * (3 * sum(trained.values()) + trained["student"])
 
 
-def finished(stage: Stage, target: Target) -> int:
+def finished(roles: Mapping[str, RoleSize], *, has_adapter: bool) -> int:
     """Bytes of the finished model's network and, where one was trained, its adapter beside it."""
-    student = stage.roles["student"].bytes
-    return student if target.recipe.model.lora is None else stage.roles[BASE].bytes + student
+    student = roles["student"].bytes
+    return roles[BASE].bytes + student if has_adapter else student

@@ -1,12 +1,13 @@
 """Settings that would make a stage fit its device, tried one after another, mildest first.
 
-A change is kept when it lowers the peak; the search ends when the stage fits, and what turns out not to be
-needed is taken back. What a change costs in time or quality is said beside it.
+First the strongest value of each kind of setting, until the stage fits; then, from the last kind back, the
+mildest value with which it still does. What a change costs in time or quality is said beside it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,12 +18,13 @@ Build = Callable[[Target], Stage]
 RANKS = (128, 64, 32, 16)
 FRAMES = (49, 33, 17)
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Change:
-    """Values for keys of the recipe that go together, and what they cost; a later one of a kind replaces."""
+    """Values for keys of the recipe that go together, and what they cost."""
 
-    kind: str
     values: Mapping[str, Any]
     price: str
 
@@ -42,48 +44,69 @@ class Advice:
 
 def advise(build: Build, section: str, target: Target) -> Advice:
     """Make a stage fit, or come as near as these settings allow. ``section``: the recipe's, of the stage."""
+    log.info("Looking for settings with which %s fits.", section)
 
-    def peak(changes: Mapping[str, Change]) -> int:
-        return build(replace(target, recipe=changed(target.recipe, changes.values()))).peak.total
+    def peak(changes: Sequence[Change]) -> int:
+        return build(replace(target, recipe=changed(target.recipe, changes))).peak.total
 
-    limit, kept, least = target.cluster.usable, dict[str, Change](), peak({})
-    for change in changes_of(section, target.recipe):
-        tried = {**kept, change.kind: change}
-        if (needed := peak(tried)) < least:
-            kept, least = tried, needed
+    limit, kinds = target.cluster.usable, list[Sequence[Change]]()
+    kept, least = list[Change](), peak([])
+    for kind in kinds_of(section, target.recipe):
+        if (needed := peak([*kept, kind[-1]])) < least:
+            kept, least = [*kept, kind[-1]], needed
+            kinds.append(kind)
         if least <= limit:
             break
-    for kind in list(kept)[:-1] if least <= limit else ():
-        fewer = {other: change for other, change in kept.items() if other != kind}
-        if (needed := peak(fewer)) <= limit:
-            kept, least = fewer, needed
-    return Advice(tuple(kept.values()), least <= limit, least)
+    if least > limit:
+        return Advice(tuple(kept), False, least)
+    for place in reversed(range(len(kept))):
+        kept, least = _milder(peak, limit, kept, place, kinds[place]) or (kept, least)
+    return Advice(tuple(kept), True, least)
 
 
-def changes_of(section: str, recipe: Recipe) -> Iterator[Change]:
-    """What may be tried, mildest first."""
-    if section in ("sample", "synthesize"):
-        for size in _halves(getattr(recipe, section).batch):
-            yield Change("batch", {f"{section}.batch": size}, "fewer videos at once")
-    else:
-        yield from _of_training(section, recipe)
-    for frames in FRAMES:
-        if frames < recipe.model.frames:
-            yield Change("frames", {"model.frames": frames}, "shorter videos, of data made anew")
+def _milder(
+    peak: Callable[[Sequence[Change]], int],
+    limit: int,
+    kept: list[Change],
+    place: int,
+    kind: Sequence[Change],
+) -> tuple[list[Change], int] | None:
+    """Do without the change at ``place``, or with a milder one of its kind; None where neither fits."""
+    for milder in ([], *([change] for change in kind[:-1])):
+        tried = [*kept[:place], *milder, *kept[place + 1 :]]
+        if (needed := peak(tried)) <= limit:
+            return tried, needed
+    return None
 
 
-def _of_training(section: str, recipe: Recipe) -> Iterator[Change]:
+def kinds_of(section: str, recipe: Recipe) -> list[Sequence[Change]]:
+    """What may be tried: kinds of change, mildest first, and values of each, mildest first."""
+    kinds = _of_sampling if section in ("sample", "synthesize") else _of_training
+    shorter = [
+        Change({"model.frames": frames}, "shorter videos, of data made anew")
+        for frames in FRAMES
+        if frames < recipe.model.frames
+    ]
+    return [kind for kind in (*kinds(section, recipe), shorter) if kind]
+
+
+def _of_sampling(section: str, recipe: Recipe) -> Iterator[list[Change]]:
+    batches = _halves(getattr(recipe, section).batch)
+    yield [Change({f"{section}.batch": size}, "fewer videos at once") for size in batches]
+
+
+def _of_training(section: str, recipe: Recipe) -> Iterator[list[Change]]:
     model, settings = recipe.model, getattr(recipe, section)
     if not model.gradient_checkpointing:
-        yield Change("checkpointing", {"model.gradient_checkpointing": True}, "a third more time")
-    for size in _halves(settings.micro_batch or settings.batch):
-        yield Change("micro batch", {f"{section}.micro_batch": size}, "more and smaller passes")
+        yield [Change({"model.gradient_checkpointing": True}, "a third more time")]
+    sizes = _halves(settings.micro_batch or settings.batch)
+    yield [Change({f"{section}.micro_batch": size}, "more and smaller passes") for size in sizes]
     if settings.preview_every:
-        yield Change("previews", {f"{section}.preview_every": 0}, "no previews")
-    own = 2 * RANKS[0] if model.lora is None else model.lora.rank
-    for rank in (*((own,) if model.lora is None else ()), *(rank for rank in RANKS if rank < own)):
-        values = {"model.lora.rank": rank, "model.lora.alpha": rank}
-        yield Change("adapters", values, "adapters of a lower rank than the paper's")
+        yield [Change({f"{section}.preview_every": 0}, "no previews")]
+    own = model.lora.rank if model.lora else 2 * RANKS[0] + 1
+    price = "adapters of a lower rank than the paper's" if model.lora else "adapters instead of all weights"
+    ranks = [rank for rank in (2 * RANKS[0], *RANKS) if rank < own]
+    yield [Change({"model.lora.rank": rank, "model.lora.alpha": rank}, price) for rank in ranks]
 
 
 def _halves(size: int) -> Iterator[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -10,8 +10,10 @@ from anyflow_cli.errors import UsageError
 from anyflow_cli.plan import disk, stages
 from anyflow_cli.plan.cluster import RESERVE, Cluster, this_machine
 from anyflow_cli.plan.fit import Advice, advise
+from anyflow_cli.plan.needs import Need, needs_of
 from anyflow_cli.plan.stages import Stage, Target, target_of
 from anyflow_cli.plan.steps import RoleSize
+from anyflow_cli.recipe.paths import RunPaths
 from anyflow_cli.recipe.schema import Recipe
 
 
@@ -48,11 +50,12 @@ class Planned:
 
 @dataclass(frozen=True)
 class Plan:
-    """All of a recipe on a cluster. ``disk``: bytes by what lies there."""
+    """All of a recipe on a cluster. ``disk``: bytes by what lies there; ``needs``: of each command."""
 
     target: Target
     stages: Mapping[str, Planned]
     disk: Mapping[str, int]
+    needs: Mapping[str, Sequence[Need]]
 
     @property
     def roles(self) -> Mapping[str, RoleSize]:
@@ -60,11 +63,12 @@ class Plan:
         return self.stages["distill"].stage.roles
 
 
-def plan(recipe: Recipe, cluster: Cluster) -> Plan:
-    """Plan the chain of a recipe."""
+def plan(recipe: Recipe, cluster: Cluster, paths: RunPaths) -> Plan:
+    """Plan the chain of a recipe, whose runs are in ``paths``."""
     target = target_of(recipe, cluster)
     planned = {name: plan_stage(target, name) for name in CHAIN}
-    return Plan(target, planned, _disk(target, planned))
+    needs = {name: needs_of(recipe, paths, name) for name in CHAIN if name != "tune"}
+    return Plan(target, planned, _disk(target, planned), needs)
 
 
 def plan_stage(target: Target, name: str) -> Planned:
@@ -96,8 +100,8 @@ def _disk(target: Target, planned: Mapping[str, Planned]) -> dict[str, int]:
     for name in ("tune", "train-flowmap", "distill"):
         stage = planned[name].stage
         settings = recipe.distill if name == "distill" else recipe.train_flowmap
-        found[f"{stage.name}: checkpoints"] = disk.checkpoints(stage, settings)
-        found[f"{stage.name}: model"] = disk.finished(stage, target)
+        found[f"{stage.name}: checkpoints"] = disk.checkpoints(stage.roles, settings)
+        found[f"{stage.name}: model"] = disk.finished(stage.roles, has_adapter=recipe.model.lora is not None)
     return found
 
 
@@ -116,6 +120,7 @@ def as_values(made: Plan) -> dict[str, Any]:
         "roles": {name: size._asdict() for name, size in made.roles.items()},
         "stages": {name: _stage_values(planned) for name, planned in made.stages.items()},
         "disk": dict(made.disk),
+        "needs": {name: [need._asdict() for need in needs] for name, needs in made.needs.items()},
     }  # fmt: skip
 
 

@@ -20,8 +20,9 @@ OPERATIONS = ((1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"), (1e6, "MFLOP"))
 def as_table(plan: Plan) -> Table:
     """Everything, one block under another."""
     whole = Table.grid(padding=(0, 0, 1, 0))
-    for block in (_head(plan), _roles(plan), _memory(plan), _work(plan), _disk(plan), _notes(plan)):
-        whole.add_row(block)
+    blocks = (_head, _roles, _memory, _work, _disk, _needs, _notes)
+    for block in blocks:
+        whole.add_row(block(plan))
     return whole
 
 
@@ -99,6 +100,16 @@ def _disk(plan: Plan) -> Table:
     for name, size in plan.disk.items():
         table.add_row(name, _scaled(size, DECIMAL))
     table.add_row("in all", _scaled(sum(plan.disk.values()), DECIMAL), style="bold")
+    return table
+
+
+def _needs(plan: Plan) -> Table:
+    table = _table("Needs", "command", "", "")
+    for command, needs in plan.needs.items():
+        for number, need in enumerate(needs):
+            table.add_row(command if number == 0 else "", need.what, Text(str(need)))
+    table.columns[1].justify = table.columns[2].justify = "left"
+    table.columns[2].overflow = "fold"
     return table
 
 

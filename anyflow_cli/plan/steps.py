@@ -21,7 +21,7 @@ from anyflow_cli.plan.setup import Setup, backbone_on_meta
 from anyflow_cli.train.draws import Draws
 
 DEPTHS = (2, 3)
-SAMPLED_STEPS = 64  # of a run, over which the calls of a step are averaged
+SAMPLED_STEPS = range(1, 65)  # of a run; the calls of a step are averaged over them
 BASE = "frozen base"
 
 
@@ -53,16 +53,24 @@ class Step:
 @lru_cache(maxsize=256)
 def step_of(setup: Setup) -> Step:
     """Rehearse the heaviest micro batch of a training stage."""
-    steps = [micro_batches(setup, step) for step in range(1, SAMPLED_STEPS + 1)]
-    called = [[calls_of(setup, draws) for draws in micros] for micros in steps]
-    heaviest = max(range(len(steps)), key=lambda i: max(_weight(calls) for calls in called[i]))
-    micro = max(range(len(steps[heaviest])), key=lambda i: _weight(called[heaviest][i]))
-    draws = steps[heaviest][micro]
     assert setup.settings is not None
     keeps = setup.ranks > 1 or setup.micro < setup.share
+    draws = heaviest(setup)
     segments = at_full_depth(setup, lambda depth: Rehearsal(setup, depth, keeps_gradients=keeps).step(draws))
-    calls = [call for micros in called for calls in micros for call in calls]
-    return Step(roles_of(setup), segments, operations(segments, calls) / len(steps), keeps)
+    micros = [draws for step in SAMPLED_STEPS for draws in micro_batches(setup, step)]
+    calls = [call for draws in micros for call in calls_of(setup, draws)]
+    return Step(roles_of(setup), segments, operations(segments, calls) / len(SAMPLED_STEPS), keeps)
+
+
+def heaviest(setup: Setup) -> Draws:
+    """Of the micro batches of many steps, the one that holds most: those with a graph first."""
+
+    def weight(draws: Draws) -> tuple[int, int]:
+        calls = calls_of(setup, draws)
+        held = sum(call.samples for call in calls if call.with_gradient)
+        return held, sum(call.samples for call in calls) - held
+
+    return max((draws for step in SAMPLED_STEPS for draws in micro_batches(setup, step)), key=weight)
 
 
 def micro_batches(setup: Setup, step: int) -> list[Draws]:
@@ -77,15 +85,6 @@ def micro_batches(setup: Setup, step: int) -> list[Draws]:
         Draws(settings.seed, step, settings.batch, positions[start : start + setup.micro])
         for start in range(0, setup.share, setup.micro)
     ]
-
-
-def _weight(calls: Iterable[Label]) -> tuple[int, int]:
-    """What makes a micro batch heavy: first the samples whose graph is held, then the others."""
-    held, passing = 0, 0
-    for call in calls:
-        held += call.samples * call.with_gradient
-        passing += call.samples * (not call.with_gradient)
-    return held, passing
 
 
 def operations(segments: Sequence[Segment], calls: Iterable[Label]) -> float:

@@ -49,9 +49,10 @@ class Finished(NamedTuple):
 
 def flowmap_inputs(recipe: schema.Recipe, paths: RunPaths) -> Inputs:
     """Stage 1, its baselines, and the tuning of the teacher (by ``train_flowmap.objective``)."""
+    data = _data(recipe, paths)  # first: it is found missing before a teacher is fetched
     teacher = resolve(recipe.model.teacher)
     directory = paths.stage_1(recipe.train_flowmap.objective)
-    return Inputs(directory, "train_flowmap", _data(recipe, paths), {"teacher": teacher}, teacher)
+    return Inputs(directory, "train_flowmap", data, {"teacher": teacher}, teacher)
 
 
 def distill_inputs(recipe: schema.Recipe, paths: RunPaths) -> Inputs:

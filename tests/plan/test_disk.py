@@ -1,0 +1,72 @@
+"""Planned sizes on disk against files that the program really writes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from anyflow_cli.data.shards import Sample, shard_path, write_shard
+from anyflow_cli.model.adapter import save_adapter
+from anyflow_cli.model.folder import save_pipeline
+from anyflow_cli.model.roles import LoraSize
+from anyflow_cli.plan import disk
+from anyflow_cli.plan.cluster import parse_cluster
+from anyflow_cli.plan.stages import target_of
+from anyflow_cli.plan.steps import roles_of
+from anyflow_cli.recipe import schema
+from anyflow_cli.train import checkpoint
+from tests.plan.small import LORA, backbone, setup, trainer
+from tests.tiny_pipeline import make_wan_folder
+
+
+def size_of(folder: Path, pattern: str = "*") -> int:
+    return sum(path.stat().st_size for path in folder.rglob(pattern) if path.is_file())
+
+
+def test_a_data_set_takes_what_its_shards_take(tmp_path: Path) -> None:
+    recipe = schema.Recipe(
+        name="t",
+        model=schema.Model(teacher="Wan-AI/Wan2.1-T2V-1.3B-Diffusers", frames=9, max_text_tokens=64),
+        synthesize=schema.Synthesize(count=3),
+    )
+    target = target_of(recipe, parse_cluster("1x80GB"))
+    text = torch.zeros(64, 4096, dtype=torch.bfloat16)
+    latents = torch.zeros(target.latent, dtype=torch.bfloat16)
+    facts = {"seed": 1, "source": "teacher", "fps": 16, "frames": 9}
+    write_shard(shard_path(tmp_path, 0), [Sample(i, "a caption", latents, text, facts) for i in range(3)])
+    planned = sum(disk.dataset(target).values())
+    assert planned == pytest.approx(size_of(tmp_path, "*.tar"), rel=0.01)
+    assert disk.dataset(target)["latents"] == 3 * latents.nbytes
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_checkpoints_take_what_the_trainer_saves(lora: bool, tmp_path: Path) -> None:
+    wanted = setup("flow-matching", lora=lora)
+    run = trainer(wanted, tmp_path)
+    for phase in run.phases:
+        for parameter in phase.parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        phase.update(1)
+    saved = checkpoint.save(tmp_path / "checkpoints", run.state(), keep=2)
+    assert wanted.settings is not None
+    planned = disk.checkpoints(roles_of(wanted), wanted.settings)
+    state = checkpoint.load(saved)
+    tensors = [tensor for group in state.tensors.values() for tensor in group.values()]
+    for optimiser in state.optimisers.values():
+        tensors += [value for own in optimiser["state"].values() for value in own.values() if value.dim()]
+    assert planned == 3 * sum(tensor.nbytes for tensor in tensors) < 3 * size_of(saved)
+
+
+def test_a_finished_model_takes_its_network_and_its_adapter(tmp_path: Path) -> None:
+    wanted = setup("flow-map")
+    roles = backbone(wanted)
+    source = make_wan_folder(tmp_path / "wan")
+    folder = save_pipeline(tmp_path / "model", roles.merged("student"), source, {}, shift=5.0)
+    save_adapter(
+        tmp_path / "adapter", roles.state_dict_of("student"), LoraSize(LORA.rank, LORA.alpha), str(source)
+    )
+    planned = disk.finished(roles_of(wanted), has_adapter=True)
+    written = sum(size_of(path, "*.safetensors") for path in (folder / "transformer", tmp_path / "adapter"))
+    assert planned == pytest.approx(written, rel=0.05)

@@ -1,0 +1,103 @@
+"""The planned memory against what real trainings of small models hold, tensor by tensor."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from anyflow_cli.plan import stages
+from anyflow_cli.plan.rehearsal import Rehearsal
+from anyflow_cli.plan.setup import Kind, Setup
+from anyflow_cli.plan.steps import heaviest, step_of
+from tests.plan.small import CONFIG, measured_peak, setup
+
+WITHIN = 0.15
+
+CASES: list[tuple[Kind, dict[str, Any]]] = [
+    ("flow-map", {"lora": False}),
+    ("flow-map", {"checkpointing": True, "precision": "bf16", "micro_batch": 4}),
+    ("flow-map", {"config": replace(CONFIG, layers=5, ffn_dim=64), "lora": False, "precision": "bf16"}),
+    ("flow-matching", {}),
+    ("consistency-ode", {"lora": False, "micro_batch": 2}),
+    ("on-policy", {"checkpointing": True, "micro_batch": 4}),
+    ("on-policy", {"lora": False}),
+    ("on-policy", {"simulation": "consistency", "joint": False, "reuse_rollout": True}),
+]
+
+
+STAGE_2 = setup("on-policy", checkpointing=True, micro_batch=4)
+
+
+def planned_peak(wanted: Setup) -> int:
+    return max(moment.total for moment in stages._training_moments(wanted, step_of(wanted)))
+
+
+@pytest.mark.parametrize(("kind", "changes"), CASES)
+def test_the_planned_peak_is_the_measured_one(kind: Kind, changes: dict[str, Any], tmp_path: Path) -> None:
+    wanted = setup(kind, **changes)
+    assert planned_peak(wanted) == pytest.approx(measured_peak(wanted, tmp_path), rel=WITHIN)
+
+
+def test_two_depths_tell_of_any_other() -> None:
+    deep = setup("on-policy", checkpointing=True, config=replace(CONFIG, layers=5))
+    step = step_of(deep)
+    whole = Rehearsal(deep, 5, keeps_gradients=False).step(heaviest(deep))
+    assert [segment.label for segment in step.segments] == [segment.label for segment in whole]
+    for line, true in zip(step.segments, whole, strict=True):
+        assert line.peak == pytest.approx(true.peak, rel=0.03)  # gradients grow as activations shrink
+        assert line.operations == true.operations
+
+
+def test_checkpointing_keeps_little_more_than_a_block() -> None:
+    """Without it every block's activations stay, with it one hidden state a block."""
+    deep = replace(CONFIG, layers=30)
+    kept, recomputed = (
+        planned_peak(setup("flow-matching", config=deep, checkpointing=on)) for on in (False, True)
+    )
+    assert kept > 4 * recomputed
+
+
+def test_a_rollout_holds_three_jumps_and_leaves_its_graph() -> None:
+    """What stage 2 holds as the scores are asked is about three times what one call with gradient leaves."""
+    wanted = setup("on-policy", lora=False, precision="fp32")
+    step = step_of(wanted)
+    one = next(s for s in step.segments if s.label.role == "student" and s.label.with_gradient)
+    after_one = step.segments[step.segments.index(one) + 1].start
+    assert step.rollout == pytest.approx(3 * after_one, rel=0.05)
+
+
+def test_several_processes_keep_their_gradients() -> None:
+    """DDP's buckets live on: gradients of both phases are held throughout; alone they are the step's own."""
+    step = step_of(STAGE_2)
+    trained = {role: size.trainable_bytes for role, size in step.roles.items()}
+    held = stages._held(replace(STAGE_2, ranks=2), step)
+    assert held["gradients"] == trained["student"] + trained["fake"]
+    assert stages._held(STAGE_2, step)["gradients"] == max(trained.values())
+    assert stages._held(STAGE_2, replace(step, keeps_gradients=False))["gradients"] == 0
+
+
+def test_what_is_held_all_the_time_follows_from_the_weights() -> None:
+    step = step_of(STAGE_2)
+    held = stages._held(STAGE_2, step)
+    trained = step.roles["student"].trainable + step.roles["fake"].trainable
+    assert held["optimiser"] == 2 * 4 * trained
+    assert held["average"] == 4 * step.roles["student"].trainable
+    assert held["weights"] == sum(size.bytes for size in step.roles.values())
+    assert step.roles["real"].trainable == 0 < step.roles["real"].parameters
+
+
+def test_rehearsing_leaves_nothing_fake_behind() -> None:
+    """Rotations are cached for all networks; a fake one among them would break the next real forward."""
+    import torch
+
+    from anyflow_cli.model.network import FlowMapTransformer
+    from tests.plan.small import LATENT, TEXT
+
+    step_of(setup("flow-map", batch=16))
+    out = FlowMapTransformer(CONFIG)(
+        torch.randn(1, *LATENT), torch.ones(1), torch.ones(1), torch.randn(1, *TEXT)
+    )
+    assert type(out) is torch.Tensor

@@ -1,0 +1,127 @@
+"""Stages of a recipe: what they are made of, and what is refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from anyflow_cli.errors import UsageError
+from anyflow_cli.model.encoders import VideoVAE
+from anyflow_cli.plan import stages
+from anyflow_cli.plan.cluster import GIB, Cluster, parse_cluster
+from anyflow_cli.plan.sampling import FRAMES, _decoding, decoding
+from anyflow_cli.plan.stages import Target, target_of
+from anyflow_cli.plan.steps import BASE
+from anyflow_cli.recipe import schema
+from tests.plan.small import Live
+from tests.tiny_pipeline import make_wan_folder
+
+CPU = Cluster(1, 8 * GIB, peak=1e12, utilisation=0.5, is_gpu=False)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_wan_folder(tmp_path_factory.mktemp("wan") / "wan")
+
+
+def recipe(folder: Path, **changes: Any) -> schema.Recipe:
+    model = {"teacher": str(folder), "height": 32, "width": 32, "frames": 9, "max_text_tokens": 8}
+    model |= {"precision": "fp32", **changes.pop("model", {})}
+    training = {"batch": 4, "preview_prompts": 2}
+    sections = {"train_flowmap": training, "distill": training, "finetune": training}
+    return schema.Recipe.model_validate({"name": "t", "model": model, **sections, **changes})
+
+
+def target(folder: Path, cluster: Cluster = CPU, **changes: Any) -> Target:
+    return target_of(recipe(folder, **changes), cluster)
+
+
+def test_a_stage_knows_its_work_and_its_time(folder: Path) -> None:
+    stage = stages.stage_one(target(folder))
+    assert stage.work.repeats == schema.TrainFlowMap().steps
+    assert stage.work.seconds == stage.work.operations / 0.5e12
+    assert stage.work.hours == pytest.approx(stage.work.seconds * stage.work.repeats / 3600)
+
+
+def test_without_a_speed_there_is_no_time(folder: Path) -> None:
+    work = stages.stage_one(target(folder, replace(CPU, peak=None))).work
+    assert (work.seconds, work.hours) == (None, None)
+    assert work.operations > 0
+
+
+def test_whole_weights_have_a_student_that_trains_and_no_base_in_stage_one(folder: Path) -> None:
+    own = target(folder)
+    first, second = stages.stage_one(own).roles, stages.stage_two(own).roles
+    assert set(first) == {"student"}
+    assert first["student"].trainable == first["student"].parameters
+    assert set(second) == {BASE, "student", "fake"}
+    assert second["fake"].trainable == second[BASE].parameters  # the fake score is a copy of the teacher
+
+
+def test_a_start_from_elsewhere_is_a_second_base(folder: Path) -> None:
+    lora = {"lora": {"rank": 4, "alpha": 4}}
+    shared = stages.stage_two(target(folder, model=lora)).roles[BASE].parameters
+    away = {"batch": 4, "start": str(folder), "preview_every": 0}
+    apart = stages.stage_two(target(folder, model=lora, distill=away)).roles[BASE].parameters
+    assert apart > 1.9 * shared
+
+
+def test_synthesis_is_guided_and_divided_among_the_devices(folder: Path) -> None:
+    made = {"count": 64, "steps": 3}
+    one, four = (
+        stages.synthesis(target(folder, replace(CPU, count=count), synthesize=made)).work for count in (1, 4)
+    )
+    assert one.hours is not None
+    assert four.hours == pytest.approx(one.hours / 4)
+    assert (one.repeats, one.operations) == (64, four.operations)
+    sampled = stages.sampling(target(folder, sample={"nfe": (1,)})).work.operations
+    assert one.operations == pytest.approx(3 * 2 * sampled, rel=0.1)  # of one time, not two
+
+
+def test_another_teacher_synthesizes_at_its_own_price() -> None:
+    small, large = (f"Wan-AI/Wan2.1-T2V-{size}-Diffusers" for size in ("1.3B", "14B"))
+    model = schema.Model(teacher=small, frames=9, height=64, width=64)
+    given = schema.Recipe(name="t", model=model, synthesize=schema.Synthesize(teacher=large))
+    stage = stages.synthesis(target_of(given, parse_cluster("8x80GB")))
+    assert stage.roles["network"].parameters == 14_288_491_584
+
+
+def test_previews_count_where_there_are_any(folder: Path) -> None:
+    """Decoding is the most that this stage holds, with previews; without, it is a step of training."""
+    with_them = stages.tuning(target(folder))
+    without = stages.tuning(target(folder, train_flowmap={"batch": 4, "preview_every": 0}))
+    assert with_them.peak.name.startswith("preview")
+    assert not without.peak.name.startswith("preview")
+    assert with_them.peak.total > without.peak.total
+
+
+def test_decoding_holds_what_the_real_vae_holds(folder: Path) -> None:
+    vae = VideoVAE.load(folder)
+    latent = (FRAMES[1] + 3, vae.channels, 4, 4)
+    z = torch.randn(1, *latent)
+    live = Live([*vae._model.parameters()])
+    held = live.now
+    with live:
+        vae.decode(z)
+    config = target(folder).pipeline.vae
+    assert decoding(config, latent).weights == held
+    assert decoding(config, latent).peak == pytest.approx(live.peak - held, rel=0.05)
+
+
+def test_decoding_is_a_straight_line_in_the_frames() -> None:
+    shape = (16, 8, 8)
+    assert decoding({}, (9, *shape)) == _decoding("{}", (9, *shape))
+
+
+def test_a_batch_that_cannot_be_divided_is_refused(folder: Path) -> None:
+    with pytest.raises(UsageError, match="A global batch of 4 cannot be divided among 3 processes"):
+        stages.stage_one(target(folder, replace(CPU, count=3)))
+
+
+def test_causal_models_are_refused(folder: Path) -> None:
+    with pytest.raises(UsageError, match="bidirectional models only"):
+        target(folder, model={"causal": True})
