@@ -26,15 +26,21 @@ distill: {{batch: 4, preview_every: 0}}
 """
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One for all tests, so that what was rehearsed for one of them serves the others."""
+    return make_wan_folder(tmp_path_factory.mktemp("plan") / "wan")
+
+
 @pytest.fixture
-def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def recipe(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     def refuse(*arguments: Any, **options: Any) -> None:
         raise AssertionError("a plan must not fetch anything")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "small.yaml"
-    path.write_text(RECIPE.format(teacher=make_wan_folder(tmp_path / "wan")))
+    path.write_text(RECIPE.format(teacher=folder))
     return path
 
 
@@ -45,7 +51,7 @@ def values(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str, 
 
 
 def test_values_agree_with_one_another(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    found = values(capsys, "-r", recipe, "--gpus", "2x24GB", "--peak", 100, "--utilisation", 0.5)
+    found = values(capsys, "-r", recipe, "--gpus", "1x24GB", "--peak", 100, "--utilisation", 0.5)
     assert found["cluster"]["usable"] == found["cluster"]["memory"] - found["cluster"]["reserve"]
     assert list(found["stages"]) == ["synthesize", "tune", "train-flowmap", "distill", "sample"]
     for stage in found["stages"].values():

@@ -42,7 +42,7 @@ def test_the_planned_peak_is_the_measured_one(kind: Kind, changes: dict[str, Any
 
 
 def test_two_depths_tell_of_any_other() -> None:
-    deep = setup("on-policy", checkpointing=True, config=replace(CONFIG, layers=5))
+    deep = setup("on-policy", checkpointing=True, lora=False, joint=False, config=replace(CONFIG, layers=5))
     step = step_of(deep)
     whole = Rehearsal(deep, 5, keeps_gradients=False).step(heaviest(deep))
     assert [segment.label for segment in step.segments] == [segment.label for segment in whole]

@@ -14,8 +14,9 @@ from anyflow_cli.model.encoders import VideoVAE
 from anyflow_cli.plan import stages
 from anyflow_cli.plan.cluster import GIB, Cluster, parse_cluster
 from anyflow_cli.plan.sampling import FRAMES, _decoding, decoding
+from anyflow_cli.plan.setup import Kind
 from anyflow_cli.plan.stages import Target, target_of
-from anyflow_cli.plan.steps import BASE
+from anyflow_cli.plan.steps import BASE, RoleSize, roles_of
 from anyflow_cli.recipe import schema
 from tests.plan.small import Live
 from tests.tiny_pipeline import make_wan_folder
@@ -53,9 +54,13 @@ def test_without_a_speed_there_is_no_time(folder: Path) -> None:
     assert work.operations > 0
 
 
+def roles(own: Target, kind: Kind) -> dict[str, RoleSize]:
+    settings = own.recipe.distill if kind == "on-policy" else own.recipe.train_flowmap
+    return roles_of(stages.training_setup(own, kind, settings))
+
+
 def test_whole_weights_have_a_student_that_trains_and_no_base_in_stage_one(folder: Path) -> None:
-    own = target(folder)
-    first, second = stages.stage_one(own).roles, stages.stage_two(own).roles
+    first, second = roles(target(folder), "flow-map"), roles(target(folder), "on-policy")
     assert set(first) == {"student"}
     assert first["student"].trainable == first["student"].parameters
     assert set(second) == {BASE, "student", "fake"}
@@ -64,10 +69,9 @@ def test_whole_weights_have_a_student_that_trains_and_no_base_in_stage_one(folde
 
 def test_a_start_from_elsewhere_is_a_second_base(folder: Path) -> None:
     lora = {"lora": {"rank": 4, "alpha": 4}}
-    shared = stages.stage_two(target(folder, model=lora)).roles[BASE].parameters
-    away = {"batch": 4, "start": str(folder), "preview_every": 0}
-    apart = stages.stage_two(target(folder, model=lora, distill=away)).roles[BASE].parameters
-    assert apart > 1.9 * shared
+    shared = roles(target(folder, model=lora), "on-policy")[BASE].parameters
+    away = target(folder, model=lora, distill={"batch": 4, "start": str(folder)})
+    assert roles(away, "on-policy")[BASE].parameters > 1.9 * shared
 
 
 def test_synthesis_is_guided_and_divided_among_the_devices(folder: Path) -> None:
