@@ -5,7 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from anyflow_cli.plan.ledger import BETWEEN, Label, Ledger, Watch, storage_bytes
+from anyflow_cli.plan.ledger import (
+    ATTENTION,
+    ATTENTION_BACKWARD,
+    BETWEEN,
+    Label,
+    Ledger,
+    Watch,
+    storage_bytes,
+)
 
 KB = 1024
 
@@ -87,3 +95,18 @@ def test_operations_of_products_and_attention() -> None:
         nn.functional.scaled_dot_product_attention(x, x, x)
         torch.randn(5, 6) @ torch.randn(6, 7)
     assert ledger.segments[0].operations == 2 * (2 * 2 * 3 * 3 * 4) + 2 * 5 * 6 * 7
+
+
+def test_attention_on_a_gpu_adds_its_working_memory_in_the_backward_pass() -> None:
+    """The gradient of the queries in fp32, freed with the kernel's end."""
+    query, key, value = (torch.randn(1, 2, 64, 8) for _ in range(3))
+    out, norms = ATTENTION(query, key, value)
+
+    def peak(gpu: bool) -> int:
+        ledger = Ledger()
+        with Watch(ledger, storage_bytes, "activations", counts_operations=True, gpu=gpu):
+            ATTENTION_BACKWARD(out, query, key, value, out, norms, 0.0, False)
+        return ledger.segments[0].peak
+
+    assert peak(gpu=False) == 3 * query.nbytes
+    assert peak(gpu=True) == 4 * query.nbytes
