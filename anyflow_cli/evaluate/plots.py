@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 
 from anyflow_cli.evaluate.results import NOT_COMPARABLE, Evaluation, Measured
+from anyflow_cli.evaluate.table import group_title
 
-SCORES = ("total", "quality", "semantic")
 MARKERS = ("o", "s", "^")
 
 
@@ -47,19 +47,25 @@ def scores_png(evaluation: Evaluation, theme: Theme = LIGHT) -> bytes:
 
 
 def _draw_scores(axes: Axes, evaluation: Evaluation, theme: Theme) -> None:
-    for name, colour, marker in zip(SCORES, theme.lines, MARKERS, strict=True):
-        known = [(m.evaluations, getattr(m.result, name)) for m in evaluation.models]
+    names = ("total", *evaluation.measured[0].result.groups)
+    for name, colour, marker in zip(names, theme.lines, MARKERS, strict=True):
+        known = [(m.evaluations, _score(m, name)) for m in evaluation.models]
         points = [(x, y) for x, y in known if y is not None]
         if points:
-            axes.plot(*zip(*points, strict=True), marker + "-", color=colour, label=name.capitalize(), ms=5)
+            axes.plot(*zip(*points, strict=True), marker + "-", color=colour, label=group_title(name), ms=5)
         teacher = evaluation.teacher
-        if teacher and (value := getattr(teacher.result, name)) is not None:
+        if teacher and (value := _score(teacher, name)) is not None:
             label = f"teacher {teacher.label}" if name == "total" else None
             axes.axhline(value, color=colour, ls="--", lw=1.2, alpha=0.9, label=label)
     _draw_interval(axes, evaluation.models, theme)
     axes.set_title("score (0 to 100)")
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False, labelcolor=theme.ink, fontsize=8)
+
+
+def _score(one: Measured, name: str) -> float | None:
+    """Total, or the mean of a group."""
+    return one.result.total if name == "total" else one.result.groups[name]
 
 
 def _draw_interval(axes: Axes, models: list[Measured], theme: Theme) -> None:

@@ -17,7 +17,7 @@ from anyflow_cli.evaluate.plots import DARK, LIGHT, scores_png
 from anyflow_cli.evaluate.results import NOT_COMPARABLE, Evaluation, Measured
 from anyflow_cli.evaluate.store import Scored
 from anyflow_cli.evaluate.suite import Suite
-from anyflow_cli.evaluate.table import NONE, asked, closing, number, row_of
+from anyflow_cli.evaluate.table import NONE, asked, closing, group_title, number, row_of
 
 MOST_BYTES = 24 * 2**20  # of videos on the page
 WEAK = 0.7  # scores below this are named under the video
@@ -84,8 +84,8 @@ def _scores(evaluation: Evaluation, suite: Suite) -> str:
     columns = evaluation.columns
     heads = "".join(f"<th scope=col>{escape(one.title)}</th>" for one in columns)
     rows = [*_summary_rows(evaluation, columns)]
-    for group in ("quality", "semantic"):
-        rows.append(f"<tr class=group><th colspan={len(columns) + 1}>{group}</th></tr>")
+    for group in suite.groups:
+        rows.append(f"<tr class=group><th colspan={len(columns) + 1}>{escape(group_title(group))}</th></tr>")
         names = [dimension.name for dimension in suite.dimensions if dimension.group == group]
         rows += [_row(name, [_score(one.result.dimensions.get(name)) for one in columns]) for name in names]
     table = f"<table><thead><tr><th></th>{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table>"

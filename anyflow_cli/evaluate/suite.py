@@ -1,16 +1,16 @@
 """What a suite of scores is, and how scores of videos become scores of a model.
 
-Sums are VBench's: a dimension is the mean over its videos, brought to 0..1 by its own range; Quality and
-Semantic are weighted means of dimensions; Total = (4 Quality + Semantic) / 5. A dimension that no video was
-scored for leaves its group and the Total empty, with its name, rather than counting as zero. All reported
-scores run from 0 to 100.
+Sums are VBench's: a dimension is brought to 0..1 by its own range, unclamped; a group (Quality, Semantic,
+I2V) is a weighted mean of its dimensions, and Total one of the groups. A dimension that nothing was scored
+for leaves its group and the Total empty, with its name, rather than counting as zero. All reported scores run
+from 0 to 100.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,8 +18,7 @@ from numpy.typing import NDArray
 from anyflow_cli.recipe.schema import Model
 
 Video = NDArray[np.uint8]  # (T, H, W, 3)
-Group = Literal["quality", "semantic"]
-QUALITY_WEIGHT, SEMANTIC_WEIGHT = 4.0, 1.0  # of VBench
+TEXT_TO_VIDEO = {"quality": 4.0, "semantic": 1.0}  # weights of VBench's groups in its Total
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,7 @@ class Dimension:
     """One thing a suite measures; ``low`` and ``high`` are the raw scores that count as 0 and 1."""
 
     name: str
-    group: Group
+    group: str
     weight: float = 1.0
     low: float = 0.0
     high: float = 1.0
@@ -49,18 +48,23 @@ class VideoScore:
 
 
 @dataclass(frozen=True)
-class SuiteResult:
-    """Scores of one model at one step count, 0..100; None where something needed for it was not scored."""
+class Sums:
+    """Dimensions, groups and their Total, 0..100; None where a dimension of it is missing."""
+
+    dimensions: dict[str, float]
+    groups: dict[str, float | None]
+    total: float | None
+    missing: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class SuiteResult(Sums):
+    """Scores of one model at one step count."""
 
     suite: str
     videos: int
-    dimensions: dict[str, float]
-    quality: float | None
-    semantic: float | None
-    total: float | None
     correct: float | None  # percent of videos in which every named attribute is right
     distance: float | None  # Fréchet distance to fresh clips of the world
-    missing: tuple[str, ...] = ()
 
 
 class Suite(Protocol):
@@ -79,6 +83,11 @@ class Suite(Protocol):
     @property
     def dimensions(self) -> tuple[Dimension, ...]:
         """All it can measure, in the order of reports."""
+        ...
+
+    @property
+    def groups(self) -> Mapping[str, float]:
+        """Weight of each group in Total, in the order of reports."""
         ...
 
     def check(self, model: Model) -> None:
@@ -100,38 +109,35 @@ class Suite(Protocol):
 
 def summarise(suite: Suite, scores: Sequence[VideoScore]) -> SuiteResult:
     """The scores of a model from those of its videos."""
-    raw = {d.name: [s.scores[d.name] for s in scores if d.name in s.scores] for d in suite.dimensions}
-    dimensions = {d.name: _normalised(d, raw[d.name]) for d in suite.dimensions if raw[d.name]}
-    quality, semantic = (_group_mean(suite, dimensions, group) for group in ("quality", "semantic"))
+    known = {d.name: [s.scores[d.name] for s in scores if d.name in s.scores] for d in suite.dimensions}
+    raw = {name: float(np.mean(values)) for name, values in known.items() if values}
+    sums = sum_up(suite.dimensions, suite.groups, raw)
     judged = [all(s.right.values()) for s in scores if s.right]
     features = [s.features for s in scores if s.features]
     return SuiteResult(
+        **vars(sums),
         suite=suite.name,
         videos=len(scores),
-        dimensions=dimensions,
-        quality=quality,
-        semantic=semantic,
-        total=total_score(quality, semantic),
         correct=100 * float(np.mean(judged)) if judged else None,
         distance=suite.distance(features) if features else None,
-        missing=tuple(d.name for d in suite.dimensions if not raw[d.name]),
     )
 
 
-def total_score(quality: float | None, semantic: float | None) -> float | None:
-    """VBench's Total."""
-    if quality is None or semantic is None:
+def sum_up(dimensions: Sequence[Dimension], groups: Mapping[str, float], raw: Mapping[str, float]) -> Sums:
+    """From raw scores of dimensions to Total."""
+    known = {d.name: 100 * (raw[d.name] - d.low) / (d.high - d.low) for d in dimensions if d.name in raw}
+    means = {group: _group_mean([d for d in dimensions if d.group == group], known) for group in groups}
+    missing = tuple(d.name for d in dimensions if d.name not in raw)
+    return Sums(known, means, total_score(means, groups), missing)
+
+
+def total_score(means: Mapping[str, float | None], groups: Mapping[str, float]) -> float | None:
+    """The weighted mean of the groups; None where one of them is."""
+    weighed = [weight * mean for name, weight in groups.items() if (mean := means[name]) is not None]
+    return sum(weighed) / sum(groups.values()) if len(weighed) == len(groups) else None
+
+
+def _group_mean(members: Sequence[Dimension], known: Mapping[str, float]) -> float | None:
+    if any(d.name not in known for d in members):
         return None
-    return (QUALITY_WEIGHT * quality + SEMANTIC_WEIGHT * semantic) / (QUALITY_WEIGHT + SEMANTIC_WEIGHT)
-
-
-def _normalised(dimension: Dimension, raw: Sequence[float]) -> float:
-    return 100 * (float(np.mean(raw)) - dimension.low) / (dimension.high - dimension.low)
-
-
-def _group_mean(suite: Suite, dimensions: dict[str, float], group: str) -> float | None:
-    members = [d for d in suite.dimensions if d.group == group]
-    if any(d.name not in dimensions for d in members):
-        return None
-    weight = sum(d.weight for d in members)
-    return sum(d.weight * dimensions[d.name] for d in members) / weight
+    return sum(d.weight * known[d.name] for d in members) / sum(d.weight for d in members)

@@ -44,13 +44,17 @@ def row_of(one: Measured, evaluation: Evaluation) -> dict[str, str]:
         "Total": number(one.result.total),
         f"  {LEVEL:.0%} interval": f"{bounds.low:.1f} to {bounds.high:.1f}" if bounds else NONE,
         "  of the teacher's": NONE if share is None else f"{share:.1%}",
-        "Quality": number(one.result.quality),
-        "Semantic": number(one.result.semantic),
+        **{group_title(name): number(mean) for name, mean in one.result.groups.items()},
         "all as named, %": number(one.result.correct),
         "Fréchet distance": number(one.result.distance),
         "seconds a video": f"{one.seconds:.3g}",
         "  without decoding": f"{one.network_seconds:.3g}",
     }
+
+
+def group_title(name: str) -> str:
+    """As the literature writes it: Quality, Semantic, I2V."""
+    return name.upper() if name == "i2v" else name.capitalize()
 
 
 def headline(evaluation: Evaluation) -> str:

@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from anyflow_cli.evaluate.suite import QUALITY_WEIGHT, SEMANTIC_WEIGHT, Suite, VideoScore
+from anyflow_cli.evaluate.suite import Suite, VideoScore
 
 Doubles = NDArray[np.float64]
 Verdict = Literal["improves", "flat", "degrades"]
@@ -95,7 +95,7 @@ def _draws(prompts: int) -> Doubles:
 
 def _weights(suite: Suite) -> Doubles:
     """What each dimension contributes to Total, (D,)."""
-    groups = {"quality": QUALITY_WEIGHT, "semantic": SEMANTIC_WEIGHT}
+    groups = suite.groups
     whole = {group: sum(d.weight for d in suite.dimensions if d.group == group) for group in groups}
     shares = [groups[d.group] * d.weight / whole[d.group] for d in suite.dimensions]
     return np.array(shares) / sum(groups.values())

@@ -90,7 +90,7 @@ def test_more_of_a_fault_costs_more() -> None:
 def test_an_empty_picture_is_worth_nothing(level: int) -> None:
     empty = np.full((FRAMES, HEIGHT, WIDTH, 3), level, np.uint8)
     result = score_videos([empty] * len(PROMPTS), PROMPTS)
-    assert result.quality == 0
+    assert result.groups["quality"] == 0
     assert result.correct == 0
 
 

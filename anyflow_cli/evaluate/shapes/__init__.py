@@ -6,8 +6,8 @@ file ties them into a suite and offers ``score_videos`` to whoever has videos an
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from math import isfinite
 
 import numpy as np
@@ -23,7 +23,14 @@ from anyflow_cli.evaluate.shapes.score import (
     right_attributes,
     semantic_scores,
 )
-from anyflow_cli.evaluate.suite import Dimension, SuiteResult, Video, VideoScore, summarise
+from anyflow_cli.evaluate.suite import (
+    TEXT_TO_VIDEO,
+    Dimension,
+    SuiteResult,
+    Video,
+    VideoScore,
+    summarise,
+)
 from anyflow_cli.recipe.schema import Model
 
 PROMPT_SEED = 2**41  # of the first scene whose caption is a prompt; far from training and from the reference
@@ -36,6 +43,7 @@ class ShapesSuite:
     world: str = "shapes"
     version: int = 1
     dimensions: tuple[Dimension, ...] = DIMENSIONS
+    groups: Mapping[str, float] = field(default_factory=lambda: TEXT_TO_VIDEO)
 
     @property
     def name(self) -> str:

@@ -1,0 +1,44 @@
+"""The rows of the paper's Tables 3 and 4, to stand beside a result."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from anyflow_cli.evaluate.suite import total_score
+from anyflow_cli.evaluate.vbench.dimensions import GROUPS, Benchmark
+
+FILE = Path(__file__).with_name("published.json")
+ROUNDING = 0.005  # of a number with two decimals
+
+
+@dataclass(frozen=True)
+class Row:
+    """A published result: Quality, Semantic or I2V, and Total, as printed."""
+
+    model: str
+    nfe: str
+    groups: dict[str, float]
+    total: float
+    own: bool  # evaluated by the paper's authors, not quoted from the model's own paper
+
+    def adds_up(self, benchmark: Benchmark) -> bool:
+        """Whether some groups that print like these give a Total that prints like this one."""
+        total = total_score(self.groups, GROUPS[benchmark])
+        return total is not None and abs(total - self.total) <= 2 * ROUNDING + 1e-9
+
+
+def published(benchmark: Benchmark) -> list[Row]:
+    """The paper's table for a benchmark, in its order."""
+    table = json.loads(FILE.read_text(encoding="utf-8"))["tables"][benchmark]
+    return [
+        Row(
+            row["model"],
+            row["nfe"],
+            {group: row[group] for group in GROUPS[benchmark]},
+            row["total"],
+            row["re-evaluated"],
+        )
+        for row in table["rows"]
+    ]

@@ -1,0 +1,79 @@
+"""VBench's arithmetic, against a result of the benchmark's own script and the rows of the paper."""
+
+from __future__ import annotations
+
+import pytest
+
+from anyflow_cli.evaluate.suite import sum_up
+from anyflow_cli.evaluate.vbench.dimensions import DIMENSIONS, GROUPS, I2V, T2V, Benchmark
+from anyflow_cli.evaluate.vbench.published import Row, published
+
+CHECK = {  # percent; the benchmark's own script makes 85.09, 75.82 and 83.24 of it
+    "subject_consistency": 97.37, "background_consistency": 97.76, "temporal_flickering": 99.44,
+    "motion_smoothness": 98.99, "dynamic_degree": 70.83, "aesthetic_quality": 60.36, "imaging_quality": 67.56,
+    "object_class": 86.10, "multiple_objects": 68.55, "human_action": 94.40, "color": 91.60,
+    "spatial_relationship": 68.68, "scene": 53.88, "appearance_style": 19.80, "temporal_style": 23.89,
+    "overall_consistency": 26.44,
+}  # fmt: skip
+RAW = {name: value / 100 for name, value in CHECK.items()}
+
+
+def test_the_check_vector_is_reproduced_to_the_last_digit() -> None:
+    sums = sum_up(T2V, GROUPS["vbench"], RAW)
+    assert {name: round(mean or 0, 2) for name, mean in sums.groups.items()} == {
+        "quality": 85.09, "semantic": 75.82,
+    }  # fmt: skip
+    assert round(sums.total or 0, 2) == 83.24
+    assert sums.missing == ()
+
+
+@pytest.mark.parametrize("name", CHECK)
+def test_without_any_one_dimension_there_is_no_total(name: str) -> None:
+    sums = sum_up(T2V, GROUPS["vbench"], {n: v for n, v in RAW.items() if n != name})
+    assert (sums.total, sums.missing) == (None, (name,))
+    assert list(sums.groups.values()).count(None) == 1
+
+
+def test_scores_outside_their_range_are_not_clamped() -> None:
+    dimensions = sum_up(T2V, GROUPS["vbench"], RAW | {"scene": 0.9, "temporal_flickering": 0.5}).dimensions
+    assert dimensions["scene"] == pytest.approx(100 * 0.9 / 0.8222)
+    assert dimensions["temporal_flickering"] == pytest.approx(100 * (0.5 - 0.6293) / (1 - 0.6293))
+
+
+def test_image_to_video_has_sums_of_its_own() -> None:
+    raw = {d.name: d.low + 0.5 * (d.high - d.low) for d in I2V}
+    raw |= {"dynamic_degree": 1.0, "camera_motion": 0.0}
+    sums = sum_up(I2V, GROUPS["vbench-i2v"], raw)
+    quality, i2v = 100 * (5 * 0.5 + 0.5 * 1.0) / 5.5, 100 * (0.5 + 0.5 + 0.1 * 0.0) / 2.1
+    assert sums.groups == pytest.approx({"quality": quality, "i2v": i2v})
+    assert sums.total == pytest.approx((quality + i2v) / 2)
+
+
+def test_sixteen_dimensions_and_nine_with_the_weights_of_the_benchmark() -> None:
+    weights = {
+        (benchmark, group): sum(d.weight for d in dimensions if d.group == group)
+        for benchmark, dimensions in DIMENSIONS.items()
+        for group in GROUPS[benchmark]
+    }
+    assert weights == pytest.approx(
+        {("vbench", "quality"): 6.5, ("vbench", "semantic"): 9, ("vbench-i2v", "quality"): 5.5,
+         ("vbench-i2v", "i2v"): 2.1}
+    )  # fmt: skip
+
+
+def rows() -> list[tuple[Benchmark, Row]]:
+    benchmarks: tuple[Benchmark, ...] = ("vbench", "vbench-i2v")
+    return [(benchmark, row) for benchmark in benchmarks for row in published(benchmark)]
+
+
+def test_every_row_of_the_paper_adds_up_but_one() -> None:
+    """HunyuanVideo's would with a Semantic of 75.82: the check vector has its Quality and its Total."""
+    assert len(rows()) == 28
+    wrong = [(row.model, row.groups, row.total) for benchmark, row in rows() if not row.adds_up(benchmark)]
+    assert wrong == [("HunyuanVideo", {"quality": 85.09, "semantic": 76.88}, 83.24)]
+
+
+def test_a_row_that_is_off_by_more_than_rounding_does_not_add_up() -> None:
+    row = published("vbench-i2v")[0]
+    assert row.adds_up("vbench-i2v")
+    assert not Row(row.model, row.nfe, row.groups, row.total + 0.02, row.own).adds_up("vbench-i2v")
