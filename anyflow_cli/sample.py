@@ -3,9 +3,9 @@
 ``Sampler`` is the one way to sample outside training: the command, evaluation and synthesis stand on it. An
 any-step model (two times) is solved by Euler over its flow map, one evaluation a step; a plain Wan model is
 a teacher and is solved by guided Euler, two evaluations a step. A causal model is sampled chunk by chunk,
-from given first frames where there are any. A video depends on its prompt, seed and step count, not on what
-it was batched with. Which model is meant, and how it is opened, is in
-``addresses.py``; files are in ``samples.py``.
+from given first frames where there are any, and can show each chunk when it is finished (``stream``). A video
+depends on its prompt, seed and step count, not on what it was batched with. Which model is meant, and how it
+is opened, is in ``addresses.py``; files are in ``samples.py``.
 
 Legend: B batch, F latent frames, C channels, H W latent height and width; a video is uint8 (T, height,
 width, 3).
@@ -29,7 +29,7 @@ from anyflow_cli.errors import UsageError
 from anyflow_cli.flow.samplers import SAMPLERS
 from anyflow_cli.flow.times import grid
 from anyflow_cli.flow.velocity import Velocity, guided
-from anyflow_cli.model.causal import partition_for
+from anyflow_cli.model.causal import causal_of, partition_for, remembered_for
 from anyflow_cli.model.conditioned import Conditioned
 from anyflow_cli.model.encoders import TextEncoder, VideoVAE
 from anyflow_cli.model.network import FlowMapTransformer
@@ -38,6 +38,7 @@ from anyflow_cli.model.rollout import rollout
 from anyflow_cli.recipe.schema import Recipe
 
 Method = Literal["flow-map", "euler", "consistency"]
+Steps = int | tuple[int, ...]  # of each chunk that is sampled, in order; the last for all that follow
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +48,13 @@ class Latency(NamedTuple):
 
     network: float
     decode: float
+
+
+class Later(NamedTuple):
+    """A prompt that takes over from a frame of the video on."""
+
+    frame: int
+    prompt: str
 
 
 class Sampler:
@@ -78,9 +86,9 @@ class Sampler:
         self.precision = resolve_precision(recipe.model.precision, self.device)
         self._network, self._encoder, self._vae = network.eval().requires_grad_(False), encoder, vae
         self._null: Tensor | None = None
-        self.first_steps: int | None = None
         self.given_frames = 0
         self._given: Tensor | None = None
+        self.then: Sequence[Later] = ()
         self._start_clock()
 
     @classmethod
@@ -113,46 +121,50 @@ class Sampler:
         vae = VideoVAE.load(opened.pipeline, place)
         return cls(opened.network.to(place), encoder, vae, recipe, method=method, lineage=opened.lineage)
 
-    def begin(self, frames: Pixels | None = None, first_steps: int | None = None) -> None:
+    def begin(self, frames: Pixels | None = None, then: Sequence[Later] = ()) -> None:
         """Let every video begin with ``frames`` (T, height, width, 3), as many as the VAE takes together.
 
-        ``first_steps``: the steps of the first chunk that is sampled, instead of those of the others. Both
-        need a causal model.
+        ``then``: prompts that take over from the first one, each from its frame on. Both need a causal model.
         """
-        if frames is None and first_steps is None:
+        if frames is None and not then:
             return
-        if self._network.config.causal is None:
-            raise UsageError(
-                "The model is bidirectional: it makes all frames at once, from noise.",
-                "Use a causal (FAR) model for --image, --video and --nfe-first.",
-            )
-        if first_steps is not None and first_steps < 1:
-            raise UsageError(f"{first_steps} steps cannot be sampled.", "Give a number of steps from 1 on.")
-        self.first_steps = first_steps
+        self.require_causal()
+        self.then = then
         if frames is not None:
             self.given_frames = len(frames)
             self._given = self._vae.encode(from_pixels(frames)[None]).to(self.device)
             if self._given.shape[1] >= self.shape[0]:
                 raise UsageError(
                     f"The {len(frames)} given frames leave nothing to sample of {self.model.frames}.",
-                    "Give fewer frames, or set model.frames higher.",
+                    "Give fewer frames, or make more of them: --frames.",
                 )
 
+    def require_causal(self) -> None:
+        """Refuse what only a causal model can do."""
+        if not self.is_causal:
+            raise UsageError(
+                "The model is bidirectional: it makes all frames at once, from noise.",
+                "A causal (FAR) model can go on from frames, stream, and change prompt or steps on the way.",
+            )
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether videos are made chunk after chunk."""
+        return self._network.config.causal is not None
+
     def videos(
-        self, prompts: Sequence[str], seeds: Sequence[int], nfe: int, batch: int = 1
+        self, prompts: Sequence[str], seeds: Sequence[int], nfe: Steps, batch: int = 1
     ) -> Iterator[Pixels]:
         """The video (T, height, width, 3) of each prompt and its seed, in order, at ``nfe`` steps."""
         for latents in self.latents(prompts, seeds, nfe, batch):
             yield from self.decode(latents)
 
     def latents(
-        self, prompts: Sequence[str], seeds: Sequence[int], nfe: int, batch: int = 1
+        self, prompts: Sequence[str], seeds: Sequence[int], nfe: Steps, batch: int = 1
     ) -> Iterator[Tensor]:
         """As ``videos``, still encoded: (B, F, C, H, W) for each batch in turn."""
         if len(prompts) != len(seeds):
             raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds; one seed a prompt is needed")
-        if nfe < 1:
-            raise UsageError(f"{nfe} steps cannot be sampled.", "Give a number of steps from 1 on.")
         self._start_clock()
         for start in range(0, len(prompts), batch):
             part = slice(start, start + batch)
@@ -176,31 +188,60 @@ class Sampler:
         return Latency(self._spent["network"] / count, self._spent["decode"] / count)
 
     @torch.no_grad()
-    def _batch(self, prompts: Sequence[str], seeds: Sequence[int], nfe: int) -> Tensor:
-        noise = batch_noise(seeds, self.shape).to(self.device)
-        with autocast(self.precision, self.device):
-            velocity = self._velocity(prompts)
-            with self._timed("network"):
-                times = grid(nfe, self.model.shift)
-                streams = [self._stream(seed) for seed in seeds]
-                if isinstance(velocity, Conditioned) and self._network.config.causal is not None:
-                    latents = self._chunks(velocity, noise, times, streams)
-                else:
+    def _batch(self, prompts: Sequence[str], seeds: Sequence[int], nfe: Steps) -> Tensor:
+        if self.is_causal:
+            latents = torch.cat(list(self._chunks(prompts, seeds, nfe)), dim=1)
+        else:
+            noise, streams = self._noise(seeds)
+            with autocast(self.precision, self.device):
+                velocity = self._velocity(prompts)
+                with self._timed("network"):
+                    (times,) = self._grids(nfe)
                     latents = SAMPLERS[self.method](velocity, noise, times, generator=streams)
         self._count += len(prompts)
         return latents
 
-    def _chunks(
-        self, model: Conditioned, noise: Tensor, times: Tensor, streams: Sequence[torch.Generator]
-    ) -> Tensor:
-        """A causal model's video (B, F, C, H, W), chunk after chunk."""
-        assert self._network.config.causal is not None
-        partition = partition_for(self._network.config.causal, noise.shape[1])
-        grids = [times] if self.first_steps is None else [grid(self.first_steps, self.model.shift), times]
-        given = None if self._given is None else self._given.expand(len(noise), -1, -1, -1, -1)
-        sampler = SAMPLERS[self.method]
-        chunks = rollout(model, noise, partition, sampler, grids, given=given, generator=streams)
-        return torch.cat(list(chunks), dim=1)
+    def _chunks(self, prompts: Sequence[str], seeds: Sequence[int], nfe: Steps) -> Iterator[Tensor]:
+        """A causal model's videos, chunk after chunk: (B, F', C, H, W)."""
+        noise, streams = self._noise(seeds)
+        causal, frames = causal_of(self._network.config), self.shape[0]
+        with autocast(self.precision, self.device):
+            model = Conditioned(self._network, self._text(prompts))
+            then = {
+                self._vae.latent_of(later.frame): Conditioned(
+                    self._network, self._text([later.prompt] * len(prompts))
+                )
+                for later in self.then
+            }
+        chunks = rollout(
+            model,
+            noise,
+            partition_for(causal, frames),
+            SAMPLERS[self.method],
+            self._grids(nfe),
+            given=None if self._given is None else self._given.expand(len(noise), -1, -1, -1, -1),
+            remember=remembered_for(causal, frames),
+            then=then,
+            generator=streams,
+        )
+        while True:  # what a chunk's receiver does must not run under this autocast
+            with autocast(self.precision, self.device), self._timed("network"):
+                chunk = next(chunks, None)
+            if chunk is None:
+                return
+            yield chunk
+
+    def _noise(self, seeds: Sequence[int]) -> tuple[Tensor, list[torch.Generator]]:
+        """Starting noise (B, F, C, H, W), and where the noise of later steps comes from."""
+        return batch_noise(seeds, self.shape).to(self.device), [self._stream(seed) for seed in seeds]
+
+    def _grids(self, nfe: Steps) -> list[Tensor]:
+        counts = (nfe,) if isinstance(nfe, int) else nfe
+        if min(counts) < 1:
+            raise UsageError(f"{min(counts)} steps cannot be sampled.", "Give a number of steps from 1 on.")
+        if len(counts) > 1:
+            self.require_causal()
+        return [grid(count, self.model.shift) for count in counts]
 
     def _velocity(self, prompts: Sequence[str]) -> Velocity:
         conditioned = Conditioned(self._network, self._text(prompts))

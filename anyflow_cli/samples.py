@@ -25,7 +25,7 @@ from anyflow_cli.data.clips import Pixels, write_mp4
 from anyflow_cli.errors import AnyflowError, UsageError
 from anyflow_cli.recipe.compare import digest
 from anyflow_cli.recipe.schema import Recipe
-from anyflow_cli.sample import Sampler
+from anyflow_cli.sample import Sampler, Steps
 from anyflow_cli.sheets import Row, contact_sheet, pick_frames
 
 SHEET_ROWS = 8  # videos of one step count that the sheet shows; all are in the mp4s
@@ -40,7 +40,7 @@ class Request:
 
     prompts: Sequence[str]
     seeds: Sequence[int]
-    nfe: Sequence[int]
+    nfe: Sequence[Steps]
 
     @property
     def pairs(self) -> list[tuple[int, str, int]]:
@@ -73,7 +73,7 @@ def write_samples(
                 shown.append(pick_frames(video, min(SHEET_FRAMES, len(video))))
             advance(len(entries))
         columns.append(shown)
-        _add_latency(entries, nfe, sampler)
+        _add_latency(entries[-len(request.pairs) :], sampler)
     _write_sheet(
         out / "sheet.png", request, columns, [steps_label(nfe, sampler) for nfe in request.nfe], choice
     )
@@ -83,26 +83,30 @@ def write_samples(
 
 
 def _videos(
-    sampler: Sampler, request: Request, nfe: int, batch: int
+    sampler: Sampler, request: Request, nfe: Steps, batch: int
 ) -> Iterator[tuple[dict[str, Any], Pixels]]:
     pairs = request.pairs
     videos = sampler.videos([prompt for _, prompt, _ in pairs], [seed for *_, seed in pairs], nfe, batch)
     for (number, prompt, seed), video in zip(pairs, videos, strict=True):
         file = file_name(number, prompt, seed, steps_label(nfe, sampler))
-        yield {"file": file, "prompt": prompt, "seed": seed, "nfe": nfe}, video
+        count = nfe if isinstance(nfe, int) else list(nfe)
+        yield {"file": file, "prompt": prompt, "seed": seed, "nfe": count}, video
 
 
-def _add_latency(entries: list[dict[str, Any]], nfe: int, sampler: Sampler) -> None:
+def _add_latency(entries: list[dict[str, Any]], sampler: Sampler) -> None:
     """Seconds a video, the mean over its step count: single videos of a batch have no time of their own."""
     network, decode = (round(seconds, 4) for seconds in sampler.latency)
     for entry in entries:
-        if entry["nfe"] == nfe:
-            entry |= {"network_seconds": network, "decode_seconds": decode}
+        entry |= {"network_seconds": network, "decode_seconds": decode}
 
 
-def steps_label(nfe: int, sampler: Sampler) -> str:
-    """A number of steps as the literature writes it: ``4``, or ``50x2`` where guidance doubles each step."""
-    return f"{nfe}x2" if sampler.guidance is not None else str(nfe)
+def steps_label(nfe: Steps, sampler: Sampler) -> str:
+    """A number of steps as the literature writes it, ``4``, or ``50x2`` where guidance doubles each step.
+
+    ``8:2`` for 8 steps in the first chunk and 2 in those after it.
+    """
+    label = ":".join(str(count) for count in ((nfe,) if isinstance(nfe, int) else nfe))
+    return f"{label}x2" if sampler.guidance is not None else label
 
 
 def file_name(number: int, prompt: str, seed: int, steps: str) -> str:
@@ -110,7 +114,7 @@ def file_name(number: int, prompt: str, seed: int, steps: str) -> str:
     plain = unicodedata.normalize("NFKD", prompt).encode("ascii", "ignore").decode().lower()
     slug = re.sub(r"[^a-z0-9]+", "-", plain).strip("-")[:40].strip("-") or "prompt"
     mark = hashlib.sha256(prompt.encode()).hexdigest()[:6]
-    return f"{number:03d}-{slug}-{mark}-seed{seed}-steps{steps}.mp4"
+    return f"{number:03d}-{slug}-{mark}-seed{seed}-steps{steps.replace(':', '-')}.mp4"
 
 
 def check_directory(out: Path | None) -> None:
@@ -171,7 +175,7 @@ def _record(sampler: Sampler, recipe: Recipe, choice: Choice) -> dict[str, Any]:
         "sampler": sampler.method,
         "guidance": sampler.guidance,
         "given_frames": sampler.given_frames,
-        "first_steps": sampler.first_steps,
+        "then": [list(later) for later in sampler.then],
         "precision": sampler.precision,
         "device": str(sampler.device),
         "machine": platform.machine(),

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from anyflow_cli.data.noise import noise
 from anyflow_cli.errors import UsageError
 from anyflow_cli.flow.samplers import flow_map_euler
 from anyflow_cli.flow.times import grid
+from anyflow_cli.model.cache import KeyCache
 from anyflow_cli.model.causal import causal_from
 from anyflow_cli.model.conditioned import Conditioned
 from anyflow_cli.model.config import Causal
@@ -27,7 +29,7 @@ from anyflow_cli.model.rollout import rollout
 from anyflow_cli.recipe.paths import RunPaths
 from anyflow_cli.recipe.schema import Model, Recipe
 from anyflow_cli.recipe.schema import Sample as SampleSection
-from anyflow_cli.sample import Sampler
+from anyflow_cli.sample import Later, Sampler
 from anyflow_cli.samples import Request, file_name, make_directory, write_samples
 from tests.tiny_pipeline import make_wan_folder
 
@@ -253,14 +255,41 @@ def test_given_frames_begin_every_video(causal: Path) -> None:
     assert (latents[:, 2:] - free[:, 2:]).abs().max() > 1e-3
 
 
-def test_the_first_chunk_can_have_steps_of_its_own(causal: Path) -> None:
+def test_chunks_can_have_steps_of_their_own(causal: Path) -> None:
     sampler = causal_sampler(causal)
-    four, one = (next(sampler.latents(PROMPTS[:1], [1], nfe)) for nfe in (4, 1))
-    sampler.begin(first_steps=4)
-    mixed = next(sampler.latents(PROMPTS[:1], [1], 1))
+    four, one, mixed = (next(sampler.latents(PROMPTS[:1], [1], nfe)) for nfe in (4, 1, (4, 1)))
     torch.testing.assert_close(mixed[:, :1], four[:, :1], rtol=0, atol=0)
     assert (mixed[:, :1] - one[:, :1]).abs().max() > 1e-3
     assert (mixed[:, 1:] - four[:, 1:]).abs().max() > 1e-3
+
+
+def test_a_later_prompt_takes_over_from_its_frame_on(causal: Path) -> None:
+    """Frame 5 is the first of latent frame 2, inside a chunk: a border is made there, prompt or no prompt."""
+    videos = []
+    for prompt in (PROMPTS[0], PROMPTS[1]):
+        sampler = causal_sampler(causal)
+        sampler.begin(then=[Later(5, prompt)])
+        videos.append(next(sampler.latents(PROMPTS[:1], [1], 2)))
+    torch.testing.assert_close(videos[0][:, :2], videos[1][:, :2], rtol=0, atol=0)
+    assert ((videos[0] - videos[1])[:, 2:].abs().amax((0, 2, 3, 4)) > 1e-3).all()
+
+
+def test_beyond_the_trained_length_the_window_slides_in_the_memory_of_that_length(
+    causal: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chunks 1, 2, 2, ... of a model trained on 1, 2, 1: one compressed chunk and one in full are kept."""
+    caches: list[KeyCache] = []
+
+    def watched(*args: Any, **options: Any) -> KeyCache:
+        caches.append(KeyCache(*args, **options))
+        return caches[-1]
+
+    monkeypatch.setattr("anyflow_cli.model.rollout.KeyCache", watched)
+    for frames in (33, 65):
+        sampler = Sampler.load(str(causal), recipe_for(causal, frames=frames, height=64, width=64))
+        assert next(sampler.latents(PROMPTS[:1], [1], 1)).isfinite().all()
+    assert [chunk.frames for chunk in caches[0].chunks] == [1, 2, 2, 2, 2]
+    assert caches[0].bytes == caches[1].bytes
 
 
 def test_what_cannot_begin_a_video_is_said(causal: Path, sampler: Sampler) -> None:
@@ -270,7 +299,9 @@ def test_what_cannot_begin_a_video_is_said(causal: Path, sampler: Sampler) -> No
     with pytest.raises(UsageError, match="bidirectional"):
         sampler.begin(frames)
     with pytest.raises(UsageError, match="bidirectional"):
-        sampler.begin(first_steps=2)
+        sampler.begin(then=[Later(1, "a circle")])
+    with pytest.raises(UsageError, match="bidirectional"):
+        next(sampler.latents(PROMPTS[:1], [1], (2, 1)))
 
 
 def test_another_shift_than_the_models_own_is_said(

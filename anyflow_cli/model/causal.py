@@ -61,6 +61,17 @@ def partition_for(causal: Causal, frames: int) -> tuple[int, ...]:
     return (head, *[size] * whole, *[rest] * (rest > 0))
 
 
+def remembered_for(causal: Causal, frames: int) -> int | None:
+    """How many compressed chunks to keep for a video of ``frames`` latent frames (None: all).
+
+    Up to the trained length all of them. Beyond it as many as the model ever saw at once, so that memory does
+    not grow with the video and the network sees no distance that it does not know.
+    """
+    if frames <= sum(causal.partition):
+        return None
+    return max(len(causal.partition) - causal.full_chunks, 0)
+
+
 def split_after(partition: Sequence[int], given: int) -> tuple[int, ...]:
     """The partition with a border after ``given`` frames.
 

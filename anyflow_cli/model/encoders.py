@@ -120,6 +120,10 @@ class VideoVAE:
             )
         return (frames - 1) // time + 1, self.channels, height // space, width // space
 
+    def latent_of(self, frame: int) -> int:
+        """The latent frame that holds a frame of the video; the first holds one, each other a group."""
+        return -(-frame // self.temporal_factor)
+
     @torch.no_grad()
     def encode(self, video: Tensor, batch: int = 1) -> Tensor:
         """Video (B, T, 3, H, W) in [0, 1] to normalised latents (B, F, C, h, w): the mode, not a sample."""

@@ -7,7 +7,7 @@ Legend: B batch, F latent frames, C channels, H W latent height and width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -39,23 +39,30 @@ def rollout(
     guidance: Guidance | None = None,
     policy: Policy = "exact",
     remember: int | None = None,
+    then: Mapping[int, Conditioned] | None = None,
     generator: Generators = None,
 ) -> Iterator[Tensor]:
     """Give the chunks of a video (B, F, C, H, W) as they are finished, from its noise.
 
     ``grids``: the times of each sampled chunk in order; the last serves all that follow. ``given``: its first
     frames (B, F', C, H, W), which come back as they are; a chunk that they end in is completed, see
-    ``split_after``. ``remember``: see ``KeyCache``.
+    ``split_after``. ``then``: conditions that take over from a frame on, where a chunk is made to begin; what
+    is encoded again after that, is so under the new one. ``remember``: see ``KeyCache``.
     """
     check_partition(partition, noise.shape[1])
     known = 0 if given is None else given.shape[1]
-    model = model if guidance is None else model.join(guidance.null)
     halves = 1 if guidance is None else 2
-    chunks = split_after(partition, known)
+    conditions = {0: model, **(then or {})}
+    chunks = tuple(partition)
+    for border in (known, *conditions):
+        chunks = split_after(chunks, border)
     size, batch = (noise.shape[-2], noise.shape[-1]), halves * len(noise)
     cache = KeyCache(model.network, chunks, size, batch, policy=policy, remember=remember)
     sampled = 0
     for chunk in cache.chunks:
+        if chunk.first in conditions:
+            model = conditions[chunk.first]
+            model = model if guidance is None else model.join(guidance.null)
         if given is not None and chunk.slice.stop <= known:
             x = given[:, chunk.slice]
         else:

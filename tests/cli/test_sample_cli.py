@@ -111,9 +111,17 @@ WRONG = {
     "no steps": (["-p", "a", "--nfe", "0"], "--nfe"),
     "steps that are no numbers": (
         ["-p", "a", "--nfe", "4,x"],
-        "--nfe takes step counts such as 1,4,32, not '4,x'",
+        "--nfe takes step counts from 1 on such as 1,4,32, not '4,x'",
     ),
     "no step counts": (["-p", "a", "--nfe", ""], "--nfe"),
+    "a chunk without steps": (["-p", "a", "--nfe", "8:0"], "--nfe"),
+    "frames that the VAE cannot make": (["-p", "a", "--frames", "8"], "must be 4 n + 1"),
+    "a later prompt without a frame": (
+        ["-p", "a", "--then", "a circle"],
+        "--then takes a frame",
+    ),
+    "a later prompt without words": (["-p", "a", "--then", "3:"], "--then takes a frame"),
+    "a later prompt after the end": (["-p", "a", "--then", "5: b"], "the video has the frames 0 to 4"),
     "an empty prompt": (["-p", "  "], "A prompt is empty."),
     "a long prompt": (["-p", "a" * 5000], "5,000 characters"),
     "no prompt file": (["--prompts", "none.txt"], "none.txt does not exist"),
@@ -206,11 +214,12 @@ def picture(path: Path, height: int = 48, width: int = 64) -> Path:
 
 
 def test_a_picture_begins_a_video(far: list[str], tmp_path: Path, capsys: Run) -> None:
-    given = ["--image", str(picture(tmp_path / "first.png")), "--nfe-first", "3", "--json"]
+    given = ["--image", str(picture(tmp_path / "first.png")), "--nfe", "3:1", "--json"]
     assert app.main([*far, *given]) == 0
     captured = capsys.readouterr()
     result = json.loads(captured.out)
-    assert (result["given_frames"], result["first_steps"]) == (1, 3)
+    assert (result["given_frames"], result["samples"][0]["nfe"]) == (1, [3, 1])
+    assert result["samples"][0]["file"].endswith("-steps3-1.mp4")
     assert "first.png: scaled and cropped from 48x64 to 32x32." in captured.err
 
 
@@ -225,6 +234,24 @@ def test_a_video_is_continued(far: list[str], tmp_path: Path, capsys: Run) -> No
     assert "the first 5 frames are kept" in captured.err
 
 
+def test_a_long_video_of_two_prompts_is_recorded(far: list[str], capsys: Run) -> None:
+    assert app.main([*far, "--frames", "21", "--then", "9: a square", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["settings"]["frames"] == 21
+    assert result["then"] == [[9, "a square"]]
+
+
+def test_a_video_shorter_than_asked_for_is_said_and_continued(
+    far: list[str], tmp_path: Path, capsys: Run
+) -> None:
+    clip = tmp_path / "start.mp4"
+    write_mp4(clip, np.zeros((2, 32, 32, 3), np.uint8), 16)
+    assert app.main([*far, "--video", str(clip), "--video-frames", "5", "--json"]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["given_frames"] == 1
+    assert "there are 2 frames of the 5 asked for" in captured.err
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -234,7 +261,8 @@ def test_a_video_is_continued(far: list[str], tmp_path: Path, capsys: Run) -> No
         (["--video", "{text}"], "unreadable"),
         (["--video-frames", "5"], "there is none"),
         (["--image", "{picture}", "--model", "{bidirectional}"], "bidirectional"),
-        (["--nfe-first", "2", "--model", "{bidirectional}"], "bidirectional"),
+        (["--nfe", "2:1", "--model", "{bidirectional}"], "bidirectional"),
+        (["--then", "5: a square", "--model", "{bidirectional}"], "bidirectional"),
     ],
 )
 def test_a_beginning_that_cannot_be_used_is_one_sentence(

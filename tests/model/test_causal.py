@@ -15,6 +15,7 @@ from anyflow_cli.model.causal import (
     causal_from,
     check_partition,
     partition_for,
+    remembered_for,
     split_after,
     teacher_forcing,
 )
@@ -173,3 +174,9 @@ def test_partitions() -> None:
 def test_a_partition_that_is_not_the_videos_is_refused(partition: tuple[int, ...]) -> None:
     with pytest.raises(UsageError, match="do not make up a video of 5"):
         check_partition(partition, 5)
+
+
+def test_beyond_the_trained_length_no_more_is_remembered_than_was_ever_seen() -> None:
+    causal = Causal(full_chunks=3, partition=(1, 3, 3, 3, 3, 3, 3, 2))
+    assert [remembered_for(causal, frames) for frames in (5, 21, 22, 81)] == [None, None, 5, 5]
+    assert remembered_for(Causal(full_chunks=3, partition=(1, 1)), 9) == 0
