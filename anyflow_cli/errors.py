@@ -8,14 +8,18 @@ from __future__ import annotations
 
 
 class AnyflowError(Exception):
-    """Something outside the code went wrong (a file, the disk). ``hint`` names the next step."""
+    """Something outside the code went wrong (a file, the disk). ``hint`` names the next step.
+
+    ``everywhere``: all processes of a run raise it alike, so that it is enough if the first one says it.
+    """
 
     exit_code = 1
 
-    def __init__(self, message: str, hint: str | None = None) -> None:
+    def __init__(self, message: str, hint: str | None = None, *, everywhere: bool = False) -> None:
         super().__init__(message)
         self.message = message
         self.hint = hint
+        self.everywhere = everywhere
 
 
 class UsageError(AnyflowError):

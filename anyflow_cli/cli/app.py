@@ -28,6 +28,7 @@ from anyflow_cli.cli import (
 from anyflow_cli.cli.common import examples
 from anyflow_cli.cli.console import debugging, print_error, start_logging, stderr
 from anyflow_cli.cli.failures import INTERRUPTED, failure_of
+from anyflow_cli.cli.launch import command_line
 
 CHAIN = "The chain, in its order"
 USE = "Use and measure"
@@ -84,6 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and give its exit code; ``arguments`` default to those of the process."""
     start_logging()
     given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    command_line.set(given)
     command: Any = typer.main.get_command(app)
     try:
         code = command.main(given, prog_name="anyflow", standalone_mode=False)
@@ -106,7 +108,8 @@ def _report(error: Exception) -> int:
             f"Unexpected {type(error).__name__}: {error}", "This is a bug in anyflow; please report it."
         )
         return 1
-    print_error(failure.message, failure.hint)
+    if not failure.said:
+        print_error(failure.message, failure.hint)
     return failure.code
 
 

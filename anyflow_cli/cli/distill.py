@@ -21,6 +21,7 @@ from anyflow_cli.cli.common import (
     print_plan,
     resolve,
 )
+from anyflow_cli.cli.launch import ProcessesOption, start_processes
 from anyflow_cli.cli.train_flowmap import StepsOption
 from anyflow_cli.cli.training import run_stage, stage_facts
 from anyflow_cli.recipe.paths import RunPaths
@@ -29,7 +30,7 @@ EXAMPLES = examples(
     "anyflow distill",
     "anyflow distill --simulation consistency",
     "anyflow distill --set distill.budgets=[2,4,8] --set distill.joint=false",
-    "torchrun --nproc-per-node 8 -m anyflow_cli.cli.app distill -r bidirectional1b",
+    "anyflow distill -r bidirectional1b --nproc 8",
 )
 
 SimulationOption = Annotated[
@@ -54,6 +55,7 @@ def distill(
     model: StartOption = None,
     steps: StepsOption = None,
     seed: SeedOption = None,
+    processes: ProcessesOption = None,
     assignments: SetOption = None,
     runs: RunsOption = DEFAULT_RUNS,
     dry_run: DryRunOption = False,
@@ -69,6 +71,7 @@ def distill(
         "--model": ("distill.start", model),
         "--steps": ("distill.steps", steps),
         "--seed": ("distill.seed", seed),
+        "--nproc": ("launch.processes", processes),
     }
     settings = resolve(recipe, assignments, options)
     paths = RunPaths(runs, settings.name)
@@ -84,4 +87,5 @@ def distill(
     check_run(settings, inputs)
     if dry_run:
         return print_plan("distill", facts | stage_facts(settings, inputs), as_json=as_json)
-    run_stage(settings, inputs, "distill", as_json=as_json)
+    if not start_processes(settings.launch):
+        run_stage(settings, inputs, "distill", as_json=as_json)

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from anyflow_cli.cli.console import is_first_process
 from anyflow_cli.errors import AnyflowError
 
 INTERRUPTED = 130
@@ -24,6 +25,7 @@ DISK = {
     errno.EPERM: ("There is no permission to change the file{name}.", OTHER_PLACE),
     errno.EROFS: ("The disk{of} can only be read.", OTHER_PLACE),
 }
+LOST_PEER_WORDS = ("Connection closed by peer", "Connection reset by peer", "NCCL error", "watchdog thread")
 FULL_DISK_WORDS = ("No space left on device", "basic_ios::clear: iostream error")  # safetensors, torch.save
 
 
@@ -34,17 +36,22 @@ class Failure:
     message: str
     hint: str | None
     code: int
+    said: bool = False  # by the first process, which knows it as well as this one
 
 
 def failure_of(error: BaseException) -> Failure | None:
     """Recognise an error; None for a bug."""
     if isinstance(error, AnyflowError):
-        return Failure(error.message, error.hint, error.exit_code)
+        said = error.everywhere and not is_first_process()
+        return Failure(error.message, error.hint, error.exit_code, said)
     if hasattr(error, "format_message"):
         return _wrong_use(error)
     if type(error).__name__ == "OutOfMemoryError":  # torch's, told by name: torch may not be loaded
         hint = "Lower the section's micro_batch or batch, or set model.gradient_checkpointing=true."
         return Failure("The device ran out of memory.", hint, 1)
+    if isinstance(error, RuntimeError) and any(words in str(error) for words in LOST_PEER_WORDS):
+        hint = "Start the same command again: it continues from the last checkpoint."
+        return Failure("Another process of this run ended, so this one cannot go on.", hint, 1)
     return next((failure for cause in _causes(error) if (failure := _of_the_disk(cause))), None)
 
 

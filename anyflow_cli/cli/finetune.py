@@ -26,6 +26,7 @@ from anyflow_cli.cli.common import (
     resolve,
 )
 from anyflow_cli.cli.console import facts_table, is_first_process
+from anyflow_cli.cli.launch import ProcessesOption, start_processes
 from anyflow_cli.cli.progress import Progress
 from anyflow_cli.cli.train_flowmap import StepsOption
 from anyflow_cli.cli.training import stage_facts, stage_result, train_stage
@@ -69,6 +70,7 @@ def finetune(
     model: ModelOption = None,
     steps: StepsOption = None,
     seed: SeedOption = None,
+    processes: ProcessesOption = None,
     assignments: SetOption = None,
     runs: RunsOption = DEFAULT_RUNS,
     dry_run: DryRunOption = False,
@@ -84,6 +86,7 @@ def finetune(
         "--model": ("finetune.start", model),
         "--steps": ("finetune.steps", steps),
         "--seed": ("finetune.seed", seed),
+        "--nproc": ("launch.processes", processes),
     }
     settings = resolve(recipe, assignments, options)
     paths = RunPaths(runs, settings.name)
@@ -107,6 +110,8 @@ def finetune(
     check_run(settings, inputs)
     if dry_run:
         return print_plan("finetune", stage_facts(settings, inputs), as_json=as_json)
+    if start_processes(settings.launch):
+        return None
     finished = train_stage(settings, inputs, "finetune")
     if is_first_process():
         values = stage_result(finished, inputs)

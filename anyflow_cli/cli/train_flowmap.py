@@ -21,6 +21,7 @@ from anyflow_cli.cli.common import (
     print_plan,
     resolve,
 )
+from anyflow_cli.cli.launch import ProcessesOption, start_processes
 from anyflow_cli.cli.training import run_stage, stage_facts
 from anyflow_cli.recipe.paths import RunPaths
 
@@ -31,7 +32,7 @@ EXAMPLES = examples(
     "anyflow train-flowmap",
     "anyflow train-flowmap --set train_flowmap.steps=1000",
     "anyflow train-flowmap --objective flow-matching   (tunes the teacher)",
-    "torchrun --nproc-per-node 8 -m anyflow_cli.cli.app train-flowmap -r bidirectional1b",
+    "anyflow train-flowmap -r bidirectional1b --nproc 8",
 )
 
 ObjectiveOption = Annotated[
@@ -55,6 +56,7 @@ def train_flowmap(
     objective: ObjectiveOption = None,
     steps: StepsOption = None,
     seed: SeedOption = None,
+    processes: ProcessesOption = None,
     assignments: SetOption = None,
     runs: RunsOption = DEFAULT_RUNS,
     dry_run: DryRunOption = False,
@@ -69,6 +71,7 @@ def train_flowmap(
         "--objective": ("train_flowmap.objective", objective),
         "--steps": ("train_flowmap.steps", steps),
         "--seed": ("train_flowmap.seed", seed),
+        "--nproc": ("launch.processes", processes),
     }
     settings = resolve(recipe, assignments, options)
     paths = RunPaths(runs, settings.name)
@@ -83,7 +86,8 @@ def train_flowmap(
     check_run(settings, inputs)
     if dry_run:
         return print_plan("train-flowmap", _facts(settings) | stage_facts(settings, inputs), as_json=as_json)
-    run_stage(settings, inputs, "train-flowmap", as_json=as_json)
+    if not start_processes(settings.launch):
+        run_stage(settings, inputs, "train-flowmap", as_json=as_json)
 
 
 def _facts(recipe: Recipe) -> dict[str, Any]:

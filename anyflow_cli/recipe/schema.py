@@ -260,6 +260,14 @@ class Evaluate(Section):
     teacher: bool = Field(True, description="Score the teacher at its own step count beside the model.")
 
 
+class Launch(Section):
+    """How training is spread over processes and devices; nothing here bears on what is learnt."""
+
+    processes: Count | None = Field(
+        1, description="On this machine, where torchrun or accelerate has started none; null: one a GPU."
+    )
+
+
 class Recipe(Section):
     """One model family through all commands."""
 
@@ -273,3 +281,4 @@ class Recipe(Section):
     finetune: Finetune = Finetune()
     sample: Sample = Sample()
     evaluate: Evaluate = Evaluate()
+    launch: Launch = Launch()

@@ -49,6 +49,13 @@ class StoppedError(AnyflowError):
 
     exit_code = 130
 
+    def __init__(self, step: int, steps: int) -> None:
+        super().__init__(
+            f"Stopped after step {step} of {steps}; the state is saved.",
+            "Start the same command again: it continues from there.",
+            everywhere=True,
+        )
+
 
 class TermModule(nn.Module):
     """A phase's terms as a module over its own parameters, which is what DDP wraps."""
@@ -115,6 +122,7 @@ class Trainer:
             raise UsageError(
                 f"A global batch of {settings.batch} cannot be divided among {self.ranks} processes.",
                 f"Set batch to a multiple of {self.ranks}.",
+                everywhere=True,
             )
         self.share = settings.batch // self.ranks
         self.micro = min(settings.micro_batch or self.share, self.share)
@@ -155,10 +163,7 @@ class Trainer:
                 if stopped or self.step == settings.steps or _due(self.step, settings.checkpoint_every):
                     self.save()
                 if stopped and self.step < settings.steps:
-                    raise StoppedError(
-                        f"Stopped after step {self.step} of {settings.steps}; the state is saved.",
-                        "Start the same command again: it continues from there.",
-                    )
+                    raise StoppedError(self.step, settings.steps)
         self.metrics.close()
 
     def _train_step(self, batch: Batch) -> dict[str, float]:
@@ -210,6 +215,7 @@ class Trainer:
             f"The loss of the {phase} is not a number at step {self.step}; its weights were not moved.",
             (f"The last good state is {last}. " if last else "")
             + "Go on from it with --set model.precision=fp32, or begin anew with a lower optimiser.lr.",
+            everywhere=True,
         )
 
     # --- state
@@ -250,7 +256,7 @@ def make_accelerator() -> Any:
     """Accelerate's view of this process: its device, and the other processes."""
     from accelerate import Accelerator, DistributedDataParallelKwargs
 
-    distributed = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+    distributed = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
     # Without being told, accelerate takes several processes without a GPU for one.
     cpu = not torch.cuda.is_available()
     return Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=[distributed])
