@@ -201,6 +201,10 @@ class Block(nn.Module):
         x = modulated(h, shift_ffn, scale_ffn, self.eps, spans)
         return gated(h, self.ffn(x), gate_ffn, spans)
 
+    def text_keys(self, text: Tensor) -> KeyValue:
+        """Keys and values of the projected text (B, L', D), each (B, L', E, d)."""
+        return self.attn2.text_keys(text)
+
     def _text_norm(self, h: Tensor) -> Tensor:
         if self.norm2 is None:
             return h

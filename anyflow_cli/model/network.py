@@ -180,7 +180,7 @@ class FlowMapTransformer(nn.Module):
     def text_keys(self, text: Tensor) -> LayerKeys:
         """Keys and values of the text embeddings (B, L', text_dim) for every block, to use in many calls."""
         projected = self._project_text(text)
-        return LayerKeys(tuple(block.attn2.text_keys(projected) for block in self._typed_blocks))
+        return LayerKeys(tuple(block.text_keys(projected) for block in self._typed_blocks))
 
     def text_parameters(self) -> list[nn.Parameter]:
         """What ``text_keys`` depends on."""
