@@ -62,10 +62,11 @@ def _run(count: int, arguments: Sequence[str]) -> None:
     logging.getLogger("torch.distributed.elastic").setLevel(
         logging.CRITICAL
     )  # each process speaks for itself
-    options = parse_args(["--standalone", "--nproc-per-node", str(count), "-m", "anyflow_cli"])
+    given = ["--standalone", "--nproc-per-node", str(count), "-m", "anyflow_cli"]
+    options = parse_args(given)  # type: ignore[no-untyped-call]
     options.training_script_args = list(arguments)  # its parser would take our --nproc for one of its own
     try:
-        run(options)
+        run(options)  # type: ignore[no-untyped-call]
     except ChildFailedError as error:
         _report(*error.get_first_failure())
     except SignalException as error:
