@@ -171,6 +171,21 @@ class Sampler:
             yield self._batch(prompts[part], seeds[part], nfe)
 
     @torch.no_grad()
+    def stream(self, prompt: str, seed: int, nfe: Steps) -> Iterator[Pixels]:
+        """A causal model's video in parts (T', height, width, 3), each as its chunk is finished.
+
+        The pixels are those of ``videos``.
+        """
+        self.require_causal()
+        self._start_clock()
+        decoding = self._vae.decoding()
+        for chunk in self._chunks([prompt], [seed], nfe):
+            with self._timed("decode"):
+                pixels = to_pixels(decoding(chunk))[0]
+            yield pixels
+        self._count += 1
+
+    @torch.no_grad()
     def decode(self, latents: Tensor) -> Pixels:
         """Latents (B, F, C, H, W) to videos (B, T, height, width, 3)."""
         with self._timed("decode"):

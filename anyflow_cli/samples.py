@@ -22,11 +22,13 @@ import anyflow_cli
 from anyflow_cli.addresses import Choice
 from anyflow_cli.data.atomic import committed, write_json
 from anyflow_cli.data.clips import Pixels, write_mp4
+from anyflow_cli.data.fragments import growing
 from anyflow_cli.errors import AnyflowError, UsageError
 from anyflow_cli.recipe.compare import digest
 from anyflow_cli.recipe.schema import Recipe
 from anyflow_cli.sample import Sampler, Steps
 from anyflow_cli.sheets import Row, contact_sheet, pick_frames
+from anyflow_cli.streaming import Shown, stream_video
 
 SHEET_ROWS = 8  # videos of one step count that the sheet shows; all are in the mp4s
 SHEET_FRAMES = 5
@@ -55,25 +57,26 @@ def write_samples(
     recipe: Recipe,
     choice: Choice,
     advance: Callable[[int], None] = lambda done: None,
+    *,
+    stream: bool = False,
 ) -> dict[str, Any]:
     """Sample and write everything into ``out``; gives what ``samples.json`` says.
 
-    ``advance`` hears how many videos are written so far.
+    ``advance`` hears how many videos are written so far. ``stream``: let each video grow as it is made.
     """
     for prompt in sampler.cut(request.prompts):
         log.warning("Only the first %d tokens are read of: %s", recipe.model.max_text_tokens, prompt)
+    make = _streamed if stream else _written
     columns: list[list[Pixels]] = []
     entries: list[dict[str, Any]] = []
     for nfe in request.nfe:
         shown: list[Pixels] = []
-        for entry, video in _videos(sampler, request, nfe, recipe.sample.batch):
-            write_mp4(out / entry["file"], video, recipe.model.fps)
+        for entry, frames in make(sampler, request, nfe, out, recipe):
             entries.append(entry)
             if len(shown) < SHEET_ROWS:
-                shown.append(pick_frames(video, min(SHEET_FRAMES, len(video))))
+                shown.append(frames)
             advance(len(entries))
         columns.append(shown)
-        _add_latency(entries[-len(request.pairs) :], sampler)
     _write_sheet(
         out / "sheet.png", request, columns, [steps_label(nfe, sampler) for nfe in request.nfe], choice
     )
@@ -82,22 +85,45 @@ def write_samples(
     return record
 
 
-def _videos(
-    sampler: Sampler, request: Request, nfe: Steps, batch: int
-) -> Iterator[tuple[dict[str, Any], Pixels]]:
-    pairs = request.pairs
-    videos = sampler.videos([prompt for _, prompt, _ in pairs], [seed for *_, seed in pairs], nfe, batch)
-    for (number, prompt, seed), video in zip(pairs, videos, strict=True):
-        file = file_name(number, prompt, seed, steps_label(nfe, sampler))
-        count = nfe if isinstance(nfe, int) else list(nfe)
-        yield {"file": file, "prompt": prompt, "seed": seed, "nfe": count}, video
+Made = Iterator[tuple[dict[str, Any], Pixels]]  # what the record says of a video, and some of its frames
 
 
-def _add_latency(entries: list[dict[str, Any]], sampler: Sampler) -> None:
-    """Seconds a video, the mean over its step count: single videos of a batch have no time of their own."""
+def _written(sampler: Sampler, request: Request, nfe: Steps, out: Path, recipe: Recipe) -> Made:
+    entries = _entries(sampler, request, nfe)
+    prompts, seeds = ([entry[key] for entry in entries] for key in ("prompt", "seed"))
+    videos = sampler.videos(prompts, seeds, nfe, recipe.sample.batch)
+    for entry, video in zip(entries, videos, strict=True):
+        write_mp4(out / entry["file"], video, recipe.model.fps)
+        yield entry, pick_frames(video, min(SHEET_FRAMES, len(video)))
+    for entry in entries:  # a mean: single videos of a batch have no time of their own
+        entry |= _latency(sampler)
+
+
+def _streamed(sampler: Sampler, request: Request, nfe: Steps, out: Path, recipe: Recipe) -> Made:
+    for entry in _entries(sampler, request, nfe):
+        shown = Shown(recipe.model.frames, SHEET_FRAMES)
+        with growing(out / entry["file"], recipe.model.fps) as write:
+            pace = stream_video(sampler, entry["prompt"], entry["seed"], nfe, write, shown.pass_by)
+        log.info("%s: %s.", entry["file"], pace.said(recipe.model.fps))
+        entry |= _latency(sampler)
+        entry |= {"first_frame_seconds": round(pace.first, 4), "frames_per_second": round(pace.rate, 2)}
+        yield entry, shown.frames
+
+
+def _entries(sampler: Sampler, request: Request, nfe: Steps) -> list[dict[str, Any]]:
+    """What the record says of each video of one step count."""
+    count = nfe if isinstance(nfe, int) else list(nfe)
+    label = steps_label(nfe, sampler)
+    return [
+        {"file": file_name(number, prompt, seed, label), "prompt": prompt, "seed": seed, "nfe": count}
+        for number, prompt, seed in request.pairs
+    ]
+
+
+def _latency(sampler: Sampler) -> dict[str, float]:
+    """Seconds a video."""
     network, decode = (round(seconds, 4) for seconds in sampler.latency)
-    for entry in entries:
-        entry |= {"network_seconds": network, "decode_seconds": decode}
+    return {"network_seconds": network, "decode_seconds": decode}
 
 
 def steps_label(nfe: Steps, sampler: Sampler) -> str:

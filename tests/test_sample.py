@@ -12,13 +12,15 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from anyflow_cli.addresses import Choice, find_model, open_model
 from anyflow_cli.data.clips import Pixels, from_pixels
 from anyflow_cli.data.noise import noise
 from anyflow_cli.errors import UsageError
-from anyflow_cli.flow.samplers import flow_map_euler
+from anyflow_cli.flow.samplers import SAMPLERS, flow_map_euler
 from anyflow_cli.flow.times import grid
+from anyflow_cli.flow.velocity import Velocity
 from anyflow_cli.model.cache import KeyCache
 from anyflow_cli.model.causal import causal_from
 from anyflow_cli.model.conditioned import Conditioned
@@ -263,6 +265,32 @@ def test_chunks_can_have_steps_of_their_own(causal: Path) -> None:
     assert (mixed[:, 1:] - four[:, 1:]).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("given", [0, 5])
+def test_a_streamed_video_has_the_pixels_of_a_whole_one(causal: Path, given: int) -> None:
+    sampler = causal_sampler(causal)
+    if given:
+        sampler.begin(np.random.default_rng(0).integers(0, 256, (given, 64, 64, 3), np.uint8))
+    parts = list(sampler.stream(PROMPTS[0], 3, (3, 1)))
+    assert [len(part) for part in parts] == ([1, 8, 4] if not given else [1, 4, 4, 4])
+    whole = next(sampler.videos(PROMPTS[:1], [3], (3, 1)))
+    assert np.array_equal(np.concatenate(parts), whole)
+    assert sampler.latency.decode > 0
+
+
+def test_a_part_is_shown_before_the_next_is_begun(causal: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Tensor] = []
+
+    def watched(model: Velocity, z: Tensor, *args: Any, **options: Any) -> Tensor:
+        calls.append(z)
+        return flow_map_euler(model, z, *args, **options)
+
+    monkeypatch.setitem(SAMPLERS, "flow-map", watched)
+    stream = causal_sampler(causal).stream(PROMPTS[0], 3, 1)
+    for made in (1, 2, 3):
+        assert next(stream).std() > 0
+        assert len(calls) == made
+
+
 def test_a_later_prompt_takes_over_from_its_frame_on(causal: Path) -> None:
     """Frame 5 is the first of latent frame 2, inside a chunk: a border is made there, prompt or no prompt."""
     videos = []
@@ -302,6 +330,8 @@ def test_what_cannot_begin_a_video_is_said(causal: Path, sampler: Sampler) -> No
         sampler.begin(then=[Later(1, "a circle")])
     with pytest.raises(UsageError, match="bidirectional"):
         next(sampler.latents(PROMPTS[:1], [1], (2, 1)))
+    with pytest.raises(UsageError, match="bidirectional"):
+        next(sampler.stream(PROMPTS[0], 1, 2))
 
 
 def test_another_shift_than_the_models_own_is_said(

@@ -25,7 +25,7 @@ from anyflow_cli.cli.common import (
     resolve,
 )
 from anyflow_cli.cli.progress import Progress
-from anyflow_cli.cli.sampling import read_given, read_later, read_prompts_of, read_steps
+from anyflow_cli.cli.sampling import check_stdout, read_given, read_later, read_prompts_of, read_steps
 
 EXAMPLES = examples(
     'anyflow sample --prompt "a small red circle moving left"',
@@ -34,6 +34,7 @@ EXAMPLES = examples(
     'anyflow sample -p "a green triangle" --teacher',
     'anyflow sample -p "a red circle" --model nvidia/AnyFlow-FAR-Wan2.1-1.3B-Diffusers --image first.png',
     'anyflow sample -p "a red circle" --then "81: a blue square" --frames 161 --nfe 4,8:2 --model far',
+    'anyflow sample -p "a red circle" --nfe 2 --model far --stream --out - | mpv -',
 )
 CAUSAL_PANEL = "Causal models"
 
@@ -105,6 +106,14 @@ ThenOption = Annotated[
         help="A prompt that takes over from this frame on; repeatable.",
     ),
 ]  # fmt: skip
+StreamOption = Annotated[
+    bool,
+    typer.Option(
+        "--stream", rich_help_panel=CAUSAL_PANEL,
+        help="Write each chunk as it is finished, to a NAME.part.mp4 that plays while it grows; with --out - "
+        "to standard output, for a player.",
+    ),
+]  # fmt: skip
 OutOption = Annotated[
     Path | None,
     typer.Option(
@@ -127,6 +136,7 @@ def sample(
     video: VideoOption = None,
     video_frames: VideoFramesOption = None,
     then: ThenOption = None,
+    stream: StreamOption = False,
     out: OutOption = None,
     recipe: RecipeOption = DEFAULT_RECIPE,
     assignments: SetOption = None,
@@ -154,10 +164,13 @@ def sample(
     paths = RunPaths(runs, settings.name)
     choice = find_model(settings, paths, model, teacher=teacher)
     log.info("Model: %s (%s)", *choice)
-    check_directory(out)
     first = settings.sample.seed
     request = Request(texts, range(first, first + count), tuple(dict.fromkeys(steps)))
     total = len(request.pairs) * len(request.nfe)
+    if to_stdout := out == Path("-"):
+        check_stdout(total, stream=stream, as_json=as_json)
+    else:
+        check_directory(out)
     if dry_run:
         check_address(choice.address)
         facts = {"model": choice.address, "because": choice.why, "prompts": len(texts), "nfe": request.nfe}
@@ -165,13 +178,17 @@ def sample(
         return print_plan("sample", facts, as_json=as_json)
 
     from anyflow_cli.sample import Sampler
+    from anyflow_cli.streaming import stream_to_stdout
 
     opened = Sampler.load(choice.address, settings, teacher=teacher, method=sampler)
     opened.begin(given, later)
-    if any(isinstance(each, tuple) for each in request.nfe):
+    if stream or any(isinstance(each, tuple) for each in request.nfe):
         opened.require_causal()
+    if to_stdout:
+        pace = stream_to_stdout(opened, texts[0], first, request.nfe[0])
+        return log.info("%s.", pace.said(settings.model.fps).capitalize())
     folder = make_directory(out, paths.samples)
     with Progress("sample", total, "videos") as progress:
-        record = write_samples(opened, request, folder, settings, choice, progress.update)
+        record = write_samples(opened, request, folder, settings, choice, progress.update, stream=stream)
     shown = f"{folder / record['sheet']}\n" + "\n".join(str(folder / s["file"]) for s in record["samples"])
     print_result({"out": folder, **record}, as_json=as_json, text=shown)

@@ -6,6 +6,7 @@ Everything a user can get wrong here is refused before a model is loaded.
 from __future__ import annotations
 
 import logging
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -106,3 +107,16 @@ def read_prompts_of(settings: Recipe, given: list[str] | None, file: Path | None
     if settings.data.prompts is not None:
         return read_prompts(settings.data.prompts)[:WITHOUT_PROMPTS]
     return world_captions(settings.data.world, WITHOUT_PROMPTS, settings.sample.seed)
+
+
+def check_stdout(videos: int, *, stream: bool, as_json: bool) -> None:
+    """Standard output takes one growing video and nothing else."""
+    if not stream:
+        raise UsageError("--out - takes a video as it is made.", "Add --stream, or name a directory.")
+    if videos > 1 or as_json:
+        what = f"{videos} videos" if videos > 1 else "a video and JSON"
+        raise UsageError(
+            f"Standard output cannot take {what}.", "Give one --prompt, one --nfe, no --count and no --json."
+        )
+    if sys.stdout.isatty():
+        raise UsageError("A terminal shows no video.", "Send it to a player: `anyflow sample ... | mpv -`.")

@@ -27,11 +27,22 @@ def committed(path: Path) -> Iterator[Path]:
     """
     temporary = path.with_name(f".{path.stem}.{os.environ.get('RANK', '0')}.tmp{path.suffix}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        _flush(temporary)
-        os.replace(temporary, path)
-        _flush(path.parent)  # the rename itself must survive a power cut
+        with named_failure(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            _flush(temporary)
+            os.replace(temporary, path)
+            _flush(path.parent)  # the rename itself must survive a power cut
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+@contextmanager
+def named_failure(path: Path) -> Iterator[None]:
+    """Let a full or read-only disk end as an AnyflowError that names what was to be written."""
+    try:
+        yield
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise
@@ -39,9 +50,6 @@ def committed(path: Path) -> Iterator[Path]:
             f"Cannot write {path}: {error.strerror}.",
             "Free space or choose another place; what was complete before still is.",
         ) from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -33,6 +33,9 @@ Pixels = NDArray[np.uint8]
 ENDINGS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".gif")
 TABLES = ("captions.csv", "captions.jsonl")
 BT709 = ["-colorspace", "bt709", "-color_primaries", "bt709", "-color_trc", "bt709"]
+PLAYED = ["-vf", "scale=out_color_matrix=bt709:out_range=tv", *BT709]
+PLAYED += ["-c:v", "libx264", "-pix_fmt", "yuv420p", "-crf", "14"]
+SAME_BYTES = ["-threads", "1", "-fflags", "+bitexact", "-flags:v", "+bitexact"]
 
 log = logging.getLogger(__name__)
 
@@ -105,10 +108,10 @@ def read_start(path: Path, wanted: ClipFormat) -> Clip:
     filters = f"fps={wanted.fps},{scale},crop={width}:{height}"
     # One frame more than wanted tells whether the clip was cut.
     output = ["-map", "0:v:0", "-vf", filters, "-frames:v", str(wanted.frames + 1), "-f", "rawvideo"]
-    result = _ffmpeg(["-i", f"file:{path}", *output, "-pix_fmt", "rgb24", "-"])
+    result = ffmpeg(["-i", f"file:{path}", *output, "-pix_fmt", "rgb24", "-"])
     messages = result.stderr.decode(errors="replace")
     if result.returncode or not result.stdout:
-        raise UnusableClipError(f"unreadable ({_last_line(messages)})")
+        raise UnusableClipError(f"unreadable ({last_line(messages)})")
     pixels = np.frombuffer(result.stdout, np.uint8).reshape(-1, height, width, 3)
     cut = (f"cut after {wanted.frames} frames",) if len(pixels) > wanted.frames else ()
     return Clip(pixels[: wanted.frames], (*_changes(messages, wanted), *cut))
@@ -137,21 +140,15 @@ def write_mp4(path: Path, video: Pixels, fps: float, *, lossless: bool = False) 
 
     Equal pixels give equal bytes, whatever the cores.
     """
-    frames, height, width, _ = video.shape
-    given = f"-f rawvideo -pix_fmt rgb24 -s {width}x{height} -r {fps} -i -".split()
+    given = raw_input(video, fps)
     kept = ["-c:v", "libx264rgb", "-pix_fmt", "rgb24", "-crf", "0"]
-    played = ["-vf", "scale=out_color_matrix=bt709:out_range=tv", *BT709]
-    played += ["-c:v", "libx264", "-pix_fmt", "yuv420p", "-crf", "14"]
-    coded = kept if lossless else played
-    same = ["-threads", "1", "-fflags", "+bitexact", "-flags:v", "+bitexact", "-movflags", "+faststart"]
+    options = [*(kept if lossless else PLAYED), *SAME_BYTES, "-movflags", "+faststart"]
     with committed(path) as temporary:
-        result = _ffmpeg(
-            ["-y", *given, *coded, *same, f"file:{temporary}"], np.ascontiguousarray(video).tobytes()
-        )
+        result = ffmpeg(["-y", *given, *options, f"file:{temporary}"], np.ascontiguousarray(video).tobytes())
         if result.returncode:
-            reason = _last_line(result.stderr.decode(errors="replace"))
+            reason = last_line(result.stderr.decode(errors="replace"))
             raise AnyflowError(
-                f"ffmpeg could not write {frames} frames to {path}: {reason}.", "Is there space left?"
+                f"ffmpeg could not write {len(video)} frames to {path}: {reason}.", "Is there space left?"
             )
 
 
@@ -195,12 +192,20 @@ def _changes(messages: str, wanted: ClipFormat) -> Iterator[str]:
         yield f"{how} from {size[2]}x{size[1]} to {wanted.height}x{wanted.width}"
 
 
-def _last_line(messages: str) -> str:
+def last_line(messages: str) -> str:
+    """What ffmpeg said last, which is usually why it failed."""
     lines = [line.strip() for line in messages.splitlines() if line.strip()]
     return lines[-1] if lines else "no message"
 
 
-def _ffmpeg(arguments: list[str], given: bytes | None = None) -> subprocess.CompletedProcess[bytes]:
+def raw_input(video: Pixels, fps: float) -> list[str]:
+    """Let ffmpeg read a video (T, H, W, 3) from its standard input."""
+    height, width = video.shape[1:3]
+    return f"-f rawvideo -pix_fmt rgb24 -s {width}x{height} -r {fps} -i -".split()
+
+
+def ffmpeg(arguments: list[str], given: bytes | None = None) -> subprocess.CompletedProcess[bytes]:
+    """Run ffmpeg, ``given`` as its standard input."""
     # The exe gets a list, never a shell line, and paths carry "file:" so that no name is read as an option or
     # protocol.
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-hide_banner", "-nostdin", *arguments]

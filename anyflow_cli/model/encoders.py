@@ -141,8 +141,40 @@ class VideoVAE:
         return ((mode - self._mean) / self._std).transpose(1, 2)
 
     def _decode(self, latents: Tensor) -> Tensor:
+        return self.decoding()(latents)
+
+    def decoding(self) -> Decoding:
+        """Decode a video part after part, as it is made."""
+        return Decoding(self._model, self._mean, self._std)
+
+
+class Decoding:
+    """One video, or one batch, on its way through the causal decoder, frame after frame.
+
+    The decoder's convolutions look back on what came before, which is kept here and not in the model: the
+    pixels do not depend on how the video was cut into parts.
+    """
+
+    def __init__(self, model: Any, mean: Tensor, std: Tensor) -> None:
+        self._model, self._mean, self._std = model, mean, std
+        self._past: list[Any] = [None] * model._cached_conv_counts["decoder"]
+        self._begun = False
+
+    @torch.no_grad()
+    def __call__(self, latents: Tensor) -> Tensor:
+        """The next latents (B, F, C, h, w) to their video (B, T, 3, H, W) in [0, 1]."""
+        return torch.cat([self._frame(frame) for frame in torch.split(latents, 1, dim=1)], dim=1)
+
+    def _frame(self, latents: Tensor) -> Tensor:
+        from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
+
         z = latents.to(self._model.device, torch.float32).transpose(1, 2) * self._std + self._mean
-        video: Tensor = self._model.decode(z).sample
+        x = self._model.post_quant_conv(z)
+        options = {"feat_cache": self._past, "feat_idx": [0], "first_chunk": not self._begun}
+        video: Tensor = self._model.decoder(x, **options)
+        self._begun = True
+        if self._model.config.patch_size is not None:
+            video = unpatchify(video, patch_size=self._model.config.patch_size)
         return (video.transpose(1, 2) / 2 + 0.5).clamp(0, 1)
 
 

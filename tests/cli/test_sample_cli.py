@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from anyflow_cli.cli import app
-from anyflow_cli.data.clips import write_mp4
+from anyflow_cli.data.clips import ClipFormat, read_start, write_mp4
 from anyflow_cli.model.folder import load_network, save_pipeline
 from anyflow_cli.model.network import two_time_from
 from tests.tiny_pipeline import make_wan_folder
@@ -241,6 +242,45 @@ def test_a_long_video_of_two_prompts_is_recorded(far: list[str], capsys: Run) ->
     assert result["then"] == [[9, "a square"]]
 
 
+def test_streamed_videos_are_those_of_a_plain_sampling(far: list[str], capsys: Run) -> None:
+    results = []
+    for extra in (["--set", "sample.batch=1"], ["--stream"]):
+        assert app.main([*far, "--count", "2", "--json", *extra]) == 0
+        captured = capsys.readouterr()
+        results.append(json.loads(captured.out))
+    plain, streamed = results
+    shown = [entry["file"] for entry in streamed["samples"]]
+    assert shown == [entry["file"] for entry in plain["samples"]]
+    assert files(Path(streamed["out"])) == {"samples.json", "sheet.png", *shown}
+    sheets = [(Path(result["out"]) / "sheet.png").read_bytes() for result in results]
+    assert sheets[0] == sheets[1]
+    assert streamed["samples"][0]["first_frame_seconds"] > 0
+    assert captured.err.count("first frame after") == 2
+
+
+def test_a_video_is_sent_to_a_player(
+    far: list[str], tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    assert app.main([*far, "--stream", "--out", "-"]) == 0
+    captured = capfdbinary.readouterr()
+    (tmp_path / "played.mp4").write_bytes(captured.out)
+    played = read_start(tmp_path / "played.mp4", ClipFormat(100, 16, 32, 32)).pixels
+    assert played.shape == (9, 32, 32, 3)
+    assert b"First frame after" in captured.err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_player_that_goes_away_is_one_sentence(
+    far: list[str], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    monkeypatch.setattr("anyflow_cli.streaming.STDOUT", writing)
+    assert app.main([*far, "--stream", "--out", "-"]) == 1
+    assert "The reader of the stream went away" in capfd.readouterr().err
+    os.close(writing)
+
+
 def test_a_video_shorter_than_asked_for_is_said_and_continued(
     far: list[str], tmp_path: Path, capsys: Run
 ) -> None:
@@ -263,6 +303,11 @@ def test_a_video_shorter_than_asked_for_is_said_and_continued(
         (["--image", "{picture}", "--model", "{bidirectional}"], "bidirectional"),
         (["--nfe", "2:1", "--model", "{bidirectional}"], "bidirectional"),
         (["--then", "5: a square", "--model", "{bidirectional}"], "bidirectional"),
+        (["--stream", "--model", "{bidirectional}"], "bidirectional"),
+        (["--stream", "--out", "-", "--model", "{bidirectional}"], "bidirectional"),
+        (["--out", "-"], "--out - takes a video as it is made"),
+        (["--stream", "--out", "-", "--count", "2"], "Standard output cannot take 2 videos"),
+        (["--stream", "--out", "-", "--json"], "cannot take a video and JSON"),
     ],
 )
 def test_a_beginning_that_cannot_be_used_is_one_sentence(

@@ -88,6 +88,18 @@ def test_decoding_undoes_the_normalisation(vae: VideoVAE) -> None:
     assert video.std() > 0.01
 
 
+@pytest.mark.parametrize("parts", [[1, 3, 3], [7], [3, 4]])
+def test_a_video_decoded_in_parts_is_the_same_to_the_bit(vae: VideoVAE, parts: list[int]) -> None:
+    latents = torch.randn(2, 7, 8, 2, 3, generator=torch.Generator().manual_seed(0))
+    decode = vae.decoding()
+    other = vae.decoding()  # decoded in turn: neither disturbs the other
+    decoded = []
+    for part in torch.split(latents, parts, dim=1):
+        decoded.append(decode(part))
+        other(part + 1)
+    torch.testing.assert_close(torch.cat(decoded, dim=1), vae.decode(latents, batch=2), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize(
     ("shape", "words"), [((5, 16, 20), "16x20"), ((6, 16, 16), "6 frames"), ((0, 8, 8), "0 frames")]
 )
