@@ -124,6 +124,7 @@ class Sampler:
     def begin(self, frames: Pixels | None = None, then: Sequence[Later] = ()) -> None:
         """Let every video begin with ``frames`` (T, height, width, 3), as many as the VAE takes together.
 
+        Frames of shape (B, T, height, width, 3) are those of the B videos of each batch that follows.
         ``then``: prompts that take over from the first one, each from its frame on. Both need a causal model.
         """
         if frames is None and not then:
@@ -131,11 +132,12 @@ class Sampler:
         self.require_causal()
         self.then = then
         if frames is not None:
-            self.given_frames = len(frames)
-            self._given = self._vae.encode(from_pixels(frames)[None]).to(self.device)
+            each = frames if frames.ndim == 5 else frames[None]
+            self.given_frames = each.shape[1]
+            self._given = self._vae.encode(from_pixels(each)).to(self.device)
             if self._given.shape[1] >= self.shape[0]:
                 raise UsageError(
-                    f"The {len(frames)} given frames leave nothing to sample of {self.model.frames}.",
+                    f"The {self.given_frames} given frames leave nothing to sample of {self.model.frames}.",
                     "Give fewer frames, or make more of them: --frames.",
                 )
 

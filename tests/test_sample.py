@@ -257,6 +257,17 @@ def test_given_frames_begin_every_video(causal: Path) -> None:
     assert (latents[:, 2:] - free[:, 2:]).abs().max() > 1e-3
 
 
+def test_each_video_of_a_batch_can_begin_with_frames_of_its_own(causal: Path) -> None:
+    sampler = causal_sampler(causal)
+    frames = np.random.default_rng(0).integers(0, 256, (2, 1, 64, 64, 3), np.uint8)
+    sampler.begin(frames)
+    together = next(sampler.latents(PROMPTS[:2], [1, 2], 2, batch=2))
+    for number, own in enumerate(frames):
+        sampler.begin(own)
+        alone = next(sampler.latents(PROMPTS[number : number + 1], [1 + number], 2))
+        torch.testing.assert_close(together[number : number + 1], alone, rtol=1e-4, atol=1e-4)
+
+
 def test_chunks_can_have_steps_of_their_own(causal: Path) -> None:
     sampler = causal_sampler(causal)
     four, one, mixed = (next(sampler.latents(PROMPTS[:1], [1], nfe)) for nfe in (4, 1, (4, 1)))

@@ -37,6 +37,7 @@ EXAMPLES = examples(
     "anyflow evaluate",
     "anyflow evaluate --nfe 1,2,4,8,16,32",
     "anyflow evaluate --model runs/tiny/train-flowmap --limit 8",
+    "anyflow evaluate --task i2v --model nvidia/AnyFlow-FAR-Wan2.1-1.3B-Diffusers",
     "anyflow evaluate --nfe 4 --fail-below 85",
 )
 MEGABYTE = 1e6
@@ -61,6 +62,13 @@ def evaluate(
     suite: Annotated[
         Literal["shapes"] | None,
         typer.Option(show_default=False, help="What to measure, instead of the recipe's suite."),
+    ] = None,
+    task: Annotated[
+        Literal["t2v", "i2v"] | None,
+        typer.Option(
+            show_default=False,
+            help="Videos from text, or from text and a first frame (i2v, causal models alone).",
+        ),
     ] = None,
     prompts: Annotated[
         Path | None,
@@ -99,6 +107,7 @@ def evaluate(
     options = {
         "--nfe": ("evaluate.nfe", parse_steps(nfe)),
         "--suite": ("evaluate.suite", suite),
+        "--task": ("evaluate.task", task),
         "--seed": ("evaluate.seed", seed),
     }
     settings = resolve(recipe, assignments, options)
@@ -127,7 +136,7 @@ def _protocol(settings: Recipe, file: Path | None, limit: int | None) -> Protoco
     from anyflow_cli.evaluate.protocol import Protocol
     from anyflow_cli.evaluate.shapes import ShapesSuite
 
-    suite = ShapesSuite(settings.data.world)
+    suite = ShapesSuite(settings.data.world, settings.evaluate.task)
     texts = suite.prompts(settings.evaluate.prompts) if file is None else read_prompts(file)
     deviations = [] if file is None else [f"own prompts from {file}"]
     if limit is not None and limit < len(texts):

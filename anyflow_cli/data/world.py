@@ -11,9 +11,10 @@ Legend: T frames, H W height and width in pixels; pixels are uint8 RGB.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import hypot, sqrt
+from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -81,21 +82,24 @@ class World:
     colours: tuple[str, ...]
     directions: tuple[str, ...]
 
-    def scene(self, seed: int) -> Scene:
-        """The scene of this seed; equal seeds give equal scenes on every machine."""
+    def scene(self, seed: int, named: Mapping[str, str] = MappingProxyType({})) -> Scene:
+        """The scene of this seed; equal seeds give equal scenes on every machine.
+
+        ``named`` attributes (see ``parse_caption``) are as they say, the others as the seed has them.
+        """
         rng = np.random.default_rng([seed, *self.name.encode()])
-        size, speed = _pick(rng, SIZES), _pick(rng, SPEEDS)
-        direction = _pick(rng, self.directions)
+        size, speed = _pick(rng, SIZES, named.get("size")), _pick(rng, SPEEDS, named.get("speed"))
+        direction = _pick(rng, self.directions, named.get("direction"))
         radius = SIZES[size] * rng.uniform(0.93, 1.07)
         pace = SPEEDS[speed] * rng.uniform(0.92, 1.08)
         step = (DIRECTIONS[direction][0] * pace, DIRECTIONS[direction][1] * pace)
         return Scene(
-            shape=_pick(rng, SHAPES),
-            colour=_pick(rng, self.colours),
+            shape=_pick(rng, SHAPES, named.get("shape")),
+            colour=_pick(rng, self.colours, named.get("colour")),
             size=size,
             direction=direction,
             speed=speed,
-            background=_pick(rng, BACKGROUNDS),
+            background=_pick(rng, BACKGROUNDS, named.get("background")),
             radius=radius,
             start=(_start(rng, radius, step[0], WIDTH), _start(rng, radius, step[1], HEIGHT)),
             step=step,
@@ -161,9 +165,11 @@ def _sentence(scene: Scene, omitted: frozenset[str]) -> str:
     return f"a {size}{scene.colour} {scene.shape}{direction}{speed}{background}"
 
 
-def _pick(rng: np.random.Generator, values: Iterable[str]) -> str:
+def _pick(rng: np.random.Generator, values: Iterable[str], named: str | None) -> str:
+    """One of the values; what is named takes its place, the draws that follow stay the same."""
     names = tuple(values)
-    return names[int(rng.integers(len(names)))]
+    drawn = names[int(rng.integers(len(names)))]
+    return named or drawn
 
 
 def _start(rng: np.random.Generator, radius: float, step: float, length: int) -> float:

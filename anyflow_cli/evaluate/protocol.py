@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -23,6 +23,8 @@ from safetensors import safe_open
 import anyflow_cli
 from anyflow_cli.addresses import LINEAGE, WEIGHTS, Choice, is_checkpoint, locate, run_of
 from anyflow_cli.evaluate.suite import Suite
+from anyflow_cli.model.causal import partition_for
+from anyflow_cli.model.config import Causal
 from anyflow_cli.model.folder import read_config, read_json, resolve
 from anyflow_cli.model.precision import resolve_precision
 from anyflow_cli.recipe.schema import Recipe
@@ -67,6 +69,7 @@ class Subject:
     teacher: bool  # a plain Wan model, guided: two evaluations a step
     weights: str  # hash of its files
     lineage: dict[str, Any]
+    partition: tuple[int, ...] | None = None  # latent frames of its chunks; None: all at once
 
 
 @dataclass(frozen=True)
@@ -99,11 +102,20 @@ def subject(choice: Choice, recipe: Recipe) -> Subject:
     """Look at a model or checkpoint without loading it."""
     path = locate(choice.address)
     look = _look_at_checkpoint if is_checkpoint(path) else _look_at_folder
-    files, teacher, lineage = look(path, recipe)
-    return Subject(choice.address, choice.why, teacher, fingerprint(files), lineage)
+    found = look(path, recipe)
+    latents = (recipe.model.frames - 1) // 4 + 1  # as Wan's VAE counts
+    partition = None if found.causal is None else partition_for(found.causal, latents)
+    weights = fingerprint(found.files)
+    return Subject(choice.address, choice.why, not found.two_time, weights, found.lineage, partition)
 
 
-Look = tuple[list[Any], bool, dict[str, Any]]  # hashes of files, whether it is a teacher, lineage
+class Look(NamedTuple):
+    """A model as far as its files tell: their hashes, its kind, where it comes from."""
+
+    files: list[Any]
+    two_time: bool
+    causal: Causal | None
+    lineage: dict[str, Any]
 
 
 def _look_at_folder(path: Path, recipe: Recipe) -> Look:
@@ -112,7 +124,8 @@ def _look_at_folder(path: Path, recipe: Recipe) -> Look:
     folders = [path] if whole else [path, resolve(recipe.model.teacher)]
     lineage = path / LINEAGE
     known = read_json(lineage) if lineage.is_file() else {}
-    return [_folder_hash(folder) for folder in folders], not read_config(path).two_time, known
+    config = read_config(path)
+    return Look([_folder_hash(folder) for folder in folders], config.two_time, config.causal, known)
 
 
 def _look_at_checkpoint(path: Path, recipe: Recipe) -> Look:
@@ -120,9 +133,10 @@ def _look_at_checkpoint(path: Path, recipe: Recipe) -> Look:
     run = run_of(path)
     with safe_open(path / WEIGHTS, "pt") as weights:
         names = weights.keys()
-    two_time = read_config(run.base).two_time or any("delta_embedder" in name for name in names)
+    config = read_config(run.base)
+    two_time = config.two_time or any("delta_embedder" in name for name in names)
     files = [_file_hash(path / WEIGHTS), _folder_hash(run.base)]
-    return files, not two_time, run.lineage | {"checkpoint": path.name}
+    return Look(files, two_time, config.causal, run.lineage | {"checkpoint": path.name})
 
 
 def variant(

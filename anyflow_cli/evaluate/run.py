@@ -17,6 +17,7 @@ import numpy as np
 
 from anyflow_cli.addresses import Choice
 from anyflow_cli.data.clips import write_mp4
+from anyflow_cli.errors import UsageError
 from anyflow_cli.evaluate.protocol import Item, Protocol, Subject, Variant, card, subject, variant
 from anyflow_cli.evaluate.results import Evaluation, Measured
 from anyflow_cli.evaluate.store import VIDEOS, Scored, Store
@@ -36,6 +37,10 @@ class Generator(Interface):
     @property
     def latency(self) -> tuple[float, float]:
         """Seconds a video in the network and in the decoder, of the last sampling."""
+        ...
+
+    def begin(self, frames: Video) -> None:
+        """Let the videos that follow begin with frames (B, T, H, W, 3), each with its own."""
         ...
 
     def videos(self, prompts: Sequence[str], seeds: Sequence[int], nfe: int, batch: int) -> Iterator[Video]:
@@ -74,8 +79,16 @@ def prepare(recipe: Recipe, protocol: Protocol, choice: Choice, out: Path) -> Jo
     """Settle the variants: the model at each of the recipe's step counts, then its teacher at its own."""
     protocol.suite.check(recipe.model)
     of = subject(choice, recipe)
+    conditioned = recipe.evaluate.task == "i2v"
+    if conditioned and of.partition is None:
+        raise UsageError(
+            f"{choice.address} is bidirectional: it makes all frames at once and begins with no picture.",
+            "Give a causal (FAR) model with --model, or leave --task i2v out.",
+        )
     variants = [variant(of, steps, protocol, recipe) for steps in dict.fromkeys(recipe.evaluate.nfe)]
-    if recipe.evaluate.teacher:
+    if conditioned and recipe.evaluate.teacher:
+        log.info("No teacher beside it: %s takes text alone.", recipe.model.teacher)
+    elif recipe.evaluate.teacher:
         teacher = subject(Choice(recipe.model.teacher, f"the teacher of recipe {recipe.name}"), recipe)
         beside = variant(teacher, recipe.sample.teacher_steps, protocol, recipe, reference=True)
         variants += [beside] if beside.key not in {one.key for one in variants} else []
@@ -130,14 +143,18 @@ def _make(job: Job, open_model: Open, advance: Advance) -> None:
 def _scored(job: Job, one: Variant, generator: Generator, items: Sequence[Item]) -> list[Scored]:
     """One batch: sample, keep as mp4, score from the raw pixels."""
     prompts = [item.prompt for item in items]
+    images = job.protocol.suite.images(prompts, [item.seed for item in items])
+    if images is not None:
+        generator.begin(np.stack(images)[:, None])
     videos = list(generator.videos(prompts, [item.seed for item in items], one.steps, len(items)))
     network, decode = generator.latency
     files = [_file(item) for item in items]
     for file, video in zip(files, videos, strict=True):
         write_mp4(job.store(one).directory / file, video, job.recipe.model.fps)
+    scores = job.protocol.suite.score(videos, prompts, images)
     return [
         Scored(item.prompt, item.seed, file, network, decode, len(items), score)
-        for item, file, score in zip(items, files, job.protocol.suite.score(videos, prompts), strict=True)
+        for item, file, score in zip(items, files, scores, strict=True)
     ]
 
 

@@ -79,7 +79,9 @@ class Store:
         try:
             values: dict[str, Any] = json.loads(line)
             score = VideoScore(**values.pop("score"))
-            return Scored(**values, score=replace(score, features=tuple(score.features)))
+            return Scored(
+                **values, score=replace(score, features=tuple(score.features), pieces=tuple(score.pieces))
+            )
         except (ValueError, TypeError, KeyError) as error:
             raise AnyflowError(
                 f"Line {number} of {self.directory / SCORES} cannot be read.",

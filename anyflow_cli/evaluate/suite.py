@@ -18,7 +18,9 @@ from numpy.typing import NDArray
 from anyflow_cli.recipe.schema import Model
 
 Video = NDArray[np.uint8]  # (T, H, W, 3)
+Image = NDArray[np.uint8]  # (H, W, 3)
 TEXT_TO_VIDEO = {"quality": 4.0, "semantic": 1.0}  # weights of VBench's groups in its Total
+IMAGE_TO_VIDEO = {"quality": 1.0, "i2v": 1.0}  # and of VBench-I2V's
 
 
 @dataclass(frozen=True)
@@ -38,13 +40,15 @@ class VideoScore:
 
     ``right``: attribute -> whether the video shows what its prompt names. ``features``: the video's place in
     the feature space of the Fréchet distance. ``notes``: measurements behind the scores, for looking into a
-    result.
+    result. ``pieces``: raw scores of each latent frame's own frames, first to last, where the suite gives
+    any; they tell how quality changes along the video.
     """
 
     scores: dict[str, float]
     right: dict[str, bool] = field(default_factory=dict)
     features: tuple[float, ...] = ()
     notes: dict[str, float] = field(default_factory=dict)
+    pieces: tuple[dict[str, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -98,7 +102,13 @@ class Suite(Protocol):
         """The first ``count`` prompts of its own set; always the same."""
         ...
 
-    def score(self, videos: Sequence[Video], prompts: Sequence[str]) -> list[VideoScore]:
+    def images(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image] | None:
+        """The picture that each video is to begin with; None where text is all that is given."""
+        ...
+
+    def score(
+        self, videos: Sequence[Video], prompts: Sequence[str], images: Sequence[Image] | None = None
+    ) -> list[VideoScore]:
         """Score finished videos, in order."""
         ...
 

@@ -37,6 +37,7 @@ def _laid_over(default: object, value: object) -> object:
 
 
 World = Literal["shapes", "shapes-shifted"]
+Task = Literal["t2v", "i2v"]
 
 
 class Section(BaseModel):
@@ -252,6 +253,7 @@ class Evaluate(Section):
     """Defaults of `evaluate`."""
 
     suite: Literal["shapes"] = "shapes"
+    task: Task = Field("t2v", description="Videos from text, or from text and a first frame (causal models).")
     nfe: Budgets = (4, 32)
     prompts: Count = Field(64, description="Prompts of the suite.")
     samples: Count = Field(1, description="Videos a prompt.")

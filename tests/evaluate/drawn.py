@@ -14,7 +14,7 @@ from anyflow_cli.evaluate.protocol import Protocol, Subject
 from anyflow_cli.evaluate.run import Job, prepare
 from anyflow_cli.evaluate.shapes import PROMPT_SEED, ShapesSuite
 from anyflow_cli.evaluate.suite import Video
-from anyflow_cli.recipe.schema import Evaluate, Model, Recipe, Sample
+from anyflow_cli.recipe.schema import Evaluate, Model, Recipe, Sample, Task
 from tests.evaluate import damage
 from tests.tiny_pipeline import sizes
 
@@ -32,6 +32,7 @@ class Drawn:
 
     lives: int = 1000
     asked: list[tuple[str, int, int]] = field(default_factory=list)
+    begun: list[Video] = field(default_factory=list)
     latency: tuple[float, float] = (0.5, 0.25)
 
     def videos(self, prompts: Sequence[str], seeds: Sequence[int], nfe: int, batch: int) -> Iterator[Video]:
@@ -40,6 +41,9 @@ class Drawn:
                 raise KilledError
             self.asked.append((prompt, seed, nfe))
             yield drawn(CAPTIONED.get(prompt, 0), nfe)
+
+    def begin(self, frames: Video) -> None:
+        self.begun += [frame[0] for frame in frames]
 
     def open(self, of: Subject, recipe: Recipe) -> Drawn:
         return self
@@ -57,24 +61,33 @@ def make_folder(path: Path, weights: bytes, kind: str = "Wan") -> Path:
     (path / "transformer").mkdir(parents=True)
     (path / "model_index.json").write_text(json.dumps({"_class_name": f"{kind}Pipeline"}))
     config = {"_class_name": f"{kind}Transformer3DModel", **sizes()}
+    if kind == "AnyFlowFAR":
+        config |= {"chunk_partition": [1, 3, 3, 2], "full_chunk_limit": 3, "compressed_patch_size": [1, 4, 4]}
     (path / "transformer" / "config.json").write_text(json.dumps(config))
     (path / "transformer" / "diffusion_pytorch_model.safetensors").write_bytes(weights)
     return path
 
 
 def make_job(
-    root: Path, nfe: tuple[int, ...] = (1, 2), prompts: int = 4, *, samples: int = 1, teacher: bool = True
+    root: Path,
+    nfe: tuple[int, ...] = (1, 2),
+    prompts: int = 4,
+    *,
+    samples: int = 1,
+    teacher: bool = True,
+    task: Task = "t2v",
+    kind: str = "AnyFlow",
 ) -> Job:
     """A job under ``root`` whose model and teacher are both there."""
-    for name, weights, kind in (("teacher", b"old", "Wan"), ("model", b"new", "AnyFlow")):
+    for name, weights, made in (("teacher", b"old", "Wan"), ("model", b"new", kind)):
         if not (root / name).exists():
-            make_folder(root / name, weights, kind)
+            make_folder(root / name, weights, made)
     recipe = Recipe(
         name="test",
         model=Model(teacher=str(root / "teacher"), height=64, width=64, frames=33, fps=16, precision="fp32"),
         sample=Sample(teacher_steps=5),
-        evaluate=Evaluate(nfe=nfe, samples=samples, batch=2, seed=7, teacher=teacher),
+        evaluate=Evaluate(nfe=nfe, samples=samples, batch=2, seed=7, teacher=teacher, task=task),
     )
-    suite = ShapesSuite()
+    suite = ShapesSuite(task=task)
     protocol = Protocol(suite, tuple(suite.prompts(prompts)), samples, 7)
     return prepare(recipe, protocol, Choice(str(root / "model"), "for the test"), root / "out")

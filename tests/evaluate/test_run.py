@@ -17,7 +17,8 @@ from anyflow_cli.evaluate.results import Evaluation
 from anyflow_cli.evaluate.run import evaluate, prepare
 from anyflow_cli.evaluate.store import SCORES
 from anyflow_cli.recipe.compare import dump
-from tests.evaluate.drawn import Drawn, KilledError, make_folder, make_job
+from tests.evaluate.drawn import CAPTIONED, Drawn, KilledError, make_folder, make_job
+from tests.evaluate.drawn import drawn as drawn_clip
 
 
 def test_every_variant_makes_every_video_from_the_same_seeds(tmp_path: Path) -> None:
@@ -205,3 +206,23 @@ def test_the_card_says_what_a_stranger_needs(whole: Evaluation) -> None:
 def test_other_prompts_have_another_hash(tmp_path: Path) -> None:
     cards = [evaluate(make_job(tmp_path, prompts=n), Drawn().open).card for n in (3, 4)]
     assert cards[0]["prompt set"] != cards[1]["prompt set"]
+
+
+def test_image_to_video_begins_every_video_with_its_own_picture(tmp_path: Path) -> None:
+    job, drawn = make_job(tmp_path, nfe=(2,), task="i2v", kind="AnyFlowFAR"), Drawn()
+    found = evaluate(job, drawn.open)
+    wanted = job.protocol.suite.images([item.prompt for item in job.protocol.items], [7, 8, 9, 10])
+    assert wanted is not None
+    assert all((a == b).all() for a, b in zip(drawn.begun, wanted, strict=True))
+    assert [one.reference for one in found.columns] == [False]  # a teacher takes no picture
+    assert found.card["suite"] == "shapes-i2v"
+    first = found.models[0].scored[0]
+    again = job.protocol.suite.score([drawn_clip(CAPTIONED[first.prompt], 2)], [first.prompt], wanted[:1])[0]
+    assert first.score.scores == pytest.approx(again.scores)
+    assert len(first.score.pieces) == 9
+
+
+def test_a_bidirectional_model_is_refused_a_picture(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="begins with no picture") as error:
+        make_job(tmp_path, task="i2v")
+    assert "causal" in str(error.value.hint)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from anyflow_cli.evaluate.suite import TEXT_TO_VIDEO, Dimension, Video, VideoScore, summarise
+from anyflow_cli.evaluate.suite import TEXT_TO_VIDEO, Dimension, Image, Video, VideoScore, summarise
 from anyflow_cli.recipe.schema import Model
 
 
@@ -28,7 +28,12 @@ class Toy:
     def prompts(self, count: int) -> list[str]:
         return ["a"] * count
 
-    def score(self, videos: Sequence[Video], prompts: Sequence[str]) -> list[VideoScore]:
+    def images(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image] | None:
+        return None
+
+    def score(
+        self, videos: Sequence[Video], prompts: Sequence[str], images: Sequence[Image] | None = None
+    ) -> list[VideoScore]:
         return []
 
     def distance(self, features: Sequence[Sequence[float]]) -> float | None:

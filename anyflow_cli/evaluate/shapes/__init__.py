@@ -1,21 +1,24 @@
 """The built-in suite: the shapes world judged from pixels alone, by classical vision and no learned weights.
 
-``unmix`` takes pixels apart, ``observe`` measures, ``score`` judges, ``frechet`` compares whole sets. This
-file ties them into a suite and offers ``score_videos`` to whoever has videos and prompts at hand.
+``unmix`` takes pixels apart, ``observe`` measures, ``score`` judges, ``conditioned`` holds a clip to the
+picture it was to begin with, ``pieces`` judges along a clip, ``frechet`` compares whole sets. This file ties
+them into a suite and offers ``score_videos`` to whoever has videos and prompts at hand.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import isfinite
 
 import numpy as np
 
 from anyflow_cli.data.world import FRAMES, HEIGHT, WIDTH, WORLDS, parse_caption
 from anyflow_cli.errors import UsageError
+from anyflow_cli.evaluate.shapes.conditioned import I2V_DIMENSIONS, image_for, image_scores
 from anyflow_cli.evaluate.shapes.frechet import distance_to_world, features
 from anyflow_cli.evaluate.shapes.observe import observe
+from anyflow_cli.evaluate.shapes.pieces import piece_scores
 from anyflow_cli.evaluate.shapes.score import (
     DIMENSIONS,
     quality_notes,
@@ -24,31 +27,42 @@ from anyflow_cli.evaluate.shapes.score import (
     semantic_scores,
 )
 from anyflow_cli.evaluate.suite import (
+    IMAGE_TO_VIDEO,
     TEXT_TO_VIDEO,
     Dimension,
+    Image,
     SuiteResult,
     Video,
     VideoScore,
     summarise,
 )
-from anyflow_cli.recipe.schema import Model
+from anyflow_cli.recipe.schema import Model, Task
 
 PROMPT_SEED = 2**41  # of the first scene whose caption is a prompt; far from training and from the reference
 
 
 @dataclass(frozen=True)
 class ShapesSuite:
-    """The suite for one of the worlds."""
+    """The suite for one of the worlds; with the task ``i2v``, every video is given its first frame."""
 
     world: str = "shapes"
-    version: int = 1
-    dimensions: tuple[Dimension, ...] = DIMENSIONS
-    groups: Mapping[str, float] = field(default_factory=lambda: TEXT_TO_VIDEO)
+    task: Task = "t2v"
+    version: int = 2
 
     @property
     def name(self) -> str:
-        """``shapes``, or the name of the other world."""
-        return self.world
+        """``shapes``, or the name of the other world, and the task where it is not text to video."""
+        return self.world if self.task == "t2v" else f"{self.world}-{self.task}"
+
+    @property
+    def dimensions(self) -> tuple[Dimension, ...]:
+        """Quality, and what the prompt names; or quality, and what the picture shows."""
+        return DIMENSIONS if self.task == "t2v" else I2V_DIMENSIONS
+
+    @property
+    def groups(self) -> Mapping[str, float]:
+        """VBench's, or VBench-I2V's."""
+        return TEXT_TO_VIDEO if self.task == "t2v" else IMAGE_TO_VIDEO
 
     def check(self, model: Model) -> None:
         """Refuse videos of another size than the world's."""
@@ -63,9 +77,18 @@ class ShapesSuite:
         """Captions of scenes nobody trains on."""
         return [WORLDS[self.world].scene(PROMPT_SEED + i).caption for i in range(count)]
 
-    def score(self, videos: Sequence[Video], prompts: Sequence[str]) -> list[VideoScore]:
+    def images(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image] | None:
+        """First frames of clips of the world that show what the prompts name."""
+        if self.task == "t2v":
+            return None
+        return [image_for(self.world, prompt, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
+
+    def score(
+        self, videos: Sequence[Video], prompts: Sequence[str], images: Sequence[Image] | None = None
+    ) -> list[VideoScore]:
         """Score clips one by one."""
-        return [score_video(video, prompt) for video, prompt in zip(videos, prompts, strict=True)]
+        given = [None] * len(videos) if images is None else images
+        return [score_video(*each) for each in zip(videos, prompts, given, strict=True)]
 
     def distance(self, features: Sequence[Sequence[float]]) -> float | None:
         """Fréchet distance to fresh clips of the world."""
@@ -82,16 +105,18 @@ def score_videos(videos: Iterable[Video], prompts: Sequence[str], world: str = "
     return summarise(suite, suite.score(clips, prompts))
 
 
-def score_video(video: Video, prompt: str) -> VideoScore:
-    """Score one clip (T, H, W, 3) uint8."""
+def score_video(video: Video, prompt: str, image: Image | None = None) -> VideoScore:
+    """Score one clip (T, H, W, 3) uint8, also against the picture (H, W, 3) it was to begin with, if any."""
     _check(video)
     named = parse_caption(prompt)
     seen = observe(video)
+    given = {} if image is None else image_scores(video, seen, image, named)
     return VideoScore(
-        scores=quality_scores(seen, named) | semantic_scores(seen, named),
+        scores=quality_scores(seen, named) | semantic_scores(seen, named) | given,
         right=right_attributes(seen, named),
         features=features(video),
         notes={name: value for name, value in quality_notes(seen).items() if isfinite(value)},
+        pieces=piece_scores(video, named),
     )
 
 

@@ -18,7 +18,6 @@ from anyflow_cli.data.world import (
     COLOURS,
     DOT_COUNT,
     DOT_RADIUS,
-    FRAMES,
     HEIGHT,
     SHAPES,
     SIZES,
@@ -120,7 +119,7 @@ def _dots(white: Floats) -> Dots:
     for number in np.flatnonzero(mass >= LEAST_DOT):
         weight = mean * (labels == number + 1)
         centre = ((weight * x).sum() / weight.sum(), (weight * y).sum() / weight.sum())
-        found.append((_dot_likeness(white, centre), centre))
+        found.append((dot_likeness(white, centre), centre))
     found.sort(reverse=True)
     best = found[:DOT_COUNT]
     near = np.zeros((HEIGHT, WIDTH), bool)
@@ -131,7 +130,7 @@ def _dots(white: Floats) -> Dots:
     return Dots(centres, likeness, len(found) - len(best), (white * ~near).sum((1, 2)))
 
 
-def _dot_likeness(white: Floats, centre: tuple[float, float]) -> float:
+def dot_likeness(white: Floats, centre: tuple[float, float]) -> float:
     """Overlap of the white around ``centre`` with a dot of the world: sum of minima over sum of maxima."""
     column, row = int(centre[0]), int(centre[1])
     rows = slice(max(row - REACH, 0), min(row + REACH + 1, HEIGHT))
@@ -227,7 +226,8 @@ def _core_colours(video: Pixels, core: Mask) -> Floats:
 def _straight(centre: NDArray[np.float64], seen: Mask) -> tuple[Floats, Floats, float]:
     """The uniform motion nearest to the track (T, 2) where seen: start, step, root mean square residual."""
     if seen.sum() < 3:
-        return np.zeros(2, np.float32), np.zeros(2, np.float32), float("inf")
+        first = centre[seen][:1].sum(0)  # zero where it is never seen
+        return first.astype(np.float32), np.zeros(2, np.float32), float("inf")
     time = np.flatnonzero(seen).astype(np.float64)
     design = np.stack([np.ones_like(time), time], 1)
     fit, *_ = np.linalg.lstsq(design, centre[seen], rcond=None)
@@ -320,7 +320,7 @@ def _steepness(video: Pixels, mixture: Mixture, dots: Dots, track: Track, shape:
         step=(EVERY * float(track.step[0]), EVERY * float(track.step[1])),
         dots=tuple((float(x), float(y)) for x, y in dots.centres),
     )
-    ideal = render(scene, (FRAMES + EVERY - 1) // EVERY)
+    ideal = render(scene, len(video[::EVERY]))
     return _edge_steepness(video[::EVERY]) / max(_edge_steepness(ideal), 1e-6)
 
 

@@ -49,6 +49,13 @@ LIMITS: dict[str, tuple[float, float]] = {
     "size offset":       (0.12,  0.30),  # log of the ratio; half way between the sizes is 0.30
     "speed offset":      (0.12,  0.38),  # log of the ratio; half way between the speeds is 0.38
     "angle":             (10.0,  45.0),  # degrees
+    #  against the picture that a video was to begin with
+    "first frame":       (2.00, 28.00),  # root mean square of levels; an autoencoder at 30 dB: 8
+    "form kept":         (0.20,  0.80),  # distance from the form in the picture
+    "colour kept":       (6.00, 60.00),  # levels from the shape's colour in the picture
+    "size kept":         (0.08,  0.40),  # log of the ratio of areas
+    "background kept":   (2.00, 32.00),  # levels from the background in the picture
+    "jump":              (1.00,  6.00),  # pixels from where the picture has the shape to where its way begins
 }  # fmt: skip
 LEAST_TRAVEL = 3.0  # pixels over the clip, below which a motion has no direction
 SPEED_JITTER = 0.08  # by which the world's own speeds vary
@@ -78,7 +85,7 @@ def quality_notes(seen: Observation) -> dict[str, float]:
         "colour offset": _offset(seen.mixture.colour_rgb, COLOURS) if seen.mixture.colour else inf,
         "background offset": _offset(seen.mixture.background_rgb, BACKGROUNDS),
         "seen": float(track.seen.mean()),
-        "speed": _pace(seen),
+        "speed": pace_of(seen),
     }
 
 
@@ -131,7 +138,7 @@ def shown_attributes(seen: Observation) -> dict[str, str | None]:
     """The caption a viewer would give: the nearest value of each attribute, None where nothing is seen."""
     if not seen.forms:
         return dict.fromkeys(SEMANTIC, None) | {"background": seen.mixture.background}
-    pace = _pace(seen)
+    pace = pace_of(seen)
     travels = pace * len(seen.track.seen) >= LEAST_TRAVEL
     return {
         "shape": seen.shape,
@@ -158,12 +165,12 @@ def _size_score(seen: Observation, name: str) -> float:
 
 
 def _direction_score(seen: Observation, name: str) -> float:
-    travel = min(1.0, _pace(seen) * len(seen.track.seen) / LEAST_TRAVEL)
+    travel = min(1.0, pace_of(seen) * len(seen.track.seen) / LEAST_TRAVEL)
     return ramp(_angle(seen, name), "angle") * travel
 
 
 def _speed_score(seen: Observation, name: str) -> float:
-    pace = _pace(seen)
+    pace = pace_of(seen)
     return ramp(abs(log(pace / SPEEDS[name])), "speed offset") if pace > 0 else 0.0
 
 
@@ -184,7 +191,8 @@ SEMANTIC: dict[str, Callable[[Observation, str], float]] = {
 # -- small measures ------------------------------------------------------------------------------------------
 
 
-def _pace(seen: Observation) -> float:
+def pace_of(seen: Observation) -> float:
+    """Pixels a frame."""
     return hypot(*seen.track.step)
 
 

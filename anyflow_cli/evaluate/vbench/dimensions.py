@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal
 
-from anyflow_cli.evaluate.suite import TEXT_TO_VIDEO, Dimension
+from anyflow_cli.evaluate.suite import IMAGE_TO_VIDEO, TEXT_TO_VIDEO, Dimension
 
 Benchmark = Literal["vbench", "vbench-i2v"]
 
@@ -50,5 +50,5 @@ I2V = (
 DIMENSIONS: dict[Benchmark, tuple[Dimension, ...]] = {"vbench": T2V, "vbench-i2v": I2V}
 GROUPS: dict[Benchmark, Mapping[str, float]] = {
     "vbench": TEXT_TO_VIDEO,
-    "vbench-i2v": {"quality": 1.0, "i2v": 1.0},
+    "vbench-i2v": IMAGE_TO_VIDEO,
 }

@@ -1,0 +1,32 @@
+"""Quality along a clip: each latent frame by itself, alike on whole clips, low where a clip is spoiled."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from anyflow_cli.data.world import render
+from anyflow_cli.evaluate.shapes.pieces import latent_frames, piece_scores
+from tests.evaluate import damage
+from tests.evaluate.damage import SCENES
+
+
+def test_every_frame_is_in_one_piece() -> None:
+    parts = latent_frames(33)
+    assert [t for part in parts for t in range(33)[part]] == list(range(33))
+    assert [part.stop - part.start for part in parts] == [1] + [4] * 8
+
+
+def test_clips_of_the_world_are_at_the_top_all_along() -> None:
+    pieces = [piece_scores(render(scene), {"shape": scene.shape, "colour": scene.colour}) for scene in SCENES]
+    for name in pieces[0][0]:
+        mean = np.mean([[piece[name] for piece in clip] for clip in pieces], axis=0)
+        assert mean.min() > 0.97, name
+
+
+def test_a_fault_shows_in_its_own_pieces_and_in_no_other() -> None:
+    scene = SCENES[0]
+    whole, spoiled = render(scene), damage.blur(scene)
+    mixed = piece_scores(np.concatenate([whole[:13], spoiled[13:]]), {})
+    assert mixed[:4] == piece_scores(whole, {})[:4]
+    assert mixed[4:] == piece_scores(spoiled, {})[4:]
+    assert max(piece["sharpness"] for piece in mixed[4:]) < 0.5
