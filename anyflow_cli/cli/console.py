@@ -10,11 +10,14 @@ import json
 import logging
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
+
+if TYPE_CHECKING:
+    from anyflow_cli.recipe.schema import Recipe
 
 PACKAGE = "anyflow_cli"  # the parent of every module's logger
 WIDE = 200  # columns of a table that goes to a file or pipe
@@ -87,8 +90,17 @@ def facts_table(values: Mapping[str, Any]) -> Table:
     return table
 
 
-def print_plan(command: str, facts: Mapping[str, Any], *, as_json: bool) -> None:
-    """Print what ``--dry-run`` found: everything resolved and checked, nothing loaded or written."""
+def print_plan(
+    command: str, facts: Mapping[str, Any], *, as_json: bool, recipe: Recipe | None = None
+) -> None:
+    """Print what ``--dry-run`` found: everything resolved and checked, nothing loaded or written.
+
+    With the ``recipe``, the plan ends with what the command costs on this machine.
+    """
+    if recipe is not None:
+        from anyflow_cli.plan.show import dry_run_facts
+
+        facts = {**facts, **dry_run_facts(recipe, command)}
     title = f"anyflow {command} would do this; nothing was loaded or written."
     plan = Group(Text(title), facts_table(facts))
     print_result({"command": command, "dry_run": True, **facts}, as_json=as_json, text=plan)

@@ -79,13 +79,13 @@ def distill(
     from anyflow_cli.plan.needs import missing_facts
 
     if dry_run and (missing := missing_facts(settings, paths, "distill")):
-        return print_plan("distill", facts | missing, as_json=as_json)
+        return print_plan("distill", facts | missing, as_json=as_json, recipe=settings)
     from anyflow_cli.train.run import check_run
     from anyflow_cli.train.stages import distill_inputs
 
     inputs = distill_inputs(settings, paths)
     check_run(settings, inputs)
     if dry_run:
-        return print_plan("distill", facts | stage_facts(settings, inputs), as_json=as_json)
+        return print_plan("distill", facts | stage_facts(settings, inputs), as_json=as_json, recipe=settings)
     if not start_processes(settings.launch):
         run_stage(settings, inputs, "distill", as_json=as_json)

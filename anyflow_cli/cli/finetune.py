@@ -105,11 +105,13 @@ def finetune(
             "videos": data or f"clips of {settings.finetune.world}",
             "latents": paths.home / "finetune-data",
         }
-        return print_plan("finetune", facts | {"result": paths.finetune / "model"}, as_json=as_json)
+        return print_plan(
+            "finetune", facts | {"result": paths.finetune / "model"}, as_json=as_json, recipe=settings
+        )
     inputs = finetune_inputs(settings, paths, choice.address, latents)
     check_run(settings, inputs)
     if dry_run:
-        return print_plan("finetune", stage_facts(settings, inputs), as_json=as_json)
+        return print_plan("finetune", stage_facts(settings, inputs), as_json=as_json, recipe=settings)
     if start_processes(settings.launch):
         return None
     finished = train_stage(settings, inputs, "finetune")

@@ -175,7 +175,7 @@ def sample(
         check_address(choice.address)
         facts = {"model": choice.address, "because": choice.why, "prompts": len(texts), "nfe": request.nfe}
         facts |= {"seeds": list(request.seeds), "videos": total, "out": out or paths.samples}
-        return print_plan("sample", facts, as_json=as_json)
+        return print_plan("sample", facts, as_json=as_json, recipe=settings)
 
     from anyflow_cli.sample import Sampler
     from anyflow_cli.streaming import stream_to_stdout

@@ -122,7 +122,7 @@ def synthesize(
 
     job = prepare(settings, directory, from_videos)
     if dry_run:
-        return print_plan("synthesize", _facts(job), as_json=as_json)
+        return print_plan("synthesize", _facts(job), as_json=as_json, recipe=settings)
     _run(job, as_json=as_json)
 
 

@@ -78,14 +78,19 @@ def train_flowmap(
     from anyflow_cli.plan.needs import missing_facts
 
     if dry_run and (missing := missing_facts(settings, paths, "train-flowmap")):
-        return print_plan("train-flowmap", _facts(settings) | missing, as_json=as_json)
+        return print_plan("train-flowmap", _facts(settings) | missing, as_json=as_json, recipe=settings)
     from anyflow_cli.train.run import check_run
     from anyflow_cli.train.stages import flowmap_inputs
 
     inputs = flowmap_inputs(settings, paths)
     check_run(settings, inputs)
     if dry_run:
-        return print_plan("train-flowmap", _facts(settings) | stage_facts(settings, inputs), as_json=as_json)
+        return print_plan(
+            "train-flowmap",
+            _facts(settings) | stage_facts(settings, inputs),
+            as_json=as_json,
+            recipe=settings,
+        )
     if not start_processes(settings.launch):
         run_stage(settings, inputs, "train-flowmap", as_json=as_json)
 

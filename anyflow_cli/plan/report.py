@@ -6,9 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from anyflow_cli.errors import UsageError
 from anyflow_cli.plan import disk, stages
-from anyflow_cli.plan.cluster import RESERVE, Cluster, this_machine
+from anyflow_cli.plan.cluster import RESERVE, Cluster
 from anyflow_cli.plan.fit import Advice, advise
 from anyflow_cli.plan.needs import Need, needs_of
 from anyflow_cli.plan.stages import Stage, Target, target_of
@@ -77,21 +76,6 @@ def plan_stage(target: Target, name: str) -> Planned:
     stage = build(target)
     fits = stage.peak.total <= target.cluster.usable
     return Planned(stage, None if fits else advise(build, section, target))
-
-
-def dry_run_facts(recipe: Recipe, command: str, cluster: Cluster | None = None) -> dict[str, str]:
-    """The last lines of a command's ``--dry-run``: what its stage costs on this machine, in words.
-
-    Nothing where that cannot be planned (a model whose sizes are not known): a dry run must not fail for it.
-    """
-    from anyflow_cli.plan.show import in_words
-
-    tunes = command == "train-flowmap" and recipe.train_flowmap.objective == stages.TUNING
-    try:
-        target = target_of(recipe, cluster or this_machine())
-        return in_words(plan_stage(target, "tune" if tunes else command))
-    except UsageError:
-        return {}
 
 
 def _disk(target: Target, planned: Mapping[str, Planned]) -> dict[str, int]:

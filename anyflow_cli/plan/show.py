@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from rich.table import Table
 from rich.text import Text
 
-from anyflow_cli.plan.cluster import GIB, RESERVE
-from anyflow_cli.plan.report import Plan, Planned
-from anyflow_cli.plan.stages import Stage, activations
+from anyflow_cli.errors import UsageError
+from anyflow_cli.plan.cluster import GIB, RESERVE, Cluster, this_machine
+from anyflow_cli.plan.report import BUILDERS, Plan, Planned
+from anyflow_cli.plan.stages import TUNING, Stage, activations, target_of
+from anyflow_cli.recipe.schema import Recipe
 
 PARTS = ("weights", "gradients", "optimiser", "average", "data", "activations")
 LONG = {"average": "moving average", "data": "batch"}
@@ -26,16 +28,23 @@ def as_table(plan: Plan) -> Table:
     return whole
 
 
-def in_words(planned: Planned) -> dict[str, str]:
-    """A stage's costs as names and values, for the end of a dry run."""
-    stage = planned.stage
-    state = "fits" if planned.fits else "more than this machine has"
-    facts = {"peak memory": f"{_memory_of(stage.peak.total)} ({stage.peak.name}), {state}"}
+def dry_run_facts(recipe: Recipe, command: str, cluster: Cluster | None = None) -> dict[str, str]:
+    """The last lines of a command's ``--dry-run``: what its stage costs on this machine, in words.
+
+    Nothing where that cannot be planned (a model whose sizes are not known): a dry run must not fail for it.
+    """
+    cluster = cluster or this_machine()
+    tunes = command == "train-flowmap" and recipe.train_flowmap.objective == TUNING
+    try:
+        stage = BUILDERS["tune" if tunes else command].build(target_of(recipe, cluster))
+    except UsageError:
+        return {}
+    facts = {"peak memory": f"{_memory_of(stage.peak.total)} ({stage.peak.name})"}
+    if stage.peak.total > cluster.usable:
+        facts["peak memory"] += f", more than this machine has: see anyflow plan -r {recipe.name}"
     if stage.work.seconds is not None:
         each, whole = _duration(stage.work.seconds), _duration(3600 * (stage.work.hours or 0))
         facts["time"] = f"about {each} each, {whole} in all"
-    if not planned.fits:
-        facts["to make it fit"] = _advice(planned)
     return facts
 
 
