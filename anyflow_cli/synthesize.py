@@ -1,8 +1,8 @@
 """Data sets of latents: teacher videos from prompts, or real clips, as shards.
 
 ``synthesize`` makes the shards of a job (``data.job``) that are missing. A shard is the unit of everything:
-of work between ranks (RANK, WORLD_SIZE; no talking needed), of a kill (at most one open shard is lost), of
-repetition (same seeds, same bytes). Whoever completes the last shard writes the manifest.
+of work between processes (``data.claims``; they need not talk), of a kill (a process loses its open shard at
+most), of repetition (same seeds, same bytes). Whoever completes the last shard writes the manifest.
 
 A video that fails the checks is made again from the next seed of its index, three seeds in all; each failure
 stands in the shard's record with its reason. The teacher samples with guidance at N steps, 2 evaluations
@@ -27,6 +27,7 @@ from torch import Tensor
 
 from anyflow_cli.data.atomic import write_json
 from anyflow_cli.data.checks import defect
+from anyflow_cli.data.claims import CLAIMS, Claims
 from anyflow_cli.data.clips import (
     ClipFile,
     ClipFormat,
@@ -36,7 +37,8 @@ from anyflow_cli.data.clips import (
     to_pixels,
     write_mp4,
 )
-from anyflow_cli.data.job import Job, own_device
+from anyflow_cli.data.index import index_path, write_index
+from anyflow_cli.data.job import Job, own_device, own_rank
 from anyflow_cli.data.noise import batch_noise
 from anyflow_cli.data.shards import (
     MANIFEST,
@@ -44,6 +46,7 @@ from anyflow_cli.data.shards import (
     PROVENANCE,
     Rejection,
     Sample,
+    read_record,
     shard_path,
     write_manifest,
     write_negative,
@@ -91,30 +94,67 @@ class Source(Protocol):
 
 
 def synthesize(job: Job, on_progress: Callable[[int], None] = lambda settled: None) -> Report:
-    """Make this rank's missing shards; ``on_progress`` hears how many of their videos are settled so far."""
-    missing = job.missing()
-    if missing or not (job.out / NEGATIVE).exists():
-        write_json(job.out / PROVENANCE, job.provenance)
-        source = _source(job)
-        write_negative(job.out, source.negative)
-        before = 0
-        for number in missing:
-            indices = job.ranges[number]
-            results = _watched(source.results(indices), indices, before, on_progress)
-            write_shard(shard_path(job.out, number), results)
-            before += len(indices)
-    return _finish(job, len(missing))
+    """Make missing shards until none is left that no other process makes.
+
+    ``on_progress`` hears how many videos are settled so far, those of other processes by whole shards.
+    """
+    if _is_whole(job):
+        return _report(job, 0)
+    with Claims(job.out, *own_rank()) as claims:
+        with claims.everything():
+            write_json(job.out / PROVENANCE, job.provenance)
+        made = _make_missing(job, claims, on_progress)
+        with claims.everything():
+            report = _report(job, made)
+            if report.complete:
+                _complete(job)
+    if not report.complete:
+        log.info("What is missing is being made by other processes, or left for the next start.")
+    return report
 
 
-def _finish(job: Job, made: int) -> Report:
-    """Write the manifest, if no shard is missing any more: of several ranks, the last to finish does."""
+def _is_whole(job: Job) -> bool:
+    """Whether a data set lacks nothing."""
+    shards = [shard_path(job.out, number) for number in range(len(job.ranges))]
+    files = [job.out / MANIFEST, job.out / NEGATIVE, *map(index_path, shards)]
+    return all(file.exists() for file in files) and not job.missing()
+
+
+def _make_missing(job: Job, claims: Claims, on_progress: Callable[[int], None]) -> int:
+    """Make every missing shard that no other process makes; gives their number."""
+    made, wanted = 0, job.videos_left()
+    source: Source | None = None
+    for number in job.missing():
+        path, indices = shard_path(job.out, number), job.ranges[number]
+        with claims.shard(number) as is_mine:
+            if is_mine and read_record(path) is None:  # another process may have made it meanwhile
+                source = source or _source(job)
+                before = wanted - job.videos_left()
+                write_shard(path, _watched(source.results(indices), indices, before, on_progress))
+                made += 1
+    with claims.everything():
+        if not (job.out / NEGATIVE).exists():
+            write_negative(job.out, (source or _source(job)).negative)
+    return made
+
+
+def _complete(job: Job) -> None:
+    """Write what a whole data set has: the manifest, and the index of each shard that came without."""
+    records = [record for record in job.records() if record is not None]
+    for path in (job.out / record.name for record in records):
+        if not index_path(path).exists():
+            write_index(path)
+    write_manifest(job.out, records, job.provenance)
+    (job.out / CLAIMS).unlink(missing_ok=True)
+
+
+def _report(job: Job, made: int) -> Report:
+    """How the data set stands now."""
     found = job.records()
     records = [record for record in found if record is not None]
-    complete = len(records) == len(found)
-    if complete and (made or not (job.out / MANIFEST).exists()):
-        write_manifest(job.out, records, job.provenance)
     rejected = tuple(entry for record in records for entry in record.rejected)
     samples = sum(record.samples for record in records)
+    complete = len(records) == len(found)
     return Report(job.out, len(job.captions), samples, len(records), made, complete, rejected)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,9 +19,10 @@ from torch import Tensor
 import anyflow_cli.synthesize as synthesis
 from anyflow_cli.data.batches import LatentData
 from anyflow_cli.data.clips import from_pixels, write_mp4
+from anyflow_cli.data.index import index_members
 from anyflow_cli.data.job import prepare
 from anyflow_cli.data.noise import batch_noise, noise
-from anyflow_cli.data.shards import Rejection, index_members, read_manifest
+from anyflow_cli.data.shards import Rejection, read_manifest
 from anyflow_cli.data.verify import verify
 from anyflow_cli.data.world import WORLDS, render
 from anyflow_cli.errors import AnyflowError, UsageError
@@ -170,17 +172,57 @@ def test_a_kill_in_the_middle_changes_no_byte(teacher: Path, undisturbed: Path, 
     assert contents(out) == contents(undisturbed)
 
 
+CLAIMING = """
+import sys
+from pathlib import Path
+from anyflow_cli.data.claims import Claims
+
+with Claims(Path(sys.argv[1]), 1, 2) as claims, claims.shard(1):
+    print("claimed", flush=True)
+    sys.stdin.read()
+"""
+
+
 def test_ranks_share_the_work_by_shard(
     teacher: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """What another process is making is left to it; when it dies, the next start takes its shard over."""
+    out = tmp_path / "d"
+    command = [sys.executable, "-c", CLAIMING, str(out)]
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=Path(__file__).parent.parent, **pipes) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "claimed\n"
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        report = synthesize(prepare(recipe_of(teacher), out))
+        assert (report.made, report.complete) == (2, False)
+        assert not (out / "00001.tar").exists()
+        assert not (out / "manifest.json").exists()
+        other.kill()
+    report = synthesize(prepare(recipe_of(teacher), out))
+    assert (report.made, report.complete) == (1, True)
+    assert contents(out) == contents(undisturbed)
+
+
+def test_each_rank_begins_with_shards_of_its_own(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    reports = []
-    for rank in ("1", "0"):
+    job = prepare(recipe_of(teacher), tmp_path / "d")
+    for rank, order in (("0", [0, 2, 1]), ("1", [1, 0, 2])):
         monkeypatch.setenv("RANK", rank)
-        reports.append(synthesize(prepare(recipe_of(teacher), tmp_path / "d")))
-        assert (tmp_path / "d" / "manifest.json").exists() == (rank == "0")
-    assert [(report.made, report.complete) for report in reports] == [(1, False), (2, True)]
-    assert contents(tmp_path / "d") == contents(undisturbed)
+        assert job.missing() == order
+
+
+def test_a_lost_index_is_written_again_without_the_models(
+    teacher: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "d"
+    shutil.copytree(undisturbed, out)
+    (out / "00001.npy").unlink()
+    monkeypatch.setattr(synthesis, "_source", lambda job: pytest.fail("a model was loaded"))
+    assert synthesize(prepare(recipe_of(teacher), out)).made == 0
+    assert contents(out) == contents(undisturbed)
 
 
 def rejecting(seeds: dict[int, str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -139,7 +139,7 @@ def _latents(settings: Recipe, paths: RunPaths, data: Path | None, *, dry_run: b
         return data
     out = paths.home / "finetune-data"
     job = prepare(settings, out, data)
-    todo = sum(len(job.ranges[number]) for number in job.missing())
+    todo = job.videos_left()
     if not todo and (out / MANIFEST).exists():
         return out
     if dry_run:

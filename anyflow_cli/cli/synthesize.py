@@ -129,8 +129,7 @@ def synthesize(
 def _run(job: Job, *, as_json: bool) -> None:
     from anyflow_cli.synthesize import synthesize as run
 
-    todo = sum(len(job.ranges[number]) for number in job.missing())
-    with Progress("synthesize", todo, "videos") as progress:
+    with Progress("synthesize", job.videos_left(), "videos") as progress:
         report = run(job, progress.update)
     values = {
         "data": report.out, "samples": report.samples, "wanted": report.wanted, "shards": report.shards,

@@ -48,9 +48,14 @@ class Job:
         return [read_record(shard_path(self.out, number)) for number in range(len(self.ranges))]
 
     def missing(self) -> list[int]:
-        """The shards still to be made by this process, of as many as RANK and WORLD_SIZE say."""
-        rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-        return [n for n, record in enumerate(self.records()) if record is None and n % world == rank]
+        """The shards still to be made. Each process begins at others, so that few find theirs taken."""
+        rank, ranks = own_rank()
+        missing = [number for number, record in enumerate(self.records()) if record is None]
+        return sorted(missing, key=lambda number: ((number - rank) % ranks, number))
+
+    def videos_left(self) -> int:
+        """Videos of the shards still to be made, by whichever process."""
+        return sum(len(self.ranges[number]) for number in self.missing())
 
     @property
     def teacher(self) -> str:
@@ -165,3 +170,8 @@ def _check_directory(job: Job) -> None:
 def _short(value: Any) -> str:
     text = "nothing" if value is None else str(value)
     return text if len(text) <= 24 else f"{text[:12]}..."
+
+
+def own_rank() -> tuple[int, int]:
+    """This process's number among how many, as torchrun, accelerate or a cluster's script has set them."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))

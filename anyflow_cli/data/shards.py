@@ -2,14 +2,15 @@
 
     00000.tar             <index>.safetensors {latents, text}, <index>.json {caption, seed, ...}, maybe .mp4
     00000.json            the shard's record: hash, sizes, what was rejected while it was made
+    00000.npy             the shard's index (``index.py``): where each sample lies, and its checksum
     negative.safetensors  {text}: the embedding of the negative prompt
     provenance.json       what the data set is made from; written first, so that another run is refused
     manifest.json         all records together; written last, so that its presence means complete
 
 A shard covers a fixed range of indices, so work is divided, resumed and repeated by shard, and equal seeds
-give equal bytes. A shard is complete when its tar has its final name; the record is committed just before it.
-Keeping records spares a restart and the manifest from reading a terabyte again. Names inside archives are
-keys, never paths.
+give equal bytes. A shard is complete when its tar has its final name; index and record are committed just
+before it. Keeping records spares a restart and the manifest from reading a terabyte again. Names inside
+archives are keys, never paths. Writing is local; a finished data set is read wherever it lies (``place.py``).
 
 Legend: F latent frames, C channels, H W latent height and width, L text tokens (not padded), D text width.
 """
@@ -20,6 +21,7 @@ import hashlib
 import io
 import json
 import tarfile
+import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -31,13 +33,12 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from anyflow_cli.data.atomic import committed, write_json
+from anyflow_cli.data.index import REPAIR, write_index
+from anyflow_cli.data.place import Place
 from anyflow_cli.errors import AnyflowError, UsageError
 
 VERSION = 1
 MANIFEST, PROVENANCE, NEGATIVE = "manifest.json", "provenance.json", "negative.safetensors"
-REPAIR = (
-    "Find every damage with `anyflow synthesize --verify`; remove that shard and run `anyflow synthesize`."
-)
 
 
 class CorruptSampleError(AnyflowError):
@@ -98,17 +99,6 @@ class Manifest:
     version: int = VERSION
 
 
-@dataclass(frozen=True)
-class Span:
-    """Where a member's bytes lie in its archive."""
-
-    offset: int
-    size: int
-
-
-Members = dict[str, dict[str, Span]]  # key of a sample -> ending -> bytes
-
-
 def shard_ranges(count: int, size: int) -> list[range]:
     """The indices of each shard: shard s covers [s * size, (s + 1) * size), the last one perhaps fewer."""
     return [range(start, min(start + size, count)) for start in range(0, count, size)]
@@ -120,7 +110,7 @@ def shard_path(directory: Path, number: int) -> Path:
 
 
 def write_shard(path: Path, results: Iterable[Sample | Rejection]) -> ShardRecord:
-    """Write what ``results`` yields, one at a time, and commit the record and then the shard."""
+    """Write what ``results`` yields, one at a time, and commit its index, its record and then the shard."""
     rejected: list[Rejection] = []
     shapes: list[tuple[tuple[int, ...], int]] = []
     with committed(path) as temporary:
@@ -136,6 +126,7 @@ def write_shard(path: Path, results: Iterable[Sample | Rejection]) -> ShardRecor
             path.name, sha256(temporary), len(shapes), temporary.stat().st_size,
             shapes[0][0] if shapes else None, shapes[0][1] if shapes else None, tuple(rejected),
         )  # fmt: skip
+        write_index(path, temporary)
         write_json(path.with_suffix(".json"), asdict(record))
     return record
 
@@ -173,14 +164,18 @@ def read_record(path: Path) -> ShardRecord | None:
 
 
 def check_size(path: Path, record: ShardRecord) -> None:
-    """Refuse a shard that vanished or was cut short; costs no reading."""
-    if not path.exists():
+    """Refuse a local shard that vanished or was cut short; costs no reading."""
+    require_size(str(path), path.stat().st_size if path.exists() else None, record)
+
+
+def require_size(name: str, size: int | None, record: ShardRecord) -> None:
+    """Refuse a shard that has another size than was written, or none."""
+    if size is None:
         raise UsageError(
-            f"The shard {path} is missing.", "Run `anyflow synthesize` again: it makes missing shards only."
+            f"The shard {name} is missing.", "Run `anyflow synthesize` again: it makes missing shards only."
         )
-    size = path.stat().st_size
     if size != record.bytes:
-        raise UsageError(f"The shard {path} has {size:,} bytes where {record.bytes:,} were written.", REPAIR)
+        raise UsageError(f"The shard {name} has {size:,} bytes where {record.bytes:,} were written.", REPAIR)
 
 
 def write_manifest(
@@ -202,19 +197,19 @@ def write_manifest(
     return manifest
 
 
-def read_manifest(directory: Path) -> Manifest:
+def read_manifest(address: str | Path) -> Manifest:
     """The manifest of a complete data set; says what is the matter when there is none."""
-    path = directory / MANIFEST
-    if not path.exists():
-        begun = (directory / PROVENANCE).exists()
-        what = "is not complete yet" if begun else "holds no data set (no manifest.json)"
-        raise UsageError(f"{directory} {what}.", "Make or complete it with `anyflow synthesize`.")
+    place = Place.at(address)
+    path = place.name(MANIFEST)
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(place.read(MANIFEST))
         version = content["version"]
         if version <= VERSION:
             shards = tuple(ShardRecord.from_dict(entry) for entry in content["shards"])
             return Manifest(**{**content, "shards": shards, "latent_shape": tuple(content["latent_shape"])})
+    except FileNotFoundError:
+        what = "is not complete yet" if place.exists(PROVENANCE) else f"holds no data set (no {MANIFEST})"
+        raise UsageError(f"{place} {what}.", "Make or complete it with `anyflow synthesize`.") from None
     except (ValueError, TypeError, KeyError) as error:
         raise UsageError(
             f"The manifest {path} cannot be read.", "Remove it and run `anyflow synthesize` again."
@@ -230,52 +225,41 @@ def write_negative(directory: Path, text: Tensor) -> None:
         temporary.write_bytes(safetensors.torch.save({"text": text.contiguous()}))
 
 
-def read_negative(directory: Path) -> Tensor:
+def read_negative(address: str | Path) -> Tensor:
     """The negative prompt's embedding, (L, D), in fp32."""
+    place = Place.at(address)
     try:
-        return safetensors.torch.load((directory / NEGATIVE).read_bytes())["text"].float()
+        return safetensors.torch.load(place.read(NEGATIVE))["text"].float()
     except (OSError, SafetensorError, KeyError) as error:
         raise UsageError(
-            f"{directory / NEGATIVE} is missing or cannot be read.", "Run `anyflow synthesize` again."
+            f"{place.name(NEGATIVE)} is missing or cannot be read.", "Run `anyflow synthesize` again."
         ) from error
 
 
-def index_members(path: Path) -> Members:
-    """Where each sample's parts lie, from the archive's headers alone (no member is read)."""
-    members: Members = {}
-    end = 0
+def read_sample(place: Place, shard: str, row: Any) -> Sample:
+    """One sample by its row of the index; CorruptSampleError names it if it is not what was written.
+
+    A shard that is not there any more ends as UsageError: that is more than a sample. Previews are not read.
+    """
+    name = f"Sample {row['sample']:08d} of {place.name(shard)}"
     try:
-        with tarfile.open(path, "r:") as archive:
-            for info in archive:
-                key, _, ending = info.name.partition(".")
-                end = info.offset_data + -(-info.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-                if info.isfile():
-                    members.setdefault(key, {})[ending] = Span(info.offset_data, info.size)
-    except tarfile.TarError as error:
-        raise UsageError(f"The shard {path} is damaged: {error}.", REPAIR) from error
-    # tarfile takes a broken header for the end; the true end is two blocks of zeros.
-    if read_bytes(path, Span(end, 2 * tarfile.BLOCKSIZE)) != bytes(2 * tarfile.BLOCKSIZE):
-        raise UsageError(f"The shard {path} is damaged or cut short after byte {end:,}.", REPAIR)
-    return members
-
-
-def read_bytes(path: Path, span: Span) -> bytes:
-    """One member's bytes, wherever it lies; safe from several threads."""
-    with path.open("rb") as handle:
-        handle.seek(span.offset)
-        return handle.read(span.size)
-
-
-def read_sample(path: Path, key: str, parts: Mapping[str, Span]) -> Sample:
-    """One sample, checked for being finite; else CorruptSampleError names it. The preview is not read."""
+        content = place.read(shard, int(row["offset"]), int(row["length"]))
+    except FileNotFoundError:
+        raise UsageError(
+            f"The shard {place.name(shard)} is missing.", "Bring it back; the same command then goes on."
+        ) from None
+    if zlib.crc32(content) != row["crc"]:
+        raise CorruptSampleError(f"{name} is not what was written (its checksum differs).", REPAIR)
     try:
-        facts = json.loads(read_bytes(path, parts["json"]))
-        tensors = safetensors.torch.load(read_bytes(path, parts["safetensors"]))
+        facts = json.loads(content[-int(row["facts"]) :])
+        tensors = safetensors.torch.load(content[: int(row["tensors"])])
         sample = Sample(facts.pop("index"), facts.pop("caption"), tensors["latents"], tensors["text"], facts)
     except (KeyError, ValueError, AttributeError, SafetensorError) as error:
-        raise CorruptSampleError(f"Sample {key} of {path} cannot be read ({error!r}).", REPAIR) from error
+        raise CorruptSampleError(f"{name} cannot be read ({error!r}).", REPAIR) from error
+    if sample.index != row["sample"]:
+        raise CorruptSampleError(f"{name} is sample {sample.index}.", REPAIR)
     if not (torch.isfinite(sample.latents).all() and torch.isfinite(sample.text).all()):
-        raise CorruptSampleError(f"Sample {key} of {path} holds numbers that are not finite.", REPAIR)
+        raise CorruptSampleError(f"{name} holds numbers that are not finite.", REPAIR)
     return sample
 
 

@@ -107,6 +107,8 @@ def _is_cached(name: str) -> bool:
 
 
 def _data(recipe: Recipe, paths: RunPaths) -> Need:
+    if recipe.data.path and "://" in recipe.data.path:
+        return Need("data", recipe.data.path, "fetched at the start", "batch by batch, while training")
     place = Path(recipe.data.path) if recipe.data.path else paths.data
     state: State = "there" if (place / MANIFEST).is_file() else "missing"
     return Need("data", str(place), state, f"anyflow synthesize -r {recipe.name}")

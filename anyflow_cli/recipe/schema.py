@@ -100,9 +100,14 @@ class Data(Section):
     prompts: str | None = Field(None, description="File of prompts; null: captions of the world below.")
     world: World = "shapes"
     path: str | None = Field(
-        None, description="Data set of latents; null: what `synthesize` left in the run directory."
+        None,
+        description="Data set of latents: a directory, or any address that fsspec reads (s3://, hf://, ...);"
+        " null: what `synthesize` left in the run directory.",
     )
-    workers: Annotated[int, Field(ge=0)] = 0
+    workers: Annotated[int, Field(ge=0)] = Field(0, description="Threads a process that read batches ahead.")
+    max_corrupt: Annotated[int, Field(ge=0)] = Field(
+        16, description="Corrupt samples, over all processes, that are replaced before a run is stopped."
+    )
 
 
 class Synthesize(Section):

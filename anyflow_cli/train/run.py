@@ -22,7 +22,8 @@ from typing import Any
 import anyflow_cli
 from anyflow_cli.addresses import LINEAGE, RECIPE, is_checkpoint
 from anyflow_cli.data.atomic import committed, write_json
-from anyflow_cli.data.shards import MANIFEST, sha256
+from anyflow_cli.data.place import Place
+from anyflow_cli.data.shards import MANIFEST
 from anyflow_cli.errors import UsageError
 from anyflow_cli.model.folder import read_json, transformer_folder
 from anyflow_cli.recipe.compare import differing_keys, dump, flat
@@ -46,7 +47,7 @@ class Inputs:
 
     directory: Path
     section: str  # of the recipe, e.g. train_flowmap
-    data: Path
+    data: str | Path  # a directory, or another address of a data set
     parents: Mapping[str, Path]
     base: Path
 
@@ -118,7 +119,7 @@ def versions() -> dict[str, str]:
 
 def fingerprints(inputs: Inputs) -> dict[str, dict[str, str]]:
     """Path and hash of the data set's manifest and of each parent."""
-    data = {"path": str(inputs.data), "sha256": sha256(inputs.data / MANIFEST)}
+    data = {"path": str(inputs.data), "sha256": Place.at(inputs.data).sha256(MANIFEST)}
     parents = {
         name: {"path": str(path), "sha256": fingerprint(path)} for name, path in inputs.parents.items()
     }

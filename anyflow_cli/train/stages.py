@@ -89,9 +89,9 @@ def _base_of(recipe: schema.Recipe, start: Path) -> Path:
     return run_of(start).base
 
 
-def _data(recipe: schema.Recipe, paths: RunPaths) -> Path:
-    data = Path(recipe.data.path) if recipe.data.path else paths.data
-    if not data.exists():
+def _data(recipe: schema.Recipe, paths: RunPaths) -> str | Path:
+    data = recipe.data.path or paths.data
+    if "://" not in str(data) and not Path(data).exists():
         raise UsageError(
             f"There is no data set at {data}.", f"Make it with `anyflow synthesize -r {recipe.name}`."
         )
@@ -207,7 +207,7 @@ def train(recipe: schema.Recipe, inputs: Inputs, on_step: OnStep | None = None) 
     trainer = Trainer(
         inputs.directory,
         _objective(recipe, inputs, backbone, data),
-        Batches(data, settings.batch, settings.seed),
+        Batches(data, settings.batch, settings.seed, recipe.data.max_corrupt),
         settings,
         accelerator=accelerator,
         precision=precision,
@@ -267,7 +267,7 @@ def _check_fit(network: FlowMapTransformer, data: LatentData) -> None:
     ):
         if has != wants:
             raise UsageError(
-                f"{data.directory} holds {what.format(has)}; the model takes {wants}.",
+                f"{data.place} holds {what.format(has)}; the model takes {wants}.",
                 "Make a data set with this recipe's teacher: `anyflow synthesize`.",
             )
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -42,6 +42,9 @@ class Source(Protocol):
 
     def stream(self, start: int, part: slice = ..., workers: int = ...) -> Iterator[Batch]:
         """Give batches of steps start, start + 1, ... without end."""
+
+    def account(self, step: int, places: Iterable[int]) -> None:
+        """Take note that the samples at these places of a global batch are corrupt, or refuse to go on."""
 
 
 class StoppedError(AnyflowError):
@@ -168,7 +171,7 @@ class Trainer:
 
     def _train_step(self, batch: Batch) -> dict[str, float]:
         """All phases on this process's share of a global batch; what is reported of the step."""
-        values: dict[str, float] = {}
+        values = self._account(batch)
         for phase in self.phases:
             tallies = self._accumulate(phase, batch)
             report = {name: total / count for name, (total, count) in tallies.items() if count}
@@ -177,6 +180,15 @@ class Trainer:
             self._refuse_divergence(phase.name, norm)
             values |= report | {f"{phase.name}_gradient": norm}
         return values
+
+    def _account(self, batch: Batch) -> dict[str, float]:
+        """Tell the source of all processes' corrupt samples, on each of them alike; how many if there are."""
+        corrupt = torch.zeros(self.settings.batch, device=self.accelerator.device)
+        corrupt[[self.rank + place * self.ranks for place in batch.replaced]] = 1
+        places = self._reduce(corrupt).nonzero().flatten().tolist()
+        if places:
+            self.source.account(self.step - 1, places)
+        return {"corrupt": float(len(places))} if places else {}
 
     def _accumulate(self, phase: PhaseState, batch: Batch) -> dict[str, list[float]]:
         """Sum the gradient over micro batches and terms; (sum, count) of each report over all processes."""

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from anyflow_cli.data import batches as batches_module
 from anyflow_cli.data.batches import Batches, LatentData
 from anyflow_cli.data.shards import Sample, shard_path, write_manifest, write_shard
 from anyflow_cli.errors import UsageError
@@ -86,20 +85,54 @@ def test_longer_texts_than_the_model_takes_are_refused(tmp_path: Path) -> None:
 def test_a_corrupt_sample_is_named_once_and_its_neighbour_taken(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    data = LatentData(make_data(tmp_path, nan=(3, 9)), TOKENS)
+    data = LatentData(make_data(tmp_path, nan=(3, 4, 9)), TOKENS)
     with caplog.at_level(logging.WARNING):
-        assert data.batch([3, 9, 3]).captions == ["caption 4", "caption 0", "caption 4"]
-    assert len(caplog.records) == 2
-    assert "Sample 00000003" in caplog.text
-    assert data.skipped == {3, 9}
+        batch = data.batch([1, 3, 9, 3])
+    assert batch.captions == ["caption 1", "caption 5", "caption 0", "caption 5"]
+    assert batch.replaced == [1, 2, 3]
+    assert len(caplog.records) == 3
+    assert "Sample 00000003 of" in caplog.text
 
 
-def test_too_many_corrupt_samples_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batches_module, "SKIP_LIMIT", 3)
-    data = LatentData(make_data(tmp_path, nan=(0, 2, 4, 6)), TOKENS)
-    assert data.batch([0, 2, 4]).captions == ["caption 1", "caption 3", "caption 5"]
-    with pytest.raises(UsageError, match="More than 3 samples"):
-        data.batch([6])
+def test_a_flipped_bit_is_a_corrupt_sample(tmp_path: Path) -> None:
+    data = LatentData(make_data(tmp_path), TOKENS)
+    path = tmp_path / "00000.tar"
+    content = bytearray(path.read_bytes())
+    content[700] ^= 1  # in the latents of sample 0, which stay finite
+    path.write_bytes(content)
+    assert data.batch([0, 1]).captions == ["caption 1", "caption 1"]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_global_batches_stay_exact_around_corrupt_samples(tmp_path: Path, ranks: int) -> None:
+    batches = Batches(LatentData(make_data(tmp_path, nan=(2, 3, 9)), TOKENS), 6, seed=1, max_corrupt=3)
+    for step in range(5):
+        whole = batches.load(step)
+        parts = [batches.load(step, slice(rank, None, ranks)) for rank in range(ranks)]
+        assert sorted(whole.captions) == sorted(caption for part in parts for caption in part.captions)
+        met = {rank + place * ranks for rank, part in enumerate(parts) for place in part.replaced}
+        assert (
+            met
+            == set(whole.replaced)
+            == {place for place, position in enumerate(batches.positions(step)) if position in (2, 3, 9)}
+        )
+        batches.account(step, met)
+    assert batches.corrupt == {2, 3, 9}
+
+
+def test_more_corrupt_samples_than_the_recipe_allows_end_the_run(tmp_path: Path) -> None:
+    batches = Batches(LatentData(make_data(tmp_path), TOKENS), 4, seed=0, max_corrupt=2)
+    batches.account(0, [0, 1])
+    batches.account(0, [1])  # known already, as after an epoch
+    with pytest.raises(UsageError, match=r"3 samples .* are corrupt by step 2; .* 2 \(data\.max_corrupt\)"):
+        batches.account(1, [0])
+
+
+def test_a_stretch_of_corrupt_samples_is_no_matter_of_samples(tmp_path: Path) -> None:
+    data = LatentData(make_data(tmp_path, count=20, size=20, nan=range(18)), TOKENS)
+    assert data.batch([2]).captions == ["caption 18"]
+    with pytest.raises(UsageError, match="More than 16 samples in a row"):
+        data.batch([1])
 
 
 def test_a_missing_or_cut_shard_is_named_before_training(tmp_path: Path) -> None:
@@ -114,7 +147,7 @@ def test_a_missing_or_cut_shard_is_named_before_training(tmp_path: Path) -> None
 
 
 def test_a_shard_that_vanishes_while_training_is_named(data: LatentData) -> None:
-    (data.directory / "00002.tar").unlink()
+    Path(data.place.root, "00002.tar").unlink()
     assert data.batch([0]).captions == ["caption 0"]
     with pytest.raises(UsageError, match=r"00002\.tar is missing"):
         data.batch([9])

@@ -8,17 +8,20 @@ import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load
 
 from anyflow_cli.data.atomic import committed
+from anyflow_cli.data.index import index_members, read_index, scan
+from anyflow_cli.data.place import Place
 from anyflow_cli.data.shards import (
     MANIFEST,
     PROVENANCE,
     CorruptSampleError,
     Rejection,
     Sample,
-    index_members,
     read_manifest,
     read_negative,
     read_record,
@@ -49,7 +52,9 @@ def test_a_sample_comes_back_as_it_was(tmp_path: Path) -> None:
     members = index_members(tmp_path / "00000.tar")
     assert set(members) == {"00000012"}
     assert set(members["00000012"]) == {"safetensors", "json", "mp4"}
-    back = read_sample(tmp_path / "00000.tar", "00000012", members["00000012"])
+    place = Place.at(tmp_path)
+    (row,) = read_index(place, "00000.tar", 1)
+    back = read_sample(place, "00000.tar", row)
     assert torch.equal(back.latents, sample.latents)
     assert torch.equal(back.text, text)
     assert back.text.dtype == torch.bfloat16
@@ -66,6 +71,45 @@ def test_a_shard_is_a_plain_webdataset(tmp_path: Path) -> None:
         assert handle is not None
         assert json.load(handle)["caption"] == "caption 1"
     assert names == [f"0000000{i}.{ending}" for i in (0, 1) for ending in ("safetensors", "json")]
+
+
+def test_webdataset_reads_what_we_write(tmp_path: Path) -> None:
+    tariterators = pytest.importorskip("webdataset.tariterators")
+    write_shard(tmp_path / "00000.tar", [make_sample(0), make_sample(1)])
+    with (tmp_path / "00000.tar").open("rb") as file:
+        members = tariterators.tar_file_expander([{"stream": file, "url": "00000.tar"}])
+        found = list(tariterators.group_by_keys(members))
+    assert [sample["__key__"] for sample in found] == ["00000000", "00000001"]
+    assert [json.loads(sample["json"])["caption"] for sample in found] == ["caption 0", "caption 1"]
+    assert torch.equal(load(found[1]["safetensors"])["latents"], make_sample(1).latents)
+
+
+def test_an_index_is_small_and_that_of_the_archive(tmp_path: Path) -> None:
+    path = tmp_path / "00000.tar"
+    write_shard(path, [make_sample(index) for index in range(100)])
+    rows = read_index(Place.at(tmp_path), "00000.tar", 100)
+    assert np.array_equal(rows, scan(path))
+    assert rows["sample"].tolist() == list(range(100))
+    assert rows.nbytes <= 32 * 100
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut", "other", "twice"])
+def test_an_index_that_cannot_be_is_named(tmp_path: Path, damage: str) -> None:
+    for name, first in (("00000.tar", 0), ("00001.tar", 4)):
+        write_shard(tmp_path / name, [make_sample(first + index) for index in range(2 + first)])
+    path = tmp_path / "00000.npy"
+    if damage == "gone":
+        path.unlink()
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[:-9])
+    if damage == "other":
+        path.write_bytes((tmp_path / "00001.npy").read_bytes())
+    if damage == "twice":
+        np.save(path, np.load(path)[[0, 0]])
+    with pytest.raises(UsageError, match=r"00000\.npy") as error:
+        read_index(Place.at(tmp_path), "00000.tar", 2)
+    assert error.value.hint is not None
+    assert "anyflow synthesize" in error.value.hint
 
 
 def test_equal_samples_give_equal_bytes(tmp_path: Path) -> None:
@@ -97,7 +141,7 @@ def test_what_a_killed_process_leaves_is_no_shard(tmp_path: Path) -> None:
     os.rename(tmp_path / "00000.tar", tmp_path / ".00000.0.tmp.tar")  # killed between record and shard
     assert read_record(tmp_path / "00000.tar") is None
     write_shard(tmp_path / "00000.tar", [make_sample(0)])
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["00000.json", "00000.tar"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["00000.json", "00000.npy", "00000.tar"]
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS])
@@ -160,19 +204,39 @@ def test_names_in_an_archive_are_not_paths(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.rglob("*")] == ["in", "00000.tar"]
 
 
-@pytest.mark.parametrize("damage", ["nan", "json", "tensors", "part"])
-def test_a_corrupt_sample_is_named(tmp_path: Path, damage: str) -> None:
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        ("nan", "not finite"),
+        ("bit", "checksum differs"),
+        ("cut", "checksum differs"),
+        ("json", "cannot be read"),
+        ("tensors", "cannot be read"),
+        ("part", "cannot be read"),
+        ("other", "is sample 3"),
+    ],
+)
+def test_a_corrupt_sample_is_named(tmp_path: Path, damage: str, said: str) -> None:
     path = tmp_path / "00000.tar"
     write_shard(path, [make_sample(3, float("nan") if damage == "nan" else None)])
-    (parts,) = index_members(path).values()
+    rows = scan(path)
     with path.open("r+b") as handle:
-        if damage in ("json", "tensors"):
-            handle.seek(parts["json" if damage == "json" else "safetensors"].offset)
+        if damage in ("json", "tensors"):  # written so: the checksum is that of the damage
+            handle.seek(rows[0]["offset"] + (rows[0]["length"] - 8 if damage == "json" else 0))
             handle.write(b"#" * 8)
+            handle.flush()
+            rows = scan(path)
+        if damage == "bit":
+            handle.seek(rows[0]["offset"] + 200)  # in the tensors, which stay readable and finite
+            handle.write(b"#")
+        if damage == "cut":
+            handle.truncate(rows[0]["offset"] + 100)
     if damage == "part":
-        del parts["json"]
-    with pytest.raises(CorruptSampleError, match=r"Sample 00000003 of .*00000\.tar"):
-        read_sample(path, "00000003", parts)
+        rows[0]["facts"] = 0
+    if damage == "other":
+        rows[0]["sample"] = 4
+    with pytest.raises(CorruptSampleError, match=rf"Sample 0000000[34] of .*00000\.tar .*{said}"):
+        read_sample(Place.at(tmp_path), "00000.tar", rows[0])
 
 
 def test_mixed_shapes_are_refused(tmp_path: Path) -> None:

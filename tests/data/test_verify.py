@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from anyflow_cli.data.shards import ShardRecord
@@ -17,14 +18,35 @@ def test_a_sound_data_set_has_no_problem(tmp_path: Path) -> None:
     assert [record.name for record in seen] == ["00000.tar", "00001.tar", "00002.tar"]
 
 
-def test_a_flipped_bit_is_found(tmp_path: Path) -> None:
+def test_a_flipped_bit_is_found_and_its_sample_named(tmp_path: Path) -> None:
     shard = make_data(tmp_path) / "00001.tar"
     content = bytearray(shard.read_bytes())
     content[700] ^= 1  # inside the tensors of its first sample, whose other checks it passes
     shard.write_bytes(content)
+    of_shard, of_sample = verify(tmp_path).problems
+    assert "00001.tar is not what was written (its hash differs)" in of_shard
+    assert "Sample 00000004 of" in of_sample
+
+
+def test_every_bad_sample_is_named(tmp_path: Path) -> None:
+    make_data(tmp_path, count=200, size=50)
+    bad = {3, 4, 49, 50, 120, 199}
+    for index in bad:
+        path, row = tmp_path / f"{index // 50:05d}.tar", index % 50
+        offset = int(np.load(path.with_suffix(".npy"))[row]["offset"])
+        content = bytearray(path.read_bytes())
+        content[offset + 250] ^= 4
+        path.write_bytes(content)
+    problems = verify(tmp_path).problems
+    named = {int(problem[7:15]) for problem in problems if problem.startswith("Sample ")}
+    assert named == bad
+    assert len(problems) == len(bad) + 4  # each shard's hash differs as well
+
+
+def test_a_lost_index_is_found(tmp_path: Path) -> None:
+    (make_data(tmp_path) / "00001.npy").unlink()
     (problem,) = verify(tmp_path).problems
-    assert "00001.tar" in problem
-    assert "hash" in problem
+    assert "00001.tar has no index" in problem
 
 
 @pytest.mark.parametrize("left", [1000, 0])

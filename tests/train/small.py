@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import count
 from pathlib import Path
 from typing import Any, Literal
@@ -41,6 +41,9 @@ class RandomData:
         for step in count(start):
             at = [(step * self.batch + i) % 8 for i in range(self.batch)][part]
             yield Batch(self.latents[at], self.text[at], [""] * len(at), at)
+
+    def account(self, step: int, places: Iterable[int]) -> None:
+        raise AssertionError(f"corrupt at step {step}: {list(places)}")
 
 
 def network(seed: int = 0, *, two_time: bool = True) -> FlowMapTransformer:

@@ -41,7 +41,7 @@ def make_data(
     return directory
 
 
-def make_recipe(teacher: Path, data: Path, /, **sections: Any) -> Recipe:
+def make_recipe(teacher: Path, data: str | Path, /, **sections: Any) -> Recipe:
     """Two steps of everything, in fp32."""
     short = {
         "steps": 2, "batch": 2, "checkpoint_every": 1, "log_every": 1, "preview_every": 0,
