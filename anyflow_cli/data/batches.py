@@ -4,7 +4,7 @@ The global batch of a step is known to every rank without talking: a seeded perm
 batches, one epoch running into the next. So the order is the same on any number of ranks, processes and
 workers, and a run resumes at step s by asking for step s. Reading is random access into tar archives, one
 range of bytes a sample by the shards' indices, from wherever fsspec reads (``place.py``). What is held in
-memory is the permutation and the indices: 40 bytes a sample.
+memory is the permutation of two epochs and the indices: 44 bytes a sample.
 
 A corrupt sample is replaced by the next readable one in the order of the shards, whoever reads it, so that
 global batches stay whole and the same on any number of ranks. Who reads it names it; ``Batches.account``

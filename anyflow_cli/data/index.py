@@ -1,6 +1,6 @@
 """The index of a shard: where each sample's bytes lie in the archive, and their checksum.
 
-    00000.npy    beside 00000.tar: one row of ROW a sample, 24 bytes, in the order of the samples
+    00000.npy    beside 00000.tar: one row of ROW a sample, 28 bytes, in the order of the samples
 
 It is written once, with the shard, so that a reader needs no pass over the archive's headers: one small read
 a shard, then one range of bytes a sample, at any fsspec address. The checksum names the sample that a flipped
