@@ -13,6 +13,7 @@ width, 3).
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import time
 from collections.abc import Iterator, Sequence
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from anyflow_cli.addresses import open_model
 from anyflow_cli.data.clips import Pixels, from_pixels, to_pixels
-from anyflow_cli.data.noise import batch_noise
+from anyflow_cli.data.noise import batch_noise, noise
 from anyflow_cli.errors import UsageError
 from anyflow_cli.flow.samplers import SAMPLERS
 from anyflow_cli.flow.times import grid
@@ -86,7 +87,6 @@ class Sampler:
         self.precision = resolve_precision(recipe.model.precision, self.device)
         self._network, self._encoder, self._vae = network.eval().requires_grad_(False), encoder, vae
         self._null: Tensor | None = None
-        self.given_frames = 0
         self._given: Tensor | None = None
         self.then: Sequence[Later] = ()
         self._start_clock()
@@ -133,11 +133,10 @@ class Sampler:
         self.then = then
         if frames is not None:
             each = frames if frames.ndim == 5 else frames[None]
-            self.given_frames = each.shape[1]
             self._given = self._vae.encode(from_pixels(each)).to(self.device)
             if self._given.shape[1] >= self.shape[0]:
                 raise UsageError(
-                    f"The {self.given_frames} given frames leave nothing to sample of {self.model.frames}.",
+                    f"The {each.shape[1]} given frames leave nothing to sample of {self.model.frames}.",
                     "Give fewer frames, or make more of them: --frames.",
                 )
 
@@ -204,23 +203,27 @@ class Sampler:
         count = max(self._count, 1)
         return Latency(self._spent["network"] / count, self._spent["decode"] / count)
 
+    def noise_mark(self, seed: int) -> str:
+        """A mark of the noise that a seed's video starts from; equal marks, equal noise."""
+        return hashlib.sha256(noise(seed, self.shape).numpy().tobytes()).hexdigest()[:16]
+
     @torch.no_grad()
     def _batch(self, prompts: Sequence[str], seeds: Sequence[int], nfe: Steps) -> Tensor:
         if self.is_causal:
             latents = torch.cat(list(self._chunks(prompts, seeds, nfe)), dim=1)
         else:
-            noise, streams = self._noise(seeds)
+            start, streams = self._noise(seeds)
             with autocast(self.precision, self.device):
                 velocity = self._velocity(prompts)
                 with self._timed("network"):
                     (times,) = self._grids(nfe)
-                    latents = SAMPLERS[self.method](velocity, noise, times, generator=streams)
+                    latents = SAMPLERS[self.method](velocity, start, times, generator=streams)
         self._count += len(prompts)
         return latents
 
     def _chunks(self, prompts: Sequence[str], seeds: Sequence[int], nfe: Steps) -> Iterator[Tensor]:
         """A causal model's videos, chunk after chunk: (B, F', C, H, W)."""
-        noise, streams = self._noise(seeds)
+        start, streams = self._noise(seeds)
         causal, frames = causal_of(self._network.config), self.shape[0]
         with autocast(self.precision, self.device):
             model = Conditioned(self._network, self._text(prompts))
@@ -232,11 +235,11 @@ class Sampler:
             }
         chunks = rollout(
             model,
-            noise,
+            start,
             partition_for(causal, frames),
             SAMPLERS[self.method],
             self._grids(nfe),
-            given=None if self._given is None else self._given.expand(len(noise), -1, -1, -1, -1),
+            given=None if self._given is None else self._given.expand(len(start), -1, -1, -1, -1),
             remember=remembered_for(causal, frames),
             then=then,
             generator=streams,

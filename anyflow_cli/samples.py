@@ -16,13 +16,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import anyflow_cli
 from anyflow_cli.addresses import Choice
 from anyflow_cli.data.atomic import committed, write_json
 from anyflow_cli.data.clips import Pixels, write_mp4
-from anyflow_cli.data.fragments import growing
+from anyflow_cli.data.fragments import growing, part_of
 from anyflow_cli.errors import AnyflowError, UsageError
 from anyflow_cli.recipe.compare import digest
 from anyflow_cli.recipe.schema import Recipe
@@ -30,10 +30,27 @@ from anyflow_cli.sample import Sampler, Steps
 from anyflow_cli.sheets import Row, contact_sheet, pick_frames
 from anyflow_cli.streaming import Shown, stream_video
 
+RECORD = "samples.json"
 SHEET_ROWS = 8  # videos of one step count that the sheet shows; all are in the mp4s
 SHEET_FRAMES = 5
 
 log = logging.getLogger(__name__)
+
+
+class Given(NamedTuple):
+    """The frames that every video begins with, (T, height, width, 3), and the file they were read from."""
+
+    pixels: Pixels
+    kind: Literal["image", "video"]
+    file: Path
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What it takes to read the same frames again, and to know them."""
+        mark = hashlib.sha256(self.pixels.tobytes()).hexdigest()[:16]
+        return {
+            "kind": self.kind, "file": str(self.file.resolve()), "frames": len(self.pixels), "mark": mark
+        }  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -43,6 +60,7 @@ class Request:
     prompts: Sequence[str]
     seeds: Sequence[int]
     nfe: Sequence[Steps]
+    given: Given | None = None
 
     @property
     def pairs(self) -> list[tuple[int, str, int]]:
@@ -80,8 +98,9 @@ def write_samples(
     _write_sheet(
         out / "sheet.png", request, columns, [steps_label(nfe, sampler) for nfe in request.nfe], choice
     )
-    record = _record(sampler, recipe, choice) | {"sheet": "sheet.png", "samples": entries}
-    write_json(out / "samples.json", record)
+    given = {"given": request.given and request.given.facts}
+    record = _record(sampler, recipe, choice) | given | {"sheet": "sheet.png", "samples": entries}
+    write_json(out / RECORD, record)
     return record
 
 
@@ -103,6 +122,7 @@ def _streamed(sampler: Sampler, request: Request, nfe: Steps, out: Path, recipe:
     for entry in _entries(sampler, request, nfe):
         shown = Shown(recipe.model.frames, SHEET_FRAMES)
         with growing(out / entry["file"], recipe.model.fps) as write:
+            log.info("%s can be played while it grows.", part_of(out / entry["file"]))
             pace = stream_video(sampler, entry["prompt"], entry["seed"], nfe, write, shown.pass_by)
         log.info("%s: %s.", entry["file"], pace.said(recipe.model.fps))
         entry |= _latency(sampler)
@@ -114,8 +134,10 @@ def _entries(sampler: Sampler, request: Request, nfe: Steps) -> list[dict[str, A
     """What the record says of each video of one step count."""
     count = nfe if isinstance(nfe, int) else list(nfe)
     label = steps_label(nfe, sampler)
+    marks = {seed: sampler.noise_mark(seed) for seed in request.seeds}
     return [
         {"file": file_name(number, prompt, seed, label), "prompt": prompt, "seed": seed, "nfe": count}
+        | {"noise": marks[seed]}
         for number, prompt, seed in request.pairs
     ]
 
@@ -200,7 +222,6 @@ def _record(sampler: Sampler, recipe: Recipe, choice: Choice) -> dict[str, Any]:
         "model": {"address": choice.address, "why": choice.why, "lineage": sampler.lineage},
         "sampler": sampler.method,
         "guidance": sampler.guidance,
-        "given_frames": sampler.given_frames,
         "then": [list(later) for later in sampler.then],
         "precision": sampler.precision,
         "device": str(sampler.device),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -25,7 +26,16 @@ from anyflow_cli.cli.common import (
     resolve,
 )
 from anyflow_cli.cli.progress import Progress
-from anyflow_cli.cli.sampling import check_stdout, read_given, read_later, read_prompts_of, read_steps
+from anyflow_cli.cli.sampling import (
+    Asked,
+    asked_again,
+    check_stdout,
+    check_steps,
+    read_given,
+    read_later,
+    read_prompts_of,
+    read_steps,
+)
 
 EXAMPLES = examples(
     'anyflow sample --prompt "a small red circle moving left"',
@@ -36,6 +46,7 @@ EXAMPLES = examples(
     'anyflow sample -p "a red circle" --then "81: a blue square" --frames 161 --nfe 4,8:2 --model far',
     'anyflow sample -p "a red circle" --nfe 2 --model far --stream --out - | mpv -',
 )
+STEPS_PANEL = "Steps"
 CAUSAL_PANEL = "Causal models"
 
 log = logging.getLogger(__name__)
@@ -52,7 +63,7 @@ PromptsOption = Annotated[
 StepsOption = Annotated[
     str | None,
     typer.Option(
-        metavar="N,N,...", show_default=False,
+        metavar="N,N,...", show_default=False, rich_help_panel=STEPS_PANEL,
         help="Step counts to compare, instead of the recipe's; 8:4:2 is 8 steps for the first chunk of a "
         "causal model, 4 for its second, 2 for all others.",
     ),
@@ -114,6 +125,25 @@ StreamOption = Annotated[
         "to standard output, for a player.",
     ),
 ]  # fmt: skip
+PreviewOption = Annotated[
+    bool,
+    typer.Option("--preview", rich_help_panel=STEPS_PANEL, help="2 steps, to be made again with --refine."),
+]
+RefineOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="PATH", show_default=False, rich_help_panel=STEPS_PANEL,
+        help="Make the videos of a sampling (its directory, or one mp4) again from the same noise, at 32 "
+        "steps or what --nfe says.",
+    ),
+]  # fmt: skip
+BudgetOption = Annotated[
+    float | None,
+    typer.Option(
+        "--latency-budget", min=0, metavar="SECONDS", show_default=False, rich_help_panel=STEPS_PANEL,
+        help="As many steps as a video may take seconds, from the measured cost of a step.",
+    ),
+]  # fmt: skip
 OutOption = Annotated[
     Path | None,
     typer.Option(
@@ -127,6 +157,9 @@ def sample(
     prompt: PromptOption = None,
     prompts: PromptsOption = None,
     nfe: StepsOption = None,
+    preview: PreviewOption = False,
+    refine: RefineOption = None,
+    latency_budget: BudgetOption = None,
     frames: FramesOption = None,
     count: CountOption = 1,
     teacher: TeacherOption = False,
@@ -150,22 +183,58 @@ def sample(
 
     Without --model, the furthest model trained with the recipe is used, else the one that ships.
     """
-    options = {"--frames": ("model.frames", frames), "--seed": ("sample.seed", seed)}
-    settings = resolve(recipe, assignments, options)
-    texts = read_prompts_of(settings, prompt, prompts)
-    later = read_later(then, settings.model.frames)
-    steps = read_steps(nfe) or ((settings.sample.teacher_steps,) if teacher else settings.sample.nfe)
-    given = read_given(settings, image, video, video_frames)
+    check_steps({"--nfe": nfe, "--preview": preview or None, "--latency-budget": latency_budget})
+    if refine is None:
+        options = {"--frames": ("model.frames", frames), "--seed": ("sample.seed", seed)}
+        settings = resolve(recipe, assignments, options)
+        usual = settings.sample.nfe if not teacher else (settings.sample.teacher_steps,)
+        asked = Asked(
+            settings,
+            read_prompts_of(settings, prompt, prompts),
+            list(range(settings.sample.seed, settings.sample.seed + count)),
+            read_steps(nfe, preview=preview) or usual,
+            read_later(then, settings.model.frames),
+            read_given(settings, image, video, video_frames),
+            model,
+            sampler,
+        )
+    else:
+        repeated = {
+            "--prompt": prompt, "--prompts": prompts, "--preview": preview or None, "--frames": frames,
+            "--count": None if count == 1 else count, "--teacher": teacher or None, "--model": model,
+            "--sampler": sampler, "--image": image, "--video": video, "--video-frames": video_frames,
+            "--then": then, "--seed": seed,
+        }  # fmt: skip
+        asked = asked_again(refine, resolve(recipe, assignments), repeated, read_steps(nfe))
+    folder = _sample(
+        asked, runs, out, latency_budget, teacher=teacher, stream=stream, dry_run=dry_run, as_json=as_json
+    )
+    if preview and folder is not None:
+        log.info("From the same noise at more steps: anyflow sample --refine %s", folder)
 
+
+def _sample(
+    asked: Asked,
+    runs: Path,
+    out: Path | None,
+    budget: float | None,
+    *,
+    teacher: bool,
+    stream: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> Path | None:
+    """Sample; gives the directory where the files are."""
     from anyflow_cli.addresses import check_address, find_model
     from anyflow_cli.recipe.paths import RunPaths
     from anyflow_cli.samples import Request, check_directory, make_directory, write_samples
 
+    settings = asked.settings
     paths = RunPaths(runs, settings.name)
-    choice = find_model(settings, paths, model, teacher=teacher)
+    choice = find_model(settings, paths, asked.model, teacher=teacher)
     log.info("Model: %s (%s)", *choice)
-    first = settings.sample.seed
-    request = Request(texts, range(first, first + count), tuple(dict.fromkeys(steps)))
+    steps = tuple(dict.fromkeys(asked.steps)) if budget is None else (1,)
+    request = Request(asked.prompts, asked.seeds, steps, asked.given)
     total = len(request.pairs) * len(request.nfe)
     if to_stdout := out == Path("-"):
         check_stdout(total, stream=stream, as_json=as_json)
@@ -173,22 +242,31 @@ def sample(
         check_directory(out)
     if dry_run:
         check_address(choice.address)
-        facts = {"model": choice.address, "because": choice.why, "prompts": len(texts), "nfe": request.nfe}
+        shown = request.nfe if budget is None else f"what {budget:g} s allow"
+        facts = {"model": choice.address, "because": choice.why, "prompts": len(asked.prompts), "nfe": shown}
         facts |= {"seeds": list(request.seeds), "videos": total, "out": out or paths.samples}
-        return print_plan("sample", facts, as_json=as_json, recipe=settings)
+        print_plan("sample", facts, as_json=as_json, recipe=settings)
+        return None
 
+    from anyflow_cli.budget import steps_within
     from anyflow_cli.sample import Sampler
     from anyflow_cli.streaming import stream_to_stdout
 
-    opened = Sampler.load(choice.address, settings, teacher=teacher, method=sampler)
-    opened.begin(given, later)
+    opened = Sampler.load(choice.address, settings, teacher=teacher, method=asked.method)
+    if asked.preview is not None:
+        asked.preview.check_model(opened)
+    opened.begin(asked.given and asked.given.pixels, asked.later)
     if stream or any(isinstance(each, tuple) for each in request.nfe):
         opened.require_causal()
+    if budget is not None:
+        request = replace(request, nfe=(steps_within(budget, opened, asked.prompts[0]),))
     if to_stdout:
-        pace = stream_to_stdout(opened, texts[0], first, request.nfe[0])
-        return log.info("%s.", pace.said(settings.model.fps).capitalize())
+        pace = stream_to_stdout(opened, request.prompts[0], request.seeds[0], request.nfe[0])
+        log.info("%s.", pace.said(settings.model.fps).capitalize())
+        return None
     folder = make_directory(out, paths.samples)
     with Progress("sample", total, "videos") as progress:
         record = write_samples(opened, request, folder, settings, choice, progress.update, stream=stream)
-    shown = f"{folder / record['sheet']}\n" + "\n".join(str(folder / s["file"]) for s in record["samples"])
-    print_result({"out": folder, **record}, as_json=as_json, text=shown)
+    lines = f"{folder / record['sheet']}\n" + "\n".join(str(folder / s["file"]) for s in record["samples"])
+    print_result({"out": folder, **record}, as_json=as_json, text=lines)
+    return folder

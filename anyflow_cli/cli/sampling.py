@@ -7,23 +7,79 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from anyflow_cli.errors import UsageError
 
 if TYPE_CHECKING:
-    from anyflow_cli.data.clips import Pixels
     from anyflow_cli.recipe.schema import Recipe
-    from anyflow_cli.sample import Later, Steps
+    from anyflow_cli.refine import Preview
+    from anyflow_cli.sample import Later, Method, Steps
+    from anyflow_cli.samples import Given
 
 WITHOUT_PROMPTS = 4
 
 log = logging.getLogger(__name__)
 
 
-def read_steps(text: str | None) -> tuple[Steps, ...] | None:
+@dataclass(frozen=True)
+class Asked:
+    """What is to be sampled, with which model: as given, or as an earlier sampling's record says."""
+
+    settings: Recipe
+    prompts: list[str]
+    seeds: list[int]
+    steps: tuple[Steps, ...]
+    later: tuple[Later, ...]
+    given: Given | None
+    model: str | None
+    method: Method | None
+    preview: Preview | None = None
+
+
+def asked_again(
+    path: Path, settings: Recipe, beside: Mapping[str, object], steps: tuple[Steps, ...] | None
+) -> Asked:
+    """What ``--refine`` repeats; nothing of it can be given ``beside`` it."""
+    from anyflow_cli.refine import REFINED_STEPS, read_preview
+
+    for option, value in beside.items():
+        if value is not None:
+            raise UsageError(
+                f"--refine takes what {option} would say from the record of {path}.", f"Leave {option} out."
+            )
+    preview = read_preview(path)
+    recipe, facts = preview.recipe(settings), preview.record["given"]
+    given = None
+    if facts is not None:
+        files = {kind: Path(facts["file"]) if facts["kind"] == kind else None for kind in ("image", "video")}
+        given = read_given(recipe, **files, count=facts["frames"] if facts["kind"] == "video" else None)
+    preview.check_given(given)
+    usual = recipe.sample.teacher_steps if preview.record["guidance"] is not None else REFINED_STEPS
+    model, method = preview.record["model"]["address"], preview.record["sampler"]
+    return Asked(
+        recipe, preview.prompts, preview.seeds, steps or (usual,), preview.then, given, model, method, preview
+    )
+
+
+def check_steps(options: Mapping[str, object]) -> None:
+    """Refuse two options that both say how many steps are taken."""
+    given = [option for option, value in options.items() if value is not None]
+    if len(given) > 1:
+        raise UsageError(
+            f"{given[0]} and {given[1]} both say how many steps to take.", f"Leave {given[1]} out."
+        )
+
+
+def read_steps(text: str | None, *, preview: bool = False) -> tuple[Steps, ...] | None:
     """Read ``--nfe 4,8:2``: what is compared, each a count or counts chunk by chunk."""
+    if preview:
+        from anyflow_cli.refine import PREVIEW_STEPS
+
+        return (PREVIEW_STEPS,)
     if text is None:
         return None
     try:
@@ -62,7 +118,7 @@ def read_later(given: list[str] | None, frames: int) -> tuple[Later, ...]:
     return tuple(sorted(later))
 
 
-def read_given(settings: Recipe, image: Path | None, video: Path | None, count: int | None) -> Pixels | None:
+def read_given(settings: Recipe, image: Path | None, video: Path | None, count: int | None) -> Given | None:
     """The first frames that a picture or a video gives, at the recipe's size and rate."""
     if image is not None and video is not None:
         raise UsageError("A video begins with --image or with --video, not with both.", "Leave one out.")
@@ -75,6 +131,7 @@ def read_given(settings: Recipe, image: Path | None, video: Path | None, count: 
         raise UsageError(f"{path} is no file.", "Give a picture with --image, or a video with --video.")
 
     from anyflow_cli.data.clips import ClipFormat, UnusableClipError, read_image, read_start
+    from anyflow_cli.samples import Given
 
     shape = settings.model
     wanted = ClipFormat(count or max(shape.frames // 2, 1), shape.fps, shape.height, shape.width)
@@ -89,7 +146,7 @@ def read_given(settings: Recipe, image: Path | None, video: Path | None, count: 
     whole = (len(clip.pixels) - 1) // 4 * 4 + 1
     if whole < len(clip.pixels):
         log.info("%s: the first %d frames are kept; the VAE takes 1, 5, 9, ...", path.name, whole)
-    return clip.pixels[:whole]
+    return Given(clip.pixels[:whole], "image" if video is None else "video", path)
 
 
 def read_prompts_of(settings: Recipe, given: list[str] | None, file: Path | None) -> list[str]:

@@ -34,7 +34,7 @@ Write = Callable[[Pixels], None]
 @contextmanager
 def growing(path: Path, fps: int) -> Iterator[Write]:
     """Yield what adds a part to the video; ``path`` is there when the block ends well."""
-    part = path.with_name(f"{path.stem}.part{path.suffix}")
+    part = part_of(path)
     fragments = Fragments(fps)
     with named_failure(path), part.open("wb", buffering=0) as file:
 
@@ -44,6 +44,11 @@ def growing(path: Path, fps: int) -> Iterator[Write]:
         yield write
         os.fsync(file.fileno())
         os.replace(part, path)
+
+
+def part_of(path: Path) -> Path:
+    """What a file is called while it grows."""
+    return path.with_name(f"{path.stem}.part{path.suffix}")
 
 
 class Fragments:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -129,6 +130,10 @@ WRONG = {
     "no model": (["-p", "a", "--model", "no/where/at/all"], "There is no model at no/where/at/all."),
     "no seeds": (["-p", "a", "--count", "0"], "--count"),
     "an unknown sampler": (["-p", "a", "--sampler", "heun"], "--sampler"),
+    "steps twice": (["-p", "a", "--nfe", "4", "--preview"], "--nfe and --preview both say how many steps"),
+    "a preview in a time": (["-p", "a", "--preview", "--latency-budget", "3"], "both say how many steps"),
+    "a refinement of another prompt": (["-p", "a", "--refine", "x"], "Leave --prompt out"),
+    "a refinement with another seed": (["--seed", "1", "--refine", "x"], "Leave --seed out"),
     "a recipe key": (["-p", "a", "--set", "sample.nfee=4"], "sample.nfe"),
 }
 
@@ -162,6 +167,70 @@ def test_a_model_of_another_kind_writes_nothing(
     assert app.main([*small, "-p", "a", "--teacher", "--model", str(models / "any")]) == 2
     assert "is an any-step model, not a teacher" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
+
+
+def sampled(arguments: list[str], capsys: Run) -> dict[str, Any]:
+    assert app.main([*arguments, "--json"]) == 0
+    result: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return result
+
+
+def test_a_preview_is_refined_to_what_more_steps_would_have_given(small: list[str], capsys: Run) -> None:
+    preview = sampled([*small, "-p", "a circle", "-p", "a square", "--preview", "--seed", "7"], capsys)
+    assert [entry["nfe"] for entry in preview["samples"]] == [2, 2]
+    plain = sampled([*small, "-p", "a square", "--nfe", "3", "--seed", "7"], capsys)
+    one = Path(preview["out"]) / preview["samples"][1]["file"]
+    runs = ["--runs", small[-1]]  # the recipe's changes come from the record
+    refined = sampled(["sample", "--refine", str(one), "--nfe", "3", *runs], capsys)
+    assert refined["settings"] == preview["settings"]
+    assert [entry["noise"] for entry in refined["samples"]] == [preview["samples"][1]["noise"]]
+    videos = [(Path(each["out"]) / each["samples"][0]["file"]).read_bytes() for each in (plain, refined)]
+    assert videos[0] == videos[1]
+
+
+def test_a_whole_sampling_is_refined_at_32_steps(small: list[str], capsys: Run) -> None:
+    preview = sampled([*small, "-p", "a circle", "--preview", "--count", "2"], capsys)
+    refined = sampled(["sample", "--refine", preview["out"], "--runs", small[-1]], capsys)
+    assert [(entry["seed"], entry["nfe"]) for entry in refined["samples"]] == [(0, 32), (1, 32)]
+
+
+def test_a_teachers_preview_is_refined_by_the_teacher(small: list[str], capsys: Run) -> None:
+    preview = sampled([*small, "-p", "a circle", "--preview", "--teacher"], capsys)
+    refined = sampled(["sample", "--refine", preview["out"], "--nfe", "3", "--runs", small[-1]], capsys)
+    assert refined["guidance"] == preview["guidance"]
+    assert refined["samples"][0]["file"].endswith("-steps3x2.mp4")
+
+
+def damaged(preview: dict[str, Any], **changes: object) -> str:
+    """The same sampling, its record changed."""
+    file = Path(preview["out"]) / "samples.json"
+    record = json.loads(file.read_text())
+    record["samples"][0] |= changes
+    file.write_text(json.dumps(record))
+    return str(preview["out"])
+
+
+def test_what_is_no_preview_is_not_refined(small: list[str], tmp_path: Path, capsys: Run) -> None:
+    preview = sampled([*small, "-p", "a circle", "--preview"], capsys)
+    for given, code, message in (
+        (str(tmp_path), 2, "is no sampling"),
+        (str(tmp_path / "none.mp4"), 2, "is no sampling"),
+        (str(Path(preview["out"]) / "sheet.png"), 2, "does not say how sheet.png was made"),
+        (damaged(preview, noise="other"), 1, "Seed 0 gives other noise here"),
+    ):
+        assert app.main(["sample", "--refine", given, "--runs", small[-1]]) == code
+        error = capsys.readouterr().err
+        assert message in error
+        assert "hint: " in error
+
+
+def test_a_budget_picks_the_steps(small: list[str], capsys: Run) -> None:
+    assert app.main([*small, "-p", "a circle", "--latency-budget", "1000", "--json"]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["samples"][0]["nfe"] == 50
+    assert "50 steps, " in captured.err
+    assert app.main([*small, "-p", "a circle", "--latency-budget", "1e-6"]) == 1
+    assert "more than the 1e-06 s allowed" in capsys.readouterr().err
 
 
 def test_doctor_ends_with_1_where_something_is_in_the_way(tmp_path: Path, capsys: Run) -> None:
@@ -219,7 +288,7 @@ def test_a_picture_begins_a_video(far: list[str], tmp_path: Path, capsys: Run) -
     assert app.main([*far, *given]) == 0
     captured = capsys.readouterr()
     result = json.loads(captured.out)
-    assert (result["given_frames"], result["samples"][0]["nfe"]) == (1, [3, 1])
+    assert (result["given"]["frames"], result["samples"][0]["nfe"]) == (1, [3, 1])
     assert result["samples"][0]["file"].endswith("-steps3-1.mp4")
     assert "first.png: scaled and cropped from 48x64 to 32x32." in captured.err
 
@@ -231,8 +300,25 @@ def test_a_video_is_continued(far: list[str], tmp_path: Path, capsys: Run) -> No
         app.main([*far, "--set", "model.fps=8", "--video", str(clip), "--video-frames", "6", "--json"]) == 0
     )
     captured = capsys.readouterr()
-    assert json.loads(captured.out)["given_frames"] == 5
+    assert json.loads(captured.out)["given"]["frames"] == 5
     assert "the first 5 frames are kept" in captured.err
+
+
+def test_a_continued_video_is_refined_with_its_frames_and_its_prompts(
+    far: list[str], tmp_path: Path, capsys: Run
+) -> None:
+    image = picture(tmp_path / "first.png")
+    given = ["--image", str(image), "--then", "5: a square", "--stream"]
+    steps = far.index("--nfe")
+    preview = sampled([*far[:steps], *far[steps + 2 :], *given, "--preview"], capsys)
+    plain = sampled([*far, *given, "--nfe", "3:2"], capsys)
+    again = ["sample", "--refine", preview["out"], "--stream", "--runs", str(tmp_path / "runs")]
+    refined = sampled([*again, "--nfe", "3:2"], capsys)
+    videos = [(Path(each["out"]) / each["samples"][0]["file"]).read_bytes() for each in (plain, refined)]
+    assert videos[0] == videos[1]
+    picture(image, height=64)
+    assert app.main(again) == 1
+    assert "first.png is not what it was" in capsys.readouterr().err
 
 
 def test_a_long_video_of_two_prompts_is_recorded(far: list[str], capsys: Run) -> None:
@@ -288,7 +374,7 @@ def test_a_video_shorter_than_asked_for_is_said_and_continued(
     write_mp4(clip, np.zeros((2, 32, 32, 3), np.uint8), 16)
     assert app.main([*far, "--video", str(clip), "--video-frames", "5", "--json"]) == 0
     captured = capsys.readouterr()
-    assert json.loads(captured.out)["given_frames"] == 1
+    assert json.loads(captured.out)["given"]["frames"] == 1
     assert "there are 2 frames of the 5 asked for" in captured.err
 
 

@@ -1,0 +1,58 @@
+"""How many steps fit into a number of seconds, from what a step costs here and now.
+
+A video takes ``rest + n * step`` seconds: every step evaluates the network once (or twice, guided) in each
+chunk, and the rest is what any number of steps needs, the decoder first of all.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import NamedTuple
+
+from anyflow_cli.errors import AnyflowError
+from anyflow_cli.sample import Sampler
+
+FEW, MORE = 1, 5
+MOST_STEPS = 50  # no model is trained for more
+
+log = logging.getLogger(__name__)
+
+
+class Cost(NamedTuple):
+    """Seconds of a video: for each step, and beside the steps."""
+
+    step: float
+    rest: float
+
+    def of(self, steps: int) -> float:
+        """Seconds of a video at so many steps."""
+        return self.rest + steps * self.step
+
+
+def measured(sampler: Sampler, prompt: str) -> Cost:
+    """Make a video of this shape at two step counts, after one to warm up."""
+    times = []
+    for steps in (FEW, FEW, MORE):
+        for _ in sampler.videos([prompt], [0], steps):
+            pass
+        times.append(sampler.latency)
+    _, few, more = times
+    step = (more.network - few.network) / (MORE - FEW)
+    return Cost(step, few.network - FEW * step + few.decode)
+
+
+def steps_within(seconds: float, sampler: Sampler, prompt: str) -> int:
+    """The largest number of steps, up to ``MOST_STEPS``, whose video is made within ``seconds``."""
+    cost = measured(sampler, prompt)
+    fitting = [steps for steps in range(1, MOST_STEPS + 1) if cost.of(steps) <= seconds]
+    if not fitting:
+        raise AnyflowError(
+            f"A video of one step takes {cost.of(1):.2f} s here, more than the {seconds:g} s allowed.",
+            "Allow more seconds, or make fewer (--frames) or smaller frames (--set model.height=...).",
+        )
+    picked = fitting[-1]
+    log.info(
+        "A step takes %.3f s and a video %.3f s beside its steps: %d steps, %.2f s of the %g s allowed.",
+        *cost, picked, cost.of(picked), seconds,
+    )  # fmt: skip
+    return picked

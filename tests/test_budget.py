@@ -1,0 +1,47 @@
+"""A latency budget: the largest step count that fits what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
+
+import pytest
+
+from anyflow_cli.budget import MOST_STEPS, Cost, measured, steps_within
+from anyflow_cli.errors import AnyflowError
+from anyflow_cli.sample import Latency, Sampler
+
+
+class Slow:
+    """A sampler whose step takes a quarter of a second, with one second around the steps; slower at first."""
+
+    def __init__(self) -> None:
+        self.asked: list[int] = []
+        self.latency = Latency(0.0, 0.0)
+
+    def videos(self, prompts: Sequence[str], seeds: Sequence[int], nfe: int) -> Iterator[Any]:
+        self.latency = Latency(0.25 + 0.25 * nfe + (0.0 if self.asked else 9.0), 0.75)
+        self.asked.append(nfe)
+        yield from prompts
+
+
+def slow() -> Sampler:
+    return cast("Sampler", Slow())
+
+
+def test_the_cost_is_measured_after_a_first_video() -> None:
+    assert measured(slow(), "a circle") == Cost(0.25, 1.0)
+
+
+@pytest.mark.parametrize(("seconds", "steps"), [(1.25, 1), (1.49, 1), (1.5, 2), (3.0, 8), (1000, MOST_STEPS)])
+def test_the_most_steps_that_fit_are_taken_and_said(
+    seconds: float, steps: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    assert steps_within(seconds, slow(), "a circle") == steps
+    assert f"A step takes 0.250 s and a video 1.000 s beside its steps: {steps} steps" in caplog.text
+
+
+def test_a_budget_that_no_step_fits_is_refused() -> None:
+    with pytest.raises(AnyflowError, match=r"one step takes 1\.25 s here, more than the 1\.2 s allowed"):
+        steps_within(1.2, slow(), "a circle")
