@@ -24,13 +24,14 @@ from anyflow_cli.cli.common import (
     print_result,
     resolve,
 )
-from anyflow_cli.cli.progress import Progress
+from anyflow_cli.cli.launch import ProcessesOption, start_processes
+from anyflow_cli.cli.progress import Progress, in_words
 from anyflow_cli.errors import AnyflowError, UsageError
 
 if TYPE_CHECKING:
+    from anyflow_cli.evaluate.make import Job
     from anyflow_cli.evaluate.protocol import Protocol
     from anyflow_cli.evaluate.results import Evaluation
-    from anyflow_cli.evaluate.run import Job
     from anyflow_cli.recipe.schema import Recipe
 
 EXAMPLES = examples(
@@ -41,7 +42,6 @@ EXAMPLES = examples(
     "anyflow evaluate --nfe 4 --fail-below 85",
 )
 MEGABYTE = 1e6
-VIDEO_BITS = 0.25  # a pixel of an mp4 at the quality in which previews are kept
 
 log = logging.getLogger(__name__)
 
@@ -95,6 +95,7 @@ def evaluate(
     assignments: SetOption = None,
     runs: RunsOption = DEFAULT_RUNS,
     seed: SeedOption = None,
+    processes: ProcessesOption = None,
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
     debug: DebugOption = False,
@@ -109,6 +110,7 @@ def evaluate(
         "--suite": ("evaluate.suite", suite),
         "--task": ("evaluate.task", task),
         "--seed": ("evaluate.seed", seed),
+        "--nproc": ("launch.processes", processes),
     }
     settings = resolve(recipe, assignments, options)
 
@@ -121,11 +123,13 @@ def evaluate(
     choice = find_model(settings, paths, model)
     log.info("Model: %s (%s)", *choice)
     job = prepare(settings, protocol, choice, paths.evaluate)
-    facts = _facts(job)
     if dry_run:
-        return print_plan("evaluate", facts, as_json=as_json)
-    log.info("%(videos)d videos, of which %(to make)d are still to be made (%(disk)s).", facts)
+        return print_plan("evaluate", _facts(job), as_json=as_json)
+    if start_processes(settings.launch):
+        return None
     evaluation = _run(job)
+    if evaluation is None:
+        return None
     _show(job, evaluation, as_json=as_json)
     _judge(evaluation, fail_below)
 
@@ -146,27 +150,43 @@ def _protocol(settings: Recipe, file: Path | None, limit: int | None) -> Protoco
 
 
 def _facts(job: Job) -> dict[str, object]:
-    """What is asked, what is there, what is still to be made and the room it takes."""
-    missing = sum(len(job.missing(one)) for one in job.variants)
-    model = job.recipe.model
-    size = missing * model.frames * model.height * model.width * VIDEO_BITS / 8 / MEGABYTE
+    """What is asked, what is there, what is still to be made and what it takes."""
+    from anyflow_cli.evaluate.cost import cost
+
+    left = cost(job, job.recipe.launch.processes or 1)
     return {
         "suite": job.protocol.suite.name,
         "comparable": not job.protocol.deviations,
         "prompts": len(job.protocol.prompts),
         "models": {f"{one.subject.address} at {one.label}": one.subject.why for one in job.variants},
         "videos": job.videos,
-        "to make": missing,
-        "disk": f"about {size:.1f} MB",
+        "to make": left.videos,
+        "disk": f"about {left.size / MEGABYTE:.1f} MB",
+        "time": "not known before the first videos" if left.seconds is None else in_words(left.seconds),
         "out": str(job.out),
     }
 
 
-def _run(job: Job) -> Evaluation:
+def _run(job: Job) -> Evaluation | None:
+    """Make the videos, and sum up where this is the first process."""
+    from anyflow_cli.evaluate.cost import check_room, cost
+    from anyflow_cli.evaluate.make import Share
     from anyflow_cli.evaluate.run import evaluate as run
+    from anyflow_cli.evaluate.run import help_make
 
+    share = Share.of_process()
+    if share.rank:
+        help_make(job, share)
+        return None
+    left = cost(job, share.world)
+    check_room(job.out, left.size)
+    log.info(
+        "%d videos, of which %d are still to be made: about %.1f MB%s.",
+        job.videos, left.videos, left.size / MEGABYTE,
+        f" and {in_words(left.seconds)}" if left.videos and left.seconds is not None else "",
+    )  # fmt: skip
     with Progress("evaluate", job.videos, "videos") as progress:
-        return run(job, advance=progress.update)
+        return run(job, advance=progress.update, share=share)
 
 
 def _show(job: Job, evaluation: Evaluation, *, as_json: bool) -> None:

@@ -62,7 +62,7 @@ class Progress:
         if self.done > first and now > since:
             each = (now - since) / (self.done - first)
             parts.append(f"{1 / each:.1f}/s" if each < 1 else f"{each:.1f} s each")
-            parts.append(f"{_duration(each * (self.total - self.done))} left")
+            parts.append(f"{in_words(each * (self.total - self.done))} left")
         return ", ".join(parts)
 
 
@@ -84,7 +84,8 @@ def _memory() -> str:
     return f"{psutil.Process().memory_info().rss / GIB:.1f} GiB"
 
 
-def _duration(seconds: float) -> str:
+def in_words(seconds: float) -> str:
+    """A time for people to read."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return (

@@ -22,6 +22,7 @@ from safetensors import safe_open
 
 import anyflow_cli
 from anyflow_cli.addresses import LINEAGE, WEIGHTS, Choice, is_checkpoint, locate, run_of
+from anyflow_cli.data.job import own_device
 from anyflow_cli.evaluate.suite import Suite
 from anyflow_cli.model.causal import partition_for
 from anyflow_cli.model.config import Causal
@@ -173,11 +174,6 @@ def card(protocol: Protocol, variants: Sequence[Variant], recipe: Recipe) -> dic
         "versions": {"anyflow": anyflow_cli.__version__} | {name: version(name) for name in PACKAGES},
         "machine": f"{platform.machine()}, {_device_name()}, {torch.get_num_threads()} threads",
     }
-
-
-def own_device() -> torch.device:
-    """Where models are sampled."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def fingerprint(content: Any) -> str:

@@ -6,73 +6,35 @@ whether from a run that was killed or from an earlier model's. A model is loaded
 
 from __future__ import annotations
 
-import hashlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol as Interface
 
 import numpy as np
 
 from anyflow_cli.addresses import Choice
-from anyflow_cli.data.clips import write_mp4
+from anyflow_cli.data.job import own_device
 from anyflow_cli.errors import UsageError
-from anyflow_cli.evaluate.protocol import Item, Protocol, Subject, Variant, card, subject, variant
+from anyflow_cli.evaluate.make import (
+    ALONE,
+    Advance,
+    Generator,
+    Job,
+    Open,
+    Share,
+    alone_in,
+    make_videos,
+    wait_for_others,
+)
+from anyflow_cli.evaluate.protocol import Protocol, Subject, Variant, card, subject, variant
 from anyflow_cli.evaluate.results import Evaluation, Measured
-from anyflow_cli.evaluate.store import VIDEOS, Scored, Store
-from anyflow_cli.evaluate.suite import Video, summarise
+from anyflow_cli.evaluate.store import Scored
+from anyflow_cli.evaluate.suite import summarise
 from anyflow_cli.evaluate.trend import Doubles, interval, totals, trend
 from anyflow_cli.recipe.schema import Recipe
 from anyflow_cli.sample import Sampler
 
 log = logging.getLogger(__name__)
-
-Advance = Callable[[int], None]  # called with the number of videos finished so far
-
-
-class Generator(Interface):
-    """What makes videos; ``sample.Sampler`` is one."""
-
-    @property
-    def latency(self) -> tuple[float, float]:
-        """Seconds a video in the network and in the decoder, of the last sampling."""
-        ...
-
-    def begin(self, frames: Video) -> None:
-        """Let the videos that follow begin with frames (B, T, H, W, 3), each with its own."""
-        ...
-
-    def videos(self, prompts: Sequence[str], seeds: Sequence[int], nfe: int, batch: int) -> Iterator[Video]:
-        """Videos (T, H, W, 3) in the order of the prompts."""
-        ...
-
-
-Open = Callable[[Subject, Recipe], Generator]
-
-
-@dataclass(frozen=True)
-class Job:
-    """What is to be evaluated, looked at but not loaded."""
-
-    recipe: Recipe
-    protocol: Protocol
-    variants: tuple[Variant, ...]
-    out: Path
-
-    @property
-    def videos(self) -> int:
-        """How many there are to be in all."""
-        return len(self.protocol.items) * len(self.variants)
-
-    def store(self, one: Variant) -> Store:
-        """Where its videos and scores lie."""
-        return Store(self.out / one.key)
-
-    def missing(self, one: Variant) -> list[Item]:
-        """Its videos that are still to be made."""
-        done = self.store(one).read()
-        return [item for item in self.protocol.items if (item.prompt, item.seed) not in done]
 
 
 def prepare(recipe: Recipe, protocol: Protocol, choice: Choice, out: Path) -> Job:
@@ -95,9 +57,25 @@ def prepare(recipe: Recipe, protocol: Protocol, choice: Choice, out: Path) -> Jo
     return Job(recipe, protocol, tuple(variants), out)
 
 
-def evaluate(job: Job, open_model: Open | None = None, advance: Advance = lambda done: None) -> Evaluation:
-    """Make what is missing, then sum up."""
-    _make(job, open_model or _open, advance)
+def evaluate(
+    job: Job,
+    open_model: Open | None = None,
+    advance: Advance = lambda done: None,
+    share: Share = ALONE,
+) -> Evaluation:
+    """Make what is missing, then sum up; of several processes the others call ``help_make``."""
+    with alone_in(job.out):
+        make_videos(job, open_model or _open, advance, share)
+        wait_for_others(job, advance)
+        return _summed(job)
+
+
+def help_make(job: Job, share: Share, open_model: Open | None = None) -> None:
+    """Make this process's share of the videos, for the first one to sum up."""
+    make_videos(job, open_model or _open, lambda done: None, share)
+
+
+def _summed(job: Job) -> Evaluation:
     stored = [job.store(one).read() for one in job.variants]
     items = job.protocol.items
     records = [[done[item.prompt, item.seed] for item in items] for done in stored]
@@ -117,50 +95,6 @@ def evaluate(job: Job, open_model: Open | None = None, advance: Advance = lambda
         trend=trend(by_steps),
         prompts=job.protocol.prompts,
     )
-
-
-def _make(job: Job, open_model: Open, advance: Advance) -> None:
-    """Sample and score every missing video, one model at a time."""
-    done = job.videos - sum(len(job.missing(one)) for one in job.variants)
-    if done:
-        log.info("%d of %d videos are there already.", done, job.videos)
-    advance(done)
-    opened: tuple[Subject, Generator] | None = None
-    for one in job.variants:
-        with job.store(one).locked():
-            items = job.missing(one)  # again, now that nobody else writes
-            if items and (opened is None or opened[0] is not one.subject):
-                log.info("Loading %s, %s.", one.subject.address, one.subject.why)
-                opened = (one.subject, open_model(one.subject, job.recipe))
-            for start in range(0, len(items), job.recipe.evaluate.batch):
-                assert opened is not None
-                part = items[start : start + job.recipe.evaluate.batch]
-                job.store(one).append(_scored(job, one, opened[1], part))
-                done += len(part)
-                advance(done)
-
-
-def _scored(job: Job, one: Variant, generator: Generator, items: Sequence[Item]) -> list[Scored]:
-    """One batch: sample, keep as mp4, score from the raw pixels."""
-    prompts = [item.prompt for item in items]
-    images = job.protocol.suite.images(prompts, [item.seed for item in items])
-    if images is not None:
-        generator.begin(np.stack(images)[:, None])
-    videos = list(generator.videos(prompts, [item.seed for item in items], one.steps, len(items)))
-    network, decode = generator.latency
-    files = [_file(item) for item in items]
-    for file, video in zip(files, videos, strict=True):
-        write_mp4(job.store(one).directory / file, video, job.recipe.model.fps)
-    scores = job.protocol.suite.score(videos, prompts, images)
-    return [
-        Scored(item.prompt, item.seed, file, network, decode, len(items), score)
-        for item, file, score in zip(items, files, scores, strict=True)
-    ]
-
-
-def _file(item: Item) -> str:
-    """A name made of a hash: a prompt is data and names no path."""
-    return f"{VIDEOS}/{hashlib.sha256(item.prompt.encode()).hexdigest()[:12]}-{item.seed}.mp4"
 
 
 def _draws(job: Job, scored: Sequence[Scored]) -> Doubles | None:
@@ -188,4 +122,4 @@ def _measured(job: Job, one: Variant, scored: Sequence[Scored], draws: Doubles |
 
 
 def _open(of: Subject, recipe: Recipe) -> Generator:
-    return Sampler.load(of.address, recipe, teacher=of.teacher)
+    return Sampler.load(of.address, recipe, teacher=of.teacher, device=own_device())

@@ -46,7 +46,7 @@ def test_scores_are_shown_and_a_report_is_written(
     out = tmp_path / "runs" / "tiny" / "evaluate"
     assert (out / "report.html").stat().st_size > 50_000
     assert {path.name for path in out.iterdir() if path.is_file()} == {
-        "report.html", "results.json", "scores.png",
+        ".lock", "report.html", "results.json", "scores.png",
     }  # fmt: skip
 
 

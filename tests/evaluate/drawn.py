@@ -10,8 +10,9 @@ from pathlib import Path
 
 from anyflow_cli.addresses import Choice
 from anyflow_cli.data.world import WORLDS
+from anyflow_cli.evaluate.make import Job
 from anyflow_cli.evaluate.protocol import Protocol, Subject
-from anyflow_cli.evaluate.run import Job, prepare
+from anyflow_cli.evaluate.run import prepare
 from anyflow_cli.evaluate.shapes import PROMPT_SEED, ShapesSuite
 from anyflow_cli.evaluate.suite import Video
 from anyflow_cli.recipe.schema import Evaluate, Model, Recipe, Sample, Task

@@ -12,10 +12,10 @@ from safetensors.torch import save_file
 from anyflow_cli.addresses import Choice
 from anyflow_cli.data.clips import ClipFormat, read_clip
 from anyflow_cli.errors import AnyflowError, UsageError
+from anyflow_cli.evaluate.make import alone_in
 from anyflow_cli.evaluate.protocol import subject, variant
 from anyflow_cli.evaluate.results import Evaluation
 from anyflow_cli.evaluate.run import evaluate, prepare
-from anyflow_cli.evaluate.store import SCORES
 from anyflow_cli.recipe.compare import dump
 from tests.evaluate.drawn import CAPTIONED, Drawn, KilledError, make_folder, make_job
 from tests.evaluate.drawn import drawn as drawn_clip
@@ -29,7 +29,7 @@ def test_every_variant_makes_every_video_from_the_same_seeds(tmp_path: Path) -> 
     assert by_steps[1] == by_steps[2] == by_steps[5]
     assert [seed for _, seed in by_steps[1]] == [7, 8, 9, 10]
     assert [prompt for prompt, _ in by_steps[1]] == list(job.protocol.prompts)
-    assert heard == [0, 2, 4, 6, 8, 10, 12]
+    assert heard == list(range(13))
     assert [one.title for one in found.columns] == ["1 step", "2 steps", "teacher 5x2"]
     assert [one.evaluations for one in found.columns] == [1, 2, 10]
 
@@ -148,7 +148,7 @@ def test_guidance_belongs_to_the_teacher_alone(tmp_path: Path) -> None:
 def test_the_line_that_a_kill_cut_off_is_made_again(tmp_path: Path) -> None:
     job = make_job(tmp_path, nfe=(1,), teacher=False)
     evaluate(job, Drawn().open)
-    path = job.store(job.variants[0]).directory / SCORES
+    path = job.store(job.variants[0]).directory / "scores.jsonl"
     path.write_bytes(path.read_bytes()[:-40])
     again = Drawn()
     evaluate(job, again.open)
@@ -168,18 +168,18 @@ def test_a_video_that_is_gone_is_made_again(tmp_path: Path) -> None:
 def test_a_damaged_line_is_named(tmp_path: Path) -> None:
     job = make_job(tmp_path, nfe=(1,), teacher=False)
     evaluate(job, Drawn().open)
-    path = job.store(job.variants[0]).directory / SCORES
+    path = job.store(job.variants[0]).directory / "scores.jsonl"
     lines = path.read_text().splitlines()
     path.write_text("\n".join([lines[0], "{}", *lines[2:]]) + "\n")
     with pytest.raises(AnyflowError, match=r"Line 2 of .*scores\.jsonl cannot be read"):
         evaluate(job, Drawn().open)
 
 
-def test_two_evaluations_of_one_variant_do_not_mix(tmp_path: Path) -> None:
+def test_two_evaluations_in_one_directory_do_not_mix(tmp_path: Path) -> None:
     job = make_job(tmp_path, nfe=(1,), teacher=False)
     with (
-        job.store(job.variants[0]).locked(),
-        pytest.raises(UsageError, match="Another evaluation is writing"),
+        alone_in(job.out),
+        pytest.raises(UsageError, match="Another evaluation is running in"),
     ):
         evaluate(job, Drawn().open)
 
