@@ -18,6 +18,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from anyflow_cli.errors import UsageError
+from anyflow_cli.model.causal import FAR, as_causal
+from anyflow_cli.model.config import Causal
 from anyflow_cli.model.folder import load_network, read_json, read_shift, resolve
 from anyflow_cli.model.network import FlowMapTransformer, two_time_from
 from anyflow_cli.model.roles import Backbone, LoraSize
@@ -118,6 +120,9 @@ def _open_checkpoint(path: Path, dtype: torch.dtype | None) -> Opened:
     network = load_network(run.base, dtype)
     if any("delta_embedder" in name for name in weights) and not network.config.two_time:
         network = two_time_from(network, run.recipe.model.gate, run.recipe.model.conditioning)
+    causal = run.recipe.model.causal
+    if any(name.startswith(FAR) for name in weights) and causal is not None:
+        network = as_causal(network, Causal.from_recipe(causal))
     network = _with(network, weights, run.recipe)
     return Opened(network, run.base, run.lineage | {"checkpoint": path.name}, run.recipe.model.shift)
 

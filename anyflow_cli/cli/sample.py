@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -36,6 +36,9 @@ from anyflow_cli.cli.sampling import (
     read_prompts_of,
     read_steps,
 )
+
+if TYPE_CHECKING:
+    from anyflow_cli.recipe.schema import Recipe
 
 EXAMPLES = examples(
     'anyflow sample --prompt "a small red circle moving left"',
@@ -185,8 +188,8 @@ def sample(
     """
     check_steps({"--nfe": nfe, "--preview": preview or None, "--latency-budget": latency_budget})
     if refine is None:
-        options = {"--frames": ("model.frames", frames), "--seed": ("sample.seed", seed)}
-        settings = resolve(recipe, assignments, options)
+        options = {"--frames": ("sample.frames", frames), "--seed": ("sample.seed", seed)}
+        settings = at_sampled_length(resolve(recipe, assignments, options))
         usual = settings.sample.nfe if not teacher else (settings.sample.teacher_steps,)
         asked = Asked(
             settings,
@@ -270,3 +273,9 @@ def _sample(
     lines = f"{folder / record['sheet']}\n" + "\n".join(str(folder / s["file"]) for s in record["samples"])
     print_result({"out": folder, **record}, as_json=as_json, text=lines)
     return folder
+
+
+def at_sampled_length(recipe: Recipe) -> Recipe:
+    """The recipe for videos of ``sample.frames``; a causal model goes on beyond its trained length."""
+    frames = recipe.sample.frames or recipe.model.frames
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"frames": frames})})

@@ -2,14 +2,16 @@
 
 ``flow_map_loss`` is the algorithm; the functions above it are its equations. One network call with gradient
 and one without: the null branch of the guidance and both sides of the difference quotient share the latter,
-and the quotient is taken only where it counts, for samples with ``t > r``. All frames of a sample share t
-and r.
+and the quotient is taken only where it counts, for samples with ``t > r``. Frames may have times of their
+own, (B, F); what then is weighted and reweighted one by one is a frame, else a sample. A sample with any
+``t > r`` is asked for its derivative in all frames.
 
 Averages over ranks: each rank holds an equal slice of the global batch and the ranks' gradients are averaged,
 so a loss that is a mean over its slice needs no more. Only Eq. 7 mixes samples; it takes ``global_mean``,
 which a trainer replaces by a reduction over its ranks.
 
-Shapes: B batch of this rank, F latent frames, C channels, H W latent height and width, I samples with t > r.
+Shapes: B batch of this rank, F latent frames, C channels, H W latent height and width, I samples with t > r;
+``(B, ...)``: (B,) where frames share their times, (B, F) where each has its own.
 """
 
 from __future__ import annotations
@@ -24,19 +26,19 @@ from anyflow_cli.flow.times import TimeWeight
 from anyflow_cli.flow.velocity import Query, Velocity, flow_map, full_time, per_frame, together
 
 GlobalMean = Callable[[Tensor, Tensor], Tensor]
-"""Mean of values (B,) where mask (B,) holds, over the samples of all ranks; NaN where it holds for none."""
+"""Mean of values (B, ...) where mask (B, ...) holds, over all ranks; NaN where it holds for none."""
 
 
 @dataclass(frozen=True)
 class FlowMapLoss:
     """The loss to descend, and the raw errors (no weight, no gradient) that tell how it is going.
 
-    Those of samples with t == r and of the others belong apart: Eq. 7 brings them to one level in the loss
+    Those with t == r and the others belong apart: Eq. 7 brings them to one level in the loss
     alone.
     """
 
     loss: Tensor  # ()
-    per_sample: Tensor  # (B,)
+    errors: Tensor  # (B, ...)
 
 
 def interpolate(x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
@@ -51,12 +53,12 @@ def fuse_guidance(u_c: Tensor, u_null: Tensor, g: Tensor | float) -> Tensor:
 
 
 def difference_quotient(u_plus: Tensor, u_minus: Tensor, span: Tensor, g: Tensor | float) -> Tensor:
-    """Differentiate u along the path (Eq. 4, Alg. 1): ``du/dt = (u+ - u-) / (2 d g)``, span (I,) = 2 d."""
+    """Differentiate u along the path (Eq. 4, Alg. 1): ``(u+ - u-) / (2 d g)``, span (I, ...) = 2 d."""
     return (u_plus - u_minus) / (per_frame(span, u_plus) * g)
 
 
 def adaptive_weights(loss: Tensor, boundary: Tensor, global_mean: GlobalMean) -> Tensor:
-    """Bring the samples with t > r to the level of those with t = r (Eq. 7): w (B,) from losses (B,).
+    """Bring losses of t > r to the level of those of t = r (Eq. 7): w (B, ...) from losses (B, ...).
 
     No gradient. ``w = 1`` on the boundary, ``mean_boundary_loss / (loss + 1e-5)`` off it, of raw losses: w(t)
     comes on top, else it would cancel. A global batch without a boundary sample has no level to follow and is
@@ -68,7 +70,7 @@ def adaptive_weights(loss: Tensor, boundary: Tensor, global_mean: GlobalMean) ->
 
 
 def local_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean of values (B,) where mask (B,) holds, for a process alone; NaN where it holds for none."""
+    """Mean of values (B, ...) where mask (B, ...) holds, for a process alone; NaN where it holds for none."""
     return values[mask].mean()
 
 
@@ -87,7 +89,7 @@ def flow_map_loss(
     global_mean: GlobalMean = local_mean,
     null_mask: Tensor | None = None,
 ) -> FlowMapLoss:
-    """Algorithm 1 on data x and noise eps (B, F, C, H, W) at times t >= r (B,).
+    """Algorithm 1 on data x and noise eps (B, F, C, H, W) at times t >= r, (B,) or (B, F).
 
     ``null`` is the same network under the negative prompt; with guidance 1 it is not evaluated. ``null_mask``
     (B,) names samples whose own condition was replaced by that prompt: for them ``u_c`` and ``u_null`` are
@@ -112,7 +114,7 @@ def flow_map_loss(
     u_tgt = v - per_frame(t - r, z) * du_dt
 
     # metric(u - sg(u_tgt)), with w(t) and Eq. 7
-    error = (u - u_tgt).square().flatten(1).mean(1)  # (B,)
+    error = (u - u_tgt).square().flatten(t.dim()).mean(-1)  # (B, ...)
     level = adaptive_weights(error, t == r, global_mean) if adaptive else torch.ones_like(error)
     return FlowMapLoss((weight(t) * level * error).mean(), error.detach())
 
@@ -135,7 +137,7 @@ def _null_and_derivative(
     r < d.
     """
     z, t, r = asked.z, asked.t, asked.r
-    inner = (t > r).nonzero().squeeze(1)  # (I,)
+    inner = (t > r).reshape(len(t), -1).any(1).nonzero().squeeze(1)  # (I,)
     t_plus = (t + delta).clamp(max=1)
     t_minus = torch.maximum(t - delta, r)
     z_plus = z + per_frame(t_plus - t, z) * v
@@ -165,10 +167,10 @@ def consistency_loss(
 ) -> Tensor:
     """Regress f(z_t, t, 0) onto x, the end of z's path: consistency ODE-init, the baseline of Table 2.
 
-    z (B, F, C, H, W) is the state at t (B,) of a path that ends in x. For the teacher's own path that is
-    ODE-init to the letter. With data that keep the teacher's video x and the noise eps it was made from,
-    ``interpolate(x, eps, t)`` is the path's chord: exact at t = 1 and t = 0, and one x for each z. With fresh
-    noise the best f is the mean of all x behind z, a denoiser and no consistency model.
+    z (B, F, C, H, W) is the state at t, (B,) or (B, F), of a path that ends in x. For the teacher's own path
+    that is ODE-init to the letter. With data that keep the teacher's video x and the noise eps it was made
+    from, ``interpolate(x, eps, t)`` is the path's chord: exact at t = 1 and t = 0, and one x for each z. With
+    fresh noise the best f is the mean of all x behind z, a denoiser and no consistency model.
     """
     error = flow_map(model, z, t, torch.zeros_like(t)) - x
     return (weight(per_frame(t, z)) * error.square()).mean()

@@ -5,7 +5,7 @@ to times after they are drawn for training. The sampler of (t, r) draws the **gl
 all of it from an equally seeded generator and keeps its own slice, so the shares of the paper hold for any
 number of ranks.
 
-Shapes: B global batch, N steps.
+Shapes: B global batch, N steps, K times of a sample.
 """
 
 from __future__ import annotations
@@ -47,19 +47,21 @@ def grid(steps: int, k: float) -> Tensor:
 
 
 def sample_times(
-    count: int, k: float, ratios: TimeRatios, generator: torch.Generator
+    count: int, k: float, ratios: TimeRatios, generator: torch.Generator, each: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Draw t >= r, each (B,), for a global batch of ``count`` samples (Sec. 4.2.1).
+    """Draw t >= r, each (B,) or, for ``each`` times a sample, (B, K), for ``count`` samples (Sec. 4.2.1).
 
     ``t = max(a, b)`` and ``r = min(a, b)`` of uniform a, b; then ``r = t`` and ``r = 0`` for their shares,
     the shift, and a random order. Boundary samples are those with ``t == r`` to the bit. A share that is no
     whole number of samples is rounded up or down at random, so that it is right on average even for a batch
-    of one.
+    of one. A sample's times are drawn one by one, but it is of one kind: all its r are t, or 0, or free.
     """
-    a, b = torch.rand(2, count, generator=generator, device=generator.device)
+    shape = (count,) if each is None else (count, each)
+    a, b = torch.rand(2, *shape, generator=generator, device=generator.device)
     t, r = torch.maximum(a, b), torch.minimum(a, b)
     offset = torch.rand((), generator=generator, device=generator.device, dtype=torch.float64)
     place = (torch.arange(count, device=generator.device) + offset) / count
+    place = place if each is None else place.unsqueeze(1)
     r = torch.where(place < ratios.boundary + ratios.to_zero, 0, r)
     r = torch.where(place < ratios.boundary, t, r)
     order = torch.randperm(count, generator=generator, device=generator.device)

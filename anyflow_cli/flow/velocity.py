@@ -15,6 +15,7 @@ from typing import Protocol, cast
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
 """One for the batch, or one for each sample: then a sample's noise does not depend on its batch."""
@@ -35,7 +36,7 @@ class Velocity(Protocol):
 
 @dataclass(frozen=True)
 class Query:
-    """What a model is asked: u at states z (B, F, C, H, W) and times t, r (B,)."""
+    """What a model is asked: u at states z (B, F, C, H, W) and times t, r, (B,) or (B, F)."""
 
     model: Velocity
     z: Tensor
@@ -100,6 +101,31 @@ def closed(function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Velocity:
 def guided(model: Velocity, null: Velocity, scale: float) -> Velocity:
     """Classifier-free guidance, ``u_null + scale (u - u_null)``, in one call of twice the batch."""
     return _Guided(model, null, scale)
+
+
+@dataclass(frozen=True)
+class _Recomputed:
+    model: Velocity
+
+    def __call__(self, z: Tensor, t: Tensor, r: Tensor) -> Tensor:
+        u = checkpoint(self.model, z, t, r, use_reentrant=False, preserve_rng_state=False)
+        assert isinstance(u, Tensor)
+        return u
+
+    def take(self, index: Tensor) -> Velocity:
+        return _Recomputed(self.model.take(index))
+
+    def join(self, *others: Velocity) -> Velocity:
+        parts = cast("tuple[_Recomputed, ...]", others)
+        return _Recomputed(self.model.join(*(part.model for part in parts)))
+
+
+def recomputed(model: Velocity) -> Velocity:
+    """The same velocity, evaluated again in the backward pass instead of keeping its graph until then.
+
+    A chain of jumps then holds one evaluation's graph at a time. Nothing random may be in the model.
+    """
+    return _Recomputed(model)
 
 
 def per_frame(t: Tensor, z: Tensor) -> Tensor:

@@ -3,10 +3,11 @@
 Legend: B batch, F latent frames, C channels, H W latent height and width.
 
 Frames fall into chunks. The last ``full_chunks`` of them are seen in full, earlier ones compressed. In
-training all chunks pass at once, ``[compressed context | noisy chunks | the same chunks clean]``; in sampling
-the clean past is in the cache (``cache.py``). Which chunk sees what is stated here alone, for both: a
-compressed chunk sees the compressed ones up to itself, a clean one all context and the clean ones up to
-itself, a noisy one all context, the clean ones before it and itself.
+training all chunks pass at once, ``[compressed context | noisy chunks | the same chunks clean]``, less the
+clean copy of the last, which nothing would see; in sampling the clean past is in the cache (``cache.py``).
+Which chunk sees what is stated here alone, for both: a compressed chunk sees the compressed ones up to
+itself, a clean one all context and the clean ones up to itself, a noisy one all context, the clean ones
+before it and itself.
 """
 
 from __future__ import annotations
@@ -113,32 +114,35 @@ def teacher_forcing(
     partition: tuple[int, ...],
     height: int,
     width: int,
-    full_chunks: int | None = None,
+    noisy: int | None = None,
     clean: bool = True,
 ) -> Layout:
     """All chunks in one pass: ``[compressed context | noisy chunks | the same chunks clean]``.
 
-    The last ``full_chunks`` (None: the model's own number) are noisy, their velocity is read. Without
-    ``clean`` there are no clean copies, and a noisy chunk sees the noisy ones before it.
+    The last ``noisy`` chunks of the window are noisy, their velocity is read; None: all, else those before
+    them are given, as clean copies alone. Without ``clean`` there are no copies, and a noisy chunk sees the
+    noisy ones before it.
     """
     chunks = chunks_of(partition)
-    split = max(len(chunks) - (full_chunks or causal_of(config).full_chunks), 0)
+    split = max(len(chunks) - causal_of(config).full_chunks, 0)
     past, window = chunks[:split], chunks[split:]
+    given = 0 if noisy is None else len(window) - noisy
+    assert given == 0 or clean, "without clean copies nothing can be given"
     context = tuple(range(split))
-    noisy = tuple(range(split, len(chunks)))
-    copies = tuple(n + len(window) for n in noisy) if clean else noisy
+    asked = tuple(range(split, len(chunks) - given))
+    copies = tuple(asked[-1] + 1 + i for i in range(len(window) - 1)) if clean else asked
     segments = [
         Segment(chunk.first, chunk.frames, context[: i + 1], "compressed", read=False)
         for i, chunk in enumerate(past)
     ]
     segments += [
-        Segment(chunk.first, chunk.frames, tuple(sorted((*context, noisy[i], *copies[:i]))))
-        for i, chunk in enumerate(window)
+        Segment(chunk.first, chunk.frames, tuple(sorted((*context, asked[i], *copies[: given + i]))))
+        for i, chunk in enumerate(window[given:])
     ]
     if clean:
         segments += [
             Segment(chunk.first, chunk.frames, (*context, *copies[: i + 1]), read=False)
-            for i, chunk in enumerate(window)
+            for i, chunk in enumerate(window[:-1])
         ]
     return causal_layout(config, segments, height, width)
 
@@ -146,24 +150,26 @@ def teacher_forcing(
 class TeacherForced:
     """Velocity of the noisy chunks, given the clean video ``x`` (B, F, C, H, W) that they come from.
 
-    A ``Velocity`` of the window: z (B, F', C, H, W) are its last ``full_chunks`` chunks. Context and clean
-    copies pass at ``t = r = 0``.
+    A ``Velocity`` of the frames ``window``: z (B, F', C, H, W) are the last ``noisy`` chunks, None: as many
+    as are in full. Context and clean copies pass at ``t = r = 0``.
     """
 
     def __init__(
-        self, model: Conditioned, x: Tensor, partition: tuple[int, ...], full_chunks: int | None = None
+        self, model: Conditioned, x: Tensor, partition: tuple[int, ...], noisy: int | None = None
     ) -> None:
         check_partition(partition, x.shape[1])
         config, (height, width) = model.network.config, x.shape[-2:]
-        self.layout = teacher_forcing(config, partition, height, width, full_chunks)
-        self.window = slice(window_start(config, partition, full_chunks), None)
+        full = causal_of(config).full_chunks
+        self.layout = teacher_forcing(config, partition, height, width, noisy)
+        self.window = slice(sum(partition[: -(noisy or full)]), None)
+        self._copies = slice(sum(partition[:-full]), sum(partition[:-1]))
         self._model = model.over(self.layout)
         self._x = x
 
     def __call__(self, z: Tensor, t: Tensor, r: Tensor) -> Tensor:
         """Velocity (B, F', C, H, W) of the window at ``t``, ``r``, (B,) or (B, F')."""
-        start = self.window.start
-        tokens = torch.cat((self._x[:, :start], z, self._x[:, start:]), dim=1)
+        context, copies = self._x[:, : self._copies.start], self._x[:, self._copies]
+        tokens = torch.cat((context, z, copies), dim=1)
         return self._model(tokens, self._times(t, z), self._times(r, z))
 
     def take(self, index: Tensor) -> TeacherForced:
@@ -179,17 +185,27 @@ class TeacherForced:
     def _times(self, t: Tensor, z: Tensor) -> Tensor:
         """Times of the window (B,) or (B, F') as times of all input frames; 0 for what is clean."""
         noisy = t.unsqueeze(1).expand(z.shape[:2]) if t.dim() == 1 else t
-        return nnf.pad(noisy, (self.window.start, z.shape[1]))
+        return nnf.pad(noisy, (self._copies.start, self._copies.stop - self._copies.start))
 
     def _with(self, model: Conditioned, x: Tensor) -> TeacherForced:
         made = object.__new__(TeacherForced)
-        made.layout, made.window, made._model, made._x = self.layout, self.window, model, x
+        made.layout, made.window, made._copies = self.layout, self.window, self._copies
+        made._model, made._x = model, x
         return made
 
 
-def window_start(config: NetworkConfig, partition: Sequence[int], full_chunks: int | None = None) -> int:
-    """The first frame that teacher forcing makes noisy."""
-    return sum(partition[: -(full_chunks or causal_of(config).full_chunks)])
+def as_causal(network: FlowMapTransformer, causal: Causal) -> FlowMapTransformer:
+    """A causal network of these chunks: a causal one with its weights as they are, else ``causal_from``."""
+    if network.config.causal is None:
+        return causal_from(network, causal)
+    there, wanted = network.config.causal.compressed_patch, causal.compressed_patch
+    if there != wanted:
+        raise UsageError(
+            f"The causal model compresses patches of {there[0]}x{there[1]}, not {wanted[0]}x{wanted[1]}.",
+            "Set model.causal.compressed_patch to the model's own.",
+        )
+    network.config = replace(network.config, causal=causal)
+    return network
 
 
 def causal_from(network: FlowMapTransformer, causal: Causal | None = None) -> FlowMapTransformer:

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from anyflow_cli.errors import UsageError
+
+if TYPE_CHECKING:
+    from anyflow_cli.recipe import schema
 
 Conditioning = Literal["interpolate", "zero-init"]
 
@@ -29,6 +32,11 @@ class Causal:
     compressed_patch: tuple[int, int] = (4, 4)
     full_chunks: int = 3
     partition: tuple[int, ...] = (1, 3, 3, 3, 3, 3, 3, 2)
+
+    @classmethod
+    def from_recipe(cls, settings: schema.Causal) -> Causal:
+        """The architecture that a recipe asks for."""
+        return cls(settings.compressed_patch, settings.full_chunks, settings.partition)
 
 
 @dataclass(frozen=True)

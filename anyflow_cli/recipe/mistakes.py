@@ -142,4 +142,6 @@ def _written(value: Any) -> str:
         return {None: "nothing", True: "true", False: "false"}[value]
     if isinstance(value, tuple):
         return f"[{', '.join(map(_written, value))}]"
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{key}: {_written(part)}' for key, part in value.items())}}}"
     return repr(value) if isinstance(value, str) else str(value)

@@ -29,6 +29,11 @@ def require(rule: bool, value: Value, must: str) -> Value:
     return value
 
 
+def whole_latents(frames: int) -> int:
+    """Refuse a number of frames that the VAE does not take."""
+    return require((frames - 1) % 4 == 0, frames, "be 4 n + 1, as the VAE takes frames (33, 49, 81, ...)")
+
+
 def _laid_over(default: object, value: object) -> object:
     """Complete a section that is given in part."""
     if isinstance(default, Section) and isinstance(value, dict):
@@ -62,6 +67,22 @@ class Lora(Section):
     alpha: Positive = 256
 
 
+class Causal(Section):
+    """A causal (FAR) model, sec. 4.3: how frames fall into chunks, and what windows it is trained on."""
+
+    partition: Annotated[tuple[Count, ...], Field(min_length=1)] = Field(
+        (1, 3, 3, 3, 3, 3, 3, 2), description="Latent frames of each chunk, which are made together."
+    )
+    full_chunks: Count = Field(3, description="Last chunks that are seen in full; earlier ones compressed.")
+    compressed_patch: tuple[Count, Count] = (4, 4)
+    long_context: Fraction = Field(
+        0.5, description="Share of the steps on any number of chunks; the others see the first in full alone."
+    )
+    bidirectional: Fraction = Field(
+        0.1, description="Share of stage 1's steps that also take a bidirectional flow-matching loss."
+    )
+
+
 class Model(Section):
     """The pretrained model, the shape of its videos, and what becomes trainable."""
 
@@ -69,7 +90,6 @@ class Model(Section):
     shipped: str | None = Field(
         None, description="Built-in any-step model used until the user has trained one."
     )
-    causal: bool = False
     lora: Lora | None = Field(None, description="Adapters on one frozen base; null trains all weights.")
     gate: Fraction = 0.25  # on emb0(r); paper sec. 4.2.1
     conditioning: Literal["interpolate", "zero-init"] = "interpolate"  # zero-init is the ablation of Fig. 11
@@ -77,6 +97,7 @@ class Model(Section):
     height: Count = 480
     width: Count = 832
     frames: Count = 81
+    causal: Causal | None = Field(None, description="Makes the model causal; null: bidirectional.")
     fps: Count = 16
     max_text_tokens: Count = 512
     negative_prompt: str = ""
@@ -91,7 +112,23 @@ class Model(Section):
     @field_validator("frames")
     @classmethod
     def _whole_latents(cls, frames: int) -> int:
-        return require((frames - 1) % 4 == 0, frames, "be 4 n + 1, as the VAE takes frames (33, 49, 81, ...)")
+        return whole_latents(frames)
+
+    @field_validator("causal")
+    @classmethod
+    def _whole_chunks(cls, causal: Causal | None, info: ValidationInfo) -> Causal | None:
+        if causal is None or not {"height", "width", "frames"} <= info.data.keys():
+            return causal
+        latent = (info.data["frames"] - 1) // 4 + 1
+        require(
+            sum(causal.partition) == latent, causal, f"have a partition that sums to {latent} latent frames"
+        )
+        sizes = zip((info.data["height"], info.data["width"]), causal.compressed_patch, strict=True)
+        return require(
+            all(size % (8 * patch) == 0 for size, patch in sizes),
+            causal,
+            "have a compressed_patch that divides height / 8 and width / 8",
+        )
 
 
 class Data(Section):
@@ -177,6 +214,10 @@ class FlowMap(Section):
     boundary: Fraction = 0.5  # share of the global batch with r = t
     to_zero: Fraction = 0.25  # share of the global batch with r = 0
     text_dropout: Fraction = 0.1
+    given: Fraction = Field(
+        0.0,
+        description="Share of the steps that learn to continue a clean image or video (causal models).",
+    )
 
     @field_validator("to_zero")
     @classmethod
@@ -210,6 +251,9 @@ class Distill(Training):
     real_guidance: Annotated[float, Field(ge=1)] = 4.0  # usual convention: x_null + 4 (x_c - x_null)
     t_min: Fraction = 0.02
     t_max: Fraction = 0.98
+    recompute_rollout: bool = Field(
+        False, description="Evaluate jumps again in the backward pass: less memory, more time."
+    )
     joint: bool = Field(True, description="Add the stage-1 loss on data to each student update.")
     joint_weight: Annotated[float, Field(ge=0)] = 1.0
     flow_map: FlowMap = FlowMap()
@@ -244,14 +288,23 @@ class Finetune(Training):
     clips: Count = Field(256, description="Clips to draw of that world.")
 
 
+Continuing = TypeVar("Continuing", TrainFlowMap, Distill, Finetune)
+
+
 class Sample(Section):
     """Defaults of `sample`."""
 
     nfe: Budgets = (4,)
+    frames: Count | None = Field(None, description="Frames of a video; null: as many as the model's.")
     seed: int = 0
     batch: Count = 1
     teacher_steps: Count = 50
     teacher_guidance: Positive = 5.0
+
+    @field_validator("frames")
+    @classmethod
+    def _whole_latents(cls, frames: int | None) -> int | None:
+        return frames and whole_latents(frames)
 
 
 class Evaluate(Section):
@@ -289,3 +342,13 @@ class Recipe(Section):
     sample: Sample = Sample()
     evaluate: Evaluate = Evaluate()
     launch: Launch = Launch()
+
+    @field_validator("train_flowmap", "distill", "finetune")
+    @classmethod
+    def _only_causal_models_continue(cls, section: Continuing, info: ValidationInfo) -> Continuing:
+        model = info.data.get("model")
+        return require(
+            model is None or model.causal is not None or not section.flow_map.given,
+            section,
+            "leave flow_map.given at 0, as model.causal is null: only a causal model continues frames",
+        )

@@ -19,7 +19,7 @@ from anyflow_cli.model.precision import autocast, resolve_precision
 from anyflow_cli.model.roles import Backbone
 from anyflow_cli.recipe.schema import Recipe
 from anyflow_cli.train.draws import Draws
-from anyflow_cli.train.objectives import FlowMapTerm
+from anyflow_cli.train.objectives import FlowMapTerm, view_of
 
 SHARE, MOST = 10, 64
 TRIES = 4  # times and noises a clip
@@ -54,7 +54,8 @@ def flow_map_error(network: FlowMapTransformer, recipe: Recipe, data: Path) -> F
     unseen = held_out(len(clips))
     positions = range(len(clips) - unseen if unseen else 0, len(clips))
     settings = recipe.finetune.flow_map.model_copy(update={"adaptive": False, "text_dropout": 0.0})
-    term = FlowMapTerm(Backbone(network, ("student",)), clips.negative, settings, recipe.model.shift)
+    view = view_of(recipe.model.causal, settings)
+    term = FlowMapTerm(Backbone(network, ("student",)), clips.negative, settings, recipe.model.shift, view)
     total = torch.zeros(2, dtype=torch.float64)
     with autocast(resolve_precision(recipe.model.precision, network.device), network.device):
         for place, position in enumerate(positions):

@@ -4,10 +4,12 @@ An objective has phases in the order in which a step runs them, each with parame
 terms: losses that are added up. Each term is run and differentiated by itself, so that one graph is held
 at a time.
 
-    flow-map          stage 1, Alg. 1                       student: flow map flow-matching     the
-    teacher's own tuning              student: flow matching, one time consistency-ode   baseline of Table
-    2                   student: f(z, t, 0) against the teacher's x on-policy         stage 2, Alg. 2
-    student: matching + flow map on data; fake: its score
+    flow-map          stage 1, Alg. 1         student: flow map
+    flow-matching     the teacher's tuning    student: flow matching, one time
+    consistency-ode   baseline of Table 2     student: f(z, t, 0) against the teacher's x
+    on-policy         stage 2, Alg. 2         student: matching + flow map on data; fake: its score
+
+A causal student is trained over the views of ``views.py``; teacher and scores are bidirectional always.
 
 A term returns its mean loss over the micro batch and, for reports, (sum, count) pairs, which add up
 exactly over micro batches and processes.
@@ -18,6 +20,7 @@ tokens, D width.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -29,10 +32,12 @@ from anyflow_cli.data.batches import Batch
 from anyflow_cli.data.noise import batch_noise
 from anyflow_cli.errors import UsageError
 from anyflow_cli.flow import matching, objective, simulation, times
-from anyflow_cli.flow.velocity import Velocity
+from anyflow_cli.flow.velocity import Velocity, recomputed
+from anyflow_cli.model.conditioned import Conditioned
 from anyflow_cli.model.roles import Backbone, Role
 from anyflow_cli.recipe import schema
-from anyflow_cli.train.draws import Draws
+from anyflow_cli.train import views
+from anyflow_cli.train.draws import Draws, stream_seed
 
 Tally = Mapping[str, Tensor]  # name -> (sum, count), (2,)
 Term = Callable[[Batch, Draws], tuple[Tensor, Tally]]
@@ -62,25 +67,48 @@ def stage_one(
     settings: schema.FlowMap,
     optimiser: schema.Optimiser,
     shift: float,
+    causal: schema.Causal | None = None,
 ) -> Objective:
     """An objective of the student alone on data; ``negative`` (L, D) is the negative prompt's embedding."""
+    view = view_of(causal, settings)
+    matching = FlowMatchingTerm(backbone, negative, settings.text_dropout, shift)
     terms: dict[str, Term] = {
-        "flow-map": FlowMapTerm(backbone, negative, settings, shift),
-        "flow-matching": FlowMatchingTerm(backbone, negative, settings.text_dropout, shift),
-        "consistency-ode": ConsistencyTerm(backbone, settings, shift),
+        "flow-map": FlowMapTerm(backbone, negative, settings, shift, view),
+        "flow-matching": matching,
+        "consistency-ode": ConsistencyTerm(backbone, settings, shift, view),
     }
-    return Objective(backbone, (Phase("student", optimiser, (terms[name],)),))
+    student: tuple[Term, ...] = (terms[name],)
+    if causal is not None and name != "flow-matching":
+        bidirectional = weighted(matching, 1.0, "bidirectional_")
+        student = (Occasional(bidirectional, causal.bidirectional, "bidirectional"), *student)
+        student = tuple(Reaching(term, backbone) for term in student)
+    return Objective(backbone, (Phase("student", optimiser, student),))
 
 
-def on_policy(backbone: Backbone, negative: Tensor, settings: schema.Distill, shift: float) -> Objective:
+def on_policy(
+    backbone: Backbone,
+    negative: Tensor,
+    settings: schema.Distill,
+    shift: float,
+    causal: schema.Causal | None = None,
+) -> Objective:
     """Stage 2: Alg. 2 and, in the same update of the student, Alg. 1 on data; then the fake score."""
-    policy = OnPolicyTerms(backbone, negative, settings, shift)
+    policy = OnPolicyTerms(backbone, negative, settings, shift, causal)
     student: tuple[Term, ...] = (policy.matching,)
     if settings.joint:
-        flow_map = FlowMapTerm(backbone, negative, settings.flow_map, shift)
+        flow_map = FlowMapTerm(
+            backbone, negative, settings.flow_map, shift, view_of(causal, settings.flow_map)
+        )
         student += (weighted(flow_map, settings.joint_weight, "flow_map_"),)
+    if causal is not None:
+        student = tuple(Reaching(term, backbone) for term in student)
     fake = Phase("fake", settings.fake_optimiser or settings.optimiser, (policy.fake_score,))
     return Objective(backbone, (Phase("student", settings.optimiser, student), fake))
+
+
+def view_of(causal: schema.Causal | None, settings: schema.FlowMap) -> views.ViewOf:
+    """What the student sees of its data."""
+    return views.whole if causal is None else views.TeacherForcing(causal, settings.given)
 
 
 @dataclass(frozen=True)
@@ -91,18 +119,19 @@ class FlowMapTerm:
     negative: Tensor  # (L, D)
     settings: schema.FlowMap
     shift: float
+    view: views.ViewOf = views.whole
 
     def __call__(self, batch: Batch, draws: Draws) -> tuple[Tensor, Tally]:
         """Loss of a micro batch; boundary samples first in the global batch, as ``GlobalMean`` needs them."""
-        settings, x = self.settings, batch.latents
-        ratios = times.TimeRatios(settings.boundary, settings.to_zero)
-        t, r = times.sample_times(draws.count, self.shift, ratios, draws.generator("times"))
-        order = (t != r).to(torch.uint8).argsort(stable=True)
-        t, r = draws.local(t[order]).to(x), draws.local(r[order]).to(x)
+        settings, view = self.settings, self.view(batch.latents, draws)
+        x, ratios = view.x, times.TimeRatios(settings.boundary, settings.to_zero)
+        t, r = times.sample_times(draws.count, self.shift, ratios, draws.generator("times"), view.each)
+        order = (t != r).reshape(len(t), -1).any(1).to(torch.uint8).argsort(stable=True)
+        t, r = view.by_frame(draws.local(t[order])), view.by_frame(draws.local(r[order]))
         batch, dropped = drop_text(batch, self.negative, settings.text_dropout, draws)
         result = objective.flow_map_loss(
-            self.backbone.velocity("student", batch.text),
-            _null(self.backbone, "student", self.negative, batch),
+            view.bind(self.backbone.velocity("student", batch.text)),
+            view.bind(_null(self.backbone, "student", self.negative, batch)),
             x, draws.noise("noise", x.shape[1:]).to(x), t, r,
             guidance=settings.guidance,
             delta=settings.delta,
@@ -114,8 +143,8 @@ class FlowMapTerm:
         boundary = t == r
         return result.loss, {
             "loss": tally(result.loss, len(x)),
-            "boundary": tally(result.per_sample, boundary),
-            "non_boundary": tally(result.per_sample, ~boundary),
+            "boundary": tally(result.errors, boundary),
+            "non_boundary": tally(result.errors, ~boundary),
         }
 
 
@@ -149,21 +178,26 @@ class ConsistencyTerm:
     backbone: Backbone
     settings: schema.FlowMap
     shift: float
+    view: views.ViewOf = views.whole
 
     def __call__(self, batch: Batch, draws: Draws) -> tuple[Tensor, Tally]:
         """Loss of a micro batch."""
-        x = batch.latents
+        videos, view = batch.latents, self.view(batch.latents, draws)
         seeds = [seed for seed in batch.seeds if seed is not None]
-        if len(seeds) < len(x):
+        if len(seeds) < len(videos):
             raise UsageError(
                 "consistency-ode needs the noise each video was made from, and the data set has real clips.",
                 "Train it on what `anyflow synthesize` made with the teacher.",
             )
-        t = draws.local(times.sample_uniform(draws.count, self.shift, draws.generator("times"))).to(x)
-        z = objective.interpolate(x, batch_noise(seeds, x.shape[1:]).to(x), t)
+        shape = (draws.count,) if view.each is None else (draws.count, view.each)
+        t = times.sample_uniform(math.prod(shape), self.shift, draws.generator("times")).reshape(shape)
+        t = view.by_frame(draws.local(t))
+        eps = view.of(batch_noise(seeds, videos.shape[1:]).to(videos))
+        z = objective.interpolate(view.x, eps, t)
         weight = times.loss_weight(self.settings.weight, self.shift)
-        loss = objective.consistency_loss(self.backbone.velocity("student", batch.text), z, t, x, weight)
-        return loss, {"loss": tally(loss, len(x))}
+        model = view.bind(self.backbone.velocity("student", batch.text))
+        loss = objective.consistency_loss(model, z, t, view.x, weight)
+        return loss, {"loss": tally(loss, len(videos))}
 
 
 class OnPolicyTerms:
@@ -173,8 +207,16 @@ class OnPolicyTerms:
     saves the second rollout; else it gets fresh ones from the updated student, as the paper does.
     """
 
-    def __init__(self, backbone: Backbone, negative: Tensor, settings: schema.Distill, shift: float) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        negative: Tensor,
+        settings: schema.Distill,
+        shift: float,
+        causal: schema.Causal | None = None,
+    ) -> None:
         self.backbone, self.negative, self.settings, self.shift = backbone, negative, settings, shift
+        self.causal = causal
         self._rollouts: dict[tuple[int, ...], Tensor] = {}  # of this step, by positions of a micro batch
 
     def matching(self, batch: Batch, draws: Draws) -> tuple[Tensor, Tally]:
@@ -212,18 +254,74 @@ class OnPolicyTerms:
         return loss, {"fake": tally(loss, len(x))}
 
     def _rollout(self, batch: Batch, draws: Draws, stream: str) -> Tensor:
-        """Samples of the student at time 0, (B, F, C, H, W); N and k are the same on every process."""
-        settings, generator = self.settings, draws.generator(stream)
+        """Samples of the student at time 0, (B, F, C, H, W)."""
         model = self.backbone.velocity("student", batch.text)
         noise = draws.noise(f"{stream}-start", batch.latents.shape[1:]).to(batch.latents)
+        simulate = self._simulation(draws, stream)
+        if self.causal is None:
+            return simulate(model, noise)
+        share = self.settings.flow_map.given
+        known = views.given_frames(self.causal, share, draws.generator(f"{stream}-given"))
+        recomputes = self.settings.recompute_rollout or model.network.gradient_checkpointing
+        return views.roll_out(
+            model,
+            noise,
+            self.causal.partition,
+            simulate,
+            given=batch.latents[:, :known],
+            in_place=not (recomputes and torch.is_grad_enabled()),
+        )
+
+    def _simulation(self, draws: Draws, stream: str) -> Callable[[Velocity, Tensor], Tensor]:
+        """From noise to time 0. What is drawn holds for every process, and for every chunk of a video."""
+        settings, generator = self.settings, draws.generator(stream)
+        kept = recomputed if settings.recompute_rollout else _as_it_is
         if settings.simulation == "flow-map":
-            segment = simulation.draw_segment(settings.budgets, generator)
-            return simulation.flow_map_rollout(model, noise, segment.steps, segment.k, self.shift)
+            steps, k = simulation.draw_segment(settings.budgets, generator)
+            return lambda model, noise: simulation.flow_map_rollout(kept(model), noise, steps, k, self.shift)
         exit_step = simulation.draw_exit_step(settings.consistency_steps, generator)
         grid = times.grid(settings.consistency_steps, self.shift)
-        return simulation.consistency_rollout(
-            model, noise, grid, exit_step, draws.generators(f"{stream}-noise")
+        streams = draws.generators(f"{stream}-noise")
+        return lambda model, noise: simulation.consistency_rollout(
+            kept(model), noise, grid, exit_step, streams
         )
+
+
+def _as_it_is(model: Velocity) -> Velocity:
+    return model
+
+
+@dataclass(frozen=True)
+class Occasional:
+    """A term that a share of the steps have, drawn for all processes; nothing in the others."""
+
+    term: Term
+    share: float
+    stream: str
+
+    def __call__(self, batch: Batch, draws: Draws) -> tuple[Tensor, Tally]:
+        """The term's loss, from draws of its own, or zero."""
+        if float(torch.rand((), generator=draws.generator(self.stream))) >= self.share:
+            return batch.latents.new_zeros(()), {}
+        return self.term(batch, replace(draws, seed=stream_seed(draws.seed, self.stream)))
+
+
+@dataclass(frozen=True)
+class Reaching:
+    """A term whose gradient reaches the compressed patch embedding even where no chunk is compressed.
+
+    Zero then: every process must have a gradient for every weight, and an optimiser must not tell apart a
+    step in which one process alone had none.
+    """
+
+    term: Term
+    backbone: Backbone
+
+    def __call__(self, batch: Batch, draws: Draws) -> tuple[Tensor, Tally]:
+        """The same loss."""
+        loss, report = self.term(batch, draws)
+        embedding = self.backbone.network_of("student").far_patch_embedding
+        return loss + 0 * sum(weight.sum() for weight in embedding.parameters()), report
 
 
 def weighted(term: Term, weight: float, prefix: str) -> Term:
@@ -252,7 +350,7 @@ def tally(values: Tensor, of: Tensor | int) -> Tensor:
     return torch.stack([values[of].sum(), of.sum().double()])
 
 
-def _null(backbone: Backbone, role: Role, negative: Tensor, batch: Batch) -> Velocity:
+def _null(backbone: Backbone, role: Role, negative: Tensor, batch: Batch) -> Conditioned:
     """The role's network under the negative prompt."""
     return backbone.velocity(role, negative.to(batch.text).expand_as(batch.text))
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from anyflow_cli.data.atomic import committed
 from anyflow_cli.data.batches import LatentData
@@ -25,6 +26,7 @@ from anyflow_cli.flow.velocity import Velocity, guided
 from anyflow_cli.model.encoders import VideoVAE
 from anyflow_cli.model.precision import Precision, autocast
 from anyflow_cli.model.roles import Backbone
+from anyflow_cli.model.rollout import rollout
 from anyflow_cli.sheets import Row, contact_sheet
 
 
@@ -54,17 +56,9 @@ def make_preview(
     @torch.no_grad()
     def preview(step: int) -> None:
         device = next(backbone.parameters()).device
-        velocity: Velocity = backbone.velocity("student", batch.text.to(device))
-        if plan.guidance != 1:
-            negative = data.negative.to(device).expand_as(batch.text)
-            velocity = guided(velocity, backbone.velocity("student", negative), plan.guidance)
+        sample = _sampling(backbone, data, batch.text.to(device), plan)
         with autocast(precision, device):
-            latents = [
-                SAMPLERS[plan.sampler](
-                    velocity, noise.to(device), grid(nfe, plan.shift), generator=_generators(len(noise))
-                )
-                for nfe in plan.nfe
-            ]
+            latents = [sample(noise.to(device), grid(nfe, plan.shift)) for nfe in plan.nfe]
         vae = VideoVAE.load(pipeline, device)
         columns = [to_pixels(vae.decode(part)) for part in latents]
         rows = [Row(caption, [column[i] for column in columns]) for i, caption in enumerate(batch.captions)]
@@ -75,6 +69,24 @@ def make_preview(
             sheet.save(temporary, format="PNG")
 
     return preview
+
+
+def _sampling(
+    backbone: Backbone, data: LatentData, text: Tensor, plan: PreviewPlan
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """From noise (B, F, C, H, W) and a grid to videos: of a causal model chunk after chunk."""
+    model, sampler = backbone.velocity("student", text), SAMPLERS[plan.sampler]
+    causal = model.network.config.causal
+    if causal is not None:
+        partition = causal.partition
+        return lambda noise, times: torch.cat(
+            list(rollout(model, noise, partition, sampler, [times], generator=_generators(len(noise)))), dim=1
+        )
+    velocity: Velocity = model
+    if plan.guidance != 1:
+        null = backbone.velocity("student", data.negative.to(text).expand_as(text))
+        velocity = guided(model, null, plan.guidance)
+    return lambda noise, times: sampler(velocity, noise, times, generator=_generators(len(noise)))
 
 
 def _generators(count: int) -> list[torch.Generator]:

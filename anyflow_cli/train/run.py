@@ -32,7 +32,8 @@ from anyflow_cli.recipe.schema import Recipe
 
 HARMLESS = (
     "steps", "micro_batch", "checkpoint_every", "keep_checkpoints", "log_every", "preview_every",
-    "preview_prompts", "tensorboard", "gradient_checkpointing", "shipped", "fps", "precision",
+    "preview_prompts", "tensorboard", "gradient_checkpointing", "recompute_rollout", "shipped",
+    "fps", "precision",
 )  # fmt: skip
 OTHER = "Use another --runs directory or recipe name, or go back to the settings of {path}."
 

@@ -19,6 +19,8 @@ from anyflow_cli.data.batches import Batches, LatentData
 from anyflow_cli.data.shards import read_manifest
 from anyflow_cli.errors import UsageError
 from anyflow_cli.model.adapter import load_adapter, save_adapter
+from anyflow_cli.model.causal import as_causal, check_partition
+from anyflow_cli.model.config import Causal
 from anyflow_cli.model.folder import resolve, save_pipeline
 from anyflow_cli.model.network import FlowMapTransformer, two_time_from
 from anyflow_cli.model.precision import Precision, resolve_precision
@@ -121,11 +123,11 @@ def student_backbone(recipe: schema.Recipe, inputs: Inputs, precision: Precision
     start = inputs.parents.get("start") or inputs.parents["teacher"]
     network = _load(start, recipe, precision)
     if inputs.section == "finetune":
-        _require(network, start, two_time=True)
+        network = _any_step(network, start, recipe)
     elif recipe.train_flowmap.objective == "flow-matching":
         _require(network, start, two_time=False)
-    elif not network.config.two_time:
-        network = two_time_from(network, recipe.model.gate, recipe.model.conditioning)
+    else:
+        network = _student_of(network, recipe)
     return _backbone(recipe, network, ("student",), seed=_section(recipe, inputs).seed)
 
 
@@ -134,16 +136,35 @@ def on_policy_backbone(recipe: schema.Recipe, inputs: Inputs, precision: Precisi
     roles: tuple[Role, ...] = ("student", "real", "fake")
     start, real, seed = inputs.parents["start"], inputs.parents["real score"], recipe.distill.seed
     if inputs.base == start or is_checkpoint(start):
-        network = _load(start, recipe, precision)
-        _require(network, start, two_time=True)
+        network = _any_step(_load(start, recipe, precision), start, recipe)
         return _backbone(recipe, network, roles, teacher=_load(real, recipe, precision), seed=seed)
-    teacher = _load(inputs.base, recipe, precision)
-    network = two_time_from(teacher, recipe.model.gate, recipe.model.conditioning)
+    network = _student_of(_load(inputs.base, recipe, precision), recipe)
     backbone = _backbone(recipe, network, roles, real_adapter=_adapter_of(recipe, real), seed=seed)
     adapter = _adapter_of(recipe, start)
     assert adapter is not None, "the base is the teacher only where the start is its adapter"
     backbone.load_state_dict_of("student", adapter)
     return backbone
+
+
+def _student_of(network: FlowMapTransformer, recipe: schema.Recipe) -> FlowMapTransformer:
+    """A flow-map network, causal where the recipe is, that starts as the teacher's."""
+    if not network.config.two_time:
+        network = two_time_from(network, recipe.model.gate, recipe.model.conditioning)
+    causal = recipe.model.causal
+    return network if causal is None else as_causal(network, Causal.from_recipe(causal))
+
+
+def _any_step(network: FlowMapTransformer, path: Path, recipe: schema.Recipe) -> FlowMapTransformer:
+    """The network of an any-step model, if it is of the recipe's kind; its chunks are the recipe's."""
+    _require(network, path, two_time=True)
+    causal = recipe.model.causal
+    if (network.config.causal is None) != (causal is None):
+        kinds = ("bidirectional", "causal") if causal is not None else ("causal", "bidirectional")
+        raise UsageError(
+            f"{path} is a {kinds[0]} model, and recipe {recipe.name} is {kinds[1]}.",
+            "Use the recipe that the model was trained with, or one with the same model.causal.",
+        )
+    return network if causal is None else as_causal(network, Causal.from_recipe(causal))
 
 
 def _require(network: FlowMapTransformer, path: Path, *, two_time: bool) -> None:
@@ -199,7 +220,7 @@ def train(recipe: schema.Recipe, inputs: Inputs, on_step: OnStep | None = None) 
     data = part(inputs.data, tokens)
     on_policy = inputs.section == "distill"
     backbone = (on_policy_backbone if on_policy else student_backbone)(recipe, inputs, precision)
-    _check_fit(backbone.network_of("student"), data)
+    _check_fit(recipe, backbone.network_of("student"), data)
     preview = None
     if accelerator.is_main_process and settings.preview_every and settings.preview_prompts:
         plan = _preview_plan(recipe, inputs)
@@ -246,21 +267,25 @@ def _objective(
     recipe: schema.Recipe, inputs: Inputs, backbone: Backbone, data: LatentData
 ) -> objectives.Objective:
     shift = recipe.model.shift
+    causal = recipe.model.causal
     if inputs.section == "distill":
-        return objectives.on_policy(backbone, data.negative, recipe.distill, shift)
+        return objectives.on_policy(backbone, data.negative, recipe.distill, shift, causal)
     if inputs.section == "finetune":
         settings = recipe.finetune
         return objectives.stage_one(
-            "flow-map", backbone, data.negative, settings.flow_map, settings.optimiser, shift
+            "flow-map", backbone, data.negative, settings.flow_map, settings.optimiser, shift, causal
         )
     first = recipe.train_flowmap
     return objectives.stage_one(
-        first.objective, backbone, data.negative, first.flow_map, first.optimiser, shift
+        first.objective, backbone, data.negative, first.flow_map, first.optimiser, shift, causal
     )
 
 
-def _check_fit(network: FlowMapTransformer, data: LatentData) -> None:
+def _check_fit(recipe: schema.Recipe, network: FlowMapTransformer, data: LatentData) -> None:
     """Refuse data made for another model before a step is taken."""
+    causal, frames = recipe.model.causal, data.latent_shape[0]
+    if causal is not None:
+        check_partition(causal.partition, frames)
     for what, has, wants in (
         ("latents of {} channels", data.latent_shape[1], network.config.in_channels),
         ("text of width {}", data.text_dim, network.config.text_dim),

@@ -321,6 +321,12 @@ def test_a_continued_video_is_refined_with_its_frames_and_its_prompts(
     assert "first.png is not what it was" in capsys.readouterr().err
 
 
+def test_a_causal_recipe_goes_on_beyond_its_trained_length(far: list[str], capsys: Run) -> None:
+    causal = ["--set", "model.causal.partition=[1, 1, 1]"]
+    assert app.main([*far, *causal, "--frames", "21", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["settings"]["frames"] == 21
+
+
 def test_a_long_video_of_two_prompts_is_recorded(far: list[str], capsys: Run) -> None:
     assert app.main([*far, "--frames", "21", "--then", "9: a square", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)

@@ -66,7 +66,7 @@ def check_falls(errors: list[Tensor], factor: float) -> None:
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 def test_the_exact_student_has_no_loss_up_to_delta_squared(guidance: float) -> None:
     """The residual is O(d^2), so its square falls by 16 when d is halved. The boundary has none."""
-    errors = [Step().loss(guidance=guidance, delta=d).per_sample for d in (0.02, 0.01, 0.005)]
+    errors = [Step().loss(guidance=guidance, delta=d).errors for d in (0.02, 0.01, 0.005)]
     assert errors[-1].max() < 1e-6
     assert errors[0][-1] < 1e-28
     check_falls([error[:-1] for error in errors], 16)
@@ -74,14 +74,14 @@ def test_the_exact_student_has_no_loss_up_to_delta_squared(guidance: float) -> N
 
 def test_near_noise_the_quotient_leans_to_one_side_and_is_exact_to_delta() -> None:
     t, r = torch.ones(B).double(), BELOW.clamp(max=0.5)
-    errors = [Step(t, r).loss(delta=d).per_sample for d in (0.02, 0.01, 0.005)]
+    errors = [Step(t, r).loss(delta=d).errors for d in (0.02, 0.01, 0.005)]
     assert errors[-1].max() < 1e-3
     check_falls(errors, 4)
 
 
 def test_short_jumps_are_exact_to_delta_squared() -> None:
     """With t - r = d / 2 the quotient is exact to O(d), and stands in the target times t - r."""
-    errors = [Step(INSIDE, INSIDE - d / 2).loss(delta=d).per_sample for d in (0.008, 0.004, 0.002)]
+    errors = [Step(INSIDE, INSIDE - d / 2).loss(delta=d).errors for d in (0.008, 0.004, 0.002)]
     assert errors[-1].max() < 1e-6
     check_falls(errors, 16)
 
@@ -89,7 +89,7 @@ def test_short_jumps_are_exact_to_delta_squared() -> None:
 def test_times_a_rounding_apart_stay_finite() -> None:
     t = torch.tensor([1.0, 1.0, 0.9999999, 0.5, 1e-6, 1e-7, 0.0, 1.0]).double()
     r = torch.tensor([0.9999999, 0.0, 0.9999998, 0.4999999, 0.0, 0.0, 0.0, 1.0]).double()
-    assert Step(t, r).loss().per_sample.max() < 1e-3
+    assert Step(t, r).loss().errors.max() < 1e-3
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
@@ -151,7 +151,7 @@ WRONG_ALGORITHMS: dict[str, tuple[str, Callable[..., Tensor]]] = {
 @pytest.mark.parametrize("wrong", WRONG_ALGORITHMS)
 def test_a_wrong_algorithm_has_a_loss(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(objective, *WRONG_ALGORITHMS[wrong])
-    assert Step().loss().per_sample[:-1].min() > 1e-3
+    assert Step().loss().errors[:-1].min() > 1e-3
 
 
 WRONG_STUDENTS: dict[str, Callable[[Velocity, Tensor, Tensor, Tensor], Tensor]] = {
@@ -166,7 +166,7 @@ WRONG_STUDENTS: dict[str, Callable[[Velocity, Tensor, Tensor, Tensor], Tensor]] 
 @pytest.mark.parametrize("wrong", WRONG_STUDENTS)
 def test_a_wrong_student_has_a_loss(wrong: str) -> None:
     student = Bent(DATA, WRONG_STUDENTS[wrong])
-    assert Step().loss(student, student, guidance=1.0).per_sample[:-1].min() > 1e-3
+    assert Step().loss(student, student, guidance=1.0).errors[:-1].min() > 1e-3
 
 
 # What it costs, and where gradient goes
@@ -206,17 +206,15 @@ def test_gradient_is_that_of_the_conditional_branch_alone() -> None:
 def test_samples_under_the_null_prompt_learn_a_flow_map_when_named() -> None:
     """Their branches are one: Eq. 6 changes nothing, but 1/g in the quotient would."""
     named = torch.ones(B, dtype=torch.bool)
-    assert Step().loss(DATA, DATA, null_mask=named).per_sample.max() < 1e-6
-    assert Step().loss(DATA, DATA).per_sample[:-1].min() > 1e-4
+    assert Step().loss(DATA, DATA, null_mask=named).errors.max() < 1e-6
+    assert Step().loss(DATA, DATA).errors[:-1].min() > 1e-4
 
 
 def test_a_mask_names_samples_one_by_one() -> None:
     half = torch.arange(B) % 2 == 0
     student, null = exact(3.0)
     dropped = Bent(student, lambda u, z, t, r: u(z, t, r))
-    masked, plain = (
-        Step().loss(dropped, Bent(null, dropped.bend), null_mask=m).per_sample for m in (half, None)
-    )
+    masked, plain = (Step().loss(dropped, Bent(null, dropped.bend), null_mask=m).errors for m in (half, None))
     torch.testing.assert_close(masked[~half], plain[~half])
     assert (masked[half][:-1] > 1e-3).all()  # these have text: g = 1 is wrong for them
     assert plain.max() < 1e-6
@@ -249,7 +247,7 @@ def test_the_loss_is_weighted_by_time_and_level_and_its_parts_are_raw() -> None:
         Bent(model, lambda u, z, t, r: u(z, t, r) + (0.5 + per_frame(r, z)) * off) for model in exact(3.0)
     )
     plain = Step().loss(student, null, weight=weight, adaptive=False)
-    raw = plain.per_sample
+    raw = plain.errors
     torch.testing.assert_close(plain.loss.detach(), (weight(INSIDE) * raw).mean())
     assert not raw.requires_grad
     level = Step().loss(student, null, weight=weight).loss.detach()
@@ -260,7 +258,7 @@ def test_a_batch_without_boundary_is_not_adapted() -> None:
     step = Step(INSIDE, BELOW.clamp(max=0.1))
     wrong = Bent(DATA, WRONG_STUDENTS["v for u"])
     result = step.loss(wrong, wrong)
-    torch.testing.assert_close(result.loss, result.per_sample.mean())
+    torch.testing.assert_close(result.loss, result.errors.mean())
 
 
 def test_the_null_branch_gets_no_gradient() -> None:

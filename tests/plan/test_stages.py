@@ -128,4 +128,4 @@ def test_a_batch_that_cannot_be_divided_is_refused(folder: Path) -> None:
 
 def test_causal_models_are_refused(folder: Path) -> None:
     with pytest.raises(UsageError, match="bidirectional models only"):
-        target(folder, model={"causal": True})
+        target(folder, model={"causal": {"partition": (1, 2)}})

@@ -141,7 +141,21 @@ LONG = "x" * 90
         ("model: {shift: 0}", "1: model.shift must be a number above 0, got 0."),
         ("model: {shift: .inf}", "1: model.shift must be a finite number, got inf."),
         ("model: {gate: big}", "1: model.gate must be a number, got 'big'."),
-        ("model: {causal: yes}", "1: model.causal must be true or false, got 'yes'."),
+        ("synthesize: {previews: yes}", "1: synthesize.previews must be true or false, got 'yes'."),
+        ("model: {causal: yes}", "1: model.causal must be a section of keys, got 'yes'."),
+        (
+            "model: {causal: {partition: [1, 3]}}",
+            "1: model.causal must have a partition that sums to 21 latent frames, got {partition: [1, 3]}.",
+        ),
+        (
+            "model: {height: 336, causal: {}}",
+            "1: model.causal must have a compressed_patch that divides height / 8 and width / 8, got {}.",
+        ),
+        (
+            "train_flowmap: {flow_map: {given: 0.5}}",
+            "1: train_flowmap must leave flow_map.given at 0, as model.causal is null: only a causal model "
+            "continues frames, got {flow_map: {given: 0.5}}.",
+        ),
         (
             "model: {conditioning: zero_init}",
             "1: model.conditioning must be 'interpolate' or 'zero-init', got 'zero_init'; "

@@ -6,13 +6,14 @@ import json
 from collections.abc import Iterable, Iterator
 from itertools import count
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 
 from anyflow_cli.data.batches import Batch
-from anyflow_cli.model.config import NetworkConfig
+from anyflow_cli.model.causal import causal_from
+from anyflow_cli.model.config import Causal, NetworkConfig
 from anyflow_cli.model.network import FlowMapTransformer, two_time_from
 from anyflow_cli.model.roles import Backbone, LoraSize, Role
 from anyflow_cli.recipe import schema
@@ -25,7 +26,11 @@ CONFIG = NetworkConfig(
 LATENT = (3, 4, 4, 4)  # F, C, H, W
 NEGATIVE = torch.zeros(5, 8)
 OPTIMISER = schema.Optimiser(lr=1e-2, warmup=2)
-Kind = Literal["flow-map", "flow-matching", "consistency-ode", "on-policy"]
+Kind = Literal[
+    "flow-map", "flow-matching", "consistency-ode", "on-policy",
+    "causal-flow-map", "causal-consistency-ode", "causal-on-policy",
+]  # fmt: skip
+CAUSAL = schema.Causal(partition=(1, 1, 1), full_chunks=2, bidirectional=0.4)
 
 
 class RandomData:
@@ -54,16 +59,22 @@ def network(seed: int = 0, *, two_time: bool = True) -> FlowMapTransformer:
 
 
 def backbone(kind: Kind, lora: bool = False, seed: int = 0) -> Backbone:
-    roles: tuple[Role, ...] = ("student", "real", "fake") if kind == "on-policy" else ("student",)
+    roles: tuple[Role, ...] = ("student", "real", "fake") if "on-policy" in kind else ("student",)
     size = LoraSize(4, 4) if lora else None
-    return Backbone(network(seed, two_time=kind != "flow-matching"), roles, lora=size)
+    student = network(seed, two_time=kind != "flow-matching")
+    if kind.startswith("causal"):
+        student = causal_from(student, Causal.from_recipe(CAUSAL))
+    return Backbone(student, roles, lora=size)
 
 
 def objective(kind: Kind, roles: Backbone, **changes: Any) -> objectives.Objective:
-    if kind == "on-policy":
+    causal = CAUSAL if kind.startswith("causal") else None
+    name = kind.removeprefix("causal-")
+    if name == "on-policy":
         settings = schema.Distill(optimiser=OPTIMISER, **changes)
-        return objectives.on_policy(roles, NEGATIVE, settings, 5.0)
-    return objectives.stage_one(kind, roles, NEGATIVE, schema.FlowMap(**changes), OPTIMISER, 5.0)
+        return objectives.on_policy(roles, NEGATIVE, settings, 5.0, causal)
+    flow_map = schema.FlowMap(**changes)
+    return objectives.stage_one(cast("Any", name), roles, NEGATIVE, flow_map, OPTIMISER, 5.0, causal)
 
 
 def training(**changes: Any) -> schema.Training:

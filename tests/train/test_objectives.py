@@ -34,7 +34,7 @@ def gradients(run: Any, phase: int, of: str) -> list[Tensor | None]:
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-@pytest.mark.parametrize("kind", ["flow-map", "flow-matching", "consistency-ode"])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if "on-policy" not in kind])
 def test_the_loss_falls(tmp_path: Path, kind: Kind, lora: bool) -> None:
     """One video to learn, so that any objective can."""
     source = RandomData(
@@ -51,8 +51,11 @@ def test_the_loss_falls(tmp_path: Path, kind: Kind, lora: bool) -> None:
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("simulation", ["flow-map", "consistency"])
-def test_gradients_reach_the_role_of_the_phase_alone(tmp_path: Path, lora: bool, simulation: str) -> None:
-    run = trainer(tmp_path, "on-policy", lora=lora, changes={"simulation": simulation})
+@pytest.mark.parametrize("kind", ["on-policy", "causal-on-policy"])
+def test_gradients_reach_the_role_of_the_phase_alone(
+    tmp_path: Path, kind: Kind, lora: bool, simulation: str
+) -> None:
+    run = trainer(tmp_path, kind, lora=lora, changes={"simulation": simulation})
     frozen = [p for p in run.backbone.parameters() if not p.requires_grad]
     student = gradients(run, 0, "student")
     assert all(gradient is not None for gradient in student)

@@ -43,6 +43,7 @@ def name(kind: Kind, lora: bool, micro: int | None) -> str:
 CASES: list[tuple[Kind, bool, int | None]] = [
     ("flow-map", False, None), ("flow-map", False, 1), ("flow-map", True, 1), ("flow-matching", False, 3),
     ("on-policy", False, None), ("on-policy", True, 1),
+    ("causal-flow-map", False, 1), ("causal-flow-map", True, None), ("causal-on-policy", True, 1),
 ]  # fmt: skip
 
 

@@ -14,6 +14,8 @@ import pytest
 
 from tests.train.small import Kind, same_run, trainer
 
+KINDS: tuple[Kind, ...] = ("flow-map", "on-policy", "causal-flow-map", "causal-on-policy")
+
 
 class Killed(BaseException):
     """Not an Exception: nothing may catch it and tidy up, as nothing can after SIGKILL."""
@@ -50,13 +52,12 @@ def die_at(step: int) -> Any:
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("undisturbed")
-    kinds: tuple[Kind, ...] = ("flow-map", "on-policy")
-    for kind in kinds:
+    for kind in KINDS:
         trainer(directory / kind, kind).run()
     return directory
 
 
-@pytest.mark.parametrize("kind", ["flow-map", "on-policy"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("step", [1, 2, 3, 5])
 def test_killed_after_a_step(tmp_path: Path, undisturbed: Path, kind: Kind, step: int) -> None:
     with pytest.raises(Killed):
