@@ -13,23 +13,29 @@ from anyflow_cli.sample import Latency, Sampler
 
 
 class Slow:
-    """A sampler whose step takes a quarter of a second, with one second around the steps; slower at first."""
+    """A sampler whose step takes a quarter of a second, with one second around the steps.
+
+    The first video, and one on the way, take longer.
+    """
 
     def __init__(self) -> None:
         self.asked: list[int] = []
         self.latency = Latency(0.0, 0.0)
 
-    def videos(self, prompts: Sequence[str], seeds: Sequence[int], nfe: int) -> Iterator[Any]:
-        self.latency = Latency(0.25 + 0.25 * nfe + (0.0 if self.asked else 9.0), 0.75)
+    def latents(self, prompts: Sequence[str], seeds: Sequence[int], nfe: int) -> Iterator[Any]:
+        self.latency = Latency(0.25 + 0.25 * nfe + (9.0 if len(self.asked) in (0, 3) else 0.0), 0.0)
         self.asked.append(nfe)
         yield from prompts
+
+    def decode(self, latents: Any) -> None:
+        self.latency = self.latency._replace(decode=0.75)
 
 
 def slow() -> Sampler:
     return cast("Sampler", Slow())
 
 
-def test_the_cost_is_measured_after_a_first_video() -> None:
+def test_what_slows_single_videos_does_not_count() -> None:
     assert measured(slow(), "a circle") == Cost(0.25, 1.0)
 
 
