@@ -20,11 +20,7 @@ CALL = re.compile(r"(?:^|\$ |-m )(?:anyflow|anyflow_cli) ([a-z].*)$")
 def commands() -> list[str]:
     """The lines of the README's code blocks that call the program, without comments and pipes."""
     blocks = re.findall(r"```(?:sh|text)\n(.*?)```", README, flags=re.DOTALL)
-    lines = [
-        line.partition("  #")[0].partition(" | ")[0].strip()
-        for block in blocks
-        for line in block.splitlines()
-    ]
+    lines = [re.split(r"  #| \| ", line)[0].strip() for block in blocks for line in block.splitlines()]
     return [found[1] for line in lines if (found := CALL.search(line))]
 
 
