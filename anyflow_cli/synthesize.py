@@ -25,7 +25,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from anyflow_cli.data.atomic import write_json
+from anyflow_cli.data.atomic import clear_leftovers, write_json
 from anyflow_cli.data.checks import defect
 from anyflow_cli.data.claims import CLAIMS, Claims
 from anyflow_cli.data.clips import (
@@ -129,6 +129,7 @@ def _make_missing(job: Job, claims: Claims, on_progress: Callable[[int], None]) 
         with claims.shard(number) as is_mine:
             if is_mine and read_record(path) is None:  # another process may have made it meanwhile
                 source = source or _source(job)
+                clear_leftovers(job.out, path.stem)
                 before = wanted - job.videos_left()
                 write_shard(path, _watched(source.results(indices), indices, before, on_progress))
                 made += 1
@@ -145,6 +146,7 @@ def _complete(job: Job) -> None:
         if not index_path(path).exists():
             write_index(path)
     write_manifest(job.out, records, job.provenance)
+    clear_leftovers(job.out)
     (job.out / CLAIMS).unlink(missing_ok=True)
 
 

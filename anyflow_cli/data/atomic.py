@@ -1,6 +1,7 @@
 """Files that are whole or absent: written under a temporary name, flushed to the disk, then renamed.
 
-The temporary name carries the rank alone, so what a killed process left behind is overwritten by its restart.
+The temporary name carries the rank alone, so what a killed process left behind is overwritten by its restart,
+or cleared by whoever makes the file instead.
 """
 
 from __future__ import annotations
@@ -36,6 +37,12 @@ def committed(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+def clear_leftovers(directory: Path, stem: str = "*") -> None:
+    """Remove what killed processes left of files with this stem; nobody may be writing one."""
+    for left in directory.glob(f".{stem}.*.tmp.*"):
+        left.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -84,9 +84,7 @@ class LatentData:
         """One sample as stored; CorruptSampleError if it cannot be read, UsageError if it does not belong."""
         shard = bisect_right(self._ends, position)
         record = self.manifest.shards[shard]
-        if shard not in self._indices:
-            self._indices[shard] = read_index(self.place, record.name, record.samples)
-        row = self._indices[shard][position - self._ends[shard] + record.samples]
+        row = self._index(shard)[position - self._ends[shard] + record.samples]
         sample = read_sample(self.place, record.name, row)
         if tuple(sample.latents.shape) != self.latent_shape:
             shapes = f"latents {tuple(sample.latents.shape)}, the data set {self.latent_shape}"
@@ -118,6 +116,13 @@ class LatentData:
                     self._named.add(candidate)
                     log.warning("%s The next one takes its place.", error.message)
         raise UsageError(f"More than {IN_A_ROW} samples in a row of {self.place} cannot be read.", REPAIR)
+
+    def _index(self, shard: int) -> Index:
+        """The index of a shard, read at first touch."""
+        if shard not in self._indices:
+            record = self.manifest.shards[shard]
+            self._indices[shard] = read_index(self.place, record.name, record.samples)
+        return self._indices[shard]
 
     def _padded(self, text: Tensor) -> Tensor:
         """(L', D) -> (L, D). Wan attends to the zero padding, so its length is part of the model."""
