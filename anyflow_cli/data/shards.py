@@ -258,9 +258,14 @@ def read_sample(place: Place, shard: str, row: Any) -> Sample:
         raise CorruptSampleError(f"{name} cannot be read ({error!r}).", REPAIR) from error
     if sample.index != row["sample"]:
         raise CorruptSampleError(f"{name} is sample {sample.index}.", REPAIR)
-    if not (torch.isfinite(sample.latents).all() and torch.isfinite(sample.text).all()):
+    if not (_is_finite(sample.latents) and _is_finite(sample.text)):
         raise CorruptSampleError(f"{name} holds numbers that are not finite.", REPAIR)
     return sample
+
+
+def _is_finite(x: Tensor) -> bool:
+    # A sum is finite only if all its terms are, and takes a fraction of the time of looking at each.
+    return bool(x.sum(dtype=torch.float32).isfinite()) or bool(x.isfinite().all())
 
 
 def sha256(path: Path) -> str:
