@@ -11,6 +11,7 @@ import typer
 from anyflow_cli.cli.common import (
     DEFAULT_RECIPE,
     DEFAULT_RUNS,
+    OUTPUT_PANEL,
     DebugOption,
     DryRunOption,
     JsonOption,
@@ -24,6 +25,7 @@ from anyflow_cli.cli.common import (
     print_result,
     resolve,
 )
+from anyflow_cli.cli.console import is_first_process
 from anyflow_cli.cli.launch import ProcessesOption, start_processes
 from anyflow_cli.cli.progress import Progress, in_words
 from anyflow_cli.errors import AnyflowError, UsageError
@@ -40,6 +42,7 @@ EXAMPLES = examples(
     "anyflow evaluate --model runs/tiny/train-flowmap --limit 8",
     "anyflow evaluate --task i2v --model nvidia/AnyFlow-FAR-Wan2.1-1.3B-Diffusers",
     "anyflow evaluate --nfe 4 --fail-below 85",
+    "anyflow evaluate --compare runs/tiny/train-flowmap runs/tiny/distill",
 )
 MEGABYTE = 1e6
 
@@ -84,11 +87,28 @@ def evaluate(
             min=1, metavar="K", show_default=False, help="Only the first K prompts: not comparable."
         ),
     ] = None,
+    compare: Annotated[
+        tuple[str, str] | None,
+        typer.Option(
+            metavar="RUN_A RUN_B", show_default=False,
+            help="Two models, or directories of finished evaluations: the difference, paired by prompt.",
+        ),
+    ] = None,
     fail_below: Annotated[
         float | None,
         typer.Option(
             min=0, max=100, metavar="X", show_default=False,
             help="End with exit code 1 if Total is below X at any of the step counts.",
+        ),
+    ] = None,
+    prune: Annotated[
+        bool, typer.Option("--prune", rich_help_panel=OUTPUT_PANEL, help="Delete what other models left.")
+    ] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", show_default=False, rich_help_panel=OUTPUT_PANEL,
+            help="Another directory than runs/RECIPE/evaluate.",
         ),
     ] = None,
     recipe: RecipeOption = DEFAULT_RECIPE,
@@ -120,9 +140,13 @@ def evaluate(
 
     protocol = _protocol(settings, prompts, limit)
     paths = RunPaths(runs, settings.name)
+    directory = out or paths.evaluate
+    if compare is not None:
+        _refuse_beside_compare({"--model": model, "--fail-below": fail_below, "--prune": prune or None})
+        return _compare(settings, protocol, compare, directory, dry_run=dry_run, as_json=as_json)
     choice = find_model(settings, paths, model)
     log.info("Model: %s (%s)", *choice)
-    job = prepare(settings, protocol, choice, paths.evaluate)
+    job = prepare(settings, protocol, choice, directory)
     if dry_run:
         return print_plan("evaluate", _facts(job), as_json=as_json)
     if start_processes(settings.launch):
@@ -131,6 +155,7 @@ def evaluate(
     if evaluation is None:
         return None
     _show(job, evaluation, as_json=as_json)
+    _tidy(job, prune=prune)
     _judge(evaluation, fail_below)
 
 
@@ -193,7 +218,8 @@ def _show(job: Job, evaluation: Evaluation, *, as_json: bool) -> None:
     from anyflow_cli.evaluate.report import write_results
     from anyflow_cli.evaluate.table import score_table
 
-    files = {name: str(path) for name, path in write_results(evaluation, job.protocol.suite, job.out).items()}
+    written = write_results(evaluation, job.protocol.suite, job.out)
+    files = {name: str(path) for name, path in written.items()}
     print_result(evaluation.as_json() | {"files": files}, as_json=as_json, text=score_table(evaluation))
     log.info("Report: %s", files["report.html"])
 
@@ -202,6 +228,7 @@ def _judge(evaluation: Evaluation, least: float | None) -> None:
     """Exit code 1 where a Total asked for is too low; a missing one cannot be judged."""
     if least is None:
         return
+    low: list[str] = []
     for one in evaluation.models:
         if one.result.total is None:
             raise UsageError(
@@ -209,4 +236,67 @@ def _judge(evaluation: Evaluation, least: float | None) -> None:
                 "Evaluate more prompts.",
             )
         if one.result.total < least:
-            raise AnyflowError(f"Total is {one.result.total:.1f} at {one.title}, below {least:g}.")
+            low.append(f"{one.result.total:.1f} at {one.title}")
+    if low:
+        raise AnyflowError(f"Total is {', '.join(low)}: below {least:g}.")
+
+
+def _tidy(job: Job, *, prune: bool) -> None:
+    """Say where earlier models' videos are, or delete them."""
+    from anyflow_cli.evaluate.older import older_variants, remove
+
+    older = older_variants(job)
+    if not older.directories:
+        return
+    many, size = len(older.directories), f"{older.size / MEGABYTE:.1f} MB"
+    if prune:
+        remove(older)
+        log.info("Deleted %d variants of earlier models or settings (%s).", many, size)
+    else:
+        log.info("%s also holds %d variants of earlier models or settings (%s); --prune deletes them.",
+                 job.out, many, size)  # fmt: skip
+
+
+def _refuse_beside_compare(options: dict[str, object]) -> None:
+    for name, value in options.items():
+        if value is not None:
+            raise UsageError(f"{name} cannot be used together with --compare.", f"Leave {name} out.")
+
+
+def _compare(
+    settings: Recipe,
+    protocol: Protocol,
+    addresses: tuple[str, str],
+    out: Path,
+    *,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Evaluate what is a model, read what is finished, and hold the second against the first."""
+    from anyflow_cli.addresses import Choice
+    from anyflow_cli.evaluate.compare import compare, is_finished, read_side, side_of
+    from anyflow_cli.evaluate.report import write_comparison
+    from anyflow_cli.evaluate.run import prepare
+    from anyflow_cli.evaluate.table import comparison_table
+
+    recipe = settings.model_copy(update={"evaluate": settings.evaluate.model_copy(update={"teacher": False})})
+    jobs = {
+        address: prepare(recipe, protocol, Choice(address, "given with --compare"), out)
+        for address in addresses
+        if not is_finished(address)
+    }
+    if dry_run:
+        finished = {address: "finished" for address in addresses if address not in jobs}
+        return print_plan("evaluate", finished | {a: _facts(job) for a, job in jobs.items()}, as_json=as_json)
+    if jobs and start_processes(settings.launch):
+        return None
+    found = {address: _run(job) for address, job in jobs.items()}
+    if not is_first_process():
+        return None
+    sides = [
+        side_of(address, made) if (made := found.get(address)) else read_side(Path(address).expanduser())
+        for address in addresses
+    ]
+    result = compare(protocol.suite, *sides)
+    files = {name: str(path) for name, path in write_comparison(result, out).items()}
+    print_result(result.as_json() | {"files": files}, as_json=as_json, text=comparison_table(result))

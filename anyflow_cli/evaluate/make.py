@@ -86,6 +86,11 @@ class Job:
         """How many there are to be in all."""
         return len(self.protocol.items) * len(self.variants)
 
+    @property
+    def partition(self) -> tuple[int, ...] | None:
+        """Chunks of the model in question; its teacher's videos are told by the same ones."""
+        return self.variants[0].subject.partition
+
     def store(self, one: Variant) -> Store:
         """Where its videos and scores lie."""
         return Store(self.out / one.key)
@@ -130,7 +135,7 @@ def make_videos(job: Job, open_model: Open, advance: Advance, share: Share = ALO
             part = items[start : start + job.recipe.evaluate.batch]
             for record in _scored(job, one, opened[1], part):
                 job.store(one).append(record, share.rank)
-                tally.count()
+            tally.count(len(part))
 
 
 def wait_for_others(job: Job, advance: Advance) -> None:
@@ -158,8 +163,8 @@ class _Tally:
         self._done, self._looked = job.done(), time.monotonic()
         advance(self._done)
 
-    def count(self) -> None:
-        self._done += 1
+    def count(self, videos: int) -> None:
+        self._done += videos
         if self._several and time.monotonic() - self._looked > LOOK_EVERY:
             self._done, self._looked = self._job.done(), time.monotonic()
         self._advance(self._done)

@@ -1,18 +1,24 @@
-"""The figure of an evaluation: scores and latency against network evaluations, the teacher as a line."""
+"""The figures of an evaluation: scores and latency against steps, and scores against chunks.
+
+The teacher is a dashed line in the first; the second has one line a step count and model.
+"""
 
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 
+from anyflow_cli.evaluate.chunks import Along
 from anyflow_cli.evaluate.results import NOT_COMPARABLE, Evaluation, Measured
 from anyflow_cli.evaluate.table import group_title
 
 MARKERS = ("o", "s", "^")
+STYLES = ("-", "--", ":")
 
 
 @dataclass(frozen=True)
@@ -35,12 +41,36 @@ def scores_png(evaluation: Evaluation, theme: Theme = LIGHT) -> bytes:
     left, right = figure.subplots(1, 2)
     _draw_scores(left, evaluation, theme)
     _draw_latency(right, evaluation, theme)
+    steps = sorted({m.evaluations for m in evaluation.models})
     for axes in (left, right):
-        _dress(axes, evaluation, theme)
+        axes.set_xscale("log", base=2)
+        _dress(axes, steps, "network evaluations a video", theme)
     if not evaluation.card["comparable"]:
         figure.suptitle(
             f"{NOT_COMPARABLE}: {'; '.join(evaluation.card['deviations'])}", color=theme.ink, size=9
         )
+    return _png(figure)
+
+
+def chunks_png(curves: Mapping[str, Along], theme: Theme = LIGHT) -> bytes:
+    """Draw the groups of scores against the number of the chunk; ``curves`` by what they are headed."""
+    names = list(next(iter(curves.values())).groups)
+    figure = Figure(figsize=(4.5 * len(names), 3.8), dpi=150, facecolor=theme.paper, layout="constrained")
+    for number, name in enumerate(names):
+        axes = figure.add_subplot(1, len(names), number + 1)
+        for i, (label, curve) in enumerate(curves.items()):
+            values = curve.groups[name]
+            colour, marker = theme.lines[i % len(theme.lines)], MARKERS[i % len(MARKERS)]
+            style = STYLES[i // len(theme.lines) % len(STYLES)]
+            axes.plot(values, marker=marker, ls=style, color=colour, ms=5, label=label)
+        axes.set_title(f"{group_title(name)}, of stills (0 to 100)")
+        most = max(len(curve.partition) for curve in curves.values())
+        _dress(axes, range(most), "chunk", theme)
+    axes.legend(frameon=False, labelcolor=theme.ink, fontsize=8)
+    return _png(figure)
+
+
+def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()
@@ -90,13 +120,11 @@ def _draw_latency(axes: Axes, evaluation: Evaluation, theme: Theme) -> None:
     axes.legend(frameon=False, labelcolor=theme.ink, fontsize=8)
 
 
-def _dress(axes: Axes, evaluation: Evaluation, theme: Theme) -> None:
-    steps = sorted({m.evaluations for m in evaluation.models})
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_locator(FixedLocator(steps))
+def _dress(axes: Axes, ticks: Sequence[float], label: str, theme: Theme) -> None:
+    axes.xaxis.set_major_locator(FixedLocator(ticks))
     axes.xaxis.set_major_formatter(ScalarFormatter())
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xlabel("network evaluations a video", color=theme.ink)
+    axes.set_xlabel(label, color=theme.ink)
     axes.set_facecolor(theme.paper)
     axes.grid(color=theme.faint, lw=0.6)
     axes.tick_params(colors=theme.ink, which="both")

@@ -7,17 +7,19 @@ data and are escaped. The page stops adding videos at a size that a phone still 
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from anyflow_cli.data.atomic import committed, write_json
-from anyflow_cli.evaluate.plots import DARK, LIGHT, scores_png
-from anyflow_cli.evaluate.results import NOT_COMPARABLE, Evaluation, Measured
+from anyflow_cli.evaluate.compare import Comparison
+from anyflow_cli.evaluate.plots import DARK, LIGHT, Theme, chunks_png, scores_png
+from anyflow_cli.evaluate.results import NOT_COMPARABLE, RESULTS, Evaluation, Measured
 from anyflow_cli.evaluate.store import Scored
 from anyflow_cli.evaluate.suite import Suite
-from anyflow_cli.evaluate.table import NONE, asked, closing, group_title, number, row_of
+from anyflow_cli.evaluate.table import NONE, asked, closing, group_title, latex, markdown, number, row_of
 
 MOST_BYTES = 24 * 2**20  # of videos on the page
 WEAK = 0.7  # scores below this are named under the video
@@ -25,14 +27,37 @@ HERE = Path(__file__).parent
 
 
 def write_results(evaluation: Evaluation, suite: Suite, out: Path) -> dict[str, Path]:
-    """``results.json``, ``scores.png`` and ``report.html`` in ``out``; each replaces an earlier one whole."""
-    paths = {name: out / name for name in ("results.json", "scores.png", "report.html")}
-    write_json(paths["results.json"], evaluation.as_json())
-    with committed(paths["scores.png"]) as temporary:
-        temporary.write_bytes(scores_png(evaluation))
-    with committed(paths["report.html"]) as temporary:
-        temporary.write_text(page(evaluation, suite), encoding="utf-8")
-    return paths
+    """``results.json``, tables, figures and ``report.html``; each replaces an earlier one whole."""
+    files: dict[str, bytes] = {
+        "scores.md": markdown(evaluation).encode(),
+        "scores.tex": latex(evaluation).encode(),
+        "scores.png": scores_png(evaluation),
+        "report.html": page(evaluation, suite).encode(),
+    }
+    curves = evaluation.curves
+    if curves:
+        files["chunks.png"] = chunks_png(curves)
+    write_json(out / RESULTS, evaluation.as_json())
+    return {RESULTS: out / RESULTS} | _written(files, out)
+
+
+def write_comparison(found: Comparison, out: Path) -> dict[str, Path]:
+    """``comparison.json``, and where the suite tells of chunks a figure of both sides."""
+    curves = {
+        f"{name}, {steps}": one
+        for name, side in zip(found.names, found.chunks, strict=True)
+        for steps, one in side.items()
+    }
+    write_json(out / "comparison.json", found.as_json())
+    figure = {"comparison.png": chunks_png(curves)} if curves else {}
+    return {"comparison.json": out / "comparison.json"} | _written(figure, out)
+
+
+def _written(files: dict[str, bytes], out: Path) -> dict[str, Path]:
+    for name, content in files.items():
+        with committed(out / name) as temporary:
+            temporary.write_bytes(content)
+    return {name: out / name for name in files}
 
 
 def page(evaluation: Evaluation, suite: Suite) -> str:
@@ -46,6 +71,7 @@ def page(evaluation: Evaluation, suite: Suite) -> str:
         f"<div class=cards>{''.join(_headline(one) for one in evaluation.columns)}</div>",
         f"<p>{escape(closing(evaluation))}</p>",
         f"<h2>Scores and latency against steps</h2>{_figure(evaluation)}",
+        _chunks(evaluation),
         f"<h2>Every dimension</h2>{_scores(evaluation, suite)}",
         f"<h2>Videos</h2>{_videos(evaluation)}",
         f"<h2>Protocol</h2>{_protocol(card)}",
@@ -74,8 +100,21 @@ def _headline(one: Measured) -> str:
 
 
 def _figure(evaluation: Evaluation) -> str:
-    light, dark = (_data("image/png", scores_png(evaluation, theme)) for theme in (LIGHT, DARK))
     alt = "Scores and seconds a video against network evaluations; the numbers are in the table below."
+    return _themed(partial(scores_png, evaluation), alt)
+
+
+def _chunks(evaluation: Evaluation) -> str:
+    """How quality changes along a causal model's videos."""
+    if not (curves := evaluation.curves):
+        return ""
+    alt = "Scores of the frames of each chunk, first to last, at each number of steps."
+    return f"<h2>Scores along the video</h2>{_themed(partial(chunks_png, curves), alt)}"
+
+
+def _themed(draw: Callable[[Theme], bytes], alt: str) -> str:
+    """A figure in light and dark; a narrow screen scrolls it."""
+    light, dark = (_data("image/png", draw(theme)) for theme in (LIGHT, DARK))
     dark_source = f'<source srcset="{dark}" media="(prefers-color-scheme: dark)">'
     return f'<div class=scroll><picture>{dark_source}<img src="{light}" alt="{alt}"></picture></div>'
 

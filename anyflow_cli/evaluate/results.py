@@ -6,11 +6,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from anyflow_cli.evaluate.chunks import Along
 from anyflow_cli.evaluate.store import Scored
 from anyflow_cli.evaluate.suite import SuiteResult
 from anyflow_cli.evaluate.trend import Interval, Trend
 
 NOT_COMPARABLE = "not comparable"
+RESULTS = "results.json"
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class Measured:
     batch: int  # videos at once, of the timed ones
     directory: Path
     scored: tuple[Scored, ...]  # in the order of the protocol
+    along: Along | None  # chunk by chunk, where the suite tells
 
     @property
     def seconds(self) -> float:
@@ -53,6 +56,7 @@ class Evaluation:
     measured: tuple[Measured, ...]
     trend: Trend | None
     prompts: tuple[str, ...]
+    partition: tuple[int, ...] | None  # latent frames of the model's chunks; None: it has none
 
     @property
     def models(self) -> list[Measured]:
@@ -69,12 +73,20 @@ class Evaluation:
         """As tables show them: the teacher last."""
         return [*self.models, *([self.teacher] if self.teacher else [])]
 
+    @property
+    def curves(self) -> dict[str, Along]:
+        """Chunk by chunk, by the head of the column; empty where the model has no chunks."""
+        if self.partition is None:
+            return {}
+        return {one.title: one.along for one in self.columns if one.along is not None}
+
     def as_json(self) -> dict[str, Any]:
         """For ``results.json`` and ``--json``; scores of single videos stay in their own files."""
         return {
             "card": self.card,
             "scores": [_summary(m, self.teacher) for m in self.measured],
             "trend": None if self.trend is None else asdict(self.trend),
+            "partition": self.partition,
         }
 
 
@@ -101,5 +113,6 @@ def _summary(one: Measured, teacher: Measured | None) -> dict[str, Any]:
         "missing": result["missing"],
         "videos": result["videos"],
         "seconds": {"network": one.network_seconds, "with decoding": one.seconds, "batch": one.batch},
+        "chunks": None if one.along is None else asdict(one.along),
         "directory": one.key,
     }

@@ -15,6 +15,7 @@ import numpy as np
 from anyflow_cli.addresses import Choice
 from anyflow_cli.data.job import own_device
 from anyflow_cli.errors import UsageError
+from anyflow_cli.evaluate.chunks import along
 from anyflow_cli.evaluate.make import (
     ALONE,
     Advance,
@@ -94,6 +95,7 @@ def _summed(job: Job) -> Evaluation:
         measured=measured,
         trend=trend(by_steps),
         prompts=job.protocol.prompts,
+        partition=job.partition,
     )
 
 
@@ -118,6 +120,7 @@ def _measured(job: Job, one: Variant, scored: Sequence[Scored], draws: Doubles |
         batch=scored[0].batch,
         directory=job.store(one).directory,
         scored=tuple(scored),
+        along=along(job.protocol.suite, [record.score for record in scored], job.partition),
     )
 
 

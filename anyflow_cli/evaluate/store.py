@@ -35,6 +35,11 @@ class Scored:
     score: VideoScore
 
 
+def is_store(directory: Path) -> bool:
+    """Whether this is the directory of a variant."""
+    return any(directory.glob(SCORES.format("*")))
+
+
 def digest_of(path: Path) -> tuple[int, str]:
     """Size and SHA-256 of a file."""
     content = path.read_bytes()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from rich.table import Table
 from rich.text import Text
 
+from anyflow_cli.evaluate.compare import Comparison
 from anyflow_cli.evaluate.results import NOT_COMPARABLE, Evaluation, Measured, share_of_teacher
 from anyflow_cli.evaluate.trend import LEVEL, Trend
 
@@ -55,6 +57,58 @@ def row_of(one: Measured, evaluation: Evaluation) -> dict[str, str]:
 def group_title(name: str) -> str:
     """As the literature writes it: Quality, Semantic, I2V."""
     return name.upper() if name == "i2v" else name.capitalize()
+
+
+def markdown(evaluation: Evaluation) -> str:
+    """The table for a README or an issue, with what was asked above it and the verdict below."""
+    heads = ["", *(one.title for one in evaluation.columns)]
+    rows = [[name.strip(), *cells] for name, cells in rows_of(evaluation)]
+    lines = [f"| {' | '.join(row)} |" for row in (heads, ["---", *["---:"] * len(evaluation.columns)], *rows)]
+    return "\n\n".join([headline(evaluation), "\n".join(lines), closing(evaluation)]).strip() + "\n"
+
+
+def latex(evaluation: Evaluation) -> str:
+    """The same for a paper; needs ``booktabs``."""
+    columns = evaluation.columns
+    body = [[name.strip(), *cells] for name, cells in rows_of(evaluation)]
+    lines = [
+        " & ".join(_tex(cell) for cell in row) + r" \\" for row in (["", *(m.title for m in columns)], *body)
+    ]
+    return "\n".join([
+        f"% {headline(evaluation)}",
+        *(f"% {line}" for line in closing(evaluation).splitlines()),
+        rf"\begin{{tabular}}{{l{'r' * len(columns)}}}", r"\toprule", lines[0], r"\midrule", *lines[1:],
+        r"\bottomrule", r"\end{tabular}", "",
+    ])  # fmt: skip
+
+
+def comparison_table(found: Comparison) -> Table:
+    """Step counts in rows: both Totals, the difference and whether it is one."""
+    table = Table()
+    for name in ("steps", *found.names, "difference", f"{LEVEL:.0%} interval", "videos", "the second is"):
+        table.add_column(Text(name), justify="right")
+    for one in found.differences:
+        bounds = one.interval
+        table.add_row(
+            str(one.steps), number(one.first), number(one.second),
+            NONE if one.change is None else f"{one.change:+.1f}",
+            f"{bounds.low:+.1f} to {bounds.high:+.1f}" if bounds else NONE, str(one.videos), one.finding,
+        )  # fmt: skip
+    return table
+
+
+def rows_of(evaluation: Evaluation) -> list[tuple[str, list[str]]]:
+    """Every row of the table: the summary, then the dimensions."""
+    cells = [row_of(one, evaluation) for one in evaluation.columns]
+    summary = [(name, [cell[name] for cell in cells]) for name in cells[0]]
+    names = evaluation.card["dimensions"]
+    return summary + [
+        (name, [number(one.result.dimensions.get(name)) for one in evaluation.columns]) for name in names
+    ]
+
+
+def _tex(text: str) -> str:
+    return re.sub(r"([%&_#$])", r"\\\1", text)
 
 
 def headline(evaluation: Evaluation) -> str:

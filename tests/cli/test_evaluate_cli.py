@@ -46,7 +46,7 @@ def test_scores_are_shown_and_a_report_is_written(
     out = tmp_path / "runs" / "tiny" / "evaluate"
     assert (out / "report.html").stat().st_size > 50_000
     assert {path.name for path in out.iterdir() if path.is_file()} == {
-        ".lock", "report.html", "results.json", "scores.png",
+        ".lock", "report.html", "results.json", "scores.md", "scores.png", "scores.tex",
     }  # fmt: skip
 
 
@@ -91,6 +91,44 @@ def test_fail_below_is_for_machines(command: list[str], tmp_path: Path, capsys: 
     assert "there is no Total for --fail-below to judge" in capsys.readouterr().err
 
 
+def test_every_step_count_that_is_too_low_is_named(command: list[str], capsys: Capture) -> None:
+    assert app.main([*command, "--fail-below", "99.5"]) == 1
+    shown = capsys.readouterr().err
+    assert "at 1 step, " in shown
+    assert "at 2 steps: below 99.5." in shown
+
+
+def test_older_variants_are_said_and_pruned_on_request(
+    command: list[str], tmp_path: Path, capsys: Capture
+) -> None:
+    assert app.main([*command, "--nfe", "2"]) == 0
+    assert app.main([*command, "--nfe", "1"]) == 0
+    assert "1 variants of earlier models or settings" in capsys.readouterr().err
+    out = tmp_path / "runs" / "tiny" / "evaluate"
+    (out / "mine").mkdir()
+    assert app.main([*command, "--nfe", "1", "--prune"]) == 0
+    assert "Deleted 1 variants" in capsys.readouterr().err
+    left = sorted(path.name.rpartition("-")[0] or path.name for path in out.iterdir() if path.is_dir())
+    assert left == ["mine", "model-1", "teacher-3x2"]
+
+
+def test_two_models_are_compared(command: list[str], tmp_path: Path, capsys: Capture) -> None:
+    make_folder(tmp_path / "other", b"newer", "AnyFlow")
+    finished = tmp_path / "finished"
+    assert app.main([*command, "--out", str(finished)]) == 0
+    capsys.readouterr()
+    both = [str(finished), str(tmp_path / "other")]
+    assert app.main([*command, "--compare", *both, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["names"] == both
+    assert [one["finding"] for one in found["differences"]] == ["no difference"] * 2
+    assert Path(found["files"]["comparison.json"]).is_file()
+    assert app.main([*command, "--compare", *both, "--dry-run", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[both[1]]["to make"] == 0
+    assert app.main([*command, "--compare", *both, "--model", both[1]]) == 2
+    assert "--model cannot be used together with --compare" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
@@ -101,6 +139,7 @@ def test_fail_below_is_for_machines(command: list[str], tmp_path: Path, capsys: 
         (["--model", "nowhere"], "There is no model at nowhere"),
         (["--prompts", "none.txt"], "none.txt does not exist"),
         (["--fail-below", "101"], "--fail-below"),
+        (["--compare", "nowhere", "nowhere"], "There is no model at nowhere"),
         (["--set", "evaluate.prompt=3"], "prompts"),
     ],
 )

@@ -17,7 +17,7 @@ from anyflow_cli.evaluate.report import page, write_results
 from anyflow_cli.evaluate.results import Evaluation
 from anyflow_cli.evaluate.run import evaluate
 from anyflow_cli.evaluate.shapes import ShapesSuite
-from anyflow_cli.evaluate.table import score_table
+from anyflow_cli.evaluate.table import latex, markdown, score_table
 from tests.evaluate.drawn import Drawn, make_job
 
 SUITE = ShapesSuite()
@@ -128,7 +128,8 @@ def test_the_files_are_whole_and_replaced(found: Evaluation, tmp_path: Path) -> 
     assert content["scores"][2]["share of teacher"] is None
     assert content["trend"]["verdict"] == "improves"
     assert paths["scores.png"].read_bytes().startswith(b"\x89PNG")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "results.json", "scores.png"]
+    names = ["report.html", "results.json", "scores.md", "scores.png", "scores.tex"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
 
 
 def test_the_page_stops_at_a_size_and_says_so(found: Evaluation, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,3 +141,32 @@ def test_the_page_stops_at_a_size_and_says_so(found: Evaluation, monkeypatch: py
 
 def test_the_figure_is_drawn_without_a_teacher_or_a_total(hostile: Evaluation) -> None:
     assert scores_png(hostile, DARK).startswith(b"\x89PNG")
+
+
+def test_the_tables_hold_every_number(found: Evaluation) -> None:
+    plain, paper = markdown(found), latex(found)
+    rows = [line for line in plain.splitlines() if line.startswith("|")]
+    assert {line.count("|") for line in rows} == {len(found.columns) + 2}
+    for one in found.columns:
+        for value in (one.result.total, *one.result.dimensions.values()):
+            assert f" {value:.1f} " in plain
+            assert f" {value:.1f} " in paper
+    body = [line for line in paper.splitlines() if line.endswith("\\\\")]
+    assert {line.count("&") for line in body} == {len(found.columns)}
+    assert "all as named, \\%" in paper
+    assert "improves" in plain
+
+
+def test_a_causal_model_is_shown_along_its_chunks(tmp_path: Path, found: Evaluation) -> None:
+    causal = evaluate(make_job(tmp_path, nfe=(2,), kind="AnyFlowFAR"), Drawn().open)
+    assert {title: one.partition for title, one in causal.curves.items()} == {
+        "2 steps": (1, 3, 3, 2),
+        "teacher 5x2": (1, 3, 3, 2),
+    }
+    text = page(causal, SUITE)
+    assert "Scores along the video" in text
+    assert "Scores along the video" not in page(found, SUITE)
+    assert write_results(causal, SUITE, tmp_path)["chunks.png"].read_bytes().startswith(b"\x89PNG")
+    chunks = causal.as_json()["scores"][0]["chunks"]
+    assert len(chunks["groups"]["quality"]) == 4
+    assert causal.as_json()["partition"] == (1, 3, 3, 2)

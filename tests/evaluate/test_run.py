@@ -29,7 +29,7 @@ def test_every_variant_makes_every_video_from_the_same_seeds(tmp_path: Path) -> 
     assert by_steps[1] == by_steps[2] == by_steps[5]
     assert [seed for _, seed in by_steps[1]] == [7, 8, 9, 10]
     assert [prompt for prompt, _ in by_steps[1]] == list(job.protocol.prompts)
-    assert heard == list(range(13))
+    assert heard == [0, 2, 4, 6, 8, 10, 12]
     assert [one.title for one in found.columns] == ["1 step", "2 steps", "teacher 5x2"]
     assert [one.evaluations for one in found.columns] == [1, 2, 10]
 

@@ -1,0 +1,96 @@
+"""Two models against each other: paired by prompt, over what both have, from evaluations new or finished."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from anyflow_cli.errors import UsageError
+from anyflow_cli.evaluate.compare import Side, compare, is_finished, read_side, side_of
+from anyflow_cli.evaluate.report import write_comparison, write_results
+from anyflow_cli.evaluate.run import evaluate
+from anyflow_cli.evaluate.suite import VideoScore
+from tests.evaluate.drawn import Drawn, make_job
+from tests.evaluate.test_suite import Toy
+
+RNG = np.random.default_rng(0)
+PROMPT = RNG.normal(0.7, 0.1, 64)  # prompts differ far more than the two models do
+NOISE = RNG.normal(0, 0.02, (2, 64))
+
+
+def side(name: str, values: np.ndarray, steps: int = 4) -> Side:
+    scores = [VideoScore({"steady": float(v), "lively": 1.0, "named": 0.5}) for v in values]
+    return Side(name, "toy", 1, {steps: {(f"prompt {n}", n): s for n, s in enumerate(scores)}}, None)
+
+
+@pytest.mark.parametrize(
+    ("gain", "finding"),
+    [(0.03, "better"), (-0.03, "worse"), (0.0, "no difference"), (0.001, "no difference")],
+)
+def test_a_finding_needs_more_than_noise(gain: float, finding: str) -> None:
+    first, second = side("a", PROMPT + NOISE[0]), side("b", PROMPT + gain + NOISE[1])
+    (found,) = compare(Toy(), first, second).differences
+    assert found.finding == finding
+    assert found.interval is not None
+    assert found.change is not None
+    assert found.interval.low < found.change < found.interval.high
+    assert found.interval.high - found.interval.low < 5  # far narrower than that of either Total
+
+
+def test_it_is_antisymmetric_and_nothing_against_oneself() -> None:
+    first, second = side("a", PROMPT + NOISE[0]), side("b", PROMPT + NOISE[1])
+    (there,), (back,) = (compare(Toy(), *pair).differences for pair in ((first, second), (second, first)))
+    assert there.change == pytest.approx(-(back.change or 0))
+    (same,) = compare(Toy(), first, first).differences
+    assert (same.change, same.interval and same.interval.low) == (0, 0)
+
+
+def test_only_videos_that_both_have_count() -> None:
+    first = side("a", PROMPT)
+    some = {key: score for key, score in first.by_steps[4].items() if key[1] < 20}
+    second = Side("b", "toy", 1, {4: some, 8: some}, None)
+    (found,) = compare(Toy(), first, second).differences
+    assert (found.steps, found.videos, found.change) == (4, 20, 0)
+
+
+def test_a_handful_of_prompts_gives_a_change_and_no_finding() -> None:
+    (found,) = compare(Toy(), side("a", PROMPT[:4]), side("b", PROMPT[:4] + 0.1)).differences
+    assert found.change == pytest.approx(100 * 0.1 / 0.4 / 1.5 * 0.8)
+    assert (found.interval, found.finding) == (None, "too few prompts to tell")
+
+
+@pytest.mark.parametrize(
+    ("second", "said"),
+    [
+        (lambda: side("b", PROMPT, steps=8), "no video of the same prompt, seed and step count"),
+        (lambda: Side("b", "vbench", 1, {}, None), "scored by vbench 1, and not by toy 1"),
+        (lambda: Side("b", "toy", 2, {}, None), "scored by toy 2, and not by toy 1"),
+    ],
+)
+def test_what_cannot_be_compared_is_said(second: Callable[[], Side], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        compare(Toy(), side("a", PROMPT), second())
+
+
+def test_a_finished_evaluation_is_read_as_it_was_made(tmp_path: Path) -> None:
+    job = make_job(tmp_path, prompts=5)
+    found = evaluate(job, Drawn().open)
+    assert not is_finished(str(job.out))
+    write_results(found, job.protocol.suite, job.out)
+    assert is_finished(str(job.out))
+    made, read = side_of("it", found), read_side(job.out)
+    assert read.by_steps.keys() == made.by_steps.keys() == {1, 2}
+    for steps, videos in made.by_steps.items():
+        assert read.by_steps[steps] == videos
+    result = compare(job.protocol.suite, made, read)
+    assert [one.change for one in result.differences] == [0, 0]
+    assert sorted(write_comparison(result, tmp_path)) == ["comparison.json", "comparison.png"]
+
+
+def test_results_of_another_version_are_said(tmp_path: Path) -> None:
+    (tmp_path / "results.json").write_text('{"card": {}, "scores": []}')
+    with pytest.raises(UsageError, match="not what this version of anyflow writes"):
+        read_side(tmp_path)
