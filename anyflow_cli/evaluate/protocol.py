@@ -24,7 +24,7 @@ import anyflow_cli
 from anyflow_cli.addresses import LINEAGE, WEIGHTS, Choice, is_checkpoint, locate, run_of
 from anyflow_cli.data.job import own_device
 from anyflow_cli.evaluate.suite import Suite
-from anyflow_cli.model.causal import partition_for
+from anyflow_cli.model.causal import FAR, partition_for
 from anyflow_cli.model.config import Causal
 from anyflow_cli.model.folder import read_config, read_json, resolve
 from anyflow_cli.model.precision import resolve_precision
@@ -137,7 +137,10 @@ def _look_at_checkpoint(path: Path, recipe: Recipe) -> Look:
     config = read_config(run.base)
     two_time = config.two_time or any("delta_embedder" in name for name in names)
     files = [_file_hash(path / WEIGHTS), _folder_hash(run.base)]
-    return Look(files, two_time, config.causal, run.lineage | {"checkpoint": path.name})
+    causal, told = config.causal, run.recipe.model.causal
+    if told is not None and any(name.startswith(FAR) for name in names):
+        causal = Causal.from_recipe(told)
+    return Look(files, two_time, causal, run.lineage | {"checkpoint": path.name})
 
 
 def variant(

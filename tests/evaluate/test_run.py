@@ -17,6 +17,7 @@ from anyflow_cli.evaluate.protocol import subject, variant
 from anyflow_cli.evaluate.results import Evaluation
 from anyflow_cli.evaluate.run import evaluate, prepare
 from anyflow_cli.recipe.compare import dump
+from anyflow_cli.recipe.schema import Model, Recipe
 from tests.evaluate.drawn import CAPTIONED, Drawn, KilledError, make_folder, make_job
 from tests.evaluate.drawn import drawn as drawn_clip
 
@@ -117,20 +118,37 @@ def test_what_changes_videos_changes_the_key(
     assert variant(of, 1, job.protocol, other).key != job.variants[0].key
 
 
+def make_checkpoint(path: Path, teacher: Path, recipe: Recipe, weights: dict[str, float]) -> None:
+    path.mkdir(parents=True)
+    (path / "COMPLETE").touch()
+    save_file({name: torch.full((1,), value) for name, value in weights.items()}, path / "ema.safetensors")
+    run = path.parent.parent
+    (run / "lineage.json").write_text(json.dumps({"base": str(teacher)}))
+    (run / "recipe.yaml").write_text(dump(recipe))
+
+
 def test_a_later_checkpoint_of_a_run_is_another_model(tmp_path: Path) -> None:
     job = make_job(tmp_path)
     folder = tmp_path / "distill"
     steps = [folder / "checkpoints" / f"step-{step:06d}" for step in (1, 2)]
     for value, step in enumerate(steps):
-        step.mkdir(parents=True)
-        (step / "COMPLETE").touch()
-        save_file({"condition_embedder.delta_embedder.x": torch.full((1,), value)}, step / "ema.safetensors")
-    (folder / "lineage.json").write_text(json.dumps({"base": str(tmp_path / "teacher")}))
-    (folder / "recipe.yaml").write_text(dump(job.recipe))
+        weights = {"condition_embedder.delta_embedder.x": float(value)}
+        make_checkpoint(step, tmp_path / "teacher", job.recipe, weights)
     first, second, newest = (subject(Choice(str(path), "given"), job.recipe) for path in (*steps, folder))
     assert first.weights != second.weights == newest.weights
     assert not first.teacher  # it has grown a second time
+    assert first.partition is None
     assert newest.lineage["checkpoint"] == "step-000002"
+
+
+def test_a_checkpoint_that_became_causal_has_the_chunks_of_its_recipe(tmp_path: Path) -> None:
+    job = make_job(tmp_path)
+    causal = {"partition": (1, 4, 4), "full_chunks": 2}
+    model = Model(**(job.recipe.model.model_dump() | {"causal": causal}))
+    path = tmp_path / "distill" / "checkpoints" / "step-000001"
+    weights = {"condition_embedder.delta_embedder.x": 1.0, "far_patch_embedding.bias": 1.0}
+    make_checkpoint(path, tmp_path / "teacher", job.recipe.model_copy(update={"model": model}), weights)
+    assert subject(Choice(str(path), "given"), job.recipe).partition == (1, 4, 4)
 
 
 def test_guidance_belongs_to_the_teacher_alone(tmp_path: Path) -> None:
