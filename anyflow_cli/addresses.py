@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 
 from anyflow_cli.errors import UsageError
 from anyflow_cli.model.causal import FAR, as_causal
@@ -26,9 +27,11 @@ from anyflow_cli.model.roles import Backbone, LoraSize
 from anyflow_cli.recipe.load import load_recipe
 from anyflow_cli.recipe.paths import MODEL, RunPaths
 from anyflow_cli.recipe.schema import Recipe
+from anyflow_cli.sharded import SHARDS
+from anyflow_cli.sharded import read as read_shards
 
 RECIPE, LINEAGE = "recipe.yaml", "lineage.json"  # of a training run; train/run.py writes them
-WEIGHTS, MARKER = "ema.safetensors", "COMPLETE"  # of a checkpoint; train/checkpoint.py writes them
+AVERAGE, STATE, MARKER = "ema", "state.json", "COMPLETE"  # of a checkpoint; train/checkpoint.py writes them
 
 
 class Choice(NamedTuple):
@@ -85,8 +88,11 @@ def locate(address: str) -> Path:
     path = resolve(address)
     if (path / MODEL / "model_index.json").is_file():
         return path / MODEL
-    if not (path / RECIPE).is_file():
-        return path
+    return last_checkpoint(path) if (path / RECIPE).is_file() else path
+
+
+def last_checkpoint(path: Path) -> Path:
+    """The newest one of a training run."""
     found = sorted(file.parent for file in path.glob(f"checkpoints/step-*/{MARKER}"))
     if not found:
         raise UsageError(
@@ -99,16 +105,24 @@ def locate(address: str) -> Path:
 def trained_weights(checkpoint: Path) -> dict[str, Tensor]:
     """The moving average of what a run trains: whole weights, or ``...lora_A.weight`` of its adapters."""
     try:
-        return load_file(checkpoint / WEIGHTS)
-    except (OSError, SafetensorError) as error:
+        if (checkpoint / SHARDS).is_dir():
+            found = read_shards(checkpoint, part=f"{AVERAGE}/")
+            return {key.partition("/")[2]: value for key, value in found.items()}
+        return load_file(checkpoint / f"{AVERAGE}.safetensors")
+    except (OSError, SafetensorError, ValueError, CheckpointException) as error:
         raise UsageError(
             f"The checkpoint {checkpoint} is damaged: {error}.", "Use another one of the same run."
         ) from error
 
 
+def weight_files(checkpoint: Path) -> list[Path]:
+    """The files that ``trained_weights`` reads."""
+    return sorted(checkpoint.glob(f"{SHARDS}/*.distcp")) or [checkpoint / f"{AVERAGE}.safetensors"]
+
+
 def is_checkpoint(path: Path) -> bool:
     """Whether a folder is the state of a training run at one step, rather than a model."""
-    return (path / WEIGHTS).is_file()
+    return (path / STATE).is_file()
 
 
 def _open_checkpoint(path: Path, dtype: torch.dtype | None) -> Opened:

@@ -18,10 +18,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
 
 import anyflow_cli
-from anyflow_cli.addresses import LINEAGE, WEIGHTS, Choice, is_checkpoint, locate, run_of
+from anyflow_cli.addresses import (
+    LINEAGE,
+    Choice,
+    is_checkpoint,
+    locate,
+    run_of,
+    trained_weights,
+    weight_files,
+)
 from anyflow_cli.data.job import own_device
 from anyflow_cli.evaluate.suite import Suite
 from anyflow_cli.model.causal import FAR, partition_for
@@ -132,11 +139,10 @@ def _look_at_folder(path: Path, recipe: Recipe) -> Look:
 def _look_at_checkpoint(path: Path, recipe: Recipe) -> Look:
     """What a run has trained so far, on the model it started from."""
     run = run_of(path)
-    with safe_open(path / WEIGHTS, "pt") as weights:
-        names = weights.keys()
+    names = trained_weights(path).keys()
     config = read_config(run.base)
     two_time = config.two_time or any("delta_embedder" in name for name in names)
-    files = [_file_hash(path / WEIGHTS), _folder_hash(run.base)]
+    files = [*map(_file_hash, weight_files(path)), _folder_hash(run.base)]
     causal, told = config.causal, run.recipe.model.causal
     if told is not None and any(name.startswith(FAR) for name in names):
         causal = Causal.from_recipe(told)

@@ -22,6 +22,10 @@ def resolve_precision(setting: Literal["auto", "fp32", "bf16"], device: torch.de
     return "bf16" if kind == "cpu" and torch.cpu._is_avx512_bf16_supported() else "fp32"
 
 
-def autocast(precision: Precision, device: torch.device | str) -> torch.autocast:
-    """Context that runs matrix products in ``precision``; with fp32 it changes nothing."""
-    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16")
+def autocast(precision: Precision, device: torch.device | str, *, keeps_casts: bool = True) -> torch.autocast:
+    """Context that runs matrix products in ``precision``; with fp32 it changes nothing.
+
+    ``keeps_casts``: a weight is cast once; of sharded weights the casts would pile up, each of them whole.
+    """
+    kind = torch.device(device).type
+    return torch.autocast(kind, torch.bfloat16, enabled=precision == "bf16", cache_enabled=keeps_casts)

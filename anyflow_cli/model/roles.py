@@ -28,6 +28,7 @@ from anyflow_cli.model.adapters import Adapters, LoraSize
 from anyflow_cli.model.causal import FAR
 from anyflow_cli.model.conditioned import Conditioned
 from anyflow_cli.model.network import FlowMapTransformer, on_meta
+from anyflow_cli.model.sharding import divided_like
 
 __all__ = ["Backbone", "LoraSize", "Role"]
 
@@ -127,6 +128,10 @@ class Backbone(nn.Module):
         """The network that a role runs. Call it inside ``role(name)``."""
         return self._networks[name]
 
+    def networks(self) -> list[FlowMapTransformer]:
+        """Each network once, whatever roles it has."""
+        return list(dict.fromkeys(self._networks.values()))
+
     # --- weights
 
     def named_parameters_of(self, name: Role) -> dict[str, nn.Parameter]:
@@ -153,7 +158,7 @@ class Backbone(nn.Module):
         own = self.named_parameters_of(name)
         _check_same(own, state, name)
         for key, parameter in own.items():
-            parameter.copy_(state[key])
+            parameter.copy_(divided_like(state[key], parameter))
 
     @contextmanager
     def weights(self, name: Role, state: Mapping[str, Tensor]) -> Iterator[None]:

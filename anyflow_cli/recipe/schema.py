@@ -326,6 +326,24 @@ class Launch(Section):
     processes: Count | None = Field(
         1, description="On this machine, where torchrun or accelerate has started none; null: one a GPU."
     )
+    sharding: Literal["none", "full", "hybrid"] = Field(
+        "none",
+        description="FSDP2: weights, gradients and optimiser divided among all processes (full), or among "
+        "those of a machine, with replicas across machines (hybrid); none: each has a copy.",
+    )
+    offload: bool = Field(
+        False, description="Hold what is sharded in the CPU's memory, and update there; on the GPU as needed."
+    )
+    checkpoints_wait: bool = Field(
+        True, description="Training stands still until a sharded checkpoint is on the disk."
+    )
+
+    @field_validator("offload", "checkpoints_wait")
+    @classmethod
+    def _needs_sharding(cls, value: bool, info: ValidationInfo) -> bool:
+        changed = value is not cls.model_fields[info.field_name or ""].default
+        sharded = info.data.get("sharding") != "none"
+        return require(sharded or not changed, value, f"be {not value} without sharding".lower())
 
 
 class Recipe(Section):
@@ -352,3 +370,11 @@ class Recipe(Section):
             section,
             "leave flow_map.given at 0, as model.causal is null: only a causal model continues frames",
         )
+
+    @field_validator("launch")
+    @classmethod
+    def _call_alike(cls, launch: Launch, info: ValidationInfo) -> Launch:
+        stages = [info.data[name] for name in ("train_flowmap", "distill", "finetune") if name in info.data]
+        alike = all(stage.flow_map.guidance != 1 for stage in stages)
+        must = "have sharding none where a flow_map.guidance is 1: processes would not call the network alike"
+        return require(launch.sharding == "none" or alike, launch, must)

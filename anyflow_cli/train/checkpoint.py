@@ -1,10 +1,11 @@
 """The state of a training run on disk: written whole or not at all, the newest complete one found again.
 
 A checkpoint is a folder ``step-000500`` of safetensors (weights by phase, EMA), optimiser states
-(``torch.save``, read back with ``weights_only``) and ``state.json``. It is written under a temporary
-name, flushed to the disk, marked ``COMPLETE`` and renamed, in this order, so that a kill at any moment
-leaves either the old set of checkpoints or the new one. What belongs into it is the trainer's business;
-here are names, files and their order.
+(``torch.save``, read back with ``weights_only``) and ``state.json``; a sharded run has ``shards`` (see
+``anyflow_cli.sharded``) in place of the tensors' files. It is written under a temporary name, flushed to the
+disk, marked ``COMPLETE`` and renamed, in this order, so that a kill at any moment leaves either the old set
+of checkpoints or the new one. What belongs into it is the trainer's business, when it is written the
+``saver``'s; here are names, files and their order.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 
+from anyflow_cli import sharded
 from anyflow_cli.addresses import MARKER
 from anyflow_cli.errors import AnyflowError
 
@@ -43,25 +47,52 @@ def save(directory: Path, state: State, keep: int) -> Path:
 
     A failure leaves the older ones untouched.
     """
-    target = directory / f"step-{state.step:06d}"
-    partial = directory / f".{target.name}.partial"
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        _remove_partials(directory)
-        partial.mkdir()
+    with writing(directory, state.step) as partial:
+        begin(partial)
         _write(partial, state)
-        partial.rename(target)
-        _flush(directory)
+        return commit(partial, state, keep)
+
+
+@contextmanager
+def writing(directory: Path, step: int) -> Iterator[Path]:
+    """The temporary folder of a checkpoint; a failure removes it and is told in a sentence."""
+    partial = directory / f".{_name(step)}.partial"
+    try:
+        yield partial
     # torch and safetensors report a full disk by errors of their own
-    except (OSError, SafetensorError, RuntimeError) as error:
+    except (OSError, SafetensorError, RuntimeError, CheckpointException) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise AnyflowError(
-            f"The checkpoint of step {state.step} could not be written to {directory}: {error}.",
+            f"The checkpoint of step {step} could not be written to {directory}: {_reason(error)}.",
             "Free space or rights there, then start the same command again: it goes on from the last one.",
         ) from error
+
+
+def begin(partial: Path) -> None:
+    """Make the temporary folder, and clear what a kill left of others."""
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    _remove_partials(partial.parent)
+    partial.mkdir()
+
+
+def commit(partial: Path, state: State, keep: int) -> Path:
+    """Say what the folder holds, mark it whole, give it its name, and remove all but the newest ``keep``."""
+    directory = partial.parent
+    _describe(partial, state)
+    target = partial.rename(directory / _name(state.step))
+    _flush(directory)
     for old in complete(directory)[:-keep]:
         _discard(old)
     return target
+
+
+def _name(step: int) -> str:
+    return f"step-{step:06d}"
+
+
+def _reason(error: BaseException) -> BaseException:
+    """Of several processes' failures, the first."""
+    return next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
 
 
 def complete(directory: Path) -> list[Path]:
@@ -75,23 +106,27 @@ def newest(directory: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def load(path: Path) -> State:
-    """Read a checkpoint into memory on the CPU."""
+def load(path: Path, like: Mapping[str, Tensor] | None = None) -> State:
+    """Read a checkpoint into memory: what ``like`` names divided as there, the rest whole on the CPU."""
     try:
         record = json.loads((path / "state.json").read_text())
         if record["format"] > FORMAT:
             raise AnyflowError(
                 f"{path} was written by a newer anyflow.", "Update it: pip install -U anyflow."
             )
+        if (path / sharded.SHARDS).is_dir():
+            flat = sharded.read(path, like)
+            tensors, optimisers = sharded.unflattened(flat, record["optimiser_settings"])
+            return State(record["step"], tensors, optimisers, record["extra"])
         return State(
             step=record["step"],
             tensors={name: load_file(path / f"{name}.safetensors") for name in record["tensors"]},
             optimisers={name: _load_optimiser(path, name) for name in record["optimisers"]},
             extra=record["extra"],
         )
-    except (OSError, SafetensorError, RuntimeError, KeyError, json.JSONDecodeError) as error:
+    except (OSError, SafetensorError, RuntimeError, KeyError, ValueError, CheckpointException) as error:
         raise AnyflowError(
-            f"The checkpoint {path} is damaged: {error}.",
+            f"The checkpoint {path} is damaged: {_reason(error)}.",
             "Remove that folder; the same command then continues from the one before it.",
         ) from error
 
@@ -102,16 +137,21 @@ def _write(folder: Path, state: State) -> None:
         save_file(stored, folder / f"{name}.safetensors")
     for name, optimiser in state.optimisers.items():
         torch.save(optimiser, folder / f"optimiser-{name}.pt")
+
+
+def _describe(folder: Path, state: State) -> None:
+    """What the folder holds, then its marker, all flushed."""
     record = {
         "format": FORMAT,
         "step": state.step,
         "tensors": list(state.tensors),
         "optimisers": list(state.optimisers),
+        "optimiser_settings": {name: one["param_groups"] for name, one in state.optimisers.items()},
         "extra": state.extra,
     }
     (folder / "state.json").write_text(json.dumps(record, indent=1))
     for path in folder.iterdir():
-        _flush(path)
+        _flush(path)  # a folder too: its entries
     (folder / MARKER).touch()
     _flush(folder)
 

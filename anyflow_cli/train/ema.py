@@ -12,6 +12,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from anyflow_cli.model.sharding import divided_like
+
 
 class Ema:
     """Shadow copies of named parameters; ``decay`` per step from step ``start`` on, counted from 1."""
@@ -48,4 +50,4 @@ class Ema:
     def load(self, shadow: Mapping[str, Tensor]) -> None:
         """Continue from saved averages."""
         for name, value in self.shadow.items():
-            value.copy_(shadow[name])
+            value.copy_(divided_like(shadow[name], value))

@@ -35,6 +35,7 @@ from anyflow_cli.flow import matching, objective, simulation, times
 from anyflow_cli.flow.velocity import Velocity, recomputed
 from anyflow_cli.model.conditioned import Conditioned
 from anyflow_cli.model.roles import Backbone, Role
+from anyflow_cli.model.sharding import own_part
 from anyflow_cli.recipe import schema
 from anyflow_cli.train import views
 from anyflow_cli.train.draws import Draws, stream_seed
@@ -321,7 +322,7 @@ class Reaching:
         """The same loss."""
         loss, report = self.term(batch, draws)
         embedding = self.backbone.network_of("student").far_patch_embedding
-        return loss + 0 * sum(weight.sum() for weight in embedding.parameters()), report
+        return loss + 0 * sum(own_part(weight).sum() for weight in embedding.parameters()), report
 
 
 def weighted(term: Term, weight: float, prefix: str) -> Term:

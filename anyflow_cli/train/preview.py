@@ -48,8 +48,12 @@ def make_preview(
     pipeline: Path,
     plan: PreviewPlan,
     precision: Precision,
+    writes: bool = True,
 ) -> Callable[[int], None]:
-    """Give a function of the step that writes ``previews/step-...png``; the VAE is loaded only for it."""
+    """Give a function of the step that writes ``previews/step-...png``; the VAE is loaded only for it.
+
+    Where the network is sharded all processes have to sample, and one ``writes``.
+    """
     batch = data.batch(range(min(plan.captions, len(data))))
     noise = batch_noise(range(len(batch.captions)), data.latent_shape)
 
@@ -59,6 +63,8 @@ def make_preview(
         sample = _sampling(backbone, data, batch.text.to(device), plan)
         with autocast(precision, device):
             latents = [sample(noise.to(device), grid(nfe, plan.shift)) for nfe in plan.nfe]
+        if not writes:
+            return
         vae = VideoVAE.load(pipeline, device)
         columns = [to_pixels(vae.decode(part)) for part in latents]
         rows = [Row(caption, [column[i] for column in columns]) for i, caption in enumerate(batch.captions)]

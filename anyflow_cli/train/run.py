@@ -29,6 +29,7 @@ from anyflow_cli.model.folder import read_json, transformer_folder
 from anyflow_cli.recipe.compare import differing_keys, dump, flat
 from anyflow_cli.recipe.load import load_recipe
 from anyflow_cli.recipe.schema import Recipe
+from anyflow_cli.sharded import SHARDS
 
 HARMLESS = (
     "steps", "micro_batch", "checkpoint_every", "keep_checkpoints", "log_every", "preview_every",
@@ -132,7 +133,7 @@ def fingerprint(model: Path) -> str:
     digest = hashlib.sha256()
     state = is_checkpoint(model)
     folder = model if state else transformer_folder(model)
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in sorted([*folder.glob("*.safetensors"), *folder.glob(f"{SHARDS}/*.distcp")]):
         size = file.stat().st_size
         digest.update(json.dumps([file.name, size]).encode())
         with file.open("rb") as handle:

@@ -14,7 +14,14 @@ from typing import Any, NamedTuple, cast
 
 import torch
 
-from anyflow_cli.addresses import is_checkpoint, locate, open_model, run_of
+from anyflow_cli.addresses import (
+    is_checkpoint,
+    last_checkpoint,
+    locate,
+    open_model,
+    run_of,
+    trained_weights,
+)
 from anyflow_cli.data.batches import Batches, LatentData
 from anyflow_cli.data.shards import read_manifest
 from anyflow_cli.errors import UsageError
@@ -221,16 +228,17 @@ def train(recipe: schema.Recipe, inputs: Inputs, on_step: OnStep | None = None) 
     on_policy = inputs.section == "distill"
     backbone = (on_policy_backbone if on_policy else student_backbone)(recipe, inputs, precision)
     _check_fit(recipe, backbone.network_of("student"), data)
-    preview = None
-    if accelerator.is_main_process and settings.preview_every and settings.preview_prompts:
+    preview, main = None, accelerator.is_main_process
+    if (main or recipe.launch.sharding != "none") and settings.preview_every and settings.preview_prompts:
         plan = _preview_plan(recipe, inputs)
-        preview = make_preview(inputs.directory, backbone, data, inputs.base, plan, precision)
+        preview = make_preview(inputs.directory, backbone, data, inputs.base, plan, precision, main)
     trainer = Trainer(
         inputs.directory,
         _objective(recipe, inputs, backbone, data),
         Batches(data, settings.batch, settings.seed, recipe.data.max_corrupt),
         settings,
         accelerator=accelerator,
+        launch=recipe.launch,
         precision=precision,
         workers=recipe.data.workers,
         on_step=on_step,
@@ -309,11 +317,16 @@ def _preview_plan(recipe: schema.Recipe, inputs: Inputs) -> PreviewPlan:
 
 
 def _save(recipe: schema.Recipe, inputs: Inputs, trainer: Trainer, lineage: dict[str, Any]) -> None:
-    backbone = trainer.backbone
-    with trainer.ema.swapped():
-        network = backbone.merged("student")
-        if backbone.lora is not None:
-            save_adapter(inputs.adapter, backbone.state_dict_of("student"), backbone.lora, lineage["base"])
+    lora = trainer.backbone.lora
+    if trainer.divided:  # no process has all of it; the last checkpoint does
+        last = last_checkpoint(inputs.directory)
+        network, adapter = open_model(str(last), recipe).network, trained_weights(last)
+    else:
+        adapter = trainer.ema.shadow
+        with trainer.ema.swapped():
+            network = trainer.backbone.merged("student")
+    if lora is not None:
+        save_adapter(inputs.adapter, adapter, lora, lineage["base"])
     facts = {**lineage, "steps": trainer.step}
     save_pipeline(inputs.finished, network, inputs.base, facts, shift=recipe.model.shift, replace=True)
     log.info("The averaged model is in %s.", inputs.finished)

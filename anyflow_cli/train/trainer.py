@@ -23,18 +23,22 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from anyflow_cli import sharded
 from anyflow_cli.data.batches import Batch
 from anyflow_cli.errors import AnyflowError, UsageError
 from anyflow_cli.model.precision import Precision, autocast
+from anyflow_cli.model.sharding import divided_like, shard, whole
 from anyflow_cli.recipe import schema
 from anyflow_cli.train import checkpoint
 from anyflow_cli.train.draws import Draws, GlobalMean
 from anyflow_cli.train.ema import Ema
 from anyflow_cli.train.metrics import Metrics
 from anyflow_cli.train.objectives import Objective, Phase, Tally, Term, cut
+from anyflow_cli.train.saver import Saver
 
 OnStep = Callable[[int, Mapping[str, float]], None]
 Preview = Callable[[int], None]
+NOT_SHARDED = schema.Launch()
 
 
 class Source(Protocol):
@@ -63,14 +67,16 @@ class StoppedError(AnyflowError):
 class TermModule(nn.Module):
     """A phase's terms as a module over its own parameters, which is what DDP wraps."""
 
-    def __init__(self, parameters: list[nn.Parameter], terms: tuple[Term, ...], precision: Precision) -> None:
+    def __init__(
+        self, parameters: list[nn.Parameter], terms: tuple[Term, ...], precision: Precision, divided: bool
+    ) -> None:
         super().__init__()
         self.weights = nn.ParameterList(parameters)
-        self.terms, self.precision = terms, precision
+        self.terms, self.precision, self.divided = terms, precision, divided
 
     def forward(self, number: int, batch: Batch, draws: Draws) -> tuple[Tensor, Tally]:
         """Loss and report of one term."""
-        with autocast(self.precision, batch.latents.device):
+        with autocast(self.precision, batch.latents.device, keeps_casts=not self.divided):
             return self.terms[number](batch, draws)
 
 
@@ -78,26 +84,41 @@ class PhaseState:
     """A phase with its optimiser and schedule."""
 
     def __init__(
-        self, phase: Phase, parameters: list[nn.Parameter], accelerator: Any, precision: Precision
+        self,
+        phase: Phase,
+        parameters: list[nn.Parameter],
+        accelerator: Any,
+        precision: Precision,
+        divided: bool,
     ) -> None:
         settings = phase.optimiser
         self.name, self.clip, self.warmup, self.lr = phase.role, settings.clip, settings.warmup, settings.lr
         self.parameters = parameters
         self.terms = phase.terms
-        self.module = accelerator.prepare_model(TermModule(parameters, phase.terms, precision))
+        module = TermModule(parameters, phase.terms, precision, divided)
+        self.module = module if divided else accelerator.prepare_model(module)
         self.optimiser = torch.optim.AdamW(
             parameters, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay
         )
 
     def update(self, step: int) -> float:
         """Clip, take the optimiser's ``step``-th step (from 1) if the gradient is finite, clear; its norm."""
-        norm = float(nn.utils.clip_grad_norm_(self.parameters, self.clip))
+        norm = float(whole(nn.utils.clip_grad_norm_(self.parameters, self.clip)))
         if math.isfinite(norm):
             for group in self.optimiser.param_groups:
                 group["lr"] = self.lr * min(1.0, step / max(self.warmup, 1))
             self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
         return norm
+
+    def load_optimiser(self, state: Mapping[str, Any]) -> None:
+        """Continue from a saved state, of a sharded run or not."""
+        moments = {
+            number: {key: divided_like(value, self.parameters[number]) if value.dim() else value
+                     for key, value in kept.items()}
+            for number, kept in state["state"].items()
+        }  # fmt: skip
+        self.optimiser.load_state_dict({**state, "state": moments})
 
 
 class Trainer:
@@ -111,6 +132,7 @@ class Trainer:
         settings: schema.Training,
         *,
         accelerator: Any,
+        launch: schema.Launch = NOT_SHARDED,
         precision: Precision = "fp32",
         workers: int = 0,
         on_step: OnStep | None = None,
@@ -129,9 +151,13 @@ class Trainer:
             )
         self.share = settings.batch // self.ranks
         self.micro = min(settings.micro_batch or self.share, self.share)
-        self.backbone.to(accelerator.device)
+        self.divided = launch.sharding != "none"
+        if self.divided:
+            shard(self.backbone.networks(), launch, accelerator.device)
+        else:
+            self.backbone.to(accelerator.device)
         self.phases = [
-            PhaseState(phase, self.backbone.parameters_of(phase.role), accelerator, precision)
+            PhaseState(phase, self.backbone.parameters_of(phase.role), accelerator, precision, self.divided)
             for phase in objective.phases
         ]
         student = self.backbone.named_parameters_of("student")
@@ -141,6 +167,9 @@ class Trainer:
             settings.log_every,
             writes=accelerator.is_main_process,
             tensorboard=settings.tensorboard,
+        )
+        self.saver = Saver(
+            self.checkpoints, settings.keep_checkpoints, accelerator, self.divided, launch.checkpoints_wait
         )
         self.step = 0
 
@@ -154,6 +183,7 @@ class Trainer:
                 self.step += 1
                 values = self._train_step(_on(next(batches), self.accelerator.device))
                 self.ema.update(self.step)
+                self.saver.poll()
                 self.metrics.add(self.step, values)
                 if self.on_step is not None:
                     self.on_step(self.step, values)
@@ -166,7 +196,9 @@ class Trainer:
                 if stopped or self.step == settings.steps or _due(self.step, settings.checkpoint_every):
                     self.save()
                 if stopped and self.step < settings.steps:
+                    self.saver.finish()
                     raise StoppedError(self.step, settings.steps)
+        self.saver.finish()
         self.metrics.close()
 
     def _train_step(self, batch: Batch) -> dict[str, float]:
@@ -244,10 +276,8 @@ class Trainer:
         )
 
     def save(self) -> None:
-        """Write a checkpoint; the main process does, the others wait."""
-        if self.accelerator.is_main_process:
-            checkpoint.save(self.checkpoints, self.state(), self.settings.keep_checkpoints)
-        self.accelerator.wait_for_everyone()
+        """Write a checkpoint of all processes."""
+        self.saver.save(self.state())
 
     def resume(self) -> None:
         """Take up the newest complete checkpoint, if there is one."""
@@ -255,13 +285,27 @@ class Trainer:
         if path is None:
             self.metrics.restart()
             return
-        state = checkpoint.load(path)
+        state = checkpoint.load(path, self._divided_parts() if self.divided else None)
         self.step = state.step
         for phase in self.phases:
             self.backbone.load_state_dict_of(phase.name, state.tensors[phase.name])
-            phase.optimiser.load_state_dict(dict(state.optimisers[phase.name]))
+            phase.load_optimiser(state.optimisers[phase.name])
         self.ema.load(state.tensors["ema"])
         self.metrics.resume(state.step, state.extra)
+
+    def _divided_parts(self) -> dict[str, Tensor]:
+        """For what a checkpoint holds, a tensor that is divided as it shall be."""
+        tensors = self.state().tensors
+        moments: dict[str, Any] = {
+            phase.name: {
+                "state": {
+                    number: dict.fromkeys(("exp_avg", "exp_avg_sq"), parameter.detach())
+                    for number, parameter in enumerate(phase.parameters)
+                }
+            }
+            for phase in self.phases
+        }
+        return sharded.flattened(tensors, moments)
 
 
 def make_accelerator() -> Any:

@@ -87,11 +87,13 @@ def training(**changes: Any) -> schema.Training:
 
 def trainer(
     directory: Path, kind: Kind = "flow-map", *, lora: bool = False, changes: dict[str, Any] | None = None,
-    hooks: dict[str, Any] | None = None, source: Any = None, **settings: Any,
+    hooks: dict[str, Any] | None = None, source: Any = None, checkpointing: bool = False, **settings: Any,
 ) -> Trainer:  # fmt: skip
     directory.mkdir(parents=True, exist_ok=True)
     run = training(**settings)
     roles = backbone(kind, lora)
+    for one in roles.networks():
+        one.gradient_checkpointing = checkpointing
     return Trainer(
         directory, objective(kind, roles, **(changes or {})), source or RandomData(run.batch), run,
         accelerator=make_accelerator(), **(hooks or {}),

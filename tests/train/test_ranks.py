@@ -1,89 +1,148 @@
-"""Two processes (gloo) train as one: the same losses, gradients and weights, in one batch or cut.
+"""Several processes (gloo) train as one: the same losses and weights, in one batch or cut, sharded or not.
 
 The tolerance is that of fp32 sums in another order: gradients are averaged over processes instead of summed
-over samples, and AdamW divides small gradients by their own size.
+over samples, and AdamW divides small gradients by their own size, so that a rounding error can turn a step
+of one weight around. Losses are those of every step; weights may part by a few of the last steps.
 """
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import socket
+import shutil
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 
+from anyflow_cli.recipe import schema
 from anyflow_cli.train import checkpoint
+from tests.train.ranks import start
 from tests.train.small import Kind, rows, trainer
 
 STEPS = 4
+LAST = f"checkpoints/step-{STEPS:06d}"
 SETTINGS: dict[str, Any] = {"steps": STEPS, "batch": 6, "log_every": 1, "checkpoint_every": STEPS}
 
 
-def process(
-    rank: int, ranks: int, port: int, directory: Path, cases: list[tuple[Kind, bool, int | None]]
-) -> None:
-    """One of several; all cases in turn, since starting processes is what takes the time."""
-    torch.set_num_threads(1)
-    os.environ |= {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-    }  # fmt: skip
-    for kind, lora, micro in cases:
-        trainer(directory / name(kind, lora, micro), kind, lora=lora, micro_batch=micro, **SETTINGS).run()
-    torch.distributed.destroy_process_group()
+@dataclass(frozen=True)
+class Case:
+    kind: Kind
+    lora: bool = False
+    micro: int | None = None
+    sharding: Literal["none", "full", "hybrid"] = "none"
+    checkpointing: bool = False
+    waits: bool = True
+
+    def __str__(self) -> str:
+        parts = [self.kind, "lora" if self.lora else "full", str(self.micro), self.sharding]
+        return "-".join(parts + ["ckpt"] * self.checkpointing + ["async"] * (not self.waits))
+
+    def run(self, directory: Path, **changes: Any) -> None:
+        launch = schema.Launch(sharding=self.sharding, checkpoints_wait=self.waits)
+        settings = SETTINGS | {"micro_batch": self.micro} | changes
+        trainer(
+            directory / str(self), self.kind, lora=self.lora, hooks={"launch": launch},
+            checkpointing=self.checkpointing, **settings,
+        ).run()  # fmt: skip
 
 
-def name(kind: Kind, lora: bool, micro: int | None) -> str:
-    return f"{kind}-{'lora' if lora else 'full'}-{micro}"
-
-
-CASES: list[tuple[Kind, bool, int | None]] = [
-    ("flow-map", False, None), ("flow-map", False, 1), ("flow-map", True, 1), ("flow-matching", False, 3),
-    ("on-policy", False, None), ("on-policy", True, 1),
-    ("causal-flow-map", False, 1), ("causal-flow-map", True, None), ("causal-on-policy", True, 1),
+CASES = [
+    Case("flow-map"), Case("flow-map", micro=1), Case("flow-map", lora=True, micro=1),
+    Case("flow-matching", micro=3), Case("on-policy"), Case("on-policy", lora=True, micro=1),
+    Case("causal-flow-map", micro=1), Case("causal-flow-map", lora=True),
+    Case("causal-on-policy", lora=True, micro=1),
+    Case("flow-map", micro=1, sharding="full", waits=False),
+    Case("causal-on-policy", lora=True, micro=1, sharding="full"),
+    Case("on-policy", lora=True, sharding="full", checkpointing=True),
 ]  # fmt: skip
+
+
+def run_all(directory: Path, cases: list[Case], changes: dict[str, Any]) -> None:
+    """All cases in turn, since starting processes is what takes the time."""
+    for case in cases:
+        case.run(directory, **changes)
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("two")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
-    both = [context.Process(target=process, args=(rank, 2, port, directory, CASES)) for rank in (0, 1)]
-    for one in both:
-        one.start()
-    for one in both:
-        one.join()
-    assert [one.exitcode for one in both] == [0, 0]
+    assert start(2, run_all, directory, CASES, {}) == [0, 0]
     return directory
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: name(*case))
-def test_two_processes_are_one(tmp_path: Path, two: Path, case: tuple[Kind, bool, int | None]) -> None:
-    kind, lora, micro = case
-    trainer(tmp_path, kind, lora=lora, **SETTINGS).run()
-    there = two / name(kind, lora, micro)
-    for one, several in zip(rows(tmp_path), rows(there), strict=True):
-        assert several == pytest.approx(one, rel=2e-3, abs=1e-5)
-    alone, shared = (weights(directory) for directory in (tmp_path, there))
-    for key, value in alone.items():
-        torch.testing.assert_close(shared[key], value, rtol=1e-2, atol=1e-3)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_two_processes_are_one(tmp_path: Path, two: Path, case: Case) -> None:
+    alone = Case(case.kind, case.lora)
+    alone.run(tmp_path)
+    same_training(tmp_path / str(alone), two / str(case))
 
 
-def weights(directory: Path) -> dict[str, torch.Tensor]:
+def same_training(one: Path, other: Path, last: str = LAST) -> None:
+    for row, same in zip(rows(one), rows(other), strict=True):
+        assert same == pytest.approx(row, rel=2e-3, abs=1e-5)
+    first, second = weights(one / last), weights(other / last)
+    assert first.keys() == second.keys()
+    for key, value in first.items():
+        torch.testing.assert_close(second[key], value, rtol=1e-2, atol=1e-3)
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
     """All that was trained, and its averages."""
-    state = checkpoint.load(directory / f"checkpoints/step-{STEPS:06d}")
+    state = checkpoint.load(path)
     return {f"{part} {key}": value for part, named in state.tensors.items() for key, value in named.items()}
 
 
 def test_the_first_losses_are_equal_to_rounding(tmp_path: Path, two: Path) -> None:
     """Before any update only the order of sums differs: a wrong share of times or mean would be far off."""
-    trainer(tmp_path, "flow-map", **SETTINGS).run()
-    for micro in (None, 1):
-        first = rows(two / name("flow-map", False, micro))[0]
-        assert first == pytest.approx(rows(tmp_path)[0], rel=1e-5)
+    alone = Case("flow-map")
+    alone.run(tmp_path)
+    for case in (Case("flow-map"), Case("flow-map", micro=1), CASES[-2]):
+        assert rows(two / str(case))[0] == pytest.approx(rows(tmp_path / str(alone))[0], rel=1e-5)
+
+
+def go_on(directory: Path, cases: list[Case]) -> None:
+    run_all(directory, cases, {"steps": 6})
+
+
+def test_a_run_goes_on_with_another_number_of_processes_sharded_or_not(tmp_path: Path, two: Path) -> None:
+    """Half the steps in two processes, half in one, and the other way round."""
+    alone, sharded = Case("on-policy", lora=True), CASES[-1]
+    alone.run(tmp_path / "whole", steps=6)
+    alone.run(tmp_path / "first alone")
+    for name, source, case in (
+        ("then alone", two / str(sharded), alone),
+        ("then sharded", tmp_path / "first alone" / str(alone), sharded),
+    ):
+        shutil.copytree(source, tmp_path / name / str(case))
+    alone.run(tmp_path / "then alone", steps=6)
+    assert start(2, go_on, tmp_path / "then sharded", [sharded]) == [0, 0]
+    for name, case in (("then alone", alone), ("then sharded", sharded)):
+        same_training(tmp_path / "whole" / str(alone), tmp_path / name / str(case), "checkpoints/step-000006")
+
+
+LONG = {"steps": 20, "batch": 8, "checkpoint_every": 4, "keep_checkpoints": 9}
+IN_FOUR = [
+    Case("flow-map", micro=1), Case("on-policy", lora=True, micro=1),
+    Case("flow-map", sharding="full"), Case("on-policy", sharding="full", checkpointing=True),
+    Case("on-policy", lora=True, sharding="hybrid"),
+    Case("flow-map", lora=True, sharding="hybrid", waits=False),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four processes on two pretended machines."""
+    directory = tmp_path_factory.mktemp("four")
+    assert start(4, run_all, directory, IN_FOUR, LONG, machines=2) == [0] * 4
+    return directory
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", IN_FOUR, ids=str)
+def test_twenty_losses_of_four_processes_are_those_of_one(tmp_path: Path, four: Path, case: Case) -> None:
+    alone = Case(case.kind, case.lora)
+    alone.run(tmp_path, **LONG)
+    assert len(rows(four / str(case))) == 20
+    for row, same in zip(rows(tmp_path / str(alone)), rows(four / str(case)), strict=True):
+        assert same == pytest.approx(row, rel=2e-2, abs=1e-4)
