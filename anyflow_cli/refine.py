@@ -51,7 +51,8 @@ class Preview:
         return settings.model_copy(
             update={
                 "name": self.record["recipe"]["name"],
-                "model": Model.model_validate(self.record["settings"]),
+                # chunks are the network's own; a video longer than it was trained at has not the recipe's
+                "model": Model.model_validate({**self.record["settings"], "causal": None}),
                 "sample": settings.sample.model_copy(update=guidance),
             }
         )

@@ -108,6 +108,16 @@ class KeyCache:
         if inputs:
             self._encode(inputs, torch.cat([known[i] for i in inputs], dim=1), model)
 
+    @torch.no_grad()
+    def fill(self, x: Tensor, model: Conditioned) -> None:
+        """Keep the first chunks, x (B, F, C, H, W), encoded in one pass: ``exact``, for an empty cache."""
+        assert self.done == 0, "only an empty cache is filled"
+        ends = [0, *(chunk.slice.stop for chunk in self.chunks)]
+        kept = self._kept = self._after(ends.index(x.shape[1]))
+        self._window = [x[:, chunk.slice].detach() for chunk in self.chunks[kept.border : kept.done]]
+        if kept.done:
+            self._encode(range(kept.first, kept.done), x[:, ends[kept.first] :], model)
+
     def _encode(self, inputs: Sequence[int], z: Tensor, model: Conditioned) -> None:
         """Compute the keys of these chunks over those of all others."""
         zero = z.new_zeros(len(z))

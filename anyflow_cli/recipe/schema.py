@@ -252,7 +252,8 @@ class Distill(Training):
     t_min: Fraction = 0.02
     t_max: Fraction = 0.98
     recompute_rollout: bool = Field(
-        False, description="Evaluate jumps again in the backward pass: less memory, more time."
+        False,
+        description="Evaluate a jump (of a causal model a chunk) again in the backward pass: less memory.",
     )
     joint: bool = Field(True, description="Add the stage-1 loss on data to each student update.")
     joint_weight: Annotated[float, Field(ge=0)] = 1.0

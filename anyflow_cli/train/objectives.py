@@ -259,37 +259,30 @@ class OnPolicyTerms:
         model = self.backbone.velocity("student", batch.text)
         noise = draws.noise(f"{stream}-start", batch.latents.shape[1:]).to(batch.latents)
         simulate = self._simulation(draws, stream)
+        recomputes = self.settings.recompute_rollout and torch.is_grad_enabled()
         if self.causal is None:
-            return simulate(model, noise)
+            return simulate(recomputed(model) if recomputes else model, noise, 0)
         share = self.settings.flow_map.given
         known = views.given_frames(self.causal, share, draws.generator(f"{stream}-given"))
-        recomputes = self.settings.recompute_rollout or model.network.gradient_checkpointing
+        given = batch.latents[:, :known]
         return views.roll_out(
-            model,
-            noise,
-            self.causal.partition,
-            simulate,
-            given=batch.latents[:, :known],
-            in_place=not (recomputes and torch.is_grad_enabled()),
+            model, noise, self.causal.partition, simulate, given=given, recomputes=recomputes
         )
 
-    def _simulation(self, draws: Draws, stream: str) -> Callable[[Velocity, Tensor], Tensor]:
+    def _simulation(self, draws: Draws, stream: str) -> views.Simulate:
         """From noise to time 0. What is drawn holds for every process, and for every chunk of a video."""
         settings, generator = self.settings, draws.generator(stream)
-        kept = recomputed if settings.recompute_rollout else _as_it_is
         if settings.simulation == "flow-map":
             steps, k = simulation.draw_segment(settings.budgets, generator)
-            return lambda model, noise: simulation.flow_map_rollout(kept(model), noise, steps, k, self.shift)
+            return lambda model, noise, _: simulation.flow_map_rollout(model, noise, steps, k, self.shift)
         exit_step = simulation.draw_exit_step(settings.consistency_steps, generator)
         grid = times.grid(settings.consistency_steps, self.shift)
-        streams = draws.generators(f"{stream}-noise")
-        return lambda model, noise: simulation.consistency_rollout(
-            kept(model), noise, grid, exit_step, streams
-        )
 
+        def consistency(model: Velocity, noise: Tensor, chunk: int) -> Tensor:
+            streams = draws.generators(f"{stream}-noise-{chunk}")  # fresh ones: a chunk may be made again
+            return simulation.consistency_rollout(model, noise, grid, exit_step, streams)
 
-def _as_it_is(model: Velocity) -> Velocity:
-    return model
+        return consistency
 
 
 @dataclass(frozen=True)

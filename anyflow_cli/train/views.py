@@ -19,10 +19,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from anyflow_cli.flow.velocity import Velocity
 from anyflow_cli.model.cache import KeyCache
-from anyflow_cli.model.causal import TeacherForced, split_after
+from anyflow_cli.model.causal import TeacherForced, chunks_of, split_after
 from anyflow_cli.model.conditioned import Conditioned
 from anyflow_cli.recipe import schema
 from anyflow_cli.train.draws import Draws
@@ -60,6 +61,7 @@ class View:
 
 
 ViewOf = Callable[[Tensor, Draws], View]
+Simulate = Callable[[Velocity, Tensor, int], Tensor]  # from a chunk's noise, and its number, to time 0
 
 
 def whole(x: Tensor, draws: Draws) -> View:
@@ -119,27 +121,41 @@ def roll_out(
     model: Conditioned,
     noise: Tensor,
     partition: tuple[int, ...],
-    simulate: Callable[[Velocity, Tensor], Tensor],
+    simulate: Simulate,
     *,
     given: Tensor,
-    in_place: bool,
+    recomputes: bool = False,
 ) -> Tensor:
     """The student's own video (B, F, C, H, W), chunk after chunk: gradient in each chunk, none in the cache.
 
-    ``simulate(velocity, noise)`` makes a chunk of its noise. ``given``: the first frames (B, F', C, H, W),
-    none for text to video. ``in_place``: see ``KeyCache``; not where anything is recomputed.
+    ``given``: the first frames (B, F', C, H, W), none for text to video. With ``recomputes`` a chunk's jumps,
+    and the keys of its past, are made again in the backward pass: one chunk's graph is held at a time.
     """
     known = given.shape[1]
     chunks, size = split_after(partition, known), (noise.shape[-2], noise.shape[-1])
-    cache = KeyCache(model.network, chunks, size, len(noise), in_place=in_place)
-    made = []
-    for chunk in cache.chunks:
-        is_given = chunk.slice.stop <= known
-        x = given[:, chunk.slice] if is_given else simulate(cache.next(model), noise[:, chunk.slice])
-        made.append(x)
-        if chunk is not cache.chunks[-1]:
+    # a block that is computed again has to find the keys that it saw
+    in_place = not (model.network.gradient_checkpointing and torch.is_grad_enabled())
+    empty = partial(KeyCache, model.network, chunks, size, len(noise))
+
+    def alone(past: Tensor, z: Tensor, number: int) -> Tensor:
+        own = empty()
+        own.fill(past, model)
+        return simulate(own.next(model), z, number)
+
+    cache = None if recomputes else empty(in_place=in_place)
+    made = given[:, :0]
+    for number, chunk in enumerate(chunks_of(chunks)):
+        z = noise[:, chunk.slice]
+        if chunk.slice.stop <= known:
+            x = given[:, chunk.slice]
+        elif cache is None:
+            x = checkpoint(alone, made.detach(), z, number, use_reentrant=False, preserve_rng_state=False)
+        else:
+            x = simulate(cache.next(model), z, number)
+        made = torch.cat((made, x), dim=1)
+        if cache is not None and number + 1 < len(chunks):
             cache.add(x, model)
-    return torch.cat(made, dim=1)
+    return made
 
 
 def _chunks_within(partition: tuple[int, ...], frames: int) -> int:

@@ -321,10 +321,14 @@ def test_a_continued_video_is_refined_with_its_frames_and_its_prompts(
     assert "first.png is not what it was" in capsys.readouterr().err
 
 
-def test_a_causal_recipe_goes_on_beyond_its_trained_length(far: list[str], capsys: Run) -> None:
-    causal = ["--set", "model.causal.partition=[1, 1, 1]"]
-    assert app.main([*far, *causal, "--frames", "21", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["settings"]["frames"] == 21
+def test_a_causal_recipe_goes_on_beyond_its_trained_length(
+    far: list[str], tmp_path: Path, capsys: Run
+) -> None:
+    causal = ["--set", "model.causal.partition=[1, 1, 1]", "--frames", "21"]
+    steps = far.index("--nfe")
+    preview = sampled([*far[:steps], *far[steps + 2 :], *causal, "--preview"], capsys)
+    again = ["sample", "--refine", preview["out"], "--nfe", "3", "--runs", str(tmp_path / "runs")]
+    assert preview["settings"]["frames"] == sampled(again, capsys)["settings"]["frames"] == 21
 
 
 def test_a_long_video_of_two_prompts_is_recorded(far: list[str], capsys: Run) -> None:

@@ -64,6 +64,21 @@ def test_a_step_over_the_cache_equals_one_masked_pass(partition: tuple[int, ...]
         assert distance(ours_, expected) < 1e-5
 
 
+@pytest.mark.parametrize(("partition", "full_chunks"), CASES)
+def test_filling_at_once_leaves_what_adding_leaves(partition: tuple[int, ...], full_chunks: int) -> None:
+    network = ours(far(full_chunks))
+    x, z, model = video(partition), video(partition).flip(1), model_of(network)
+    added = KeyCache(network, partition, (8, 8), 2)
+    for chunk in added.chunks:
+        filled = KeyCache(network, partition, (8, 8), 2)
+        filled.fill(x[:, : chunk.slice.start], model)
+        assert filled.done == added.done
+        both = [cache.next(model)(z[:, chunk.slice], *[full_time(0.7, z)] * 2) for cache in (filled, added)]
+        assert distance(*both) < 1e-5
+        if chunk is not added.chunks[-1]:
+            added.add(x[:, chunk.slice], model)
+
+
 def test_incremental_is_exact_until_a_chunk_has_left_and_close_after() -> None:
     network = ours(far(3))
     x, noise, model = video(PARTITION), video(PARTITION).flip(1), model_of(network)

@@ -12,10 +12,11 @@ from anyflow_cli.cli.app import main
 from anyflow_cli.plan.cluster import parse_cluster
 from anyflow_cli.plan.report import plan_stage
 from anyflow_cli.plan.stages import target_of
-from anyflow_cli.recipe.compare import flat
+from anyflow_cli.recipe.compare import differing_keys, flat
 from anyflow_cli.recipe.load import find_recipe, load_recipe
 
 LARGE = ("bidirectional1b", "bidirectional14b")
+CAUSAL = ("causal1b", "causal14b")
 DOCS = Path(__file__).parents[2] / "docs" / "recipes.md"
 SOURCES = ("sec.", "Table", "Fig.", "Eq.", "Alg.", "release", "Wan", "ours", "AdamW")
 
@@ -35,9 +36,13 @@ PAPER = {  # sec. 5.1: key, 1.3B, 14B
 }
 
 
+CAUSAL_HEAD = "## The causal models"
+
+
 def documented() -> list[tuple[str, str, str]]:
     """Key and both values of every row of the tables of recipes."""
-    rows = re.findall(r"^\| `([a-z_.]+)` \|[^|]*\| `([^|]*)` \| `([^|]*)` \|", DOCS.read_text("utf-8"), re.M)
+    told = DOCS.read_text("utf-8").partition(CAUSAL_HEAD)[0]
+    rows = re.findall(r"^\| `([a-z_.]+)` \|[^|]*\| `([^|]*)` \| `([^|]*)` \|", told, re.M)
     assert len(rows) > 50
     return [(key, *values) for key, *values in rows]
 
@@ -70,7 +75,34 @@ def test_the_documented_values_are_the_recipes(number: int) -> None:
             assert json.loads(told) == (list(value) if isinstance(value, tuple) else value)
 
 
-@pytest.mark.parametrize("name", LARGE)
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_causal_recipe_is_its_sibling_but_for_what_is_documented(number: int) -> None:
+    told = DOCS.read_text("utf-8").partition(CAUSAL_HEAD)[2]
+    rows = re.findall(r"^\| `([a-z_.]+)` \|[^|]*\| `([^|]*)` \|", told, re.M)
+    recipe, sibling = load_recipe(CAUSAL[number]), load_recipe(LARGE[number])
+    different = [key for key in differing_keys(recipe, sibling) if key not in ("name", "description")]
+    assert {key for key, _ in rows} | {"model.causal"} == set(different)
+    for key, value in rows:
+        found = flat(recipe)[key]
+        assert json.loads(value) == (list(found) if isinstance(found, tuple) else found)
+
+
+@pytest.mark.parametrize("verb", ["synthesize", "train-flowmap", "distill"])
+@pytest.mark.parametrize("name", CAUSAL)
+def test_a_dry_run_says_what_is_needed_where_nothing_is(
+    name: str, verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("prompts.txt").write_text("a cat")
+    assert main([verb, "-r", name, "--dry-run", "--json"]) == 0
+    told = str(json.loads(capsys.readouterr().out))
+    size = name.removeprefix("causal").replace("1b", "1.3B").replace("14b", "14B")
+    teacher = "14B" if verb == "synthesize" else size
+    assert f"Wan-AI/Wan2.1-T2V-{teacher}-Diffusers" in told
+    assert verb == "synthesize" or f"anyflow synthesize -r {name}" in told
+
+
+@pytest.mark.parametrize("name", [*LARGE, *CAUSAL])
 def test_every_line_names_its_source(name: str) -> None:
     """Aligned, and one of the known kinds; sections, text that goes on and what a line above covers aside."""
     path, _ = find_recipe(name)

@@ -117,6 +117,18 @@ def test_the_fake_score_learns_from_fresh_samples_or_those_of_the_step(tmp_path:
     assert (len(asked) == of_student) is reuse
 
 
+def test_jumps_made_again_give_the_same_gradient(tmp_path: Path) -> None:
+    kept, again = (
+        gradients(
+            trainer(tmp_path / str(recomputes), "on-policy", changes={"recompute_rollout": recomputes}),
+            0, "student",
+        )
+        for recomputes in (False, True)
+    )  # fmt: skip
+    for a, b in zip(kept, again, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
 def test_budgets_of_the_recipe_are_those_of_the_paper() -> None:
     assert schema.Distill().budgets == BUDGETS
 
