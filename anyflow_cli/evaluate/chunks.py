@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from anyflow_cli.evaluate.suite import Suite, VideoScore
+from anyflow_cli.evaluate.suite import Dimension, Suite, VideoScore
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ def along(suite: Suite, scores: Sequence[VideoScore], partition: tuple[int, ...]
     if not pieces:
         return None
     sizes = partition or (1,) * len(pieces[0])
-    found = {d.name: _by_chunk(pieces, d.name, sizes) for d in suite.dimensions}
+    found = {d.name: _by_chunk(pieces, d, sizes) for d in suite.dimensions}
     known = {name: values for name, values in found.items() if values is not None}
     groups = {}
     for group in suite.groups:
@@ -48,12 +48,13 @@ def along(suite: Suite, scores: Sequence[VideoScore], partition: tuple[int, ...]
 
 
 def _by_chunk(
-    videos: Sequence[tuple[dict[str, float], ...]], name: str, sizes: Sequence[int]
+    videos: Sequence[tuple[dict[str, float], ...]], dimension: Dimension, sizes: Sequence[int]
 ) -> tuple[float, ...] | None:
     """Mean of one dimension over the pieces of each chunk; None if some latent frame was never scored."""
-    raw = np.array([[piece.get(name, np.nan) for piece in video] for video in videos])  # (V, F)
+    raw = np.array([[piece.get(dimension.name, np.nan) for piece in video] for video in videos])  # (V, F)
     known = ~np.isnan(raw)
     if not known.any(0).all():
         return None
     frames = np.where(known, raw, 0).sum(0) / known.sum(0)  # (F,)
-    return tuple(100 * float(chunk.mean()) for chunk in np.split(frames, np.cumsum(sizes)[:-1]))
+    frames = 100 * (frames - dimension.low) / (dimension.high - dimension.low)
+    return tuple(float(chunk.mean()) for chunk in np.split(frames, np.cumsum(sizes)[:-1]))

@@ -113,11 +113,12 @@ def compare(suite: Suite, first: Side, second: Side) -> Comparison:
             f"{first.name} and {second.name} have no video of the same prompt, seed and step count.",
             "Evaluate both with the same --nfe, --prompts and --seed.",
         )
+    partition = first.partition or second.partition  # a model without chunks is told by the other's
     return Comparison(
         (first.name, second.name),
         suite.name,
         differences,
-        (_chunks(suite, first), _chunks(suite, second)),
+        (_chunks(suite, first, partition), _chunks(suite, second, partition)),
     )
 
 
@@ -139,7 +140,7 @@ def _finding(bounds: Interval | None) -> Finding:
     return "better" if bounds.low > 0 else "worse" if bounds.high < 0 else "no difference"
 
 
-def _chunks(suite: Suite, side: Side) -> dict[int, Along]:
+def _chunks(suite: Suite, side: Side, partition: tuple[int, ...] | None) -> dict[int, Along]:
     scores: dict[int, Sequence[VideoScore]] = {n: list(v.values()) for n, v in side.by_steps.items()}
-    found = {steps: along(suite, each, side.partition) for steps, each in scores.items()}
+    found = {steps: along(suite, each, partition) for steps, each in scores.items()}
     return {steps: one for steps, one in found.items() if one is not None}

@@ -60,5 +60,5 @@ def check_room(out: Path, needed: float) -> None:
     if needed > free:
         raise UsageError(
             f"The videos take about {needed / 1e6:.0f} MB, and {place} has {free / 1e6:.0f} MB left.",
-            "Free space, use other --runs, or evaluate fewer prompts with --limit.",
+            "Free space, use another --out, or evaluate fewer prompts with --limit.",
         )

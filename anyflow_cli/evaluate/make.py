@@ -115,7 +115,7 @@ def alone_in(out: Path) -> Iterator[None]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UsageError(
-                f"Another evaluation is running in {out}.", "Wait for it to end, or use other --runs."
+                f"Another evaluation is running in {out}.", "Wait for it to end, or use another --out."
             ) from error
         yield
 

@@ -17,16 +17,18 @@ def video(steady: list[float], named: list[float] | None = None) -> VideoScore:
 def test_a_chunk_is_the_mean_of_its_pieces_over_all_videos() -> None:
     found = along(Toy(), [video([1, 0.8, 0.6, 0.2]), video([0.8, 0.6, 0.6, 0.4])], (1, 2, 1))
     assert found is not None
-    assert found.groups["quality"] == pytest.approx((90, 65, 30))
+    assert found.groups["quality"] == pytest.approx(
+        (100, 37.5, -50)
+    )  # 0.5 to 0.9 is the range of the dimension
     assert found.dimensions.keys() == {"steady"}
     assert "semantic" not in found.groups
 
 
 def test_a_model_without_chunks_is_told_by_latent_frame() -> None:
-    found = along(Toy(), [video([1, 0.5, 0.25])], None)
+    found = along(Toy(), [video([0.9, 0.7, 0.5])], None)
     assert found is not None
     assert found.partition == (1, 1, 1)
-    assert found.groups["quality"] == pytest.approx((100, 50, 25))
+    assert found.groups["quality"] == pytest.approx((100, 50, 0))
 
 
 def test_a_video_that_names_nothing_does_not_count_as_zero() -> None:

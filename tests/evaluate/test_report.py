@@ -158,7 +158,7 @@ def test_the_tables_hold_every_number(found: Evaluation) -> None:
 
 
 def test_a_causal_model_is_shown_along_its_chunks(tmp_path: Path, found: Evaluation) -> None:
-    causal = evaluate(make_job(tmp_path, nfe=(2,), kind="AnyFlowFAR"), Drawn().open)
+    causal = evaluate(make_job(tmp_path, nfe=(2,), prompts=1, kind="AnyFlowFAR"), Drawn().open)
     assert {title: one.partition for title, one in causal.curves.items()} == {
         "2 steps": (1, 3, 3, 2),
         "teacher 5x2": (1, 3, 3, 2),
