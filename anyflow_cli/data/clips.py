@@ -32,6 +32,9 @@ Pixels = NDArray[np.uint8]
 
 ENDINGS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".gif")
 TABLES = ("captions.csv", "captions.jsonl")
+SQUARE = "scale='if(eq(sar,1),iw,2*round(iw*sar/2))':ih"  # pixels of old cameras are not
+DAMAGE = r"corrupt decoded frame|[Ee]rror while decoding[^,\n]*|Error submitting packet to decoder"
+HDR = ("smpte2084", "arib-std-b67")
 BT709 = ["-colorspace", "bt709", "-color_primaries", "bt709", "-color_trc", "bt709"]
 PLAYED = ["-vf", "scale=out_color_matrix=bt709:out_range=tv", *BT709]
 PLAYED += ["-c:v", "libx264", "-pix_fmt", "yuv420p", "-crf", "14"]
@@ -105,13 +108,18 @@ def read_start(path: Path, wanted: ClipFormat) -> Clip:
     """As ``read_clip``, but a video may have fewer frames than wanted."""
     width, height = wanted.width, wanted.height
     scale = f"scale={width}:{height}:force_original_aspect_ratio=increase:flags=bicubic"
-    filters = f"fps={wanted.fps},{scale},crop={width}:{height}"
-    # One frame more than wanted tells whether the clip was cut.
-    output = ["-map", "0:v:0", "-vf", filters, "-frames:v", str(wanted.frames + 1), "-f", "rawvideo"]
+    filters = f"fps={wanted.fps},{SQUARE},{scale},crop={width}:{height}"
+    # Capital V: no cover pictures. One frame more than wanted tells whether the clip was cut.
+    output = ["-map", "0:V:0", "-vf", filters, "-frames:v", str(wanted.frames + 1), "-f", "rawvideo"]
     result = ffmpeg(["-i", f"file:{path}", *output, "-pix_fmt", "rgb24", "-"])
     messages = result.stderr.decode(errors="replace")
+    if "matches no streams" in messages:
+        raise UnusableClipError("unreadable (there is no video in it)")
     if result.returncode or not result.stdout:
         raise UnusableClipError(f"unreadable ({last_line(messages)})")
+    damage = re.search(DAMAGE, messages)
+    if damage:  # ffmpeg would make up what is lost
+        raise UnusableClipError(f"damaged ({damage[0]})")
     pixels = np.frombuffer(result.stdout, np.uint8).reshape(-1, height, width, 3)
     cut = (f"cut after {wanted.frames} frames",) if len(pixels) > wanted.frames else ()
     return Clip(pixels[: wanted.frames], (*_changes(messages, wanted), *cut))
@@ -185,11 +193,21 @@ def _changes(messages: str, wanted: ClipFormat) -> Iterator[str]:
     fps = re.search(r"([\d.]+) fps", stream)
     if fps and float(fps[1]) != wanted.fps:
         yield f"resampled from {fps[1]} to {wanted.fps} fps"
+    aspect = re.search(r"SAR (\d+:\d+)", stream)
+    if aspect and aspect[1] != "1:1":
+        yield f"pixels of {aspect[1]} made square"
+    turned = re.search(r"rotation of (-?[\d.]+) degrees", messages)
+    if turned:
+        yield "turned upright"
     size = re.search(r"\b(\d{2,})x(\d{2,})\b", stream)
-    if size and (int(size[1]), int(size[2])) != (wanted.width, wanted.height):
-        same_ratio = int(size[1]) * wanted.height == int(size[2]) * wanted.width
-        how = "scaled" if same_ratio else "scaled and cropped"
-        yield f"{how} from {size[2]}x{size[1]} to {wanted.height}x{wanted.width}"
+    width, height = (int(size[1]), int(size[2])) if size else (wanted.width, wanted.height)
+    if turned and abs(float(turned[1])) == 90:
+        width, height = height, width
+    if (width, height) != (wanted.width, wanted.height):
+        how = "scaled" if width * wanted.height == height * wanted.width else "scaled and cropped"
+        yield f"{how} from {height}x{width} to {wanted.height}x{wanted.width}"
+    if any(curve in stream for curve in HDR):
+        yield "HDR colours taken as they are"
 
 
 def last_line(messages: str) -> str:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from anyflow_cli.data.clips import (
     ClipFormat,
     Pixels,
     UnusableClipError,
+    ffmpeg,
     from_pixels,
     list_clips,
     read_clip,
@@ -74,6 +76,79 @@ def test_size_is_scaled_and_the_centre_kept(tmp_path: Path) -> None:
     assert abs(float(clip.pixels[:, :, 2:-2].mean()) - 200) < 3
     scaled = read_clip(tmp_path / "wide.mp4", ClipFormat(5, 16, 32, 64))
     assert scaled.changes == ("scaled from 64x128 to 32x64",)
+
+
+def encoded(path: Path, options: str, size: str = "64x32", before: str = "") -> Path:
+    """A moving test picture of two seconds, made as a camera would."""
+    source = f"{before} -f lavfi -i testsrc2=size={size}:rate=16:duration=2".split()
+    result = ffmpeg(["-y", *source, *options.split(), str(path)])
+    assert result.returncode == 0, result.stderr.decode()
+    return path
+
+
+def test_a_clip_that_lies_on_its_side_is_turned(tmp_path: Path) -> None:
+    plain = encoded(tmp_path / "plain.mp4", "-c:v libx264 -qp 0 -pix_fmt yuv444p")
+    turned = tmp_path / "turned.mp4"
+    made = ffmpeg(["-display_rotation", "90", "-i", str(plain), "-c", "copy", str(turned)])
+    assert made.returncode == 0, made.stderr.decode()
+    flat, upright = (read_clip(path, ClipFormat(5, 16, *size)) for path, size in
+                     ((plain, (32, 64)), (turned, (64, 32))))  # fmt: skip
+    assert upright.changes == ("turned upright", "cut after 5 frames")
+    assert np.abs(np.rot90(flat.pixels, 1, (1, 2)).astype(int) - upright.pixels).mean() < 3
+    assert "scaled from 64x32 to 128x64" in read_clip(turned, ClipFormat(5, 16, 128, 64)).changes
+
+
+def test_pixels_that_are_not_square_are_made_so(tmp_path: Path) -> None:
+    """Half as wide as high: what is stored as 64x32 is a square picture."""
+    path = encoded(tmp_path / "narrow.mp4", "-vf setsar=1/2 -c:v libx264 -qp 0 -pix_fmt yuv444p")
+    plain = encoded(tmp_path / "plain.mp4", "-c:v libx264 -qp 0 -pix_fmt yuv444p")
+    square, whole = (read_clip(p, ClipFormat(5, 16, 32, w)) for p, w in ((path, 32), (plain, 64)))
+    assert "pixels of 1:2 made square" in square.changes
+    halved = whole.pixels.reshape(5, 32, 32, 2, 3).mean(3)  # nothing was cropped
+    assert np.abs(square.pixels - halved).mean() < 12
+
+
+@pytest.mark.parametrize("size", ["65x33", "321x201"])
+def test_odd_sizes_and_sound_are_no_trouble(tmp_path: Path, size: str) -> None:
+    width, height = size.split("x")
+    sound = "-f lavfi -i sine=duration=2"
+    options = f"-vf scale={width}:{height},setsar=1 -c:v libx264 -pix_fmt yuv444p -c:a aac"
+    clip = read_clip(encoded(tmp_path / "odd.mp4", options, before=sound), ClipFormat(9, 16, 32, 64))
+    assert clip.pixels.shape == (9, 32, 64, 3)
+    assert f"scaled and cropped from {height}x{width} to 32x64" in clip.changes
+
+
+def test_a_varying_rate_is_resampled_by_time(tmp_path: Path) -> None:
+    """Half a second at 16 fps, then at 4: each frame stays until the next one's time."""
+    kept = "-vf select='if(lt(n,8),1,not(mod(n,4)))' -fps_mode vfr"
+    path = encoded(tmp_path / "vfr.mp4", f"{kept} -c:v libx264 -qp 0 -pix_fmt yuv444p", "320x240")
+    pixels = read_clip(path, ClipFormat(25, 16, 240, 320)).pixels.astype(int)
+    moved = [bool(np.abs(after - before).max() > 8) for before, after in pairwise(pixels)]
+    assert moved[:8] == [True] * 8
+    assert sum(moved[8:]) == 4
+
+
+def test_a_damaged_clip_is_named_not_made_up(tmp_path: Path) -> None:
+    path = encoded(tmp_path / "clip.mp4", "-c:v libx264 -pix_fmt yuv420p", "320x240")
+    content = bytearray(path.read_bytes())
+    for place in range(4000, len(content) - 4000, 97):
+        content[place] ^= 0x55
+    path.write_bytes(content)
+    with pytest.raises(UnusableClipError, match=r"^damaged"):
+        read_clip(path, ClipFormat(25, 16, 32, 32))
+
+
+def test_a_file_of_sound_alone_is_named(tmp_path: Path) -> None:
+    made = ffmpeg(["-f", "lavfi", "-i", "sine=duration=1", str(tmp_path / "sound.mp4")])
+    assert made.returncode == 0
+    with pytest.raises(UnusableClipError, match="there is no video in it"):
+        read_clip(tmp_path / "sound.mp4", ClipFormat(9, 16, 32, 32))
+
+
+def test_hdr_is_said(tmp_path: Path) -> None:
+    colours = "-vf setparams=color_primaries=bt2020:color_trc=smpte2084:colorspace=bt2020nc"
+    path = encoded(tmp_path / "hdr.mp4", f"{colours} -c:v libx264 -pix_fmt yuv420p10le")
+    assert "HDR colours taken as they are" in read_clip(path, ClipFormat(5, 16, 32, 64)).changes
 
 
 def test_too_short_and_unreadable_clips_are_named(tmp_path: Path) -> None:
