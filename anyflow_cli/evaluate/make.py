@@ -201,7 +201,18 @@ def _scored(job: Job, one: Variant, generator: Generator, items: Sequence[Item])
         path = store.directory / file_of(item)
         clips.write_mp4(path, video, job.recipe.model.fps)
         size, digest = digest_of(path)
-        yield Scored(item.prompt, item.seed, file_of(item), size, digest, network, decode, len(items), score)
+        yield Scored(
+            item.prompt,
+            item.seed,
+            file_of(item),
+            size,
+            digest,
+            network,
+            decode,
+            len(items),
+            score,
+            time.time(),
+        )
 
 
 def file_of(item: Item) -> str:

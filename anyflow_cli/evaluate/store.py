@@ -33,6 +33,7 @@ class Scored:
     decode: float
     batch: int
     score: VideoScore
+    made: float  # when, in seconds since 1970: of two records of a video the newer one holds
 
 
 def is_store(directory: Path) -> bool:
@@ -60,7 +61,7 @@ class Store:
         """All that was ever finished, whatever became of its file; the newest of each prompt and seed."""
         paths = sorted(self.directory.glob(SCORES.format("*")))
         found = [record for path in paths for record in self._lines(path)]
-        return {(record.prompt, record.seed): record for record in found}
+        return {(record.prompt, record.seed): record for record in sorted(found, key=lambda r: r.made)}
 
     def is_whole(self, record: Scored) -> bool:
         """Whether a video is, to the byte, as it was written."""

@@ -14,6 +14,7 @@ from anyflow_cli.evaluate import make
 from anyflow_cli.evaluate.cost import check_room, cost
 from anyflow_cli.evaluate.make import Share
 from anyflow_cli.evaluate.run import evaluate, help_make
+from tests.evaluate import drawn
 from tests.evaluate.drawn import Drawn, KilledError, make_job
 
 
@@ -94,6 +95,19 @@ def test_a_damaged_video_is_made_again_and_said(
     assert [seed for _, seed, _ in rest.asked] == [9]
     assert path.read_bytes() == whole
     assert "1 video is not as written any more" in caplog.text
+
+
+def test_what_another_process_made_again_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = make_job(tmp_path, nfe=(1,), teacher=False)
+    found = evaluate(job, Drawn().open)
+    record = found.models[0].scored[1]
+    (found.models[0].directory / record.file).unlink()
+    draw = drawn.drawn
+    monkeypatch.setattr(drawn, "drawn", lambda number, nfe: draw(number, 2))  # as a GPU: not quite the same
+    help_make(job, Share(1, 2), Drawn().open)
+    kept = evaluate(job, lambda of, recipe: pytest.fail("it was made once more")).models[0].scored[1]
+    assert (record.seed, kept.seed) == (8, 8)
+    assert record.digest != kept.digest
 
 
 def test_the_cost_is_told_from_what_is_there(tmp_path: Path) -> None:
