@@ -189,6 +189,14 @@ class FlowMapTransformer(nn.Module):
             parts += [block.attn2.to_k, block.attn2.to_v, block.attn2.norm_k]
         return [parameter for part in parts for parameter in part.parameters()]
 
+    @torch.no_grad()
+    def embedding_norm(self) -> Tensor:
+        """Mean length of the times' embedding over a fixed set of (t, r), (): what Fig. 11 follows."""
+        t = torch.linspace(0.125, 1, 8, device=self.device).unsqueeze(0)
+        embedding, _ = self.condition_embedder.times(t, t / 2)
+        norms: Tensor = torch.linalg.vector_norm(embedding, dim=-1)
+        return norms.mean()
+
     def store_as(self, dtype: torch.dtype) -> FlowMapTransformer:
         """Hold the weights as ``dtype``, less the small ones of times and norms, which stay fp32."""
         for name, parameter in self.named_parameters():

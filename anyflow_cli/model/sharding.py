@@ -43,7 +43,7 @@ def shard(networks: Iterable[FlowMapTransformer], launch: schema.Launch, device:
     options: dict[str, Any] = {
         "mesh": _mesh(launch, device.type),
         "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32),
-        "offload_policy": CPUOffloadPolicy() if launch.offload else OffloadPolicy(),
+        "offload_policy": CPUOffloadPolicy() if launch.offload and device.type != "cpu" else OffloadPolicy(),
         # the outermost unit too: sampling alone has no backward pass that would let go of it
         "reshard_after_forward": True,
     }
@@ -51,6 +51,7 @@ def shard(networks: Iterable[FlowMapTransformer], launch: schema.Launch, device:
         for module in (*network.blocks, network):
             fully_shard(module, **options)
             register_fsdp_forward_method(module, "text_keys")
+        register_fsdp_forward_method(network, "embedding_norm")
 
 
 def _mesh(launch: schema.Launch, kind: str) -> DeviceMesh:

@@ -179,6 +179,20 @@ class Optimiser(Section):
     clip: Positive = 1.0
 
 
+class Alarms(Section):
+    """When a run is told to be going wrong, and what happens then; all our own."""
+
+    then: Literal["warn", "stop", "roll-back"] = Field(
+        "warn", description="roll-back: to the last good checkpoint, and on with other random numbers."
+    )
+    patience: Count = Field(3, description="Bad rows of the metrics in a row.")
+    rollbacks: Count = Field(3, description="After so many the run stops.")
+    embedding_norm: Positive = Field(2.0, description="Of the two times' embedding, to that at the start.")
+    saturation: Positive = Field(2.0, description="Power of the student's samples to the data's, above.")
+    static: Positive = Field(0.25, description="Motion of the student's samples to the data's, below.")
+    fake_divergence: Positive = Field(4.0, description="Loss of the fake score to its average so far.")
+
+
 class Training(Section):
     """What every training command shares."""
 
@@ -196,6 +210,7 @@ class Training(Section):
     preview_every: Annotated[int, Field(ge=0)] = 500
     preview_prompts: Annotated[int, Field(ge=0, le=16)] = 4
     tensorboard: bool = True
+    alarms: Alarms = Alarms()
 
     @field_validator("micro_batch")
     @classmethod

@@ -100,6 +100,18 @@ def complete(directory: Path) -> list[Path]:
     return sorted(path for path in directory.glob("step-*") if (path / MARKER).exists())
 
 
+def step_of(path: Path) -> int:
+    """The step after which a checkpoint was written."""
+    return int(path.name.rpartition("-")[2])
+
+
+def discard_after(path: Path) -> None:
+    """Remove the checkpoints newer than one, so that a run continues from it."""
+    for newer in complete(path.parent):
+        if step_of(newer) > step_of(path):
+            _discard(newer)
+
+
 def newest(directory: Path) -> Path | None:
     """The checkpoint a run continues from."""
     found = complete(directory)

@@ -61,7 +61,7 @@ class Metrics:
 
     def state(self) -> dict[str, Any]:
         """The open sums, for the checkpoint."""
-        return {"sums": self.sums, "steps": self.steps}
+        return {"sums": dict(self.sums), "steps": self.steps}
 
     def close(self) -> None:
         """Flush TensorBoard."""

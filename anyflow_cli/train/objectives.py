@@ -238,7 +238,11 @@ class OnPolicyTerms:
             draws.noise("matching-noise", x.shape[1:]).to(x),
             settings.real_guidance,
         )
-        return loss, {"matching": tally(loss, len(x))}
+        return loss, {
+            "matching": tally(loss, len(x)),
+            **_vigour("sample", x),
+            **_vigour("data", batch.latents),
+        }
 
     def fake_score(self, batch: Batch, draws: Draws) -> tuple[Tensor, Tally]:
         """Flow matching of the fake score on the student's samples."""
@@ -342,6 +346,12 @@ def tally(values: Tensor, of: Tensor | int) -> Tensor:
     if isinstance(of, int):
         return torch.stack([values * of, torch.full_like(values, of)])
     return torch.stack([values[of].sum(), of.sum().double()])
+
+
+def _vigour(name: str, x: Tensor) -> Tally:
+    """Power and motion (from frame to frame) of videos x (B, F, C, H, W); what the alarms compare."""
+    power, motion = x.detach().square().mean(), x.detach().diff(dim=1).square().sum() / x.numel()
+    return {f"{name}_power": tally(power, len(x)), f"{name}_motion": tally(motion, len(x))}
 
 
 def _null(backbone: Backbone, role: Role, negative: Tensor, batch: Batch) -> Conditioned:

@@ -77,7 +77,7 @@ def check_run(recipe: Recipe, inputs: Inputs) -> None:
     differing = [
         f"{key} ({then.get(key)} there, {now.get(key)} now)"
         for key in differing_keys(there, recipe, ("model", inputs.section))
-        if key.rpartition(".")[2] not in HARMLESS
+        if key.rpartition(".")[2] not in HARMLESS and ".alarms." not in key
     ]
     if differing:
         raise UsageError(f"{directory} holds a run with another {', '.join(differing)}.", hint)

@@ -10,6 +10,7 @@ Legend: N global batch, B micro batch.
 
 from __future__ import annotations
 
+import logging
 import math
 import signal
 import threading
@@ -30,11 +31,14 @@ from anyflow_cli.model.precision import Precision, autocast
 from anyflow_cli.model.sharding import divided_like, shard, whole
 from anyflow_cli.recipe import schema
 from anyflow_cli.train import checkpoint
-from anyflow_cli.train.draws import Draws, GlobalMean
+from anyflow_cli.train.alarms import AlarmError, Alarms
+from anyflow_cli.train.draws import Draws, GlobalMean, stream_seed
 from anyflow_cli.train.ema import Ema
 from anyflow_cli.train.metrics import Metrics
 from anyflow_cli.train.objectives import Objective, Phase, Tally, Term, cut
 from anyflow_cli.train.saver import Saver
+
+log = logging.getLogger(__name__)
 
 OnStep = Callable[[int, Mapping[str, float]], None]
 Preview = Callable[[int], None]
@@ -171,7 +175,8 @@ class Trainer:
         self.saver = Saver(
             self.checkpoints, settings.keep_checkpoints, accelerator, self.divided, launch.checkpoints_wait
         )
-        self.step = 0
+        self.alarms = Alarms(settings.alarms)
+        self.step, self.rollbacks = 0, 0
 
     def run(self) -> None:
         """Train from where the run stands to ``settings.steps``; saved at the end."""
@@ -180,11 +185,13 @@ class Trainer:
         with _signals() as stop:
             batches = self.source.stream(self.step, part, self.workers)
             while self.step < settings.steps:
-                self.step += 1
-                values = self._train_step(_on(next(batches), self.accelerator.device))
-                self.ema.update(self.step)
+                try:
+                    values = self._advance(next(batches))
+                except AlarmError as alarm:
+                    self._roll_back(alarm)
+                    batches = self.source.stream(self.step, part, self.workers)
+                    continue
                 self.saver.poll()
-                self.metrics.add(self.step, values)
                 if self.on_step is not None:
                     self.on_step(self.step, values)
                 if self.preview is not None and _due(self.step, settings.preview_every):
@@ -200,6 +207,38 @@ class Trainer:
                     raise StoppedError(self.step, settings.steps)
         self.saver.finish()
         self.metrics.close()
+
+    def _advance(self, batch: Batch) -> dict[str, float]:
+        """One step, its average and its report; raises an alarm."""
+        self.step += 1
+        values = self._train_step(_on(batch, self.accelerator.device))
+        self.ema.update(self.step)
+        if _due(self.step, self.settings.log_every):
+            with self.backbone.role("student"):
+                values["embedding_norm"] = float(self.backbone.network_of("student").embedding_norm())
+        row = self.metrics.add(self.step, values)
+        if row is not None:
+            self.alarms.look(self.step, row)
+        return values
+
+    def _roll_back(self, alarm: AlarmError) -> None:
+        """Go back to the last checkpoint before an alarm, and on with other random numbers; or pass it on."""
+        self.saver.finish()
+        good = [
+            path for path in checkpoint.complete(self.checkpoints) if checkpoint.step_of(path) < alarm.step
+        ]
+        settings = self.settings.alarms
+        if settings.then != "roll-back" or not good or self.rollbacks == settings.rollbacks:
+            raise alarm
+        if self.accelerator.is_main_process:
+            checkpoint.discard_after(good[-1])
+        self.accelerator.wait_for_everyone()
+        for phase in self.phases:
+            phase.optimiser.zero_grad(set_to_none=True)  # of the step that went wrong
+        count = self.rollbacks + 1
+        self.resume()
+        self.rollbacks = count
+        log.warning("%s Rolled back to %s (%d of %d).", alarm.message, good[-1], count, settings.rollbacks)
 
     def _train_step(self, batch: Batch) -> dict[str, float]:
         """All phases on this process's share of a global batch; what is reported of the step."""
@@ -231,7 +270,7 @@ class Trainer:
             micro = cut(batch, start, start + self.micro)
             positions = tuple(range(self.rank, self.settings.batch, self.ranks))[start : start + self.micro]
             for number, mean in enumerate(means):
-                draws = Draws(self.settings.seed, self.step, self.settings.batch, positions, mean)
+                draws = Draws(self._seed(), self.step, self.settings.batch, positions, mean)
                 last = start == starts[-1] and number == len(means) - 1
                 with self._synchronised(phase, last):
                     loss, tallies = phase.module(number, micro, draws)
@@ -240,6 +279,11 @@ class Trainer:
                     total[name] = total[name] + value if name in total else value
         summed = self._reduce(torch.stack(list(total.values()))).tolist()
         return dict(zip(total, summed, strict=True))
+
+    def _seed(self) -> int:
+        """The recipe's; another after each roll-back, or the same draws would lead to the same alarm."""
+        seed = self.settings.seed
+        return stream_seed(seed, "rolled back", self.rollbacks) if self.rollbacks else seed
 
     def _synchronised(self, phase: PhaseState, last: bool) -> AbstractContextManager[Any]:
         """Processes exchange gradients once a phase, in its last backward pass."""
@@ -255,11 +299,11 @@ class Trainer:
         if all(map(math.isfinite, values)):
             return
         last = checkpoint.newest(self.checkpoints)
-        raise AnyflowError(
+        raise AlarmError(
             f"The loss of the {phase} is not a number at step {self.step}; its weights were not moved.",
+            self.step,
             (f"The last good state is {last}. " if last else "")
             + "Go on from it with --set model.precision=fp32, or begin anew with a lower optimiser.lr.",
-            everywhere=True,
         )
 
     # --- state
@@ -272,7 +316,7 @@ class Trainer:
             step=self.step,
             tensors=tensors,
             optimisers={phase.name: phase.optimiser.state_dict() for phase in self.phases},
-            extra=self.metrics.state(),
+            extra={**self.metrics.state(), "alarms": self.alarms.state(), "rollbacks": self.rollbacks},
         )
 
     def save(self) -> None:
@@ -292,6 +336,9 @@ class Trainer:
             phase.load_optimiser(state.optimisers[phase.name])
         self.ema.load(state.tensors["ema"])
         self.metrics.resume(state.step, state.extra)
+        self.rollbacks = state.extra.get("rollbacks", 0)  # neither is in a checkpoint of 0.1
+        if "alarms" in state.extra:
+            self.alarms.resume(state.extra["alarms"])
 
     def _divided_parts(self) -> dict[str, Tensor]:
         """For what a checkpoint holds, a tensor that is divided as it shall be."""
@@ -308,14 +355,16 @@ class Trainer:
         return sharded.flattened(tensors, moments)
 
 
-def make_accelerator() -> Any:
+def make_accelerator(launch: schema.Launch = NOT_SHARDED) -> Any:
     """Accelerate's view of this process: its device, and the other processes."""
-    from accelerate import Accelerator, DistributedDataParallelKwargs
+    from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
-    distributed = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
+    handlers: list[Any] = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
     # Without being told, accelerate takes several processes without a GPU for one.
     cpu = not torch.cuda.is_available()
-    return Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=[distributed])
+    if launch.offload and not cpu:  # what lies in the CPU's memory is summed there
+        handlers.append(InitProcessGroupKwargs(backend="cpu:gloo,cuda:nccl"))
+    return Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=handlers)
 
 
 @contextmanager
