@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import os
+import resource
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -159,6 +160,21 @@ def test_a_full_or_read_only_disk_is_said_and_the_old_file_survives(tmp_path: Pa
     assert os.strerror(code) in error.value.message
     assert [p.name for p in tmp_path.iterdir()] == ["00000.tar"]
     assert path.read_text() == "old"
+
+
+def test_a_shard_that_outgrows_what_may_be_written_leaves_nothing(tmp_path: Path) -> None:
+    """A real refusal by the system, in the middle of a shard, not an error made up by the test."""
+    child = os.fork()
+    if child == 0:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
+        try:
+            write_shard(tmp_path / "00000.tar", [make_sample(index) for index in range(10)])
+        except AnyflowError as error:
+            os._exit(7 if "File too large" in error.message else 8)
+        finally:
+            os._exit(9)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_other_errors_of_the_system_keep_their_name(tmp_path: Path) -> None:
