@@ -91,12 +91,9 @@ def test_data_of_another_length_are_refused(chain: Chain, tmp_path: Path, capsys
 def test_tiny_causal_runs_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     monkeypatch.chdir(tmp_path)
     short: dict[str, Any] = {
-        "synthesize.count": 4,
-        "synthesize.steps": 1,
-        "synthesize.batch": 4,
-        "evaluate.prompts": 2,
-    }
-    short |= {"evaluate.samples": 1, "model.precision": "fp32", "finetune.clips": 4}
+        "synthesize.count": 4, "synthesize.steps": 1, "synthesize.batch": 4, "finetune.clips": 4,
+        "sample.nfe": [1], "evaluate.prompts": 2, "evaluate.teacher": "false", "model.precision": "fp32",
+    }  # fmt: skip
     for stage in ("train_flowmap", "distill", "finetune"):
         short |= {f"{stage}.{key}": 2 for key in ("steps", "batch", "checkpoint_every", "preview_every")}
     values = [word for key, value in short.items() for word in ("--set", f"{key}={value}")]
