@@ -99,6 +99,8 @@ def _of_training(section: str, recipe: Recipe) -> Iterator[list[Change]]:
     model, settings = recipe.model, getattr(recipe, section)
     if not model.gradient_checkpointing:
         yield [Change({"model.gradient_checkpointing": True}, "a third more time")]
+    if recipe.launch.sharding == "none" and settings.flow_map.guidance != 1:
+        yield [Change({"launch.sharding": "full"}, "weights are gathered from the other GPUs in each pass")]
     sizes = _halves(settings.micro_batch or settings.batch)
     yield [Change({f"{section}.micro_batch": size}, "more and smaller passes") for size in sizes]
     if settings.preview_every:

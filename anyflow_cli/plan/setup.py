@@ -26,7 +26,8 @@ ONE_TIME = ("flow-matching", "synthesis")  # kinds that run a teacher as it is
 class Setup:
     """One process of one stage, or of sampling: then ``settings`` are of no matter.
 
-    ``separate``: the start is no adapter of the teacher, so it is a base too.
+    ``separate``: the start is no adapter of the teacher, so it is a base too. ``shards``: processes that
+    share one copy (FSDP2); None: each has its own.
     """
 
     kind: Kind
@@ -39,6 +40,8 @@ class Setup:
     ranks: int
     gpu: bool
     separate: bool = False
+    shards: int | None = None
+    offload: bool = False
 
     @property
     def roles(self) -> tuple[Role, ...]:

@@ -1,7 +1,7 @@
 """What each command trains and holds: memory by part and moment, operations and time, for one process.
 
-Today's trainer gives every process a whole copy of weights, gradients and optimiser (DDP); ``_held`` is the
-one place that says so, and where sharding would divide.
+Each process holds a copy of weights, gradients and optimiser (DDP), or a part of one copy (FSDP2): ``_held``
+is the one place that knows. Of sharded runs only the division has been checked, not a measured peak.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from anyflow_cli.plan.cluster import Cluster
 from anyflow_cli.plan.ledger import Segment
 from anyflow_cli.plan.sampling import decoding, sampling_of
 from anyflow_cli.plan.setup import Kind, Setup
-from anyflow_cli.plan.steps import RoleSize, Step, roles_of, step_of
+from anyflow_cli.plan.steps import RoleSize, Step, gathered_of, roles_of, step_of
 from anyflow_cli.plan.teachers import Pipeline, pipeline_of
 from anyflow_cli.recipe import schema
 
 Command = Literal["synthesize", "train-flowmap", "distill", "finetune", "sample"]
 TUNING: Literal["flow-matching"] = "flow-matching"
 FP32 = 4
+MACHINE = 8  # GPUs that a machine is taken to have
 
 
 class Moment(NamedTuple):
@@ -146,7 +147,15 @@ def training_setup(target: Target, kind: Kind, settings: schema.Training) -> Set
         kind, pipeline.network, model, settings, target.latent,
         (model.max_text_tokens, pipeline.network.text_dim), target.precision, cluster.count, cluster.is_gpu,
         separate=isinstance(settings, schema.Distill) and _starts_elsewhere(settings),
+        shards=_shards(target),
+        offload=target.recipe.launch.offload and cluster.is_gpu,
     )  # fmt: skip
+
+
+def _shards(target: Target) -> int | None:
+    """How many processes share a copy."""
+    count, sharding = target.cluster.count, target.recipe.launch.sharding
+    return {"none": None, "full": count, "hybrid": min(count, MACHINE)}[sharding]
 
 
 def _starts_elsewhere(settings: schema.Distill) -> bool:
@@ -169,10 +178,21 @@ def activations(stage: Stage) -> dict[str, int]:
 
 
 def _held(setup: Setup, step: Step) -> dict[str, int]:
-    """Bytes a process holds all the time. Each holds everything: a sharded part would be divided here."""
+    """Bytes a process holds all the time."""
+    whole = _whole(setup, step)
+    if setup.shards is None:
+        return whole
+    divided = ("weights", "gradients", "optimiser", "average")
+    own = {part: 0 if setup.offload else whole[part] // setup.shards for part in divided}
+    return whole | own | {"weights": own["weights"] + gathered_of(setup)}
+
+
+def _whole(setup: Setup, step: Step) -> dict[str, int]:
+    """Bytes a process holds all the time if it holds everything."""
     trained = {role: size.trainable_bytes for role, size in step.roles.items()}
     # DDP's buckets outlive the step; a process alone frees a phase's gradients before the next begins
-    gradients = sum(trained.values()) if setup.ranks > 1 else max(trained.values())
+    buckets = setup.ranks > 1 and setup.shards is None
+    gradients = sum(trained.values()) if buckets else max(trained.values())
     sample = _numbers(setup.latent) + _numbers(setup.text)
     return {
         "weights": sum(size.bytes for size in step.roles.values()),
@@ -192,8 +212,9 @@ def _training_moments(setup: Setup, step: Step) -> Iterator[Moment]:
     for role, size in step.roles.items():
         if size.trainable:
             # AdamW makes the roots of the second moments, on a GPU of all tensors at once
-            passing = size.trainable_bytes if setup.gpu else 2 * size.largest
-            gradients = held["gradients"] or size.trainable_bytes
+            own = size.trainable_bytes // (setup.shards or 1)
+            passing = own if setup.gpu else 2 * size.largest
+            gradients = held["gradients"] or (0 if setup.offload else size.trainable_bytes)
             yield Moment(f"{role}: update", held | {"gradients": gradients, "activations": passing})
 
 

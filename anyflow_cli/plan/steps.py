@@ -54,7 +54,7 @@ class Step:
 def step_of(setup: Setup) -> Step:
     """Rehearse the heaviest micro batch of a training stage."""
     assert setup.settings is not None
-    keeps = setup.ranks > 1 or setup.micro < setup.share
+    keeps = setup.ranks > 1 or setup.micro < setup.share or setup.shards is not None
     draws = heaviest(setup)
     segments = at_full_depth(setup, lambda depth: Rehearsal(setup, depth, keeps_gradients=keeps).step(draws))
     micros = [draws for step in SAMPLED_STEPS for draws in micro_batches(setup, step)]
@@ -132,6 +132,16 @@ def roles_of(setup: Setup) -> dict[str, RoleSize]:
         role: RoleSize(*(_along(a, b, layers) for a, b in zip(low[role], high[role], strict=True)))
         for role in low
     }
+
+
+@lru_cache(maxsize=64)
+def gathered_of(setup: Setup) -> int:
+    """Bytes of sharded weights held whole at once: a block, the next one, and what is outside of blocks."""
+    low, high = (
+        sum(size.bytes for size in _sizes(backbone_on_meta(setup, depth)).values()) for depth in DEPTHS
+    )
+    block = high - low
+    return low - DEPTHS[0] * block + 2 * block
 
 
 def _sizes(backbone: Backbone) -> dict[str, RoleSize]:

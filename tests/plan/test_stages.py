@@ -67,6 +67,23 @@ def test_whole_weights_have_a_student_that_trains_and_no_base_in_stage_one(folde
     assert second["fake"].trainable == second[BASE].parameters  # the fake score is a copy of the teacher
 
 
+def test_sharding_divides_what_is_held_and_gathers_a_block_at_a_time(folder: Path) -> None:
+    four = parse_cluster("4x80GB")
+    plain = {"batch": 4, "preview_every": 0}
+
+    def planned(**launch: Any) -> stages.Stage:
+        return stages.stage_two(target(folder, four, distill=plain, launch=launch))
+
+    whole, full = planned(), planned(sharding="full")
+    for part in ("optimiser", "average"):
+        assert full.peak.parts[part] == pytest.approx(whole.peak.parts[part] / 4, abs=4)
+    gathered = full.peak.parts["weights"] - whole.peak.parts["weights"] // 4
+    assert 0 < gathered <= whole.peak.parts["weights"]
+    away = planned(sharding="full", offload=True)
+    assert away.peak.parts["optimiser"] == 0
+    assert away.peak.parts["weights"] == gathered
+
+
 def test_a_start_from_elsewhere_is_a_second_base(folder: Path) -> None:
     lora = {"lora": {"rank": 4, "alpha": 4}}
     shared = roles(target(folder, model=lora), "on-policy")[BASE].parameters

@@ -1,0 +1,92 @@
+"""Stage 2 of the 14B model without its memory: roles, adapters, FSDP2's units and a step, on fake tensors.
+
+One of eight processes, of a process group that does nothing. What this cannot tell is numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import distributed, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from anyflow_cli.model.precision import autocast
+from anyflow_cli.model.roles import Backbone, Role
+from anyflow_cli.model.sharding import shard
+from anyflow_cli.plan.cluster import parse_cluster
+from anyflow_cli.plan.rehearsal import own_rotations, without_storage
+from anyflow_cli.plan.setup import Setup, backbone_on_meta
+from anyflow_cli.plan.stages import target_of, training_setup
+from anyflow_cli.recipe import schema
+from anyflow_cli.recipe.load import load_recipe
+
+RANKS = 8
+
+
+@pytest.fixture
+def group() -> Iterator[None]:
+    distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=RANKS)
+    yield
+    distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def setup() -> Setup:
+    recipe = load_recipe("bidirectional14b")
+    return training_setup(target_of(recipe, parse_cluster("8x80GB")), "on-policy", recipe.distill)
+
+
+def test_all_roles_of_14b_are_adapters_on_one_base(setup: Setup) -> None:
+    backbone = backbone_on_meta(setup, setup.network.layers)
+    assert len(backbone.networks()) == 1
+    assert sum(parameter.numel() for parameter in backbone.student.parameters()) > 14e9
+    assert {role: len(backbone.named_parameters_of(role)) for role in setup.roles} == {
+        "student": (40 * 6 + 4) * 2, "real": 40 * 6 * 2, "fake": 40 * 6 * 2,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("layers", [2, pytest.param(40, marks=pytest.mark.slow)])
+@own_rotations()
+def test_stage_two_of_14b_is_divided_and_stepped_without_memory(
+    group: None, setup: Setup, layers: int
+) -> None:
+    """Blocks are alike: two of them tell the fast tests what forty do."""
+    fakes = FakeTensorMode()
+    backbone = backbone_on_meta(setup, layers)
+    sizes = {name: parameter.numel() for name, parameter in backbone.named_parameters()}
+    without_storage(backbone, fakes)
+    shard(backbone.networks(), schema.Launch(sharding="full"), torch.device("cpu"))
+    units = [module for module in backbone.modules() if isinstance(module, FSDPModule)]
+    assert len(units) == layers + 1
+    for name, parameter in backbone.named_parameters():
+        assert isinstance(parameter, DTensor), name
+        assert parameter.numel() == sizes[name]
+        assert parameter.to_local().numel() <= -(-sizes[name] // RANKS) + sizes[name] // parameter.shape[0]
+    for role in ("student", "fake"):
+        trained = backbone.parameters_of(role)
+        assert {parameter.dtype for parameter in trained} == {torch.float32}
+    assert not backbone.parameters_of("real")
+    with fakes:
+        _step(backbone, setup, backbone.parameters_of("student"))
+
+
+def _step(backbone: Backbone, setup: Setup, trained: list[nn.Parameter]) -> None:
+    z, t = torch.randn(1, *setup.latent), torch.ones(1)
+    text = torch.randn(1, *setup.text)
+    with autocast("bf16", "cpu", keeps_casts=False):
+        u = backbone.velocity("student", text)(z, t, t / 2)
+        with torch.no_grad():
+            scores: tuple[Role, ...] = ("fake", "real")
+            for role in scores:
+                assert backbone.velocity(role, text)(u, t, t).shape == z.shape
+    assert u.shape == z.shape
+    u.square().mean().backward()  # type: ignore[no-untyped-call]
+    assert all(parameter.grad is not None for parameter in trained)
+    optimiser = torch.optim.AdamW(trained)
+    optimiser.step()
+    assert all(isinstance(optimiser.state[parameter]["exp_avg"], DTensor) for parameter in trained)
