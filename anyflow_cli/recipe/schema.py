@@ -210,6 +210,9 @@ class Training(Section):
     preview_every: Annotated[int, Field(ge=0)] = 500
     preview_prompts: Annotated[int, Field(ge=0, le=16)] = 4
     tensorboard: bool = True
+    trackers: tuple[Literal["wandb", "trackio"], ...] = Field(
+        (), description="Where else the metrics go; each has to be installed."
+    )
     alarms: Alarms = Alarms()
 
     @field_validator("micro_batch")

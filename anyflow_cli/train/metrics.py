@@ -1,4 +1,4 @@
-"""What a run reports: ``metrics.jsonl``, one JSON object a logged step, and TensorBoard beside it.
+"""What a run reports: ``metrics.jsonl``, one JSON object a logged step, TensorBoard and trackers beside it.
 
 A row holds the mean of each value over the steps since the row before. The open sums travel in the
 checkpoint, and on resume rows written after the checkpoint are cut off, so that an interrupted run leaves
@@ -12,7 +12,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,17 @@ import torch
 
 from anyflow_cli.errors import AnyflowError
 
+Log = Callable[[Mapping[str, Any], int], None]
+
 
 class Metrics:
     """Sums values step by step and writes a row every ``every`` steps. Only the main process writes."""
 
-    def __init__(self, directory: Path, every: int, *, writes: bool, tensorboard: bool) -> None:
+    def __init__(
+        self, directory: Path, every: int, *, writes: bool, tensorboard: bool, log: Log | None = None
+    ) -> None:
         self.path, self.every, self.writes = directory / "metrics.jsonl", every, writes
+        self.log = log
         self.sums: dict[str, tuple[float, int]] = {}  # of the steps since the last row, and how many had it
         self.steps = 0
         self.since = time.perf_counter()
@@ -86,6 +91,8 @@ class Metrics:
             raise AnyflowError(
                 f"{self.path} could not be written: {error}.", "Free space or rights there."
             ) from error
+        if self.log is not None:
+            self.log(row, row["step"])
         if self.board is not None:
             for name, value in row.items():
                 self.board.add_scalar(name, value, row["step"])

@@ -37,6 +37,7 @@ from anyflow_cli.train.ema import Ema
 from anyflow_cli.train.metrics import Metrics
 from anyflow_cli.train.objectives import Objective, Phase, Tally, Term, cut
 from anyflow_cli.train.saver import Saver
+from anyflow_cli.train.trackers import finish_trackers, start_trackers
 
 log = logging.getLogger(__name__)
 
@@ -171,6 +172,7 @@ class Trainer:
             settings.log_every,
             writes=accelerator.is_main_process,
             tensorboard=settings.tensorboard,
+            log=accelerator.log if settings.trackers else None,
         )
         self.saver = Saver(
             self.checkpoints, settings.keep_checkpoints, accelerator, self.divided, launch.checkpoints_wait
@@ -182,6 +184,7 @@ class Trainer:
         """Train from where the run stands to ``settings.steps``; saved at the end."""
         settings, part = self.settings, slice(self.rank, None, self.ranks)
         self.resume()
+        start_trackers(self.accelerator, settings.trackers, self.directory, settings.model_dump(mode="json"))
         with _signals() as stop:
             batches = self.source.stream(self.step, part, self.workers)
             while self.step < settings.steps:
@@ -207,6 +210,7 @@ class Trainer:
                     raise StoppedError(self.step, settings.steps)
         self.saver.finish()
         self.metrics.close()
+        finish_trackers(self.accelerator)
 
     def _advance(self, batch: Batch) -> dict[str, float]:
         """One step, its average and its report; raises an alarm."""

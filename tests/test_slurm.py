@@ -1,0 +1,54 @@
+"""``scripts/slurm.sh`` with a stand-in for Slurm: what it starts, and when it queues again."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "slurm.sh"
+SRUN = """#!/bin/sh
+echo "$@" > "$OUT/run with"
+trap 'sleep 0.3; echo saved > "$OUT/saved"; exit 1' TERM
+touch "$OUT/started"
+[ -z "$LONG" ] || while :; do sleep 0.05; done
+exit "$CODE"
+"""
+SCONTROL = """#!/bin/sh
+[ "$1" = show ] && printf 'node7\\nnode8\\n' && exit
+[ -f "$OUT/saved" ] && echo "$@" > "$OUT/queued"
+"""
+
+
+def start(tmp_path: Path, **environment: str) -> subprocess.Popen[bytes]:
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    own = {
+        "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "8",
+        "SLURM_JOB_ID": "42", "OUT": str(tmp_path), "PATH": f"{tmp_path}:{os.environ['PATH']}",
+    }  # fmt: skip
+    return subprocess.Popen(["bash", SCRIPT, "distill", "-r", "my recipe.yaml"], env=own | environment)
+
+
+@pytest.mark.parametrize("code", [0, 3])
+def test_it_starts_torchrun_on_all_machines_and_ends_as_it_does(tmp_path: Path, code: int) -> None:
+    assert start(tmp_path, CODE=str(code)).wait(timeout=20) == code
+    started = (tmp_path / "run with").read_text()
+    assert "torchrun --nnodes 2 --nproc-per-node 8" in started
+    assert "--rdzv-endpoint node7:29500" in started
+    assert started.rstrip().endswith("-m anyflow_cli distill -r my recipe.yaml")
+    assert not (tmp_path / "queued").exists()
+
+
+def test_asked_to_end_it_waits_until_the_state_is_saved_and_queues_again(tmp_path: Path) -> None:
+    job = start(tmp_path, LONG="yes")
+    while not (tmp_path / "started").exists():
+        time.sleep(0.02)
+    job.send_signal(signal.SIGTERM)
+    assert job.wait(timeout=20) == 0
+    assert (tmp_path / "queued").read_text().split() == ["requeue", "42"]
