@@ -1,6 +1,7 @@
 """Where a run's rows go beside ``metrics.jsonl``: Weights & Biases and trackio, through accelerate.
 
-TensorBoard is in ``metrics``, which takes back what a resumed run writes again; these keep it. A run keeps its identity there over restarts, since it follows from its directory.
+TensorBoard is in ``metrics``, which takes back what a resumed run writes again; these keep it. A run keeps
+its identity there over restarts, since it follows from its directory.
 """
 
 from __future__ import annotations
