@@ -63,7 +63,7 @@ def evaluate(
         ),
     ] = None,
     suite: Annotated[
-        Literal["shapes"] | None,
+        Literal["shapes", "vbench", "vbench-i2v"] | None,
         typer.Option(show_default=False, help="What to measure, instead of the recipe's suite."),
     ] = None,
     task: Annotated[
@@ -135,10 +135,11 @@ def evaluate(
     settings = resolve(recipe, assignments, options)
 
     from anyflow_cli.addresses import find_model
+    from anyflow_cli.evaluate.questions import questions
     from anyflow_cli.evaluate.run import prepare
     from anyflow_cli.recipe.paths import RunPaths
 
-    protocol = _protocol(settings, prompts, limit)
+    protocol = questions(settings, prompts, limit)
     paths = RunPaths(runs, settings.name)
     directory = out or paths.evaluate
     if compare is not None:
@@ -157,21 +158,6 @@ def evaluate(
     _show(job, evaluation, as_json=as_json)
     _tidy(job, prune=prune)
     _judge(evaluation, fail_below)
-
-
-def _protocol(settings: Recipe, file: Path | None, limit: int | None) -> Protocol:
-    """The suite's questions, and every way in which they were changed."""
-    from anyflow_cli.data.prompts import read_prompts
-    from anyflow_cli.evaluate.protocol import Protocol
-    from anyflow_cli.evaluate.shapes import ShapesSuite
-
-    suite = ShapesSuite(settings.data.world, settings.evaluate.task)
-    texts = suite.prompts(settings.evaluate.prompts) if file is None else read_prompts(file)
-    deviations = [] if file is None else [f"own prompts from {file}"]
-    if limit is not None and limit < len(texts):
-        deviations.append(f"only the first {limit} of {len(texts)} prompts")
-        texts = texts[:limit]
-    return Protocol(suite, tuple(texts), settings.evaluate.samples, settings.evaluate.seed, tuple(deviations))
 
 
 def _facts(job: Job) -> dict[str, object]:

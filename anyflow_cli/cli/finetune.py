@@ -187,15 +187,13 @@ def _world_of(settings: Recipe, latents: Path) -> str | None:
 
 def _scores(choice: Choice, settings: Recipe, paths: RunPaths, world: str) -> dict[str, Any]:
     """Total of the suite at each step count, from the same prompts and seeds."""
-    from anyflow_cli.evaluate.protocol import Protocol
+    from anyflow_cli.evaluate.questions import questions
     from anyflow_cli.evaluate.run import evaluate, prepare
-    from anyflow_cli.evaluate.shapes import ShapesSuite
 
-    wanted = settings.evaluate.model_copy(update={"nfe": STEPS, "teacher": False})
-    recipe = settings.model_copy(update={"evaluate": wanted})
-    suite = ShapesSuite(world)
-    protocol = Protocol(suite, tuple(suite.prompts(wanted.prompts)), wanted.samples, wanted.seed)
-    job = prepare(recipe, protocol, choice, paths.evaluate)
+    wanted = settings.evaluate.model_copy(update={"suite": "shapes", "nfe": STEPS, "teacher": False})
+    data = settings.data.model_copy(update={"world": world})
+    recipe = settings.model_copy(update={"evaluate": wanted, "data": data})
+    job = prepare(recipe, questions(recipe), choice, paths.evaluate)
     with Progress("score", job.videos, "videos") as progress:
         result = evaluate(job, advance=progress.update)
     return {f"total at {one.steps} steps": one.result.total for one in result.measured}

@@ -143,6 +143,16 @@ def read_image(path: Path, wanted: ClipFormat) -> Clip:
     return Clip(np.asarray(fitted, np.uint8)[None], told)
 
 
+def unreadable(path: Path) -> str | None:
+    """Why a video cannot be decoded to its end, if it cannot."""
+    if path.stat().st_size == 0:
+        return "empty"
+    whole = ["-v", "error", "-xerror", "-i", f"file:{path}", "-map", "0:v:0", "-f", "null", "-"]
+    result = ffmpeg(whole)
+    messages = result.stderr.decode(errors="replace")
+    return last_line(messages) if result.returncode or messages.strip() else None
+
+
 def write_mp4(path: Path, video: Pixels, fps: float, *, lossless: bool = False) -> None:
     """Commit a video (T, H, W, 3) as H.264 in yuv420p, which everything plays, or without loss in RGB.
 

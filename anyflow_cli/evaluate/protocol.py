@@ -11,8 +11,8 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,7 +30,7 @@ from anyflow_cli.addresses import (
     weight_files,
 )
 from anyflow_cli.data.job import own_device
-from anyflow_cli.evaluate.suite import Suite
+from anyflow_cli.evaluate.suite import Assessment, Suite
 from anyflow_cli.model.causal import FAR, partition_for
 from anyflow_cli.model.config import Causal
 from anyflow_cli.model.folder import read_config, read_json, resolve
@@ -39,6 +39,7 @@ from anyflow_cli.recipe.schema import Recipe
 
 PACKAGES = ("torch", "diffusers", "transformers", "numpy")
 WEIGHTLESS = (LINEAGE, "README.md", ".gitattributes")  # files that no video depends on
+MORE_SEEDS = 10**6  # where those of further videos of a prompt begin, far from all others
 BLOB = 64  # letters of a SHA-256, as the Hub's cache names large files
 
 
@@ -53,19 +54,35 @@ class Item:
 
 @dataclass(frozen=True)
 class Protocol:
-    """The questions: prompts, videos a prompt, first seed; and in what it is not the suite's own."""
+    """The questions: prompts, videos a prompt, first seed; and in what it is not the suite's own.
+
+    ``numbers``: the place of each prompt in the suite's whole set; None: they are its first. ``more``: how
+    many videos the prompts of these numbers have instead, where that is more.
+    """
 
     suite: Suite
     prompts: tuple[str, ...]
     samples: int
     seed: int
     deviations: tuple[str, ...] = ()
+    numbers: tuple[int, ...] | None = None
+    more: Mapping[int, int] = field(default_factory=dict)
+    notes: Mapping[str, Any] = field(default_factory=dict)  # for the card
 
     @property
     def items(self) -> list[Item]:
-        """All videos of one variant; seeds run on over prompts and samples."""
-        pairs = [(n, k) for n in range(len(self.prompts)) for k in range(self.samples)]
-        return [Item(self.prompts[n], self.seed + n * self.samples + k, n) for n, k in pairs]
+        """All videos of one variant, prompt by prompt; seeds run on over the whole set and its samples."""
+        numbers = self.numbers or range(len(self.prompts))
+        return [
+            Item(prompt, self._seed(number, k), number)
+            for number, prompt in zip(numbers, self.prompts, strict=True)
+            for k in range(max(self.samples, self.more.get(number, 0)))
+        ]
+
+    def _seed(self, number: int, k: int) -> int:
+        if k < self.samples:
+            return self.seed + number * self.samples + k
+        return self.seed + MORE_SEEDS + number * max(self.more.values()) + k
 
 
 @dataclass(frozen=True)
@@ -165,21 +182,31 @@ def variant(
     return Variant(of, steps, settings, reference)
 
 
-def card(protocol: Protocol, variants: Sequence[Variant], recipe: Recipe) -> dict[str, Any]:
+def card(
+    protocol: Protocol, variants: Sequence[Variant], recipe: Recipe, assessments: Sequence[Assessment]
+) -> dict[str, Any]:
     """Everything a stranger needs to repeat the numbers, or to see why theirs differ."""
+    seeds = [item.seed for item in protocol.items]
+    found = (deviation for assessment in assessments for deviation in assessment.deviations)
+    deviations = list(dict.fromkeys([*protocol.deviations, *found]))
     return {
         "suite": protocol.suite.name,
         "suite version": protocol.suite.version,
         "dimensions": [dimension.name for dimension in protocol.suite.dimensions],
-        "comparable": not protocol.deviations,
-        "deviations": list(protocol.deviations),
+        "comparable": not deviations,
+        "deviations": deviations,
         "prompts": len(protocol.prompts),
         "prompt set": fingerprint(list(protocol.prompts)),
         "samples a prompt": protocol.samples,
-        "seeds": [protocol.items[0].seed, protocol.items[-1].seed],  # one a video, the same for every model
+        "videos": len(seeds),
+        "seeds": [min(seeds), max(seeds)],  # one a video, the same for every model
+        **protocol.notes,
         "fps": recipe.model.fps,
         "recipe": recipe.name,
-        "models": {one.key: _model_card(one) for one in variants},
+        "models": {
+            one.key: _model_card(one) | assessment.notes
+            for one, assessment in zip(variants, assessments, strict=True)
+        },
         "versions": {"anyflow": anyflow_cli.__version__} | {name: version(name) for name in PACKAGES},
         "machine": f"{platform.machine()}, {_device_name()}, {torch.get_num_threads()} threads",
     }

@@ -110,7 +110,7 @@ def _summary(one: Measured, teacher: Measured | None) -> dict[str, Any]:
         "interval": None if one.interval is None else [one.interval.low, one.interval.high],
         "share of teacher": share_of_teacher(one, teacher),
         "dimensions": result["dimensions"],
-        "missing": result["missing"],
+        "missing": result["reasons"],
         "videos": result["videos"],
         "seconds": {"network": one.network_seconds, "with decoding": one.seconds, "batch": one.batch},
         "chunks": None if one.along is None else asdict(one.along),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,7 @@ from anyflow_cli.evaluate.make import (
 from anyflow_cli.evaluate.protocol import Protocol, Subject, Variant, card, subject, variant
 from anyflow_cli.evaluate.results import Evaluation, Measured
 from anyflow_cli.evaluate.store import Scored
-from anyflow_cli.evaluate.suite import summarise
+from anyflow_cli.evaluate.suite import Assessment, Clip, VideoScore, result_of
 from anyflow_cli.evaluate.trend import Doubles, interval, totals, trend
 from anyflow_cli.recipe.schema import Recipe
 from anyflow_cli.sample import Sampler
@@ -42,7 +43,7 @@ def prepare(recipe: Recipe, protocol: Protocol, choice: Choice, out: Path) -> Jo
     """Settle the variants: the model at each of the recipe's step counts, then its teacher at its own."""
     protocol.suite.check(recipe.model)
     of = subject(choice, recipe)
-    conditioned = recipe.evaluate.task == "i2v"
+    conditioned = "i2v" in protocol.suite.groups
     if conditioned and of.partition is None:
         raise UsageError(
             f"{choice.address} is bidirectional: it makes all frames at once and begins with no picture.",
@@ -77,13 +78,11 @@ def help_make(job: Job, share: Share, open_model: Open | None = None) -> None:
 
 
 def _summed(job: Job) -> Evaluation:
-    stored = [job.store(one).read() for one in job.variants]
-    items = job.protocol.items
-    records = [[done[item.prompt, item.seed] for item in items] for done in stored]
-    draws = [_draws(job, scored) for scored in records]
+    judged = [_judged(job, one) for one in job.variants]
+    draws = [_draws(job, assessment.scores) for _, assessment in judged]
     measured = tuple(
-        _measured(job, one, scored, drawn)
-        for one, scored, drawn in zip(job.variants, records, draws, strict=True)
+        _measured(job, one, scored, assessment, drawn)
+        for one, (scored, assessment), drawn in zip(job.variants, judged, draws, strict=True)
     )
     by_steps = {
         m.steps: (m.result.total, drawn)
@@ -91,7 +90,7 @@ def _summed(job: Job) -> Evaluation:
         if not m.reference and m.result.total is not None and drawn is not None
     }
     return Evaluation(
-        card=card(job.protocol, job.variants, job.recipe),
+        card=card(job.protocol, job.variants, job.recipe, [assessment for _, assessment in judged]),
         measured=measured,
         trend=trend(by_steps),
         prompts=job.protocol.prompts,
@@ -99,12 +98,31 @@ def _summed(job: Job) -> Evaluation:
     )
 
 
-def _draws(job: Job, scored: Sequence[Scored]) -> Doubles | None:
-    numbers = [item.number for item in job.protocol.items]
-    return totals(job.protocol.suite, [record.score for record in scored], numbers)
+def _judged(job: Job, one: Variant) -> tuple[list[Scored], Assessment]:
+    """The suite's word on all videos of a variant, and their records with the scores it gave."""
+    store, items = job.store(one), job.protocol.items
+    done = store.read()
+    records = [done[item.prompt, item.seed] for item in items]
+    clips = [
+        Clip(item.number, store.directory / record.file, record.score)
+        for item, record in zip(items, records, strict=True)
+    ]
+    assessment = job.protocol.suite.assess(clips, store.directory)
+    pairs = zip(records, assessment.scores, strict=True)
+    judged = [replace(record, score=score) for record, score in pairs]
+    for record, before in zip(judged, records, strict=True):
+        if record != before:  # what a suite says of finished files is for later comparisons too
+            store.append(record)
+    return judged, assessment
 
 
-def _measured(job: Job, one: Variant, scored: Sequence[Scored], draws: Doubles | None) -> Measured:
+def _draws(job: Job, scores: Sequence[VideoScore]) -> Doubles | None:
+    return totals(job.protocol.suite, scores, [item.number for item in job.protocol.items])
+
+
+def _measured(
+    job: Job, one: Variant, scored: Sequence[Scored], assessment: Assessment, draws: Doubles | None
+) -> Measured:
     return Measured(
         key=one.key,
         label=one.label,
@@ -113,7 +131,7 @@ def _measured(job: Job, one: Variant, scored: Sequence[Scored], draws: Doubles |
         address=one.subject.address,
         steps=one.steps,
         evaluations=one.evaluations,
-        result=summarise(job.protocol.suite, [record.score for record in scored]),
+        result=result_of(job.protocol.suite, assessment),
         interval=None if draws is None else interval(draws),
         network_seconds=float(np.median([record.network for record in scored])),
         decode_seconds=float(np.median([record.decode for record in scored])),

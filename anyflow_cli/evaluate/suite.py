@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +22,7 @@ Video = NDArray[np.uint8]  # (T, H, W, 3)
 Image = NDArray[np.uint8]  # (H, W, 3)
 TEXT_TO_VIDEO = {"quality": 4.0, "semantic": 1.0}  # weights of VBench's groups in its Total
 IMAGE_TO_VIDEO = {"quality": 1.0, "i2v": 1.0}  # and of VBench-I2V's
+NOT_TOLD = "no prompt tells of it"
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,26 @@ class VideoScore:
 
 
 @dataclass(frozen=True)
+class Clip:
+    """A finished video, and what its suite saw of it while it was made."""
+
+    number: int  # of its prompt
+    path: Path
+    score: VideoScore
+
+
+@dataclass(frozen=True)
+class Assessment:
+    """All videos of a variant judged: each by itself, and each dimension over those that it applies to."""
+
+    scores: list[VideoScore]
+    raw: dict[str, float]
+    missing: dict[str, str] = field(default_factory=dict)  # dimensions without a score, and why
+    notes: dict[str, Any] = field(default_factory=dict)  # for the protocol card
+    deviations: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Sums:
     """Dimensions, groups and their Total, 0..100; None where a dimension of it is missing."""
 
@@ -69,6 +91,7 @@ class SuiteResult(Sums):
     videos: int
     correct: float | None  # percent of videos in which every named attribute is right
     distance: float | None  # Fréchet distance to fresh clips of the world
+    reasons: dict[str, str] = field(default_factory=dict)  # why a dimension is missing
 
 
 class Suite(Protocol):
@@ -82,6 +105,11 @@ class Suite(Protocol):
     @property
     def version(self) -> int:
         """Goes up whenever a score of an unchanged video could change; older scores are then not reused."""
+        ...
+
+    @property
+    def from_files(self) -> bool:
+        """Whether it reads finished files, rather than the pixels of ``score``."""
         ...
 
     @property
@@ -112,16 +140,24 @@ class Suite(Protocol):
         """Score finished videos, in order."""
         ...
 
+    def assess(self, clips: Sequence[Clip], directory: Path) -> Assessment:
+        """Judge all videos of a variant; ``directory`` is the variant's, for what is worth keeping."""
+        ...
+
     def distance(self, features: Sequence[Sequence[float]]) -> float | None:
         """Fréchet distance of these videos to the suite's reference; None where it has none."""
         ...
 
 
 def summarise(suite: Suite, scores: Sequence[VideoScore]) -> SuiteResult:
-    """The scores of a model from those of its videos."""
-    known = {d.name: [s.scores[d.name] for s in scores if d.name in s.scores] for d in suite.dimensions}
-    raw = {name: float(np.mean(values)) for name, values in known.items() if values}
-    sums = sum_up(suite.dimensions, suite.groups, raw)
+    """The scores of a model from those of its videos alone."""
+    return result_of(suite, mean_of_videos(scores))
+
+
+def result_of(suite: Suite, assessment: Assessment) -> SuiteResult:
+    """The scores of a model from its suite's judgement."""
+    scores = assessment.scores
+    sums = sum_up(suite.dimensions, suite.groups, assessment.raw)
     judged = [all(s.right.values()) for s in scores if s.right]
     features = [s.features for s in scores if s.features]
     return SuiteResult(
@@ -130,7 +166,17 @@ def summarise(suite: Suite, scores: Sequence[VideoScore]) -> SuiteResult:
         videos=len(scores),
         correct=100 * float(np.mean(judged)) if judged else None,
         distance=suite.distance(features) if features else None,
+        reasons={name: assessment.missing.get(name, NOT_TOLD) for name in sums.missing},
     )
+
+
+def mean_of_videos(scores: Sequence[VideoScore]) -> Assessment:
+    """A dimension is the mean over the videos that it applies to."""
+    known: dict[str, list[float]] = {}
+    for score in scores:
+        for name, value in score.scores.items():
+            known.setdefault(name, []).append(value)
+    return Assessment(list(scores), {name: float(np.mean(values)) for name, values in known.items()})
 
 
 def sum_up(dimensions: Sequence[Dimension], groups: Mapping[str, float], raw: Mapping[str, float]) -> Sums:

@@ -128,9 +128,12 @@ def asked(card: dict[str, Any]) -> str:
 
 def closing(evaluation: Evaluation) -> str:
     """The verdict, and what is missing."""
-    missing = sorted({name for one in evaluation.measured for name in one.result.missing})
-    gap = [f"No Total: no prompt tells of {', '.join(missing)}."] if missing else []
-    return " ".join([*gap, *([verdict(evaluation.trend)] if evaluation.trend else [])])
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in {k: v for one in evaluation.measured for k, v in one.result.reasons.items()}.items():
+        by_reason.setdefault(reason, []).append(name)
+    gaps = [f"{', '.join(names)} ({why})" for why, names in by_reason.items()]
+    missing = [f"No Total, since these are missing: {'; '.join(gaps)}."] if gaps else []
+    return " ".join([*missing, *([verdict(evaluation.trend)] if evaluation.trend else [])])
 
 
 def verdict(trend: Trend) -> str:

@@ -326,14 +326,36 @@ class Sample(Section):
         return frames and whole_latents(frames)
 
 
+class VBench(Section):
+    """How VBench is driven, in its own environment."""
+
+    environment: str | None = Field(
+        None, description="Its Python environment; null: ANYFLOW_VBENCH, else ~/.cache/anyflow/vbench."
+    )
+    weights: str | None = Field(
+        None, description="Its weights; null: VBENCH_CACHE_DIR, else ~/.cache/vbench."
+    )
+    full_info: str | None = Field(None, description="Its prompts; null: those in the installed package.")
+    augmented: str | None = Field(
+        None, description="File or address of longer prompts to sample with, one a line of full_info."
+    )
+    images: str | None = Field(None, description="Pictures of VBench-I2V, cropped.")
+    dimensions: tuple[str, ...] | None = Field(None, description="Those to run; null: all.")
+    flickering: Literal[5, 25] = Field(
+        25, description="Videos a prompt of temporal flickering; of 25 a filter keeps 5 static ones."
+    )
+    seconds: Positive = Field(120, description="A dimension may take 10 minutes and this a video.")
+
+
 class Evaluate(Section):
     """Defaults of `evaluate`."""
 
-    suite: Literal["shapes"] = "shapes"
+    suite: Literal["shapes", "vbench", "vbench-i2v"] = "shapes"
     task: Task = Field("t2v", description="Videos from text, or from text and a first frame (causal models).")
     nfe: Budgets = (4, 32)
-    prompts: Count = Field(64, description="Prompts of the suite.")
-    samples: Count = Field(1, description="Videos a prompt.")
+    prompts: Count = Field(64, description="Prompts of the suite shapes; VBench has its own.")
+    samples: Count | None = Field(None, description="Videos a prompt; null: the suite's own number.")
+    vbench: VBench = VBench()
     seed: int = 1000
     batch: Count = 8
     teacher: bool = Field(True, description="Score the teacher at its own step count beside the model.")

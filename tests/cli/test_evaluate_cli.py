@@ -79,7 +79,7 @@ def test_own_prompts_are_marked(command: list[str], tmp_path: Path, capsys: Capt
     assert app.main([*command, "--prompts", str(tmp_path / "mine.txt"), "--nfe", "2"]) == 0
     shown = capsys.readouterr()
     assert "not comparable (own prompts from" in shown.out
-    assert "No Total: no prompt tells of" in shown.out
+    assert "No Total, since these are missing: " in shown.out
 
 
 def test_fail_below_is_for_machines(command: list[str], tmp_path: Path, capsys: Capture) -> None:

@@ -102,7 +102,7 @@ def test_no_total_is_made_up(hostile: Evaluation) -> None:
     summary = hostile.as_json()["scores"][0]
     assert summary["total"] is None
     assert "direction" in summary["missing"]
-    assert "No Total: no prompt tells of" in shown(hostile)
+    assert "No Total, since these are missing: " in shown(hostile)
     assert summary["quality"] is not None
 
 

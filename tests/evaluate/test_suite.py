@@ -4,10 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 
-from anyflow_cli.evaluate.suite import TEXT_TO_VIDEO, Dimension, Image, Video, VideoScore, summarise
+from anyflow_cli.evaluate.suite import (
+    TEXT_TO_VIDEO,
+    Assessment,
+    Clip,
+    Dimension,
+    Image,
+    Video,
+    VideoScore,
+    mean_of_videos,
+    summarise,
+)
 from anyflow_cli.recipe.schema import Model
 
 
@@ -15,6 +26,7 @@ from anyflow_cli.recipe.schema import Model
 class Toy:
     name: str = "toy"
     version: int = 1
+    from_files: bool = False
     dimensions: tuple[Dimension, ...] = (
         Dimension("steady", "quality", low=0.5, high=0.9),
         Dimension("lively", "quality", weight=0.5),
@@ -35,6 +47,9 @@ class Toy:
         self, videos: Sequence[Video], prompts: Sequence[str], images: Sequence[Image] | None = None
     ) -> list[VideoScore]:
         return []
+
+    def assess(self, clips: Sequence[Clip], directory: Path) -> Assessment:
+        return mean_of_videos([clip.score for clip in clips])
 
     def distance(self, features: Sequence[Sequence[float]]) -> float | None:
         return float(len(features))

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
+from pathlib import Path
 
 import numpy as np
 
@@ -29,11 +30,14 @@ from anyflow_cli.evaluate.shapes.score import (
 from anyflow_cli.evaluate.suite import (
     IMAGE_TO_VIDEO,
     TEXT_TO_VIDEO,
+    Assessment,
+    Clip,
     Dimension,
     Image,
     SuiteResult,
     Video,
     VideoScore,
+    mean_of_videos,
     summarise,
 )
 from anyflow_cli.recipe.schema import Model, Task
@@ -48,6 +52,7 @@ class ShapesSuite:
     world: str = "shapes"
     task: Task = "t2v"
     version: int = 2
+    from_files: bool = False
 
     @property
     def name(self) -> str:
@@ -89,6 +94,10 @@ class ShapesSuite:
         """Score clips one by one."""
         given = [None] * len(videos) if images is None else images
         return [score_video(*each) for each in zip(videos, prompts, given, strict=True)]
+
+    def assess(self, clips: Sequence[Clip], directory: Path) -> Assessment:
+        """Sum up what was seen while the videos were made."""
+        return mean_of_videos([clip.score for clip in clips])
 
     def distance(self, features: Sequence[Sequence[float]]) -> float | None:
         """Fréchet distance to fresh clips of the world."""
