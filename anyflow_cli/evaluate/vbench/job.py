@@ -17,6 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
+from textwrap import shorten
 from threading import Lock
 from typing import Any
 
@@ -24,6 +25,7 @@ from anyflow_cli.errors import AnyflowError
 
 WORKER = Path(__file__).with_name("worker.py")
 TRIES = 2
+WIDEST = 160  # letters of a reason; the whole error stands beside it
 TAIL = 15  # lines of a log that an error repeats
 
 log = logging.getLogger(__name__)
@@ -166,7 +168,8 @@ def _outcome(python: Path, job: Job, scratch: Path, device: str, running: Proces
             log.warning("%s on %s: %s.%s", job.name, device, error.message, " Once more." if left else "")
             failure = Failure(f"{error.message}, in {TRIES} tries", error.hint or "")
         except AnyflowError as error:
-            return Failure(error.message, error.hint or "")
+            reason = shorten(error.message.partition("\n")[0], WIDEST, placeholder=" ...")
+            return Failure(reason, error.hint or "")
     return failure
 
 

@@ -38,7 +38,7 @@ def musiq(directory: Path) -> None:
     from pyiqa.archs.musiq_arch import MUSIQ
 
     model = MUSIQ(pretrained=False)
-    save({"params": model.state_dict()}, directory / "pyiqa_model/musiq_spaq_ckpt-358bb6af.pth")
+    save(model.state_dict(), directory / "pyiqa_model/musiq_spaq_ckpt-358bb6af.pth")
 
 
 def umt(directory: Path) -> None:
