@@ -120,7 +120,8 @@ def test_what_changes_videos_changes_the_key(
 
 def make_checkpoint(path: Path, teacher: Path, recipe: Recipe, weights: dict[str, float]) -> None:
     path.mkdir(parents=True)
-    (path / "COMPLETE").touch()
+    for name in ("COMPLETE", "state.json"):
+        (path / name).touch()
     save_file({name: torch.full((1,), value) for name, value in weights.items()}, path / "ema.safetensors")
     run = path.parent.parent
     (run / "lineage.json").write_text(json.dumps({"base": str(teacher)}))
