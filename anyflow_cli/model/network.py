@@ -118,14 +118,14 @@ def plain_contexts() -> Contexts:
 class FlowMapTransformer(nn.Module):
     """Velocity ``u(z_t, t, r)`` of latents under text. A network with one time ignores ``r``.
 
-    ``gradient_checkpointing`` recomputes each block in the backward pass, inside the second context that
-    ``checkpoint_contexts`` gives at its forward (adapter roles restore theirs there).
+    ``gradient_checkpointing`` recomputes every ``checkpointed_every``-th block in the backward pass, inside
+    the second context that ``checkpoint_contexts`` gives at its forward (adapter roles restore theirs there).
     """
 
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
         self.config = config
-        self.gradient_checkpointing = False
+        self.gradient_checkpointing, self.checkpointed_every = False, 1
         self.checkpoint_contexts: Callable[[], Contexts] = plain_contexts
         self.patch_embedding = PatchEmbedding(config.in_channels, config.dim, config.patch)
         if config.causal is not None:
@@ -171,8 +171,9 @@ class FlowMapTransformer(nn.Module):
         turns = rotation(layout, self.config.head_dim, z.device)
         h = self._tokens(z, layout)
         caches = [None] * len(self.blocks) if cache is None else cache.layers
-        for block, keys, cached in zip(self.blocks, self._text_of_blocks(text), caches, strict=True):
-            h = self._run(block, h, keys, modulation, turns, layout, cached)
+        texts = self._text_of_blocks(text)
+        for number, (block, keys, cached) in enumerate(zip(self.blocks, texts, caches, strict=True)):
+            h = self._run(number, block, h, keys, modulation, turns, layout, cached)
         if not any(segment.read for segment in layout.inputs):  # a pass that only fills the cache
             return z[:, :0]
         return self._read(h, embedding, layout).to(z.dtype)
@@ -232,8 +233,9 @@ class FlowMapTransformer(nn.Module):
         tokens: Tensor = (self.patch_embedding if full else self.far_patch_embedding)(z)
         return tokens.to(self.compute_dtype)  # one embedding may be trained in fp32 on a bf16 base
 
-    def _run(self, block: nn.Module, *args: object) -> Tensor:
-        if self.gradient_checkpointing and torch.is_grad_enabled():
+    def _run(self, number: int, block: nn.Module, *args: object) -> Tensor:
+        chosen = self.gradient_checkpointing and number % self.checkpointed_every == 0
+        if chosen and torch.is_grad_enabled():
             out = checkpoint(
                 block,
                 *args,

@@ -96,6 +96,7 @@ def backbone_on_meta(setup: Setup, depth: int) -> Backbone:
     for module in backbone.modules():
         if isinstance(module, FlowMapTransformer):
             module.gradient_checkpointing = setup.model.gradient_checkpointing
+            module.checkpointed_every = setup.model.checkpointed_every
     return backbone if setup.trains else backbone.requires_grad_(False)
 
 

@@ -106,9 +106,12 @@ def operations(segments: Sequence[Segment], calls: Iterable[Label]) -> float:
 def at_full_depth(setup: Setup, run: Callable[[int], list[Segment]]) -> list[Segment]:
     """Segments of a run as they are with all blocks of the network."""
     layers = setup.network.layers
-    if layers <= DEPTHS[1]:
+    unit = setup.model.checkpointed_every if setup.model.gradient_checkpointing else 1  # blocks that repeat
+    depths = (DEPTHS[0] * unit, DEPTHS[1] * unit)
+    if layers <= depths[1]:
         return run(layers)
-    return [_line(low, high, layers) for low, high in zip(*map(run, DEPTHS), strict=True)]
+    units = layers // unit
+    return [_line(low, high, units) for low, high in zip(*map(run, depths), strict=True)]
 
 
 def _line(low: Segment, high: Segment, layers: int) -> Segment:

@@ -103,6 +103,9 @@ class Model(Section):
     negative_prompt: str = ""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     gradient_checkpointing: bool = False
+    checkpointed_every: Count = Field(
+        1, description="Of the blocks, with gradient_checkpointing: 2 recomputes every second one."
+    )
 
     @field_validator("height", "width")
     @classmethod

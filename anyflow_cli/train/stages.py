@@ -191,6 +191,7 @@ def _backbone(
     for module in backbone.modules():
         if isinstance(module, FlowMapTransformer):
             module.gradient_checkpointing = recipe.model.gradient_checkpointing
+            module.checkpointed_every = recipe.model.checkpointed_every
     return backbone
 
 

@@ -240,3 +240,19 @@ def test_storing_as_bf16_keeps_times_and_norms_in_fp32(tmp_path: Path) -> None:
     for part in ("time_embedder.linear_1", "delta_embedder.linear_2", "time_proj"):
         assert kinds[f"condition_embedder.{part}.weight"] == torch.float32
     assert kinds["blocks.0.norm2.weight"] == kinds["blocks.0.scale_shift_table"] == torch.float32
+
+
+@pytest.mark.parametrize(("every", "recomputed"), [(1, [0, 1, 2, 3]), (2, [0, 2]), (3, [0, 3])])
+def test_every_so_manieth_block_is_recomputed(every: int, recomputed: list[int]) -> None:
+    config = NetworkConfig(
+        heads=2, head_dim=8, layers=4, ffn_dim=16, in_channels=4, out_channels=4, text_dim=8, freq_dim=16
+    )
+    network = FlowMapTransformer(config)
+    network.gradient_checkpointing, network.checkpointed_every = True, every
+    calls: list[int] = []
+    for number, block in enumerate(network.blocks):
+        block.register_forward_pre_hook(lambda *_, number=number: calls.append(number))
+    loss = network(torch.randn(1, 2, 4, 4, 4), torch.ones(1), torch.ones(1), torch.randn(1, 3, 8)).sum()
+    assert calls == [0, 1, 2, 3]
+    torch.autograd.backward(loss)
+    assert sorted(calls[4:]) == recomputed
