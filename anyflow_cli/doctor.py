@@ -60,6 +60,7 @@ def examine(recipe: Recipe, runs: Path) -> Iterator[Finding]:
         ("built-in models", built_in_models),
         ("teacher", lambda: teacher(recipe)),
         ("precision", lambda: precision(recipe)),
+        ("vbench", lambda: vbench(recipe)),
     ]
     for name, check in checks:
         yield _guarded(name, check)
@@ -284,6 +285,13 @@ def precision(recipe: Recipe) -> Finding:
     if chosen == "bf16" and gain < 1:
         return Finding("precision", "note", text, "--set model.precision=fp32 is faster here")
     return Finding("precision", "ok", text)
+
+
+def vbench(recipe: Recipe) -> Finding:
+    """VBench's environment and weights; only the suites of that name need them."""
+    from anyflow_cli.evaluate.vbench.state import state_of
+
+    return Finding("vbench", "ok", state_of(recipe.evaluate.vbench))
 
 
 def _matmul_seconds(dtype: torch.dtype, size: int = 512, tries: int = 5) -> float:

@@ -29,7 +29,7 @@ def finding_of(name: str, recipe: Recipe, runs: Path) -> Finding:
 
 def test_every_check_gives_one_finding_and_every_obstacle_a_next_step(tmp_path: Path) -> None:
     findings = list(examine(recipe(), tmp_path / "runs"))
-    assert len({finding.name for finding in findings}) == len(findings) == 12
+    assert len({finding.name for finding in findings}) == len(findings) == 13
     assert all(finding.hint for finding in findings if finding.state == "stop")
     assert not (tmp_path / "runs").exists()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 
     from anyflow_cli.doctor import Finding
 
-EXAMPLES = examples("anyflow doctor", "anyflow doctor --recipe mine.yaml --json")
+EXAMPLES = examples(
+    "anyflow doctor", "anyflow doctor --recipe mine.yaml --json", "anyflow doctor --fix vbench"
+)
 COLOURS = {"ok": "green", "note": "yellow", "stop": "bold red"}
 
 
@@ -35,16 +37,30 @@ def doctor(
     runs: RunsOption = DEFAULT_RUNS,
     as_json: JsonOption = False,
     debug: DebugOption = False,
+    fix: Annotated[
+        Literal["vbench"] | None,
+        typer.Option(
+            show_default=False, help="Make the environment that VBench needs for itself: 2.2 GB, from PyPI."
+        ),
+    ] = None,
+    python: Annotated[
+        str | None,
+        typer.Option(metavar="PATH", show_default=False, help="The Python 3.8 to 3.11 to make it with."),
+    ] = None,
 ) -> None:
     """Look for what would stop a run here: versions, devices, disk, memory, models.
 
-    Ends with exit code 1 if something would.
+    Ends with exit code 1 if something would. Installs nothing unless told to with --fix.
     """
     settings = resolve(recipe, assignments)
 
-    from anyflow_cli.doctor import examine
+    from anyflow_cli.doctor import examine, vbench
 
-    findings = list(examine(settings, runs))
+    if fix is not None:
+        from anyflow_cli.evaluate.vbench.environment import make, place
+
+        make(place(settings.evaluate.vbench.environment), python)
+    findings = list(examine(settings, runs)) if fix is None else [vbench(settings)]
     stopped = any(finding.state == "stop" for finding in findings)
     values = {"ready": not stopped, "findings": [asdict(finding) for finding in findings]}
     print_result(values, as_json=as_json, text=_table(findings))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -42,6 +43,8 @@ EXAMPLES = examples(
     "anyflow evaluate --model runs/tiny/train-flowmap --limit 8",
     "anyflow evaluate --task i2v --model nvidia/AnyFlow-FAR-Wan2.1-1.3B-Diffusers",
     "anyflow evaluate --nfe 4 --fail-below 85",
+    "anyflow evaluate --suite vbench --nfe 4,32 --recipe bidirectional1b",
+    "anyflow evaluate --suite vbench --videos my-videos/",
     "anyflow evaluate --compare runs/tiny/train-flowmap runs/tiny/distill",
 )
 MEGABYTE = 1e6
@@ -60,6 +63,13 @@ def evaluate(
             metavar="ADDRESS",
             show_default=False,
             help="A diffusers folder, a training run or checkpoint, a built-in or Hub name.",
+        ),
+    ] = None,
+    videos: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", show_default=False,
+            help="Score videos made elsewhere: PROMPT-K.mp4, or any names with captions.csv or NAME.txt.",
         ),
     ] = None,
     suite: Annotated[
@@ -135,6 +145,7 @@ def evaluate(
     settings = resolve(recipe, assignments, options)
 
     from anyflow_cli.addresses import find_model
+    from anyflow_cli.evaluate.given import prepare_given
     from anyflow_cli.evaluate.questions import questions
     from anyflow_cli.evaluate.run import prepare
     from anyflow_cli.recipe.paths import RunPaths
@@ -143,11 +154,16 @@ def evaluate(
     paths = RunPaths(runs, settings.name)
     directory = out or paths.evaluate
     if compare is not None:
-        _refuse_beside_compare({"--model": model, "--fail-below": fail_below, "--prune": prune or None})
+        others = {"--model": model, "--fail-below": fail_below, "--prune": prune or None, "--videos": videos}
+        _refuse_beside("--compare", others)
         return _compare(settings, protocol, compare, directory, dry_run=dry_run, as_json=as_json)
-    choice = find_model(settings, paths, model)
-    log.info("Model: %s (%s)", *choice)
-    job = prepare(settings, protocol, choice, directory)
+    if videos is not None:
+        _refuse_beside("--videos", {"--model": model, "--nfe": nfe, "--nproc": processes})
+        job = prepare_given(settings, protocol, videos, directory)
+    else:
+        choice = find_model(settings, paths, model)
+        log.info("Model: %s (%s)", *choice)
+        job = prepare(settings, protocol, choice, directory)
     if dry_run:
         return print_plan("evaluate", _facts(job), as_json=as_json)
     if start_processes(settings.launch):
@@ -243,10 +259,10 @@ def _tidy(job: Job, *, prune: bool) -> None:
                  job.out, many, size)  # fmt: skip
 
 
-def _refuse_beside_compare(options: dict[str, object]) -> None:
+def _refuse_beside(option: str, options: Mapping[str, object]) -> None:
     for name, value in options.items():
         if value is not None:
-            raise UsageError(f"{name} cannot be used together with --compare.", f"Leave {name} out.")
+            raise UsageError(f"{name} cannot be used together with {option}.", f"Leave {name} out.")
 
 
 def _compare(

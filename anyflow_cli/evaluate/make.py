@@ -12,7 +12,7 @@ import hashlib
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,6 +80,7 @@ class Job:
     protocol: Protocol
     variants: tuple[Variant, ...]
     out: Path
+    given: Mapping[Item, Path] | None = None  # files made elsewhere; nothing is sampled then
 
     @property
     def videos(self) -> int:

@@ -57,7 +57,8 @@ class Protocol:
     """The questions: prompts, videos a prompt, first seed; and in what it is not the suite's own.
 
     ``numbers``: the place of each prompt in the suite's whole set; None: they are its first. ``more``: how
-    many videos the prompts of these numbers have instead, where that is more.
+    many videos the prompts of these numbers have instead, where that is more. ``titles``: the suite's own
+    prompts, where others are sampled with. ``skipped``: seeds of videos that are not there.
     """
 
     suite: Suite
@@ -68,16 +69,19 @@ class Protocol:
     numbers: tuple[int, ...] | None = None
     more: Mapping[int, int] = field(default_factory=dict)
     notes: Mapping[str, Any] = field(default_factory=dict)  # for the card
+    titles: tuple[str, ...] | None = None
+    skipped: frozenset[int] = frozenset()
 
     @property
     def items(self) -> list[Item]:
         """All videos of one variant, prompt by prompt; seeds run on over the whole set and its samples."""
         numbers = self.numbers or range(len(self.prompts))
-        return [
+        everything = [
             Item(prompt, self._seed(number, k), number)
             for number, prompt in zip(numbers, self.prompts, strict=True)
             for k in range(max(self.samples, self.more.get(number, 0)))
         ]
+        return [item for item in everything if item.seed not in self.skipped]
 
     def _seed(self, number: int, k: int) -> int:
         if k < self.samples:
@@ -102,13 +106,15 @@ class Variant:
     """One model at one number of steps, on one machine's arithmetic."""
 
     subject: Subject
-    steps: int
+    steps: int  # 0: its videos were made elsewhere
     settings: dict[str, Any]  # all that decides its videos and scores, besides prompt and seed
     reference: bool = False  # the teacher, beside the model in question
 
     @property
     def label(self) -> str:
         """Steps as the literature writes them: ``4``, or ``50x2`` for a guided teacher."""
+        if not self.steps:
+            return "given"
         return f"{self.steps}x2" if self.subject.teacher else str(self.steps)
 
     @property

@@ -21,8 +21,8 @@ from anyflow_cli.evaluate.vbench.prompts import (
     in_random_order,
     read_questions,
 )
+from anyflow_cli.evaluate.vbench.state import weights_in
 from anyflow_cli.evaluate.vbench.suite import VBenchSuite
-from anyflow_cli.evaluate.vbench.weights import default_directory
 from anyflow_cli.recipe.schema import Recipe
 
 
@@ -66,7 +66,7 @@ def _vbench(settings: Recipe, benchmark: Benchmark, limit: int | None) -> Protoc
         name=benchmark,
         questions=tuple(chosen),
         environment=environment,
-        weights=default_directory() if wanted.weights is None else Path(wanted.weights).expanduser(),
+        weights=weights_in(wanted),
         only=wanted.dimensions,
         seconds=wanted.seconds,
     )
@@ -85,6 +85,7 @@ def _vbench(settings: Recipe, benchmark: Benchmark, limit: int | None) -> Protoc
         numbers=tuple(q.number for q in chosen),
         more=more,
         notes=notes,
+        titles=tuple(q.prompt for q in chosen),
     )
 
 

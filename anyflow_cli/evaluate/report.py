@@ -31,9 +31,10 @@ def write_results(evaluation: Evaluation, suite: Suite, out: Path) -> dict[str, 
     files: dict[str, bytes] = {
         "scores.md": markdown(evaluation).encode(),
         "scores.tex": latex(evaluation).encode(),
-        "scores.png": scores_png(evaluation),
         "report.html": page(evaluation, suite).encode(),
     }
+    if evaluation.is_timed:
+        files["scores.png"] = scores_png(evaluation)
     curves = evaluation.curves
     if curves:
         files["chunks.png"] = chunks_png(curves)
@@ -70,7 +71,7 @@ def page(evaluation: Evaluation, suite: Suite) -> str:
         _warning(card),
         f"<div class=cards>{''.join(_headline(one) for one in evaluation.columns)}</div>",
         f"<p>{escape(closing(evaluation))}</p>",
-        f"<h2>Scores and latency against steps</h2>{_figure(evaluation)}",
+        _figure(evaluation),
         _chunks(evaluation),
         f"<h2>Every dimension</h2>{_scores(evaluation, suite)}",
         f"<h2>Videos</h2>{_videos(evaluation)}",
@@ -93,15 +94,19 @@ def _warning(card: dict[str, Any]) -> str:
 
 def _headline(one: Measured) -> str:
     correct = "" if one.result.correct is None else f"<span>{one.result.correct:.0f} % all as named</span>"
+    timed = f"<span>{one.seconds:.2g} s a video</span>" if one.steps else ""
     return (
         f"<div class=card>{escape(one.title)}<b>{number(one.result.total)}</b>"
-        f"<div class=soft>{correct}<span>{one.seconds:.2g} s a video</span></div></div>"
+        f"<div class=soft>{correct}{timed}</div></div>"
     )
 
 
 def _figure(evaluation: Evaluation) -> str:
+    if not evaluation.is_timed:
+        return ""
     alt = "Scores and seconds a video against network evaluations; the numbers are in the table below."
-    return _themed(partial(scores_png, evaluation), alt)
+    drawn = _themed(partial(scores_png, evaluation), alt)
+    return f"<h2>Scores and latency against steps</h2>{drawn}"
 
 
 def _chunks(evaluation: Evaluation) -> str:

@@ -45,6 +45,8 @@ class Measured:
         """As a column is headed."""
         if self.reference:
             return f"teacher {self.label}"
+        if not self.steps:
+            return "given videos"
         return f"{self.label} step{'' if self.steps == 1 else 's'}"
 
 
@@ -57,6 +59,11 @@ class Evaluation:
     trend: Trend | None
     prompts: tuple[str, ...]
     partition: tuple[int, ...] | None  # latent frames of the model's chunks; None: it has none
+
+    @property
+    def is_timed(self) -> bool:
+        """Whether the videos were made here, at known step counts."""
+        return all(m.steps for m in self.measured)
 
     @property
     def models(self) -> list[Measured]:

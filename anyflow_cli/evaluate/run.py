@@ -7,6 +7,7 @@ whether from a run that was killed or from an earlier model's. A model is loaded
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from anyflow_cli.addresses import Choice
 from anyflow_cli.data.job import own_device
 from anyflow_cli.errors import UsageError
 from anyflow_cli.evaluate.chunks import along
+from anyflow_cli.evaluate.given import take
 from anyflow_cli.evaluate.make import (
     ALONE,
     Advance,
@@ -67,8 +69,11 @@ def evaluate(
 ) -> Evaluation:
     """Make what is missing, then sum up; of several processes the others call ``help_make``."""
     with alone_in(job.out):
-        make_videos(job, open_model or _open, advance, share)
-        wait_for_others(job, advance)
+        if job.given is not None:
+            take(job)
+        else:
+            make_videos(job, open_model or _open, advance, share)
+            wait_for_others(job, advance)
         return _summed(job)
 
 
@@ -112,7 +117,7 @@ def _judged(job: Job, one: Variant) -> tuple[list[Scored], Assessment]:
     judged = [replace(record, score=score) for record, score in pairs]
     for record, before in zip(judged, records, strict=True):
         if record != before:  # what a suite says of finished files is for later comparisons too
-            store.append(record)
+            store.append(replace(record, made=time.time()))
     return judged, assessment
 
 

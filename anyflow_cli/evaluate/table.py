@@ -49,8 +49,8 @@ def row_of(one: Measured, evaluation: Evaluation) -> dict[str, str]:
         **{group_title(name): number(mean) for name, mean in one.result.groups.items()},
         "all as named, %": number(one.result.correct),
         "Fréchet distance": number(one.result.distance),
-        "seconds a video": f"{one.seconds:.3g}",
-        "  without decoding": f"{one.network_seconds:.3g}",
+        "seconds a video": f"{one.seconds:.3g}" if one.steps else NONE,
+        "  without decoding": f"{one.network_seconds:.3g}" if one.steps else NONE,
     }
 
 

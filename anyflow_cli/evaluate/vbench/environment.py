@@ -67,8 +67,9 @@ def open_environment(directory: Path) -> Environment:
         found = ask(interpreter(directory), request, directory / "anyflow-look", LOOK_SECONDS)
     except AnyflowError as error:
         raise AnyflowError(
-            f"The environment {directory} does not work: {error.message}",
-            error.hint or f"Make it anew: delete it, then `{COMMAND}`. torch and torchvision must be a pair.",
+            f"The environment {directory} does not work: {error.message}.",
+            "torch and torchvision in it must be builds of one kind, both for CUDA or both for the CPU. "
+            f"The whole error is in {directory / 'anyflow-look'}.",
         ) from error
     return _environment(directory, found)
 
