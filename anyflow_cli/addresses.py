@@ -8,6 +8,7 @@ sampled and exported while its training goes on.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +19,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from anyflow_cli.errors import UsageError
+from anyflow_cli import __version__
+from anyflow_cli.errors import AnyflowError, UsageError
 from anyflow_cli.model.causal import FAR, as_causal
 from anyflow_cli.model.config import Causal
 from anyflow_cli.model.folder import load_network, read_json, read_shift, resolve
@@ -27,11 +29,13 @@ from anyflow_cli.model.roles import Backbone, LoraSize
 from anyflow_cli.recipe.load import load_recipe
 from anyflow_cli.recipe.paths import MODEL, RunPaths
 from anyflow_cli.recipe.schema import Recipe
-from anyflow_cli.sharded import SHARDS
+from anyflow_cli.sharded import SHARDS, reason
 from anyflow_cli.sharded import read as read_shards
 
 RECIPE, LINEAGE = "recipe.yaml", "lineage.json"  # of a training run; train/run.py writes them
 AVERAGE, STATE, MARKER = "ema", "state.json", "COMPLETE"  # of a checkpoint; train/checkpoint.py writes them
+FORMAT = 1  # of checkpoints; raise it when an older program could not read what this one writes
+UPDATE = "Update it: pip install -U anyflow."
 
 
 class Choice(NamedTuple):
@@ -105,13 +109,37 @@ def last_checkpoint(path: Path) -> Path:
 def trained_weights(checkpoint: Path) -> dict[str, Tensor]:
     """The moving average of what a run trains: whole weights, or ``...lora_A.weight`` of its adapters."""
     try:
+        read_state(checkpoint)
         if (checkpoint / SHARDS).is_dir():
             found = read_shards(checkpoint, part=f"{AVERAGE}/")
             return {key.partition("/")[2]: value for key, value in found.items()}
         return load_file(checkpoint / f"{AVERAGE}.safetensors")
     except (OSError, SafetensorError, ValueError, CheckpointException) as error:
         raise UsageError(
-            f"The checkpoint {checkpoint} is damaged: {error}.", "Use another one of the same run."
+            f"The checkpoint {checkpoint} is damaged: {reason(error)}.", "Use another one of the same run."
+        ) from error
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """What a checkpoint says of itself, if this program can read it."""
+    record: dict[str, Any] = json.loads((checkpoint / STATE).read_text())
+    if record["format"] > FORMAT:
+        raise AnyflowError(f"{checkpoint} was written by a newer anyflow.", UPDATE, everywhere=True)
+    return record
+
+
+def recipe_of(run: Path) -> Recipe:
+    """The recipe of a training run; one that another version wrote may have keys that this one lacks."""
+    try:
+        return load_recipe(str(run / RECIPE))
+    except UsageError as error:
+        lineage = read_json(run / LINEAGE) if (run / LINEAGE).exists() else {}
+        writer = lineage.get("versions", {}).get("anyflow", __version__)
+        if writer == __version__:
+            raise
+        raise UsageError(
+            f"The run {run} was begun by anyflow {writer}; {__version__} cannot read its recipe.",
+            f"Use that version: pip install anyflow=={writer}.",
         ) from error
 
 
@@ -159,7 +187,7 @@ def run_of(checkpoint: Path) -> Run:
             f"{checkpoint} continues {base}, which is not there.",
             "Bring that model back, or work in the directory where the training was started.",
         )
-    return Run(load_recipe(str(folder / RECIPE)), lineage, base)
+    return Run(recipe_of(folder), lineage, base)
 
 
 def _with(network: FlowMapTransformer, weights: dict[str, Tensor], recipe: Recipe) -> FlowMapTransformer:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
@@ -48,6 +49,11 @@ def read(folder: Path, like: Mapping[str, Tensor] | None = None, part: str = "")
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # that is meant
         load(found, storage_reader=reader, no_dist=like is None)
     return found
+
+
+def reason(error: BaseException) -> BaseException:
+    """Of several processes' failures to read or write, the first."""
+    return next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
 
 
 def _empty(entry: TensorStorageMetadata, like: Tensor | None) -> Tensor:

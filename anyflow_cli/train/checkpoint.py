@@ -26,10 +26,8 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from anyflow_cli import sharded
-from anyflow_cli.addresses import MARKER
+from anyflow_cli.addresses import FORMAT, MARKER, STATE, read_state
 from anyflow_cli.errors import AnyflowError
-
-FORMAT = 1  # raise it when an older program could not read what this one writes
 
 
 @dataclass(frozen=True)
@@ -63,8 +61,9 @@ def writing(directory: Path, step: int) -> Iterator[Path]:
     except (OSError, SafetensorError, RuntimeError, CheckpointException) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise AnyflowError(
-            f"The checkpoint of step {step} could not be written to {directory}: {_reason(error)}.",
+            f"The checkpoint of step {step} could not be written to {directory}: {sharded.reason(error)}.",
             "Free space or rights there, then start the same command again: it goes on from the last one.",
+            everywhere=isinstance(error, CheckpointException),
         ) from error
 
 
@@ -88,11 +87,6 @@ def commit(partial: Path, state: State, keep: int) -> Path:
 
 def _name(step: int) -> str:
     return f"step-{step:06d}"
-
-
-def _reason(error: BaseException) -> BaseException:
-    """Of several processes' failures, the first."""
-    return next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
 
 
 def complete(directory: Path) -> list[Path]:
@@ -121,11 +115,7 @@ def newest(directory: Path) -> Path | None:
 def load(path: Path, like: Mapping[str, Tensor] | None = None) -> State:
     """Read a checkpoint into memory: what ``like`` names divided as there, the rest whole on the CPU."""
     try:
-        record = json.loads((path / "state.json").read_text())
-        if record["format"] > FORMAT:
-            raise AnyflowError(
-                f"{path} was written by a newer anyflow.", "Update it: pip install -U anyflow."
-            )
+        record = read_state(path)
         if (path / sharded.SHARDS).is_dir():
             flat = sharded.read(path, like)
             tensors, optimisers = sharded.unflattened(flat, record["optimiser_settings"])
@@ -138,7 +128,7 @@ def load(path: Path, like: Mapping[str, Tensor] | None = None) -> State:
         )
     except (OSError, SafetensorError, RuntimeError, KeyError, ValueError, CheckpointException) as error:
         raise AnyflowError(
-            f"The checkpoint {path} is damaged: {_reason(error)}.",
+            f"The checkpoint {path} is damaged: {sharded.reason(error)}.",
             "Remove that folder; the same command then continues from the one before it.",
         ) from error
 
@@ -161,7 +151,7 @@ def _describe(folder: Path, state: State) -> None:
         "optimiser_settings": {name: one["param_groups"] for name, one in state.optimisers.items()},
         "extra": state.extra,
     }
-    (folder / "state.json").write_text(json.dumps(record, indent=1))
+    (folder / STATE).write_text(json.dumps(record, indent=1))
     for path in folder.iterdir():
         _flush(path)  # a folder too: its entries
     (folder / MARKER).touch()

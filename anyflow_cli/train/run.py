@@ -20,14 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import anyflow_cli
-from anyflow_cli.addresses import LINEAGE, RECIPE, is_checkpoint
+from anyflow_cli.addresses import LINEAGE, RECIPE, STATE, is_checkpoint, recipe_of
 from anyflow_cli.data.atomic import committed, write_json
 from anyflow_cli.data.place import Place
 from anyflow_cli.data.shards import MANIFEST
 from anyflow_cli.errors import UsageError
 from anyflow_cli.model.folder import read_json, transformer_folder
 from anyflow_cli.recipe.compare import differing_keys, dump, flat
-from anyflow_cli.recipe.load import load_recipe
 from anyflow_cli.recipe.schema import Recipe
 from anyflow_cli.sharded import SHARDS
 
@@ -73,7 +72,7 @@ def check_run(recipe: Recipe, inputs: Inputs) -> None:
             raise UsageError(f"{directory} holds files that are no training run.", "Use another --runs.")
         return
     hint = OTHER.format(path=directory / RECIPE)
-    there = load_recipe(str(directory / RECIPE))
+    there = recipe_of(directory)
     then, now = flat(there), flat(recipe)
     differing = [
         f"{key} ({then.get(key)} there, {now.get(key)} now)"
@@ -141,5 +140,5 @@ def fingerprint(model: Path) -> str:
             for start in (0, max(size - (1 << 20), 0)):
                 handle.seek(start)
                 digest.update(handle.read(1 << 20))
-    digest.update((folder / ("state.json" if state else "config.json")).read_bytes())
+    digest.update((folder / (STATE if state else "config.json")).read_bytes())
     return digest.hexdigest()

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
+from anyflow_cli.addresses import FORMAT
 from anyflow_cli.errors import AnyflowError
-from anyflow_cli.train import checkpoint
 from anyflow_cli.train.checkpoint import State, load, newest, save
 
 
@@ -95,6 +95,6 @@ def test_damage_is_named(tmp_path: Path, file: str) -> None:
 def test_a_newer_format_is_refused(tmp_path: Path) -> None:
     path = save(tmp_path, state(1), keep=1)
     record = json.loads((path / "state.json").read_text())
-    (path / "state.json").write_text(json.dumps(record | {"format": checkpoint.FORMAT + 1}))
+    (path / "state.json").write_text(json.dumps(record | {"format": FORMAT + 1}))
     with pytest.raises(AnyflowError, match="newer anyflow"):
         load(path)
