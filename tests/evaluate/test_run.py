@@ -120,8 +120,8 @@ def test_what_changes_videos_changes_the_key(
 
 def make_checkpoint(path: Path, teacher: Path, recipe: Recipe, weights: dict[str, float]) -> None:
     path.mkdir(parents=True)
-    for name in ("COMPLETE", "state.json"):
-        (path / name).touch()
+    (path / "COMPLETE").touch()
+    (path / "state.json").write_text('{"format": 1}')
     save_file({name: torch.full((1,), value) for name, value in weights.items()}, path / "ema.safetensors")
     run = path.parent.parent
     (run / "lineage.json").write_text(json.dumps({"base": str(teacher)}))
