@@ -83,6 +83,12 @@ def evaluate(
             help="Videos from text, or from text and a first frame (i2v, causal models alone).",
         ),
     ] = None,
+    sampler: Annotated[
+        Literal["flow-map", "euler", "consistency"] | None,
+        typer.Option(
+            show_default=False, help="The model's own; consistency for students of rCM or Self-Forcing."
+        ),
+    ] = None,
     prompts: Annotated[
         Path | None,
         typer.Option(
@@ -114,6 +120,13 @@ def evaluate(
     prune: Annotated[
         bool, typer.Option("--prune", rich_help_panel=OUTPUT_PANEL, help="Delete what other models left.")
     ] = False,
+    export: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", show_default=False, rich_help_panel=OUTPUT_PANEL,
+            help="Also write videos and scores as VBench's leaderboard takes them.",
+        ),
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -139,10 +152,15 @@ def evaluate(
         "--nfe": ("evaluate.nfe", parse_steps(nfe)),
         "--suite": ("evaluate.suite", suite),
         "--task": ("evaluate.task", task),
+        "--sampler": ("evaluate.sampler", sampler),
         "--seed": ("evaluate.seed", seed),
         "--nproc": ("launch.processes", processes),
     }
     settings = resolve(recipe, assignments, options)
+    if export is not None and settings.evaluate.suite == "shapes":
+        raise UsageError(
+            "--export is for the suites of VBench.", "Add --suite vbench, or leave --export out."
+        )
 
     from anyflow_cli.addresses import find_model
     from anyflow_cli.evaluate.given import prepare_given
@@ -158,7 +176,9 @@ def evaluate(
         _refuse_beside("--compare", others)
         return _compare(settings, protocol, compare, directory, dry_run=dry_run, as_json=as_json)
     if videos is not None:
-        _refuse_beside("--videos", {"--model": model, "--nfe": nfe, "--nproc": processes})
+        _refuse_beside(
+            "--videos", {"--model": model, "--sampler": sampler, "--nfe": nfe, "--nproc": processes}
+        )
         job = prepare_given(settings, protocol, videos, directory)
     else:
         choice = find_model(settings, paths, model)
@@ -172,6 +192,8 @@ def evaluate(
     if evaluation is None:
         return None
     _show(job, evaluation, as_json=as_json)
+    if export is not None:
+        _export(job, evaluation, export)
     _tidy(job, prune=prune)
     _judge(evaluation, fail_below)
 
@@ -224,6 +246,13 @@ def _show(job: Job, evaluation: Evaluation, *, as_json: bool) -> None:
     files = {name: str(path) for name, path in written.items()}
     print_result(evaluation.as_json() | {"files": files}, as_json=as_json, text=score_table(evaluation))
     log.info("Report: %s", files["report.html"])
+
+
+def _export(job: Job, evaluation: Evaluation, directory: Path) -> None:
+    from anyflow_cli.evaluate.vbench.export import export
+
+    for path in export(job, evaluation, directory):
+        log.info("For VBench's leaderboard: %s", path)
 
 
 def _judge(evaluation: Evaluation, least: float | None) -> None:

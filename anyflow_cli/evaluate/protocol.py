@@ -36,8 +36,12 @@ from anyflow_cli.model.config import Causal
 from anyflow_cli.model.folder import read_config, read_json, resolve
 from anyflow_cli.model.precision import resolve_precision
 from anyflow_cli.recipe.schema import Recipe
+from anyflow_cli.sample import Method
 
 PACKAGES = ("torch", "diffusers", "transformers", "numpy")
+SAMPLED: dict[Method | None, str] = {
+    None: "flow-map Euler", "flow-map": "flow-map Euler", "euler": "Euler", "consistency": "consistency"
+}  # fmt: skip
 WEIGHTLESS = (LINEAGE, "README.md", ".gitattributes")  # files that no video depends on
 MORE_SEEDS = 10**6  # where those of further videos of a prompt begin, far from all others
 BLOB = 64  # letters of a SHA-256, as the Hub's cache names large files
@@ -99,6 +103,7 @@ class Subject:
     weights: str  # hash of its files
     lineage: dict[str, Any]
     partition: tuple[int, ...] | None = None  # latent frames of its chunks; None: all at once
+    sampler: Method | None = None  # None: by its kind
 
 
 @dataclass(frozen=True)
@@ -129,15 +134,19 @@ class Variant:
         return f"{kind}-{self.label}-{fingerprint(self.settings)[:12]}"
 
 
-def subject(choice: Choice, recipe: Recipe) -> Subject:
-    """Look at a model or checkpoint without loading it."""
+def subject(choice: Choice, recipe: Recipe, sampler: Method | None = None) -> Subject:
+    """Look at a model or checkpoint without loading it.
+
+    A plain Wan model is a teacher, unless it is sampled as the few-step student that it may be too.
+    """
     path = locate(choice.address)
     look = _look_at_checkpoint if is_checkpoint(path) else _look_at_folder
     found = look(path, recipe)
     latents = (recipe.model.frames - 1) // 4 + 1  # as Wan's VAE counts
     partition = None if found.causal is None else partition_for(found.causal, latents)
     weights = fingerprint(found.files)
-    return Subject(choice.address, choice.why, not found.two_time, weights, found.lineage, partition)
+    teacher = not found.two_time and sampler in (None, "euler")
+    return Subject(choice.address, choice.why, teacher, weights, found.lineage, partition, sampler)
 
 
 class Look(NamedTuple):
@@ -179,7 +188,7 @@ def variant(
     model = recipe.model
     settings = {
         "suite": protocol.suite.name, "suite version": protocol.suite.version, "weights": of.weights,
-        "steps": steps, "sampler": "guided Euler" if of.teacher else "flow-map Euler",
+        "steps": steps, "sampler": "guided Euler" if of.teacher else SAMPLED[of.sampler],
         "guidance": recipe.sample.teacher_guidance if of.teacher else None,
         "negative prompt": model.negative_prompt if of.teacher else None,
         "shift": model.shift, "size": [model.frames, model.height, model.width],

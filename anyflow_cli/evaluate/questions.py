@@ -5,9 +5,11 @@ Every way in which that is not the suite's own is a deviation, and makes the res
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+from anyflow_cli.data.clips import ClipFormat
 from anyflow_cli.data.prompts import read_prompts
 from anyflow_cli.errors import UsageError
 from anyflow_cli.evaluate.protocol import Protocol, fingerprint
@@ -22,8 +24,10 @@ from anyflow_cli.evaluate.vbench.prompts import (
     read_questions,
 )
 from anyflow_cli.evaluate.vbench.state import weights_in
-from anyflow_cli.evaluate.vbench.suite import VBenchSuite
+from anyflow_cli.evaluate.vbench.suite import NOT_ASKED, VBenchSuite
 from anyflow_cli.recipe.schema import Recipe
+
+log = logging.getLogger(__name__)
 
 
 def questions(settings: Recipe, file: Path | None = None, limit: int | None = None) -> Protocol:
@@ -50,7 +54,7 @@ def _shapes(settings: Recipe, file: Path | None, limit: int | None) -> Protocol:
 
 
 def _vbench(settings: Recipe, benchmark: Benchmark, limit: int | None) -> Protocol:
-    wanted = settings.evaluate.vbench
+    wanted, model = settings.evaluate.vbench, settings.model
     _check_dimensions(benchmark, wanted.dimensions)
     environment = open_environment(place(wanted.environment))
     full_info = full_info_of(benchmark, environment.full_info, wanted.full_info)
@@ -69,7 +73,12 @@ def _vbench(settings: Recipe, benchmark: Benchmark, limit: int | None) -> Protoc
         weights=weights_in(wanted),
         only=wanted.dimensions,
         seconds=wanted.seconds,
+        pictures=_pictures(benchmark, wanted.images),
+        shape=ClipFormat(1, model.fps, model.height, model.width),
     )
+    unable = [name for name, why in suite.unavailable().items() if why != NOT_ASKED]
+    if unable:
+        log.warning("Cannot run here: %s. `anyflow doctor` says what they need.", ", ".join(unable))
     notes = {
         "full info": fingerprint([q.lines for q in everything]),
         "prompts sampled with": wanted.augmented or "the benchmark's own",
@@ -87,6 +96,10 @@ def _vbench(settings: Recipe, benchmark: Benchmark, limit: int | None) -> Protoc
         notes=notes,
         titles=tuple(q.prompt for q in chosen),
     )
+
+
+def _pictures(benchmark: Benchmark, setting: str | None) -> Path | None:
+    return Path(setting).expanduser() if setting is not None and benchmark == "vbench-i2v" else None
 
 
 def _more(chosen: Sequence[Question], flickering: int) -> dict[int, int]:

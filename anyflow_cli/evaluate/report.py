@@ -20,6 +20,8 @@ from anyflow_cli.evaluate.results import NOT_COMPARABLE, RESULTS, Evaluation, Me
 from anyflow_cli.evaluate.store import Scored
 from anyflow_cli.evaluate.suite import Suite
 from anyflow_cli.evaluate.table import NONE, asked, closing, group_title, latex, markdown, number, row_of
+from anyflow_cli.evaluate.vbench.dimensions import GROUPS
+from anyflow_cli.evaluate.vbench.published import SOURCE, published
 
 MOST_BYTES = 24 * 2**20  # of videos on the page
 WEAK = 0.7  # scores below this are named under the video
@@ -74,6 +76,7 @@ def page(evaluation: Evaluation, suite: Suite) -> str:
         _figure(evaluation),
         _chunks(evaluation),
         f"<h2>Every dimension</h2>{_scores(evaluation, suite)}",
+        _published(card["suite"]),
         f"<h2>Videos</h2>{_videos(evaluation)}",
         f"<h2>Protocol</h2>{_protocol(card)}",
     ]
@@ -152,6 +155,23 @@ def _score(value: float | None) -> str:
         return f"<td class=score>{NONE}</td>"
     width = min(max(value, 0.0), 100.0)
     return f'<td class=score>{value:.1f}<span class=bar><i style="width:{width:.1f}%"></i></span></td>'
+
+
+def _published(suite: str) -> str:
+    """What the paper prints for other models on this benchmark."""
+    if suite not in GROUPS:
+        return ""
+    groups = GROUPS[suite]
+    heads = "".join(f"<th scope=col>{escape(group_title(name))}</th>" for name in ("total", *groups))
+    rows = []
+    for row in published(suite):
+        cells = [f"<td>{value:.2f}</td>" for value in (row.total, *(row.groups[name] for name in groups))]
+        doubt = "" if row.adds_up(suite) else ", does not add up in print"
+        rows.append(
+            _row(f"{row.model}, {row.nfe}{'' if row.own else ', as its authors report'}{doubt}", cells)
+        )
+    table = f"<table><thead><tr><th></th>{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    return f"<h2>Published</h2><p class=soft>{escape(SOURCE)}</p><div class=scroll>{table}</div>"
 
 
 def _videos(evaluation: Evaluation) -> str:

@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 def prepare(recipe: Recipe, protocol: Protocol, choice: Choice, out: Path) -> Job:
     """Settle the variants: the model at each of the recipe's step counts, then its teacher at its own."""
     protocol.suite.check(recipe.model)
-    of = subject(choice, recipe)
+    of = subject(choice, recipe, recipe.evaluate.sampler)
     conditioned = "i2v" in protocol.suite.groups
     if conditioned and of.partition is None:
         raise UsageError(
@@ -148,4 +148,4 @@ def _measured(
 
 
 def _open(of: Subject, recipe: Recipe) -> Generator:
-    return Sampler.load(of.address, recipe, teacher=of.teacher, device=own_device())
+    return Sampler.load(of.address, recipe, teacher=of.teacher, method=of.sampler, device=own_device())

@@ -358,6 +358,9 @@ class Evaluate(Section):
     nfe: Budgets = (4, 32)
     prompts: Count = Field(64, description="Prompts of the suite shapes; VBench has its own.")
     samples: Count | None = Field(None, description="Videos a prompt; null: the suite's own number.")
+    sampler: Literal["flow-map", "euler", "consistency"] | None = Field(
+        None, description="Of the model in question; null: by its kind."
+    )
     vbench: VBench = VBench()
     seed: int = 1000
     batch: Count = 8

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -245,3 +246,18 @@ def test_a_bidirectional_model_is_refused_a_picture(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="begins with no picture") as error:
         make_job(tmp_path, task="i2v")
     assert "causal" in str(error.value.hint)
+
+
+def test_a_plain_wan_model_with_the_consistency_sampler_is_a_student(tmp_path: Path) -> None:
+    job = make_job(tmp_path, nfe=(4,))
+    own = job.recipe.evaluate.model_copy(update={"sampler": "consistency"})
+    recipe = job.recipe.model_copy(update={"evaluate": own})
+    student = prepare(recipe, job.protocol, Choice(recipe.model.teacher, "given"), job.out).variants
+    assert [one.label for one in student] == ["4", "5x2"]
+    assert [one.evaluations for one in student] == [4, 10]
+    assert [one.settings["sampler"] for one in student] == ["consistency", "guided Euler"]
+    assert student[0].settings["guidance"] is None
+    drawn = Drawn()
+    assert [one.title for one in evaluate(replace(job, variants=student), drawn.open).columns] == [
+        "4 steps", "teacher 5x2",
+    ]  # fmt: skip

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from anyflow_cli.evaluate.vbench.suite import VBenchSuite
 
 ANSWERS = "vbench"  # folder of the answers, in the variant's
+WORK = "work"  # in it: requests, logs, links
 FLICKERING, FILTER = "temporal_flickering", "static_filter"
 START_SECONDS = 600.0  # to import VBench and load a model
 PERCENT = {"imaging_quality": 0.01}  # of a single video, where VBench gives the mean as a fraction
@@ -65,11 +67,17 @@ class Assessor:
     def _entries(self, dimension: str, files: Mapping[int, list[Path]]) -> Entries:
         """The benchmark's lines about a dimension, with our files."""
         return [
-            line | {"video_list": [str(path) for path in files[question.number]]}
+            line | self._picture(line) | {"video_list": [str(path) for path in files[question.number]]}
             for question in self.suite.questions
             for line in question.lines
             if dimension in line["dimension"] and files.get(question.number)
         ]
+
+    def _picture(self, line: Mapping[str, Any]) -> dict[str, str]:
+        """Where the picture of a line is, which VBench would look for in its own checkout."""
+        if self.suite.pictures is None or "image_name" not in line:
+            return {}
+        return {"image_name": str((self.suite.pictures / line["image_name"]).absolute())}
 
     def _static(self, entries: Entries) -> Entries:
         """Of each prompt the first five videos in which nothing moves; none where the filter cannot run."""
@@ -97,7 +105,7 @@ class Assessor:
                 self.answers[name] = known
             else:
                 jobs.append(self._job(name, lines))
-        scratch = self.directory / ANSWERS / "work"
+        scratch = self.directory / ANSWERS / WORK
         run_jobs(self.suite.environment.python, jobs, scratch, self._devices(), self._done)
 
     def _job(self, name: str, lines: Entries) -> Job:
@@ -127,6 +135,9 @@ class Assessor:
         values = [outcome["videos"][path] for path in paths]
         write_json(place.with_suffix(".json"), outcome | {"asked": asked, "videos": values})
         place.with_suffix(".error.txt").unlink(missing_ok=True)
+        shutil.rmtree(
+            self.directory / ANSWERS / WORK / job.name, ignore_errors=True
+        )  # a failed one's log stays
         log.info("VBench: %s is %s.", job.name, "done" if outcome["score"] is None else outcome["score"])
 
     def _known(self, name: str, lines: Entries) -> dict[str, Any] | None:

@@ -48,7 +48,7 @@ I2V = (
 )  # fmt: skip
 
 DIMENSIONS: dict[Benchmark, tuple[Dimension, ...]] = {"vbench": T2V, "vbench-i2v": I2V}
-GROUPS: dict[Benchmark, Mapping[str, float]] = {
+GROUPS: dict[str, Mapping[str, float]] = {
     "vbench": TEXT_TO_VIDEO,
     "vbench-i2v": IMAGE_TO_VIDEO,
 }

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from anyflow_cli.evaluate.suite import total_score
-from anyflow_cli.evaluate.vbench.dimensions import GROUPS, Benchmark
+from anyflow_cli.evaluate.vbench.dimensions import GROUPS
 
 FILE = Path(__file__).with_name("published.json")
+SOURCE = json.loads(FILE.read_text(encoding="utf-8"))["source"]
 ROUNDING = 0.005  # of a number with two decimals
 
 
@@ -23,13 +24,13 @@ class Row:
     total: float
     own: bool  # evaluated by the paper's authors, not quoted from the model's own paper
 
-    def adds_up(self, benchmark: Benchmark) -> bool:
+    def adds_up(self, benchmark: str) -> bool:
         """Whether some groups that print like these give a Total that prints like this one."""
         total = total_score(self.groups, GROUPS[benchmark])
         return total is not None and abs(total - self.total) <= 2 * ROUNDING + 1e-9
 
 
-def published(benchmark: Benchmark) -> list[Row]:
+def published(benchmark: str) -> list[Row]:
     """The paper's table for a benchmark, in its order."""
     table = json.loads(FILE.read_text(encoding="utf-8"))["tables"][benchmark]
     return [

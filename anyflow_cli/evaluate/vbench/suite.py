@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from anyflow_cli.data.clips import ClipFormat, read_image
+from anyflow_cli.errors import UsageError
 from anyflow_cli.evaluate.suite import Assessment, Clip, Dimension, Image, Video, VideoScore
 from anyflow_cli.evaluate.vbench import dimensions as table
 from anyflow_cli.evaluate.vbench.assess import Assessor
@@ -17,6 +19,9 @@ from anyflow_cli.evaluate.vbench.environment import Environment
 from anyflow_cli.evaluate.vbench.prompts import Question
 from anyflow_cli.evaluate.vbench.weights import NEEDS, lacking
 from anyflow_cli.recipe.schema import Model
+
+NOT_ASKED = "not asked for"
+PICTURED = ("i2v_subject", "i2v_background")  # compare a video with the picture it began with
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,8 @@ class VBenchSuite:
     only: tuple[str, ...] | None = None  # dimensions to run; None: all
     seconds: float = 120.0  # that a dimension may take for a video
     variables: Mapping[str, str] = field(default_factory=dict)  # for the workers
+    pictures: Path | None = None  # folder of VBench-I2V's pictures
+    shape: ClipFormat | None = None  # of the videos that begin with them
     version: int = 1
     from_files: bool = True
 
@@ -44,15 +51,33 @@ class VBenchSuite:
         return table.GROUPS[self.name]
 
     def check(self, model: Model) -> None:
-        """Any size and length will do."""
+        """Any size and length will do, but VBench-I2V begins with pictures, which have to be there."""
+        if self.name == "vbench":
+            return
+        if self.pictures is None:
+            raise UsageError(
+                "VBench-I2V begins each video with a picture.",
+                "Crop its pictures to your shape with its crop_to_diff_ratio.py and name their folder with "
+                "--set evaluate.vbench.images=DIR.",
+            )
+        missing = [q.image for q in self.questions if not (self.pictures / str(q.image)).is_file()]
+        if missing:
+            raise UsageError(
+                f"{len(missing)} of {len(self.questions)} pictures are not in {self.pictures}: "
+                f"{missing[0]}, for one.",
+                "Give the folder with all pictures of VBench-I2V.",
+            )
 
     def prompts(self, count: int) -> list[str]:
         """What the first questions are sampled with."""
         return [question.text for question in self.questions[:count]]
 
     def images(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image] | None:
-        """The pictures that VBench-I2V begins with, as they are to be."""
-        return None
+        """The picture of each prompt, fitted to the videos."""
+        if self.pictures is None or self.shape is None:
+            return None
+        names = {question.text: str(question.image) for question in self.questions}
+        return [read_image(self.pictures / names[prompt], self.shape).pixels[0] for prompt in prompts]
 
     def score(
         self, videos: Sequence[Video], prompts: Sequence[str], images: Sequence[Image] | None = None
@@ -73,7 +98,9 @@ class VBenchSuite:
         reasons: dict[str, str] = {}
         for name in (dimension.name for dimension in self.dimensions):
             if self.only is not None and name not in self.only:
-                reasons[name] = "not asked for"
+                reasons[name] = NOT_ASKED
+            elif name in PICTURED and self.pictures is None:
+                reasons[name] = "it needs the pictures, evaluate.vbench.images"
             elif lacking := self.lacking(name):
                 reasons[name] = f"it needs {', '.join(lacking)}"
         return reasons
