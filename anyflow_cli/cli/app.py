@@ -5,6 +5,7 @@ No verb does its work here and no heavy module is imported: ``anyflow --help`` a
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -92,10 +93,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
     except Exception as error:
-        return _report(error)
+        return _flushed(_report(error))
     if code == INTERRUPTED:
         print_error("Interrupted.")
-    return code if isinstance(code, int) else 0
+    return _flushed(code if isinstance(code, int) else 0)
+
+
+def _flushed(code: int) -> int:
+    """The exit code once stdout has taken all that was printed.
+
+    Left to the interpreter's end, a full disk there would end with a code of its own.
+    """
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left finds room there
+        broken = isinstance(error, BrokenPipeError)  # a reader like `head`, which has seen enough
+        return code or (0 if broken else _report(error))
+    return code
 
 
 def _report(error: Exception) -> int:

@@ -152,15 +152,28 @@ def test_a_process_ends_with_the_code_and_no_colour() -> None:
     assert "31m" in run("recipes", "show", "none").stderr
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="needs Linux's always full device")
-def test_a_full_disk_under_stdout_is_a_sentence() -> None:
+def test_a_full_disk_under_stdout_is_a_sentence(unbuffered: str) -> None:
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(
-            [sys.executable, "-m", "anyflow_cli", "recipes", "list"],
-            cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, check=False,
+            [sys.executable, "-m", "anyflow_cli", "recipes", "list"], cwd=ROOT, stdout=full,
+            stderr=subprocess.PIPE, env={**os.environ, "PYTHONUNBUFFERED": unbuffered}, text=True, check=False,
         )  # fmt: skip
     assert done.returncode == 1
     assert done.stderr.startswith("error: No space is left on the disk.\n")
+    assert len(done.stderr.splitlines()) == 2
+
+
+def test_a_reader_that_has_seen_enough_is_no_failure() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-m", "anyflow_cli", "recipes", "list"], cwd=ROOT, stdout=writer,
+        stderr=subprocess.PIPE, env={**os.environ, "PYTHONUNBUFFERED": ""}, text=True, check=False,
+    )  # fmt: skip
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_only_the_first_of_several_processes_prints(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
