@@ -108,8 +108,8 @@ def _flushed(code: int) -> int:
         sys.stdout.flush()
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left finds room there
-        broken = isinstance(error, BrokenPipeError)  # a reader like `head`, which has seen enough
-        return code or (0 if broken else _report(error))
+        gone = isinstance(error, BrokenPipeError)  # a reader like `head`; rich ends with 1 then, too
+        return code or (1 if gone else _report(error))
     return code
 
 
