@@ -19,8 +19,8 @@ CHANNELS = 8
 SHIFT = 5.0
 
 
-def make_wan_folder(target: Path, seed: int = 0) -> Path:
-    """Write the folder and return it."""
+def make_wan_folder(target: Path, seed: int = 0, **changes: Any) -> Path:
+    """Write the folder, its transformer in sizes of its own if given, and return it."""
     from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 
     with torch.random.fork_rng(devices=[]):
@@ -28,7 +28,7 @@ def make_wan_folder(target: Path, seed: int = 0) -> Path:
         WanPipeline(
             tokenizer=_tokenizer(),
             text_encoder=_text_encoder(),
-            transformer=wan_transformer(),
+            transformer=wan_transformer(**changes),
             vae=_vae(),
             scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT),
         ).save_pretrained(target)

@@ -15,8 +15,8 @@ roles see videos bidirectionally and never use it.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Literal
 
@@ -159,20 +159,6 @@ class Backbone(nn.Module):
         _check_same(own, state, name)
         for key, parameter in own.items():
             parameter.copy_(divided_like(state[key], parameter))
-
-    @contextmanager
-    def weights(self, name: Role, state: Mapping[str, Tensor]) -> Iterator[None]:
-        """Run a role with other weights (its moving average) inside the block, without copying them."""
-        own = self.named_parameters_of(name)
-        _check_same(own, state, name)
-        before = {key: parameter.data for key, parameter in own.items()}
-        try:
-            for key, parameter in own.items():
-                parameter.data = state[key].to(parameter.device, parameter.dtype)
-            yield
-        finally:
-            for key, parameter in own.items():
-                parameter.data = before[key]
 
     def merged(self, name: Role, dtype: torch.dtype = torch.float32) -> FlowMapTransformer:
         """A plain frozen network that computes what the role does, for export.

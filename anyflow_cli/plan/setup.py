@@ -26,8 +26,9 @@ ONE_TIME = ("flow-matching", "synthesis")  # kinds that run a teacher as it is
 class Setup:
     """One process of one stage, or of sampling: then ``settings`` are of no matter.
 
-    ``separate``: the start is no adapter of the teacher, so it is a base too. ``shards``: processes that
-    share one copy (FSDP2); None: each has its own.
+    ``separate``: the start is no adapter of the teacher, so it is a base too. ``scores``: sizes of a real
+    score that is another model than the teacher. ``shards``: processes that share one copy (FSDP2); None:
+    each has its own.
     """
 
     kind: Kind
@@ -42,6 +43,12 @@ class Setup:
     separate: bool = False
     shards: int | None = None
     offload: bool = False
+    scores: NetworkConfig | None = None
+
+    @property
+    def depth(self) -> int:
+        """Blocks of the network that has fewest; a rehearsal takes away as many of each."""
+        return min(self.network.layers, (self.scores or self.network).layers)
 
     @property
     def roles(self) -> tuple[Role, ...]:
@@ -79,19 +86,26 @@ class Setup:
 
 
 def backbone_on_meta(setup: Setup, depth: int) -> Backbone:
-    """The stage's backbone with networks of ``depth`` blocks, on the meta device."""
-    config = replace(setup.network, layers=depth)
+    """The stage's backbone on the meta device, its shallowest network cut to ``depth`` blocks.
+
+    Others lose as many, so that whatever is a straight line in the blocks of each stays one in ``depth``.
+    """
+    config, scores = (
+        replace(each, layers=each.layers - setup.depth + depth)
+        for each in (setup.network, setup.scores or setup.network)
+    )
     with torch.device("meta"):
-        teacher = network = _plain(config, setup.stored)
+        network = _plain(config, setup.stored)
+        teacher = network if setup.scores is None else _plain(scores, setup.stored)
         if setup.kind not in ONE_TIME and not config.two_time:
-            network = two_time_from(teacher, setup.model.gate, setup.model.conditioning)
+            network = two_time_from(network, setup.model.gate, setup.model.conditioning)
         apart = setup.kind == "on-policy" and (setup.lora is None or setup.separate)
         backbone = Backbone(
             network,
             setup.roles,
             lora=setup.lora,
             teacher=teacher if apart else None,
-            real_adapter=_tuned_adapter(setup, config) if setup.kind == "on-policy" else None,
+            real_adapter=None if apart or setup.kind != "on-policy" else _tuned_adapter(setup, config),
         )
     for module in backbone.modules():
         if isinstance(module, FlowMapTransformer):
@@ -100,13 +114,10 @@ def backbone_on_meta(setup: Setup, depth: int) -> Backbone:
     return backbone if setup.trains else backbone.requires_grad_(False)
 
 
-def _tuned_adapter(setup: Setup, config: NetworkConfig) -> dict[str, Tensor] | None:
+def _tuned_adapter(setup: Setup, config: NetworkConfig) -> dict[str, Tensor]:
     """What tuning the teacher leaves; as the paper does, a plan counts on it."""
-    if setup.lora is None:
-        return None
-    return Backbone(_plain(replace(config, two_time=False), torch.float32), lora=setup.lora).state_dict_of(
-        "student"
-    )
+    tuned = Backbone(_plain(replace(config, two_time=False), torch.float32), lora=setup.lora)
+    return tuned.state_dict_of("student")
 
 
 def _plain(config: NetworkConfig, dtype: torch.dtype) -> FlowMapTransformer:

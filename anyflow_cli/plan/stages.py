@@ -11,7 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from anyflow_cli.addresses import is_checkpoint, locate, run_of
 from anyflow_cli.errors import UsageError
+from anyflow_cli.model.config import NetworkConfig
 from anyflow_cli.model.precision import Precision, resolve_precision
 from anyflow_cli.plan.cluster import Cluster
 from anyflow_cli.plan.ledger import Segment
@@ -143,12 +145,17 @@ def training_setup(target: Target, kind: Kind, settings: schema.Training) -> Set
             f"A global batch of {settings.batch} cannot be divided among {cluster.count} processes.",
             f"Set batch to a multiple of {cluster.count}, or plan for another number of GPUs.",
         )
+    scores, separate = None, False
+    if isinstance(settings, schema.Distill):
+        scores = _other_scores(settings, pipeline.network)
+        separate = scores is not None or _starts_elsewhere(settings)
     return Setup(
         kind, pipeline.network, model, settings, target.latent,
         (model.max_text_tokens, pipeline.network.text_dim), target.precision, cluster.count, cluster.is_gpu,
-        separate=isinstance(settings, schema.Distill) and _starts_elsewhere(settings),
+        separate=separate,
         shards=_shards(target),
         offload=target.recipe.launch.offload and cluster.is_gpu,
+        scores=scores,
     )  # fmt: skip
 
 
@@ -162,6 +169,23 @@ def _starts_elsewhere(settings: schema.Distill) -> bool:
     """Whether start or real score have no adapter of the teacher beside them, as ``train.stages`` looks."""
     given = [address for address in (settings.start, settings.real_score) if address is not None]
     return any(not (Path(address).parent / "adapter").is_dir() for address in given)
+
+
+def _other_scores(settings: schema.Distill, teacher: NetworkConfig) -> NetworkConfig | None:
+    """Sizes of a real score whose network is not of the teacher's size."""
+    if settings.real_score is None:
+        return None
+    scores = pipeline_of(_pipeline_behind(settings.real_score)).network
+    same = (scores.dim, scores.layers, scores.ffn_dim) == (teacher.dim, teacher.layers, teacher.ffn_dim)
+    return None if same else scores
+
+
+def _pipeline_behind(address: str) -> str:
+    """The folder that has all parts of a model, where the address is one of a training run."""
+    if not Path(address).is_dir():
+        return address
+    place = locate(address)
+    return str(run_of(place).base if is_checkpoint(place) else place)
 
 
 def activations(stage: Stage) -> dict[str, int]:

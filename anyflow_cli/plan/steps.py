@@ -105,7 +105,7 @@ def operations(segments: Sequence[Segment], calls: Iterable[Label]) -> float:
 
 def at_full_depth(setup: Setup, run: Callable[[int], list[Segment]]) -> list[Segment]:
     """Segments of a run as they are with all blocks of the network."""
-    layers = setup.network.layers
+    layers = setup.depth
     unit = setup.model.checkpointed_every if setup.model.gradient_checkpointing else 1  # blocks that repeat
     depths = (DEPTHS[0] * unit, DEPTHS[1] * unit)
     if layers <= depths[1]:
@@ -127,7 +127,7 @@ def _along(low: int, high: int, layers: int) -> int:
 
 def roles_of(setup: Setup) -> dict[str, RoleSize]:
     """Weights by role; what belongs to none is the frozen base."""
-    layers = setup.network.layers
+    layers = setup.depth
     if layers <= DEPTHS[1]:
         return _sizes(backbone_on_meta(setup, layers))
     low, high = (_sizes(backbone_on_meta(setup, depth)) for depth in DEPTHS)

@@ -228,7 +228,7 @@ def train(recipe: schema.Recipe, inputs: Inputs, on_step: OnStep | None = None) 
     data = part(inputs.data, tokens)
     on_policy = inputs.section == "distill"
     backbone = (on_policy_backbone if on_policy else student_backbone)(recipe, inputs, precision)
-    _check_fit(recipe, backbone.network_of("student"), data)
+    _check_fit(recipe, backbone, data)
     preview, main = None, accelerator.is_main_process
     if (main or recipe.launch.sharding != "none") and settings.preview_every and settings.preview_prompts:
         plan = _preview_plan(recipe, inputs)
@@ -290,20 +290,26 @@ def _objective(
     )
 
 
-def _check_fit(recipe: schema.Recipe, network: FlowMapTransformer, data: LatentData) -> None:
-    """Refuse data made for another model before a step is taken."""
+def _check_fit(recipe: schema.Recipe, backbone: Backbone, data: LatentData) -> None:
+    """Refuse data made for another model than any of the roles' before a step is taken."""
     causal, frames = recipe.model.causal, data.latent_shape[0]
     if causal is not None:
         check_partition(causal.partition, frames)
+    make = "Make a data set with this recipe's teacher: `anyflow synthesize`."
+    _check_sizes(backbone.network_of("student"), "model", data, make)
+    if "real" in backbone.roles:
+        name = "Name a distill.real_score with the teacher's own text encoder and VAE."
+        _check_sizes(backbone.network_of("real"), "real score", data, name)
+
+
+def _check_sizes(network: FlowMapTransformer, name: str, data: LatentData, hint: str) -> None:
     for what, has, wants in (
         ("latents of {} channels", data.latent_shape[1], network.config.in_channels),
         ("text of width {}", data.text_dim, network.config.text_dim),
     ):
         if has != wants:
-            raise UsageError(
-                f"{data.place} holds {what.format(has)}; the model takes {wants}.",
-                "Make a data set with this recipe's teacher: `anyflow synthesize`.",
-            )
+            message = f"{data.place} holds {what.format(has)}; the {name} takes {wants}."
+            raise UsageError(message, hint, everywhere=True)
 
 
 def _preview_plan(recipe: schema.Recipe, inputs: Inputs) -> PreviewPlan:

@@ -64,10 +64,7 @@ def test_a_state_and_a_merged_network_hold_it() -> None:
     torch.testing.assert_close(forced(other, "student"), expected, rtol=0, atol=0)
     plain = Backbone(made.merged("student"))
     assert distance(forced(plain, "student"), expected) < 1e-5
-    start = forced(Backbone(network(), lora=LORA), "student")
-    with other.weights("student", Backbone(network(), lora=LORA).state_dict_of("student")):
-        torch.testing.assert_close(forced(other, "student"), start, rtol=0, atol=0)
-    assert distance(forced(other, "student"), start) > 1e-3
+    assert distance(expected, forced(Backbone(network(), lora=LORA), "student")) > 1e-3
 
 
 def test_on_a_bf16_base_it_is_fp32_and_the_stream_is_not() -> None:

@@ -214,20 +214,6 @@ def test_merged_weights_compute_what_the_role_does(lora: LoraSize | None) -> Non
         assert distance(plain(X.z, T, R, X.text), ask(made, role)) < 1e-5
 
 
-@BOTH
-def test_a_role_can_run_with_other_weights_for_a_while(lora: LoraSize | None) -> None:
-    made = backbone(lora)
-    average = {name: value.clone() for name, value in made.state_dict_of("student").items()}
-    start = ask(made, "student")
-    disturb(made, "student")
-    trained = ask(made, "student")
-    with made.weights("student", average):
-        torch.testing.assert_close(ask(made, "student"), start, rtol=0, atol=0)
-        merged = made.merged("student")
-    torch.testing.assert_close(ask(made, "student"), trained, rtol=0, atol=0)
-    assert distance(merged(X.z, T, R, X.text), start) < 1e-5
-
-
 def test_adapters_are_the_same_whatever_was_drawn_before() -> None:
     states = []
     for seed in (1, 2):

@@ -38,12 +38,13 @@ def settings(kind: Kind, **changes: Any) -> schema.Training:
 
 def setup(
     kind: Kind, *, lora: bool = True, checkpointing: bool = False, precision: str = "fp32", ranks: int = 1,
-    config: NetworkConfig = CONFIG, gpu: bool = False, **changes: Any,
+    config: NetworkConfig = CONFIG, gpu: bool = False, scores: NetworkConfig | None = None, **changes: Any,
 ) -> Setup:  # fmt: skip
     model = schema.Model(lora=LORA if lora else None, gradient_checkpointing=checkpointing)
     return Setup(
-        kind, config, model, settings(kind, **changes), LATENT, TEXT, cast("Any", precision), ranks, gpu
-    )
+        kind, config, model, settings(kind, **changes), LATENT, TEXT, cast("Any", precision), ranks, gpu,
+        separate=scores is not None, scores=scores,
+    )  # fmt: skip
 
 
 def backbone(wanted: Setup) -> Backbone:
@@ -53,13 +54,17 @@ def backbone(wanted: Setup) -> Backbone:
         torch.manual_seed(0)
         plain = FlowMapTransformer(wanted.network)
         tuned = FlowMapTransformer(wanted.network)
-    plain.store_as(torch.bfloat16 if lora and wanted.precision == "bf16" else torch.float32)
+        other = FlowMapTransformer(wanted.scores) if wanted.scores else None
+    for one in (plain, other):
+        if one is not None:
+            one.store_as(torch.bfloat16 if lora and wanted.precision == "bf16" else torch.float32)
     network = plain.requires_grad_(False)
     if wanted.kind != "flow-matching":
         network = two_time_from(network)
     on_policy = wanted.kind == "on-policy"
-    adapter = Backbone(tuned, lora=lora).state_dict_of("student") if lora and on_policy else None
-    result = Backbone(network, wanted.roles, lora=lora, real_adapter=adapter)
+    shared = lora and on_policy and other is None
+    adapter = Backbone(tuned, lora=lora).state_dict_of("student") if shared else None
+    result = Backbone(network, wanted.roles, lora=lora, teacher=other, real_adapter=adapter)
     for module in result.modules():
         if isinstance(module, FlowMapTransformer):
             module.gradient_checkpointing = wanted.model.gradient_checkpointing

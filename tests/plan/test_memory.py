@@ -16,6 +16,7 @@ from anyflow_cli.plan.steps import heaviest, step_of
 from tests.plan.small import CONFIG, measured_peak, setup
 
 WITHIN = 0.05  # 0.15 is what a plan promises
+LARGER = replace(CONFIG, layers=3, heads=3, ffn_dim=320)  # a real score of another width and depth
 
 CASES: list[tuple[Kind, dict[str, Any]]] = [
     ("flow-map", {"lora": False}),
@@ -25,6 +26,8 @@ CASES: list[tuple[Kind, dict[str, Any]]] = [
     ("consistency-ode", {"lora": False, "micro_batch": 2}),
     ("on-policy", {"checkpointing": True, "micro_batch": 4}),
     ("on-policy", {"lora": False}),
+    ("on-policy", {"scores": LARGER, "micro_batch": 4}),
+    ("on-policy", {"scores": LARGER, "lora": False, "checkpointing": True}),
     ("on-policy", {"simulation": "consistency", "joint": False, "reuse_rollout": True}),
 ]
 
@@ -49,6 +52,17 @@ def test_two_depths_tell_of_any_other() -> None:
     assert [segment.label for segment in step.segments] == [segment.label for segment in whole]
     for line, true in zip(step.segments, whole, strict=True):
         assert line.peak == pytest.approx(true.peak, rel=0.03)  # gradients grow as activations shrink
+        assert line.operations == true.operations
+
+
+def test_two_depths_tell_of_a_teacher_of_another_depth() -> None:
+    """Both are cut by as many blocks."""
+    own = setup("on-policy", joint=False, config=replace(CONFIG, layers=6), scores=replace(LARGER, layers=4))
+    step = step_of(own)
+    whole = Rehearsal(own, own.depth, keeps_gradients=False).step(heaviest(own))
+    for line, true in zip(step.segments, whole, strict=True):
+        assert line.label == true.label
+        assert line.peak == pytest.approx(true.peak, rel=0.03)
         assert line.operations == true.operations
 
 

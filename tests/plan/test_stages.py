@@ -91,6 +91,30 @@ def test_a_start_from_elsewhere_is_a_second_base(folder: Path) -> None:
     assert roles(away, "on-policy")[BASE].parameters > 1.9 * shared
 
 
+def test_a_larger_teacher_has_its_own_size() -> None:
+    """1.3B towards 14B: the base holds both, the fake score is an adapter on the larger."""
+    small, large = (f"Wan-AI/Wan2.1-T2V-{size}-Diffusers" for size in ("1.3B", "14B"))
+    model = schema.Model(teacher=small, lora=schema.Lora(rank=8, alpha=8))
+    recipes = [
+        schema.Recipe(name="t", model=model.model_copy(update={"teacher": teacher}),
+                      distill=schema.Distill(real_score=real))
+        for teacher, real in ((small, large), (small, None), (large, None))
+    ]  # fmt: skip
+    both, alone, teacher = (roles(target_of(one, parse_cluster("8x80GB")), "on-policy") for one in recipes)
+    assert both["student"] == alone["student"]
+    assert both["fake"] == teacher["fake"]
+    assert "real" not in both  # not tuned by an adapter of its own
+    assert both[BASE].parameters > 14_288_491_584 + 1_418_996_800
+
+
+def test_a_real_score_of_a_run_is_sized_by_its_folder(folder: Path, tmp_path: Path) -> None:
+    run = tmp_path / "teacher"
+    run.mkdir()
+    (run / "model").symlink_to(folder)
+    same = target(folder, distill={"batch": 4, "real_score": str(run)})
+    assert stages.training_setup(same, "on-policy", same.recipe.distill).scores is None
+
+
 def test_synthesis_is_guided_and_divided_among_the_devices(folder: Path) -> None:
     made = {"count": 64, "steps": 3}
     one, four = (
