@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from anyflow_cli.evaluate.results import Evaluation
     from anyflow_cli.recipe.schema import Recipe
 
+MEGABYTE = 1e6
 EXAMPLES = examples(
     "anyflow evaluate",
     "anyflow evaluate --nfe 1,2,4,8,16,32",
@@ -47,93 +48,113 @@ EXAMPLES = examples(
     "anyflow evaluate --suite vbench --videos my-videos/",
     "anyflow evaluate --compare runs/tiny/train-flowmap runs/tiny/distill",
 )
-MEGABYTE = 1e6
+NfeOption = Annotated[
+    str | None,
+    typer.Option(metavar="N,N,...", show_default=False, help="Step counts, instead of the recipe's."),
+]
+ModelOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="ADDRESS",
+        show_default=False,
+        help="A diffusers folder, a training run or checkpoint, a built-in or Hub name.",
+    ),
+]
+VideosOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        show_default=False,
+        help="Score videos made elsewhere: PROMPT-K.mp4, or any names with captions.csv or NAME.txt.",
+    ),
+]
+SuiteOption = Annotated[
+    Literal["shapes", "vbench", "vbench-i2v"] | None,
+    typer.Option(show_default=False, help="What to measure, instead of the recipe's suite."),
+]
+TaskOption = Annotated[
+    Literal["t2v", "i2v"] | None,
+    typer.Option(
+        show_default=False,
+        help="Videos from text, or from text and a first frame (i2v, causal models alone).",
+    ),
+]
+SamplerOption = Annotated[
+    Literal["flow-map", "euler", "consistency"] | None,
+    typer.Option(
+        show_default=False, help="The model's own; consistency for students of rCM or Self-Forcing."
+    ),
+]
+PromptsOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        show_default=False,
+        help="Your own prompts (txt, csv, jsonl, parquet): not comparable.",
+    ),
+]
+LimitOption = Annotated[
+    int | None,
+    typer.Option(min=1, metavar="K", show_default=False, help="Only the first K prompts: not comparable."),
+]
+CompareOption = Annotated[
+    tuple[str, str] | None,
+    typer.Option(
+        metavar="RUN_A RUN_B",
+        show_default=False,
+        help="Two models, or directories of finished evaluations: the difference, paired by prompt.",
+    ),
+]
+FailBelowOption = Annotated[
+    float | None,
+    typer.Option(
+        min=0,
+        max=100,
+        metavar="X",
+        show_default=False,
+        help="End with exit code 1 if Total is below X at any of the step counts.",
+    ),
+]
+PruneOption = Annotated[
+    bool, typer.Option("--prune", rich_help_panel=OUTPUT_PANEL, help="Delete what other models left.")
+]
+ExportOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        show_default=False,
+        rich_help_panel=OUTPUT_PANEL,
+        help="Also write videos and scores as VBench's leaderboard takes them.",
+    ),
+]
+OutOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        show_default=False,
+        rich_help_panel=OUTPUT_PANEL,
+        help="Another directory than runs/RECIPE/evaluate.",
+    ),
+]
+
 
 log = logging.getLogger(__name__)
 
 
 def evaluate(
-    nfe: Annotated[
-        str | None,
-        typer.Option(metavar="N,N,...", show_default=False, help="Step counts, instead of the recipe's."),
-    ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            metavar="ADDRESS",
-            show_default=False,
-            help="A diffusers folder, a training run or checkpoint, a built-in or Hub name.",
-        ),
-    ] = None,
-    videos: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR", show_default=False,
-            help="Score videos made elsewhere: PROMPT-K.mp4, or any names with captions.csv or NAME.txt.",
-        ),
-    ] = None,
-    suite: Annotated[
-        Literal["shapes", "vbench", "vbench-i2v"] | None,
-        typer.Option(show_default=False, help="What to measure, instead of the recipe's suite."),
-    ] = None,
-    task: Annotated[
-        Literal["t2v", "i2v"] | None,
-        typer.Option(
-            show_default=False,
-            help="Videos from text, or from text and a first frame (i2v, causal models alone).",
-        ),
-    ] = None,
-    sampler: Annotated[
-        Literal["flow-map", "euler", "consistency"] | None,
-        typer.Option(
-            show_default=False, help="The model's own; consistency for students of rCM or Self-Forcing."
-        ),
-    ] = None,
-    prompts: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            show_default=False,
-            help="Your own prompts (txt, csv, jsonl, parquet): not comparable.",
-        ),
-    ] = None,
-    limit: Annotated[
-        int | None,
-        typer.Option(
-            min=1, metavar="K", show_default=False, help="Only the first K prompts: not comparable."
-        ),
-    ] = None,
-    compare: Annotated[
-        tuple[str, str] | None,
-        typer.Option(
-            metavar="RUN_A RUN_B", show_default=False,
-            help="Two models, or directories of finished evaluations: the difference, paired by prompt.",
-        ),
-    ] = None,
-    fail_below: Annotated[
-        float | None,
-        typer.Option(
-            min=0, max=100, metavar="X", show_default=False,
-            help="End with exit code 1 if Total is below X at any of the step counts.",
-        ),
-    ] = None,
-    prune: Annotated[
-        bool, typer.Option("--prune", rich_help_panel=OUTPUT_PANEL, help="Delete what other models left.")
-    ] = False,
-    export: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR", show_default=False, rich_help_panel=OUTPUT_PANEL,
-            help="Also write videos and scores as VBench's leaderboard takes them.",
-        ),
-    ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR", show_default=False, rich_help_panel=OUTPUT_PANEL,
-            help="Another directory than runs/RECIPE/evaluate.",
-        ),
-    ] = None,
+    nfe: NfeOption = None,
+    model: ModelOption = None,
+    videos: VideosOption = None,
+    suite: SuiteOption = None,
+    task: TaskOption = None,
+    sampler: SamplerOption = None,
+    prompts: PromptsOption = None,
+    limit: LimitOption = None,
+    compare: CompareOption = None,
+    fail_below: FailBelowOption = None,
+    prune: PruneOption = False,
+    export: ExportOption = None,
+    out: OutOption = None,
     recipe: RecipeOption = DEFAULT_RECIPE,
     assignments: SetOption = None,
     runs: RunsOption = DEFAULT_RUNS,
@@ -142,7 +163,7 @@ def evaluate(
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
     debug: DebugOption = False,
-) -> None:  # fmt: skip
+) -> None:
     """Score a model at several step counts, with the teacher beside it, and write a report.
 
     Without --model, the furthest model trained with the recipe is used, else the one that ships. Videos and
