@@ -51,7 +51,7 @@ def advise(build: Build, section: str, target: Target) -> Advice:
 
     limit, kinds = target.cluster.usable, list[Sequence[Change]]()
     kept, least = list[Change](), peak([])
-    for kind in kinds_of(section, target.recipe):
+    for kind in kinds_of(section, target):
         if (needed := peak([*kept, kind[-1]])) < least:
             kept, least = [*kept, kind[-1]], needed
             kinds.append(kind)
@@ -79,28 +79,31 @@ def _milder(
     return None
 
 
-def kinds_of(section: str, recipe: Recipe) -> list[Sequence[Change]]:
+def kinds_of(section: str, target: Target) -> list[Sequence[Change]]:
     """What may be tried: kinds of change, mildest first, and values of each, mildest first."""
     kinds = _of_sampling if section in ("sample", "synthesize") else _of_training
+    model = target.recipe.model
     shorter = [
         Change({"model.frames": frames}, "shorter videos, of data made anew")
         for frames in FRAMES
-        if frames < recipe.model.frames
+        if frames < model.frames and model.causal is None  # its chunks make up its frames
     ]
-    return [kind for kind in (*kinds(section, recipe), shorter) if kind]
+    return [kind for kind in (*kinds(section, target), shorter) if kind]
 
 
-def _of_sampling(section: str, recipe: Recipe) -> Iterator[list[Change]]:
-    batches = _halves(getattr(recipe, section).batch)
+def _of_sampling(section: str, target: Target) -> Iterator[list[Change]]:
+    batches = _halves(getattr(target.recipe, section).batch)
     yield [Change({f"{section}.batch": size}, "fewer videos at once") for size in batches]
 
 
-def _of_training(section: str, recipe: Recipe) -> Iterator[list[Change]]:
+def _of_training(section: str, target: Target) -> Iterator[list[Change]]:
+    recipe = target.recipe
     model, settings = recipe.model, getattr(recipe, section)
     if not model.gradient_checkpointing:
         yield [Change({"model.gradient_checkpointing": True}, "a third more time")]
-    if recipe.launch.sharding == "none" and settings.flow_map.guidance != 1:
-        yield [Change({"launch.sharding": "full"}, "weights are gathered from the other GPUs in each pass")]
+    if section == "distill" and not recipe.distill.recompute_rollout:
+        yield [Change({"distill.recompute_rollout": True}, "the rollout is made twice")]
+    yield _of_sharding(target)
     sizes = _halves(settings.micro_batch or settings.batch)
     yield [Change({f"{section}.micro_batch": size}, "more and smaller passes") for size in sizes]
     if settings.preview_every:
@@ -109,6 +112,19 @@ def _of_training(section: str, recipe: Recipe) -> Iterator[list[Change]]:
     price = "adapters of a lower rank than the paper's" if model.lora else "adapters instead of all weights"
     ranks = [rank for rank in (2 * RANKS[0], *RANKS) if rank < own]
     yield [Change({"model.lora.rank": rank, "model.lora.alpha": rank}, price) for rank in ranks]
+
+
+def _of_sharding(target: Target) -> list[Change]:
+    launch, full = target.recipe.launch, {"launch.sharding": "full"}
+    stages = (target.recipe.train_flowmap, target.recipe.distill, target.recipe.finetune)
+    if any(stage.flow_map.guidance == 1 for stage in stages):  # as a recipe says, they cannot be sharded
+        return []
+    changes = []
+    if launch.sharding != "full" and target.cluster.count > 1:
+        changes.append(Change(full, "weights are exchanged block by block"))
+    if target.cluster.is_gpu and not launch.offload:
+        changes.append(Change({**full, "launch.offload": True}, "weights come from the CPU's memory: slow"))
+    return changes
 
 
 def _halves(size: int) -> Iterator[int]:

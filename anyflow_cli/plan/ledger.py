@@ -1,8 +1,8 @@
 """Counting what a program holds and computes, tensor by tensor, while it runs.
 
 A ``Ledger`` is the account, ``Watch`` the dispatch mode that books each tensor an operator makes until its
-storage is freed, and the operations of its matrix products and attention. Tensors without storage (fake ones)
-are booked as real ones would be. Not seen: what a kernel allocates inside itself, but for the one whose
+storage is freed, and the operations of its matrix products and attention. Tensors without storage (hollow
+ones) are booked as real ones would be. Not seen: what a kernel allocates inside itself, but for the one whose
 working memory is large (``_workspace``).
 """
 
@@ -16,15 +16,25 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-Part = Literal["activations", "latents", "gradients"]
-Weigh = Callable[[Tensor], int]
+from anyflow_cli.model.layout import Layout
+from anyflow_cli.plan.hollow import Hollow
 
-DEVICE = torch.ops.prim.device.default
+Part = Literal["activations", "latents", "gradients", "cache"]
+
+
+class Weight(NamedTuple):
+    """Bytes of a tensor, and what they are part of."""
+
+    part: Part
+    size: int
+
+
+Weigh = Callable[[Tensor], Weight | None]
+
 ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
@@ -36,6 +46,18 @@ class Label(NamedTuple):
     direction: Literal["forward", "backward", "between"]
     samples: int
     with_gradient: bool
+    layout: Layout | None = None  # None: all frames at once, bidirectionally
+    by_frame: bool = False  # whether frames have times of their own
+
+    @property
+    def tokens(self) -> int:
+        """Of a sample, those that pass through the network; only a layout knows."""
+        return sum(self.layout.tokens_of(segment) for segment in self.layout.inputs) if self.layout else 0
+
+    @property
+    def fills(self) -> bool:
+        """Whether it gives no velocity, and only keeps the keys of what is finished."""
+        return self.layout is not None and not any(segment.read for segment in self.layout.inputs)
 
 
 BETWEEN = Label("", "between", 0, False)
@@ -75,9 +97,9 @@ class Ledger:
         """Start a segment."""
         self.segments.append(Segment(label, self._now.total(), self._now.copy()))
 
-    def book(self, tensor: Tensor, size: int, part: Part) -> None:
+    def book(self, tensor: Tensor, weight: Weight) -> None:
         """Count a tensor's storage, once, until it is freed."""
-        storage = tensor.untyped_storage()
+        storage, (part, size) = storage_of(tensor), weight
         key = id(storage)
         if key in self._held:
             return
@@ -88,11 +110,11 @@ class Ledger:
 
     def ignore(self, tensor: Tensor) -> None:
         """Never count this tensor's storage: it is accounted for elsewhere."""
-        self.book(tensor, 0, "activations")
+        self.book(tensor, Weight("activations", 0))
 
     def move(self, tensor: Tensor, part: Part) -> None:
         """Count a tensor under another part."""
-        key = id(tensor.untyped_storage())
+        key = id(storage_of(tensor))
         reference, size, before = self._held[key]
         self._held[key] = _Entry(reference, size, part)
         self._now[before] -= size
@@ -105,33 +127,36 @@ class Ledger:
             segment.parts = self._now.copy()
             segment.parts["activations"] += passing
 
+    def repeat(self, before: Segment) -> None:
+        """Let the present segment be another like one that left nothing behind."""
+        self.note(before.peak - before.start)
+        self.segments[-1].operations = before.operations
+
     def _free(self, key: int) -> None:
         entry = self._held.pop(key)
         self._now[entry.part] -= entry.size
 
 
 class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Books what operators make; ``weigh`` gives a tensor's bytes, 0 for those to leave out."""
+    """Books what operators make; ``weigh`` gives a tensor's bytes, None for those to leave out."""
 
     def __init__(
-        self, ledger: Ledger, weigh: Weigh, part: Part, *, counts_operations: bool = False, gpu: bool = False
+        self, ledger: Ledger, weigh: Weigh, *, counts_operations: bool = False, gpu: bool = False
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.ledger, self.weigh, self.part = ledger, weigh, part
+        self.ledger, self.weigh = ledger, weigh
         self.counts_operations, self.gpu = counts_operations, gpu
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run the operator, then book its outputs."""
-        if func is DEVICE and isinstance(args[0], FakeTensor):
-            return args[0].fake_device  # two thirds of all calls; the long way round gives the same
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         packet = func._overloadpacket
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor) and (size := self.weigh(tensor)):
-                self.ledger.book(tensor, size, self.part)
+        for tensor in (out,) if isinstance(out, Tensor) else tree_leaves(out):
+            if isinstance(tensor, Tensor) and (weight := self.weigh(tensor)):
+                self.ledger.book(tensor, weight)
         if self.counts_operations:
             self.ledger.segments[-1].operations += operations_of(packet, args, kwargs, out)
             if self.gpu and packet is ATTENTION_BACKWARD:
@@ -154,6 +179,11 @@ def _workspace(query: Tensor) -> int:
     return 4 * query.numel()
 
 
-def storage_bytes(tensor: Tensor) -> int:
-    """What a tensor's storage takes."""
-    return tensor.untyped_storage().nbytes()
+def storage_of(tensor: Tensor) -> Any:
+    """What a tensor and its views share, and is freed with the last of them."""
+    return (tensor.meta if isinstance(tensor, Hollow) else tensor).untyped_storage()
+
+
+def storage_bytes(tensor: Tensor) -> Weight:
+    """All that a tensor's storage takes, as activations."""
+    return Weight("activations", storage_of(tensor).nbytes())

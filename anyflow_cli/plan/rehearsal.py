@@ -1,160 +1,63 @@
 """A training step rehearsed: the real objectives, and networks whose tensors have shapes but no storage.
 
-An objective asks its roles for velocities. Here it runs on latents of two numbers, where everything that
-decides (times, shares, which samples, how many jumps) is computed for real, and each velocity is answered by
-a ``StandIn``. For a ``CallLog`` that is all: it tells which network calls a step makes. For a ``Rehearsal``
-the stand-in also runs the real network, in its role, on fake tensors of the true shapes, forward and, when
-the small graph's backward reaches it, backward; a ``Ledger`` counts what that holds.
+An objective runs on small latents (``calls.py``). Each velocity that it asks for is also computed by the real
+network, in its role, on hollow tensors of the true shapes, forward and, when the small graph's backward
+reaches it, backward; a ``Ledger`` counts what that holds.
 
 The rehearsal runs the network's path for CPUs, whose rotation of queries and keys makes fewer temporaries
 than the one for GPUs; with checkpointing the peak lies elsewhere in the block.
 
-Legend: B batch, F latent frames, C channels, H W latent height and width, L text tokens, D text width.
+Legend: B batch, F latent frames, C channels, H W latent height and width, L text tokens, D text width, E
+heads, d channels of a head.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 from torch.utils._python_dispatch import _disable_current_modes
 
 from anyflow_cli.data.batches import Batch
 from anyflow_cli.flow.samplers import flow_map_euler
 from anyflow_cli.flow.times import grid
 from anyflow_cli.flow.velocity import Velocity, guided
+from anyflow_cli.model.blocks import LayerKeys
+from anyflow_cli.model.causal import causal_of, partition_for, remembered_for
 from anyflow_cli.model.conditioned import Conditioned
+from anyflow_cli.model.layout import Layout
 from anyflow_cli.model.precision import autocast
-from anyflow_cli.model.roles import Backbone, Role
+from anyflow_cli.model.roles import Role
+from anyflow_cli.model.rollout import rollout
 from anyflow_cli.model.rotary import rotation
-from anyflow_cli.plan.ledger import BETWEEN, Label, Ledger, Segment, Watch, storage_bytes
-from anyflow_cli.plan.setup import Setup, backbone_on_meta, objective_of
+from anyflow_cli.plan.calls import (
+    SMALL,
+    SMALL_NEGATIVE,
+    SmallNetwork,
+    StandIn,
+    anchors_of,
+    small_batch,
+    terms_of,
+)
+from anyflow_cli.plan.hollow import Hollow, Hollowing, hollow_out
+from anyflow_cli.plan.ledger import BETWEEN, Label, Ledger, Segment, Watch, Weight, storage_bytes
+from anyflow_cli.plan.setup import Setup, backbone_on_meta
+from anyflow_cli.recipe.schema import Distill
 from anyflow_cli.train.draws import Draws
+from anyflow_cli.train.objectives import Term
 
-SMALL = 2  # numbers that stand for a sample's latents, and for its text
-
-
-class Bound(Protocol):
-    """A condition as ``flow.Velocity`` has it, without the call."""
-
-    def take(self, index: Tensor) -> Any:
-        """These samples only."""
-
-    def join(self, *others: Any) -> Any:
-        """One batch after another."""
-
-
-class Stage(Protocol):
-    """Whoever hears what the stand-ins are asked."""
-
-    anchors: dict[Role, Tensor]
-
-    def evaluate(self, label: Label, bound: Any, into: bool) -> Callable[[], None]:
-        """Note or rehearse one network call; gives its backward pass. ``into``: z needs gradient."""
-
-
-class StandIn:
-    """A velocity of small latents (B, 2, 1, 1, 1): zeros, and a word to the stage."""
-
-    def __init__(self, stage: Stage, role: Role, bound: Bound) -> None:
-        self.stage, self.role, self.bound = stage, role, bound
-
-    def __call__(self, z: Tensor, t: Tensor, r: Tensor) -> Tensor:
-        """Velocity of z (B, 2, 1, 1, 1)."""
-        anchor = self.stage.anchors[self.role]
-        wanted = torch.is_grad_enabled() and (anchor.requires_grad or z.requires_grad)
-        label = Label(self.role, "forward", len(z), wanted)
-        backward = self.stage.evaluate(label, self.bound, wanted and z.requires_grad)
-        velocity: Tensor = _Evaluation.apply(z, anchor, backward)  # type: ignore[no-untyped-call]
-        return velocity
-
-    def take(self, index: Tensor) -> StandIn:
-        """These samples only."""
-        return StandIn(self.stage, self.role, self.bound.take(index))
-
-    def join(self, *others: Velocity) -> StandIn:
-        """One batch after another."""
-        bounds = [cast("StandIn", other).bound for other in others]
-        return StandIn(self.stage, self.role, self.bound.join(*bounds))
-
-
-class _Evaluation(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, z: Tensor, anchor: Tensor, backward: Callable[[], None]) -> Tensor:
-        ctx.run = backward
-        return torch.zeros_like(z)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None]:
-        ctx.run()
-        return torch.zeros_like(gradient) if ctx.needs_input_grad[0] else None, None, None
-
-
-def small_batch(samples: int) -> Batch:
-    """A micro batch of small latents (B, 2, 1, 1, 1) and texts (B, 2, 1)."""
-    return Batch(
-        torch.zeros(samples, SMALL, 1, 1, 1), torch.zeros(samples, SMALL, 1), [""] * samples, [0] * samples
-    )
-
-
-SMALL_NEGATIVE = torch.zeros(SMALL, 1)
-
-
-def anchors_of(setup: Setup) -> dict[Role, Tensor]:
-    """For each role a weight that stands for its own."""
-    return {role: torch.zeros(1, requires_grad=role in ("student", "fake")) for role in setup.roles}
-
-
-# --- which calls a step makes
-
-
-class _Unbound:
-    def take(self, index: Tensor) -> _Unbound:
-        return self
-
-    def join(self, *others: _Unbound) -> _Unbound:
-        return self
-
-
-class CallLog:
-    """Stands for a backbone, and lists the forward calls of its networks."""
-
-    def __init__(self, setup: Setup) -> None:
-        self.anchors = anchors_of(setup)
-        self.calls: list[Label] = []
-
-    def velocity(self, role: Role, text: Tensor) -> StandIn:
-        """As ``Backbone.velocity``."""
-        return StandIn(self, role, _Unbound())
-
-    def evaluate(self, label: Label, bound: Any, into: bool) -> Callable[[], None]:
-        """Write it down."""
-        self.calls.append(label)
-        return _nothing
-
-
-def calls_of(setup: Setup, draws: Draws) -> list[Label]:
-    """The network calls of one micro batch, in order; none of the backward passes."""
-    log = CallLog(setup)
-    for phase in objective_of(setup, cast("Backbone", log), SMALL_NEGATIVE).phases:
-        for term in phase.terms:
-            term(small_batch(len(draws.positions)), draws)
-    return log.calls
-
-
-# --- what they hold and compute
+STEPS = 2  # of a rehearsed sampling: one more would hold nothing more
 
 
 @contextmanager
 def own_rotations() -> Iterator[None]:
-    """Keep fake rotations out of the cache that real networks share, and real ones from the rehearsal."""
+    """Keep hollow rotations out of the cache that real networks share, and real ones from the rehearsal."""
     rotation.cache_clear()
     try:
         yield
@@ -172,10 +75,13 @@ class Rehearsal:
     def __init__(self, setup: Setup, depth: int, *, keeps_gradients: bool) -> None:
         self.setup, self.keeps_gradients = setup, keeps_gradients
         self.anchors = anchors_of(setup)
+        self.network = SmallNetwork(setup, depth)
         self.ledger = Ledger()
-        self._fakes = FakeTensorMode()
+        self._known: dict[Label, Segment] = {}  # calls that leave nothing behind, as they were before
+        self._hollowing = Hollowing()
+        self._recomputes = isinstance(setup.settings, Distill) and setup.settings.recompute_rollout
         self.backbone = backbone_on_meta(setup, depth)
-        without_storage(self.backbone, self._fakes)
+        hollow_out(self.backbone)
         for parameter in self.backbone.parameters():
             self._settle(parameter)
 
@@ -185,7 +91,7 @@ class Rehearsal:
         if not parameter.requires_grad:
             return
         if self.keeps_gradients:
-            with self._fakes:
+            with self._hollowing:
                 parameter.grad = torch.zeros_like(parameter)
             self.ledger.ignore(parameter.grad)
         else:
@@ -197,78 +103,144 @@ class Rehearsal:
 
     def velocity(self, role: Role, text: Tensor) -> StandIn:
         """As ``Backbone.velocity``, for small texts (B, 2, 1)."""
-        with self._fakes:
-            embeddings = torch.empty(len(text), *self.setup.text)
-        self.ledger.ignore(embeddings)  # as the small text's weight, or a view of it
+        embeddings = self._uncounted(len(text), *self.setup.text)  # as the small text's weight, or a view
         return StandIn(self, role, _Text(self, self.backbone.velocity(role, embeddings)))
 
+    def network_of(self, role: Role) -> SmallNetwork:
+        """As ``Backbone.network_of``."""
+        return self.network
+
     @own_rotations()
-    def step(self, draws: Draws) -> list[Segment]:
-        """All phases on one micro batch, and what each stretch of them held."""
-        batch = small_batch(len(draws.positions))
-        for given in (batch.latents, batch.text, SMALL_NEGATIVE):
-            self.ledger.ignore(given)
-        objective = objective_of(self.setup, cast("Backbone", self), SMALL_NEGATIVE)
-        with Watch(self.ledger, self._true_size, "latents"):
-            for phase in objective.phases:
-                for term in phase.terms:
-                    self._differentiate(term, batch, draws)
-                for parameter in self.backbone.parameters_of(phase.role):
-                    if not self.keeps_gradients:
-                        parameter.grad = None
+    def step(self, draws: Sequence[Draws]) -> list[Segment]:
+        """All terms, each on a micro batch of its own, and what each stretch of them held."""
+        before: Role = "student"
+        batches = [self._ignored(small_batch(self.setup, len(own.positions))) for own in draws]
+        terms = terms_of(self.setup, self)
+        with Watch(self.ledger, self._true_size):
+            for (role, term), batch, own in zip(terms, batches, draws, strict=True):
+                if role != before and not self.keeps_gradients:
+                    self._clear(before)
+                self._differentiate(term, batch, own)
+                before = role
         return self.ledger.segments
+
+    def _clear(self, role: Role) -> None:
+        for parameter in self.backbone.parameters_of(role):
+            parameter.grad = None
 
     @own_rotations()
     @torch.no_grad()
     def sample(self, samples: int, *, is_guided: bool) -> list[Segment]:
-        """Two steps of sampling, of which any number more would hold as much."""
-        batch = small_batch(samples)
+        """Two steps of sampling (of a causal model: each chunk), of which any number would hold as much."""
+        setup = self.setup
+        batch = self._ignored(small_batch(setup, samples))
         velocity: Velocity = self.velocity("student", batch.text)
-        if is_guided:
-            velocity = guided(velocity, self.velocity("student", batch.text), 2.0)
-        with Watch(self.ledger, self._true_size, "latents"), autocast(self.setup.precision, "cpu"):
-            flow_map_euler(velocity, batch.latents, grid(2, self.setup.model.shift))
+        times = grid(STEPS, setup.model.shift)
+        with Watch(self.ledger, self._true_size), autocast(setup.precision, "cpu"):
+            if setup.config.causal is not None:
+                causal, frames = causal_of(setup.config), setup.latent[0]
+                list(
+                    rollout(
+                        cast("Conditioned", velocity),
+                        batch.latents,
+                        partition_for(causal, frames),
+                        flow_map_euler,
+                        [times],
+                        remember=remembered_for(causal, frames),
+                    )
+                )
+            else:
+                if is_guided:
+                    velocity = guided(velocity, self.velocity("student", batch.text), 2.0)
+                flow_map_euler(velocity, batch.latents, times)
         return self.ledger.segments
 
-    def _differentiate(self, term: Any, batch: Batch, draws: Draws) -> None:
-        with autocast(self.setup.precision, "cpu"):
-            loss, _ = term(batch, draws)
-        loss.backward()
+    @own_rotations()
+    def alone(self, labels: Iterable[Label]) -> list[Segment]:
+        """Each of these calls by itself, and its backward pass where it has gradient."""
+        for label in labels:
+            bound = self.velocity(cast("Role", label.role), torch.zeros(label.samples)).bound
+            if label.layout is not None:
+                bound = bound.over(label.layout, None)
+            self.evaluate(label, bound, into=label.with_gradient)()
+        return self.ledger.segments
 
-    def _true_size(self, tensor: Tensor) -> int:
-        """Bytes of the latents or the text that a small tensor stands for."""
-        small = not isinstance(tensor, FakeTensor) and tensor.device.type == "cpu"
-        if not small or tensor.dim() not in (3, 5) or tensor.shape[1] != SMALL:
-            return 0
-        sample = self.setup.latent if tensor.dim() == 5 else self.setup.text
-        return len(tensor) * math.prod(sample) * tensor.element_size()
+    def _differentiate(self, term: Term, batch: Batch, draws: Draws) -> None:
+        with autocast(self.setup.precision, "cpu", keeps_casts=self.setup.shards is None):
+            loss, _ = term(batch, draws)
+        loss.backward()  # type: ignore[no-untyped-call]
+
+    def _ignored(self, batch: Batch) -> Batch:
+        for given in (batch.latents, batch.text, SMALL_NEGATIVE):
+            self.ledger.ignore(given)
+        return batch
+
+    def _true_size(self, tensor: Tensor) -> Weight | None:
+        """Bytes of the latents, the text or the keys that a small tensor stands for."""
+        if isinstance(tensor, Hollow):
+            return None
+        setup, shape = self.setup, tensor.shape
+        if shape[2:] == (SMALL, *setup.small):
+            frame = math.prod(setup.latent[1:]) * tensor.element_size()
+            return Weight("latents", shape[0] * shape[1] * frame)
+        if shape[1:] == (SMALL, 1):
+            return Weight("latents", len(tensor) * math.prod(setup.text) * tensor.element_size())
+        if shape[2:] == (setup.config.heads, setup.config.head_dim):
+            return Weight("cache", tensor.nbytes * setup.small_tokens)
+        return None
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """What is done inside, is done by fake tensors and counted."""
-        watch = Watch(self.ledger, storage_bytes, "activations", counts_operations=True, gpu=self.setup.gpu)
-        # The watch over small tensors would see, and be slowed by, all that fake tensors do inside.
-        with _disable_current_modes(), self._fakes, watch:
+        """What is done inside, is done by hollow tensors and counted."""
+        watch = Watch(self.ledger, storage_bytes, counts_operations=True, gpu=self.setup.gpu)
+        # The watch over small tensors would see, and be slowed by, all that hollow tensors do inside. And the
+        # checkpoint around a small evaluation must not take in the large one: that follows the small one.
+        own = saved_tensors_hooks(Tensor.detach, Tensor.detach) if self._recomputes else nullcontext()
+        with _disable_current_modes(), self._hollowing, watch, own:
             yield
+
+    def _uncounted(self, *shape: int, dtype: torch.dtype = torch.float32, into: bool = False) -> Tensor:
+        with _disable_current_modes(), self._hollowing:
+            made = torch.empty(*shape, dtype=dtype, requires_grad=into)
+        self.ledger.ignore(made)
+        return made
+
+    def keys(self, small: LayerKeys | None, layout: Layout, samples: int) -> LayerKeys | None:
+        """Hollow keys for those that are counted as the small ones."""
+        places = [write.place for write in layout.writes]
+        places += [place for group in layout.groups for place in group.cached]
+        if not places:
+            return None
+        shape = (samples, max(place.stop for place in places), self.network.config.heads)
+        dtype, width = self.network.compute_dtype, self.network.config.head_dim
+
+        def empty() -> Tensor:
+            return self._uncounted(*shape, width, dtype=dtype)
+
+        return LayerKeys(tuple((empty(), empty()) for _ in range(self.network.config.layers)))
 
     def evaluate(self, label: Label, bound: Any, into: bool) -> Callable[[], None]:
         """Run the role's network forward; the result runs it backward."""
         self.ledger.begin(label)
-        conditioned: Conditioned = bound.conditioned
-        with self._fakes:
-            z = torch.empty(label.samples, *self.setup.latent, requires_grad=into)
-            t = torch.empty(label.samples)
-        self.ledger.ignore(z)  # counted as the small latents
+        if label in self._known:
+            self.ledger.repeat(self._known[label])
+            self.ledger.begin(BETWEEN)
+            return _nothing
+        frames = self.setup.latent[0] if label.layout is None else label.layout.frames
+        z = self._uncounted(label.samples, frames, *self.setup.latent[1:], into=into)  # as the small latents
+        t = self._uncounted(label.samples, *[frames] * label.by_frame)
         with self.running(), torch.set_grad_enabled(label.with_gradient):
-            u = conditioned(z, t, t)
+            u = bound.conditioned(z, t, t)
+        if label.layout is not None and u.grad_fn is None:  # its text's keys are there: it leaves nothing
+            self._known[label] = self.ledger.segments[-1]
         self.ledger.begin(BETWEEN)
-        return _nothing if u.grad_fn is None else partial(self._backward, label, get_gradient_edge(u))
+        if u.grad_fn is None:
+            return _nothing
+        return partial(self._backward, label, get_gradient_edge(u), tuple(u.shape), bound.kept)
 
-    def _backward(self, label: Label, edge: GradientEdge) -> None:
+    def _backward(self, label: Label, edge: GradientEdge, shape: tuple[int, ...], kept: object) -> None:
         self.ledger.begin(label._replace(direction="backward"))
-        with self._fakes:
-            gradient = torch.empty(label.samples, *self.setup.latent)
-        self.ledger.ignore(gradient)  # as z
+        gradient = self._uncounted(*shape)  # as z
         with self.running():
             torch.autograd.backward(edge, gradient)
         self.ledger.begin(BETWEEN)
@@ -279,30 +251,25 @@ def _nothing() -> None:
 
 
 class _Text:
-    """A role's network with its text bound, while rehearsing."""
+    """A role's network with its text bound, while rehearsing. ``kept``: what its graph holds in truth."""
 
-    def __init__(self, rehearsal: Rehearsal, conditioned: Conditioned) -> None:
-        self._rehearsal, self.conditioned = rehearsal, conditioned
+    def __init__(self, rehearsal: Rehearsal, conditioned: Conditioned, kept: object = None) -> None:
+        self._rehearsal, self.conditioned, self.kept = rehearsal, conditioned, kept
 
     def take(self, index: Tensor) -> _Text:
         with self._rehearsal.running():
-            fake = torch.empty(index.shape, dtype=torch.int64)
-            return _Text(self._rehearsal, self.conditioned.take(fake))
+            hollow = torch.empty(index.shape, dtype=torch.int64)
+            return _Text(self._rehearsal, self.conditioned.take(hollow))
 
     def join(self, *others: _Text) -> _Text:
         with self._rehearsal.running():
             return _Text(self._rehearsal, self.conditioned.join(*(other.conditioned for other in others)))
 
-
-def without_storage(module: nn.Module, fakes: FakeTensorMode) -> None:
-    """Turn a module's meta tensors into fake ones, which know a device and may be mixed with no others."""
-    for part in module.modules():
-        for name, parameter in list(part._parameters.items()):
-            if parameter is not None:
-                with fakes:
-                    fake = torch.empty(parameter.shape, dtype=parameter.dtype)
-                part._parameters[name] = nn.Parameter(fake, requires_grad=parameter.requires_grad)
-        for name, buffer in list(part._buffers.items()):
-            if buffer is not None:
-                with fakes:
-                    part._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+    def over(self, layout: Layout, keys: LayerKeys | None) -> _Text:
+        true = self._rehearsal.setup.true_layout(layout)
+        hollow = self._rehearsal.keys(keys, true, len(self.conditioned.text))
+        with self._rehearsal.running():
+            conditioned = self.conditioned.over(true, hollow)
+        # a block that is computed again finds the keys that it saw
+        kept = keys if self._rehearsal.network.gradient_checkpointing else None
+        return _Text(self._rehearsal, conditioned, kept)

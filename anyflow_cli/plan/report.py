@@ -30,8 +30,15 @@ BUILDERS = {
     "distill": Builder(stages.stage_two, "distill"),
     "finetune": Builder(stages.finetuning, "finetune"),
     "sample": Builder(stages.sampling, "sample"),
+    "stream": Builder(stages.streaming, "sample"),
 }
-CHAIN = ("synthesize", "tune", "train-flowmap", "distill", "sample")  # a step of finetune is one of stage 1
+COMMANDS = ("synthesize", "train-flowmap", "distill", "sample")
+
+
+def chain_of(recipe: Recipe) -> tuple[str, ...]:
+    """The stages of a plan; a step of finetune is one of stage 1."""
+    chain = ("synthesize", "tune", "train-flowmap", "distill", "sample")
+    return chain if recipe.model.causal is None else (*chain, "stream")
 
 
 @dataclass(frozen=True)
@@ -65,8 +72,8 @@ class Plan:
 def plan(recipe: Recipe, cluster: Cluster, paths: RunPaths) -> Plan:
     """Plan the chain of a recipe, whose runs are in ``paths``."""
     target = target_of(recipe, cluster)
-    planned = {name: plan_stage(target, name) for name in CHAIN}
-    needs = {name: needs_of(recipe, paths, name) for name in CHAIN if name != "tune"}
+    planned = {name: plan_stage(target, name) for name in chain_of(recipe)}
+    needs = {name: needs_of(recipe, paths, name) for name in COMMANDS}
     return Plan(target, planned, _disk(target, planned), needs)
 
 
@@ -118,6 +125,7 @@ def _stage_values(planned: Planned) -> dict[str, Any]:
         "fits": planned.fits,
         "activations": stages.activations(stage),
         "rollout": stage.rollout,
+        "host": stage.host,
         **stage.work._asdict(),
     }
     if advice is not None:

@@ -11,11 +11,11 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from anyflow_cli.model.encoders import VideoVAE
+from anyflow_cli.plan.hollow import Hollowing, hollow_out
 from anyflow_cli.plan.ledger import Ledger, Segment, Watch, storage_bytes
-from anyflow_cli.plan.rehearsal import Rehearsal, without_storage
+from anyflow_cli.plan.rehearsal import STEPS, Rehearsal
 from anyflow_cli.plan.setup import Setup
 from anyflow_cli.plan.steps import at_full_depth
 
@@ -23,10 +23,25 @@ FRAMES = (3, 4)
 
 
 class Call(NamedTuple):
-    """Bytes at the peak of a sampling, its weights left out, and operations of an evaluation and sample."""
+    """Bytes at the peak of a sampling, its weights left out, and operations of a step and sample.
+
+    ``cache``: the part of the peak that keys of finished chunks take. ``filling``: operations of a sample
+    that do not depend on the number of steps, those of keeping its chunks.
+    """
 
     peak: int
+    cache: int
     operations: float
+    filling: float
+
+    def work(self, steps: int) -> float:
+        """Operations of a sample in so many steps."""
+        return steps * self.operations + self.filling
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """Its bytes by part."""
+        return {"cache": self.cache, "activations": self.peak - self.cache}
 
 
 class Decoding(NamedTuple):
@@ -44,12 +59,10 @@ def sampling_of(setup: Setup, samples: int, is_guided: bool) -> Call:
         return Rehearsal(setup, depth, keeps_gradients=False).sample(samples, is_guided=is_guided)
 
     segments = at_full_depth(setup, run)
-    calls = [segment for segment in segments if segment.label.samples]
-    evaluated = sum(segment.label.samples for segment in calls)
-    return Call(
-        max(segment.peak for segment in segments),
-        sum(segment.operations for segment in calls) / evaluated,
-    )
+    heaviest = max(segments, key=lambda segment: segment.peak)
+    fills = sum(segment.operations for segment in segments if segment.label.fills)
+    evaluated = sum(segment.operations for segment in segments) - fills
+    return Call(heaviest.peak, heaviest.parts["cache"], evaluated / (STEPS * samples), fills / samples)
 
 
 def decoding(vae: Mapping[str, Any], latent: tuple[int, int, int, int]) -> Decoding:
@@ -70,11 +83,11 @@ def _decoding(vae: str, latent: tuple[int, int, int, int]) -> Decoding:
 
     with torch.device("meta"):
         model: Any = AutoencoderKLWan.from_config(json.loads(vae))
-    ledger, fakes = Ledger(), FakeTensorMode()
-    without_storage(model, fakes)
+    ledger = Ledger()
+    hollow_out(model)
     weights = sum(parameter.nbytes for parameter in model.parameters())
     for parameter in model.parameters():
         ledger.ignore(parameter)
-    with fakes, Watch(ledger, storage_bytes, "activations"):
+    with Hollowing(), Watch(ledger, storage_bytes):
         VideoVAE(model).decode(torch.empty(1, *latent))
     return Decoding(weights, max(segment.peak for segment in ledger.segments))

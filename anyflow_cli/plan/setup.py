@@ -11,7 +11,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from anyflow_cli.model.config import NetworkConfig
+from anyflow_cli.model.causal import as_causal
+from anyflow_cli.model.config import Causal, NetworkConfig
+from anyflow_cli.model.layout import Layout, Segment
 from anyflow_cli.model.network import FlowMapTransformer, two_time_from
 from anyflow_cli.model.precision import Precision
 from anyflow_cli.model.roles import Backbone, LoraSize, Role
@@ -49,6 +51,39 @@ class Setup:
     def depth(self) -> int:
         """Blocks of the network that has fewest; a rehearsal takes away as many of each."""
         return min(self.network.layers, (self.scores or self.network).layers)
+
+    @property
+    def config(self) -> NetworkConfig:
+        """Of the student."""
+        causal = self.model.causal
+        if self.kind in ONE_TIME:
+            return self.network
+        own = None if causal is None else Causal.from_recipe(causal)
+        return replace(self.network, causal=own, two_time=True)
+
+    @property
+    def small(self) -> tuple[int, int]:
+        """Height and width of latents that stand for the true ones: the largest patch."""
+        return self.config.patch if self.config.causal is None else self.config.causal.compressed_patch
+
+    @property
+    def small_tokens(self) -> int:
+        """True tokens for one of small latents."""
+        return self.latent[2] * self.latent[3] // (self.small[0] * self.small[1])
+
+    def true_layout(self, small: Layout) -> Layout:
+        """The layout of the true latents for one of small ones."""
+
+        def moved(segment: Segment) -> Segment:
+            place = segment.place
+            return segment if place is None else replace(segment, place=place * self.small_tokens)
+
+        return replace(
+            small,
+            segments=tuple(map(moved, small.segments)),
+            height=self.latent[2],
+            width=self.latent[3],
+        )
 
     @property
     def roles(self) -> tuple[Role, ...]:
@@ -99,6 +134,8 @@ def backbone_on_meta(setup: Setup, depth: int) -> Backbone:
         teacher = network if setup.scores is None else _plain(scores, setup.stored)
         if setup.kind not in ONE_TIME and not config.two_time:
             network = two_time_from(network, setup.model.gate, setup.model.conditioning)
+        if setup.kind not in ONE_TIME and setup.model.causal is not None:
+            network = as_causal(network, Causal.from_recipe(setup.model.causal))
         apart = setup.kind == "on-policy" and (setup.lora is None or setup.separate)
         backbone = Backbone(
             network,
@@ -126,10 +163,12 @@ def _plain(config: NetworkConfig, dtype: torch.dtype) -> FlowMapTransformer:
 
 def objective_of(setup: Setup, backbone: Backbone, negative: Tensor) -> objectives.Objective:
     """The objective that the trainer would run."""
-    settings, shift = setup.settings, setup.model.shift
+    settings, shift, causal = setup.settings, setup.model.shift, setup.model.causal
     if isinstance(settings, schema.Distill):
-        return objectives.on_policy(backbone, negative, settings, shift)
+        return objectives.on_policy(backbone, negative, settings, shift, causal)
     assert isinstance(settings, (schema.TrainFlowMap, schema.Finetune))
     name = setup.kind
     assert name == "flow-map" or name == "flow-matching" or name == "consistency-ode"
-    return objectives.stage_one(name, backbone, negative, settings.flow_map, settings.optimiser, shift)
+    return objectives.stage_one(
+        name, backbone, negative, settings.flow_map, settings.optimiser, shift, causal
+    )

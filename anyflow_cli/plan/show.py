@@ -10,11 +10,12 @@ from rich.text import Text
 from anyflow_cli.errors import UsageError
 from anyflow_cli.plan.cluster import GIB, RESERVE, Cluster, this_machine
 from anyflow_cli.plan.report import BUILDERS, Plan, Planned
+from anyflow_cli.plan.setup import Setup
 from anyflow_cli.plan.stages import TUNING, Stage, activations, target_of
 from anyflow_cli.recipe.schema import Recipe
 
-PARTS = ("weights", "gradients", "optimiser", "average", "data", "activations")
-LONG = {"average": "moving average", "data": "batch"}
+PARTS = ("weights", "gradients", "optimiser", "average", "data", "cache", "activations")
+LONG = {"average": "moving average", "data": "batch", "cache": "cache of keys"}
 DECIMAL = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 OPERATIONS = ((1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"), (1e6, "MFLOP"))
 
@@ -74,13 +75,17 @@ def _memory(plan: Plan) -> Table:
         table.add_row(label, *cells, style=style, end_section=last)
 
     for part in PARTS:
-        row(LONG.get(part, part), [stage.peak.parts.get(part, 0) for stage in stages])
+        sizes = [stage.peak.parts.get(part, 0) for stage in stages]
+        if any(sizes) or part != "cache":
+            row(LONG.get(part, part), sizes)
     row("in all", [stage.peak.total for stage in stages], "bold", last=True)
     table.add_row("fits", *(_fits(planned) for planned in plan.stages.values()))
     both = [activations(stage) for stage in stages]
     for label in ("with checkpointing", "without checkpointing"):
         row(f"activations {label}", [found.get(label) for found in both], "dim")
     row("rollout and its graph", [stage.rollout or None for stage in stages], "dim")
+    if any(stage.host for stage in stages):
+        row("in the CPU's memory", [stage.host or None for stage in stages], "dim")
     return table
 
 
@@ -132,7 +137,7 @@ def _notes(plan: Plan) -> Text:
     if cluster.is_gpu:
         notes.append(
             f"Of each GPU {RESERVE / GIB:.0f} GiB are left to the driver, the libraries and fragmentation. "
-            "Every process holds a whole copy: nothing is sharded."
+            + _division(plan.stages["distill"].stage.setup)
         )
     if cluster.peak is None:
         notes.append("Times are not known: state the speed of this machine with --peak.")
@@ -142,6 +147,13 @@ def _notes(plan: Plan) -> Text:
             "recomputation counted; without reading data, previews, checkpoints and the VAE."
         )
     return Text("\n".join(notes))
+
+
+def _division(setup: Setup) -> str:
+    if setup.shards is None:
+        return "Every process holds a whole copy: nothing is sharded."
+    place = ", in the CPU's memory" if setup.offload else ""
+    return f"Weights, gradients and optimiser are divided among {setup.shards} processes{place}."
 
 
 def _advice(planned: Planned) -> str:

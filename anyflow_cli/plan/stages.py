@@ -6,6 +6,7 @@ is the one place that knows. Of sharded runs only the division has been checked,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +27,7 @@ from anyflow_cli.recipe import schema
 Command = Literal["synthesize", "train-flowmap", "distill", "finetune", "sample"]
 TUNING: Literal["flow-matching"] = "flow-matching"
 FP32 = 4
+DIVIDED = ("weights", "gradients", "optimiser", "average")  # by sharding
 MACHINE = 8  # GPUs that a machine is taken to have
 
 
@@ -61,6 +63,7 @@ class Stage:
     work: Work
     setup: Setup
     rollout: int  # bytes of stage 2's rollout and its graph
+    host: int = 0  # bytes that offloading holds in the CPU's memory
 
 
 @dataclass(frozen=True)
@@ -88,11 +91,6 @@ class Target:
 
 def target_of(recipe: schema.Recipe, cluster: Cluster) -> Target:
     """Look up the sizes of the recipe's teacher."""
-    if recipe.model.causal:
-        raise UsageError(
-            f"Recipe {recipe.name} is causal, and plan knows bidirectional models only.",
-            "Plan its bidirectional sibling for a lower bound.",
-        )
     return Target(recipe, pipeline_of(recipe.model.teacher), cluster)
 
 
@@ -134,6 +132,7 @@ def _training(target: Target, name: str, command: str, kind: Kind, settings: sch
         Work(step.operations, seconds, settings.steps, hours),
         setup,
         step.rollout,
+        _offloaded(setup, step),
     )  # fmt: skip
 
 
@@ -206,9 +205,14 @@ def _held(setup: Setup, step: Step) -> dict[str, int]:
     whole = _whole(setup, step)
     if setup.shards is None:
         return whole
-    divided = ("weights", "gradients", "optimiser", "average")
-    own = {part: 0 if setup.offload else whole[part] // setup.shards for part in divided}
+    own = {part: 0 if setup.offload else whole[part] // setup.shards for part in DIVIDED}
     return whole | own | {"weights": own["weights"] + gathered_of(setup)}
+
+
+def _offloaded(setup: Setup, step: Step) -> int:
+    """Bytes that a process holds in the CPU's memory instead."""
+    whole = _whole(setup, step)
+    return sum(whole[part] for part in DIVIDED) // (setup.shards or 1) if setup.offload else 0
 
 
 def _whole(setup: Setup, step: Step) -> dict[str, int]:
@@ -217,7 +221,7 @@ def _whole(setup: Setup, step: Step) -> dict[str, int]:
     # DDP's buckets outlive the step; a process alone frees a phase's gradients before the next begins
     buckets = setup.ranks > 1 and setup.shards is None
     gradients = sum(trained.values()) if buckets else max(trained.values())
-    sample = _numbers(setup.latent) + _numbers(setup.text)
+    sample = math.prod(setup.latent) + math.prod(setup.text)
     return {
         "weights": sum(size.bytes for size in step.roles.values()),
         "gradients": gradients if step.keeps_gradients else 0,
@@ -230,7 +234,10 @@ def _whole(setup: Setup, step: Step) -> dict[str, int]:
 def _training_moments(setup: Setup, step: Step) -> Iterator[Moment]:
     held = _held(setup, step)
     for segment in step.segments:
-        parts = {"activations": segment.parts["activations"] + segment.parts["latents"]}
+        parts = {
+            "cache": segment.parts["cache"],
+            "activations": segment.parts["activations"] + segment.parts["latents"],
+        }
         gradients = held["gradients"] + segment.parts["gradients"]
         yield Moment(_name(segment), held | {"gradients": gradients} | parts)
     for role, size in step.roles.items():
@@ -247,7 +254,7 @@ def _name(segment: Segment) -> str:
     if not label.role:
         return "between network calls"
     count = f"{label.samples} sample{'s' * (label.samples > 1)}"
-    return f"{label.role}: {label.direction}, {count}"
+    return f"{label.role}: {'keeping a chunk' if label.fills else label.direction}, {count}"
 
 
 def _preview_moments(target: Target, setup: Setup, step: Step) -> Iterator[Moment]:
@@ -258,17 +265,10 @@ def _preview_moments(target: Target, setup: Setup, step: Step) -> Iterator[Momen
         return
     held = _held(setup, step)
     call = sampling_of(setup, settings.preview_prompts, setup.kind == TUNING)
-    yield Moment("preview: sampling", held | {"activations": call.peak})
+    yield Moment("preview: sampling", held | call.parts)
     vae = decoding(target.pipeline.vae, setup.latent)
     weights = held["weights"] + vae.weights
     yield Moment("preview: decoding", held | {"weights": weights, "activations": vae.peak})
-
-
-def _numbers(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
 
 
 # --- sampling
@@ -277,7 +277,20 @@ def _numbers(shape: tuple[int, ...]) -> int:
 def sampling(target: Target) -> Stage:
     """``sample`` with the any-step model, at the largest of the recipe's step counts."""
     settings = target.recipe.sample
-    return _sampling(target, "sampling", "sample", "sampling", settings.batch, max(settings.nfe), 1)
+    return _sampling(_as_long(target), "sampling", "sample", "sampling", settings.batch, max(settings.nfe), 1)
+
+
+def streaming(target: Target) -> Stage:
+    """``sample --stream`` with a causal model: each chunk is decoded while the cache is there."""
+    steps = max(target.recipe.sample.nfe)
+    return _sampling(_as_long(target), "streaming", "sample --stream", "sampling", 1, steps, 1)
+
+
+def _as_long(target: Target) -> Target:
+    """With the videos that ``sample`` makes."""
+    model = target.recipe.model
+    longer = model.model_copy(update={"frames": target.recipe.sample.frames or model.frames})
+    return replace(target, recipe=target.recipe.model_copy(update={"model": longer}))
 
 
 def synthesis(target: Target) -> Stage:
@@ -292,13 +305,13 @@ def synthesis(target: Target) -> Stage:
         "synthesize",
         "synthesis",
         settings.batch,
-        2 * settings.steps,
+        settings.steps,
         settings.count or 1,
     )
 
 
 def _sampling(
-    target: Target, name: str, command: str, kind: Kind, batch: int, evaluations: int, videos: int
+    target: Target, name: str, command: str, kind: Kind, batch: int, steps: int, videos: int
 ) -> Stage:
     model, cluster = target.recipe.model, target.cluster
     text = (model.max_text_tokens, target.pipeline.network.text_dim)
@@ -307,19 +320,18 @@ def _sampling(
     )
     roles = {"network": roles_of(setup)["student"]}
     call = sampling_of(setup, batch, kind == "synthesis")
-    vae = decoding(target.pipeline.vae, target.latent)
+    streams = name == "streaming"
+    part = target.latent[0] if not streams else 2 * max(model.causal.partition if model.causal else (1,))
+    vae = decoding(target.pipeline.vae, (part, *target.latent[1:]))
     encoder = target.pipeline.text.parameters * (2 if cluster.is_gpu else FP32)
     weights = {"weights": roles["network"].bytes + encoder + vae.weights}
     moments = [
-        Moment("network", weights | {"activations": call.peak}),
-        Moment("decoding", weights | {"activations": vae.peak}),
+        Moment("network", weights | call.parts),
+        Moment("decoding", weights | {"cache": call.cache * streams, "activations": vae.peak}),
     ]
-    operations = call.operations * evaluations
+    operations = call.work(steps)
     seconds = cluster.seconds(operations)
     processes = cluster.count if kind == "synthesis" else 1
     hours = None if seconds is None else seconds * videos / processes / 3600
     peak = max(moments, key=lambda moment: moment.total)
     return Stage(name, command, roles, peak, Work(operations, seconds, videos, hours), setup, 0)
-
-
-STAGES = (synthesis, tuning, stage_one, stage_two, finetuning, sampling)

@@ -1,13 +1,13 @@
 """What one step of a stage costs: sizes of the roles, bytes by part at the peak, operations.
 
-Networks are rehearsed with two and with three blocks. Blocks are alike, so whatever a stretch of a step holds
+Networks are rehearsed with one and with two blocks. Blocks are alike, so whatever a stretch of a step holds
 or computes is a straight line in their number, and the full depth follows.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -15,12 +15,14 @@ from typing import NamedTuple
 from torch import nn
 
 from anyflow_cli.model.roles import Backbone
+from anyflow_cli.plan.calls import calls_of
 from anyflow_cli.plan.ledger import Label, Segment
-from anyflow_cli.plan.rehearsal import Rehearsal, calls_of
+from anyflow_cli.plan.rehearsal import Rehearsal
 from anyflow_cli.plan.setup import Setup, backbone_on_meta
+from anyflow_cli.recipe import schema
 from anyflow_cli.train.draws import Draws
 
-DEPTHS = (2, 3)
+DEPTHS = (1, 2)
 SAMPLED_STEPS = range(1, 65)  # of a run; the calls of a step are averaged over them
 BASE = "frozen base"
 
@@ -52,25 +54,39 @@ class Step:
 
 @lru_cache(maxsize=256)
 def step_of(setup: Setup) -> Step:
-    """Rehearse the heaviest micro batch of a training stage."""
+    """Rehearse the heaviest micro batches of a training stage."""
     assert setup.settings is not None
     keeps = setup.ranks > 1 or setup.micro < setup.share or setup.shards is not None
-    draws = heaviest(setup)
-    segments = at_full_depth(setup, lambda depth: Rehearsal(setup, depth, keeps_gradients=keeps).step(draws))
     micros = [draws for step in SAMPLED_STEPS for draws in micro_batches(setup, step)]
-    calls = [call for draws in micros for call in calls_of(setup, draws)]
-    return Step(roles_of(setup), segments, operations(segments, calls) / len(SAMPLED_STEPS), keeps)
+    calls = [calls_of(setup, draws) for draws in micros]
+    draws = heaviest(setup, micros, calls)
+    segments = at_full_depth(setup, lambda depth: Rehearsal(setup, depth, keeps_gradients=keeps).step(draws))
+    every = [label for terms in calls for labels in terms for label in labels]
+    spent = operations(setup, segments, every)
+    return Step(roles_of(setup), segments, spent / len(SAMPLED_STEPS), keeps)
 
 
-def heaviest(setup: Setup) -> Draws:
-    """Of the micro batches of many steps, the one that holds most: those with a graph first."""
+def heaviest(
+    setup: Setup, micros: Sequence[Draws], calls: Sequence[Sequence[Sequence[Label]]]
+) -> tuple[Draws, ...]:
+    """For each term, of the micro batches of many steps, the one that holds most: with a graph first."""
 
-    def weight(draws: Draws) -> tuple[int, int]:
-        calls = calls_of(setup, draws)
-        held = sum(call.samples for call in calls if call.with_gradient)
-        return held, sum(call.samples for call in calls) - held
+    def weight(labels: Sequence[Label]) -> tuple[int, int]:
+        forward = [label for label in labels if label.direction == "forward"]
+        held = sum(_tokens(setup, label) for label in forward if label.with_gradient)
+        return held, sum(_tokens(setup, label) for label in forward) - held
 
-    return max((draws for step in SAMPLED_STEPS for draws in micro_batches(setup, step)), key=weight)
+    def most(term: int) -> Draws:
+        return micros[max(range(len(micros)), key=lambda number: weight(calls[number][term]))]
+
+    shares_rollout = isinstance(setup.settings, schema.Distill) and setup.settings.reuse_rollout
+    return tuple(most(0 if shares_rollout else term) for term in range(len(calls[0])))
+
+
+def _tokens(setup: Setup, label: Label) -> int:
+    """Of small latents, all samples together."""
+    high, wide = (size // patch for size, patch in zip(setup.small, setup.config.patch, strict=True))
+    return label.samples * (setup.latent[0] * high * wide if label.layout is None else label.tokens)
 
 
 def micro_batches(setup: Setup, step: int) -> list[Draws]:
@@ -87,20 +103,32 @@ def micro_batches(setup: Setup, step: int) -> list[Draws]:
     ]
 
 
-def operations(segments: Sequence[Segment], calls: Iterable[Label]) -> float:
-    """Operations of all ``calls`` and their backward passes, at the price a sample has in ``segments``."""
-    spent: Counter[tuple[str, str]] = Counter()
-    samples: Counter[tuple[str, str]] = Counter()
+def operations(setup: Setup, segments: Sequence[Segment], calls: Iterable[Label]) -> float:
+    """Operations of all ``calls``, at the price that a sample of such a call has in ``segments``.
+
+    Those that are not there are rehearsed by themselves: the calls of other chunks than the heaviest.
+    """
+    calls = list(calls)
+    priced = {_price_of(segment.label) for segment in segments}
+    missing = dict.fromkeys(
+        label._replace(samples=1, direction="forward") for label in calls if _price_of(label) not in priced
+    )
+    if missing:
+        segments = [
+            *segments,
+            *at_full_depth(setup, lambda depth: Rehearsal(setup, depth, keeps_gradients=True).alone(missing)),
+        ]
+    spent: Counter[Hashable] = Counter()
+    samples: Counter[Hashable] = Counter()
     for segment in segments:
-        key = segment.label.role, segment.label.direction
-        spent[key] += segment.operations
-        samples[key] += segment.label.samples
-    total = 0.0
-    for call in calls:
-        for direction in ("forward", "backward") if call.with_gradient else ("forward",):
-            key = call.role, direction
-            total += call.samples * spent[key] / samples[key]
-    return total
+        spent[_price_of(segment.label)] += segment.operations
+        samples[_price_of(segment.label)] += segment.label.samples
+    return sum(label.samples * spent[_price_of(label)] / samples[_price_of(label)] for label in calls)
+
+
+def _price_of(label: Label) -> Hashable:
+    """Calls that are alike in this cost the same."""
+    return label.role, label.direction, label.layout
 
 
 def at_full_depth(setup: Setup, run: Callable[[int], list[Segment]]) -> list[Segment]:

@@ -13,12 +13,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from anyflow_cli.data.batches import Batch
-from anyflow_cli.model.config import NetworkConfig
+from anyflow_cli.model.causal import as_causal
+from anyflow_cli.model.config import Causal, NetworkConfig
 from anyflow_cli.model.network import FlowMapTransformer, two_time_from
 from anyflow_cli.model.roles import Backbone, LoraSize
+from anyflow_cli.plan.calls import calls_of
 from anyflow_cli.plan.setup import Kind, Setup
+from anyflow_cli.plan.steps import SAMPLED_STEPS, heaviest, micro_batches
 from anyflow_cli.recipe import schema
 from anyflow_cli.train import objectives
+from anyflow_cli.train.draws import Draws
 from anyflow_cli.train.trainer import Trainer, make_accelerator
 
 CONFIG = NetworkConfig(
@@ -27,6 +31,11 @@ CONFIG = NetworkConfig(
 LATENT = (4, 8, 8, 8)  # F, C, H, W
 TEXT = (16, 32)  # L, D
 LORA = schema.Lora(rank=8, alpha=8)
+
+
+def heaviest_of(wanted: Setup) -> tuple[Draws, ...]:
+    micros = [draws for step in SAMPLED_STEPS for draws in micro_batches(wanted, step)]
+    return heaviest(wanted, micros, [calls_of(wanted, draws) for draws in micros])
 
 
 def settings(kind: Kind, **changes: Any) -> schema.Training:
@@ -38,11 +47,16 @@ def settings(kind: Kind, **changes: Any) -> schema.Training:
 
 def setup(
     kind: Kind, *, lora: bool = True, checkpointing: bool = False, precision: str = "fp32", ranks: int = 1,
-    config: NetworkConfig = CONFIG, gpu: bool = False, scores: NetworkConfig | None = None, **changes: Any,
+    config: NetworkConfig = CONFIG, gpu: bool = False, scores: NetworkConfig | None = None,
+    causal: schema.Causal | None = None, **changes: Any,
 ) -> Setup:  # fmt: skip
-    model = schema.Model(lora=LORA if lora else None, gradient_checkpointing=checkpointing)
+    frames = 4 * (sum(causal.partition) if causal else LATENT[0]) - 3
+    model = schema.Model(
+        lora=LORA if lora else None, gradient_checkpointing=checkpointing, frames=frames, causal=causal
+    )
+    latent = ((frames - 1) // 4 + 1, *LATENT[1:])
     return Setup(
-        kind, config, model, settings(kind, **changes), LATENT, TEXT, cast("Any", precision), ranks, gpu,
+        kind, config, model, settings(kind, **changes), latent, TEXT, cast("Any", precision), ranks, gpu,
         separate=scores is not None, scores=scores,
     )  # fmt: skip
 
@@ -61,10 +75,13 @@ def backbone(wanted: Setup) -> Backbone:
     network = plain.requires_grad_(False)
     if wanted.kind != "flow-matching":
         network = two_time_from(network)
+        if wanted.model.causal is not None:
+            network = as_causal(network, Causal.from_recipe(wanted.model.causal))
     on_policy = wanted.kind == "on-policy"
     shared = lora and on_policy and other is None
     adapter = Backbone(tuned, lora=lora).state_dict_of("student") if shared else None
-    result = Backbone(network, wanted.roles, lora=lora, teacher=other, real_adapter=adapter)
+    teacher = tuned if on_policy and not lora else None
+    result = Backbone(network, wanted.roles, lora=lora, teacher=other or teacher, real_adapter=adapter)
     for module in result.modules():
         if isinstance(module, FlowMapTransformer):
             module.gradient_checkpointing = wanted.model.gradient_checkpointing
@@ -73,17 +90,23 @@ def backbone(wanted: Setup) -> Backbone:
 
 def objective(wanted: Setup, roles: Backbone) -> objectives.Objective:
     if isinstance(wanted.settings, schema.Distill):
-        return objectives.on_policy(roles, torch.randn(*TEXT), wanted.settings, 5.0)
+        return objectives.on_policy(roles, torch.randn(*TEXT), wanted.settings, 5.0, wanted.model.causal)
     assert isinstance(wanted.settings, schema.TrainFlowMap)
     own = wanted.settings
     return objectives.stage_one(
-        own.objective, roles, torch.randn(*TEXT), own.flow_map, own.optimiser, wanted.model.shift
+        own.objective,
+        roles,
+        torch.randn(*TEXT),
+        own.flow_map,
+        own.optimiser,
+        wanted.model.shift,
+        wanted.model.causal,
     )
 
 
-def batch(samples: int) -> Batch:
+def batch(samples: int, latent: tuple[int, ...] = LATENT) -> Batch:
     return Batch(
-        torch.randn(samples, *LATENT), torch.randn(samples, *TEXT), [""] * samples, list(range(samples))
+        torch.randn(samples, *latent), torch.randn(samples, *TEXT), [""] * samples, list(range(samples))
     )
 
 
@@ -125,11 +148,14 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.now -= size
 
 
-def measured_peak(wanted: Setup, directory: Path, steps: int = 8) -> int:
-    """The most that a real trainer's tensors take in a step, over some steps; the first makes the states."""
-    run, samples = trainer(wanted, directory), batch(wanted.share)
+def measured_peak(wanted: Setup, directory: Path) -> int:
+    """The most that a real trainer's tensors take in a step: in some, and in those that were rehearsed.
+
+    The first makes the states of the optimisers, and is not looked at.
+    """
+    run, samples = trainer(wanted, directory), batch(wanted.share, wanted.latent)
     most = 0
-    for run.step in range(1, steps + 1):
+    for run.step in (1, *sorted({2, 3, *(draws.step for draws in heaviest_of(wanted))} - {1})):
         states = [
             value
             for phase in run.phases

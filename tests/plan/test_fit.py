@@ -77,7 +77,7 @@ def test_whole_weights_may_become_adapters() -> None:
 
 
 def test_a_change_is_checked_and_leaves_the_rest() -> None:
-    (kind, *_) = kinds_of("distill", recipe())
+    (kind, *_) = kinds_of("distill", target_of(recipe(), parse_cluster("8x80GB")))
     after = changed(recipe(), [kind[0]])
     assert after.model.gradient_checkpointing
     assert after.model.model_copy(update={"gradient_checkpointing": False}) == recipe().model
@@ -86,5 +86,6 @@ def test_a_change_is_checked_and_leaves_the_rest() -> None:
 
 def test_sampling_takes_fewer_at_once() -> None:
     wanted = recipe().model_copy(update={"sample": schema.Sample(batch=4)})
-    sizes = [change.values["sample.batch"] for change in kinds_of("sample", wanted)[0]]
+    (kind, *_) = kinds_of("sample", target_of(wanted, parse_cluster("8x80GB")))
+    sizes = [change.values["sample.batch"] for change in kind]
     assert sizes == [2, 1]

@@ -19,7 +19,7 @@ KB = 1024
 
 
 def watch(ledger: Ledger) -> Watch:
-    return Watch(ledger, storage_bytes, "activations", counts_operations=True)
+    return Watch(ledger, storage_bytes, counts_operations=True)
 
 
 def numbers(count: int) -> Tensor:
@@ -104,7 +104,7 @@ def test_attention_on_a_gpu_adds_its_working_memory_in_the_backward_pass() -> No
 
     def peak(gpu: bool) -> int:
         ledger = Ledger()
-        with Watch(ledger, storage_bytes, "activations", counts_operations=True, gpu=gpu):
+        with Watch(ledger, storage_bytes, counts_operations=True, gpu=gpu):
             ATTENTION_BACKWARD(out, query, key, value, out, norms, 0.0, False)
         return ledger.segments[0].peak
 

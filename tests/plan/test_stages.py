@@ -165,8 +165,3 @@ def test_decoding_is_a_straight_line_in_the_frames() -> None:
 def test_a_batch_that_cannot_be_divided_is_refused(folder: Path) -> None:
     with pytest.raises(UsageError, match="A global batch of 4 cannot be divided among 3 processes"):
         stages.stage_one(target(folder, replace(CPU, count=3)))
-
-
-def test_causal_models_are_refused(folder: Path) -> None:
-    with pytest.raises(UsageError, match="bidirectional models only"):
-        target(folder, model={"causal": {"partition": (1, 2)}})

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from anyflow_cli.plan.calls import calls_of
 from anyflow_cli.plan.ledger import ATTENTION, ATTENTION_BACKWARD, Label
-from anyflow_cli.plan.rehearsal import calls_of
 from anyflow_cli.plan.setup import Kind, Setup
 from anyflow_cli.plan.steps import SAMPLED_STEPS, micro_batches, operations, step_of
 from anyflow_cli.train.draws import Draws
@@ -18,8 +18,13 @@ from tests.plan.small import CONFIG, LATENT, backbone, batch, objective, setup
 TOKENS = LATENT[0] * LATENT[2] * LATENT[3] // 4
 
 
+def labels_of(wanted: Setup, draws: Draws) -> list[Label]:
+    return [label for term in calls_of(wanted, draws) for label in term]
+
+
 def shapes(calls: list[Label]) -> list[tuple[str, int, bool]]:
-    return [(call.role, call.samples, call.with_gradient) for call in calls]
+    forward = [call for call in calls if call.direction == "forward"]
+    return [(call.role, call.samples, call.with_gradient) for call in forward]
 
 
 def real_calls(wanted: Setup, draws: Draws) -> list[tuple[str, int, bool]]:
@@ -42,14 +47,14 @@ def test_the_calls_are_those_of_the_real_networks(kind: Kind) -> None:
     wanted = setup(kind, micro_batch=4)
     for step in (1, 2, 3):
         for draws in micro_batches(wanted, step):
-            counted = [("", *call[1:]) for call in shapes(calls_of(wanted, draws))]
+            counted = [("", *call[1:]) for call in shapes(labels_of(wanted, draws))]
             assert counted == real_calls(wanted, draws)
 
 
 def test_stage_one_makes_two_calls_and_skips_the_boundary() -> None:
     """Half of the samples have t > r: the null branch of 8 and both sides of 4 in one call, then 8."""
     (draws,) = micro_batches(setup("flow-map"), 1)
-    assert shapes(calls_of(setup("flow-map"), draws)) == [("student", 16, False), ("student", 8, True)]
+    assert shapes(labels_of(setup("flow-map"), draws)) == [("student", 16, False), ("student", 8, True)]
 
 
 def test_the_last_micro_batch_of_the_last_process_has_most_to_do() -> None:
@@ -57,7 +62,7 @@ def test_the_last_micro_batch_of_the_last_process_has_most_to_do() -> None:
     wanted = setup("flow-map", ranks=2, micro_batch=2)
     first, last = micro_batches(wanted, 1)
     assert (first.positions, last.positions) == ((1, 3), (5, 7))
-    assert [calls_of(wanted, draws)[0].samples for draws in (first, last)] == [2, 6]
+    assert [labels_of(wanted, draws)[0].samples for draws in (first, last)] == [2, 6]
 
 
 def counted_by_torch(wanted: Setup, draws: Draws) -> int:
@@ -92,7 +97,7 @@ def test_operations_are_those_that_torch_counts(kind: Kind, checkpointing: bool)
     segments = step_of(wanted).segments
     for step in (1, 2):
         draws = micro_batches(wanted, step)[-1]
-        planned = operations(segments, calls_of(wanted, draws))
+        planned = operations(wanted, segments, labels_of(wanted, draws))
         assert planned == pytest.approx(counted_by_torch(wanted, draws), rel=0.02)
 
 
@@ -108,7 +113,11 @@ def test_rollouts_have_as_many_jumps_as_their_budgets_give(budgets: tuple[int, .
     """Of N jumps' places the first and the last save one: 3 - 2 / N on average."""
     wanted = setup("on-policy", budgets=budgets, joint=False, lora=False)
     jumps = [
-        sum(call.role == "student" and call.with_gradient for call in calls_of(wanted, draws))
+        sum(
+            call.role == "student" and call.with_gradient
+            for call in labels_of(wanted, draws)
+            if call.direction == "forward"
+        )
         for step in SAMPLED_STEPS
         for draws in micro_batches(wanted, step)
     ]

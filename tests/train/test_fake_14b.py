@@ -19,7 +19,7 @@ from anyflow_cli.model.precision import autocast
 from anyflow_cli.model.roles import Backbone, Role
 from anyflow_cli.model.sharding import shard
 from anyflow_cli.plan.cluster import parse_cluster
-from anyflow_cli.plan.rehearsal import own_rotations, without_storage
+from anyflow_cli.plan.rehearsal import own_rotations
 from anyflow_cli.plan.setup import Setup, backbone_on_meta
 from anyflow_cli.plan.stages import target_of, training_setup
 from anyflow_cli.recipe import schema
@@ -39,6 +39,15 @@ def group() -> Iterator[None]:
 def setup() -> Setup:
     recipe = load_recipe("bidirectional14b")
     return training_setup(target_of(recipe, parse_cluster("8x80GB")), "on-policy", recipe.distill)
+
+
+def without_storage(module: nn.Module, fakes: FakeTensorMode) -> None:
+    """Turn a module's meta parameters into fake ones, which know a device."""
+    for part in module.modules():
+        for name, parameter in list(part.named_parameters(recurse=False)):
+            with fakes:
+                fake = torch.empty(parameter.shape, dtype=parameter.dtype)
+            part.register_parameter(name, nn.Parameter(fake, requires_grad=parameter.requires_grad))
 
 
 def test_all_roles_of_14b_are_adapters_on_one_base(setup: Setup) -> None:
