@@ -106,6 +106,9 @@ class Model(Section):
     checkpointed_every: Count = Field(
         1, description="Of the blocks, with gradient_checkpointing: 2 recomputes every second one."
     )
+    compile: bool = Field(
+        False, description="torch.compile each block while training; equal to rounding, slow to begin."
+    )
 
     @field_validator("height", "width")
     @classmethod

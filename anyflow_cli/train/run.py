@@ -33,7 +33,7 @@ from anyflow_cli.sharded import SHARDS
 HARMLESS = (
     "steps", "micro_batch", "checkpoint_every", "keep_checkpoints", "log_every", "preview_every",
     "preview_prompts", "tensorboard", "trackers", "gradient_checkpointing",
-    "checkpointed_every", "recompute_rollout", "shipped",
+    "checkpointed_every", "compile", "recompute_rollout", "shipped",
     "fps", "precision",
 )  # fmt: skip
 OTHER = "Use another --runs directory or recipe name, or go back to the settings of {path}."

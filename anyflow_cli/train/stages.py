@@ -27,6 +27,7 @@ from anyflow_cli.data.shards import read_manifest
 from anyflow_cli.errors import UsageError
 from anyflow_cli.model.adapter import load_adapter, save_adapter
 from anyflow_cli.model.causal import as_causal, check_partition
+from anyflow_cli.model.compiled import compile_blocks
 from anyflow_cli.model.config import Causal
 from anyflow_cli.model.folder import resolve, save_pipeline
 from anyflow_cli.model.network import FlowMapTransformer, two_time_from
@@ -188,10 +189,11 @@ def _backbone(
     recipe: schema.Recipe, network: FlowMapTransformer, roles: tuple[Role, ...], **options: Any
 ) -> Backbone:
     backbone = Backbone(network, roles, lora=_lora(recipe), **options)
-    for module in backbone.modules():
-        if isinstance(module, FlowMapTransformer):
-            module.gradient_checkpointing = recipe.model.gradient_checkpointing
-            module.checkpointed_every = recipe.model.checkpointed_every
+    for one in backbone.networks():
+        one.gradient_checkpointing = recipe.model.gradient_checkpointing
+        one.checkpointed_every = recipe.model.checkpointed_every
+        if recipe.model.compile:
+            compile_blocks(one)
     return backbone
 
 
