@@ -40,7 +40,7 @@ DIRECTIONS: dict[str, tuple[float, float]] = {
     "down and left": (-sqrt(0.5), sqrt(0.5)), "down and right": (sqrt(0.5), sqrt(0.5)),
 }  # fmt: skip  # unit vectors, x to the right, y downwards
 DOT_COLOUR: Colour = (250, 250, 250)
-DOT_COUNT = 3
+DOT_COUNT = 4
 DOT_RADIUS = 2.2
 DOT_DISTANCE = 9.0  # between centres, so that dots never touch
 # How often a caption leaves an attribute out.

@@ -2,10 +2,11 @@
 
     python scripts/tiny/vae.py --out build/tiny/vae
 
-Spatial factor 8, temporal factor 4, 8 latent channels: a clip of 33x64x64 becomes 9x8x8. Trained on clips of
-both shapes worlds by a weighted L1 loss, in which shapes and dots count more than the plain background, plus
-a small KL term: single frames first, then nine frames, then, for the decoder alone, whole clips. Prints its
-PSNR on clips that it is not trained on.
+Spatial factor 8, temporal factor 4, 8 latent channels: a clip of 33x64x64 becomes 9x8x8. As in Wan 2.2's, the
+first factor of two is a rearrangement of pixels to channels, which makes it several times cheaper. Trained on
+clips of both shapes worlds by a weighted L1 loss, in which shapes, dots and above all edges count more than
+the plain background, plus a small KL term: single frames first, then cut-outs of whole length, for the caches
+of the causal convolutions reach far, then whole clips. Prints its PSNR on clips that it is not trained on.
 
 Legend: B clips, T frames, H W pixels, C channels.
 """
@@ -26,21 +27,27 @@ from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import (
     WanAttentionBlock,
     WanCausalConv3d,
+    WanResample,
     WanResidualBlock,
+    patchify,
+    unpatchify,
 )
 from torch import Tensor
 
 from anyflow_cli.data.world import BACKGROUNDS, FRAMES, HEIGHT, WORLDS, Scene, render
 
 LATENT_CHANNELS = 8
+PATCH = 2
 CONFIG = {
-    "base_dim": 16, "z_dim": LATENT_CHANNELS, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 1,
-    "temperal_downsample": [False, True, True],
+    "base_dim": 32, "z_dim": LATENT_CHANNELS, "dim_mult": [1, 2, 2], "num_res_blocks": 1,
+    "temperal_downsample": [True, True], "patch_size": PATCH, "in_channels": 3 * PATCH**2,
+    "out_channels": 3 * PATCH**2,
     "latents_mean": [0.0] * LATENT_CHANNELS, "latents_std": [1.0] * LATENT_CHANNELS,
 }  # fmt: skip
 KL_WEIGHT = 1e-4
-FOREGROUND_WEIGHT = 4.0
-FIRST_FRAME_WEIGHT = 4.0  # it has a latent frame of its own, and is one of 33
+FOREGROUND_WEIGHT = 3.0
+EDGE_WEIGHT = 6.0
+FIRST_FRAME_WEIGHT = 6.0  # it has a latent frame of its own, and is one of 33
 
 
 @dataclass(frozen=True)
@@ -66,10 +73,18 @@ class Pool:
             left, top = corner(scene, begin + frames // 2, size, rng) if size < HEIGHT else (0, 0)
             video = self.pixels[index, begin : begin + frames, top : top + size, left : left + size].float()
             far = (video - torch.tensor(BACKGROUNDS[scene.background])).abs().sum(-1) > 12
-            weights.append(1 + FOREGROUND_WEIGHT * far)
+            video = video.permute(3, 0, 1, 2) / 127.5 - 1
+            weights.append(1 + FOREGROUND_WEIGHT * far + EDGE_WEIGHT * edges(video))
             weights[-1][0] *= FIRST_FRAME_WEIGHT
-            videos.append(video.permute(3, 0, 1, 2) / 127.5 - 1)
+            videos.append(video)
         return torch.stack(videos), torch.stack(weights)[:, None]
+
+
+def edges(video: Tensor) -> Tensor:
+    """Where (T, H, W) the pixels of (3, T, H, W) differ from their neighbours, 0 to 1."""
+    frames = video.transpose(0, 1)
+    highest, lowest = (sign * F.max_pool2d(sign * frames, 3, stride=1, padding=1) for sign in (1, -1))
+    return (3 * (highest - lowest).amax(1)).clamp(max=1)
 
 
 def corner(scene: Scene, frame: int, size: int, rng: np.random.Generator) -> tuple[int, int]:
@@ -86,10 +101,7 @@ def planar_convolution(self: WanCausalConv3d, x: Tensor, cache_x: Tensor | None 
     Equal to diffusers' to rounding, and two to three times as fast on a CPU at these widths.
     """
     taps, missing = list(range(self.kernel_size[0])), self._padding[4]
-    if missing > 0 and cache_x is not None:
-        x = torch.cat([cache_x, x], dim=2)
-        missing -= cache_x.shape[2]
-    elif missing == 2 and x.shape[2] == 1:
+    if missing == 2 and x.shape[2] == 1:
         taps, missing = [2], 0  # the two older taps would see zeros alone
     frames = F.pad(x, (0, 0, 0, 0, missing, 0)).transpose(1, 2)  # (B, T, C, H, W)
     stride = self.stride[0]
@@ -103,13 +115,42 @@ def planar_convolution(self: WanCausalConv3d, x: Tensor, cache_x: Tensor | None 
     return out.unflatten(0, (len(x), length)).transpose(1, 2)
 
 
+def whole_resampling(self: WanResample, x: Tensor, *_: object) -> Tensor:
+    """Resample all frames at once: the first has no others in its latent frame and stays one in time."""
+    if self.mode == "upsample3d" and x.shape[2] > 1:
+        pairs = self.time_conv(x[:, :, 1:]).unflatten(1, (2, x.shape[1]))  # (B, 2, C, T - 1, H, W)
+        x = torch.cat([x[:, :, :1], pairs.permute(0, 2, 3, 1, 4, 5).flatten(2, 3)], dim=2)
+    x = self.resample(x.transpose(1, 2).flatten(0, 1)).unflatten(0, (len(x), -1)).transpose(1, 2)
+    if self.mode == "downsample3d" and x.shape[2] > 1:
+        x = torch.cat([x[:, :, :1], self.time_conv(x)], dim=2)
+    return x
+
+
+def encode(vae: AutoencoderKLWan, video: Tensor) -> Tensor:
+    """Mean and log variance (B, 2C, F, h, w) of the latents, all frames in one pass."""
+    out: Tensor = vae.quant_conv(vae.encoder(patchify(video, PATCH)))
+    return out
+
+
+def decode(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
+    """Pixels (B, 3, T, H, W), all frames in one pass; frame by frame through caches gives the same."""
+    out: Tensor = unpatchify(vae.decoder(vae.post_quant_conv(latents)), PATCH)
+    return out
+
+
+def pass_all_frames_at_once() -> None:
+    """Let every Wan autoencoder of this process encode without caches: the same, several times as fast."""
+    WanCausalConv3d.forward, WanResample.forward = planar_convolution, whole_resampling
+    AutoencoderKLWan._encode = encode
+
+
 def reconstruct(vae: AutoencoderKLWan, video: Tensor, noisy: bool) -> tuple[Tensor, Tensor]:
     """Decode a posterior sample (or its mean) of the clips; returns the pixels and the KL term."""
-    mean, log_variance = vae._encode(video).chunk(2, dim=1)
+    mean, log_variance = encode(vae, video).chunk(2, dim=1)
     log_variance = log_variance.clamp(-30, 20)
     latents = mean + torch.randn_like(mean) * (0.5 * log_variance).exp() if noisy else mean
     kl = 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).mean()
-    return vae._decode(latents, return_dict=False)[0], kl
+    return decode(vae, latents), kl
 
 
 @torch.no_grad()
@@ -117,7 +158,8 @@ def psnr(vae: AutoencoderKLWan, pool: Pool, frames: int) -> tuple[float, float]:
     """Peak signal to noise ratio in dB on fresh clips: over all pixels, and over shapes and dots alone."""
     video, weight = pool.batch(np.random.default_rng(0), 6, frames, HEIGHT)
     error = (reconstruct(vae, video, noisy=False)[0].clamp(-1, 1) - video) ** 2
-    shapes = (weight > FIRST_FRAME_WEIGHT).expand_as(error)
+    weight[:, :, 0] /= FIRST_FRAME_WEIGHT
+    shapes = (weight >= 1 + FOREGROUND_WEIGHT).expand_as(error)
     return 10 * math.log10(4 / error.mean().item()), 10 * math.log10(4 / error[shapes].mean().item())
 
 
@@ -126,7 +168,7 @@ def normalise(vae: AutoencoderKLWan, pool: Pool) -> None:
     """Write the latents' mean and standard deviation into the configuration, where pipelines find them."""
     latents = torch.cat(
         [
-            vae._encode(video.permute(3, 0, 1, 2)[None] / 127.5 - 1).chunk(2, dim=1)[0]
+            encode(vae, video.permute(3, 0, 1, 2)[None] / 127.5 - 1).chunk(2, dim=1)[0]
             for video in pool.pixels.float()
         ]
     )
@@ -203,15 +245,14 @@ class Phase:
     frames: int
     size: int
     scale: tuple[float, float]
-    decoder_only: bool = False
 
 
 PHASES = (
-    Phase(0.20, clips=32, frames=1, size=32, scale=(1.0, 0.5)),
-    Phase(0.30, clips=8, frames=9, size=32, scale=(0.5, 0.25)),
-    Phase(0.15, clips=4, frames=9, size=HEIGHT, scale=(0.25, 0.01)),
-    # Whole clips: the cache of the causal convolutions reaches further back than nine frames.
-    Phase(0.35, clips=3, frames=FRAMES, size=32, scale=(0.5, 0.01), decoder_only=True),
+    Phase(0.11, clips=48, frames=1, size=32, scale=(1.0, 0.8)),
+    Phase(0.32, clips=5, frames=FRAMES, size=32, scale=(0.8, 0.5)),
+    Phase(0.28, clips=2, frames=FRAMES, size=HEIGHT, scale=(0.5, 0.01)),
+    Phase(0.17, clips=8, frames=FRAMES, size=32, scale=(0.3, 0.15)),  # around shapes and dots once more
+    Phase(0.12, clips=2, frames=FRAMES, size=HEIGHT, scale=(0.15, 0.01)),
 )
 
 
@@ -220,24 +261,22 @@ def train(
 ) -> None:
     """Train one phase of a training of so many minutes."""
     rng, begun = np.random.default_rng(phase.clips), time.monotonic()
-    for part in (vae.encoder, vae.quant_conv):
-        part.requires_grad_(not phase.decoder_only)
-    leave_attention_out(vae)
     for step in itertools.count():
         done = (time.monotonic() - begun) / (60 * minutes * phase.share)
         if done >= 1:
             break
         video, weight = pool.batch(rng, phase.clips, phase.frames, phase.size)
-        pixels, kl = reconstruct(vae, video, noisy=not phase.decoder_only)
+        with torch.autocast("cpu", torch.bfloat16):
+            pixels, kl = reconstruct(vae, video, noisy=True)
         loss = (weight * (pixels - video).abs()).mean() / weight.mean()
         vae.zero_grad(set_to_none=True)
         (loss + KL_WEIGHT * kl).backward()
         optimiser.step(
             min(1.0, (step + 1) / 20) * (phase.scale[0] + done * (phase.scale[1] - phase.scale[0]))
         )
-        if step % 25 == 0:
+        if step % 50 == 0:
             print(f"step {step} ({done:.0%}) loss {loss:.4f} kl {kl:.3f}", flush=True)
-        if step % 100 == 99:
+        if step % 250 == 249:
             print("psnr all {:.1f} dB, shapes {:.1f} dB".format(*psnr(vae, fresh, phase.frames)), flush=True)
     print("psnr all {:.1f} dB, shapes {:.1f} dB".format(*psnr(vae, fresh, phase.frames)), flush=True)
 
@@ -255,7 +294,7 @@ def main() -> None:
         "--minutes", type=float, default=20, help="of three threads; sets the length of the schedule"
     )
     args = parser.parse_args()
-    WanCausalConv3d.forward = planar_convolution
+    pass_all_frames_at_once()
     torch.manual_seed(0)
     vae = AutoencoderKLWan.from_pretrained(args.start) if args.start else untrained()
     leave_attention_out(vae)
@@ -263,9 +302,8 @@ def main() -> None:
     pool, fresh = Pool.draw(0, 2000), Pool.draw(10**7, 24)
     for phase in PHASES[args.skip :]:
         train(vae, optimiser, phase, pool, fresh, args.minutes)
-        if not phase.decoder_only:
-            normalise(vae, fresh)
-    vae.save_pretrained(args.out)
+        normalise(vae, fresh)
+        vae.save_pretrained(args.out)
 
 
 if __name__ == "__main__":

@@ -20,8 +20,7 @@ from pathlib import Path
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
-from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
-from vae import planar_convolution
+from vae import pass_all_frames_at_once
 
 from anyflow_cli.data.shards import (
     Sample,
@@ -89,7 +88,7 @@ def samples(indices: range, vae: VideoVAE, text: TextEncoder) -> Iterator[Sample
 def write_part(pipeline: Path, target: Path, part: list[tuple[int, range]]) -> None:
     """Encode and write some of the shards, in a process with one thread of its own."""
     torch.set_num_threads(1)
-    WanCausalConv3d.forward = planar_convolution
+    pass_all_frames_at_once()
     vae, text = VideoVAE.load(pipeline), TextEncoder.load(pipeline)
     begun = time.monotonic()
     for number, indices in part:
