@@ -1,6 +1,6 @@
 """The shapes world: short captioned clips, drawn rather than filmed, infinite and seeded.
 
-One coloured shape moves in a straight line over a plain background, behind three small white dots that stand
+One coloured shape moves in a straight line over a plain background, behind four small white dots that stand
 still. The dots are in no caption: several independent, sharply placed things are what a few large sampling
 steps get wrong, so they leave something to distil. ``shapes`` is the world of the built-in models;
 ``shapes-shifted`` has colours and diagonal motions that those models never saw, for fine-tuning.

@@ -54,9 +54,9 @@ FAULTS: dict[str, tuple[Damage, dict[str, float], set[str]]] = {
     "flicker":    (damage.flicker,          {"temporal consistency": 30},
                    {"artefacts", "motion smoothness", "details", "colour", "size", "shape"}),
     "ghost":      (damage.ghost,            {"artefacts": 60, "details": 60},
-                   {"sharpness", "shape", "size", "colour"}),
-    "two dots":   (damage.two_dots,         {"details": 67},                      set()),
-    "four dots":  (damage.four_dots,        {"details": 80},                      {"artefacts"}),
+                   {"sharpness", "shape", "size", "colour", "motion smoothness"}),
+    "a dot less": (damage.a_dot_less,       {"details": 75},                      set()),
+    "a dot more": (damage.a_dot_more,       {"details": 80},                      {"artefacts"}),
     "vanishing":  (damage.vanishing,        {"temporal consistency": 60, "motion smoothness": 60},
                    {"shape", "colour", "size", "sharpness"}),
 }  # fmt: skip
