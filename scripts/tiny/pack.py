@@ -38,7 +38,7 @@ def main() -> None:
     lineage = args.out / "lineage.json"
     if lineage.exists():
         content = json.dumps(json.loads(lineage.read_text()), indent=2)
-        lineage.write_text(re.sub(r'"/[^"]*/(assets/|runs/|bin/)', r'"\1', content) + "\n")
+        lineage.write_text(re.sub(r'"/[^"]*/((assets|runs|bin)[/"])', r'"\1', content) + "\n")
 
 
 if __name__ == "__main__":
