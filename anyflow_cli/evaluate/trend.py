@@ -47,15 +47,18 @@ class Trend:
 def totals(suite: Suite, scores: Sequence[VideoScore], prompts: Sequence[int]) -> Doubles | None:
     """Total of each draw (R,), ``prompts`` being the numbers of their prompts.
 
-    None for fewer than LEAST_PROMPTS, and where some draw lacks a dimension.
+    Draws in which no prompt asks for some dimension are left out, the same ones for every model on these
+    prompts. None for fewer than LEAST_PROMPTS, and where fewer than half of the draws are left.
     """
     sums, counts = _per_prompt(suite, scores, prompts)
     if len(sums) < LEAST_PROMPTS:
         return None
     draws = _draws(len(sums))
     counted = draws @ counts  # (R, D)
-    if not (counted > 0).all():
+    complete = (counted > 0).all(1)
+    if complete.mean() < 0.5:
         return None
+    draws, counted = draws[complete], counted[complete]
     low, high = (np.array([getattr(d, side) for d in suite.dimensions]) for side in ("low", "high"))
     return np.asarray(100 * ((draws @ sums / counted - low) / (high - low)) @ _weights(suite))
 

@@ -77,3 +77,15 @@ def test_a_verdict_needs_more_than_noise(gain: float, verdict: str) -> None:
 
 def test_one_step_count_has_no_trend() -> None:
     assert trend({4: (80.0, np.zeros(3))}) is None
+
+
+def test_a_dimension_that_few_prompts_ask_for_leaves_an_interval() -> None:
+    """Two of six prompts: one draw in eleven has none of them."""
+    toy = Toy()
+    videos = scores(np.linspace(0.6, 0.8, 6))
+    rare = toy.dimensions[0].name
+    for video in videos[2:]:
+        del video.scores[rare]
+    drawn = totals(toy, videos, range(6))
+    assert drawn is not None
+    assert np.isfinite(drawn).all()
