@@ -13,7 +13,7 @@ Legend: B batch, F latent frames, h w small height and width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol, cast
@@ -28,6 +28,7 @@ from anyflow_cli.model.layout import Layout
 from anyflow_cli.model.roles import Backbone, Role
 from anyflow_cli.plan.ledger import Label
 from anyflow_cli.plan.setup import Setup, objective_of
+from anyflow_cli.recipe.schema import Distill
 from anyflow_cli.train.draws import Draws
 from anyflow_cli.train.objectives import Term
 
@@ -180,13 +181,33 @@ class CallLog:
         return partial(self.calls.append, label._replace(direction="backward"))
 
 
-def calls_of(setup: Setup, draws: Draws) -> list[list[Label]]:
-    """The network calls of one micro batch, in order, forward and backward, of each term."""
+def calls_of(setup: Setup, draws: Draws, beside: Sequence[Sequence[Label]] = ()) -> list[list[Label]]:
+    """The network calls of one micro batch, in order, forward and backward, of each term.
+
+    ``beside``: those of another micro batch of the step. What an on-policy term asks for does not depend on
+    which samples it is given, so that it need not be run again.
+    """
     log = CallLog(setup)
     found = []
-    for _, term in terms_of(setup, log):
+    for number, (_, term) in enumerate(terms_of(setup, log)):
         log.calls = []
-        loss, _ = term(small_batch(setup, len(draws.positions)), draws)
-        loss.backward()  # type: ignore[no-untyped-call]
+        if beside and not _depends_on_samples(setup, number):
+            log.calls = list(beside[number])
+        else:
+            loss, _ = term(small_batch(setup, len(draws.positions)), draws)
+            loss.backward()  # type: ignore[no-untyped-call]
         found.append(log.calls)
     return found
+
+
+def calls_of_step(setup: Setup, micros: Sequence[Draws]) -> list[list[list[Label]]]:
+    """The calls of all micro batches of a step."""
+    first = calls_of(setup, micros[0])
+    size = len(micros[0].positions)
+    return [first, *(calls_of(setup, own, first if len(own.positions) == size else ()) for own in micros[1:])]
+
+
+def _depends_on_samples(setup: Setup, term: int) -> bool:
+    """Of stage 2's terms (matching, a flow map where it is joint, the fake score) only the flow map does."""
+    settings = setup.settings
+    return not isinstance(settings, Distill) or (settings.joint and term == 1)

@@ -1,7 +1,7 @@
 """What one step of a stage costs: sizes of the roles, bytes by part at the peak, operations.
 
-Networks are rehearsed with one and with two blocks. Blocks are alike, so whatever a stretch of a step holds
-or computes is a straight line in their number, and the full depth follows.
+Networks are rehearsed with two and with three blocks. All but the first are alike, so whatever a stretch of a
+step holds or computes is a straight line in their number, and the full depth follows.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from typing import NamedTuple
 from torch import nn
 
 from anyflow_cli.model.roles import Backbone
-from anyflow_cli.plan.calls import calls_of
+from anyflow_cli.plan.calls import calls_of_step
 from anyflow_cli.plan.ledger import Label, Segment
 from anyflow_cli.plan.rehearsal import Rehearsal
 from anyflow_cli.plan.setup import Setup, backbone_on_meta
 from anyflow_cli.recipe import schema
 from anyflow_cli.train.draws import Draws
 
-DEPTHS = (1, 2)
+DEPTHS = (2, 3)  # the first block differs: where adapters train, its input needs no gradient
 SAMPLED_STEPS = range(1, 65)  # of a run; the calls of a step are averaged over them
 BASE = "frozen base"
 
@@ -57,13 +57,19 @@ def step_of(setup: Setup) -> Step:
     """Rehearse the heaviest micro batches of a training stage."""
     assert setup.settings is not None
     keeps = setup.ranks > 1 or setup.micro < setup.share or setup.shards is not None
-    micros = [draws for step in SAMPLED_STEPS for draws in micro_batches(setup, step)]
-    calls = [calls_of(setup, draws) for draws in micros]
+    micros, calls = sampled(setup)
     draws = heaviest(setup, micros, calls)
     segments = at_full_depth(setup, lambda depth: Rehearsal(setup, depth, keeps_gradients=keeps).step(draws))
     every = [label for terms in calls for labels in terms for label in labels]
     spent = operations(setup, segments, every)
     return Step(roles_of(setup), segments, spent / len(SAMPLED_STEPS), keeps)
+
+
+def sampled(setup: Setup) -> tuple[list[Draws], list[list[list[Label]]]]:
+    """Micro batches of many steps, and the calls of each term of theirs."""
+    steps = [micro_batches(setup, step) for step in SAMPLED_STEPS]
+    calls = [own for micros in steps for own in calls_of_step(setup, micros)]
+    return [draws for micros in steps for draws in micros], calls
 
 
 def heaviest(

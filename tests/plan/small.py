@@ -17,9 +17,8 @@ from anyflow_cli.model.causal import as_causal
 from anyflow_cli.model.config import Causal, NetworkConfig
 from anyflow_cli.model.network import FlowMapTransformer, two_time_from
 from anyflow_cli.model.roles import Backbone, LoraSize
-from anyflow_cli.plan.calls import calls_of
 from anyflow_cli.plan.setup import Kind, Setup
-from anyflow_cli.plan.steps import SAMPLED_STEPS, heaviest, micro_batches
+from anyflow_cli.plan.steps import heaviest, sampled
 from anyflow_cli.recipe import schema
 from anyflow_cli.train import objectives
 from anyflow_cli.train.draws import Draws
@@ -34,8 +33,7 @@ LORA = schema.Lora(rank=8, alpha=8)
 
 
 def heaviest_of(wanted: Setup) -> tuple[Draws, ...]:
-    micros = [draws for step in SAMPLED_STEPS for draws in micro_batches(wanted, step)]
-    return heaviest(wanted, micros, [calls_of(wanted, draws) for draws in micros])
+    return heaviest(wanted, *sampled(wanted))
 
 
 def settings(kind: Kind, **changes: Any) -> schema.Training:

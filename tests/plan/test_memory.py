@@ -64,10 +64,18 @@ def test_the_planned_peak_is_the_measured_one(kind: Kind, changes: dict[str, Any
     assert planned_peak(wanted) == pytest.approx(measured_peak(wanted, tmp_path), rel=WITHIN)
 
 
-def test_two_depths_tell_of_any_other() -> None:
-    deep = setup("on-policy", checkpointing=True, lora=False, joint=False, config=replace(CONFIG, layers=5))
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("on-policy", {"lora": False, "joint": False}),
+        ("flow-matching", {}),  # the first block's input needs no gradient
+        ("flow-map", {"causal": CAUSAL}),
+    ],
+)
+def test_two_depths_tell_of_any_other(kind: Kind, changes: dict[str, Any]) -> None:
+    deep = setup(kind, checkpointing=True, config=replace(CONFIG, layers=6), **changes)
     step = step_of(deep)
-    whole = Rehearsal(deep, 5, keeps_gradients=False).step(heaviest_of(deep))
+    whole = Rehearsal(deep, 6, keeps_gradients=False).step(heaviest_of(deep))
     assert [segment.label for segment in step.segments] == [segment.label for segment in whole]
     assert planned(step.segments) == planned(whole)
     for line, true in zip(step.segments, whole, strict=True):

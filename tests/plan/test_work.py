@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from anyflow_cli.plan.calls import calls_of
+from anyflow_cli.plan.calls import calls_of, calls_of_step
 from anyflow_cli.plan.ledger import ATTENTION, ATTENTION_BACKWARD, Label
 from anyflow_cli.plan.setup import Kind, Setup
 from anyflow_cli.plan.steps import SAMPLED_STEPS, micro_batches, operations, step_of
@@ -49,6 +49,14 @@ def test_the_calls_are_those_of_the_real_networks(kind: Kind) -> None:
         for draws in micro_batches(wanted, step):
             counted = [("", *call[1:]) for call in shapes(labels_of(wanted, draws))]
             assert counted == real_calls(wanted, draws)
+
+
+@pytest.mark.parametrize("changes", [{}, {"joint": False, "reuse_rollout": True}, {"batch": 6}])
+def test_micro_batches_of_a_step_share_what_does_not_depend_on_them(changes: dict[str, Any]) -> None:
+    wanted = setup("on-policy", micro_batch=2 if changes else 4, **changes)
+    for step in (1, 2, 3):
+        micros = micro_batches(wanted, step)
+        assert calls_of_step(wanted, micros) == [calls_of(wanted, draws) for draws in micros]
 
 
 def test_stage_one_makes_two_calls_and_skips_the_boundary() -> None:
