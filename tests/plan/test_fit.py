@@ -89,3 +89,26 @@ def test_sampling_takes_fewer_at_once() -> None:
     (kind, *_) = kinds_of("sample", target_of(wanted, parse_cluster("8x80GB")))
     sizes = [change.values["sample.batch"] for change in kind]
     assert sizes == [2, 1]
+
+
+def kinds(given: schema.Recipe, gpus: str) -> list[str]:
+    return [str(kind[-1]) for kind in kinds_of("distill", target_of(given, parse_cluster(gpus)))]
+
+
+def test_what_costs_time_alone_comes_before_what_changes_the_model() -> None:
+    found = " ".join(kinds(recipe(), "8x80GB"))
+    order = ("recompute_rollout", "sharding=full", "offload=true", "micro_batch", "lora.rank", "frames")
+    places = [found.index(word) for word in order]
+    assert places == sorted(places)
+
+
+def test_one_gpu_can_offload_and_not_divide() -> None:
+    target = target_of(recipe(), parse_cluster("1x80GB"))
+    (sharding,) = (kind for kind in kinds_of("distill", target) if "launch.sharding" in str(kind[0]))
+    assert [str(change) for change in sharding] == ["--set launch.sharding=full --set launch.offload=true"]
+    unguided = recipe().model_copy(update={"distill": schema.Distill(flow_map=schema.FlowMap(guidance=1.0))})
+    assert "launch" not in " ".join(kinds(unguided, "8x80GB"))
+
+
+def test_chunks_of_a_causal_model_are_left_as_they_are() -> None:
+    assert "model.frames" not in " ".join(kinds(recipe(causal=schema.Causal()), "8x80GB"))

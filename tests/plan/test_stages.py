@@ -10,10 +10,13 @@ import pytest
 import torch
 
 from anyflow_cli.errors import UsageError
+from anyflow_cli.model.cache import KeyCache
 from anyflow_cli.model.encoders import VideoVAE
+from anyflow_cli.model.network import FlowMapTransformer
 from anyflow_cli.plan import stages
 from anyflow_cli.plan.cluster import GIB, Cluster, parse_cluster
-from anyflow_cli.plan.sampling import FRAMES, _decoding, decoding
+from anyflow_cli.plan.report import chain_of
+from anyflow_cli.plan.sampling import FRAMES, _decoding, decoding, sampling_of
 from anyflow_cli.plan.setup import Kind
 from anyflow_cli.plan.stages import Target, target_of
 from anyflow_cli.plan.steps import BASE, RoleSize, roles_of
@@ -165,3 +168,40 @@ def test_decoding_is_a_straight_line_in_the_frames() -> None:
 def test_a_batch_that_cannot_be_divided_is_refused(folder: Path) -> None:
     with pytest.raises(UsageError, match="A global batch of 4 cannot be divided among 3 processes"):
         stages.stage_one(target(folder, replace(CPU, count=3)))
+
+
+CHUNKS = {"causal": {"partition": (1, 1, 1, 1), "full_chunks": 2}, "frames": 13}
+
+
+def test_the_cache_of_a_sampling_is_the_real_one(folder: Path) -> None:
+    own = target(folder, model=CHUNKS)
+    setup = replace(stages.training_setup(own, "sampling", own.recipe.train_flowmap), settings=None)
+    cache = KeyCache(FlowMapTransformer(setup.config), (1, 1, 1, 1), own.latent[2:], 3)
+    assert sampling_of(setup, 3, False).cache == cache.bytes > 0
+
+
+def test_only_causal_plans_stream_and_streams_do_not_grow(folder: Path) -> None:
+    """Beyond the trained length chunks are forgotten, and a chunk's pixels are let go."""
+    assert "stream" not in chain_of(recipe(folder))
+    assert "stream" in chain_of(recipe(folder, model=CHUNKS))
+    short, long, longer = (
+        stages.streaming(target(folder, model=CHUNKS, sample={"frames": frames})) for frames in (13, 25, 41)
+    )
+    assert longer.peak == long.peak
+    assert long.peak.total <= 1.2 * short.peak.total
+    assert longer.work.operations > 1.5 * long.work.operations
+    whole = stages.sampling(target(folder, model=CHUNKS, sample={"frames": 41}))
+    assert whole.peak.total > longer.peak.total
+
+
+def test_offloading_moves_what_is_held_to_the_cpu(folder: Path) -> None:
+    one = parse_cluster("1x80GB")
+    launch = {"sharding": "full", "offload": True}
+    plain = {"batch": 4, "preview_every": 0}
+    here = stages.stage_two(target(folder, one, distill=plain))
+    away = stages.stage_two(target(folder, one, distill=plain, launch=launch))
+    trained = sum(size.trainable_bytes for size in here.roles.values())
+    largest = max(size.trainable_bytes for size in here.roles.values())
+    held = sum(size.bytes for size in here.roles.values()) + 2 * trained + largest
+    assert here.host == 0
+    assert away.host == held + here.roles["student"].trainable_bytes
