@@ -27,12 +27,13 @@ from anyflow_cli.errors import AnyflowError, UsageError
 from anyflow_cli.recipe.compare import digest
 from anyflow_cli.recipe.schema import Recipe
 from anyflow_cli.sample import Sampler, Steps
-from anyflow_cli.sheets import Row, contact_sheet, pick_frames
+from anyflow_cli.sheets import Row, contact_sheet, pick_frames, picked
 from anyflow_cli.streaming import Shown, stream_video
 
 RECORD = "samples.json"
 SHEET_ROWS = 8  # videos of one step count that the sheet shows; all are in the mp4s
 SHEET_FRAMES = 5
+GIVEN = "frames with a border were given"
 
 log = logging.getLogger(__name__)
 
@@ -95,9 +96,8 @@ def write_samples(
                 shown.append(frames)
             advance(len(entries))
         columns.append(shown)
-    _write_sheet(
-        out / "sheet.png", request, columns, [steps_label(nfe, sampler) for nfe in request.nfe], choice
-    )
+    labels = [steps_label(nfe, sampler) for nfe in request.nfe]
+    _write_sheet(out / "sheet.png", request, columns, labels, choice, recipe.model.frames)
     given = {"given": request.given and request.given.facts}
     record = _record(sampler, recipe, choice) | given | {"sheet": "sheet.png", "samples": entries}
     write_json(out / RECORD, record)
@@ -127,6 +127,7 @@ def _streamed(sampler: Sampler, request: Request, nfe: Steps, out: Path, recipe:
         log.info("%s: %s.", entry["file"], pace.said(recipe.model.fps))
         entry |= _latency(sampler)
         entry |= {"first_frame_seconds": round(pace.first, 4), "frames_per_second": round(pace.rate, 2)}
+        entry |= {"parts": [[round(s, 4), frames] for s, frames in zip(*pace, strict=True)]}
         yield entry, shown.frames
 
 
@@ -200,7 +201,12 @@ def _numbered(samples: Path) -> Path:
 
 
 def _write_sheet(
-    path: Path, request: Request, columns: list[list[Pixels]], labels: list[str], choice: Choice
+    path: Path,
+    request: Request,
+    columns: list[list[Pixels]],
+    labels: list[str],
+    choice: Choice,
+    frames: int,
 ) -> None:
     pairs = request.pairs[:SHEET_ROWS]
     many = len(request.seeds) > 1
@@ -209,10 +215,13 @@ def _write_sheet(
         for i, (_, prompt, seed) in enumerate(pairs)
     ]
     more = len(request.pairs) - len(pairs)
-    note = choice.address + (f"; {more} more beside this sheet" if more else "")
+    known = 0 if request.given is None else len(request.given.pixels)
+    given = sum(number < known for number in picked(frames, min(SHEET_FRAMES, frames)))
+    notes = [choice.address, f"{more} more beside this sheet" * bool(more), GIVEN * bool(given)]
+    note = "; ".join(filter(None, notes))
     headings = [f"{label} step{'' if label == '1' else 's'}" for label in labels]
     with committed(path) as temporary:
-        contact_sheet(rows, headings, note=note).save(temporary, format="PNG", optimize=True)
+        contact_sheet(rows, headings, note=note, given=given).save(temporary, format="PNG", optimize=True)
 
 
 def _record(sampler: Sampler, recipe: Recipe, choice: Choice) -> dict[str, Any]:

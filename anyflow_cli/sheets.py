@@ -25,6 +25,7 @@ Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 FRAME_SIDE = (112, 240)  # longer side of a frame, in pixels: enlarged to the first, reduced to the second
 MARGIN, GAP, SEAM = 24, 16, 2  # around the sheet, between cells, between the frames of a cell
+BORDER = 4  # of the line inside a frame that was given
 TITLE, LABEL, NOTE = 20, 15, 12  # font sizes
 
 
@@ -35,10 +36,11 @@ class Theme:
     paper: Colour
     ink: Colour
     faint: Colour
+    given: Colour
 
 
-LIGHT = Theme(paper=(250, 250, 249), ink=(34, 34, 38), faint=(120, 120, 126))
-DARK = Theme(paper=(24, 25, 28), ink=(232, 232, 234), faint=(150, 151, 158))
+LIGHT = Theme(paper=(250, 250, 249), ink=(34, 34, 38), faint=(120, 120, 126), given=(226, 0, 122))
+DARK = Theme(paper=(24, 25, 28), ink=(232, 232, 234), faint=(150, 151, 158), given=(255, 92, 172))
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class _Geometry:
     frame: tuple[int, int]
     frames: int
     down: bool
+    given: int
 
     @property
     def cell(self) -> tuple[int, int]:
@@ -79,16 +82,18 @@ def contact_sheet(
     note: str = "",
     frames: int | None = None,
     down: bool | None = None,
+    given: int = 0,
     theme: Theme = LIGHT,
 ) -> Image.Image:
     """Draw ``rows`` under the headings ``columns``; every row holds one video a column.
 
     ``frames`` is how many of each video are shown (by default five, or three where the sheet would grow too
-    wide); ``down`` stacks them vertically, which is the default for a single row.
+    wide); ``down`` stacks them vertically, which is the default for a single row. The first ``given`` frames
+    of each video, as far as they are shown, get a coloured border.
     """
     if not rows or any(len(row.videos) != len(columns) for row in rows):
         raise ValueError(f"a contact sheet needs rows of {len(columns)} videos each, one a column")
-    geometry = _geometry(rows, len(columns), frames, down)
+    geometry = _geometry(rows, len(columns), frames, down, given)
     width, height = geometry.cell
     body = max(len(columns) * (width + GAP) - GAP, 360)
     page = Image.new("RGB", (body + 2 * MARGIN, _height(rows, title, note, body, height)), theme.paper)
@@ -99,7 +104,7 @@ def contact_sheet(
         for index, column in enumerate(columns):
             x = MARGIN + index * (width + GAP)
             draw.text((x, y), _fit(column, width, NOTE), fill=theme.faint, font=_font(NOTE))
-            _paste(page, row.videos[index], geometry, x, y + _line(NOTE))
+            _paste(draw, page, row.videos[index], geometry, (x, y + _line(NOTE)), theme)
         y += _line(NOTE) + height + GAP
     _text(draw, y, note, body, NOTE, theme.faint, after=0)
     return page
@@ -107,14 +112,23 @@ def contact_sheet(
 
 def pick_frames(video: Video, count: int) -> Video:
     """``count`` frames at even distances with both ends: (T, H, W, 3) -> (count, H, W, 3)."""
-    return np.take(video, np.linspace(0, len(video) - 1, count).round().astype(int), axis=0)
+    return np.take(video, picked(len(video), count), axis=0)
 
 
-def _geometry(rows: Sequence[Row], columns: int, frames: int | None, down: bool | None) -> _Geometry:
+def picked(frames: int, count: int) -> list[int]:
+    """The numbers of ``count`` of so many frames, at even distances with both ends."""
+    numbers: list[int] = np.linspace(0, frames - 1, count).round().astype(int).tolist()
+    return numbers
+
+
+def _geometry(
+    rows: Sequence[Row], columns: int, frames: int | None, down: bool | None, given: int
+) -> _Geometry:
     frame = _frame_size(rows[0].videos[0])
     stacked = down if down is not None else len(rows) == 1 and columns > 1
     wanted = frames or (5 if stacked or columns * 5 * frame[0] <= 1800 else 3)
-    return _Geometry(frame, min(wanted, min(len(video) for row in rows for video in row.videos)), stacked)
+    shown = min(wanted, min(len(video) for row in rows for video in row.videos))
+    return _Geometry(frame, shown, stacked, given)
 
 
 def _frame_size(video: Video) -> tuple[int, int]:
@@ -128,12 +142,23 @@ def _frame_size(video: Video) -> tuple[int, int]:
     return width * factor, height * factor
 
 
-def _paste(page: Image.Image, video: Video, geometry: _Geometry, x: int, y: int) -> None:
-    for index, frame in enumerate(pick_frames(video, geometry.frames)):
-        enlarged = frame.shape[1] <= geometry.frame[0]
-        filter_ = Image.Resampling.NEAREST if enlarged else Image.Resampling.LANCZOS
-        left, top = geometry.corner(index)
-        page.paste(Image.fromarray(frame).resize(geometry.frame, filter_), (x + left, y + top))
+def _paste(
+    draw: ImageDraw.ImageDraw,
+    page: Image.Image,
+    video: Video,
+    geometry: _Geometry,
+    at: tuple[int, int],
+    theme: Theme,
+) -> None:
+    width, height = geometry.frame
+    for index, number in enumerate(picked(len(video), geometry.frames)):
+        frame = video[number]
+        filter_ = Image.Resampling.NEAREST if frame.shape[1] <= width else Image.Resampling.LANCZOS
+        left, top = (a + b for a, b in zip(at, geometry.corner(index), strict=True))
+        page.paste(Image.fromarray(frame).resize(geometry.frame, filter_), (left, top))
+        if number < geometry.given:
+            box = (left, top, left + width - 1, top + height - 1)
+            draw.rectangle(box, outline=theme.given, width=BORDER)
 
 
 def _height(rows: Sequence[Row], title: str, note: str, body: int, cell: int) -> int:

@@ -17,26 +17,31 @@ from anyflow_cli.data.clips import Pixels
 from anyflow_cli.data.fragments import Fragments
 from anyflow_cli.errors import AnyflowError
 from anyflow_cli.sample import Sampler, Steps
+from anyflow_cli.sheets import picked
 
 STDOUT = 1
 
 
 class Pace(NamedTuple):
-    """Seconds to the first frame and to the last one, and their number."""
+    """When each part of a video was written: seconds, and the frames that were there by then."""
 
-    first: float
-    total: float
-    frames: int
+    seconds: tuple[float, ...]
+    frames: tuple[int, ...]
+
+    @property
+    def first(self) -> float:
+        """Seconds to the first frame."""
+        return self.seconds[0]
 
     @property
     def rate(self) -> float:
         """Frames a second."""
-        return self.frames / self.total
+        return self.frames[-1] / self.seconds[-1]
 
     def said(self, fps: int) -> str:
         """The figures in words; at what rate the video plays tells whether a viewer has to wait."""
         return (
-            f"first frame after {self.first:.2f} s, {self.frames} frames in {self.total:.2f} s, "
+            f"first frame after {self.first:.2f} s, {self.frames[-1]} frames in {self.seconds[-1]:.2f} s, "
             f"{self.rate:.1f} a second (plays at {fps})"
         )
 
@@ -46,20 +51,21 @@ def stream_video(
 ) -> Pace:
     """Make a video and give each part to all of ``takers``."""
     start = time.perf_counter()
-    first, frames = 0.0, 0
+    seconds: list[float] = []
+    frames: list[int] = []
     for pixels in sampler.stream(prompt, seed, nfe):
         for take in takers:
             take(pixels)
-        frames += len(pixels)
-        first = first or time.perf_counter() - start
-    return Pace(first, time.perf_counter() - start, frames)
+        frames.append(sum(frames[-1:]) + len(pixels))
+        seconds.append(time.perf_counter() - start)
+    return Pace(tuple(seconds), tuple(frames))
 
 
 class Shown:
     """What ``sheets.pick_frames`` picks, of a video that comes in parts."""
 
     def __init__(self, frames: int, count: int) -> None:
-        self._wanted = set(np.linspace(0, frames - 1, min(count, frames)).round().astype(int).tolist())
+        self._wanted = set(picked(frames, min(count, frames)))
         self._passed = 0
         self._kept: list[Pixels] = []
 

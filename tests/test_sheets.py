@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from anyflow_cli.sheets import DARK, GAP, MARGIN, Colour, Row, Video, contact_sheet, pick_frames
+from anyflow_cli.sheets import DARK, GAP, LIGHT, MARGIN, Colour, Row, Video, contact_sheet, pick_frames
 
 
 def ramp(value: int, frames: int = 9, height: int = 64, width: int = 64) -> Video:
@@ -54,6 +54,15 @@ def test_columns_stand_side_by_side_and_a_single_row_stacks_its_frames() -> None
     first, second = (np.argwhere((page[..., 0] == value) & (page[..., 2] == 0)) for value in (200, 90))
     assert second[:, 1].min() - first[:, 1].max() == GAP + 1
     assert np.ptp(first, axis=0).tolist() == [2 * 128 + 2 - 1, 128 - 1]
+
+
+@pytest.mark.parametrize(("given", "bordered"), [(0, 0), (1, 1), (4, 1), (5, 2), (9, 3)])
+def test_shown_frames_that_were_given_have_a_border(given: int, bordered: int) -> None:
+    page = np.asarray(contact_sheet([Row("", [ramp(200)])], [""], frames=3, given=given))
+    border = (page == LIGHT.given).all(-1)
+    marked = [(page[..., 1] == number)[..., None] & (page[..., :1] == 200) for number in (0, 4, 8)]
+    assert border.sum() == bordered * (128**2 - 120**2)
+    assert [int(each.sum()) for each in marked] == [(120 if i < bordered else 128) ** 2 for i in range(3)]
 
 
 LABELS = ["[red]x[/red]", "../../etc", "a\nb\tc", "\N{ROCKET}" * 40, "x" * 5000, "word " * 900, ""]

@@ -9,11 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from anyflow_cli.cli import app
 from anyflow_cli.data.clips import ClipFormat, read_start, write_mp4
 from anyflow_cli.model.folder import load_network, save_pipeline
 from anyflow_cli.model.network import two_time_from
+from anyflow_cli.sheets import LIGHT
 from tests.tiny_pipeline import make_wan_folder
 
 Run = pytest.CaptureFixture[str]
@@ -276,8 +278,6 @@ def far(models: Path, small: list[str]) -> list[str]:
 
 
 def picture(path: Path, height: int = 48, width: int = 64) -> Path:
-    from PIL import Image
-
     pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
     Image.fromarray(pixels).save(path)
     return path
@@ -291,6 +291,8 @@ def test_a_picture_begins_a_video(far: list[str], tmp_path: Path, capsys: Run) -
     assert (result["given"]["frames"], result["samples"][0]["nfe"]) == (1, [3, 1])
     assert result["samples"][0]["file"].endswith("-steps3-1.mp4")
     assert "first.png: scaled and cropped from 48x64 to 32x32." in captured.err
+    with Image.open(Path(result["out"]) / "sheet.png") as sheet:
+        assert LIGHT.given in {colour for _, colour in sheet.getcolors(sheet.width * sheet.height) or ()}
 
 
 def test_a_video_is_continued(far: list[str], tmp_path: Path, capsys: Run) -> None:
@@ -350,7 +352,9 @@ def test_streamed_videos_are_those_of_a_plain_sampling(far: list[str], capsys: R
     assert files(Path(streamed["out"])) == {"samples.json", "sheet.png", *shown}
     sheets = [(Path(result["out"]) / "sheet.png").read_bytes() for result in results]
     assert sheets[0] == sheets[1]
-    assert streamed["samples"][0]["first_frame_seconds"] > 0
+    seconds, frames = zip(*streamed["samples"][0]["parts"], strict=True)
+    assert frames == (1, 5, 9)
+    assert 0 < streamed["samples"][0]["first_frame_seconds"] == seconds[0] < seconds[1] < seconds[2]
     assert captured.err.count("first frame after") == 2
 
 
