@@ -1,26 +1,55 @@
 #!/usr/bin/env bash
 # The causal result at tiny scale: data, both stages, the consistency baseline from the same start for as many steps,
-# scores of all at 1 to 32 steps beside the teacher's at 50 x 2, and quality chunk by chunk before and after stage 2.
+# scores of all at 1 to 32 steps beside the teacher's at 50 x 2, from a given picture too, and the figures: quality
+# chunk by chunk before and after stage 2, videos that go on from a picture and from a clip, a streamed video.
 #
-#   scripts/causal.sh [OPTIONS]    OPTIONS go to every command, e.g. --set data.path=runs/tiny-long/data
+#   scripts/causal.sh [OPTIONS]    OPTIONS go to every command, e.g. --runs DIR, --set data.path=runs/tiny-long/data
 #
 # Each command continues what a stopped one left, so the script can simply be started again. The baseline of the paper's
 # Table 2 instead: `anyflow train-flowmap -r tiny-causal --objective consistency-ode`, then `distill` without --model.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-recipe=tiny-causal
-home=runs/$recipe
+recipe=tiny-causal runs=runs before=
+for word in "$@"; do
+  if [[ $before == --runs ]]; then runs=$word; fi
+  if [[ $word == --runs=* ]]; then runs=${word#*=}; fi
+  before=$word
+done
+home=$runs/$recipe
 run() {
-  echo "== anyflow $*" >&2
-  anyflow "$@"
+  local command=$1
+  shift
+  echo "== anyflow $command --recipe $recipe $*" >&2
+  anyflow "$command" --recipe $recipe "$@"
+}
+figure() {
+  python scripts/figures.py "$1" "${@:3}" --out "$home/figures/$2.png"
+  echo "$home/figures/$2.png"
 }
 
-[[ "$*" == *data.path=* ]] || run synthesize --recipe $recipe "$@"
-run train-flowmap --recipe $recipe "$@"
-run distill --recipe $recipe "$@"
-run distill --recipe $recipe --simulation consistency --model $home/train-flowmap "$@"
-for model in train-flowmap distill distill-consistency; do
-  run evaluate --recipe $recipe --model $home/$model --nfe 1,2,4,8,32 --out $home/evaluate/$model "$@"
+[[ "$*" == *data.path=* ]] || run synthesize "$@"
+run train-flowmap "$@"
+run distill "$@"
+run distill --simulation consistency --set distill.joint=false --model "$home/train-flowmap" "$@"
+
+score() {
+  run evaluate --model "$home/$1" --nfe 1,2,4,8,32 --out "$home/evaluate/$2" "${@:3}"
+}
+alone=(--set evaluate.teacher=false)  # the teacher is the same beside all of them
+score distill distill "$@"
+score train-flowmap train-flowmap "${alone[@]}" "$@"
+score distill-consistency distill-consistency --sampler consistency "${alone[@]}" "$@"
+score distill-consistency distill-consistency-euler "${alone[@]}" "$@"
+run evaluate --task i2v --model "$home/distill" --nfe 1,4,32 --out "$home/evaluate/distill-i2v" "$@"
+for other in train-flowmap distill-consistency; do
+  run evaluate --compare "$home/evaluate/$other" "$home/evaluate/distill" --out "$home/evaluate/against-$other" "$@"
 done
-run evaluate --recipe $recipe --compare $home/evaluate/train-flowmap $home/evaluate/distill "$@"
+
+[[ -e $home/stream/samples.json ]] || run sample --prompt "a small red circle moving left" --model "$home/distill" \
+  --stream --frames 161 --nfe 4,32 --out "$home/stream" "$@"
+figure along along "before stage 2=$home/evaluate/train-flowmap" "after stage 2=$home/evaluate/distill" \
+  "consistency=$home/evaluate/distill-consistency" --steps 4 32
+figure given i2v --runs "$runs" --recipe $recipe --frames 1
+figure given v2v --runs "$runs" --recipe $recipe --frames 9
+figure stream stream "$home/stream"

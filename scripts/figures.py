@@ -1,31 +1,51 @@
-"""Make the README's picture of the chain: the teacher, stage 1 and stage 2 on the same prompts and seeds.
+"""Make the figures of the README and the log from what the commands left in a run's directory.
 
-python scripts/figures.py --runs runs --recipe tiny-long --out docs/images/chain.png
+python scripts/figures.py chain  --recipe tiny-long --out docs/images/chain.png
+python scripts/figures.py given  --recipe tiny-causal --frames 9 --out docs/images/v2v.png
+python scripts/figures.py along  "stage 2=runs/tiny-causal/evaluate/distill" ... --out docs/images/along.png
+python scripts/figures.py stream runs/tiny-causal/stream --out docs/images/stream.png
+
+chain: the teacher, stage 1 and stage 2 on the same prompts and seeds. given: videos that go on from a picture
+(``--frames 1``) or from the start of a clip. along: quality against the number of the chunk, of finished
+evaluations. stream: how much of a video is on the disk when, from the record of a ``sample --stream``.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from anyflow_cli.evaluate.shapes import ShapesSuite
+import numpy as np
+from matplotlib.figure import Figure
+
+from anyflow_cli.data.world import WORLDS, render
+from anyflow_cli.evaluate.chunks import Along
+from anyflow_cli.evaluate.plots import LIGHT, chunks_png
+from anyflow_cli.evaluate.results import RESULTS
+from anyflow_cli.evaluate.shapes import PROMPT_SEED, ShapesSuite
 from anyflow_cli.recipe.load import load_recipe
 from anyflow_cli.recipe.paths import RunPaths
+from anyflow_cli.recipe.schema import Recipe
 from anyflow_cli.sample import Sampler
+from anyflow_cli.samples import GIVEN, RECORD
 from anyflow_cli.sheets import Row, contact_sheet
 
 PROMPTS = 5
+STEPS = (1, 4, 32)
 
 
 def main() -> None:
-    """Sample and draw."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--runs", type=Path, default=Path("runs"))
-    parser.add_argument("--recipe", default="tiny-long")
-    parser.add_argument("--out", type=Path, required=True)
-    args = parser.parse_args()
+    """Draw what is asked for."""
+    args = _arguments()
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.draw(args)
+
+
+def chain(args: argparse.Namespace) -> None:
+    """Sample the teacher and both stages."""
     recipe = load_recipe(args.recipe)
     paths = RunPaths(args.runs, recipe.name)
     columns = {
@@ -35,13 +55,94 @@ def main() -> None:
         "stage 2, 32 evaluations": (str(paths.stage_2("flow-map") / "model"), 32),
     }
     prompts = ShapesSuite().prompts(PROMPTS)
-    seeds = list(range(recipe.evaluate.seed, recipe.evaluate.seed + PROMPTS))
     videos = [
-        list(Sampler.load(address, recipe).videos(prompts, seeds, steps, PROMPTS))
+        list(Sampler.load(address, recipe).videos(prompts, _seeds(recipe), steps, PROMPTS))
         for address, steps in columns.values()
     ]
     rows = [Row(prompt, [column[i] for column in videos]) for i, prompt in enumerate(prompts)]
     contact_sheet(rows, list(columns), frames=3).save(args.out, optimize=True)
+
+
+def given(args: argparse.Namespace) -> None:
+    """Let the run's model go on from the first frames of clips that it never saw."""
+    recipe = load_recipe(args.recipe)
+    scenes = [WORLDS[recipe.data.world].scene(PROMPT_SEED + i) for i in range(PROMPTS)]
+    sampler = Sampler.load(str(RunPaths(args.runs, recipe.name).stage_2("flow-map") / "model"), recipe)
+    sampler.begin(np.stack([render(scene, args.frames) for scene in scenes]))
+    prompts = [scene.caption for scene in scenes]
+    videos = [list(sampler.videos(prompts, _seeds(recipe), steps, PROMPTS)) for steps in STEPS]
+    rows = [Row(prompt, [column[i] for column in videos]) for i, prompt in enumerate(prompts)]
+    headings = [f"{steps} step{'s' * (steps > 1)}" for steps in STEPS]
+    contact_sheet(rows, headings, frames=5, given=args.frames, note=GIVEN).save(args.out, optimize=True)
+
+
+def along(args: argparse.Namespace) -> None:
+    """Curves of the same steps have one style, curves of the same evaluation one colour."""
+    found = {
+        label: json.loads((Path(folder) / RESULTS).read_text())["scores"]
+        for label, _, folder in (word.partition("=") for word in args.evaluations)
+    }
+    curves = {
+        f"{label}, {steps} step{'s' * (steps > 1)}": _along(entry)
+        for steps in args.steps
+        for label, entries in found.items()
+        for entry in entries
+        if entry["steps"] == steps and not entry["teacher"]
+    }
+    teachers = [entry for entries in found.values() for entry in entries if entry["teacher"]]
+    if teachers:
+        curves["teacher"] = _along(teachers[0])
+    args.out.write_bytes(chunks_png(curves))
+
+
+def stream(args: argparse.Namespace) -> None:
+    """One line a number of steps; the dot at its start is the first frame."""
+    record = json.loads((args.sampling / RECORD).read_text())
+    fps = record["settings"]["fps"]
+    figure = Figure(figsize=(7, 3.8), dpi=150, facecolor=LIGHT.paper, layout="constrained")
+    axes = figure.subplots()
+    for colour, entry in zip(LIGHT.lines, record["samples"], strict=False):
+        seconds, frames = np.array(entry["parts"]).T
+        first, last = seconds[0], seconds[-1]
+        label = f"{entry['nfe']} steps a chunk: first frame after {first:.2f} s, all after {last:.2f} s"
+        axes.step([*seconds, last], [*frames, frames[-1]], where="post", color=colour, label=label)
+        axes.plot(first, frames[0], "o", color=colour, ms=6)
+        axes.axvline(last, color=colour, ls=":", lw=1.2)
+    axes.set_xlabel("seconds since the prompt was read (dotted: a video that is shown when it is whole)")
+    axes.set_ylabel("frames on the disk")
+    axes.set_title(f"a streamed video of {record['settings']['frames']} frames, played at {fps} a second")
+    axes.set_xlim(left=0)
+    axes.set_ylim(bottom=0)
+    axes.grid(color=LIGHT.faint, lw=0.6)
+    axes.legend(frameon=False, fontsize=8, loc="lower right")
+    figure.savefig(args.out, format="png")
+
+
+def _along(entry: dict[str, Any]) -> Along:
+    return replace(Along(**entry["chunks"]), partition=tuple(entry["chunks"]["partition"]))
+
+
+def _seeds(recipe: Recipe) -> list[int]:
+    return list(range(recipe.evaluate.seed, recipe.evaluate.seed + PROMPTS))
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    figures = parser.add_subparsers(required=True, metavar="FIGURE")
+    drawn = {each.__name__: figures.add_parser(each.__name__) for each in (chain, given, along, stream)}
+    for name, options in drawn.items():
+        options.set_defaults(draw=globals()[name])
+        options.add_argument("--out", type=Path, required=True)
+    for name, recipe in (("chain", "tiny-long"), ("given", "tiny-causal")):
+        drawn[name].add_argument("--runs", type=Path, default=Path("runs"))
+        drawn[name].add_argument("--recipe", default=recipe)
+    drawn["given"].add_argument("--frames", type=int, default=1, help="how many are given: 1, 5, 9, ...")
+    drawn["along"].add_argument("evaluations", nargs="+", metavar="LABEL=DIRECTORY")
+    drawn["along"].add_argument("--steps", type=int, nargs="+", default=[4])
+    drawn["stream"].add_argument("sampling", type=Path, help="directory of a `sample --stream`")
+    return parser.parse_args()
 
 
 if __name__ == "__main__":
