@@ -132,7 +132,7 @@ class Assessor:
         self.answers[job.name] = outcome
         asked = self._asked(job.name, job.request["entries"])
         paths = [path for line in job.request["entries"] for path in line["video_list"]]
-        values = [outcome["videos"][path] for path in paths]
+        values = [outcome["videos"].get(path) for path in paths]
         write_json(place.with_suffix(".json"), outcome | {"asked": asked, "videos": values})
         place.with_suffix(".error.txt").unlink(missing_ok=True)
         shutil.rmtree(
@@ -149,7 +149,8 @@ class Assessor:
         if answer.pop("asked") != self._asked(name, lines):
             return None
         paths = [path for line in lines for path in line["video_list"]]
-        return answer | {"videos": dict(zip(paths, answer["videos"], strict=True))}
+        videos = zip(paths, answer["videos"], strict=True)
+        return answer | {"videos": {path: value for path, value in videos if value is not None}}
 
     def _asked(self, name: str, lines: Entries) -> str:
         """What an answer depends on."""

@@ -68,8 +68,7 @@ def open_environment(directory: Path) -> Environment:
     except AnyflowError as error:
         raise AnyflowError(
             f"The environment {directory} does not work: {error.message}.",
-            "torch and torchvision in it must be builds of one kind, both for CUDA or both for the CPU. "
-            f"The whole error is in {directory / 'anyflow-look'}.",
+            f"`{COMMAND}` goes on where it stopped. The whole error is in {directory / 'anyflow-look'}.",
         ) from error
     return _environment(directory, found)
 

@@ -1,7 +1,7 @@
 """Random weights of the right architecture, laid out as VBench wants them: they make its code run.
 
-Scores made with them mean nothing. Run by the Python of VBench's environment:
-``python random_weights.py DIRECTORY``.
+Scores made with them mean nothing. Run by the Python of VBench's environment, with the worker's directory
+as PYTHONPATH: ``python random_weights.py DIRECTORY``.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import torch
+import worker
 
 
 def amt(directory: Path) -> None:
@@ -52,6 +53,7 @@ def save(content: object, path: Path) -> None:
 
 
 if __name__ == "__main__":
+    worker.import_torchvision()
     torch.manual_seed(0)
     for make in (amt, raft, musiq, umt):
         make(Path(sys.argv[1]))

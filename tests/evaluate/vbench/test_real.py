@@ -20,6 +20,7 @@ from anyflow_cli.data.clips import ClipFormat, read_clip, write_mp4
 from anyflow_cli.evaluate.suite import Clip, VideoScore
 from anyflow_cli.evaluate.vbench import assess
 from anyflow_cli.evaluate.vbench.environment import Environment, is_there, open_environment, place
+from anyflow_cli.evaluate.vbench.job import WORKER
 from anyflow_cli.evaluate.vbench.prompts import Question
 from anyflow_cli.evaluate.vbench.suite import VBenchSuite
 from tests.evaluate.drawn import drawn
@@ -43,8 +44,8 @@ def weights(tmp_path_factory: pytest.TempPathFactory, environment: Environment) 
     """Random ones."""
     directory = tmp_path_factory.mktemp("weights")
     script = Path(__file__).with_name("random_weights.py")
-    kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    subprocess.run([environment.python, script, directory], check=True, env=kept)
+    paths = os.environ | {"PYTHONPATH": str(WORKER.parent)}
+    subprocess.run([environment.python, script, directory], check=True, env=paths)
     return directory
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,8 @@ class Answers:
             if isinstance(value, Failure):
                 done(job, value)
                 continue
-            each = dict(zip(paths, value if isinstance(value, list) else [value] * len(paths), strict=True))
+            values = value if isinstance(value, list) else [value] * len(paths)
+            each = {path: one for path, one in zip(paths, values, strict=True) if one is not None}
             score = None if job.name == "static_filter" else float(np.mean(list(each.values())))
             done(
                 job,
@@ -181,6 +183,22 @@ def test_of_twenty_five_the_first_five_static_ones_count(
     blind = VBenchSuite("vbench", (question(0, FLICKERING),), environment(tmp_path), tmp_path / "none")
     lost = blind.assess(clips(tmp_path, 0, 25), tmp_path)
     assert lost.missing[FLICKERING] == "its static filter needs raft_model/models/raft-things.pth"
+
+
+def test_a_video_that_color_has_no_word_on_counts_nowhere(
+    tmp_path: Path, workers: Callable[..., Answers]
+) -> None:
+    weights = with_weights(tmp_path / "w", "color")
+    suite = VBenchSuite("vbench", (question(0, "color"),), environment(tmp_path), weights)
+    suite = replace(suite, environment=environment(tmp_path, ("detectron2",)))
+    made = clips(tmp_path, 0, 3)
+    answers = workers(color=[1.0, None, 0.5])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("anyflow_cli.evaluate.vbench.weights._cached", lambda name: True)
+        found, again = suite.assess(made, tmp_path), suite.assess(made, tmp_path)
+    assert [score.scores for score in found.scores] == [{"color": 1.0}, {}, {"color": 0.5}]
+    assert found.raw == {"color": 0.75}
+    assert (again.scores, again.raw, len(answers.asked)) == (found.scores, found.raw, 1)
 
 
 def test_other_weights_than_the_published_are_not_comparable(
