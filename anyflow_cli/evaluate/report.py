@@ -19,9 +19,18 @@ from anyflow_cli.evaluate.plots import DARK, LIGHT, Theme, chunks_png, scores_pn
 from anyflow_cli.evaluate.results import NOT_COMPARABLE, RESULTS, Evaluation, Measured
 from anyflow_cli.evaluate.store import Scored
 from anyflow_cli.evaluate.suite import Suite
-from anyflow_cli.evaluate.table import NONE, asked, closing, group_title, latex, markdown, number, row_of
-from anyflow_cli.evaluate.vbench.dimensions import GROUPS
-from anyflow_cli.evaluate.vbench.published import SOURCE, published
+from anyflow_cli.evaluate.table import (
+    NONE,
+    asked,
+    closing,
+    group_title,
+    latex,
+    markdown,
+    number,
+    published_rows,
+    row_of,
+)
+from anyflow_cli.evaluate.vbench.published import SOURCE
 
 MOST_BYTES = 24 * 2**20  # of videos on the page
 WEAK = 0.7  # scores below this are named under the video
@@ -159,18 +168,11 @@ def _score(value: float | None) -> str:
 
 def _published(suite: str) -> str:
     """What the paper prints for other models on this benchmark."""
-    if suite not in GROUPS:
+    if not (others := published_rows(suite)):
         return ""
-    groups = GROUPS[suite]
-    heads = "".join(f"<th scope=col>{escape(group_title(name))}</th>" for name in ("total", *groups))
-    rows = []
-    for row in published(suite):
-        cells = [f"<td>{value:.2f}</td>" for value in (row.total, *(row.groups[name] for name in groups))]
-        doubt = "" if row.adds_up(suite) else ", does not add up in print"
-        rows.append(
-            _row(f"{row.model}, {row.nfe}{'' if row.own else ', as its authors report'}{doubt}", cells)
-        )
-    table = f"<table><thead><tr><th></th>{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    heads = "".join(f"<th scope=col>{escape(name)}</th>" for name in others[0][1:])
+    rows = "".join(_row(name, [f"<td>{value}</td>" for value in values]) for name, *values in others[1:])
+    table = f"<table><thead><tr><th></th>{heads}</tr></thead><tbody>{rows}</tbody></table>"
     return f"<h2>Published</h2><p class=soft>{escape(SOURCE)}</p><div class=scroll>{table}</div>"
 
 

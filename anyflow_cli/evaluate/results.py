@@ -10,6 +10,7 @@ from anyflow_cli.evaluate.chunks import Along
 from anyflow_cli.evaluate.store import Scored
 from anyflow_cli.evaluate.suite import SuiteResult
 from anyflow_cli.evaluate.trend import Interval, Trend
+from anyflow_cli.evaluate.vbench.published import published
 
 NOT_COMPARABLE = "not comparable"
 RESULTS = "results.json"
@@ -89,9 +90,11 @@ class Evaluation:
 
     def as_json(self) -> dict[str, Any]:
         """For ``results.json`` and ``--json``; scores of single videos stay in their own files."""
+        suite = self.card["suite"]
         return {
             "card": self.card,
             "scores": [_summary(m, self.teacher) for m in self.measured],
+            "published": [row.as_json(suite) for row in published(suite)],
             "trend": None if self.trend is None else asdict(self.trend),
             "partition": self.partition,
         }

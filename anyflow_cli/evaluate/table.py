@@ -11,16 +11,41 @@ from rich.text import Text
 from anyflow_cli.evaluate.compare import Comparison
 from anyflow_cli.evaluate.results import NOT_COMPARABLE, Evaluation, Measured, share_of_teacher
 from anyflow_cli.evaluate.trend import LEVEL, Trend
+from anyflow_cli.evaluate.vbench.dimensions import GROUPS
+from anyflow_cli.evaluate.vbench.published import SOURCE, published
 
 NONE = "-"
 
 
 def score_table(evaluation: Evaluation) -> Table:
-    """What was asked, the scores, and the verdict, below each other."""
+    """What was asked, the scores, the verdict, and what others published, below each other."""
     whole = Table.grid()
     for part in (Text(headline(evaluation)), _scores(evaluation), Text(closing(evaluation))):
         whole.add_row(part)
+    if others := published_rows(evaluation.card["suite"]):
+        whole.add_row(_published(*others))
     return whole
+
+
+def _published(heads: list[str], *rows: list[str]) -> Table:
+    table = Table(title=SOURCE, title_justify="left")
+    table.add_column("published")
+    for name in heads[1:]:
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def published_rows(suite: str) -> list[list[str]]:
+    """What the paper prints for other models on this benchmark, below a head; empty for other suites."""
+    if not (others := published(suite)):
+        return []
+    names = list(GROUPS[suite])
+    return [["", "Total", *map(group_title, names)]] + [
+        [row.title(suite), *(f"{value:.2f}" for value in (row.total, *(row.groups[name] for name in names)))]
+        for row in others
+    ]
 
 
 def _scores(evaluation: Evaluation) -> Table:
@@ -63,8 +88,17 @@ def markdown(evaluation: Evaluation) -> str:
     """The table for a README or an issue, with what was asked above it and the verdict below."""
     heads = ["", *(one.title for one in evaluation.columns)]
     rows = [[name.strip(), *cells] for name, cells in rows_of(evaluation)]
-    lines = [f"| {' | '.join(row)} |" for row in (heads, ["---", *["---:"] * len(evaluation.columns)], *rows)]
-    return "\n\n".join([headline(evaluation), "\n".join(lines), closing(evaluation)]).strip() + "\n"
+    parts = [headline(evaluation), _pipes(heads, *rows), closing(evaluation)]
+    if others := published_rows(evaluation.card["suite"]):
+        parts += [f"Published: {SOURCE}", _pipes(*others)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _pipes(heads: list[str], *rows: list[str]) -> str:
+    """A table of Markdown, its numbers to the right."""
+    return "\n".join(
+        f"| {' | '.join(row)} |" for row in (heads, ["---", *["---:"] * (len(heads) - 1)], *rows)
+    )
 
 
 def latex(evaluation: Evaluation) -> str:

@@ -170,3 +170,19 @@ def test_a_causal_model_is_shown_along_its_chunks(tmp_path: Path, found: Evaluat
     chunks = causal.as_json()["scores"][0]["chunks"]
     assert len(chunks["groups"]["quality"]) == 4
     assert causal.as_json()["partition"] == (1, 3, 3, 2)
+
+
+def test_what_others_published_stands_beside_a_result_of_their_benchmark(found: Evaluation) -> None:
+    assert found.as_json()["published"] == []
+    beside = replace(found, card=found.card | {"suite": "vbench-i2v"})
+    rows = beside.as_json()["published"]
+    assert len(rows) == 7
+    assert rows[-1] == {
+        "model": "AnyFlow-FAR-Wan2.1-14B", "nfe": "4", "total": 87.87, "quality": 80.39, "i2v": 95.35,
+        "re-evaluated": True, "adds up": True,
+    }  # fmt: skip
+    assert "| AnyFlow-FAR-Wan2.1-14B, 4 | 87.87 | 80.39 | 95.35 |" in markdown(beside)
+    assert "MAGI-1, 32x2, as its authors report" in shown(beside)
+    assert "87.87" in Page(page(beside, SUITE)).text
+    doubtful = shown(replace(found, card=found.card | {"suite": "vbench"}))
+    assert "HunyuanVideo, 50x2, as its authors report, does not add up in print" in doubtful

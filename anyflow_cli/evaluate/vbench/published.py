@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from anyflow_cli.evaluate.suite import total_score
 from anyflow_cli.evaluate.vbench.dimensions import GROUPS
@@ -29,15 +30,34 @@ class Row:
         total = total_score(self.groups, GROUPS[benchmark])
         return total is not None and abs(total - self.total) <= 2 * ROUNDING + 1e-9
 
+    def title(self, benchmark: str) -> str:
+        """Which model at which evaluations, who measured it, and whether its sum is right."""
+        source = "" if self.own else ", as its authors report"
+        doubt = "" if self.adds_up(benchmark) else ", does not add up in print"
+        return f"{self.model}, {self.nfe}{source}{doubt}"
 
-def published(benchmark: str) -> list[Row]:
-    """The paper's table for a benchmark, in its order."""
-    table = json.loads(FILE.read_text(encoding="utf-8"))["tables"][benchmark]
+    def as_json(self, benchmark: str) -> dict[str, Any]:
+        """For ``results.json``, beside the scores of a result."""
+        return {
+            "model": self.model,
+            "nfe": self.nfe,
+            "total": self.total,
+            **self.groups,
+            "re-evaluated": self.own,
+            "adds up": self.adds_up(benchmark),
+        }
+
+
+def published(suite: str) -> list[Row]:
+    """The paper's table for a benchmark, in its order; no row for a suite that the paper does not have."""
+    if suite not in GROUPS:
+        return []
+    table = json.loads(FILE.read_text(encoding="utf-8"))["tables"][suite]
     return [
         Row(
             row["model"],
             row["nfe"],
-            {group: row[group] for group in GROUPS[benchmark]},
+            {group: row[group] for group in GROUPS[suite]},
             row["total"],
             row["re-evaluated"],
         )
