@@ -74,7 +74,7 @@ def import_torchvision() -> None:
     Such a build cannot load its operators and refuses to be imported without them. They are then declared;
     whatever calls one fails, but VBench calls none.
     """
-    import torch
+    from torch.library import Library
 
     try:
         importlib.import_module("torchvision")
@@ -83,9 +83,11 @@ def import_torchvision() -> None:
             raise
         for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
             del sys.modules[name]
-        library = torch.library.Library("torchvision", "DEF")
+        library = Library("torchvision", "DEF")  # type: ignore[no-untyped-call]
         for operator in OPERATORS:
-            library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+            library.define(  # type: ignore[no-untyped-call]
+                f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+            )
         declared.append(library)  # it holds as long as this object lives
         importlib.import_module("torchvision")
 
