@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import torch
-import worker
+import worker  # type: ignore[import-not-found]  # beside which it runs
 
 
 def amt(directory: Path) -> None:
