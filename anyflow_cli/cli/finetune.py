@@ -196,6 +196,8 @@ def _scores(choice: Choice, settings: Recipe, paths: RunPaths, world: str) -> di
     job = prepare(recipe, questions(recipe), choice, paths.evaluate)
     with Progress("score", job.videos, "videos") as progress:
         result = evaluate(job, advance=progress.update)
+    if missing := result.measured[0].result.missing:
+        log.warning("No prompt asks for %s, so there is no Total: set evaluate.prompts higher.", missing[0])
     return {f"total at {one.steps} steps": one.result.total for one in result.measured}
 
 
@@ -208,4 +210,5 @@ def _error(choice: Choice, settings: Recipe, latents: Path) -> dict[str, Any]:
 
 
 def _in_words(values: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {f'{v:.4g}' if isinstance(v, float) else v}" for name, v in values.items())
+    shown = {name: f"{v:.4g}" if isinstance(v, float) else v for name, v in values.items() if v is not None}
+    return ", ".join(f"{name} {value}" for name, value in shown.items()) or "not told"
