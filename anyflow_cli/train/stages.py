@@ -258,7 +258,7 @@ def _begin(recipe: schema.Recipe, inputs: Inputs) -> tuple[Any, dict[str, Any], 
     """Claim the directory, on the main process first. A run keeps the precision it began with."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     precision = resolve_precision(recipe.model.precision, device)
-    accelerator = make_accelerator(recipe.launch)
+    accelerator = make_accelerator(recipe.launch, causal=recipe.model.causal is not None)
     facts = {"precision": precision, "processes": accelerator.num_processes}
     with accelerator.main_process_first():
         lineage = begin_run(recipe, inputs, facts)

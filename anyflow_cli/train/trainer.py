@@ -359,11 +359,16 @@ class Trainer:
         return sharded.flattened(tensors, moments)
 
 
-def make_accelerator(launch: schema.Launch = NOT_SHARDED) -> Any:
-    """Accelerate's view of this process: its device, and the other processes."""
+def make_accelerator(launch: schema.Launch = NOT_SHARDED, *, causal: bool = False) -> Any:
+    """Accelerate's view of this process: its device, and the other processes.
+
+    ``causal``: not every step compresses chunks, so that some leave weights without a gradient.
+    """
     from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
-    handlers: list[Any] = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
+    handlers: list[Any] = [
+        DistributedDataParallelKwargs(gradient_as_bucket_view=True, find_unused_parameters=causal)
+    ]
     # Without being told, accelerate takes several processes without a GPU for one.
     cpu = not torch.cuda.is_available()
     if launch.offload and not cpu:  # what lies in the CPU's memory is summed there

@@ -10,9 +10,14 @@ from typing import Any
 
 import torch
 
+PATIENCE = 600  # seconds; processes whose group never forms would wait for ever
+
 
 def start(ranks: int, function: Callable[..., None], *arguments: Any, machines: int = 1) -> list[int | None]:
-    """Run ``function(*arguments)`` in ``ranks`` processes, on pretended machines; their exit codes."""
+    """Run ``function(*arguments)`` in ``ranks`` processes, on pretended machines; their exit codes.
+
+    Those that outlive ``PATIENCE`` are killed.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -22,6 +27,8 @@ def start(ranks: int, function: Callable[..., None], *arguments: Any, machines: 
     for one in all_of_them:
         one.start()
     for one in all_of_them:
+        one.join(PATIENCE)
+        one.kill()
         one.join()
     return [one.exitcode for one in all_of_them]
 

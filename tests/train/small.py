@@ -96,7 +96,7 @@ def trainer(
         one.gradient_checkpointing = checkpointing
     return Trainer(
         directory, objective(kind, roles, **(changes or {})), source or RandomData(run.batch), run,
-        accelerator=make_accelerator(), **(hooks or {}),
+        accelerator=make_accelerator(causal=kind.startswith("causal")), **(hooks or {}),
     )  # fmt: skip
 
 
