@@ -17,6 +17,8 @@ import json
 import math
 import os
 import sys
+import threading
+import time
 import traceback
 import types
 from pathlib import Path
@@ -24,8 +26,10 @@ from typing import Any
 
 OWN = ("i2v_subject", "i2v_background", "camera_motion")  # in vbench2_beta_i2v
 NAMED = ("human_action", "camera_motion")  # read what a video shows from the name of its file
+READ = (".mp4", ".gif")  # endings by which VBench tells how to read a video; a name of ours is an mp4's
 PARTIAL = ("color",)  # has no word on a video in which its object is not found, and leaves it out of the mean
 OPERATORS = ("nms", "qnms")  # that torchvision wants to see when it is imported
+LOOK_EVERY = 1.0  # seconds between looks at whether the parent is there
 PACKAGES = ("vbench", "torch", "torchvision", "transformers", "numpy", "decord", "opencv-python")
 HUB_LINKS = {  # where torch.hub looks: our file or folder
     "checkpoints/dino_vitbase16_pretrain.pth": "dino_model/dino_vitbase16_pretrain.pth",
@@ -37,6 +41,7 @@ declared: list[Any] = []  # torchvision's operators, where its build does not fi
 
 def main(request: str, answer: str) -> int:
     """Do what ``request`` asks; the exit code is 0 where ``answer`` holds a result."""
+    end_with_parent()
     try:
         found: dict[str, Any] = {"result": run(json.loads(Path(request).read_text(encoding="utf-8")))}
     except BaseException as error:  # also what VBench raises to end the process
@@ -46,6 +51,18 @@ def main(request: str, answer: str) -> int:
     temporary.write_text(json.dumps(found), encoding="utf-8")
     os.replace(temporary, answer)
     return 0 if "result" in found else 1
+
+
+def end_with_parent() -> None:
+    """End this process when the one that started it is gone, killed without a chance to say so."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(LOOK_EVERY)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def run(request: dict[str, Any]) -> dict[str, Any]:
@@ -152,13 +169,13 @@ def under_their_names(
     """The entries as VBench is to see them, and the path that each of its paths stands for."""
     seen, original = [], {}
     for number, entry in enumerate(entries):
-        paths = entry["video_list"]
-        if dimension in NAMED:
-            names = [f"{entry['prompt_en']}-{k}.mp4" for k in range(len(paths))]
-            paths = [str(scratch / "named" / str(number) / name) for name in names]
-            for path, target in zip(paths, entry["video_list"]):  # noqa: B905  # strict= is of Python 3.10
-                link(Path(target), Path(path))
-        original.update(dict(zip(paths, entry["video_list"])))  # noqa: B905
+        paths = list(entry["video_list"])
+        for k, target in enumerate(entry["video_list"]):
+            if dimension in NAMED or not target.endswith(READ):
+                name = scratch / "named" / str(number) / f"{entry['prompt_en']}-{k}.mp4"
+                link(Path(target), name)
+                paths[k] = str(name)
+        original.update(dict(zip(paths, entry["video_list"])))  # noqa: B905  # strict= is of Python 3.10
         seen.append({**entry, "video_list": paths})
     return seen, original
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,7 @@ import pytest
 import torch
 
 from anyflow_cli.evaluate.vbench import worker
+from anyflow_cli.evaluate.vbench.job import WORKER
 
 UNFIT = """
 import torch
@@ -41,6 +45,41 @@ def test_color_has_no_word_on_videos_without_the_object(
 ) -> None:
     found = ask("color", tmp_path, monkeypatch, {"a.mp4": 0.5})
     assert found["videos"] == {str(tmp_path / "a.mp4"): 0.5}
+
+
+def test_videos_that_vbench_cannot_tell_by_name_get_one_that_it_knows(tmp_path: Path) -> None:
+    paths = [tmp_path / name for name in ("a.mp4", "b.MP4", "c.webm", "d.gif")]
+    for path in paths:
+        path.write_text(path.name)
+    entry = {"prompt_en": "p", "video_list": [str(path) for path in paths]}
+    (seen,), original = worker.under_their_names("scene", [entry], tmp_path / "scratch")
+    names = [Path(path).suffix for path in seen["video_list"]]
+    assert names == [".mp4", ".mp4", ".mp4", ".gif"]
+    assert seen["video_list"][0] == str(paths[0])
+    assert [Path(path).read_text() for path in seen["video_list"]] == [path.name for path in paths]
+    assert [original[path] for path in seen["video_list"]] == entry["video_list"]
+
+
+def test_a_worker_does_not_outlive_who_started_it(tmp_path: Path) -> None:
+    """The parent is killed, so nobody ends its worker."""
+    code = f"import sys; sys.path.insert(0, {str(WORKER.parent)!r}); import time, worker, os; "
+    code += f"worker.end_with_parent(); open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); "
+    code += "time.sleep(60)"
+    start = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {code!r}])"
+    parent = subprocess.Popen([sys.executable, "-c", start])
+    wait_for(lambda: (tmp_path / "pid").is_file() and (tmp_path / "pid").read_text() != "")
+    child = Path("/proc") / (tmp_path / "pid").read_text()
+    parent.kill()
+    parent.wait()
+    wait_for(lambda: not child.exists() or (child / "stat").read_text().split()[2] == "Z")
+
+
+def wait_for(happens: Callable[[], bool]) -> None:
+    for _ in range(100):
+        if happens():
+            return
+        time.sleep(0.1)
+    pytest.fail("it never happened")
 
 
 def test_a_torchvision_without_operators_can_be_imported(
