@@ -131,8 +131,11 @@ def read_image(path: Path, wanted: ClipFormat) -> Clip:
 
     try:
         with Image.open(path) as opened:
-            image = ImageOps.exif_transpose(opened).convert("RGB")
-    except OSError as error:
+            image = ImageOps.exif_transpose(opened)
+            if image.mode.startswith("I"):  # 16 bits, which convert would cut off at 255
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            image = image.convert("RGB")
+    except (OSError, Image.DecompressionBombError) as error:
         raise UnusableClipError(f"unreadable ({error})") from error
     width, height = image.size
     fitted = ImageOps.fit(image, (wanted.width, wanted.height), Image.Resampling.BICUBIC)

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from anyflow_cli.data.clips import (
     ClipFormat,
@@ -218,14 +219,26 @@ def test_a_directory_without_videos_is_refused(tmp_path: Path) -> None:
 
 def test_a_picture_becomes_one_frame_of_the_wanted_size(tmp_path: Path) -> None:
     """Left half red, right half blue, twice as wide as wanted: the centre is kept."""
-    from PIL import Image
-
     pixels = np.zeros((16, 64, 3), np.uint8)
     pixels[:, :32, 0] = pixels[:, 32:, 2] = 255
     Image.fromarray(pixels).save(tmp_path / "wide.png")
     clip = read_image(tmp_path / "wide.png", ClipFormat(9, 8, 16, 32))
     np.testing.assert_array_equal(clip.pixels, pixels[None, :, 16:48])
     assert clip.changes == ("scaled and cropped from 16x64 to 16x32",)
+
+
+def test_a_picture_of_16_bits_keeps_its_levels(tmp_path: Path) -> None:
+    ramp = np.linspace(0, 65535, 32, dtype=np.uint16)
+    Image.fromarray(np.broadcast_to(ramp, (16, 32)).copy()).save(tmp_path / "deep.png")
+    clip = read_image(tmp_path / "deep.png", ClipFormat(9, 8, 16, 32))
+    assert np.array_equal(clip.pixels[0, 0], (ramp >> 8)[:, None].repeat(3, axis=1))
+
+
+def test_a_picture_too_large_to_hold_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.fromarray(np.zeros((16, 32, 3), np.uint8)).save(tmp_path / "large.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(UnusableClipError, match="512 pixels"):
+        read_image(tmp_path / "large.png", ClipFormat(9, 8, 16, 32))
 
 
 def test_the_start_of_a_short_video_is_all_of_it(tmp_path: Path) -> None:
