@@ -32,6 +32,7 @@ from anyflow_cli.cli.progress import Progress, in_words
 from anyflow_cli.errors import AnyflowError, UsageError
 
 if TYPE_CHECKING:
+    from anyflow_cli.evaluate.cost import Cost
     from anyflow_cli.evaluate.make import Job
     from anyflow_cli.evaluate.protocol import Protocol
     from anyflow_cli.evaluate.results import Evaluation
@@ -223,18 +224,32 @@ def _facts(job: Job) -> dict[str, object]:
     """What is asked, what is there, what is still to be made and what it takes."""
     from anyflow_cli.evaluate.cost import cost
 
-    left = cost(job, job.recipe.launch.processes or 1)
+    processes = job.recipe.launch.processes or 1
+    left = cost(job, processes)
+    making = {
+        "to make": left.videos,
+        "disk": f"about {left.size / MEGABYTE:.1f} MB",
+        "time": _time(job, left, processes) or "not known before the first videos",
+    }
     return {
         "suite": job.protocol.suite.name,
         "comparable": not job.protocol.deviations,
         "prompts": len(job.protocol.prompts),
         "models": {f"{one.subject.address} at {one.label}": one.subject.why for one in job.variants},
         "videos": job.videos,
-        "to make": left.videos,
-        "disk": f"about {left.size / MEGABYTE:.1f} MB",
-        "time": "not known before the first videos" if left.seconds is None else in_words(left.seconds),
+        **(making if job.given is None else {}),
         "out": str(job.out),
     }
+
+
+def _time(job: Job, left: Cost, processes: int) -> str | None:
+    """What the missing videos take: as the finished ones did, else as this machine's GPUs multiply."""
+    from anyflow_cli.plan.evaluation import evaluation_seconds
+
+    if left.seconds is not None:
+        return in_words(left.seconds)
+    planned = evaluation_seconds(job, processes)
+    return None if planned is None else f"{in_words(planned)} without decoding, by the GPUs' peak"
 
 
 def _run(job: Job) -> Evaluation | None:
@@ -248,13 +263,14 @@ def _run(job: Job) -> Evaluation | None:
     if share.rank:
         help_make(job, share)
         return None
-    left = cost(job, share.world)
-    check_room(job.out, left.size)
-    log.info(
-        "%d videos, of which %d are still to be made: about %.1f MB%s.",
-        job.videos, left.videos, left.size / MEGABYTE,
-        f" and {in_words(left.seconds)}" if left.videos and left.seconds is not None else "",
-    )  # fmt: skip
+    if job.given is None:
+        left = cost(job, share.world)
+        check_room(job.out, left.size)
+        time = _time(job, left, share.world) if left.videos else None
+        log.info(
+            "%d videos, of which %d are still to be made: about %.1f MB%s.",
+            job.videos, left.videos, left.size / MEGABYTE, f" and {time}" if time else "",
+        )  # fmt: skip
     with Progress("evaluate", job.videos, "videos") as progress:
         return run(job, advance=progress.update, share=share)
 

@@ -286,6 +286,12 @@ def streaming(target: Target) -> Stage:
     return _sampling(_as_long(target), "streaming", "sample --stream", "sampling", 1, steps, 1)
 
 
+def evaluation(target: Target, steps: int, *, is_guided: bool) -> Stage:
+    """One video of ``evaluate``."""
+    kind: Kind = "synthesis" if is_guided else "sampling"
+    return _sampling(target, "evaluation", "evaluate", kind, target.recipe.evaluate.batch, steps, 1)
+
+
 def _as_long(target: Target) -> Target:
     """With the videos that ``sample`` makes."""
     model = target.recipe.model
