@@ -32,6 +32,7 @@ class Side:
     version: int
     by_steps: Mapping[int, Videos]
     partition: tuple[int, ...] | None
+    deviations: tuple[str, ...] = ()  # in what its protocol is not the suite's own
 
 
 @dataclass(frozen=True)
@@ -55,17 +56,19 @@ class Comparison:
     suite: str
     differences: tuple[Difference, ...]
     chunks: tuple[dict[int, Along], dict[int, Along]]  # of each side, by steps; empty without pieces
+    deviations: tuple[str, ...]  # of either side
 
     def as_json(self) -> dict[str, Any]:
         """For ``--json``."""
-        return asdict(self)
+        return {"comparable": not self.deviations} | asdict(self)
 
 
 def side_of(name: str, found: Evaluation) -> Side:
     """What was just evaluated."""
     by_steps = {m.steps: {(r.prompt, r.seed): r.score for r in m.scored} for m in found.models}
     card = found.card
-    return Side(name, card["suite"], card["suite version"], by_steps, found.partition)
+    deviations = tuple(card["deviations"])
+    return Side(name, card["suite"], card["suite version"], by_steps, found.partition, deviations)
 
 
 def is_finished(address: str) -> bool:
@@ -88,12 +91,13 @@ def read_side(directory: Path) -> Side:
             for entry in entries
         }
         partition = content["partition"]
-        version, suite = card["suite version"], card["suite"]
+        version, suite, deviations = card["suite version"], card["suite"], tuple(card["deviations"])
     except (KeyError, TypeError, ValueError) as error:
         raise UsageError(
             f"{directory / RESULTS} is not what this version of anyflow writes.", "Evaluate again."
         ) from error
-    return Side(str(directory), suite, version, by_steps, None if partition is None else tuple(partition))
+    chunks = None if partition is None else tuple(partition)
+    return Side(str(directory), suite, version, by_steps, chunks, deviations)
 
 
 def compare(suite: Suite, first: Side, second: Side) -> Comparison:
@@ -119,6 +123,7 @@ def compare(suite: Suite, first: Side, second: Side) -> Comparison:
         suite.name,
         differences,
         (_chunks(suite, first, partition), _chunks(suite, second, partition)),
+        tuple(dict.fromkeys([*first.deviations, *second.deviations])),
     )
 
 

@@ -12,7 +12,7 @@ import logging
 import re
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -96,51 +96,48 @@ def take(job: Job) -> None:
 
 
 def find_videos(directory: Path, protocol: Protocol) -> Found:
-    """Look for each video that the protocol asks for."""
-    asked: dict[int, list[Item]] = defaultdict(list)
+    """Look for each video that the protocol asks for; a prompt that is asked twice has files for both."""
+    names = dict(zip(protocol.numbers or range(len(protocol.prompts)), protocol.own_prompts, strict=True))
+    asked: dict[str, list[Item]] = defaultdict(list)
     for item in protocol.items:
-        asked[item.number].append(item)
-    titles = dict(zip(asked, protocol.titles or protocol.prompts, strict=True))
-    by_name = {title: number for number, title in titles.items()}
-    by_text = {items[0].prompt: number for number, items in asked.items()} | by_name
-    files, extra = _sorted_out(directory, by_name, by_text)
-    pairs = [
-        pair for number, items in asked.items() for pair in zip(items, files.get(number, ()), strict=False)
-    ]
+        asked[names[item.number]].append(item)
+    by_text = {item.prompt: names[item.number] for item in protocol.items} | {name: name for name in asked}
+    files, extra = _sorted_out(directory, by_text, asked.keys())
+    pairs = [pair for name, items in asked.items() for pair in zip(items, files.get(name, ()), strict=False)]
     broken = _broken(path for _, path in pairs)
-    many = {number: (len(files.get(number, ())), len(items)) for number, items in asked.items()}
-    extra += [path for number, items in asked.items() for path in files.get(number, ())[len(items) :]]
+    many = {name: (len(files.get(name, ())), len(items)) for name, items in asked.items()}
+    extra += [path for name, items in asked.items() for path in files.get(name, ())[len(items) :]]
     return Found(
         files={item: path for item, path in pairs if path not in broken},
-        missing=tuple(f"{titles[n]} ({have} of {want})" for n, (have, want) in many.items() if have < want),
+        missing=tuple(f"{name} ({have} of {want})" for name, (have, want) in many.items() if have < want),
         extra=tuple(sorted(path.relative_to(directory).as_posix() for path in extra)),
         broken=tuple(f"{path.relative_to(directory).as_posix()} ({why})" for path, why in broken.items()),
     )
 
 
 def _sorted_out(
-    directory: Path, by_name: dict[str, int], by_text: dict[str, int]
-) -> tuple[dict[int, list[Path]], list[Path]]:
-    """Files by the number of their prompt, in the order of their samples; and those of no prompt."""
-    files: dict[int, list[tuple[int, Path]]] = defaultdict(list)
+    directory: Path, by_text: Mapping[str, str], prompts: Collection[str]
+) -> tuple[dict[str, list[Path]], list[Path]]:
+    """Files by their prompt, in the order of their samples; and those of no prompt."""
+    files: dict[str, list[tuple[int, Path]]] = defaultdict(list)
     extra: list[Path] = []
     for clip in list_clips(directory):
-        number, sample = _place(clip, by_name, by_text)
-        if number is None:
+        prompt, sample = _place(clip, by_text, prompts)
+        if prompt is None:
             extra.append(clip.path)
         else:
-            files[number].append((sample, clip.path))
-    return {number: [path for _, path in sorted(each)] for number, each in files.items()}, extra
+            files[prompt].append((sample, clip.path))
+    return {prompt: [path for _, path in sorted(each)] for prompt, each in files.items()}, extra
 
 
-def _place(clip: ClipFile, by_name: dict[str, int], by_text: dict[str, int]) -> tuple[int | None, int]:
-    """The number of the prompt that a file shows, and of the sample that it is."""
+def _place(clip: ClipFile, by_text: Mapping[str, str], prompts: Collection[str]) -> tuple[str | None, int]:
+    """The prompt that a file shows, and the number of the sample that it is."""
     numbered = NUMBERED.fullmatch(clip.path.stem)
     sample = int(numbered["sample"]) if numbered else 0
     if clip.caption is not None:
         return by_text.get(clip.caption), sample
     names = [*([numbered["prompt"]] if numbered else []), clip.path.stem]
-    return next((by_name[name] for name in names if name in by_name), None), sample
+    return next((name for name in names if name in prompts), None), sample
 
 
 def _broken(paths: Iterable[Path]) -> dict[Path, str]:

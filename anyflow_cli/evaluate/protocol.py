@@ -77,6 +77,11 @@ class Protocol:
     skipped: frozenset[int] = frozenset()
 
     @property
+    def own_prompts(self) -> tuple[str, ...]:
+        """The suite's own, whatever is sampled with."""
+        return self.titles or self.prompts
+
+    @property
     def items(self) -> list[Item]:
         """All videos of one variant, prompt by prompt; seeds run on over the whole set and its samples."""
         numbers = self.numbers or range(len(self.prompts))

@@ -118,7 +118,8 @@ def latex(evaluation: Evaluation) -> str:
 
 def comparison_table(found: Comparison) -> Table:
     """Step counts in rows: both Totals, the difference and whether it is one."""
-    table = Table()
+    why = "; ".join(found.deviations)
+    table = Table(caption=f"{NOT_COMPARABLE} with other results: {why}" if why else None)
     for name in ("steps", *found.names, "difference", f"{LEVEL:.0%} interval", "videos", "the second is"):
         table.add_column(Text(name), justify="right")
     for one in found.differences:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from anyflow_cli.evaluate.compare import Side, compare, is_finished, read_side, 
 from anyflow_cli.evaluate.report import write_comparison, write_results
 from anyflow_cli.evaluate.run import evaluate
 from anyflow_cli.evaluate.suite import VideoScore
+from anyflow_cli.evaluate.table import comparison_table
 from tests.evaluate.drawn import Drawn, make_job
 from tests.evaluate.test_suite import Toy
 
@@ -104,3 +106,18 @@ def test_results_of_another_version_are_said(tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text('{"card": {}, "scores": []}')
     with pytest.raises(UsageError, match="not what this version of anyflow writes"):
         read_side(tmp_path)
+
+
+def test_what_is_not_comparable_stays_so_in_a_comparison(tmp_path: Path) -> None:
+    job = make_job(tmp_path, prompts=5, teacher=False)
+    quick = replace(job, protocol=replace(job.protocol, deviations=("only the first 5 of 12 prompts",)))
+    found = evaluate(quick, Drawn().open)
+    write_results(found, job.protocol.suite, quick.out)
+    whole = replace(side_of("a", found), deviations=())
+    for marked in (side_of("b", found), read_side(quick.out)):
+        result = compare(job.protocol.suite, whole, marked)
+        assert result.as_json()["comparable"] is False
+        assert comparison_table(result).caption == (
+            "not comparable with other results: only the first 5 of 12 prompts"
+        )
+    assert compare(job.protocol.suite, whole, whole).as_json()["comparable"] is True

@@ -104,3 +104,13 @@ def test_a_video_of_another_size_is_named(job: Job, tmp_path: Path) -> None:
     write_mp4(tmp_path / "videos" / f"{job.protocol.prompts[0]}-0.mp4", drawn(0, 50)[:, :32], 16)
     with pytest.raises(UsageError, match="would have to be scaled and cropped"):
         evaluate(prepare_given(job.recipe, job.protocol, tmp_path / "videos", job.out))
+
+
+def test_a_prompt_that_is_asked_twice_has_a_video_for_each_time(job: Job, tmp_path: Path) -> None:
+    prompt = job.protocol.prompts[0]
+    twice = replace(job.protocol, prompts=(prompt, prompt), samples=1)
+    for k in range(2):
+        write_mp4(tmp_path / "videos" / f"{prompt}-{k}.mp4", drawn(0, 50), 16)
+    found = find_videos(tmp_path / "videos", twice)
+    assert (found.missing, found.extra) == ((), ())
+    assert [found.files[item].name for item in twice.items] == [f"{prompt}-0.mp4", f"{prompt}-1.mp4"]

@@ -1,7 +1,7 @@
 """A result as VBench's leaderboard takes it: videos named ``PROMPT-K.mp4``, scores in its own JSON.
 
-Raw scores, as VBench wrote them; nothing is normalised or summed. Videos are linked where the disk allows it
-and copied otherwise.
+Raw scores, as VBench wrote them; nothing is normalised or summed. The protocol card lies beside. Videos are
+linked where the disk allows it and copied otherwise.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ def export(job: Job, found: Evaluation, directory: Path) -> list[Path]:
     """A folder for each model and step count; the paths of their JSON files."""
     if directory.exists() and any(directory.iterdir()):
         raise UsageError(f"{directory} holds files already.", "Choose a new directory for --export.")
-    return [_export(job, one, directory / one.title.replace(" ", "-")) for one in found.columns]
+    paths = [_export(job, one, directory / one.title.replace(" ", "-")) for one in found.columns]
+    write_json(directory / "protocol.json", found.card)
+    return paths
 
 
 def _export(job: Job, one: Measured, place: Path) -> Path:
@@ -45,7 +47,7 @@ def _by_prompt(job: Job, one: Measured) -> dict[str, list[Scored]]:
     """Five videos a prompt; of flickering's twenty-five those that the static filter let through."""
     protocol = job.protocol
     numbers = protocol.numbers or range(len(protocol.prompts))
-    titles = dict(zip(numbers, protocol.titles or protocol.prompts, strict=True))
+    titles = dict(zip(numbers, protocol.own_prompts, strict=True))
     found: dict[str, list[Scored]] = defaultdict(list)
     for item, record in zip(protocol.items, one.scored, strict=True):
         found[titles[item.number]].append(record)

@@ -30,7 +30,8 @@ class Weights:
     def line(self) -> str:
         """For people who are to fetch it."""
         size = "" if self.megabytes is None else f"{self.megabytes:,} MB, "
-        return f"{size}from {self.source}"
+        digest = f"SHA-256 {self.sha256}, " if self.sha256 else ""
+        return f"{size}{digest}from {self.source}"
 
 
 CLIP_B32 = Weights("clip_model/ViT-B-32.pt", f"{CLIP}/{CLIP_B}/ViT-B-32.pt", 354, CLIP_B)

@@ -151,6 +151,7 @@ def test_the_whole_way_from_a_directory_to_a_report(
     assert "AnyFlow-FAR-Wan2.1-14B" in Path(found["files"]["report.html"]).read_text()
     board = tmp_path / "board" / "given-videos"
     assert (board / "videos" / f"{prompts[0]}-0.mp4").is_file()
+    assert json.loads((tmp_path / "board" / "protocol.json").read_text())["comparable"] is False
     score, videos = json.loads((board / "given-videos_eval_results.json").read_text())["temporal_flickering"]
     assert score == pytest.approx(np.mean([one["video_results"] for one in videos]))
     assert {one["video_path"] for one in videos} == {f"{prompt}-0.mp4" for prompt in prompts[:3]}
