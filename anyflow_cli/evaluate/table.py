@@ -10,7 +10,7 @@ from rich.text import Text
 
 from anyflow_cli.evaluate.compare import Comparison
 from anyflow_cli.evaluate.results import NOT_COMPARABLE, Evaluation, Measured, share_of_teacher
-from anyflow_cli.evaluate.trend import LEVEL, Trend
+from anyflow_cli.evaluate.trend import LEVEL, Interval, Trend
 from anyflow_cli.evaluate.vbench.dimensions import GROUPS
 from anyflow_cli.evaluate.vbench.published import SOURCE, published
 
@@ -127,7 +127,7 @@ def comparison_table(found: Comparison) -> Table:
         table.add_row(
             str(one.steps), number(one.first), number(one.second),
             NONE if one.change is None else f"{one.change:+.1f}",
-            f"{bounds.low:+.1f} to {bounds.high:+.1f}" if bounds else NONE, str(one.videos), one.finding,
+            _bounds(bounds) if bounds else NONE, str(one.videos), one.finding,
         )  # fmt: skip
     return table
 
@@ -172,12 +172,21 @@ def closing(evaluation: Evaluation) -> str:
 
 
 def verdict(trend: Trend) -> str:
-    """The trend in a sentence."""
-    bounds = f"{trend.interval.low:+.1f} to {trend.interval.high:+.1f}"
-    return (
+    """The trend in a sentence, and a second one where the most steps are not the best."""
+    sentence = (
         f"From {trend.fewest} to {trend.most} steps Total changes by {trend.change:+.1f} "
-        f"({LEVEL:.0%} interval over prompts: {bounds}): {trend.verdict}."
+        f"({LEVEL:.0%} interval over prompts: {_bounds(trend.interval)}): {trend.verdict}."
     )
+    if fall := trend.fall:
+        sentence += (
+            f" It is best at {fall.best} steps and changes by {fall.change:+.1f} from there to {trend.most} "
+            f"({_bounds(fall.interval)})."
+        )
+    return sentence
+
+
+def _bounds(bounds: Interval) -> str:
+    return f"{bounds.low:+.1f} to {bounds.high:+.1f}"
 
 
 def number(value: float | None) -> str:

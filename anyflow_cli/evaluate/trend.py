@@ -22,6 +22,7 @@ Verdict = Literal["improves", "flat", "degrades"]
 
 DRAWS = 2000
 LEVEL = 0.95
+COMPLETE = 0.5  # share of the draws that an interval needs
 LEAST_PROMPTS = 5  # of fewer, a bootstrap knows nothing
 
 
@@ -34,38 +35,50 @@ class Interval:
 
 
 @dataclass(frozen=True)
+class Fall:
+    """Total at the most steps less that at the best number of steps, where it is lower beyond doubt."""
+
+    best: int
+    change: float
+    interval: Interval
+
+
+@dataclass(frozen=True)
 class Trend:
-    """Total at the most steps less that at the fewest, in points."""
+    """Total at the most steps less that at the fewest, in points; and the way down, if there is one."""
 
     fewest: int
     most: int
     change: float
     interval: Interval
     verdict: Verdict
+    fall: Fall | None
 
 
 def totals(suite: Suite, scores: Sequence[VideoScore], prompts: Sequence[int]) -> Doubles | None:
     """Total of each draw (R,), ``prompts`` being the numbers of their prompts.
 
-    Draws in which no prompt asks for some dimension are left out, the same ones for every model on these
-    prompts. None for fewer than LEAST_PROMPTS, and where fewer than half of the draws are left.
+    NaN in a draw in which no video tells of some dimension. None for fewer than LEAST_PROMPTS, and where
+    more than half of the draws have no Total.
     """
     sums, counts = _per_prompt(suite, scores, prompts)
     if len(sums) < LEAST_PROMPTS:
         return None
     draws = _draws(len(sums))
     counted = draws @ counts  # (R, D)
-    complete = (counted > 0).all(1)
-    if complete.mean() < 0.5:
+    if (counted > 0).all(1).mean() < COMPLETE:
         return None
-    draws, counted = draws[complete], counted[complete]
+    counted[counted == 0] = np.nan
     low, high = (np.array([getattr(d, side) for d in suite.dimensions]) for side in ("low", "high"))
     return np.asarray(100 * ((draws @ sums / counted - low) / (high - low)) @ _weights(suite))
 
 
-def interval(values: Doubles) -> Interval:
-    """The middle LEVEL of the draws."""
-    low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+def interval(values: Doubles) -> Interval | None:
+    """The middle LEVEL of the draws that have a value; None where more than half of them have none."""
+    known = values[~np.isnan(values)]
+    if len(known) < COMPLETE * len(values):
+        return None
+    low, high = np.quantile(known, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Interval(float(low), float(high))
 
 
@@ -75,8 +88,19 @@ def trend(by_steps: dict[int, tuple[float, Doubles]]) -> Trend | None:
         return None
     fewest, most = min(by_steps), max(by_steps)
     bounds = interval(by_steps[most][1] - by_steps[fewest][1])
+    if bounds is None:
+        return None
     verdict: Verdict = "improves" if bounds.low > 0 else "degrades" if bounds.high < 0 else "flat"
-    return Trend(fewest, most, by_steps[most][0] - by_steps[fewest][0], bounds, verdict)
+    return Trend(fewest, most, by_steps[most][0] - by_steps[fewest][0], bounds, verdict, _fall(by_steps))
+
+
+def _fall(by_steps: dict[int, tuple[float, Doubles]]) -> Fall | None:
+    """More steps than the best may do harm behind a verdict that compares the two ends."""
+    best, most = max(by_steps, key=lambda steps: by_steps[steps][0]), max(by_steps)
+    bounds = interval(by_steps[most][1] - by_steps[best][1])
+    if best == min(by_steps) or bounds is None or bounds.high >= 0:
+        return None
+    return Fall(best, by_steps[most][0] - by_steps[best][0], bounds)
 
 
 def _per_prompt(

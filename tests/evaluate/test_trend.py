@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from anyflow_cli.evaluate.suite import VideoScore, summarise
+from anyflow_cli.evaluate.table import verdict
 from anyflow_cli.evaluate.trend import interval, totals, trend
 from tests.evaluate.test_suite import Toy
 
@@ -21,6 +22,7 @@ def test_equal_videos_have_an_interval_of_no_width_at_the_total() -> None:
     drawn = totals(Toy(), made, range(10))
     assert drawn is not None
     bounds = interval(drawn)
+    assert bounds is not None
     assert bounds.low == pytest.approx(summarise(Toy(), made).total)
     assert bounds.high == pytest.approx(bounds.low)
 
@@ -54,9 +56,9 @@ def test_no_interval_where_a_dimension_is_missing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("gain", "verdict"), [(0.02, "improves"), (-0.02, "degrades"), (0.0, "flat"), (0.0005, "flat")]
+    ("gain", "said"), [(0.02, "improves"), (-0.02, "degrades"), (0.0, "flat"), (0.0005, "flat")]
 )
-def test_a_verdict_needs_more_than_noise(gain: float, verdict: str) -> None:
+def test_a_verdict_needs_more_than_noise(gain: float, said: str) -> None:
     rng = np.random.default_rng(1)
     prompt = rng.normal(0.7, 0.1, 64)  # prompts differ far more than step counts do
     both = [prompt + rng.normal(0, 0.02, 64), prompt + gain + rng.normal(0, 0.02, 64)]
@@ -72,7 +74,7 @@ def test_a_verdict_needs_more_than_noise(gain: float, verdict: str) -> None:
     assert (found.fewest, found.most) == (4, 32)
     assert found.change == pytest.approx(by_steps[32][0] - by_steps[4][0])
     assert found.interval.low < found.change < found.interval.high
-    assert found.verdict == verdict
+    assert found.verdict == said
 
 
 def test_one_step_count_has_no_trend() -> None:
@@ -88,4 +90,48 @@ def test_a_dimension_that_few_prompts_ask_for_leaves_an_interval() -> None:
         del video.scores[rare]
     drawn = totals(toy, videos, range(6))
     assert drawn is not None
-    assert np.isfinite(drawn).all()
+    assert 0 < np.isnan(drawn).mean() < 0.2
+    assert interval(drawn) is not None
+
+
+def test_step_counts_are_paired_by_the_draws_that_both_have() -> None:
+    """One model shows something of a rare dimension on two prompts, the other on three."""
+    toy, by_steps = Toy(), {}
+    rare = toy.dimensions[0].name
+    for steps, some in ((1, 2), (4, 3)):
+        videos = scores(np.linspace(0.6, 0.7, 6) + 0.1 * (steps == 4))
+        for video in videos[some:]:
+            del video.scores[rare]
+        drawn, total = totals(toy, videos, range(6)), summarise(toy, videos).total
+        assert drawn is not None
+        assert total is not None
+        by_steps[steps] = (total, drawn)
+    found = trend(by_steps)
+    assert found is not None
+    assert found.verdict == "improves"
+    assert np.isfinite([found.interval.low, found.interval.high]).all()
+    assert interval(np.array([1.0, np.nan, np.nan])) is None
+
+
+def test_a_fall_after_the_best_is_found_behind_a_rise_over_all() -> None:
+    rng = np.random.default_rng(2)
+    prompt = rng.normal(0.7, 0.1, 64)
+    by_steps = {}
+    for steps, gain in ((1, 0.0), (4, 0.1), (8, 0.09), (32, 0.04)):
+        made = scores(prompt + gain + rng.normal(0, 0.01, 64))
+        drawn, total = totals(Toy(), made, range(64)), summarise(Toy(), made).total
+        assert drawn is not None
+        assert total is not None
+        by_steps[steps] = (total, drawn)
+    found = trend(by_steps)
+    assert found is not None
+    assert found.verdict == "improves"
+    assert found.fall is not None
+    assert found.fall.best == 4
+    assert found.fall.change == pytest.approx(by_steps[32][0] - by_steps[4][0])
+    assert found.fall.interval.high < 0
+    del by_steps[32], by_steps[8]
+    rising = trend(by_steps)
+    assert rising is not None
+    assert rising.fall is None
+    assert "It is best at 4 steps and changes by -" in verdict(found)
