@@ -76,9 +76,8 @@ class Clip:
 def list_clips(directory: Path) -> list[ClipFile]:
     """All videos under a directory by name, each with its caption or None."""
     if not directory.is_dir():
-        raise UsageError(
-            f"The directory of videos {directory} does not exist.", "Give a directory with video files."
-        )
+        what = "is a file, not a directory" if directory.exists() else "does not exist"
+        raise UsageError(f"The directory of videos {directory} {what}.", "Give a directory with video files.")
     paths = sorted(
         p for p in directory.rglob("*") if p.suffix.lower() in ENDINGS and not p.name.startswith(".")
     )

@@ -163,7 +163,7 @@ def _check_directory(job: Job) -> None:
         )
         raise UsageError(
             f"{out} holds another data set; it differs in {named}.",
-            "Choose another --out, remove that directory, or go back to its settings.",
+            "Choose another --out or --runs, remove that directory, or go back to its settings.",
         )
 
 

@@ -189,7 +189,8 @@ def write_manifest(
         raise UsageError(f"The shards in {directory} hold latents of several shapes: {named}.", REPAIR)
     if not shapes:
         raise AnyflowError(
-            f"No sample in {directory} passed the checks.", "The reasons stand in the shards' .json files."
+            f"No sample in {directory} passed the checks.",
+            "The reasons stand in its .json files; remove it when the videos are mended, and run again.",
         )
     ((shape, text_dim),) = shapes
     manifest = Manifest(sum(r.samples for r in records), records, shape, text_dim, provenance)

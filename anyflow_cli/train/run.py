@@ -4,8 +4,8 @@
     lineage.json     command, versions, the data set's hash, fingerprints of the models it started from
     metrics.jsonl    tensorboard/  previews/  checkpoints/  model/  adapter/
 
-What may change between starts: how long, how often something is written, how a batch is cut; nothing that
-bears on the weights.
+What may change between starts: how long, how often something is written, how a batch is cut, and the
+precision, so that a run whose loss is no number can go on in fp32; nothing else that bears on the weights.
 """
 
 from __future__ import annotations

@@ -215,6 +215,9 @@ def test_a_directory_without_videos_is_refused(tmp_path: Path) -> None:
         list_clips(tmp_path)
     with pytest.raises(UsageError, match="does not exist"):
         list_clips(tmp_path / "absent")
+    (tmp_path / "clip.mp4").touch()
+    with pytest.raises(UsageError, match="is a file"):
+        list_clips(tmp_path / "clip.mp4")
 
 
 def test_a_picture_becomes_one_frame_of_the_wanted_size(tmp_path: Path) -> None:

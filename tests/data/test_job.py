@@ -82,6 +82,8 @@ def test_other_settings_are_refused_with_the_keys_that_differ(
         job_of(teacher, **changes)
     assert all(key in error.value.message for key in keys)
     assert "guidance" not in error.value.message
+    assert error.value.hint is not None
+    assert "--runs" in error.value.hint  # `finetune` makes such data sets too, and has no --out
     assert (job.out / PROVENANCE).read_bytes() == before
 
 
