@@ -93,12 +93,12 @@ def flow_map_loss(
 
     ``null`` is the same network under the negative prompt; with guidance 1 it is not evaluated. ``null_mask``
     (B,) names samples whose own condition was replaced by that prompt: for them ``u_c`` and ``u_null`` are
-    the same, there is nothing to guide, and g is 1. Without the mask they would be trained towards
-    ``u = v - (t - r) / g du/dt``, which is no flow map.
+    the same, there is nothing to guide, g is 1 and ``u_null`` is not asked for. Without the mask they would be
+    trained towards ``u = v - (t - r) / g du/dt``, which is no flow map.
 
     With guidance 1 and no t > r in the slice, the call without gradient is left out: ranks that must call
     alike (FSDP) then have to see to it that each has such a sample. With any other guidance all make the same
-    two calls.
+    two calls, though one may ask for nothing that is used.
     """
     z = interpolate(x, eps, t)
     v = eps - x
@@ -129,7 +129,9 @@ def _guidance_per_sample(guidance: float, null_mask: Tensor | None, z: Tensor) -
 def _null_and_derivative(
     asked: Query, of_null: Query | None, v: Tensor, delta: float, g: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Give what takes no gradient, u_null and du/dt, each (B, F, C, H, W), in one call of B + 2 I samples.
+    """Give what takes no gradient, u_null and du/dt, each (B, F, C, H, W), in one call of G + 2 I samples.
+
+    G is how many have g != 1; for the others u_null is 0, as it does not count.
 
     Both sides of the quotient stay in [r, 1], where the model is trained, and are divided by the distance
     they really have. With t in [r + d, 1 - d] that is 2 d, as in Alg. 1, and the error O(d^2). For t > 1 - d
@@ -148,7 +150,11 @@ def _null_and_derivative(
     if of_null is None:
         u_null, (u_plus, u_minus) = torch.zeros_like(z), together(plus, minus)
     else:
-        u_null, u_plus, u_minus = together(of_null, plus, minus)
+        guided = (g.flatten() != 1).nonzero().squeeze(1)  # (G,)
+        if len(guided) + len(inner) == 0:
+            guided = guided.new_zeros(1)  # the call is made all the same
+        answer, u_plus, u_minus = together(of_null.take(guided), plus, minus)
+        u_null = torch.zeros_like(z).index_copy(0, guided, answer)
     du_dt = difference_quotient(u_plus, u_minus, plus.t - minus.t, g[inner])
     return u_null, torch.zeros_like(z).index_copy(0, inner, du_dt)
 

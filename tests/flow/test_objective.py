@@ -194,6 +194,22 @@ def test_without_guidance_there_is_no_null_branch() -> None:
     assert [batch for batch, *_ in calls] == [8]
 
 
+def test_samples_under_the_null_prompt_are_not_asked_for_it_again() -> None:
+    """Where g = 1 the null branch counts for nothing."""
+    calls: list[Any] = []
+    dropped = torch.arange(B) < 3
+    Step().loss(*(Watched(model, calls) for model in exact(3.0)), null_mask=dropped)
+    assert [(batch, gradient) for batch, _, _, gradient in calls] == [(5 + 2 * 7, False), (8, True)]
+
+
+def test_a_slice_with_nothing_to_ask_makes_both_calls_all_the_same() -> None:
+    """Sharded processes wait for one another in every call."""
+    calls: list[Any] = []
+    models = (Watched(model, calls) for model in exact(3.0))
+    Step(INSIDE, INSIDE).loss(*models, null_mask=torch.ones(B, dtype=torch.bool))
+    assert [batch for batch, *_ in calls] == [1, 8]
+
+
 def test_gradient_is_that_of_the_conditional_branch_alone() -> None:
     """A constant a in both branches is a in u and nothing in u_tgt: the loss is a^2, its gradient 2 a / g."""
     a = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
