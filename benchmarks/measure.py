@@ -22,7 +22,7 @@ from torch import Tensor
 PRESETS = {  # heads, head_dim, layers, ffn_dim, text_dim, channels
     "tiny": (6, 32, 6, 768, 64, 16),
     "wan1b": (12, 128, 30, 8960, 4096, 16),
-    "wan14b": (40, 128, 40, 13824, 5120, 16),
+    "wan14b": (40, 128, 40, 13824, 4096, 16),
 }
 Call = Callable[[], Tensor]
 

@@ -93,8 +93,8 @@ def flow_map_loss(
 
     ``null`` is the same network under the negative prompt; with guidance 1 it is not evaluated. ``null_mask``
     (B,) names samples whose own condition was replaced by that prompt: for them ``u_c`` and ``u_null`` are
-    the same, there is nothing to guide, g is 1 and ``u_null`` is not asked for. Without the mask they would be
-    trained towards ``u = v - (t - r) / g du/dt``, which is no flow map.
+    the same, there is nothing to guide, g is 1 and ``u_null`` is not asked for. Without the mask they would
+    be trained towards ``u = v - (t - r) / g du/dt``, which is no flow map.
 
     With guidance 1 and no t > r in the slice, the call without gradient is left out: ranks that must call
     alike (FSDP) then have to see to it that each has such a sample. With any other guidance all make the same

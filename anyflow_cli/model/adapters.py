@@ -32,7 +32,10 @@ class LoraSize:
 
 
 class Adapters:
-    """Adapters of ``network`` by name; at most one is active, none at first. They come frozen."""
+    """Adapters of ``network`` by name; at most one is active, none at first. They come frozen.
+
+    They are fp32: on a base of another type run them under autocast.
+    """
 
     def __init__(self, network: FlowMapTransformer) -> None:
         self.network = network.requires_grad_(False)
@@ -52,6 +55,9 @@ class Adapters:
             inject_adapter_in_model(config, self.network, adapter_name=name)
         modules = self.network.named_modules()
         self._layers = [(path, module) for path, module in modules if isinstance(module, LoraLayer)]
+        for _, layer in self._layers:
+            # else each keeps an input of its own for its backward pass, though autocast undoes the cast
+            layer.cast_input_dtype_enabled = False
         for parameter in self.parameters(name).values():
             parameter.data = parameter.data.float()  # peft gives it the base's type
         self.network.requires_grad_(False)

@@ -20,6 +20,7 @@ from typing import cast
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from anyflow_cli.model.blocks import Block, KeyValue, LayerKeys, modulated
@@ -139,8 +140,11 @@ class FlowMapTransformer(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
-        return self.proj_out.weight.device
+        """Where it computes; sharded weights may wait elsewhere until then (offloading)."""
+        weight = self.proj_out.weight
+        if not isinstance(weight, DTensor):
+            return weight.device
+        return torch.empty(0, device=weight.device_mesh.device_type).device
 
     @property
     def compute_dtype(self) -> torch.dtype:

@@ -59,10 +59,11 @@ def make_preview(
 
     @torch.no_grad()
     def preview(step: int) -> None:
-        device = next(backbone.parameters()).device
+        device = backbone.network_of("student").device
         sample = _sampling(backbone, data, batch.text.to(device), plan)
         with autocast(precision, device):
-            latents = [sample(noise.to(device), grid(nfe, plan.shift)) for nfe in plan.nfe]
+            # to the CPU: the average must not leave its place before the last weights were read
+            latents = [sample(noise.to(device), grid(nfe, plan.shift)).cpu() for nfe in plan.nfe]
         if not writes:
             return
         vae = VideoVAE.load(pipeline, device)

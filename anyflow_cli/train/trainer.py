@@ -17,6 +17,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
@@ -44,6 +45,9 @@ log = logging.getLogger(__name__)
 OnStep = Callable[[int, Mapping[str, float]], None]
 Preview = Callable[[int], None]
 NOT_SHARDED = schema.Launch()
+# How long processes wait for the first one's previews and for it to save the finished model; NCCL's own ten
+# minutes are too few. One that dies is noticed at once, by whoever started it.
+PATIENCE = timedelta(hours=2)
 
 
 class Source(Protocol):
@@ -366,13 +370,14 @@ def make_accelerator(launch: schema.Launch = NOT_SHARDED, *, causal: bool = Fals
     """
     from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
-    handlers: list[Any] = [
-        DistributedDataParallelKwargs(gradient_as_bucket_view=True, find_unused_parameters=causal)
-    ]
     # Without being told, accelerate takes several processes without a GPU for one.
     cpu = not torch.cuda.is_available()
-    if launch.offload and not cpu:  # what lies in the CPU's memory is summed there
-        handlers.append(InitProcessGroupKwargs(backend="cpu:gloo,cuda:nccl"))
+    # what lies in the CPU's memory is summed there
+    backend = "cpu:gloo,cuda:nccl" if launch.offload and not cpu else None
+    handlers = [
+        DistributedDataParallelKwargs(gradient_as_bucket_view=True, find_unused_parameters=causal),
+        InitProcessGroupKwargs(backend=backend, timeout=PATIENCE),
+    ]
     return Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=handlers)
 
 

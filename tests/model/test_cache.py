@@ -6,7 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from anyflow_cli.flow.velocity import full_time
 from anyflow_cli.model.cache import KeyCache, Policy
@@ -218,3 +222,22 @@ def test_diffusers_own_step_lets_zero_keys_in(height: int, width: int, least: fl
     own = mine(z, full_time(0.7, z), full_time(0.2, z))
     gap = distance(their_step(reference, text, z), own)
     assert least <= gap < most
+
+
+def test_keys_lie_where_an_offloaded_network_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As FSDP2 leaves a weight that waits in the CPU's memory; meta stands for a GPU."""
+    network = ours(far())
+    monkeypatch.setattr(FlowMapTransformer, "compute_dtype", torch.float32)  # autocast knows no meta
+    distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        whole = network.proj_out.weight.detach()
+        meta = TensorMeta(whole.shape, whole.stride(), whole.dtype)
+        spec = DTensorSpec(init_device_mesh("meta", (2,)), (Shard(0),), meta)
+        weight = DTensor(whole[: len(whole) // 2], spec, requires_grad=False)
+        network.proj_out.weight = nn.Parameter(weight, requires_grad=False)
+        assert weight.device.type == "cpu"
+        assert network.device.type == "meta"
+        layers = KeyCache(network, PARTITION, (8, 8), 2)._memory.layers
+        assert {part.device.type for layer in layers for part in layer} == {"meta"}
+    finally:
+        distributed.destroy_process_group()

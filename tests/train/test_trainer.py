@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import os
 import signal
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate import InitProcessGroupKwargs
 
 from anyflow_cli.errors import AnyflowError, UsageError
 from anyflow_cli.recipe import schema
 from anyflow_cli.train.checkpoint import complete, newest
-from anyflow_cli.train.trainer import StoppedError
+from anyflow_cli.train.trainer import StoppedError, make_accelerator
 from tests.train import small
 from tests.train.small import RandomData, same_run, trainer
 
@@ -155,3 +157,18 @@ def test_bf16_gives_gradients_close_to_those_of_fp32(tmp_path: Path) -> None:
         )
     assert gradients[0].shape == gradients[1].shape
     assert torch.cosine_similarity(gradients[0], gradients[1], dim=0) > 0.99
+
+
+@pytest.mark.parametrize(("gpu", "offload"), [(False, True), (True, False), (True, True)])
+def test_processes_wait_long_for_the_first_one_and_sum_where_gradients_lie(
+    gpu: bool, offload: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Previews of a large model, and saving one, take longer than NCCL waits by itself."""
+    given: dict[str, Any] = {}
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
+    monkeypatch.setattr("accelerate.Accelerator", lambda **options: given.update(options))
+    make_accelerator(schema.Launch(sharding="full", offload=offload))
+    group = next(one for one in given["kwargs_handlers"] if isinstance(one, InitProcessGroupKwargs))
+    assert given["cpu"] is not gpu
+    assert group.timeout >= timedelta(hours=1)
+    assert group.backend == ("cpu:gloo,cuda:nccl" if gpu and offload else None)
