@@ -3,9 +3,11 @@
     python benchmarks/gpu.py                 one GPU: 81 frames of 480x832, bf16, adapters of rank 256
     python benchmarks/gpu.py --size small    a CPU: the same iterations of a small network
 
-An iteration is forward and backward passes of all its terms on one batch, without the optimiser. The table
-gives the mean over steps (the draws of a step decide its calls), the ratios to plain flow matching, in time
-and in counted operations, and on a GPU the share of its peak that these make (recomputation counts as work).
+An iteration is forward and backward passes of all its terms on one batch, without the optimiser; blocks are
+recomputed in the backward pass, as the large recipes do, unless --no-checkpointing is given. The table gives
+the mean over steps (the draws of a step decide its calls), the ratios to plain flow matching, in time (on a
+CPU processor time, which other work lengthens less) and in counted operations, and on a GPU the share of its
+peak that these make (recomputation counts as work).
 """
 
 from __future__ import annotations
@@ -91,13 +93,16 @@ def main() -> None:
     made.add_argument("--size", choices=SIZES, default="wan1b")
     made.add_argument("--batch", type=int, default=1)
     made.add_argument("--repeats", type=int, default=8)
+    made.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=True)
     given = made.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     size, gpu = SIZES[given.size], device.type == "cuda"
     backbone, batch = _backbone(size, device), _batch(size, given.batch, device)
+    backbone.student.gradient_checkpointing = given.checkpointing
     negative = torch.randn(size.text, device=device)
     peak = this_machine().peak
-    print(f"{given.size}, batch {given.batch}, {device}, {given.repeats} steps, {torch.__version__}\n")
+    print(f"{given.size}, batch {given.batch}, {device}, {given.repeats} steps, {torch.__version__}")
+    print(f"blocks {'' if given.checkpointing else 'not '}recomputed in the backward pass\n")
     print(f"{'':28}{'seconds':>9}{'ratio':>8}{'of work':>8}{'TFLOP':>8}{'MFU':>7}{'GiB':>7}")
     base: tuple[float, float] | None = None
     for name, run in _runs(backbone, batch, negative, gpu):
@@ -122,9 +127,7 @@ def _backbone(size: Size, device: torch.device) -> Backbone:
             torch.bfloat16 if device.type == "cuda" else torch.float32
         )
     roles: tuple[Role, ...] = ("student", "real", "fake")
-    backbone = Backbone(two_time_from(plain), roles, lora=LoraSize(size.rank, size.rank)).to(device)
-    backbone.student.gradient_checkpointing = device.type == "cuda"
-    return backbone
+    return Backbone(two_time_from(plain), roles, lora=LoraSize(size.rank, size.rank)).to(device)
 
 
 def _batch(size: Size, count: int, device: torch.device) -> Batch:
@@ -164,17 +167,17 @@ def _runs(
 
 
 def _mean_seconds(run: Callable[[int], None], repeats: int, gpu: bool) -> float:
+    def now() -> float:
+        if not gpu:
+            return time.process_time()
+        torch.cuda.synchronize()
+        return time.perf_counter()
+
     run(1)
-    total = 0.0
+    start = now()
     for step in range(1, repeats + 1):
-        if gpu:
-            torch.cuda.synchronize()
-        start = time.perf_counter()
         run(step)
-        if gpu:
-            torch.cuda.synchronize()
-        total += time.perf_counter() - start
-    return total / repeats
+    return (now() - start) / repeats
 
 
 if __name__ == "__main__":

@@ -2,11 +2,11 @@
 # A training command on several machines under Slurm. Ten minutes before its time is up, or when it is preempted,
 # every process saves its state; the job is queued again and continues.
 #
-#   sbatch --nodes 4 scripts/slurm.sh distill --recipe bidirectional14b --runs /shared/runs
+#   sbatch --nodes 4 --cpus-per-gpu 8 scripts/slurm.sh distill --recipe bidirectional14b --runs /shared/runs
 #
 #   PORT=29500          where the machines meet, on the first of them
 #
-# /shared must be seen by all machines. Account, partition and time are sbatch's own options.
+# /shared must be seen by all machines. Account, partition, time and CPUs are sbatch's own options.
 #SBATCH --job-name=anyflow
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -21,7 +21,8 @@ export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=540  # seconds for the step at hand and it
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
 asked=no
-trap 'asked=yes; kill -TERM "$run"' TERM
+# All processes but this script. srun itself is left alone: it would answer SIGTERM by killing them unsaved.
+trap 'asked=yes; scancel --signal=TERM "$SLURM_JOB_ID"' TERM
 srun --kill-on-bad-exit=1 torchrun \
   --nnodes "$SLURM_NNODES" --nproc-per-node "${SLURM_GPUS_ON_NODE:-8}" \
   --rdzv-backend c10d --rdzv-endpoint "$first:${PORT:-29500}" \
@@ -31,7 +32,7 @@ run=$!
 wait "$run"
 code=$?
 if [ "$asked" = yes ]; then
-  wait "$run"  # the first wait ended with the signal, before the processes have saved
+  wait "$run" && exit 0  # the first wait ended with the signal; by now they have saved, or had just finished
   scontrol requeue "$SLURM_JOB_ID"
   exit 0
 fi

@@ -11,12 +11,22 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "slurm.sh"
+# Slurm's own turns a SIGTERM into SIGKILL for its tasks.
 SRUN = """#!/bin/sh
 echo "$@" > "$OUT/run with"
-trap 'sleep 0.3; echo saved > "$OUT/saved"; exit 1' TERM
+sh "$OUT/task" &
+echo $! > "$OUT/pid"
+trap 'kill -KILL "$(cat "$OUT/pid")"; exit 143' TERM
+wait $!
+"""
+TASK = """#!/bin/sh
+trap 'sleep 0.3; echo saved > "$OUT/saved"; exit $STOPPED' TERM
 touch "$OUT/started"
 [ -z "$LONG" ] || while :; do sleep 0.05; done
 exit "$CODE"
+"""
+SCANCEL = """#!/bin/sh
+[ "$*" = "--signal=TERM 42" ] && kill -TERM "$(cat "$OUT/pid")"
 """
 SCONTROL = """#!/bin/sh
 [ "$1" = show ] && printf 'node7\\nnode8\\n' && exit
@@ -25,7 +35,7 @@ SCONTROL = """#!/bin/sh
 
 
 def start(tmp_path: Path, **environment: str) -> subprocess.Popen[bytes]:
-    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
+    for name, text in (("srun", SRUN), ("task", TASK), ("scancel", SCANCEL), ("scontrol", SCONTROL)):
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
     own = {
@@ -45,10 +55,21 @@ def test_it_starts_torchrun_on_all_machines_and_ends_as_it_does(tmp_path: Path, 
     assert not (tmp_path / "queued").exists()
 
 
-def test_asked_to_end_it_waits_until_the_state_is_saved_and_queues_again(tmp_path: Path) -> None:
-    job = start(tmp_path, LONG="yes")
+def ended_when_asked(tmp_path: Path, stopped: int) -> int:
+    """How the job ends whose processes end so once they were asked and have saved."""
+    job = start(tmp_path, LONG="yes", STOPPED=str(stopped))
     while not (tmp_path / "started").exists():
         time.sleep(0.02)
     job.send_signal(signal.SIGTERM)
-    assert job.wait(timeout=20) == 0
+    return job.wait(timeout=20)
+
+
+def test_asked_to_end_it_waits_until_the_state_is_saved_and_queues_again(tmp_path: Path) -> None:
+    assert ended_when_asked(tmp_path, stopped=1) == 0
+    assert (tmp_path / "saved").exists()
     assert (tmp_path / "queued").read_text().split() == ["requeue", "42"]
+
+
+def test_a_training_that_had_just_finished_is_not_queued_again(tmp_path: Path) -> None:
+    assert ended_when_asked(tmp_path, stopped=0) == 0
+    assert not (tmp_path / "queued").exists()

@@ -10,8 +10,10 @@ import math
 import tarfile
 from collections.abc import Mapping
 
+from anyflow_cli.model.network import on_meta
+from anyflow_cli.plan.setup import Setup
 from anyflow_cli.plan.stages import Target
-from anyflow_cli.plan.steps import BASE, RoleSize
+from anyflow_cli.plan.steps import RoleSize
 from anyflow_cli.recipe import schema
 
 RECORD = 1024  # of a sample: the header of its safetensors file, its caption and facts
@@ -43,7 +45,7 @@ def checkpoints(roles: Mapping[str, RoleSize], settings: schema.Training) -> int
     return (settings.keep_checkpoints + 1) * (3 * sum(trained.values()) + trained["student"])
 
 
-def finished(roles: Mapping[str, RoleSize], *, has_adapter: bool) -> int:
-    """Bytes of the finished model's network and, where one was trained, its adapter beside it."""
-    student = roles["student"].bytes
-    return roles[BASE].bytes + student if has_adapter else student
+def finished(setup: Setup, roles: Mapping[str, RoleSize]) -> int:
+    """Bytes of the finished model's network, always fp32, and of its adapter where one was trained."""
+    network = sum(parameter.numel() for parameter in on_meta(setup.config).parameters())
+    return FP32 * network + (roles["student"].bytes if setup.lora else 0)

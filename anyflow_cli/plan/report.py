@@ -92,7 +92,7 @@ def _disk(target: Target, planned: Mapping[str, Planned]) -> dict[str, int]:
         stage = planned[name].stage
         settings = recipe.distill if name == "distill" else recipe.train_flowmap
         found[f"{stage.name}: checkpoints"] = disk.checkpoints(stage.roles, settings)
-        found[f"{stage.name}: model"] = disk.finished(stage.roles, has_adapter=recipe.model.lora is not None)
+        found[f"{stage.name}: model"] = disk.finished(stage.setup, stage.roles)
     return found
 
 

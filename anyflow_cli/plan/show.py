@@ -139,6 +139,10 @@ def _notes(plan: Plan) -> Text:
             f"Of each GPU {RESERVE / GIB:.0f} GiB are left to the driver, the libraries and fragmentation. "
             + _division(plan.stages["distill"].stage.setup)
         )
+    if plan.target.recipe.model.compile:
+        notes.append(
+            "model.compile is not counted: neither the time it takes, nor what fused operators save."
+        )
     if cluster.peak is None:
         notes.append("Times are not known: state the speed of this machine with --peak.")
     else:

@@ -78,12 +78,14 @@ def test_people_see_every_stage_and_what_would_help(
         for name, stage in values(capsys, "-r", recipe, "--gpus", "1x1GB")["stages"].items()
     }
     too_small = 0.9 * peaks["distill"] / 2**30
-    assert main(["plan", "-r", str(recipe), "--gpus", f"1x{too_small:.6f}GB"]) == 0
+    options = ["--gpus", f"1x{too_small:.6f}GB", "--set", "model.compile=true"]
+    assert main(["plan", "-r", str(recipe), *options]) == 0
     shown = capsys.readouterr().out
     for word in ("teacher tuning", "stage 1", "stage 2", "sampling", "frozen base", "activations", "Disk"):
         assert word in shown
     assert "stage 2: the peak is at" in shown
     assert "It fits with --set" in shown
+    assert "model.compile is not counted" in shown
     assert "anyflow synthesize -r small" in shown
 
 

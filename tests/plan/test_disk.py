@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,14 +11,14 @@ import torch
 from anyflow_cli.data.shards import Sample, shard_path, write_shard
 from anyflow_cli.model.adapter import save_adapter
 from anyflow_cli.model.folder import save_pipeline
-from anyflow_cli.model.roles import LoraSize
 from anyflow_cli.plan import disk
 from anyflow_cli.plan.cluster import parse_cluster
+from anyflow_cli.plan.setup import Setup
 from anyflow_cli.plan.stages import target_of
 from anyflow_cli.plan.steps import roles_of
 from anyflow_cli.recipe import schema
 from anyflow_cli.train import checkpoint
-from tests.plan.small import LORA, backbone, setup, trainer
+from tests.plan.small import CONFIG, backbone, setup, trainer
 from tests.tiny_pipeline import make_wan_folder
 
 
@@ -59,14 +60,24 @@ def test_checkpoints_take_what_the_trainer_saves(lora: bool, tmp_path: Path) -> 
     assert planned == 3 * sum(tensor.nbytes for tensor in tensors) < 3 * size_of(saved)
 
 
-def test_a_finished_model_takes_its_network_and_its_adapter(tmp_path: Path) -> None:
-    wanted = setup("flow-map")
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        setup("flow-map"),
+        setup("flow-map", precision="bf16"),
+        setup("flow-map", lora=False),
+        setup("on-policy", scores=replace(CONFIG, layers=4)),
+    ],
+    ids=["adapter", "on a bf16 base", "all weights", "beside another score's base"],
+)
+def test_a_finished_model_takes_its_network_and_its_adapter(wanted: Setup, tmp_path: Path) -> None:
     roles = backbone(wanted)
     source = make_wan_folder(tmp_path / "wan")
-    folder = save_pipeline(tmp_path / "model", roles.merged("student"), source, {}, shift=5.0)
-    save_adapter(
-        tmp_path / "adapter", roles.state_dict_of("student"), LoraSize(LORA.rank, LORA.alpha), str(source)
-    )
-    planned = disk.finished(roles_of(wanted), has_adapter=True)
-    written = sum(size_of(path, "*.safetensors") for path in (folder / "transformer", tmp_path / "adapter"))
-    assert planned == pytest.approx(written, rel=0.05)
+    folders = [
+        save_pipeline(tmp_path / "model", roles.merged("student"), source, {}, shift=5.0) / "transformer"
+    ]
+    if wanted.lora:
+        folders.append(tmp_path / "adapter")
+        save_adapter(folders[-1], roles.state_dict_of("student"), wanted.lora, str(source))
+    written = sum(size_of(path, "*.safetensors") for path in folders)
+    assert disk.finished(wanted, roles_of(wanted)) == pytest.approx(written, rel=0.05)
