@@ -233,7 +233,7 @@ def test_keys_lie_where_an_offloaded_network_computes(monkeypatch: pytest.Monkey
         whole = network.proj_out.weight.detach()
         meta = TensorMeta(whole.shape, whole.stride(), whole.dtype)
         spec = DTensorSpec(init_device_mesh("meta", (2,)), (Shard(0),), meta)
-        weight = DTensor(whole[: len(whole) // 2], spec, requires_grad=False)
+        weight = DTensor(whole[: len(whole) // 2], spec, requires_grad=False)  # type: ignore[no-untyped-call]
         network.proj_out.weight = nn.Parameter(weight, requires_grad=False)
         assert weight.device.type == "cpu"
         assert network.device.type == "meta"

@@ -266,13 +266,14 @@ def test_an_adapter_keeps_no_input_of_its_own_for_the_backward_pass() -> None:
     made = Backbone(two_time_from(wan()).store_as(torch.bfloat16), ("student",), lora=LORA)
     x = torch.randn(1, 7, made.student.config.dim, dtype=torch.bfloat16, requires_grad=True)
     kept: list[Tensor] = []
-    with (
-        made.role("student"),
-        autocast("bf16", "cpu"),
-        torch.autograd.graph.saved_tensors_hooks(
-            lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor
-        ),
-    ):
-        made.student.blocks[0].attn1.to_q(x)
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    layer = made.student.get_submodule("blocks.0.attn1.to_q")
+    with made.role("student"), autocast("bf16", "cpu"), hooks:
+        layer(x)
     inputs = {tensor.untyped_storage().data_ptr() for tensor in kept if tensor.numel() == x.numel()}
     assert inputs == {x.untyped_storage().data_ptr()}
