@@ -21,6 +21,7 @@ wait $!
 """
 TASK = """#!/bin/sh
 trap 'sleep 0.3; echo saved > "$OUT/saved"; exit $STOPPED' TERM
+while [ ! -s "$OUT/pid" ]; do sleep 0.02; done
 touch "$OUT/started"
 [ -z "$LONG" ] || while :; do sleep 0.05; done
 exit "$CODE"
