@@ -273,10 +273,14 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 def link_tree(source: Path, target: Path) -> None:
     """A copy of ``source`` that shares its files where the file system can."""
-    shutil.copytree(source, target, copy_function=_link_or_copy)
+    for folder, _, names in os.walk(source, followlinks=True):  # copytree would hide which error it was
+        place = target / Path(folder).relative_to(source)
+        place.mkdir(parents=True)
+        for name in names:
+            _link_or_copy(os.path.join(folder, name), place / name)
 
 
-def _link_or_copy(source: str, target: str) -> None:
+def _link_or_copy(source: str, target: Path) -> None:
     try:
         os.link(os.path.realpath(source), target)
     except OSError:

@@ -250,13 +250,17 @@ def test_nothing_is_overwritten_unless_asked(wan_folder: Path, tmp_path: Path) -
     assert json.loads((target / "lineage.json").read_text()) == {"n": 2}
 
 
+@pytest.mark.parametrize("where", [(folder, "write_transformer"), (shutil, "copyfile")])
 def test_a_full_disk_leaves_nothing_behind(
-    wan_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    wan_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: tuple[Any, str]
 ) -> None:
+    """Whether it fills with the network or, where files cannot be shared, with a copied component."""
+
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(folder, "write_transformer", full)
+    monkeypatch.setattr(os, "link", full)
+    monkeypatch.setattr(*where, full)
     with pytest.raises(AnyflowError, match="the disk is full"):
         save_pipeline(tmp_path / "model", flow_map(wan_folder), wan_folder, {})
     assert list(tmp_path.iterdir()) == []
