@@ -6,6 +6,12 @@ the exit code of the class. Bugs are not wrapped in these: they keep their trace
 
 from __future__ import annotations
 
+import errno
+import os
+from collections.abc import Iterator
+
+TOLD_IN_WORDS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # by safetensors, ffmpeg
+
 
 class AnyflowError(Exception):
     """Something outside the code went wrong (a file, the disk). ``hint`` names the next step.
@@ -26,3 +32,15 @@ class UsageError(AnyflowError):
     """The command, the recipe or a file given by the user cannot be used as it is; nothing was written."""
 
     exit_code = 2
+
+
+def system_errors(error: BaseException) -> Iterator[OSError]:
+    """What the system said of the disk, by number or in words, in an error and in what led to it."""
+    following: BaseException | None = error
+    while following:
+        if isinstance(following, OSError):
+            yield following
+        else:
+            words = {code: os.strerror(code) for code in TOLD_IN_WORDS}
+            yield from (OSError(code, said) for code, said in words.items() if said in str(following))
+        following = following.__cause__ or following.__context__

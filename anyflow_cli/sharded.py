@@ -19,6 +19,8 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
+from anyflow_cli.errors import system_errors
+
 SHARDS = "shards"
 OPTIMISER = "optimiser-"
 Tensors = Mapping[str, Mapping[str, Tensor]]
@@ -52,8 +54,9 @@ def read(folder: Path, like: Mapping[str, Tensor] | None = None, part: str = "")
 
 
 def reason(error: BaseException) -> BaseException:
-    """Of several processes' failures to read or write, the first."""
-    return next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+    """Of several processes' failures to read or write the first; of that what the system said, if it did."""
+    first = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+    return next(system_errors(first), first)
 
 
 def _empty(entry: TensorStorageMetadata, like: Tensor | None) -> Tensor:

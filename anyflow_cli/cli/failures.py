@@ -7,12 +7,11 @@ traceback: a run that dies after hours must say where.
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from anyflow_cli.cli.console import is_first_process
-from anyflow_cli.errors import AnyflowError
+from anyflow_cli.errors import AnyflowError, system_errors
 
 INTERRUPTED = 130
 FREE_SPACE = "Free some space, or choose another disk with --runs; starting the same command again continues."
@@ -26,7 +25,6 @@ DISK = {
     errno.EROFS: ("The disk{of} can only be read.", OTHER_PLACE),
 }
 LOST_PEER_WORDS = ("Connection closed by peer", "Connection reset by peer", "NCCL error", "watchdog thread")
-FULL_DISK_WORDS = ("No space left on device", "basic_ios::clear: iostream error")  # safetensors, torch.save
 
 
 @dataclass(frozen=True)
@@ -52,7 +50,7 @@ def failure_of(error: BaseException) -> Failure | None:
     if isinstance(error, RuntimeError) and any(words in str(error) for words in LOST_PEER_WORDS):
         hint = "Start the same command again: it continues from the last checkpoint."
         return Failure("Another process of this run ended, so this one cannot go on.", hint, 1)
-    return next((failure for cause in _causes(error) if (failure := _of_the_disk(cause))), None)
+    return next((failure for cause in system_errors(error) if (failure := _of_the_disk(cause))), None)
 
 
 def _wrong_use(error: Any) -> Failure:
@@ -67,24 +65,11 @@ def _wrong_use(error: Any) -> Failure:
     return Failure(message, f"`{command} --help` shows what there is.", error.exit_code)
 
 
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    """The error and what led to it."""
-    while error:
-        yield error
-        following = error.__cause__ or error.__context__
-        if following is None:
-            return
-        error = following
-
-
-def _of_the_disk(error: BaseException) -> Failure | None:
-    code = error.errno if isinstance(error, OSError) else None
-    if code is None and any(words in str(error) for words in FULL_DISK_WORDS):
-        code = errno.ENOSPC
-    if code not in DISK:
+def _of_the_disk(error: OSError) -> Failure | None:
+    if error.errno not in DISK:
         return None
-    sentence, hint = DISK[code]
-    name = getattr(error, "filename", None)
+    sentence, hint = DISK[error.errno]
+    name = error.filename
     return Failure(
         sentence.format(of=f" of {name}" if name else "", name=f" {name}" if name else ""), hint, 1
     )

@@ -57,7 +57,7 @@ def named_failure(path: Path) -> Iterator[None]:
             raise
         raise AnyflowError(
             f"Cannot write {path}: {error.strerror}.",
-            "Free space or choose another place; what was complete before still is.",
+            "Free space or rights there, or choose another place; what was complete before still is.",
         ) from error
 
 

@@ -57,11 +57,13 @@ def writing(directory: Path, step: int) -> Iterator[Path]:
     partial = directory / f".{_name(step)}.partial"
     try:
         yield partial
-    # torch and safetensors report a full disk by errors of their own
+    # torch and safetensors report a full disk by errors of their own, which lead to the system's
     except (OSError, SafetensorError, RuntimeError, CheckpointException) as error:
         shutil.rmtree(partial, ignore_errors=True)
+        reason = sharded.reason(error)
+        words = reason.strerror if isinstance(reason, OSError) else reason
         raise AnyflowError(
-            f"The checkpoint of step {step} could not be written to {directory}: {sharded.reason(error)}.",
+            f"The checkpoint of step {step} could not be written to {directory}: {words}.",
             "Free space or rights there, then start the same command again: it goes on from the last one.",
             everywhere=isinstance(error, CheckpointException),
         ) from error
@@ -138,7 +140,8 @@ def _write(folder: Path, state: State) -> None:
         stored = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
         save_file(stored, folder / f"{name}.safetensors")
     for name, optimiser in state.optimisers.items():
-        torch.save(optimiser, folder / f"optimiser-{name}.pt")
+        with (folder / f"optimiser-{name}.pt").open("wb") as file:  # torch's own tells no system error
+            torch.save(optimiser, file)
 
 
 def _describe(folder: Path, state: State) -> None:

@@ -8,7 +8,6 @@ the same file as an undisturbed one, the fields ``seconds`` and ``memory`` aside
 from __future__ import annotations
 
 import json
-import os
 import resource
 import sys
 import time
@@ -18,7 +17,8 @@ from typing import Any
 
 import torch
 
-from anyflow_cli.errors import AnyflowError
+from anyflow_cli.data.atomic import committed, named_failure
+from anyflow_cli.train.board import Board
 
 Log = Callable[[Mapping[str, Any], int], None]
 
@@ -35,7 +35,7 @@ class Metrics:
         self.steps = 0
         self.since = time.perf_counter()
         self.board_directory = directory / "tensorboard" if tensorboard and writes else None
-        self.board: Any = None
+        self.board: Board | None = None
 
     def add(self, step: int, values: Mapping[str, float]) -> dict[str, Any] | None:
         """Take in a step's values; the row, when this step closes one."""
@@ -57,21 +57,16 @@ class Metrics:
 
     def _cut(self, step: int) -> None:
         if self.board_directory is not None:
-            self.board = _board(self.board_directory, step)
+            with named_failure(self.board_directory):
+                self.board = Board(self.board_directory, step)
         if self.writes and self.path.exists():
             lines = self.path.read_text().splitlines(keepends=True)
-            partial = self.path.with_suffix(".partial")
-            partial.write_text("".join(line for line in lines if _written_by(line, step)))
-            os.replace(partial, self.path)
+            with committed(self.path) as temporary:
+                temporary.write_text("".join(line for line in lines if _written_by(line, step)))
 
     def state(self) -> dict[str, Any]:
         """The open sums, for the checkpoint."""
         return {"sums": dict(self.sums), "steps": self.steps}
-
-    def close(self) -> None:
-        """Flush TensorBoard."""
-        if self.board is not None:
-            self.board.close()
 
     def _close(self, step: int) -> dict[str, Any]:
         means = {name: total / count for name, (total, count) in self.sums.items()}
@@ -84,18 +79,13 @@ class Metrics:
         return row
 
     def _write(self, row: dict[str, Any]) -> None:
-        try:
-            with self.path.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-        except OSError as error:
-            raise AnyflowError(
-                f"{self.path} could not be written: {error}.", "Free space or rights there."
-            ) from error
+        with named_failure(self.path), self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
         if self.log is not None:
             self.log(row, row["step"])
         if self.board is not None:
-            for name, value in row.items():
-                self.board.add_scalar(name, value, row["step"])
+            with named_failure(self.board.path):
+                self.board.add(row, row["step"])
 
 
 def peak_memory() -> int:
@@ -111,9 +101,3 @@ def _written_by(line: str, step: int) -> bool:
         return bool(json.loads(line)["step"] <= step)
     except json.JSONDecodeError:  # the last line of a killed run may be torn
         return False
-
-
-def _board(directory: Path, step: int) -> Any:
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(directory), purge_step=step + 1)

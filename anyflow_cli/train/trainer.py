@@ -213,7 +213,6 @@ class Trainer:
                     self.saver.finish()
                     raise StoppedError(self.step, settings.steps)
         self.saver.finish()
-        self.metrics.close()
         finish_trackers(self.accelerator)
 
     def _advance(self, batch: Batch) -> dict[str, float]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-from pathlib import Path
 
 import pytest
 import torch
@@ -29,13 +28,6 @@ def test_the_disk_is_found_behind_another_error() -> None:
     assert failure_of(error) == failure_of(cause)
     error.__cause__, error.__context__ = cause, None
     assert failure_of(error) == failure_of(cause)
-
-
-@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="needs Linux's always full device")
-def test_a_full_disk_under_torch_is_understood() -> None:
-    with pytest.raises(RuntimeError) as caught:
-        torch.save({"a": torch.ones(2**16)}, "/dev/full")
-    assert failure_of(caught.value) == failure_of(OSError(errno.ENOSPC, "full"))
 
 
 def test_a_full_disk_under_safetensors_is_understood() -> None:

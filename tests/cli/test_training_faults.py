@@ -47,8 +47,8 @@ def begun(recipe: Path, tmp_path: Path) -> Path:
     return run_in(tmp_path / "runs")
 
 
-def train(recipe: Path, runs: Path, steps: int) -> int:
-    return main(["train-flowmap", "-r", str(recipe), "--runs", str(runs), "--steps", str(steps)])
+def train(recipe: Path, runs: Path, steps: int, *more: str) -> int:
+    return main(["train-flowmap", "-r", str(recipe), "--runs", str(runs), "--steps", str(steps), *more])
 
 
 def run_in(runs: Path) -> Path:
@@ -79,6 +79,17 @@ def mount_for_reading(patch: pytest.MonkeyPatch, directory: Path) -> None:
         patch.setattr(os, name, only_reading(directory, getattr(os, name)))
 
 
+def refuse_writing(patch: pytest.MonkeyPatch, below: Path) -> None:
+    """What is there can be read, and nothing be added, as once a disk is remounted so."""
+    opened = Path.open
+    refused = only_reading(below, opened)
+
+    def chosen(path: Path, mode: str = "r", *rest: Any, **options: Any) -> Any:
+        return (refused if set(mode) & set("aw") else opened)(path, mode, *rest, **options)
+
+    patch.setattr(Path, "open", chosen)
+
+
 def test_a_directory_that_can_only_be_read_is_found_before_anything_is_loaded(
     recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -98,9 +109,25 @@ def test_a_run_that_can_only_be_read_is_kept_and_goes_on_later(
         mount_for_reading(patch, begun)
         assert train(recipe, begun.parents[1], 3) == 1
     sentence, hint = said(capsys)
-    assert f"{begun}" in sentence
-    assert "can only be read" in sentence
-    assert "permissions" in hint
+    assert sentence == f"error: Cannot write {begun}/metrics.jsonl: Read-only file system."
+    assert "rights" in hint
+    assert train(recipe, begun.parents[1], 3) == 0
+    same_run(begun, three_steps)
+
+
+@pytest.mark.parametrize("last", ["metrics.jsonl", "tensorboard", "checkpoints"])
+def test_a_disk_that_becomes_read_only_within_a_run_keeps_what_was_reported(
+    recipe: Path, begun: Path, three_steps: Path, capsys: pytest.CaptureFixture[str], last: str
+) -> None:
+    """By the system's hand the first of these; the others if it happens between them."""
+    board = "train_flowmap.tensorboard=true"
+    with pytest.MonkeyPatch.context() as patch:
+        refuse_writing(patch, begun / last)
+        assert train(recipe, begun.parents[1], 3, "--set", board) == 1
+    sentence, hint = said(capsys)
+    assert sentence.endswith(": Read-only file system.")
+    assert str(begun / last) in sentence
+    assert "rights" in hint
     assert train(recipe, begun.parents[1], 3) == 0
     same_run(begun, three_steps)
 

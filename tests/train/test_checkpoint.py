@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from anyflow_cli.addresses import FORMAT
 from anyflow_cli.errors import AnyflowError
-from anyflow_cli.train.checkpoint import State, load, newest, save
+from anyflow_cli.train.checkpoint import State, begin, load, newest, save
 
 
 def state(step: int) -> State:
@@ -61,12 +62,29 @@ def full_disk(*_: Any, **__: Any) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def torn_archive(*_: Any, **__: Any) -> None:
-    raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
+def full_for_safetensors(*_: Any, **__: Any) -> None:
+    raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
 
+def full_for(name: str) -> Callable[[Path], None]:
+    """A folder in which there is no room for the file of this name."""
+
+    def begin_full(partial: Path) -> None:
+        begin(partial)
+        (partial / name).symlink_to("/dev/full")
+
+    return begin_full
+
+
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="needs Linux's always full device")
 @pytest.mark.parametrize(
-    ("where", "what"), [("save_file", full_disk), ("torch.save", torn_archive), ("_flush", full_disk)]
+    ("where", "what"),
+    [
+        ("save_file", full_for_safetensors),
+        ("begin", full_for("optimiser-student.pt")),
+        ("begin", full_for("state.json")),
+        ("_flush", full_disk),
+    ],
 )
 def test_a_full_disk_keeps_the_checkpoint_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, what: Callable[..., None]
@@ -76,6 +94,8 @@ def test_a_full_disk_keeps_the_checkpoint_before(
         patch.setattr(f"anyflow_cli.train.checkpoint.{where}", what)
         with pytest.raises(AnyflowError, match="step 2 could not be written") as error:
             save(tmp_path, state(2), keep=1)
+    assert error.value.message.endswith(f"{tmp_path}: No space left on device.")
+    assert "start the same command again" in (error.value.hint or "")
     assert error.value.exit_code == 1
     assert names(tmp_path) == ["step-000001"]
     assert load(tmp_path / "step-000001").step == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -71,14 +72,59 @@ def test_only_the_main_process_writes(tmp_path: Path) -> None:
 
 
 def test_tensorboard_gets_the_rows(tmp_path: Path) -> None:
+    begin(Metrics(tmp_path, 1, writes=True, tensorboard=True))
+    assert shown(tmp_path) == [(1, 1.0)]  # already, with nothing closed
+
+
+def test_tensorboard_hides_the_rows_that_a_resumed_run_writes_again(tmp_path: Path) -> None:
+    first = Metrics(tmp_path, 1, writes=True, tensorboard=True)
+    first.restart()
+    for step in (1, 2):
+        first.add(step, {"loss": 1.0})
+    state = first.state()
+    first.add(3, {"loss": 1.0})
+    again = Metrics(tmp_path, 1, writes=True, tensorboard=True)
+    again.resume(2, state)
+    again.add(3, {"loss": 7.0})
+    assert shown(tmp_path) == [(1, 1.0), (2, 1.0), (3, 7.0)]
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "tensorboard/events.out.tfevents"])
+def test_a_full_disk_names_the_file_and_starts_no_thread_that_could_tell_it_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    threads = threading.active_count()
     run = Metrics(tmp_path, 1, writes=True, tensorboard=True)
+    begin(run)
+    fill_disk(monkeypatch, tmp_path / name)
+    with pytest.raises(AnyflowError, match=rf"Cannot write .*{name}.*: No space left on device\.") as error:
+        run.add(2, {"loss": 1.0})
+    assert "what was complete before still is" in (error.value.hint or "")
+    assert threading.active_count() == threads
+    again = Metrics(tmp_path, 1, writes=True, tensorboard=True)
+    with pytest.raises(AnyflowError, match=r"Cannot write .*: No space left on device\."):
+        begin(again)
+
+
+def begin(run: Metrics) -> None:
     run.restart()
     run.add(1, {"loss": 1.0})
-    run.close()
-    assert list((tmp_path / "tensorboard").glob("events*"))
 
 
-def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
-    run = metrics(tmp_path / "absent", every=1)
-    with pytest.raises(AnyflowError, match=r"metrics\.jsonl could not be written"):
-        run.add(1, {"loss": 1.0})
+def fill_disk(patch: pytest.MonkeyPatch, start: Path) -> None:
+    """Appending to a file whose path starts so fails as Linux's always full device does."""
+    opened = Path.open
+
+    def full(path: Path, mode: str = "r", *rest: Any, **options: Any) -> Any:
+        is_full = "a" in mode and str(path).startswith(str(start))
+        return opened(Path("/dev/full") if is_full else path, mode, *rest, **options)
+
+    patch.setattr(Path, "open", full)
+
+
+def shown(directory: Path) -> list[tuple[int, float]]:
+    """Step and loss as TensorBoard itself reads them."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(directory / "tensorboard")).Reload()
+    return [(event.step, event.value) for event in board.Scalars("loss")]
