@@ -1,7 +1,7 @@
 """From an exception to the sentence, hint and exit code that a user gets.
 
-0 done, 1 failed, 2 wrong use or recipe, 130 interrupted. What is not recognised here is a bug and keeps its
-traceback: a run that dies after hours must say where.
+0 done, 1 failed, 2 wrong use or recipe, or a full disk (to be changed before a new start), 130 interrupted.
+What is not recognised here is a bug and keeps its traceback: a run that dies after hours must say where.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from anyflow_cli.cli.console import is_first_process
 from anyflow_cli.errors import AnyflowError, system_errors
 
 INTERRUPTED = 130
+FULL = (errno.ENOSPC, errno.EDQUOT)
 FREE_SPACE = "Free some space, or choose another disk with --runs; starting the same command again continues."
 OTHER_PLACE = "Correct its permissions, or choose another place with --runs."
 # errno -> sentence about a path, hint
@@ -41,7 +42,8 @@ def failure_of(error: BaseException) -> Failure | None:
     """Recognise an error; None for a bug."""
     if isinstance(error, AnyflowError):
         said = error.everywhere and not is_first_process()
-        return Failure(error.message, error.hint, error.exit_code, said)
+        full = any(cause.errno in FULL for cause in system_errors(error))
+        return Failure(error.message, error.hint, 2 if full else error.exit_code, said)
     if hasattr(error, "format_message"):
         return _wrong_use(error)
     if type(error).__name__ == "OutOfMemoryError":  # torch's, told by name: torch may not be loaded
@@ -70,6 +72,5 @@ def _of_the_disk(error: OSError) -> Failure | None:
         return None
     sentence, hint = DISK[error.errno]
     name = error.filename
-    return Failure(
-        sentence.format(of=f" of {name}" if name else "", name=f" {name}" if name else ""), hint, 1
-    )
+    message = sentence.format(of=f" of {name}" if name else "", name=f" {name}" if name else "")
+    return Failure(message, hint, 2 if error.errno in FULL else 1)

@@ -132,7 +132,7 @@ def test_a_bug_keeps_its_traceback(failing: Callable[[BaseException], int], caps
 
 
 def test_a_failing_disk_is_a_sentence(failing: Callable[[BaseException], int], capsys: Capture) -> None:
-    assert failing(OSError(errno.ENOSPC, "No space left on device", "runs/a.tar")) == 1
+    assert failing(OSError(errno.ENOSPC, "No space left on device", "runs/a.tar")) == 2
     assert capsys.readouterr().err.startswith(
         "error: No space is left on the disk of runs/a.tar.\nhint: Free"
     )
@@ -161,7 +161,7 @@ def test_a_full_disk_under_stdout_is_a_sentence(unbuffered: str) -> None:
             stderr=subprocess.PIPE, env={**os.environ, "PYTHONUNBUFFERED": unbuffered}, text=True,
             check=False,
         )  # fmt: skip
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert done.stderr.startswith("error: No space is left on the disk.\n")
     assert len(done.stderr.splitlines()) == 2
 

@@ -16,7 +16,7 @@ from anyflow_cli.errors import AnyflowError
 def test_the_disk_names_the_file(code: int) -> None:
     failure = failure_of(OSError(code, "words of the system", "some/file"))
     assert failure
-    assert failure.code == 1
+    assert failure.code == (2 if code in (errno.ENOSPC, errno.EDQUOT) else 1)
     assert failure.hint
     assert "some/file" in failure.message
     assert "  " not in failure.message
@@ -42,7 +42,10 @@ def test_out_of_memory_has_a_way_out() -> None:
 
 
 def test_our_own_errors_keep_their_words() -> None:
-    assert failure_of(AnyflowError("It broke.", "Mend it.")) == Failure("It broke.", "Mend it.", 1)
+    error = AnyflowError("It broke.", "Mend it.")
+    assert failure_of(error) == Failure("It broke.", "Mend it.", 1)
+    error.__cause__ = OSError(errno.ENOSPC, "full")
+    assert failure_of(error) == Failure("It broke.", "Mend it.", 2)
 
 
 @pytest.mark.parametrize("error", [KeyError("a"), RuntimeError("shape"), FileNotFoundError(2, "gone", "a")])
