@@ -97,7 +97,7 @@ def take(job: Job) -> None:
 
 def find_videos(directory: Path, protocol: Protocol) -> Found:
     """Look for each video that the protocol asks for; a prompt that is asked twice has files for both."""
-    names = dict(zip(protocol.numbers or range(len(protocol.prompts)), protocol.own_prompts, strict=True))
+    names = protocol.own_prompts
     asked: dict[str, list[Item]] = defaultdict(list)
     for item in protocol.items:
         asked[names[item.number]].append(item)

@@ -77,20 +77,23 @@ class Protocol:
     skipped: frozenset[int] = frozenset()
 
     @property
-    def own_prompts(self) -> tuple[str, ...]:
-        """The suite's own, whatever is sampled with."""
-        return self.titles or self.prompts
+    def own_prompts(self) -> dict[int, str]:
+        """The suite's own by their numbers, whatever is sampled with."""
+        return dict(zip(self._numbers, self.titles or self.prompts, strict=True))
 
     @property
     def items(self) -> list[Item]:
         """All videos of one variant, prompt by prompt; seeds run on over the whole set and its samples."""
-        numbers = self.numbers or range(len(self.prompts))
         everything = [
             Item(prompt, self._seed(number, k), number)
-            for number, prompt in zip(numbers, self.prompts, strict=True)
+            for number, prompt in zip(self._numbers, self.prompts, strict=True)
             for k in range(max(self.samples, self.more.get(number, 0)))
         ]
         return [item for item in everything if item.seed not in self.skipped]
+
+    @property
+    def _numbers(self) -> Sequence[int]:
+        return self.numbers or range(len(self.prompts))
 
     def _seed(self, number: int, k: int) -> int:
         if k < self.samples:

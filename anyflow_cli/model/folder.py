@@ -277,10 +277,11 @@ def link_tree(source: Path, target: Path) -> None:
         place = target / Path(folder).relative_to(source)
         place.mkdir(parents=True)
         for name in names:
-            _link_or_copy(os.path.join(folder, name), place / name)
+            link_or_copy(Path(folder) / name, place / name)
 
 
-def _link_or_copy(source: str, target: Path) -> None:
+def link_or_copy(source: Path, target: Path) -> None:
+    """A copy of a file, which shares its bytes where the file system can."""
     try:
         os.link(os.path.realpath(source), target)
     except OSError:

@@ -6,8 +6,6 @@ linked where the disk allows it and copied otherwise.
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ from anyflow_cli.evaluate.results import Evaluation, Measured
 from anyflow_cli.evaluate.store import Scored
 from anyflow_cli.evaluate.vbench.assess import ANSWERS, PERCENT
 from anyflow_cli.evaluate.vbench.prompts import SAMPLES
-from anyflow_cli.model.folder import read_json
+from anyflow_cli.model.folder import link_or_copy, read_json
 
 
 def export(job: Job, found: Evaluation, directory: Path) -> list[Path]:
@@ -45,11 +43,9 @@ def _export(job: Job, one: Measured, place: Path) -> Path:
 
 def _by_prompt(job: Job, one: Measured) -> dict[str, list[Scored]]:
     """Five videos a prompt; of flickering's twenty-five those that the static filter let through."""
-    protocol = job.protocol
-    numbers = protocol.numbers or range(len(protocol.prompts))
-    titles = dict(zip(numbers, protocol.own_prompts, strict=True))
+    titles = job.protocol.own_prompts
     found: dict[str, list[Scored]] = defaultdict(list)
-    for item, record in zip(protocol.items, one.scored, strict=True):
+    for item, record in zip(job.protocol.items, one.scored, strict=True):
         found[titles[item.number]].append(record)
     return {
         title: sorted(records, key=lambda record: not record.score.scores)[:SAMPLES]
@@ -76,7 +72,4 @@ def _put(source: Path, target: Path) -> None:
             f"{target} stands for two prompts that differ in case alone.",
             "Choose a directory on a disk that tells upper from lower case for --export.",
         )
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
+    link_or_copy(source, target)

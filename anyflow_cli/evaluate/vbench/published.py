@@ -10,8 +10,8 @@ from typing import Any
 from anyflow_cli.evaluate.suite import total_score
 from anyflow_cli.evaluate.vbench.dimensions import GROUPS
 
-FILE = Path(__file__).with_name("published.json")
-SOURCE = json.loads(FILE.read_text(encoding="utf-8"))["source"]
+CONTENT = json.loads(Path(__file__).with_name("published.json").read_text(encoding="utf-8"))
+SOURCE: str = CONTENT["source"]
 ROUNDING = 0.005  # of a number with two decimals
 
 
@@ -52,7 +52,6 @@ def published(suite: str) -> list[Row]:
     """The paper's table for a benchmark, in its order; no row for a suite that the paper does not have."""
     if suite not in GROUPS:
         return []
-    table = json.loads(FILE.read_text(encoding="utf-8"))["tables"][suite]
     return [
         Row(
             row["model"],
@@ -61,5 +60,5 @@ def published(suite: str) -> list[Row]:
             row["total"],
             row["re-evaluated"],
         )
-        for row in table["rows"]
+        for row in CONTENT["tables"][suite]["rows"]
     ]
