@@ -17,6 +17,14 @@ def scores(values: np.ndarray, named: bool = True) -> list[VideoScore]:
     ]
 
 
+def judged(made: list[VideoScore]) -> tuple[float, np.ndarray]:
+    """Total of videos of as many prompts, and those of its draws."""
+    total, drawn = summarise(Toy(), made).total, totals(Toy(), made, range(len(made)))
+    assert total is not None
+    assert drawn is not None
+    return total, drawn
+
+
 def test_equal_videos_have_an_interval_of_no_width_at_the_total() -> None:
     made = scores(np.full(10, 0.7))
     drawn = totals(Toy(), made, range(10))
@@ -64,11 +72,7 @@ def test_a_verdict_needs_more_than_noise(gain: float, said: str) -> None:
     both = [prompt + rng.normal(0, 0.02, 64), prompt + gain + rng.normal(0, 0.02, 64)]
     by_steps = {}
     for steps, values in zip((32, 4), reversed(both), strict=True):
-        made = scores(values)
-        total, drawn = summarise(Toy(), made).total, totals(Toy(), made, range(64))
-        assert total is not None
-        assert drawn is not None
-        by_steps[steps] = (total, drawn)
+        by_steps[steps] = judged(scores(values))
     found = trend(by_steps)
     assert found is not None
     assert (found.fewest, found.most) == (4, 32)
@@ -96,16 +100,12 @@ def test_a_dimension_that_few_prompts_ask_for_leaves_an_interval() -> None:
 
 def test_step_counts_are_paired_by_the_draws_that_both_have() -> None:
     """One model shows something of a rare dimension on two prompts, the other on three."""
-    toy, by_steps = Toy(), {}
-    rare = toy.dimensions[0].name
+    by_steps, rare = {}, Toy().dimensions[0].name
     for steps, some in ((1, 2), (4, 3)):
         videos = scores(np.linspace(0.6, 0.7, 6) + 0.1 * (steps == 4))
         for video in videos[some:]:
             del video.scores[rare]
-        drawn, total = totals(toy, videos, range(6)), summarise(toy, videos).total
-        assert drawn is not None
-        assert total is not None
-        by_steps[steps] = (total, drawn)
+        by_steps[steps] = judged(videos)
     found = trend(by_steps)
     assert found is not None
     assert found.verdict == "improves"
@@ -118,11 +118,7 @@ def test_a_fall_after_the_best_is_found_behind_a_rise_over_all() -> None:
     prompt = rng.normal(0.7, 0.1, 64)
     by_steps = {}
     for steps, gain in ((1, 0.0), (4, 0.1), (8, 0.09), (32, 0.04)):
-        made = scores(prompt + gain + rng.normal(0, 0.01, 64))
-        drawn, total = totals(Toy(), made, range(64)), summarise(Toy(), made).total
-        assert drawn is not None
-        assert total is not None
-        by_steps[steps] = (total, drawn)
+        by_steps[steps] = judged(scores(prompt + gain + rng.normal(0, 0.01, 64)))
     found = trend(by_steps)
     assert found is not None
     assert found.verdict == "improves"
