@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -12,19 +11,13 @@ import pytest
 from PIL import Image
 
 from anyflow_cli.evaluate.chunks import Along
-
-SCRIPT = Path(__file__).parents[2] / "scripts" / "figures.py"
+from tests.scripts.script import load
 
 
 @pytest.fixture(scope="module")
 def figures() -> ModuleType:
     """``scripts/figures.py`` as a module."""
-    spec = importlib.util.spec_from_file_location("figures", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load("figures.py")
 
 
 def finished(folder: Path, *, teacher: bool) -> Path:

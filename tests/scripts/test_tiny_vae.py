@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -12,19 +9,13 @@ import torch
 from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, WanResample
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "tiny" / "vae.py"
+from tests.scripts.script import load
 
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
     """``scripts/tiny/vae.py`` as a module."""
-    spec = importlib.util.spec_from_file_location("tiny_vae", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["tiny_vae"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return load("tiny/vae.py")
 
 
 @pytest.mark.parametrize("frames", [1, 5, 17])
