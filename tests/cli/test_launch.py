@@ -13,19 +13,7 @@ from typing import Any
 import pytest
 
 from anyflow_cli.cli.app import main
-from anyflow_cli.recipe.compare import dump
-from tests.tiny_pipeline import make_wan_folder
 from tests.train.small import rows
-from tests.train.stage import make_data, make_recipe
-
-
-@pytest.fixture(scope="module")
-def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("recipe")
-    teacher, data = make_wan_folder(directory / "wan"), make_data(directory / "data")
-    path = directory / "test.yaml"
-    path.write_text(dump(make_recipe(teacher, data)))
-    return path
 
 
 def command(recipe: Path, runs: Path, *more: str) -> list[str]:
