@@ -1,15 +1,21 @@
 """How many steps fit into a number of seconds, from what a step costs here and now.
 
 A video takes ``rest + n * step`` seconds: every step evaluates the network once (or twice, guided) in each
-chunk, and the rest is what any number of steps needs, the decoder first of all.
+chunk, and the rest is what any number of steps needs: decoding first of all, and writing the file.
 """
 
 from __future__ import annotations
 
 import logging
 import math
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
+from torch import Tensor
+
+from anyflow_cli.data.clips import write_mp4
 from anyflow_cli.errors import AnyflowError
 from anyflow_cli.sample import Sampler
 
@@ -40,10 +46,19 @@ def measured(sampler: Sampler, prompt: str) -> Cost:
     for steps in (FEW, *REPEATS * (FEW, MORE)):
         latents = next(sampler.latents([prompt], [0], steps))
         network[steps] = min(network.get(steps, math.inf), sampler.latency.network)
-    sampler.decode(latents)
+    finished = min(_seconds_to_file(sampler, latents) for _ in range(REPEATS))
     difference = (network[MORE] - network[FEW]) / (MORE - FEW)
     step = max(difference, network[MORE] / (2 * MORE))  # never so little that half of the time were no steps
-    return Cost(step, network[FEW] - FEW * step + sampler.latency.decode)
+    return Cost(step, network[FEW] - FEW * step + finished)
+
+
+def _seconds_to_file(sampler: Sampler, latents: Tensor) -> float:
+    """From latents (1, F, C, H, W) on: decode them, write the video."""
+    begun = time.perf_counter()
+    video = sampler.decode(latents)[0]
+    with TemporaryDirectory() as folder:
+        write_mp4(Path(folder, "video.mp4"), video, sampler.model.fps)
+    return time.perf_counter() - begun
 
 
 def steps_within(seconds: float, sampler: Sampler, prompt: str) -> int:

@@ -3,32 +3,62 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
 
+from anyflow_cli import budget
 from anyflow_cli.budget import MOST_STEPS, Cost, measured, steps_within
 from anyflow_cli.errors import AnyflowError
+from anyflow_cli.recipe.schema import Model
 from anyflow_cli.sample import Latency, Sampler
 
 
 class Slow:
     """A sampler whose step takes a quarter of a second, with one second around the steps.
 
-    The first video, and one on the way, take longer.
+    Of that second decoding takes a half, and writing the file a quarter. The first video, one on the way
+    and the first decoding take longer.
     """
 
     def __init__(self) -> None:
         self.asked: list[int] = []
+        self.decoded = 0
         self.latency = Latency(0.0, 0.0)
+        self.model = Model()
 
     def latents(self, prompts: Sequence[str], seeds: Sequence[int], nfe: int) -> Iterator[Any]:
         self.latency = Latency(0.25 + 0.25 * nfe + (9.0 if len(self.asked) in (0, 3) else 0.0), 0.0)
         self.asked.append(nfe)
         yield from prompts
 
-    def decode(self, latents: Any) -> None:
-        self.latency = self.latency._replace(decode=0.75)
+    def decode(self, latents: Any) -> Any:
+        clock.seconds += 0.5 if self.decoded else 9.5
+        self.decoded += 1
+        return latents
+
+
+class Clock:
+    """Seconds that pass where a test says so."""
+
+    seconds = 0.0
+
+    def perf_counter(self) -> float:
+        return self.seconds
+
+
+clock = Clock()
+
+
+def write(path: Path, video: Any, fps: float) -> None:
+    clock.seconds += 0.25
+
+
+@pytest.fixture(autouse=True)
+def _no_real_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(budget, "time", clock)
+    monkeypatch.setattr(budget, "write_mp4", write)
 
 
 def slow() -> Sampler:
