@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from pathlib import Path
@@ -72,12 +71,7 @@ def test_a_crash_is_tried_once_more(outcomes: Any, tmp_path: Path) -> None:
 def test_a_hanging_worker_and_its_children_are_ended(outcomes: Any, tmp_path: Path) -> None:
     found = outcomes({"scene": "hang"}, seconds=1.5)
     assert found["scene"].reason == "no answer in 2 s, in 2 tries"
-    child = int((tmp_path / "work" / "scene" / "answer.json.child").read_text())
-    for _ in range(50):
-        if not Path(f"/proc/{child}").exists() or "Z" in Path(f"/proc/{child}/stat").read_text().split()[2]:
-            return
-        time.sleep(0.1)
-    pytest.fail(f"process {child} is left")
+    assert _ends(int((tmp_path / "work" / "scene" / "answer.json.child").read_text()))
 
 
 def test_each_job_is_shown_one_device(outcomes: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,6 +100,17 @@ def test_an_interruption_leaves_no_process(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(KeyboardInterrupt):
         run_jobs(Path(sys.executable), jobs, tmp_path / "work", ("cpu", "cpu"), interrupt)
     assert time.monotonic() - start < 20
-    child = int((tmp_path / "work" / "b" / "answer.json.child").read_text())
-    assert not Path(f"/proc/{child}").exists() or "Z" in Path(f"/proc/{child}/stat").read_text().split()[2]
-    assert os.getpid() != child
+    assert _ends(int((tmp_path / "work" / "b" / "answer.json.child").read_text()))
+
+
+def _ends(process: int) -> bool:
+    """Whether it is gone within seconds: on a busy machine one that was killed still takes a while to go."""
+    for _ in range(100):
+        try:
+            state = Path(f"/proc/{process}/stat").read_text().split()[2]
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+        if state == "Z":
+            return True
+        time.sleep(0.1)
+    return False
