@@ -34,7 +34,7 @@ from anyflow_cli.data.shards import (
 from anyflow_cli.data.world import FPS, FRAMES, WORLDS, render
 from anyflow_cli.model.encoders import TextEncoder, VideoVAE
 
-SHIFT = 5.0  # of sampling, as Wan
+SHIFT = 9.0  # of the tiny recipes
 TRANSFORMER = {
     "patch_size": (1, 2, 2), "num_attention_heads": 4, "attention_head_dim": 32, "num_layers": 6,
     "ffn_dim": 512, "in_channels": 8, "out_channels": 8, "text_dim": 64, "freq_dim": 256,
