@@ -35,8 +35,8 @@ LONG_TEXT = (
     512,
 )  # how often text is padded to the length that pipelines use if not told, so that both work
 TEXT_DROPOUT = 0.12
-# How often a step is on the first latent frames of more clips: Wan learns from images and from videos, and a causal
-# model begins with a frame that has no other beside it.
+# How often a step is on the first latent frames of more clips: Wan learns from images and from videos, and
+# a causal model begins with a frame that has no other beside it.
 SHORTER = 0.4
 FRAMES = (1, 1, 1, 3, 5, 7)
 EMA = 0.998
