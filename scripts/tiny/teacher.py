@@ -74,6 +74,7 @@ def main() -> None:
     network.requires_grad_(True).train()
     data = LatentData(args.data, TEXT_TOKENS)
     everything = data.batch(range(len(data)))
+    length = everything.latents.shape[1]
     first = {name: value.clone() for name, value in network.state_dict().items()}
     average = {name: value.clone() for name, value in first.items()}
     generator = torch.Generator().manual_seed(args.seed)
@@ -83,10 +84,10 @@ def main() -> None:
         done = (time.monotonic() - begun) / (60 * args.minutes)
         if done >= 1:
             break
-        frames, batch = everything.latents.shape[1], args.batch
+        frames, batch = length, args.batch
         if torch.rand((), generator=generator) < SHORTER:
             frames = FRAMES[int(torch.randint(len(FRAMES), (), generator=generator))]
-            batch = min(batch * everything.latents.shape[1] // frames, 4 * batch)
+            batch = min(batch * length // frames, 4 * batch)
         index = torch.randint(len(data), (batch,), generator=generator)
         x, text = everything.latents[index, :frames], everything.text[index]
         dropped = torch.rand(batch, generator=generator) < TEXT_DROPOUT
@@ -117,11 +118,11 @@ def main() -> None:
     save(args.pipeline, args.out, network, mixed)
 
 
-def save(pipeline: Path, target: Path, network: FlowMapTransformer, average: dict[str, Tensor]) -> None:
-    """Write the pipeline folder with the averaged weights."""
+def save(pipeline: Path, target: Path, network: FlowMapTransformer, weights: dict[str, Tensor]) -> None:
+    """Write the pipeline folder with these weights."""
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(pipeline, target, ignore=shutil.ignore_patterns("transformer"))
-    write_transformer(target / "transformer", network.config, average)
+    write_transformer(target / "transformer", network.config, weights)
 
 
 if __name__ == "__main__":

@@ -33,8 +33,8 @@ from anyflow_cli.data.shards import (
 )
 from anyflow_cli.data.world import FPS, FRAMES, WORLDS, render
 from anyflow_cli.model.encoders import TextEncoder, VideoVAE
+from anyflow_cli.recipe.load import load_recipe
 
-SHIFT = 9.0  # of the tiny recipes
 TRANSFORMER = {
     "patch_size": (1, 2, 2), "num_attention_heads": 4, "attention_head_dim": 32, "num_layers": 6,
     "ffn_dim": 512, "in_channels": 8, "out_channels": 8, "text_dim": 64, "freq_dim": 256,
@@ -62,7 +62,8 @@ def write_pipeline(parts: Path, target: Path) -> None:
     for part in ("vae", "text_encoder", "tokenizer"):
         shutil.copytree(parts / part, target / part)
     untrained_transformer().save_pretrained(target / "transformer")
-    FlowMatchEulerDiscreteScheduler(shift=SHIFT).save_pretrained(target / "scheduler")
+    shift = load_recipe("tiny").model.shift
+    FlowMatchEulerDiscreteScheduler(shift=shift).save_pretrained(target / "scheduler")
     index = {
         "_class_name": "WanPipeline", "_diffusers_version": "0.35.0",
         "boundary_ratio": None, "expand_timesteps": False,

@@ -19,6 +19,7 @@ from anyflow_cli.model import folder
 from anyflow_cli.model.encoders import TextEncoder, VideoVAE
 from anyflow_cli.model.folder import load_network, read_config, read_shift, resolve, save_pipeline
 from anyflow_cli.model.network import FlowMapTransformer, two_time_from
+from anyflow_cli.recipe.load import load_recipe
 from tests.model.helpers import distance, inputs, ours, theirs
 from tests.tiny_pipeline import SHIFT
 
@@ -84,6 +85,11 @@ def sampled(model: Path, z: torch.Tensor, steps: int) -> torch.Tensor:
     for t, r in pairwise(grid):
         z = z - (t - r) * network(z, t.expand(1), r.expand(1), text)
     return VideoVAE.load(model).decode(z)
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny-anyflow"])
+def test_what_ships_is_sampled_at_its_recipes_shift(name: str) -> None:
+    assert read_shift(resolve(name)) == load_recipe("tiny").model.shift
 
 
 def test_a_saved_folder_reads_back_to_the_bit(wan_folder: Path, tmp_path: Path) -> None:
