@@ -275,6 +275,11 @@ class Distill(Training):
     real_guidance: Annotated[float, Field(ge=1)] = 4.0  # usual convention: x_null + 4 (x_c - x_null)
     t_min: Fraction = 0.02
     t_max: Fraction = 0.98
+    score_shift: Positive | None = Field(
+        None,
+        description="Shift of the times at which scores are compared and the fake one learns; null: the"
+        " model's. A lower one attends to finer details.",
+    )
     recompute_rollout: bool = Field(
         False,
         description="Evaluate a jump (of a causal model a chunk) again in the backward pass: less memory.",

@@ -217,6 +217,7 @@ class OnPolicyTerms:
         causal: schema.Causal | None = None,
     ) -> None:
         self.backbone, self.negative, self.settings, self.shift = backbone, negative, settings, shift
+        self.score_shift = settings.score_shift or shift
         self.causal = causal
         self._rollouts: dict[tuple[int, ...], Tensor] = {}  # of this step, by positions of a micro batch
 
@@ -227,7 +228,7 @@ class OnPolicyTerms:
         if settings.reuse_rollout:
             self._rollouts[draws.positions] = x.detach()
         t = times.sample_uniform(
-            draws.count, self.shift, draws.generator("matching-times"), settings.t_min, settings.t_max
+            draws.count, self.score_shift, draws.generator("matching-times"), settings.t_min, settings.t_max
         )
         loss = matching.distribution_matching_loss(
             x,
@@ -251,10 +252,8 @@ class OnPolicyTerms:
         else:
             with torch.no_grad():
                 x = self._rollout(batch, draws, "fake-rollout")
-        t = draws.local(times.sample_logit_normal(draws.count, self.shift, draws.generator("fake-times"))).to(
-            x
-        )
-        eps = draws.noise("fake-noise", x.shape[1:]).to(x)
+        t = times.sample_logit_normal(draws.count, self.score_shift, draws.generator("fake-times"))
+        eps, t = draws.noise("fake-noise", x.shape[1:]).to(x), draws.local(t).to(x)
         loss = matching.fake_score_loss(self.backbone.velocity("fake", batch.text), x, eps, t)
         return loss, {"fake": tally(loss, len(x))}
 

@@ -13,7 +13,9 @@ from torch import Tensor
 from anyflow_cli.data.batches import Batch
 from anyflow_cli.data.noise import batch_noise
 from anyflow_cli.errors import UsageError
+from anyflow_cli.flow import matching
 from anyflow_cli.flow.simulation import BUDGETS
+from anyflow_cli.flow.times import shift
 from anyflow_cli.recipe import schema
 from anyflow_cli.train.draws import Draws
 from anyflow_cli.train.objectives import FlowMapTerm, drop_text, tally, weighted
@@ -115,6 +117,26 @@ def test_the_fake_score_learns_from_fresh_samples_or_those_of_the_step(tmp_path:
     assert 1 <= of_student <= 3
     run.phases[1].terms[0](batch(), draws)
     assert (len(asked) == of_student) is reuse
+
+
+def test_the_scores_have_a_shift_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same draws, unshifted; t_max holds a few of the matching times."""
+    asked: dict[float | None, list[Tensor]] = {None: [], 1.0: []}
+    for score_shift, seen in asked.items():
+        for name, place in (("distribution_matching_loss", 4), ("fake_score_loss", 3)):
+            real = getattr(matching, name)
+            monkeypatch.setattr(
+                matching, name, lambda *args, of=real, at=place, to=seen: (to.append(args[at]), of(*args))[1]
+            )
+        run = trainer(tmp_path / str(score_shift), "on-policy", changes={"score_shift": score_shift})
+        for phase in run.phases:
+            phase.terms[0](batch(), Draws(0, 1, 4, (0, 1, 2, 3)))
+        monkeypatch.undo()
+    of_model, of_scores = (torch.cat(seen) for seen in asked.values())
+    assert len(of_scores) == 8
+    assert of_scores.mean() < of_model.mean() - 0.1
+    torch.testing.assert_close(shift(of_scores, 5.0).clamp(0.02, 0.98)[:4], of_model[:4])
+    torch.testing.assert_close(shift(of_scores, 5.0)[4:], of_model[4:])
 
 
 def test_jumps_made_again_give_the_same_gradient(tmp_path: Path) -> None:
