@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The causal result at tiny scale: data, both stages, the consistency baseline from the same start for as many steps,
 # scores of all at 1 to 32 steps beside the teacher's at 50 x 2, from a given picture too, and the figures: quality
-# chunk by chunk before and after stage 2, videos that go on from a picture and from a clip, a streamed video.
+# chunk by chunk before and after stage 2 (from text, and with the first chunk given, where exposure bias shows by
+# itself), videos that go on from a picture and from a clip, a streamed video.
 #
 #   scripts/causal.sh [OPTIONS]    OPTIONS go to every command, e.g. --runs DIR, --set data.path=runs/tiny-long/data
 #
@@ -41,7 +42,9 @@ score distill distill "$@"
 score train-flowmap train-flowmap "${alone[@]}" "$@"
 score distill-consistency distill-consistency --sampler consistency "${alone[@]}" "$@"
 score distill-consistency distill-consistency-euler "${alone[@]}" "$@"
-run evaluate --task i2v --model "$home/distill" --nfe 1,4,32 --out "$home/evaluate/distill-i2v" "$@"
+for model in distill train-flowmap; do
+  run evaluate --task i2v --model "$home/$model" --nfe 1,4,32 --out "$home/evaluate/$model-i2v" "$@"
+done
 for other in train-flowmap distill-consistency; do
   run evaluate --compare "$home/evaluate/$other" "$home/evaluate/distill" --out "$home/evaluate/against-$other" "$@"
 done
@@ -50,6 +53,8 @@ done
   --stream --frames 161 --nfe 4,32 --out "$home/stream" "$@"
 figure along along "before stage 2=$home/evaluate/train-flowmap" "after stage 2=$home/evaluate/distill" \
   "consistency=$home/evaluate/distill-consistency" --steps 4 32
+figure along along-i2v "before stage 2=$home/evaluate/train-flowmap-i2v" \
+  "after stage 2=$home/evaluate/distill-i2v" --steps 1 4 32
 figure given i2v --runs "$runs" --recipe $recipe --frames 1
 figure given v2v --runs "$runs" --recipe $recipe --frames 9
 figure stream stream "$home/stream"

@@ -41,10 +41,18 @@ def test_quality_along_the_chunks_has_a_curve_an_evaluation_and_step_count_and_t
 ) -> None:
     sides = [f"{name}={finished(tmp_path / name, teacher=True)}" for name in ("before", "after")]
     seen: dict[str, Along] = {}
-    monkeypatch.setattr(figures, "chunks_png", lambda curves: seen.update(curves) or b"")
+    colours_used: list[int] = []
+
+    def draw(curves: dict[str, Along], colours: int) -> bytes:
+        seen.update(curves)
+        colours_used.append(colours)
+        return b""
+
+    monkeypatch.setattr(figures, "chunks_png", draw)
     drawn(figures, monkeypatch, "along", *sides, "--steps", 4, 32, "--out", tmp_path / "new" / "along.png")
     steps = [f"{name}, {n} steps" for n in (4, 32) for name in ("before", "after")]
     assert list(seen) == [*steps, "teacher"]
+    assert colours_used == [2]  # curves of one evaluation share theirs
     assert seen["teacher"] == Along((1, 2), {"quality": [90.0, 80.0]}, {})  # type: ignore[dict-item]
 
 
