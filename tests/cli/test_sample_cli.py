@@ -303,7 +303,7 @@ def test_a_video_is_continued(far: list[str], tmp_path: Path, capsys: Run) -> No
     )
     captured = capsys.readouterr()
     assert json.loads(captured.out)["given"]["frames"] == 5
-    assert "the first 5 frames are kept" in captured.err
+    assert "5 of 6 frames kept, from the start on" in captured.err
 
 
 def test_a_continued_video_is_refined_with_its_frames_and_its_prompts(
