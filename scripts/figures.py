@@ -92,7 +92,7 @@ def along(args: argparse.Namespace) -> None:
     teachers = [entry for entries in found.values() for entry in entries if entry["teacher"]]
     if teachers:
         curves["teacher"] = _along(teachers[0])
-    args.out.write_bytes(chunks_png(curves, colours=min(len(found), len(LIGHT.lines))))
+    args.out.write_bytes(chunks_png(curves, colours=len(found)))
 
 
 def stream(args: argparse.Namespace) -> None:

@@ -55,16 +55,18 @@ def scores_png(evaluation: Evaluation, theme: Theme = LIGHT) -> bytes:
 def chunks_png(curves: Mapping[str, Along], theme: Theme = LIGHT, colours: int = len(MARKERS)) -> bytes:
     """Draw the groups of scores against the number of the chunk; ``curves`` by what they are headed.
 
-    The first ``colours`` curves differ in colour and marker, those that follow repeat them in another style.
+    The first ``colours`` curves (at most three) differ in colour and marker, those that follow repeat them in
+    another style.
     """
+    cycle = min(colours, len(MARKERS))
     names = list(next(iter(curves.values())).groups)
     figure = Figure(figsize=(4.5 * len(names), 3.8), dpi=150, facecolor=theme.paper, layout="constrained")
     for number, name in enumerate(names):
         axes = figure.add_subplot(1, len(names), number + 1)
         for i, (label, curve) in enumerate(curves.items()):
             values = curve.groups[name]
-            colour, marker = theme.lines[i % colours], MARKERS[i % colours]
-            style = STYLES[i // colours % len(STYLES)]
+            colour, marker = theme.lines[i % cycle], MARKERS[i % cycle]
+            style = STYLES[i // cycle % len(STYLES)]
             axes.plot(values, marker=marker, ls=style, color=colour, ms=5, label=label)
         axes.set_title(f"{group_title(name)}, of stills (0 to 100)")
         most = max(len(curve.partition) for curve in curves.values())
