@@ -145,8 +145,10 @@ def read_given(settings: Recipe, image: Path | None, video: Path | None, count: 
         log.info("%s: there are %d frames of the %d asked for.", path.name, len(clip.pixels), count)
     whole = (len(clip.pixels) - 1) // 4 * 4 + 1
     if whole < len(clip.pixels):
-        kept = f"{whole} of {len(clip.pixels)} frames kept, from the start on"
-        log.info("%s: %s; the VAE takes 1, 5, 9, ...", path.name, kept)
+        log.info(
+            "%s: %d of %d frames kept, from the start on; the VAE takes 1, 5, 9, ...",
+            path.name, whole, len(clip.pixels),
+        )  # fmt: skip
     return Given(clip.pixels[:whole], "image" if video is None else "video", path)
 
 

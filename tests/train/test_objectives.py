@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -119,24 +120,26 @@ def test_the_fake_score_learns_from_fresh_samples_or_those_of_the_step(tmp_path:
     assert (len(asked) == of_student) is reuse
 
 
-def test_the_scores_have_a_shift_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_scores_have_a_shift_of_their_own(tmp_path: Path) -> None:
     """The same draws, unshifted; t_max holds a few of the matching times."""
-    asked: dict[float | None, list[Tensor]] = {None: [], 1.0: []}
-    for score_shift, seen in asked.items():
-        for name, place in (("distribution_matching_loss", 4), ("fake_score_loss", 3)):
-            real = getattr(matching, name)
-            monkeypatch.setattr(
-                matching, name, lambda *args, of=real, at=place, to=seen: (to.append(args[at]), of(*args))[1]
-            )
-        run = trainer(tmp_path / str(score_shift), "on-policy", changes={"score_shift": score_shift})
-        for phase in run.phases:
-            phase.terms[0](batch(), Draws(0, 1, 4, (0, 1, 2, 3)))
-        monkeypatch.undo()
-    of_model, of_scores = (torch.cat(seen) for seen in asked.values())
-    assert len(of_scores) == 8
-    assert of_scores.mean() < of_model.mean() - 0.1
-    torch.testing.assert_close(shift(of_scores, 5.0).clamp(0.02, 0.98)[:4], of_model[:4])
-    torch.testing.assert_close(shift(of_scores, 5.0)[4:], of_model[4:])
+
+    def of_scores(name: str, score_shift: float | None) -> tuple[Tensor, Tensor]:
+        run = trainer(tmp_path / name, "on-policy", changes={"score_shift": score_shift})
+        with (
+            patch.object(
+                matching, "distribution_matching_loss", wraps=matching.distribution_matching_loss
+            ) as on_x,
+            patch.object(matching, "fake_score_loss", wraps=matching.fake_score_loss) as on_fake,
+        ):
+            for phase in run.phases:
+                phase.terms[0](batch(), Draws(0, 1, 4, (0, 1, 2, 3)))
+        return on_x.call_args.args[4], on_fake.call_args.args[3]
+
+    shifted, plain = of_scores("model's", None), of_scores("own", 1.0)
+    assert [len(times) for times in plain] == [4, 4]
+    assert torch.cat(plain).mean() < torch.cat(shifted).mean() - 0.1
+    torch.testing.assert_close(shift(plain[0], 5.0).clamp(0.02, 0.98), shifted[0])
+    torch.testing.assert_close(shift(plain[1], 5.0), shifted[1])
 
 
 def test_jumps_made_again_give_the_same_gradient(tmp_path: Path) -> None:
