@@ -224,7 +224,7 @@ def built_in_models() -> Finding:
     """The small models of the package, each weight file opened: a clone without LFS leaves stand-ins."""
     from safetensors import SafetensorError, safe_open
 
-    from anyflow_cli.model.folder import BUILT_IN, resolve
+    from anyflow_cli.model.pipeline_io import BUILT_IN, resolve
 
     for name in BUILT_IN:
         files = sorted(resolve(name).rglob("*.safetensors"))
@@ -239,7 +239,7 @@ def built_in_models() -> Finding:
 
 def teacher(recipe: Recipe) -> Finding:
     """Whether the recipe's teacher is here already; nothing is fetched."""
-    from anyflow_cli.model.folder import BUILT_IN, read_config, resolve
+    from anyflow_cli.model.pipeline_io import BUILT_IN, read_config, resolve
 
     address = recipe.model.teacher
     if address in BUILT_IN or Path(address).expanduser().exists():

@@ -22,14 +22,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from anyflow_cli.addresses import is_checkpoint, locate, open_model, run_of, trained_weights
-from anyflow_cli.data.atomic import committed
 from anyflow_cli.errors import UsageError
 from anyflow_cli.model.adapter import load_adapter, save_adapter
-from anyflow_cli.model.folder import save_pipeline
+from anyflow_cli.model.backbone import LoraSize
 from anyflow_cli.model.network import FlowMapTransformer, folded
-from anyflow_cli.model.roles import LoraSize
+from anyflow_cli.model.pipeline_io import save_pipeline
 from anyflow_cli.recipe.schema import Recipe
+from anyflow_cli.runs.open import is_checkpoint, locate, open_model, run_of, trained_weights
+from anyflow_cli.utils.files import committed
 
 Format = Literal["diffusers", "merged", "comfyui", "adapter"]
 ADAPTER = "adapter"  # where a finished run keeps its own

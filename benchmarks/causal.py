@@ -22,10 +22,10 @@ from measure import Row, autocast, parser, print_head, report, sizes
 from torch import Tensor
 
 from anyflow_cli.flow.velocity import full_time
-from anyflow_cli.model.cache import KeyCache
 from anyflow_cli.model.causal import TeacherForced, chunks_of
 from anyflow_cli.model.conditioned import Conditioned
 from anyflow_cli.model.config import NetworkConfig
+from anyflow_cli.model.kv_cache import KeyCache
 from anyflow_cli.model.network import FlowMapTransformer
 
 T, R = 0.7, 0.2

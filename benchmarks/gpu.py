@@ -20,15 +20,15 @@ from dataclasses import dataclass
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from anyflow_cli.data.batches import Batch
+from anyflow_cli.data.dataset import Batch
+from anyflow_cli.model.backbone import Backbone, LoraSize, Role
 from anyflow_cli.model.config import NetworkConfig
 from anyflow_cli.model.network import FlowMapTransformer, two_time_from
 from anyflow_cli.model.precision import autocast
-from anyflow_cli.model.roles import Backbone, LoraSize, Role
-from anyflow_cli.plan.cluster import this_machine
+from anyflow_cli.plan.hardware import this_machine
 from anyflow_cli.recipe import schema
 from anyflow_cli.train import objectives
-from anyflow_cli.train.draws import Draws
+from anyflow_cli.train.rng import Draws
 
 
 @dataclass(frozen=True)

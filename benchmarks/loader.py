@@ -25,8 +25,8 @@ import numpy as np
 import psutil
 import torch
 
-from anyflow_cli.data.batches import Batches, LatentData
-from anyflow_cli.data.index import ROW, index_path
+from anyflow_cli.data.dataset import Batches, LatentData
+from anyflow_cli.data.shard_index import ROW, index_path
 from anyflow_cli.data.shards import (
     Sample,
     ShardRecord,

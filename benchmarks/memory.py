@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator, Mapping
 
-from anyflow_cli.plan.cluster import GIB, parse_cluster
+from anyflow_cli.plan.hardware import GIB, parse_cluster
 from anyflow_cli.plan.stages import Stage, stage_two, target_of
 from anyflow_cli.plan.steps import BASE
 from anyflow_cli.recipe.load import load_recipe

@@ -12,18 +12,18 @@ import time
 
 import torch
 
-from anyflow_cli.data.batches import Batch
+from anyflow_cli.data.dataset import Batch
 from anyflow_cli.flow.simulation import draw_segment
+from anyflow_cli.model.backbone import Backbone
 from anyflow_cli.model.causal import causal_from
 from anyflow_cli.model.config import Causal
-from anyflow_cli.model.folder import load_network, resolve
 from anyflow_cli.model.network import two_time_from
+from anyflow_cli.model.pipeline_io import load_network, resolve
 from anyflow_cli.model.precision import autocast, resolve_precision
-from anyflow_cli.model.roles import Backbone
 from anyflow_cli.recipe.load import load_recipe
 from anyflow_cli.recipe.schema import Recipe
-from anyflow_cli.train.draws import Draws
 from anyflow_cli.train.objectives import OnPolicyTerms
+from anyflow_cli.train.rng import Draws
 from tests.plan.small import Live
 
 SAMPLES = 8

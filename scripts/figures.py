@@ -21,17 +21,17 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from anyflow_cli.data.world import WORLDS, render
-from anyflow_cli.evaluate.chunks import Along
-from anyflow_cli.evaluate.plots import LIGHT, chunks_png
+from anyflow_cli.data.shapes_world import WORLDS, render
+from anyflow_cli.evaluate.per_chunk import Along
+from anyflow_cli.evaluate.report.figures import LIGHT, chunks_png
 from anyflow_cli.evaluate.results import RESULTS
-from anyflow_cli.evaluate.shapes import PROMPT_SEED, ShapesSuite
+from anyflow_cli.evaluate.shapes.suite import PROMPT_SEED, ShapesSuite
 from anyflow_cli.recipe.load import load_recipe
-from anyflow_cli.recipe.paths import RunPaths
 from anyflow_cli.recipe.schema import Recipe
-from anyflow_cli.sample import Sampler
-from anyflow_cli.samples import GIVEN, RECORD
-from anyflow_cli.sheets import Row, contact_sheet
+from anyflow_cli.runs.paths import RunPaths
+from anyflow_cli.sample.output import GIVEN, RECORD
+from anyflow_cli.sample.sampler import Sampler
+from anyflow_cli.utils.contact_sheet import Row, contact_sheet
 
 PROMPTS = 5
 STEPS = (1, 4, 32)

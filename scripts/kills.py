@@ -23,7 +23,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from anyflow_cli.train.checkpoint import complete, step_of
+from anyflow_cli.runs.checkpoint import complete, step_of
 from tests.train.small import same_run, trainer
 
 LONGEST = 0.25  # seconds from a start's first checkpoint to its kill

@@ -10,16 +10,16 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from anyflow_cli.addresses import open_model
 from anyflow_cli.errors import UsageError
 from anyflow_cli.export import COMFYUI_PREFIX, export, original_name, write_comfyui, write_merged
+from anyflow_cli.model.backbone import Backbone, LoraSize
 from anyflow_cli.model.config import NetworkConfig
-from anyflow_cli.model.folder import load_network, save_pipeline
 from anyflow_cli.model.network import FlowMapTransformer, two_time_from
-from anyflow_cli.model.roles import Backbone, LoraSize
+from anyflow_cli.model.pipeline_io import load_network, save_pipeline
 from anyflow_cli.recipe.compare import dump
 from anyflow_cli.recipe.schema import Lora, Model, Recipe
-from anyflow_cli.train import checkpoint
+from anyflow_cli.runs import checkpoint
+from anyflow_cli.runs.open import open_model
 from tests.tiny_pipeline import make_wan_folder
 
 SMALL = NetworkConfig(

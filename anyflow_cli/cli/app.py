@@ -26,10 +26,10 @@ from anyflow_cli.cli import (
     synthesize,
     train_flowmap,
 )
-from anyflow_cli.cli.common import examples
 from anyflow_cli.cli.console import debugging, print_error, start_logging, stderr
-from anyflow_cli.cli.failures import INTERRUPTED, failure_of
+from anyflow_cli.cli.errors import INTERRUPTED, failure_of
 from anyflow_cli.cli.launch import command_line
+from anyflow_cli.cli.options import examples
 
 CHAIN = "The chain, in its order"
 USE = "Use and measure"

@@ -98,7 +98,7 @@ def print_plan(
     With the ``recipe``, the plan ends with what the command costs on this machine.
     """
     if recipe is not None:
-        from anyflow_cli.plan.show import dry_run_facts
+        from anyflow_cli.plan.report import dry_run_facts
 
         facts = {**facts, **dry_run_facts(recipe, command)}
     title = f"anyflow {command} would do this; nothing was loaded or written."

@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from anyflow_cli.cli.common import (
+from anyflow_cli.cli.launch import ProcessesOption, start_processes
+from anyflow_cli.cli.options import (
     DEFAULT_RECIPE,
     DEFAULT_RUNS,
     RECIPE_PANEL,
@@ -21,10 +22,9 @@ from anyflow_cli.cli.common import (
     print_plan,
     resolve,
 )
-from anyflow_cli.cli.launch import ProcessesOption, start_processes
+from anyflow_cli.cli.train import run_stage, stage_facts
 from anyflow_cli.cli.train_flowmap import StepsOption
-from anyflow_cli.cli.training import run_stage, stage_facts
-from anyflow_cli.recipe.paths import RunPaths
+from anyflow_cli.runs.paths import RunPaths
 
 EXAMPLES = examples(
     "anyflow distill",
@@ -76,11 +76,11 @@ def distill(
     settings = resolve(recipe, assignments, options)
     paths = RunPaths(runs, settings.name)
     facts = {"simulation": settings.distill.simulation, "joint stage-1 loss": settings.distill.joint}
-    from anyflow_cli.plan.needs import missing_facts
+    from anyflow_cli.plan.requirements import missing_facts
 
     if dry_run and (missing := missing_facts(settings, paths, "distill")):
         return print_plan("distill", facts | missing, as_json=as_json, recipe=settings)
-    from anyflow_cli.train.run import check_run
+    from anyflow_cli.runs.lineage import check_run
     from anyflow_cli.train.stages import distill_inputs
 
     inputs = distill_inputs(settings, paths)

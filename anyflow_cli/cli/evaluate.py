@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from anyflow_cli.cli.common import (
+from anyflow_cli.cli.console import is_first_process
+from anyflow_cli.cli.launch import ProcessesOption, start_processes
+from anyflow_cli.cli.options import (
     DEFAULT_RECIPE,
     DEFAULT_RUNS,
     OUTPUT_PANEL,
@@ -26,14 +28,12 @@ from anyflow_cli.cli.common import (
     print_result,
     resolve,
 )
-from anyflow_cli.cli.console import is_first_process
-from anyflow_cli.cli.launch import ProcessesOption, start_processes
 from anyflow_cli.cli.progress import Progress, in_words
 from anyflow_cli.errors import AnyflowError, UsageError
 
 if TYPE_CHECKING:
     from anyflow_cli.evaluate.cost import Cost
-    from anyflow_cli.evaluate.make import Job
+    from anyflow_cli.evaluate.generate import Job
     from anyflow_cli.evaluate.protocol import Protocol
     from anyflow_cli.evaluate.results import Evaluation
     from anyflow_cli.recipe.schema import Recipe
@@ -184,11 +184,11 @@ def evaluate(
             "--export is for the suites of VBench.", "Add --suite vbench, or leave --export out."
         )
 
-    from anyflow_cli.addresses import find_model
-    from anyflow_cli.evaluate.given import prepare_given
-    from anyflow_cli.evaluate.questions import questions
+    from anyflow_cli.evaluate.external_videos import prepare_given
+    from anyflow_cli.evaluate.registry import questions
     from anyflow_cli.evaluate.run import prepare
-    from anyflow_cli.recipe.paths import RunPaths
+    from anyflow_cli.runs.open import find_model
+    from anyflow_cli.runs.paths import RunPaths
 
     protocol = questions(settings, prompts, limit)
     paths = RunPaths(runs, settings.name)
@@ -255,7 +255,7 @@ def _time(job: Job, left: Cost, processes: int) -> str | None:
 def _run(job: Job) -> Evaluation | None:
     """Make the videos, and sum up where this is the first process."""
     from anyflow_cli.evaluate.cost import check_room, cost
-    from anyflow_cli.evaluate.make import Share
+    from anyflow_cli.evaluate.generate import Share
     from anyflow_cli.evaluate.run import evaluate as run
     from anyflow_cli.evaluate.run import help_make
 
@@ -276,8 +276,8 @@ def _run(job: Job) -> Evaluation | None:
 
 
 def _show(job: Job, evaluation: Evaluation, *, as_json: bool) -> None:
-    from anyflow_cli.evaluate.report import write_results
-    from anyflow_cli.evaluate.table import score_table
+    from anyflow_cli.evaluate.report.page import write_results
+    from anyflow_cli.evaluate.report.tables import score_table
 
     written = write_results(evaluation, job.protocol.suite, job.out)
     files = {name: str(path) for name, path in written.items()}
@@ -286,7 +286,7 @@ def _show(job: Job, evaluation: Evaluation, *, as_json: bool) -> None:
 
 
 def _export(job: Job, evaluation: Evaluation, directory: Path) -> None:
-    from anyflow_cli.evaluate.vbench.export import export
+    from anyflow_cli.evaluate.vbench.leaderboard import export
 
     for path in export(job, evaluation, directory):
         log.info("For VBench's leaderboard: %s", path)
@@ -341,11 +341,11 @@ def _compare(
     as_json: bool,
 ) -> None:
     """Evaluate what is a model, read what is finished, and hold the second against the first."""
-    from anyflow_cli.addresses import Choice
     from anyflow_cli.evaluate.compare import compare, is_finished, read_side, side_of
-    from anyflow_cli.evaluate.report import write_comparison
+    from anyflow_cli.evaluate.report.page import write_comparison
+    from anyflow_cli.evaluate.report.tables import comparison_table
     from anyflow_cli.evaluate.run import prepare
-    from anyflow_cli.evaluate.table import comparison_table
+    from anyflow_cli.runs.open import Choice
 
     recipe = settings.model_copy(update={"evaluate": settings.evaluate.model_copy(update={"teacher": False})})
     jobs = {

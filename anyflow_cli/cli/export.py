@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from anyflow_cli.cli.common import (
+from anyflow_cli.cli.options import (
     DEFAULT_RECIPE,
     DEFAULT_RUNS,
     OUTPUT_PANEL,
@@ -78,8 +78,8 @@ def export(
     settings = resolve(recipe, assignments)
 
     from anyflow_cli import export as job
-    from anyflow_cli.addresses import check_address, find_model
-    from anyflow_cli.recipe.paths import RunPaths
+    from anyflow_cli.runs.open import check_address, find_model
+    from anyflow_cli.runs.paths import RunPaths
 
     choice = find_model(settings, RunPaths(runs, settings.name), model)
     log.info("Model: %s (%s)", *choice)

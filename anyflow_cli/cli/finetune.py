@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from anyflow_cli.cli.common import (
+from anyflow_cli.cli.console import facts_table, is_first_process
+from anyflow_cli.cli.launch import ProcessesOption, start_processes
+from anyflow_cli.cli.options import (
     DEFAULT_RECIPE,
     DEFAULT_RUNS,
     RECIPE_PANEL,
@@ -25,17 +27,15 @@ from anyflow_cli.cli.common import (
     print_result,
     resolve,
 )
-from anyflow_cli.cli.console import facts_table, is_first_process
-from anyflow_cli.cli.launch import ProcessesOption, start_processes
 from anyflow_cli.cli.progress import Progress
+from anyflow_cli.cli.train import stage_facts, stage_result, train_stage
 from anyflow_cli.cli.train_flowmap import StepsOption
-from anyflow_cli.cli.training import stage_facts, stage_result, train_stage
 from anyflow_cli.errors import UsageError
-from anyflow_cli.recipe.paths import RunPaths
+from anyflow_cli.runs.paths import RunPaths
 
 if TYPE_CHECKING:
-    from anyflow_cli.addresses import Choice
     from anyflow_cli.recipe.schema import Recipe
+    from anyflow_cli.runs.open import Choice
 
 EXAMPLES = examples(
     "anyflow finetune --data clips/",
@@ -92,8 +92,8 @@ def finetune(
     paths = RunPaths(runs, settings.name)
     if data is None and settings.finetune.world is None:
         raise UsageError("finetune needs videos.", "Name their directory with --data.")
-    from anyflow_cli.addresses import find_model
-    from anyflow_cli.train.run import check_run
+    from anyflow_cli.runs.lineage import check_run
+    from anyflow_cli.runs.open import find_model
     from anyflow_cli.train.stages import finetune_inputs
 
     choice = find_model(settings, paths, settings.finetune.start)
@@ -125,9 +125,9 @@ def finetune(
 def _latents(settings: Recipe, paths: RunPaths, data: Path | None, *, dry_run: bool) -> Path | None:
     """The data set of latents: as given, or made of the videos; None if that is still to be done."""
     from anyflow_cli.data.film import film
-    from anyflow_cli.data.job import prepare
     from anyflow_cli.data.shards import MANIFEST, PROVENANCE
-    from anyflow_cli.synthesize import synthesize
+    from anyflow_cli.synthesize.job import prepare
+    from anyflow_cli.synthesize.run import synthesize
 
     if data is None:
         data = paths.home / "finetune-clips"
@@ -159,7 +159,7 @@ def _compare(
     settings: Recipe, paths: RunPaths, before: Choice, after: Path, latents: Path
 ) -> dict[str, dict[str, Any]]:
     """Scores or errors of the model before and after."""
-    from anyflow_cli.addresses import Choice
+    from anyflow_cli.runs.open import Choice
 
     both = {"before": before, "after": Choice(str(after), "fine-tuned")}
     world = _world_of(settings, latents)
@@ -170,8 +170,8 @@ def _compare(
 
 def _world_of(settings: Recipe, latents: Path) -> str | None:
     """The world whose captions these are, if the suite can score this recipe's videos."""
-    from anyflow_cli.data.batches import LatentData
-    from anyflow_cli.data.world import FRAMES, HEIGHT, WIDTH, WORLDS, parse_caption
+    from anyflow_cli.data.dataset import LatentData
+    from anyflow_cli.data.shapes_world import FRAMES, HEIGHT, WIDTH, WORLDS, parse_caption
 
     model = settings.model
     if (model.frames, model.height, model.width) != (FRAMES, HEIGHT, WIDTH):
@@ -187,7 +187,7 @@ def _world_of(settings: Recipe, latents: Path) -> str | None:
 
 def _scores(choice: Choice, settings: Recipe, paths: RunPaths, world: str) -> dict[str, Any]:
     """Total of the suite at each step count, from the same prompts and seeds."""
-    from anyflow_cli.evaluate.questions import questions
+    from anyflow_cli.evaluate.registry import questions
     from anyflow_cli.evaluate.run import evaluate, prepare
 
     wanted = settings.evaluate.model_copy(update={"suite": "shapes", "nfe": STEPS, "teacher": False})
@@ -202,8 +202,8 @@ def _scores(choice: Choice, settings: Recipe, paths: RunPaths, world: str) -> di
 
 
 def _error(choice: Choice, settings: Recipe, latents: Path) -> dict[str, Any]:
-    from anyflow_cli.addresses import open_model
-    from anyflow_cli.train.heldout import flow_map_error
+    from anyflow_cli.runs.open import open_model
+    from anyflow_cli.train.validation import flow_map_error
 
     found = flow_map_error(open_model(choice.address, settings).network, settings, latents)
     return {"flow-map error": found.error, "clips": found.clips, "held out": found.unseen}

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from anyflow_cli.cli.common import RECIPE_PANEL
+from anyflow_cli.cli.options import RECIPE_PANEL
 from anyflow_cli.errors import AnyflowError
 
 if TYPE_CHECKING:

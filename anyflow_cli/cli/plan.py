@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from anyflow_cli.cli.common import (
+from anyflow_cli.cli.options import (
     DEFAULT_RECIPE,
     DEFAULT_RUNS,
     DebugOption,
@@ -18,7 +18,7 @@ from anyflow_cli.cli.common import (
     print_result,
     resolve,
 )
-from anyflow_cli.recipe.paths import RunPaths
+from anyflow_cli.runs.paths import RunPaths
 
 EXAMPLES = examples(
     "anyflow plan --recipe bidirectional1b --gpus 8x80GB",
@@ -67,10 +67,10 @@ def plan(
     """
     settings = resolve(recipe, assignments)
 
-    from anyflow_cli.plan.cluster import parse_cluster, this_machine
-    from anyflow_cli.plan.report import as_values
-    from anyflow_cli.plan.report import plan as make
-    from anyflow_cli.plan.show import as_table
+    from anyflow_cli.plan.estimate import as_values
+    from anyflow_cli.plan.estimate import plan as make
+    from anyflow_cli.plan.hardware import parse_cluster, this_machine
+    from anyflow_cli.plan.report import as_table
 
     machine = this_machine(peak, utilisation) if gpus is None else parse_cluster(gpus, peak, utilisation)
     made = make(settings, machine, RunPaths(runs, settings.name))

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from anyflow_cli.cli.common import (
+from anyflow_cli.cli.options import (
     DEFAULT_RECIPE,
     DebugOption,
     JsonOption,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from anyflow_cli.cli.common import (
+from anyflow_cli.cli.options import (
     DEFAULT_RECIPE,
     DEFAULT_RUNS,
     OUTPUT_PANEL,
@@ -26,7 +26,7 @@ from anyflow_cli.cli.common import (
     resolve,
 )
 from anyflow_cli.cli.progress import Progress
-from anyflow_cli.cli.sampling import (
+from anyflow_cli.cli.sample_options import (
     Asked,
     asked_again,
     check_stdout,
@@ -228,9 +228,9 @@ def _sample(
     as_json: bool,
 ) -> Path | None:
     """Sample; gives the directory where the files are."""
-    from anyflow_cli.addresses import check_address, find_model
-    from anyflow_cli.recipe.paths import RunPaths
-    from anyflow_cli.samples import Request, check_directory, make_directory, write_samples
+    from anyflow_cli.runs.open import check_address, find_model
+    from anyflow_cli.runs.paths import RunPaths
+    from anyflow_cli.sample.output import Request, check_directory, make_directory, write_samples
 
     settings = asked.settings
     paths = RunPaths(runs, settings.name)
@@ -251,9 +251,9 @@ def _sample(
         print_plan("sample", facts, as_json=as_json, recipe=settings)
         return None
 
-    from anyflow_cli.budget import steps_within
-    from anyflow_cli.sample import Sampler
-    from anyflow_cli.streaming import stream_to_stdout
+    from anyflow_cli.sample.latency_budget import steps_within
+    from anyflow_cli.sample.sampler import Sampler
+    from anyflow_cli.sample.streaming import stream_to_stdout
 
     opened = Sampler.load(choice.address, settings, teacher=teacher, method=asked.method)
     if asked.preview is not None:

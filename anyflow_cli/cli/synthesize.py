@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from anyflow_cli.cli.common import (
+from anyflow_cli.cli.console import facts_table
+from anyflow_cli.cli.options import (
     DEFAULT_RECIPE,
     DEFAULT_RUNS,
     OUTPUT_PANEL,
@@ -25,13 +26,12 @@ from anyflow_cli.cli.common import (
     print_result,
     resolve,
 )
-from anyflow_cli.cli.console import facts_table
 from anyflow_cli.cli.progress import Progress
 from anyflow_cli.errors import AnyflowError, UsageError
-from anyflow_cli.recipe.paths import RunPaths
+from anyflow_cli.runs.paths import RunPaths
 
 if TYPE_CHECKING:
-    from anyflow_cli.data.job import Job
+    from anyflow_cli.synthesize.job import Job
 
 log = logging.getLogger(__name__)
 
@@ -118,7 +118,7 @@ def synthesize(
     directory = out or RunPaths(runs, settings.name).data
     if verify:
         return _verify(directory, as_json=as_json)
-    from anyflow_cli.data.job import prepare
+    from anyflow_cli.synthesize.job import prepare
 
     job = prepare(settings, directory, from_videos)
     if dry_run:
@@ -127,7 +127,7 @@ def synthesize(
 
 
 def _run(job: Job, *, as_json: bool) -> None:
-    from anyflow_cli.synthesize import synthesize as run
+    from anyflow_cli.synthesize.run import synthesize as run
 
     with Progress("synthesize", job.videos_left(), "videos") as progress:
         report = run(job, progress.update)

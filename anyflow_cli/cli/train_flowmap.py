@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from anyflow_cli.cli.common import (
+from anyflow_cli.cli.launch import ProcessesOption, start_processes
+from anyflow_cli.cli.options import (
     DEFAULT_RECIPE,
     DEFAULT_RUNS,
     RECIPE_PANEL,
@@ -21,9 +22,8 @@ from anyflow_cli.cli.common import (
     print_plan,
     resolve,
 )
-from anyflow_cli.cli.launch import ProcessesOption, start_processes
-from anyflow_cli.cli.training import run_stage, stage_facts
-from anyflow_cli.recipe.paths import RunPaths
+from anyflow_cli.cli.train import run_stage, stage_facts
+from anyflow_cli.runs.paths import RunPaths
 
 if TYPE_CHECKING:
     from anyflow_cli.recipe.schema import Recipe
@@ -75,11 +75,11 @@ def train_flowmap(
     }
     settings = resolve(recipe, assignments, options)
     paths = RunPaths(runs, settings.name)
-    from anyflow_cli.plan.needs import missing_facts
+    from anyflow_cli.plan.requirements import missing_facts
 
     if dry_run and (missing := missing_facts(settings, paths, "train-flowmap")):
         return print_plan("train-flowmap", _facts(settings) | missing, as_json=as_json, recipe=settings)
-    from anyflow_cli.train.run import check_run
+    from anyflow_cli.runs.lineage import check_run
     from anyflow_cli.train.stages import flowmap_inputs
 
     inputs = flowmap_inputs(settings, paths)

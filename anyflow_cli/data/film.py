@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from anyflow_cli.data.atomic import committed
-from anyflow_cli.data.clips import write_mp4
-from anyflow_cli.data.world import FPS, WORLDS, render
+from anyflow_cli.data.shapes_world import FPS, WORLDS, render
+from anyflow_cli.data.video import write_mp4
+from anyflow_cli.utils.files import committed
 
 FIRST_SEED = 2**20  # of the scenes; the suite's prompts and reference clips lie far above
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from anyflow_cli.data.world import WORLDS
+from anyflow_cli.data.shapes_world import WORLDS
 from anyflow_cli.errors import UsageError
 
 MAX_LENGTH = 2000

@@ -32,10 +32,10 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from anyflow_cli.data.atomic import committed, write_json
-from anyflow_cli.data.index import REPAIR, write_index
-from anyflow_cli.data.place import Place
+from anyflow_cli.data.shard_index import REPAIR, write_index
+from anyflow_cli.data.storage import Place
 from anyflow_cli.errors import AnyflowError, UsageError
+from anyflow_cli.utils.files import committed, write_json
 
 VERSION = 1
 MANIFEST, PROVENANCE, NEGATIVE = "manifest.json", "provenance.json", "negative.safetensors"

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from anyflow_cli.data.index import read_index
-from anyflow_cli.data.place import Place
+from anyflow_cli.data.shard_index import read_index
 from anyflow_cli.data.shards import (
     CorruptSampleError,
     Manifest,
@@ -23,6 +22,7 @@ from anyflow_cli.data.shards import (
     read_negative,
     read_sample,
 )
+from anyflow_cli.data.storage import Place
 from anyflow_cli.errors import UsageError
 
 

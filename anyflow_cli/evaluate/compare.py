@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from anyflow_cli.errors import UsageError
-from anyflow_cli.evaluate.chunks import Along, along
+from anyflow_cli.evaluate.bootstrap import Interval, interval, totals
+from anyflow_cli.evaluate.per_chunk import Along, along
 from anyflow_cli.evaluate.results import RESULTS, Evaluation
 from anyflow_cli.evaluate.store import Store
 from anyflow_cli.evaluate.suite import Suite, VideoScore, summarise
-from anyflow_cli.evaluate.trend import Interval, interval, totals
-from anyflow_cli.model.folder import read_json
+from anyflow_cli.model.pipeline_io import read_json
 
 Videos = Mapping[tuple[str, int], VideoScore]  # by prompt and seed
 Finding = Literal["better", "no difference", "worse", "too few prompts to tell"]

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from anyflow_cli.errors import UsageError
-from anyflow_cli.evaluate.make import Job
+from anyflow_cli.evaluate.generate import Job
 from anyflow_cli.evaluate.protocol import Variant
 from anyflow_cli.evaluate.store import Scored
 

@@ -9,7 +9,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from anyflow_cli.evaluate.make import Job
+from anyflow_cli.evaluate.generate import Job
 from anyflow_cli.evaluate.store import is_store
 
 

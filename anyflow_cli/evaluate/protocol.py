@@ -20,7 +20,13 @@ from typing import Any, NamedTuple
 import torch
 
 import anyflow_cli
-from anyflow_cli.addresses import (
+from anyflow_cli.evaluate.suite import Assessment, Suite
+from anyflow_cli.model.causal import FAR, partition_for
+from anyflow_cli.model.config import Causal
+from anyflow_cli.model.pipeline_io import read_config, read_json, resolve
+from anyflow_cli.model.precision import resolve_precision
+from anyflow_cli.recipe.schema import Recipe
+from anyflow_cli.runs.open import (
     LINEAGE,
     Choice,
     is_checkpoint,
@@ -29,14 +35,8 @@ from anyflow_cli.addresses import (
     trained_weights,
     weight_files,
 )
-from anyflow_cli.data.job import own_device
-from anyflow_cli.evaluate.suite import Assessment, Suite
-from anyflow_cli.model.causal import FAR, partition_for
-from anyflow_cli.model.config import Causal
-from anyflow_cli.model.folder import read_config, read_json, resolve
-from anyflow_cli.model.precision import resolve_precision
-from anyflow_cli.recipe.schema import Recipe
-from anyflow_cli.sample import Method
+from anyflow_cli.sample.sampler import Method
+from anyflow_cli.synthesize.job import own_device
 
 PACKAGES = ("torch", "diffusers", "transformers", "numpy")
 SAMPLED: dict[Method | None, str] = {

@@ -6,10 +6,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from anyflow_cli.evaluate.chunks import Along
+from anyflow_cli.evaluate.bootstrap import Interval, Trend
+from anyflow_cli.evaluate.per_chunk import Along
 from anyflow_cli.evaluate.store import Scored
 from anyflow_cli.evaluate.suite import SuiteResult
-from anyflow_cli.evaluate.trend import Interval, Trend
 from anyflow_cli.evaluate.vbench.published import published
 
 NOT_COMPARABLE = "not comparable"

@@ -14,12 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
-from anyflow_cli.addresses import Choice
-from anyflow_cli.data.job import own_device
 from anyflow_cli.errors import UsageError
-from anyflow_cli.evaluate.chunks import along
-from anyflow_cli.evaluate.given import take
-from anyflow_cli.evaluate.make import (
+from anyflow_cli.evaluate.bootstrap import Doubles, interval, totals, trend
+from anyflow_cli.evaluate.external_videos import take
+from anyflow_cli.evaluate.generate import (
     ALONE,
     Advance,
     Generator,
@@ -30,13 +28,15 @@ from anyflow_cli.evaluate.make import (
     make_videos,
     wait_for_others,
 )
+from anyflow_cli.evaluate.per_chunk import along
 from anyflow_cli.evaluate.protocol import Protocol, Subject, Variant, card, subject, variant
 from anyflow_cli.evaluate.results import Evaluation, Measured
 from anyflow_cli.evaluate.store import Scored
 from anyflow_cli.evaluate.suite import Assessment, Clip, VideoScore, result_of
-from anyflow_cli.evaluate.trend import Doubles, interval, totals, trend
 from anyflow_cli.recipe.schema import Recipe
-from anyflow_cli.sample import Sampler
+from anyflow_cli.runs.open import Choice
+from anyflow_cli.sample.sampler import Sampler
+from anyflow_cli.synthesize.job import own_device
 
 log = logging.getLogger(__name__)
 

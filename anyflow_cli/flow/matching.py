@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from anyflow_cli.flow.objective import flow_matching_loss, interpolate
+from anyflow_cli.flow.losses import flow_matching_loss, interpolate
 from anyflow_cli.flow.velocity import Velocity, guided, per_frame
 
 

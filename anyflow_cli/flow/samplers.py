@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from anyflow_cli.flow.objective import interpolate
+from anyflow_cli.flow.losses import interpolate
 from anyflow_cli.flow.velocity import Generators, Velocity, flow_map, full_time, noise_like, per_frame
 
 OnStep = Callable[[int, Tensor], None]

@@ -16,8 +16,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 from anyflow_cli.errors import UsageError
-from anyflow_cli.model.folder import made_beside, read_json
-from anyflow_cli.model.roles import LoraSize
+from anyflow_cli.model.backbone import LoraSize
+from anyflow_cli.model.pipeline_io import made_beside, read_json
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from anyflow_cli.errors import UsageError
-from anyflow_cli.model.folder import component
+from anyflow_cli.model.pipeline_io import component
 
 
 def clean_prompt(prompt: str) -> str:

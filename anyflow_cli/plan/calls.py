@@ -21,16 +21,16 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from anyflow_cli.data.batches import Batch
+from anyflow_cli.data.dataset import Batch
 from anyflow_cli.flow.velocity import Velocity
+from anyflow_cli.model.backbone import Backbone, Role
 from anyflow_cli.model.blocks import LayerKeys
 from anyflow_cli.model.layout import Layout
-from anyflow_cli.model.roles import Backbone, Role
 from anyflow_cli.plan.ledger import Label
 from anyflow_cli.plan.setup import Setup, objective_of
 from anyflow_cli.recipe.schema import Distill
-from anyflow_cli.train.draws import Draws
 from anyflow_cli.train.objectives import Term
+from anyflow_cli.train.rng import Draws
 
 SMALL = 2  # channels of small latents, and numbers that stand for a sample's text
 

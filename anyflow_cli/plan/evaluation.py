@@ -8,9 +8,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from anyflow_cli.errors import UsageError
-from anyflow_cli.evaluate.make import Job
+from anyflow_cli.evaluate.generate import Job
 from anyflow_cli.evaluate.protocol import Variant
-from anyflow_cli.plan.cluster import Cluster, this_machine
+from anyflow_cli.plan.hardware import Cluster, this_machine
 from anyflow_cli.plan.stages import Target, evaluation, target_of
 
 

@@ -24,17 +24,17 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 from torch.utils._python_dispatch import _disable_current_modes
 
-from anyflow_cli.data.batches import Batch
+from anyflow_cli.data.dataset import Batch
 from anyflow_cli.flow.samplers import flow_map_euler
 from anyflow_cli.flow.times import grid
 from anyflow_cli.flow.velocity import Velocity, guided
+from anyflow_cli.model.backbone import Role
 from anyflow_cli.model.blocks import LayerKeys
 from anyflow_cli.model.causal import causal_of, partition_for, remembered_for
+from anyflow_cli.model.chunk_sampling import rollout
 from anyflow_cli.model.conditioned import Conditioned
 from anyflow_cli.model.layout import Layout
 from anyflow_cli.model.precision import autocast
-from anyflow_cli.model.roles import Role
-from anyflow_cli.model.rollout import rollout
 from anyflow_cli.model.rotary import rotation
 from anyflow_cli.plan.calls import (
     SMALL,
@@ -49,8 +49,8 @@ from anyflow_cli.plan.hollow import Hollow, Hollowing, hollow_out
 from anyflow_cli.plan.ledger import BETWEEN, Label, Ledger, Segment, Watch, Weight, storage_bytes
 from anyflow_cli.plan.setup import Setup, backbone_on_meta
 from anyflow_cli.recipe.schema import Distill
-from anyflow_cli.train.draws import Draws
 from anyflow_cli.train.objectives import Term
+from anyflow_cli.train.rng import Draws
 
 STEPS = 2  # of a rehearsed sampling: one more would hold nothing more
 

@@ -1,134 +1,197 @@
-"""The plan of a recipe: what each stage holds and takes, what would make it fit, what it leaves on disk."""
+"""A plan laid out for people: tables of memory, work and disk, and what to change where it does not fit."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Sequence
 
-from anyflow_cli.plan import disk, stages
-from anyflow_cli.plan.cluster import RESERVE, Cluster
-from anyflow_cli.plan.fit import Advice, advise
-from anyflow_cli.plan.needs import Need, needs_of
-from anyflow_cli.plan.stages import Stage, Target, target_of
-from anyflow_cli.plan.steps import RoleSize
-from anyflow_cli.recipe.paths import RunPaths
+from rich.table import Table
+from rich.text import Text
+
+from anyflow_cli.errors import UsageError
+from anyflow_cli.plan.estimate import BUILDERS, Plan, Planned
+from anyflow_cli.plan.hardware import GIB, RESERVE, Cluster, this_machine
+from anyflow_cli.plan.setup import Setup
+from anyflow_cli.plan.stages import TUNING, Stage, activations, target_of
 from anyflow_cli.recipe.schema import Recipe
 
-
-class Builder(NamedTuple):
-    """How a stage is planned, and the section of the recipe that its settings are in."""
-
-    build: Callable[[Target], Stage]
-    section: str
+PARTS = ("weights", "gradients", "optimiser", "average", "data", "cache", "activations")
+LONG = {"average": "moving average", "data": "batch", "cache": "cache of keys"}
+DECIMAL = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
+OPERATIONS = ((1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"), (1e6, "MFLOP"))
 
 
-BUILDERS = {
-    "synthesize": Builder(stages.synthesis, "synthesize"),
-    "tune": Builder(stages.tuning, "train_flowmap"),
-    "train-flowmap": Builder(stages.stage_one, "train_flowmap"),
-    "distill": Builder(stages.stage_two, "distill"),
-    "finetune": Builder(stages.finetuning, "finetune"),
-    "sample": Builder(stages.sampling, "sample"),
-    "stream": Builder(stages.streaming, "sample"),
-}
-COMMANDS = ("synthesize", "train-flowmap", "distill", "sample")
+def as_table(plan: Plan) -> Table:
+    """Everything, one block under another."""
+    whole = Table.grid(padding=(0, 0, 1, 0))
+    blocks = (_head, _roles, _memory, _work, _disk, _needs, _notes)
+    for block in blocks:
+        whole.add_row(block(plan))
+    return whole
 
 
-def chain_of(recipe: Recipe) -> tuple[str, ...]:
-    """The stages of a plan; a step of finetune is one of stage 1."""
-    chain = ("synthesize", "tune", "train-flowmap", "distill", "sample")
-    return chain if recipe.model.causal is None else (*chain, "stream")
+def dry_run_facts(recipe: Recipe, command: str, cluster: Cluster | None = None) -> dict[str, str]:
+    """The last lines of a command's ``--dry-run``: what its stage costs on this machine, in words.
+
+    Nothing where that cannot be planned (a model whose sizes are not known): a dry run must not fail for it.
+    """
+    cluster = cluster or this_machine()
+    tunes = command == "train-flowmap" and recipe.train_flowmap.objective == TUNING
+    try:
+        stage = BUILDERS["tune" if tunes else command].build(target_of(recipe, cluster))
+    except UsageError:
+        return {}
+    facts = {"peak memory": f"{_memory_of(stage.peak.total)} ({stage.peak.name})"}
+    if stage.peak.total > cluster.usable:
+        facts["peak memory"] += f", more than this machine has: see anyflow plan -r {recipe.name}"
+    if stage.work.seconds is not None:
+        each, whole = _duration(stage.work.seconds), _duration(3600 * (stage.work.hours or 0))
+        facts["time"] = f"about {each} each, {whole} in all"
+    return facts
 
 
-@dataclass(frozen=True)
-class Planned:
-    """A stage, and advice where it does not fit."""
-
-    stage: Stage
-    advice: Advice | None
-
-    @property
-    def fits(self) -> bool:
-        """Whether it does as it is."""
-        return self.advice is None
+def _head(plan: Plan) -> Text:
+    target, model = plan.target, plan.target.recipe.model
+    text = Text(f"{target.recipe.name} on {target.cluster}", style="bold")
+    size = f"{model.frames} frames of {model.height}x{model.width}, {target.precision}"
+    text.append(f"\nteacher {model.teacher}; {size}", style="not bold")
+    return text
 
 
-@dataclass(frozen=True)
-class Plan:
-    """All of a recipe on a cluster. ``disk``: bytes by what lies there; ``needs``: of each command."""
-
-    target: Target
-    stages: Mapping[str, Planned]
-    disk: Mapping[str, int]
-    needs: Mapping[str, Sequence[Need]]
-
-    @property
-    def roles(self) -> Mapping[str, RoleSize]:
-        """Of stage 2, which has all of them."""
-        return self.stages["distill"].stage.roles
+def _roles(plan: Plan) -> Table:
+    table = _table("Weights of stage 2", "role", "parameters", "trainable", "size")
+    for name, size in plan.roles.items():
+        table.add_row(name, f"{size.parameters:,}", f"{size.trainable:,}", _memory_of(size.bytes))
+    return table
 
 
-def plan(recipe: Recipe, cluster: Cluster, paths: RunPaths) -> Plan:
-    """Plan the chain of a recipe, whose runs are in ``paths``."""
-    target = target_of(recipe, cluster)
-    planned = {name: plan_stage(target, name) for name in chain_of(recipe)}
-    needs = {name: needs_of(recipe, paths, name) for name in COMMANDS}
-    return Plan(target, planned, _disk(target, planned), needs)
+def _memory(plan: Plan) -> Table:
+    stages = [planned.stage for planned in plan.stages.values()]
+    unit = GIB if max(stage.peak.total for stage in stages) > GIB else 2**20
+    name = "GiB" if unit == GIB else "MiB"
+    table = _table(f"Memory of a process at its peak, {name}", "", *(stage.name for stage in stages))
+
+    def row(label: str, sizes: Sequence[int | None], style: str = "", *, last: bool = False) -> None:
+        cells = ("" if size is None else f"{size / unit:,.1f}" for size in sizes)
+        table.add_row(label, *cells, style=style, end_section=last)
+
+    for part in PARTS:
+        sizes = [stage.peak.parts.get(part, 0) for stage in stages]
+        if any(sizes) or part != "cache":
+            row(LONG.get(part, part), sizes)
+    row("in all", [stage.peak.total for stage in stages], "bold", last=True)
+    table.add_row("fits", *(_fits(planned) for planned in plan.stages.values()))
+    both = [activations(stage) for stage in stages]
+    for label in ("with checkpointing", "without checkpointing"):
+        row(f"activations {label}", [found.get(label) for found in both], "dim")
+    row("rollout and its graph", [stage.rollout or None for stage in stages], "dim")
+    if any(stage.host for stage in stages):
+        row("in the CPU's memory", [stage.host or None for stage in stages], "dim")
+    return table
 
 
-def plan_stage(target: Target, name: str) -> Planned:
-    """Plan one stage, and look for settings that make it fit."""
-    build, section = BUILDERS[name]
-    stage = build(target)
-    fits = stage.peak.total <= target.cluster.usable
-    return Planned(stage, None if fits else advise(build, section, target))
+def _fits(planned: Planned) -> Text:
+    return Text("yes", style="green") if planned.fits else Text("no", style="bold red")
 
 
-def _disk(target: Target, planned: Mapping[str, Planned]) -> dict[str, int]:
-    recipe = target.recipe
-    found = {f"data: {part}": size for part, size in disk.dataset(target).items()}
-    for name in ("tune", "train-flowmap", "distill"):
-        stage = planned[name].stage
-        settings = recipe.distill if name == "distill" else recipe.train_flowmap
-        found[f"{stage.name}: checkpoints"] = disk.checkpoints(stage.roles, settings)
-        found[f"{stage.name}: model"] = disk.finished(stage.setup, stage.roles)
-    return found
+def _work(plan: Plan) -> Table:
+    table = _table("Work", "", "count", "operations each", "time each", "time in all", "command")
+    for planned in plan.stages.values():
+        stage, work = planned.stage, planned.stage.work
+        times = [None if time is None else _duration(time) for time in (work.seconds, _seconds(stage))]
+        table.add_row(
+            stage.name, f"{work.repeats:,}", _scaled(work.operations, OPERATIONS),
+            *(time or "unknown" for time in times), f"anyflow {stage.command}",
+        )  # fmt: skip
+    return table
 
 
-def as_values(made: Plan) -> dict[str, Any]:
-    """Everything as plain values, for ``--json``: bytes, operations, seconds, hours."""
-    target, cluster = made.target, made.target.cluster
-    return {
-        "recipe": target.recipe.name,
-        "teacher": target.recipe.model.teacher,
-        "precision": target.precision,
-        "cluster": {
-            "devices": cluster.count, "memory": cluster.memory, "usable": cluster.usable,
-            "reserve": RESERVE if cluster.is_gpu else 0, "peak": cluster.peak,
-            "utilisation": cluster.utilisation,
-        },
-        "roles": {name: size._asdict() for name, size in made.roles.items()},
-        "stages": {name: _stage_values(planned) for name, planned in made.stages.items()},
-        "disk": dict(made.disk),
-        "needs": {name: [need._asdict() for need in needs] for name, needs in made.needs.items()},
-    }  # fmt: skip
+def _seconds(stage: Stage) -> float | None:
+    return None if stage.work.hours is None else 3600 * stage.work.hours
 
 
-def _stage_values(planned: Planned) -> dict[str, Any]:
-    stage, advice = planned.stage, planned.advice
-    values = {
-        "command": f"anyflow {stage.command}",
-        "memory": dict(stage.peak.parts),
-        "peak": stage.peak.total,
-        "at": stage.peak.name,
-        "fits": planned.fits,
-        "activations": stages.activations(stage),
-        "rollout": stage.rollout,
-        "host": stage.host,
-        **stage.work._asdict(),
-    }
-    if advice is not None:
-        settings = [f"{key}={value}" for change in advice.changes for key, value in change.values.items()]
-        values["advice"] = {"set": settings, "fits": advice.fits, "peak": advice.peak}
-    return values
+def _disk(plan: Plan) -> Table:
+    table = _table("Disk", "", "size")
+    for name, size in plan.disk.items():
+        table.add_row(name, _scaled(size, DECIMAL))
+    table.add_row("in all", _scaled(sum(plan.disk.values()), DECIMAL), style="bold")
+    return table
+
+
+def _needs(plan: Plan) -> Table:
+    table = _table("Needs", "command", "", "")
+    for command, needs in plan.needs.items():
+        for number, need in enumerate(needs):
+            table.add_row(command if number == 0 else "", need.what, Text(str(need)))
+    table.columns[1].justify = table.columns[2].justify = "left"
+    table.columns[2].overflow = "fold"
+    return table
+
+
+def _notes(plan: Plan) -> Text:
+    cluster = plan.target.cluster
+    notes = [
+        f"{planned.stage.name}: the peak is at {planned.stage.peak.name}. {_advice(planned)}"
+        for planned in plan.stages.values()
+        if not planned.fits
+    ]
+    if cluster.is_gpu:
+        notes.append(
+            f"Of each GPU {RESERVE / GIB:.0f} GiB are left to the driver, the libraries and fragmentation. "
+            + _division(plan.stages["distill"].stage.setup)
+        )
+    if plan.target.recipe.model.compile:
+        notes.append(
+            "model.compile is not counted: neither the time it takes, nor what fused operators save."
+        )
+    if cluster.peak is None:
+        notes.append("Times are not known: state the speed of this machine with --peak.")
+    else:
+        notes.append(
+            f"Times are those of {cluster.utilisation:.0%} of {cluster.peak / 1e12:,.4g} TFLOPS, "
+            "recomputation counted; without reading data, previews, checkpoints and the VAE."
+        )
+    return Text("\n".join(notes))
+
+
+def _division(setup: Setup) -> str:
+    if setup.shards is None:
+        return "Every process holds a whole copy: nothing is sharded."
+    place = ", in the CPU's memory" if setup.offload else ""
+    return f"Weights, gradients and optimiser are divided among {setup.shards} processes{place}."
+
+
+def _advice(planned: Planned) -> str:
+    advice = planned.advice
+    assert advice is not None
+    settings = " ".join(str(change) for change in advice.changes)
+    prices = "; ".join(dict.fromkeys(change.price for change in advice.changes))
+    if advice.fits:
+        return f"It fits with {settings} ({prices}): {_memory_of(advice.peak)}."
+    least = f" The least it can be brought to is {_memory_of(advice.peak)}, with {settings}."
+    return f"No setting makes it fit; it needs larger GPUs.{least if settings else ''}"
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="cyan", box=None, pad_edge=False)
+    for number, column in enumerate(columns):
+        left = number == 0 or column == "command"
+        table.add_column(column, justify="left" if left else "right", no_wrap=left)
+    return table
+
+
+def _memory_of(size: int) -> str:
+    return f"{size / GIB:,.1f} GiB" if size > GIB else f"{size / 2**20:,.1f} MiB"
+
+
+def _scaled(value: float, units: Sequence[tuple[float, str]]) -> str:
+    for unit, name in units:
+        if value >= unit:
+            return f"{value / unit:,.1f} {name}"
+    return f"{value:,.0f}"
+
+
+def _duration(seconds: float) -> str:
+    for unit, name, limit in ((1.0, "s", 120), (60.0, "min", 120), (3600.0, "h", 96)):
+        if seconds < limit * unit:
+            return f"{seconds / unit:.3g} {name}"
+    return f"{seconds / 86400:,.0f} days"

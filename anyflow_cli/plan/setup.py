@@ -11,12 +11,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from anyflow_cli.model.backbone import Backbone, LoraSize, Role
 from anyflow_cli.model.causal import as_causal
 from anyflow_cli.model.config import Causal, NetworkConfig
 from anyflow_cli.model.layout import Layout, Segment
 from anyflow_cli.model.network import FlowMapTransformer, two_time_from
 from anyflow_cli.model.precision import Precision
-from anyflow_cli.model.roles import Backbone, LoraSize, Role
 from anyflow_cli.recipe import schema
 from anyflow_cli.train import objectives
 

@@ -12,17 +12,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from anyflow_cli.addresses import is_checkpoint, locate, run_of
 from anyflow_cli.errors import UsageError
 from anyflow_cli.model.config import NetworkConfig
 from anyflow_cli.model.precision import Precision, resolve_precision
-from anyflow_cli.plan.cluster import Cluster
+from anyflow_cli.plan.hardware import Cluster
 from anyflow_cli.plan.ledger import Segment
+from anyflow_cli.plan.model_sizes import Pipeline, pipeline_of
 from anyflow_cli.plan.sampling import decoding, sampling_of
 from anyflow_cli.plan.setup import Kind, Setup
 from anyflow_cli.plan.steps import RoleSize, Step, gathered_of, roles_of, step_of
-from anyflow_cli.plan.teachers import Pipeline, pipeline_of
 from anyflow_cli.recipe import schema
+from anyflow_cli.runs.open import is_checkpoint, locate, run_of
 
 Command = Literal["synthesize", "train-flowmap", "distill", "finetune", "sample"]
 TUNING: Literal["flow-matching"] = "flow-matching"

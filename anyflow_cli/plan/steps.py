@@ -14,13 +14,13 @@ from typing import NamedTuple
 
 from torch import nn
 
-from anyflow_cli.model.roles import Backbone
+from anyflow_cli.model.backbone import Backbone
 from anyflow_cli.plan.calls import calls_of_step
 from anyflow_cli.plan.ledger import Label, Segment
 from anyflow_cli.plan.rehearsal import Rehearsal
 from anyflow_cli.plan.setup import Setup, backbone_on_meta
 from anyflow_cli.recipe import schema
-from anyflow_cli.train.draws import Draws
+from anyflow_cli.train.rng import Draws
 
 DEPTHS = (2, 3)  # the first block differs: where adapters train, its input needs no gradient
 SAMPLED_STEPS = range(1, 65)  # of a run; the calls of a step are averaged over them

@@ -17,9 +17,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from anyflow_cli.errors import UsageError
-from anyflow_cli.recipe.mistakes import Mistake, closest, in_yaml, mistakes_of, refusal
+from anyflow_cli.recipe.errors import Mistake, closest, in_yaml, mistakes_of, refusal
 from anyflow_cli.recipe.schema import Recipe
-from anyflow_cli.recipe.source import RECIPE_HINT, Key, Place, Source, parse_value, read_source
+from anyflow_cli.recipe.yaml_source import RECIPE_HINT, Key, Place, Source, parse_value, read_source
 
 DEFAULT = "tiny"
 _OWN = ("name", "description", "extends")

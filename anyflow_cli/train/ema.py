@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from anyflow_cli.model.sharding import divided_like
+from anyflow_cli.model.parallelize import divided_like
 
 
 class Ema:

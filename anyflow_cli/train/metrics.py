@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from anyflow_cli.data.atomic import committed, named_failure
 from anyflow_cli.train.board import Board
+from anyflow_cli.utils.files import committed, named_failure
 
 Log = Callable[[Mapping[str, Any], int], None]
 

@@ -9,7 +9,7 @@ at a time.
     consistency-ode   baseline of Table 2     student: f(z, t, 0) against the teacher's x
     on-policy         stage 2, Alg. 2         student: matching + flow map on data; fake: its score
 
-A causal student is trained over the views of ``views.py``; teacher and scores are bidirectional always.
+A causal student trains on the windows of ``causal_windows.py``; teacher and scores are bidirectional.
 
 A term returns its mean loss over the micro batch and, for reports, (sum, count) pairs, which add up
 exactly over micro batches and processes.
@@ -28,17 +28,17 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from anyflow_cli.data.batches import Batch
-from anyflow_cli.data.noise import batch_noise
+from anyflow_cli.data.dataset import Batch
 from anyflow_cli.errors import UsageError
-from anyflow_cli.flow import matching, objective, simulation, times
+from anyflow_cli.flow import losses, matching, simulation, times
+from anyflow_cli.flow.noise import batch_noise
 from anyflow_cli.flow.velocity import Velocity, recomputed
+from anyflow_cli.model.backbone import Backbone, Role
 from anyflow_cli.model.conditioned import Conditioned
-from anyflow_cli.model.roles import Backbone, Role
-from anyflow_cli.model.sharding import own_part
+from anyflow_cli.model.parallelize import own_part
 from anyflow_cli.recipe import schema
-from anyflow_cli.train import views
-from anyflow_cli.train.draws import Draws, stream_seed
+from anyflow_cli.train import causal_windows
+from anyflow_cli.train.rng import Draws, stream_seed
 
 Tally = Mapping[str, Tensor]  # name -> (sum, count), (2,)
 Term = Callable[[Batch, Draws], tuple[Tensor, Tally]]
@@ -107,9 +107,9 @@ def on_policy(
     return Objective(backbone, (Phase("student", settings.optimiser, student), fake))
 
 
-def view_of(causal: schema.Causal | None, settings: schema.FlowMap) -> views.ViewOf:
+def view_of(causal: schema.Causal | None, settings: schema.FlowMap) -> causal_windows.ViewOf:
     """What the student sees of its data."""
-    return views.whole if causal is None else views.TeacherForcing(causal, settings.given)
+    return causal_windows.whole if causal is None else causal_windows.TeacherForcing(causal, settings.given)
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class FlowMapTerm:
     negative: Tensor  # (L, D)
     settings: schema.FlowMap
     shift: float
-    view: views.ViewOf = views.whole
+    view: causal_windows.ViewOf = causal_windows.whole
 
     def __call__(self, batch: Batch, draws: Draws) -> tuple[Tensor, Tally]:
         """Loss of a micro batch; boundary samples first in the global batch, as ``GlobalMean`` needs them."""
@@ -130,7 +130,7 @@ class FlowMapTerm:
         order = (t != r).reshape(len(t), -1).any(1).to(torch.uint8).argsort(stable=True)
         t, r = view.by_frame(draws.local(t[order])), view.by_frame(draws.local(r[order]))
         batch, dropped = drop_text(batch, self.negative, settings.text_dropout, draws)
-        result = objective.flow_map_loss(
+        result = losses.flow_map_loss(
             view.bind(self.backbone.velocity("student", batch.text)),
             view.bind(_null(self.backbone, "student", self.negative, batch)),
             x, draws.noise("noise", x.shape[1:]).to(x), t, r,
@@ -164,7 +164,7 @@ class FlowMatchingTerm:
         t = draws.local(times.sample_logit_normal(draws.count, self.shift, draws.generator("times"))).to(x)
         batch, _ = drop_text(batch, self.negative, self.text_dropout, draws)
         model = self.backbone.velocity("student", batch.text)
-        loss = objective.flow_matching_loss(model, x, draws.noise("noise", x.shape[1:]).to(x), t)
+        loss = losses.flow_matching_loss(model, x, draws.noise("noise", x.shape[1:]).to(x), t)
         return loss, {"loss": tally(loss, len(x))}
 
 
@@ -179,7 +179,7 @@ class ConsistencyTerm:
     backbone: Backbone
     settings: schema.FlowMap
     shift: float
-    view: views.ViewOf = views.whole
+    view: causal_windows.ViewOf = causal_windows.whole
 
     def __call__(self, batch: Batch, draws: Draws) -> tuple[Tensor, Tally]:
         """Loss of a micro batch."""
@@ -194,10 +194,10 @@ class ConsistencyTerm:
         t = times.sample_uniform(math.prod(shape), self.shift, draws.generator("times")).reshape(shape)
         t = view.by_frame(draws.local(t))
         eps = view.of(batch_noise(seeds, videos.shape[1:]).to(videos))
-        z = objective.interpolate(view.x, eps, t)
+        z = losses.interpolate(view.x, eps, t)
         weight = times.loss_weight(self.settings.weight, self.shift)
         model = view.bind(self.backbone.velocity("student", batch.text))
-        loss = objective.consistency_loss(model, z, t, view.x, weight)
+        loss = losses.consistency_loss(model, z, t, view.x, weight)
         return loss, {"loss": tally(loss, len(videos))}
 
 
@@ -266,13 +266,13 @@ class OnPolicyTerms:
         if self.causal is None:
             return simulate(recomputed(model) if recomputes else model, noise, 0)
         share = self.settings.flow_map.given
-        known = views.given_frames(self.causal, share, draws.generator(f"{stream}-given"))
+        known = causal_windows.given_frames(self.causal, share, draws.generator(f"{stream}-given"))
         given = batch.latents[:, :known]
-        return views.roll_out(
+        return causal_windows.roll_out(
             model, noise, self.causal.partition, simulate, given=given, recomputes=recomputes
         )
 
-    def _simulation(self, draws: Draws, stream: str) -> views.Simulate:
+    def _simulation(self, draws: Draws, stream: str) -> causal_windows.Simulate:
         """From noise to time 0. What is drawn holds for every process, and for every chunk of a video."""
         settings, generator = self.settings, draws.generator(stream)
         if settings.simulation == "flow-map":

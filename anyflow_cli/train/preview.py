@@ -16,18 +16,18 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from anyflow_cli.data.atomic import committed
-from anyflow_cli.data.batches import LatentData
-from anyflow_cli.data.clips import to_pixels
-from anyflow_cli.data.noise import batch_noise
+from anyflow_cli.data.dataset import LatentData
+from anyflow_cli.data.video import to_pixels
+from anyflow_cli.flow.noise import batch_noise
 from anyflow_cli.flow.samplers import SAMPLERS
 from anyflow_cli.flow.times import grid
 from anyflow_cli.flow.velocity import Velocity, guided
+from anyflow_cli.model.backbone import Backbone
+from anyflow_cli.model.chunk_sampling import rollout
 from anyflow_cli.model.encoders import VideoVAE
 from anyflow_cli.model.precision import Precision, autocast
-from anyflow_cli.model.roles import Backbone
-from anyflow_cli.model.rollout import rollout
-from anyflow_cli.sheets import Row, contact_sheet
+from anyflow_cli.utils.contact_sheet import Row, contact_sheet
+from anyflow_cli.utils.files import committed
 
 
 @dataclass(frozen=True)

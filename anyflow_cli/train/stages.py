@@ -14,7 +14,20 @@ from typing import Any, NamedTuple, cast
 
 import torch
 
-from anyflow_cli.addresses import (
+from anyflow_cli.data.dataset import Batches, LatentData
+from anyflow_cli.data.shards import read_manifest
+from anyflow_cli.errors import UsageError
+from anyflow_cli.model.adapter import load_adapter, save_adapter
+from anyflow_cli.model.backbone import Backbone, LoraSize, Role
+from anyflow_cli.model.causal import as_causal, check_partition
+from anyflow_cli.model.compiled import compile_blocks
+from anyflow_cli.model.config import Causal
+from anyflow_cli.model.network import FlowMapTransformer, two_time_from
+from anyflow_cli.model.pipeline_io import resolve, save_pipeline
+from anyflow_cli.model.precision import Precision, resolve_precision
+from anyflow_cli.recipe import schema
+from anyflow_cli.runs.lineage import Inputs, begin_run
+from anyflow_cli.runs.open import (
     is_checkpoint,
     last_checkpoint,
     locate,
@@ -22,24 +35,11 @@ from anyflow_cli.addresses import (
     run_of,
     trained_weights,
 )
-from anyflow_cli.data.batches import Batches, LatentData
-from anyflow_cli.data.shards import read_manifest
-from anyflow_cli.errors import UsageError
-from anyflow_cli.model.adapter import load_adapter, save_adapter
-from anyflow_cli.model.causal import as_causal, check_partition
-from anyflow_cli.model.compiled import compile_blocks
-from anyflow_cli.model.config import Causal
-from anyflow_cli.model.folder import resolve, save_pipeline
-from anyflow_cli.model.network import FlowMapTransformer, two_time_from
-from anyflow_cli.model.precision import Precision, resolve_precision
-from anyflow_cli.model.roles import Backbone, LoraSize, Role
-from anyflow_cli.recipe import schema
-from anyflow_cli.recipe.paths import MODEL, RunPaths
+from anyflow_cli.runs.paths import MODEL, RunPaths
 from anyflow_cli.train import objectives
-from anyflow_cli.train.heldout import TrainingPart
 from anyflow_cli.train.preview import PreviewPlan, make_preview
-from anyflow_cli.train.run import Inputs, begin_run
 from anyflow_cli.train.trainer import OnStep, Trainer, make_accelerator
+from anyflow_cli.train.validation import TrainingPart
 
 log = logging.getLogger(__name__)
 

@@ -25,19 +25,18 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from anyflow_cli import sharded
-from anyflow_cli.data.batches import Batch
+from anyflow_cli.data.dataset import Batch
 from anyflow_cli.errors import AnyflowError, UsageError
+from anyflow_cli.model.parallelize import divided_like, shard, whole
 from anyflow_cli.model.precision import Precision, autocast
-from anyflow_cli.model.sharding import divided_like, shard, whole
 from anyflow_cli.recipe import schema
-from anyflow_cli.train import checkpoint
+from anyflow_cli.runs import checkpoint, dcp
 from anyflow_cli.train.alarms import AlarmError, Alarms
-from anyflow_cli.train.draws import Draws, GlobalMean, stream_seed
+from anyflow_cli.train.checkpointer import Saver
 from anyflow_cli.train.ema import Ema
 from anyflow_cli.train.metrics import Metrics
 from anyflow_cli.train.objectives import Objective, Phase, Tally, Term, cut
-from anyflow_cli.train.saver import Saver
+from anyflow_cli.train.rng import Draws, GlobalMean, stream_seed
 from anyflow_cli.train.trackers import finish_trackers, start_trackers
 
 log = logging.getLogger(__name__)
@@ -359,7 +358,7 @@ class Trainer:
             }
             for phase in self.phases
         }
-        return sharded.flattened(tensors, moments)
+        return dcp.flattened(tensors, moments)
 
 
 def make_accelerator(launch: schema.Launch = NOT_SHARDED, *, causal: bool = False) -> Any:

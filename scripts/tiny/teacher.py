@@ -21,12 +21,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from anyflow_cli.data.batches import LatentData
-from anyflow_cli.flow.objective import flow_matching_loss
+from anyflow_cli.data.dataset import LatentData
+from anyflow_cli.flow.losses import flow_matching_loss
 from anyflow_cli.flow.times import sample_logit_normal
 from anyflow_cli.model.conditioned import Conditioned
-from anyflow_cli.model.folder import load_network, write_transformer
 from anyflow_cli.model.network import FlowMapTransformer
+from anyflow_cli.model.pipeline_io import load_network, write_transformer
 
 SHIFT = 3.0  # of the training times
 TEXT_TOKENS = 32

@@ -22,7 +22,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
-from anyflow_cli.data.world import (
+from anyflow_cli.data.shapes_world import (
     BACKGROUNDS,
     COLOURS,
     DIRECTIONS,

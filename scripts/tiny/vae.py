@@ -34,7 +34,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import (
 )
 from torch import Tensor
 
-from anyflow_cli.data.world import BACKGROUNDS, FRAMES, HEIGHT, WORLDS, Scene, render
+from anyflow_cli.data.shapes_world import BACKGROUNDS, FRAMES, HEIGHT, WORLDS, Scene, render
 
 LATENT_CHANNELS = 8
 PATCH = 2

@@ -22,6 +22,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
 from vae import pass_all_frames_at_once
 
+from anyflow_cli.data.shapes_world import FPS, FRAMES, WORLDS, render
 from anyflow_cli.data.shards import (
     Sample,
     read_record,
@@ -31,7 +32,6 @@ from anyflow_cli.data.shards import (
     write_negative,
     write_shard,
 )
-from anyflow_cli.data.world import FPS, FRAMES, WORLDS, render
 from anyflow_cli.model.encoders import TextEncoder, VideoVAE
 from anyflow_cli.recipe.load import load_recipe
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from anyflow_cli.cli import app
-from anyflow_cli.model.folder import load_network, save_pipeline
 from anyflow_cli.model.network import two_time_from
+from anyflow_cli.model.pipeline_io import load_network, save_pipeline
 from tests.tiny_pipeline import make_wan_folder
 
 Run = pytest.CaptureFixture[str]

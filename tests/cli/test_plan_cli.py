@@ -72,7 +72,7 @@ def test_values_agree_with_one_another(recipe: Path, capsys: pytest.CaptureFixtu
 def test_people_see_every_stage_and_what_would_help(
     recipe: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("anyflow_cli.plan.cluster.RESERVE", 0)
+    monkeypatch.setattr("anyflow_cli.plan.hardware.RESERVE", 0)
     peaks = {
         name: stage["peak"]
         for name, stage in values(capsys, "-r", recipe, "--gpus", "1x1GB")["stages"].items()

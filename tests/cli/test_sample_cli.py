@@ -12,10 +12,10 @@ import pytest
 from PIL import Image
 
 from anyflow_cli.cli import app
-from anyflow_cli.data.clips import ClipFormat, read_start, write_mp4
-from anyflow_cli.model.folder import load_network, save_pipeline
+from anyflow_cli.data.video import ClipFormat, read_start, write_mp4
 from anyflow_cli.model.network import two_time_from
-from anyflow_cli.sheets import LIGHT
+from anyflow_cli.model.pipeline_io import load_network, save_pipeline
+from anyflow_cli.utils.contact_sheet import LIGHT
 from tests.tiny_pipeline import make_wan_folder
 
 Run = pytest.CaptureFixture[str]
@@ -375,7 +375,7 @@ def test_a_player_that_goes_away_is_one_sentence(
 ) -> None:
     reading, writing = os.pipe()
     os.close(reading)
-    monkeypatch.setattr("anyflow_cli.streaming.STDOUT", writing)
+    monkeypatch.setattr("anyflow_cli.sample.streaming.STDOUT", writing)
     assert app.main([*far, "--stream", "--out", "-"]) == 1
     assert "The reader of the stream went away" in capfd.readouterr().err
     os.close(writing)

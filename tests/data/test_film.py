@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from anyflow_cli.data.clips import ClipFormat, list_clips, read_clip
 from anyflow_cli.data.film import FIRST_SEED, film
-from anyflow_cli.data.world import FPS, FRAMES, HEIGHT, WIDTH, WORLDS, render
+from anyflow_cli.data.shapes_world import FPS, FRAMES, HEIGHT, WIDTH, WORLDS, render
+from anyflow_cli.data.video import ClipFormat, list_clips, read_clip
 
 
 def test_clips_and_captions_come_back_as_they_were_drawn(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from anyflow_cli.data.prompts import MAX_LENGTH, read_prompts, world_captions
-from anyflow_cli.data.world import WORLDS
+from anyflow_cli.data.shapes_world import WORLDS
 from anyflow_cli.errors import UsageError
 
 PROMPTS = ["a red circle", 'a "large" square, moving', "ein Dreieck bewegt sich über Grün"]

@@ -14,9 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load
 
-from anyflow_cli.data.atomic import committed
-from anyflow_cli.data.index import index_members, read_index, scan
-from anyflow_cli.data.place import Place
+from anyflow_cli.data.shard_index import index_members, read_index, scan
 from anyflow_cli.data.shards import (
     MANIFEST,
     PROVENANCE,
@@ -33,7 +31,9 @@ from anyflow_cli.data.shards import (
     write_manifest,
     write_shard,
 )
+from anyflow_cli.data.storage import Place
 from anyflow_cli.errors import AnyflowError, UsageError
+from anyflow_cli.utils.files import committed
 from tests.data.datasets import SHAPE, TEXT_DIM, make_data, make_sample, rejecting
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from anyflow_cli.data.world import BACKGROUNDS, FRAMES, SHAPES, SPEEDS, WORLDS, Pixels, Scene, render
+from anyflow_cli.data.shapes_world import BACKGROUNDS, FRAMES, SHAPES, SPEEDS, WORLDS, Pixels, Scene, render
 
 Damage = Callable[[Scene], Pixels]
 WORLD = WORLDS["shapes"]

@@ -8,14 +8,14 @@ from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
 
-from anyflow_cli.addresses import Choice
-from anyflow_cli.data.world import WORLDS
-from anyflow_cli.evaluate.make import Job
+from anyflow_cli.data.shapes_world import WORLDS
+from anyflow_cli.evaluate.generate import Job
 from anyflow_cli.evaluate.protocol import Protocol, Subject
 from anyflow_cli.evaluate.run import prepare
-from anyflow_cli.evaluate.shapes import PROMPT_SEED, ShapesSuite
+from anyflow_cli.evaluate.shapes.suite import PROMPT_SEED, ShapesSuite
 from anyflow_cli.evaluate.suite import Video
 from anyflow_cli.recipe.schema import Evaluate, Model, Recipe, Sample, Task
+from anyflow_cli.runs.open import Choice
 from tests.evaluate import damage
 from tests.tiny_pipeline import sizes
 

@@ -11,10 +11,10 @@ import pytest
 
 from anyflow_cli.errors import UsageError
 from anyflow_cli.evaluate.compare import Side, compare, is_finished, read_side, side_of
-from anyflow_cli.evaluate.report import write_comparison, write_results
+from anyflow_cli.evaluate.report.page import write_comparison, write_results
+from anyflow_cli.evaluate.report.tables import comparison_table
 from anyflow_cli.evaluate.run import evaluate
 from anyflow_cli.evaluate.suite import VideoScore
-from anyflow_cli.evaluate.table import comparison_table
 from tests.evaluate.drawn import Drawn, make_job
 from tests.evaluate.test_suite import Toy
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from anyflow_cli.data.world import WORLDS, render
+from anyflow_cli.data.shapes_world import WORLDS, render
 from anyflow_cli.evaluate.shapes.frechet import distance_to_world, features, frechet_distance
 from tests.evaluate import damage
 from tests.evaluate.damage import Damage

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from anyflow_cli.data.world import render
+from anyflow_cli.data.shapes_world import render
 from anyflow_cli.evaluate.shapes.pieces import latent_frames, piece_scores
 from tests.evaluate import damage
 from tests.evaluate.damage import SCENES

@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from anyflow_cli.evaluate import report
-from anyflow_cli.evaluate.plots import DARK, scores_png
-from anyflow_cli.evaluate.report import page, write_results
+from anyflow_cli.evaluate.report import page as page_module
+from anyflow_cli.evaluate.report.figures import DARK, scores_png
+from anyflow_cli.evaluate.report.page import page, write_results
+from anyflow_cli.evaluate.report.tables import latex, markdown, score_table
 from anyflow_cli.evaluate.results import Evaluation
 from anyflow_cli.evaluate.run import evaluate
-from anyflow_cli.evaluate.shapes import ShapesSuite
-from anyflow_cli.evaluate.table import latex, markdown, score_table
+from anyflow_cli.evaluate.shapes.suite import ShapesSuite
 from tests.evaluate.drawn import Drawn, make_job
 
 SUITE = ShapesSuite()
@@ -133,7 +133,7 @@ def test_the_files_are_whole_and_replaced(found: Evaluation, tmp_path: Path) -> 
 
 
 def test_the_page_stops_at_a_size_and_says_so(found: Evaluation, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(report, "MOST_BYTES", 1)
+    monkeypatch.setattr(page_module, "MOST_BYTES", 1)
     text = page(found, SUITE)
     assert sum(tag == "video" for tag, _ in Page(text).tags) == 3
     assert "1 of 5 shown." in text

@@ -10,15 +10,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from anyflow_cli.addresses import Choice
-from anyflow_cli.data.clips import ClipFormat, read_clip
+from anyflow_cli.data.video import ClipFormat, read_clip
 from anyflow_cli.errors import AnyflowError, UsageError
-from anyflow_cli.evaluate.make import alone_in
+from anyflow_cli.evaluate.generate import alone_in
 from anyflow_cli.evaluate.protocol import subject, variant
 from anyflow_cli.evaluate.results import Evaluation
 from anyflow_cli.evaluate.run import evaluate, prepare
 from anyflow_cli.recipe.compare import dump
 from anyflow_cli.recipe.schema import Model, Recipe
+from anyflow_cli.runs.open import Choice
 from tests.evaluate.drawn import CAPTIONED, Drawn, KilledError, make_folder, make_job
 from tests.evaluate.drawn import drawn as drawn_clip
 

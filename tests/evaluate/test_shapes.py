@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from anyflow_cli.data.world import FRAMES, HEIGHT, WIDTH, WORLDS, render
+from anyflow_cli.data.shapes_world import FRAMES, HEIGHT, WIDTH, WORLDS, render
 from anyflow_cli.errors import UsageError
-from anyflow_cli.evaluate.shapes import ShapesSuite, score_video, score_videos
+from anyflow_cli.evaluate.shapes.suite import ShapesSuite, score_video, score_videos
 from anyflow_cli.evaluate.suite import SuiteResult
 from tests.evaluate import damage
 from tests.evaluate.damage import SCENES, Damage

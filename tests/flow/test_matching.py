@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from anyflow_cli.flow.losses import flow_matching_loss, interpolate
 from anyflow_cli.flow.matching import (
     distribution_matching_loss,
     fake_score_loss,
     matching_gradient,
     predict_clean,
 )
-from anyflow_cli.flow.objective import flow_matching_loss, interpolate
 from anyflow_cli.flow.velocity import per_frame
 from tests.flow.gaussian import SHAPE, Bent, Gaussian, Watched, normal
 

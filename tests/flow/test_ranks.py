@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.multiprocessing
 from torch import Tensor
 
-from anyflow_cli.flow.objective import GlobalMean, flow_map_loss, local_mean
+from anyflow_cli.flow.losses import GlobalMean, flow_map_loss, local_mean
 from anyflow_cli.flow.times import TimeRatios, loss_weight, sample_times
 from tests.flow.gaussian import SHAPE, Bent, Gaussian, normal
 

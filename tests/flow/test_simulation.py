@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from anyflow_cli.flow.objective import interpolate
+from anyflow_cli.flow.losses import interpolate
 from anyflow_cli.flow.samplers import flow_map_euler
 from anyflow_cli.flow.simulation import (
     BUDGETS,

@@ -12,16 +12,16 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from anyflow_cli.data.batches import Batch
+from anyflow_cli.data.dataset import Batch
+from anyflow_cli.model.backbone import Backbone, LoraSize
 from anyflow_cli.model.causal import as_causal
 from anyflow_cli.model.config import Causal, NetworkConfig
 from anyflow_cli.model.network import FlowMapTransformer, two_time_from
-from anyflow_cli.model.roles import Backbone, LoraSize
 from anyflow_cli.plan.setup import Kind, Setup
 from anyflow_cli.plan.steps import heaviest, sampled
 from anyflow_cli.recipe import schema
 from anyflow_cli.train import objectives
-from anyflow_cli.train.draws import Draws
+from anyflow_cli.train.rng import Draws
 from anyflow_cli.train.trainer import Trainer, make_accelerator
 
 CONFIG = NetworkConfig(

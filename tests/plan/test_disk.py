@@ -10,14 +10,14 @@ import torch
 
 from anyflow_cli.data.shards import Sample, shard_path, write_shard
 from anyflow_cli.model.adapter import save_adapter
-from anyflow_cli.model.folder import save_pipeline
+from anyflow_cli.model.pipeline_io import save_pipeline
 from anyflow_cli.plan import disk
-from anyflow_cli.plan.cluster import parse_cluster
+from anyflow_cli.plan.hardware import parse_cluster
 from anyflow_cli.plan.setup import Setup
 from anyflow_cli.plan.stages import target_of
 from anyflow_cli.plan.steps import roles_of
 from anyflow_cli.recipe import schema
-from anyflow_cli.train import checkpoint
+from anyflow_cli.runs import checkpoint
 from tests.plan.small import CONFIG, backbone, setup, trainer
 from tests.tiny_pipeline import make_wan_folder
 

@@ -9,8 +9,8 @@ import pytest
 
 from anyflow_cli.cli import app
 from anyflow_cli.evaluate.run import evaluate
-from anyflow_cli.plan.cluster import GIB, Cluster
 from anyflow_cli.plan.evaluation import evaluation_seconds
+from anyflow_cli.plan.hardware import GIB, Cluster
 from anyflow_cli.plan.stages import evaluation, target_of
 from tests.evaluate.drawn import Drawn, make_job
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from anyflow_cli.cli.app import main
-from anyflow_cli.plan.cluster import parse_cluster
-from anyflow_cli.plan.report import plan_stage
+from anyflow_cli.plan.estimate import plan_stage
+from anyflow_cli.plan.hardware import parse_cluster
 from anyflow_cli.plan.stages import target_of
 from anyflow_cli.recipe.compare import differing_keys, flat
 from anyflow_cli.recipe.load import find_recipe, load_recipe
@@ -93,7 +93,7 @@ def test_a_dry_run_says_what_is_needed_where_nothing_is(
     name: str, verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("anyflow_cli.plan.show.dry_run_facts", lambda recipe, command: {})  # takes its time
+    monkeypatch.setattr("anyflow_cli.plan.report.dry_run_facts", lambda recipe, command: {})  # takes its time
     Path("prompts.txt").write_text("a cat")
     assert main([verb, "-r", name, "--dry-run", "--json"]) == 0
     told = str(json.loads(capsys.readouterr().out))

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from anyflow_cli.errors import UsageError
-from anyflow_cli.model.cache import KeyCache
 from anyflow_cli.model.encoders import VideoVAE
+from anyflow_cli.model.kv_cache import KeyCache
 from anyflow_cli.model.network import FlowMapTransformer
 from anyflow_cli.plan import stages
-from anyflow_cli.plan.cluster import GIB, Cluster, parse_cluster
-from anyflow_cli.plan.report import chain_of
+from anyflow_cli.plan.estimate import chain_of
+from anyflow_cli.plan.hardware import GIB, Cluster, parse_cluster
 from anyflow_cli.plan.sampling import FRAMES, _decoding, decoding, sampling_of
 from anyflow_cli.plan.setup import Kind
 from anyflow_cli.plan.stages import Target, target_of

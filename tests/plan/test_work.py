@@ -12,7 +12,7 @@ from anyflow_cli.plan.calls import calls_of, calls_of_step
 from anyflow_cli.plan.ledger import ATTENTION, ATTENTION_BACKWARD, Label
 from anyflow_cli.plan.setup import Kind, Setup
 from anyflow_cli.plan.steps import SAMPLED_STEPS, micro_batches, operations, step_of
-from anyflow_cli.train.draws import Draws
+from anyflow_cli.train.rng import Draws
 from tests.plan.small import CONFIG, LATENT, backbone, batch, objective, setup
 
 TOKENS = LATENT[0] * LATENT[2] * LATENT[3] // 4

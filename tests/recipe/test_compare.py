@@ -8,8 +8,8 @@ import pytest
 import yaml
 
 from anyflow_cli.recipe.compare import differing_keys, digest, dump, flat
+from anyflow_cli.recipe.errors import dotted, known_keys
 from anyflow_cli.recipe.load import load_recipe, recipe_names
-from anyflow_cli.recipe.mistakes import dotted, known_keys
 
 
 @pytest.mark.parametrize("name", recipe_names())

@@ -10,7 +10,7 @@ from types import ModuleType
 import pytest
 from PIL import Image
 
-from anyflow_cli.evaluate.chunks import Along
+from anyflow_cli.evaluate.per_chunk import Along
 from tests.scripts.script import load
 
 

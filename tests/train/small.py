@@ -11,13 +11,14 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
-from anyflow_cli.data.batches import Batch
+from anyflow_cli.data.dataset import Batch
+from anyflow_cli.model.backbone import Backbone, LoraSize, Role
 from anyflow_cli.model.causal import causal_from
 from anyflow_cli.model.config import Causal, NetworkConfig
 from anyflow_cli.model.network import FlowMapTransformer, two_time_from
-from anyflow_cli.model.roles import Backbone, LoraSize, Role
 from anyflow_cli.recipe import schema
-from anyflow_cli.train import checkpoint, objectives
+from anyflow_cli.runs import checkpoint
+from anyflow_cli.train import objectives
 from anyflow_cli.train.trainer import Trainer, make_accelerator
 
 CONFIG = NetworkConfig(

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from anyflow_cli.data.shards import Sample, shard_path, write_manifest, write_negative, write_shard
-from anyflow_cli.recipe.paths import RunPaths
 from anyflow_cli.recipe.schema import Recipe
+from anyflow_cli.runs.paths import RunPaths
 from tests.tiny_pipeline import CHANNELS, TEXT_DIM
 
 LORA = {"rank": 4, "alpha": 4.0}

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from anyflow_cli.recipe import schema
+from anyflow_cli.runs.checkpoint import complete
 from anyflow_cli.train.alarms import AlarmError, Alarms
-from anyflow_cli.train.checkpoint import complete
 from tests.train.small import RandomData, backbone, same_run, trainer
 
 GOOD = {"embedding_norm": 5.0, "fake": 1.0, "sample_power": 1.0, "data_power": 1.0, "sample_motion": 0.5,

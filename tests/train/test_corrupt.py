@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from anyflow_cli.data.batches import Batches, LatentData
+from anyflow_cli.data.dataset import Batches, LatentData
 from anyflow_cli.data.shards import Sample, shard_path, write_manifest, write_negative, write_shard
 from anyflow_cli.errors import UsageError
 from tests.train.small import LATENT, NEGATIVE, rows, trainer

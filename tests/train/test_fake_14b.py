@@ -15,10 +15,10 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from anyflow_cli.model.backbone import Backbone, Role
+from anyflow_cli.model.parallelize import shard
 from anyflow_cli.model.precision import autocast
-from anyflow_cli.model.roles import Backbone, Role
-from anyflow_cli.model.sharding import shard
-from anyflow_cli.plan.cluster import parse_cluster
+from anyflow_cli.plan.hardware import parse_cluster
 from anyflow_cli.plan.rehearsal import own_rotations
 from anyflow_cli.plan.setup import Setup, backbone_on_meta
 from anyflow_cli.plan.stages import target_of, training_setup

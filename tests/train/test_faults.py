@@ -17,9 +17,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from anyflow_cli.cli.failures import failure_of
+from anyflow_cli.cli.errors import failure_of
 from anyflow_cli.recipe import schema
-from anyflow_cli.train import checkpoint
+from anyflow_cli.runs import checkpoint
 from anyflow_cli.train.trainer import PhaseState, Trainer
 from tests.train.ranks import start
 from tests.train.small import same_run, trainer

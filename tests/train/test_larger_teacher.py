@@ -10,15 +10,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from anyflow_cli.data.batches import LatentData
+from anyflow_cli.data.dataset import LatentData
 from anyflow_cli.errors import UsageError
-from anyflow_cli.model.folder import load_network
 from anyflow_cli.model.network import FlowMapTransformer
-from anyflow_cli.recipe.paths import RunPaths
+from anyflow_cli.model.pipeline_io import load_network
 from anyflow_cli.recipe.schema import Recipe
-from anyflow_cli.train import checkpoint, objectives
-from anyflow_cli.train.draws import Draws
-from anyflow_cli.train.run import Inputs
+from anyflow_cli.runs import checkpoint
+from anyflow_cli.runs.lineage import Inputs
+from anyflow_cli.runs.paths import RunPaths
+from anyflow_cli.train import objectives
+from anyflow_cli.train.rng import Draws
 from anyflow_cli.train.stages import distill_inputs, flowmap_inputs, on_policy_backbone, train
 from tests.tiny_pipeline import make_wan_folder
 from tests.train.stage import LORA, make_data, make_recipe, paths

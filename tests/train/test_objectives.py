@@ -11,15 +11,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from anyflow_cli.data.batches import Batch
-from anyflow_cli.data.noise import batch_noise
+from anyflow_cli.data.dataset import Batch
 from anyflow_cli.errors import UsageError
 from anyflow_cli.flow import matching
+from anyflow_cli.flow.noise import batch_noise
 from anyflow_cli.flow.simulation import BUDGETS
 from anyflow_cli.flow.times import shift
 from anyflow_cli.recipe import schema
-from anyflow_cli.train.draws import Draws
 from anyflow_cli.train.objectives import FlowMapTerm, drop_text, tally, weighted
+from anyflow_cli.train.rng import Draws
 from tests.train import small
 from tests.train.small import Kind, RandomData, trainer
 
@@ -231,7 +231,7 @@ def test_ode_init_starts_from_the_noise_each_video_was_made_from(monkeypatch: py
         seen.append(start)
         return z.sum() * 0
 
-    monkeypatch.setattr("anyflow_cli.flow.objective.consistency_loss", loss)
+    monkeypatch.setattr("anyflow_cli.flow.losses.consistency_loss", loss)
     term = small.objective("consistency-ode", small.backbone("consistency-ode")).phases[0].terms[0]
     term(batch(4), Draws(0, 1, 4, (0, 1, 2, 3)))
     torch.testing.assert_close(seen[0], batch_noise([0, 1, 2, 3], small.LATENT), rtol=1e-3, atol=1e-3)

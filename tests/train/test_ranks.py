@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from anyflow_cli.recipe import schema
-from anyflow_cli.train import checkpoint
+from anyflow_cli.runs import checkpoint
 from tests.train.ranks import start
 from tests.train.small import Kind, rows, trainer
 

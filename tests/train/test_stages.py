@@ -9,15 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from anyflow_cli.addresses import open_model
-from anyflow_cli.data.batches import LatentData
+from anyflow_cli.data.dataset import LatentData
 from anyflow_cli.errors import UsageError
 from anyflow_cli.model.adapter import load_adapter
-from anyflow_cli.model.folder import load_network
-from anyflow_cli.recipe.paths import RunPaths
+from anyflow_cli.model.pipeline_io import load_network
 from anyflow_cli.recipe.schema import Recipe
-from anyflow_cli.train import checkpoint
-from anyflow_cli.train.heldout import TrainingPart, flow_map_error
+from anyflow_cli.runs import checkpoint
+from anyflow_cli.runs.open import open_model
+from anyflow_cli.runs.paths import RunPaths
 from anyflow_cli.train.stages import (
     distill_inputs,
     finetune_inputs,
@@ -26,6 +25,7 @@ from anyflow_cli.train.stages import (
     student_backbone,
     train,
 )
+from anyflow_cli.train.validation import TrainingPart, flow_map_error
 from tests.tiny_pipeline import make_wan_folder
 from tests.train.stage import LORA, make_data, make_recipe, paths
 

@@ -15,7 +15,7 @@ from accelerate import InitProcessGroupKwargs
 
 from anyflow_cli.errors import AnyflowError, UsageError
 from anyflow_cli.recipe import schema
-from anyflow_cli.train.checkpoint import complete, newest
+from anyflow_cli.runs.checkpoint import complete, newest
 from anyflow_cli.train.trainer import StoppedError, make_accelerator
 from tests.train import small
 from tests.train.small import RandomData, same_run, trainer

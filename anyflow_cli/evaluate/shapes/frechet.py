@@ -22,7 +22,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from anyflow_cli.data.world import WORLDS, Pixels, render
+from anyflow_cli.data.shapes_world import WORLDS, Pixels, render
 from anyflow_cli.evaluate.shapes.unmix import NAMES, nearest_labels
 
 Doubles = NDArray[np.float64]

@@ -14,7 +14,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from anyflow_cli.data.world import (
+from anyflow_cli.data.shapes_world import (
     COLOURS,
     DOT_COUNT,
     DOT_RADIUS,

@@ -14,7 +14,7 @@ from math import hypot, inf, log
 
 import numpy as np
 
-from anyflow_cli.data.world import BACKGROUNDS, COLOURS, DIRECTIONS, DOT_COUNT, SIZES, SPEEDS, Colour
+from anyflow_cli.data.shapes_world import BACKGROUNDS, COLOURS, DIRECTIONS, DOT_COUNT, SIZES, SPEEDS, Colour
 from anyflow_cli.evaluate.shapes.observe import Observation
 from anyflow_cli.evaluate.shapes.unmix import Floats, rgb_array
 from anyflow_cli.evaluate.suite import Dimension

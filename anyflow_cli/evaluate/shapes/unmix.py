@@ -16,7 +16,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from anyflow_cli.data.world import BACKGROUNDS, COLOURS, DOT_COLOUR, Colour, Pixels
+from anyflow_cli.data.shapes_world import BACKGROUNDS, COLOURS, DOT_COLOUR, Colour, Pixels
 
 Floats = NDArray[np.float32]
 Labels = NDArray[np.uint8]

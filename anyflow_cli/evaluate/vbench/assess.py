@@ -16,12 +16,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from anyflow_cli.data.atomic import committed, write_json
 from anyflow_cli.evaluate.protocol import fingerprint
 from anyflow_cli.evaluate.suite import Assessment, Clip, VideoScore
-from anyflow_cli.evaluate.vbench.job import Failure, Job, Outcome, run_jobs
 from anyflow_cli.evaluate.vbench.prompts import SAMPLES
 from anyflow_cli.evaluate.vbench.weights import NEEDS
+from anyflow_cli.evaluate.vbench.worker_pool import Failure, Job, Outcome, run_jobs
+from anyflow_cli.utils.files import committed, write_json
 
 if TYPE_CHECKING:
     from anyflow_cli.evaluate.vbench.suite import VBenchSuite

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from anyflow_cli.errors import AnyflowError, UsageError
-from anyflow_cli.evaluate.vbench.job import ask
 from anyflow_cli.evaluate.vbench.weights import NEEDS
+from anyflow_cli.evaluate.vbench.worker_pool import ask
 
 PINS = Path(__file__).with_name("requirements.txt")
 PYTHONS = ((3, 8), (3, 11))  # the oldest and the newest that its pins have wheels for

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from anyflow_cli.data.clips import ClipFormat, read_image
+from anyflow_cli.data.video import ClipFormat, read_image
 from anyflow_cli.errors import UsageError
 from anyflow_cli.evaluate.suite import Assessment, Clip, Dimension, Image, Video, VideoScore
 from anyflow_cli.evaluate.vbench import dimensions as table

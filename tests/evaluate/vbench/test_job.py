@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from anyflow_cli.evaluate.vbench import job
-from anyflow_cli.evaluate.vbench.job import Failure, Job, Outcome, run_jobs
+from anyflow_cli.evaluate.vbench import worker_pool
+from anyflow_cli.evaluate.vbench.worker_pool import Failure, Job, Outcome, run_jobs
 
 WORKER = """
 import json, os, signal, sys, time
@@ -38,7 +38,7 @@ json.dump(found, open(answer, "w"))
 def outcomes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Run acts through stand-in workers; what came of each."""
     (tmp_path / "worker.py").write_text(WORKER)
-    monkeypatch.setattr(job, "WORKER", tmp_path / "worker.py")
+    monkeypatch.setattr(worker_pool, "WORKER", tmp_path / "worker.py")
 
     def run(
         acts: dict[str, str], devices: tuple[str, ...] = ("cpu",), seconds: float = 30
@@ -85,7 +85,7 @@ def test_each_job_is_shown_one_device(outcomes: Any, tmp_path: Path, monkeypatch
 
 def test_an_interruption_leaves_no_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "worker.py").write_text(WORKER)
-    monkeypatch.setattr(job, "WORKER", tmp_path / "worker.py")
+    monkeypatch.setattr(worker_pool, "WORKER", tmp_path / "worker.py")
 
     def interrupt(one: Job, outcome: Outcome) -> None:
         while not (tmp_path / "work" / "b" / "answer.json.child").exists():

@@ -16,13 +16,13 @@ import numpy as np
 import pytest
 
 from anyflow_cli.cli import app
-from anyflow_cli.data.clips import ClipFormat, read_clip, write_mp4
+from anyflow_cli.data.video import ClipFormat, read_clip, write_mp4
 from anyflow_cli.evaluate.suite import Clip, VideoScore
 from anyflow_cli.evaluate.vbench import assess
 from anyflow_cli.evaluate.vbench.environment import Environment, is_there, open_environment, place
-from anyflow_cli.evaluate.vbench.job import WORKER
 from anyflow_cli.evaluate.vbench.prompts import Question
 from anyflow_cli.evaluate.vbench.suite import VBenchSuite
+from anyflow_cli.evaluate.vbench.worker_pool import WORKER
 from tests.evaluate.drawn import drawn
 
 PLACE = place(None)

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from anyflow_cli.data.clips import ClipFormat
+from anyflow_cli.data.video import ClipFormat
 from anyflow_cli.errors import AnyflowError, UsageError
-from anyflow_cli.evaluate import questions as asked
-from anyflow_cli.evaluate.questions import questions
+from anyflow_cli.evaluate import registry
+from anyflow_cli.evaluate.registry import questions
 from anyflow_cli.evaluate.suite import Clip, VideoScore, result_of
 from anyflow_cli.evaluate.vbench import assess
 from anyflow_cli.evaluate.vbench.environment import (
@@ -25,10 +25,10 @@ from anyflow_cli.evaluate.vbench.environment import (
     find_python,
     open_environment,
 )
-from anyflow_cli.evaluate.vbench.job import Failure, Job, Outcome
 from anyflow_cli.evaluate.vbench.prompts import Question
 from anyflow_cli.evaluate.vbench.suite import VBenchSuite
 from anyflow_cli.evaluate.vbench.weights import NEEDS
+from anyflow_cli.evaluate.vbench.worker_pool import Failure, Job, Outcome
 from anyflow_cli.recipe.schema import Evaluate, Model, Recipe
 
 FLICKERING = "temporal_flickering"
@@ -222,7 +222,7 @@ def make_recipe(tmp_path: Path, suite: str = "vbench", **vbench: Any) -> Recipe:
 def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     lines = [{"prompt_en": f"p{n}", "dimension": [FLICKERING if n < 2 else "scene"]} for n in range(4)]
     (tmp_path / "full_info.json").write_text(json.dumps(lines))
-    monkeypatch.setattr(asked, "open_environment", lambda place: environment(tmp_path))
+    monkeypatch.setattr(registry, "open_environment", lambda place: environment(tmp_path))
     return lines
 
 

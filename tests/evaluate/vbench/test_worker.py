@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from anyflow_cli.evaluate.vbench import worker
-from anyflow_cli.evaluate.vbench.job import WORKER
+from anyflow_cli.evaluate.vbench.worker_pool import WORKER
 
 UNFIT = """
 import torch

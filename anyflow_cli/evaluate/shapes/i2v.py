@@ -1,0 +1,85 @@
+"""A clip against the picture it was to begin with: is it that picture, and does it go on from there?
+
+The picture is observed as a clip of one frame; every frame of the video is then held to it. Limits stand in
+the table of ``score.py``.
+
+Legend: T frames, H W height and width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from math import hypot
+
+import numpy as np
+
+from anyflow_cli.data.shapes_world import WORLDS, parse_caption, render
+from anyflow_cli.evaluate.shapes.observe import Observation, dot_likeness, observe
+from anyflow_cli.evaluate.shapes.score import DIMENSIONS, LEAST_TRAVEL, SEMANTIC, pace_of, ramp
+from anyflow_cli.evaluate.suite import Dimension, Image, Video
+
+I2V_DIMENSIONS = (
+    *(dimension for dimension in DIMENSIONS if dimension.group == "quality"),
+    Dimension("first frame", "i2v"),
+    Dimension("subject kept", "i2v"),
+    Dimension("background kept", "i2v"),
+    Dimension("motion from the image", "i2v"),
+)
+
+
+def image_for(world: str, prompt: str, seed: int) -> Image:
+    """Frame 0 (H, W, 3) of a clip that shows what the prompt names; fixed by prompt and seed."""
+    drawn = int.from_bytes(hashlib.sha256(f"{seed} {prompt}".encode()).digest()[:8], "big")
+    frame: Image = render(WORLDS[world].scene(drawn, parse_caption(prompt)), 1)[0]
+    return frame
+
+
+def image_scores(video: Video, seen: Observation, image: Image, named: dict[str, str]) -> dict[str, float]:
+    """The dimensions of the group ``i2v``, for a clip (T, H, W, 3) as ``observe`` sees it."""
+    given = observe(image[None])
+    return {
+        "first frame": _first_frame(video, image),
+        "subject kept": _subject(seen, given),
+        "background kept": _background(seen, given),
+        "motion from the image": _motion(seen, given, named),
+    }
+
+
+def _first_frame(video: Video, image: Image) -> float:
+    difference = video[0].astype(np.float32) - image
+    return ramp(float(np.sqrt((difference**2).mean())), "first frame")
+
+
+def _subject(seen: Observation, given: Observation) -> float:
+    """Mean over frames: form, colour and size of the shape are those of the picture."""
+    track, ideal = seen.track, given.track
+    if not ideal.seen.any():
+        return 0.0
+    forms = np.abs(track.profile - ideal.profile[0]).sum(1)
+    colours = np.linalg.norm(track.colour - ideal.colour[0], axis=1)
+    sizes = np.abs(np.log(np.maximum(track.area, 1e-3) / ideal.area[0]))
+    frames = [
+        ramp(float(form), "form kept") * ramp(float(colour), "colour kept") * ramp(float(size), "size kept")
+        for form, colour, size in zip(forms, colours, sizes, strict=True)
+    ]
+    return float((np.array(frames) * track.seen).mean())
+
+
+def _background(seen: Observation, given: Observation) -> float:
+    """Mean over frames of the background's colour, times how well the picture's dots stay where they are."""
+    offsets = np.linalg.norm(seen.background_levels - given.background_levels[0], axis=1)
+    colour = float(np.mean([ramp(float(offset), "background kept") for offset in offsets]))
+    places = [(float(x), float(y)) for x, y in given.dots.centres]
+    dots = [ramp(dot_likeness(seen.mixture.white, place), "dot likeness") for place in places]
+    return colour * float(np.mean(dots)) if dots else colour
+
+
+def _motion(seen: Observation, given: Observation, named: dict[str, str]) -> float:
+    """The shape sets out from where the picture has it, and moves, the way the prompt says if it does."""
+    if not given.track.seen.any():
+        return 0.0
+    away = seen.track.start - given.track.centre[0]
+    onwards = min(1.0, pace_of(seen) * len(seen.track.seen) / LEAST_TRAVEL)
+    if "direction" in named:
+        onwards = SEMANTIC["direction"](seen, named["direction"])
+    return ramp(hypot(*away), "jump") * onwards

@@ -1,0 +1,206 @@
+"""Which model a command uses, and how its address becomes a network.
+
+An address is a built-in name, a Hub name, a pipeline folder, or a place in a training run: the run itself
+(its finished model, else its newest checkpoint), or one checkpoint. A checkpoint holds only what was
+trained, as a moving average; the rest is read from the model that the run started from. So a model can be
+sampled and exported while its training goes on.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+
+from anyflow_cli import __version__
+from anyflow_cli.errors import AnyflowError, UsageError
+from anyflow_cli.model.backbone import Backbone, LoraSize
+from anyflow_cli.model.causal import FAR, as_causal
+from anyflow_cli.model.config import Causal
+from anyflow_cli.model.network import FlowMapTransformer, two_time_from
+from anyflow_cli.model.pipeline_io import load_network, read_json, read_shift, resolve
+from anyflow_cli.recipe.load import load_recipe
+from anyflow_cli.recipe.schema import Recipe
+from anyflow_cli.runs.dcp import SHARDS, reason
+from anyflow_cli.runs.dcp import read as read_shards
+from anyflow_cli.runs.paths import MODEL, RunPaths
+
+RECIPE, LINEAGE = "recipe.yaml", "lineage.json"  # of a training run; train/run.py writes them
+AVERAGE, STATE, MARKER = "ema", "state.json", "COMPLETE"  # of a checkpoint; train/checkpoint.py writes them
+FORMAT = 1  # of checkpoints; raise it when an older program could not read what this one writes
+UPDATE = "Update it: pip install -U anyflow."
+
+
+class Choice(NamedTuple):
+    """A model and the reason why it was taken, for people to read."""
+
+    address: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A network, the folder with its text encoder and VAE, where it comes from, and its own shift."""
+
+    network: FlowMapTransformer
+    pipeline: Path
+    lineage: dict[str, Any]
+    shift: float
+
+
+def find_model(recipe: Recipe, paths: RunPaths, address: str | None, *, teacher: bool = False) -> Choice:
+    """The model a command was given, else the furthest one trained here, else the one that ships."""
+    if address is not None:
+        return Choice(address, "given with --model")
+    if teacher:
+        return Choice(recipe.model.teacher, f"the teacher of recipe {recipe.name}")
+    trained = paths.any_step_model()
+    if trained is not None:
+        return Choice(str(trained), f"the furthest model trained with recipe {recipe.name}")
+    if recipe.model.shipped is not None:
+        return Choice(recipe.model.shipped, f"shipped with anyflow, since {paths.home} holds no trained one")
+    raise UsageError(
+        f"Recipe {recipe.name} has no any-step model yet: {paths.stage_1() / MODEL} does not exist.",
+        f"Train one with `anyflow train-flowmap -r {recipe.name}`, name one with --model, or use --teacher.",
+    )
+
+
+def open_model(address: str, recipe: Recipe, dtype: torch.dtype | None = torch.float32) -> Opened:
+    """Open what ``address`` names, weights as ``dtype`` (None: as stored).
+
+    A bare transformer takes encoder and VAE from the recipe's teacher.
+    """
+    path = locate(address)
+    if is_checkpoint(path):
+        return _open_checkpoint(path, dtype)
+    whole = (path / "model_index.json").is_file()
+    pipeline = path if whole else resolve(recipe.model.teacher)
+    lineage = path / LINEAGE
+    known = read_json(lineage) if lineage.is_file() else {}
+    return Opened(load_network(path, dtype), pipeline, known, read_shift(pipeline))
+
+
+def locate(address: str) -> Path:
+    """The model folder or checkpoint that an address leads to."""
+    path = resolve(address)
+    if (path / MODEL / "model_index.json").is_file():
+        return path / MODEL
+    return last_checkpoint(path) if (path / RECIPE).is_file() else path
+
+
+def last_checkpoint(path: Path) -> Path:
+    """The newest one of a training run."""
+    found = sorted(file.parent for file in path.glob(f"checkpoints/step-*/{MARKER}"))
+    if not found:
+        raise UsageError(
+            f"The run {path} has neither a finished model nor a checkpoint yet.",
+            "Wait for its first checkpoint, or set checkpoint_every lower.",
+        )
+    return found[-1]
+
+
+def trained_weights(checkpoint: Path) -> dict[str, Tensor]:
+    """The moving average of what a run trains: whole weights, or ``...lora_A.weight`` of its adapters."""
+    try:
+        read_state(checkpoint)
+        if (checkpoint / SHARDS).is_dir():
+            found = read_shards(checkpoint, part=f"{AVERAGE}/")
+            return {key.partition("/")[2]: value for key, value in found.items()}
+        return load_file(checkpoint / f"{AVERAGE}.safetensors")
+    except (OSError, SafetensorError, ValueError, CheckpointException) as error:
+        raise UsageError(
+            f"The checkpoint {checkpoint} is damaged: {reason(error)}.", "Use another one of the same run."
+        ) from error
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """What a checkpoint says of itself, if this program can read it."""
+    record: dict[str, Any] = json.loads((checkpoint / STATE).read_text())
+    if record["format"] > FORMAT:
+        raise AnyflowError(f"{checkpoint} was written by a newer anyflow.", UPDATE, everywhere=True)
+    return record
+
+
+def recipe_of(run: Path) -> Recipe:
+    """The recipe of a training run; one that another version wrote may have keys that this one lacks."""
+    try:
+        return load_recipe(str(run / RECIPE))
+    except UsageError as error:
+        lineage = read_json(run / LINEAGE) if (run / LINEAGE).exists() else {}
+        writer = lineage.get("versions", {}).get("anyflow", __version__)
+        if writer == __version__:
+            raise
+        raise UsageError(
+            f"The run {run} was begun by anyflow {writer}; {__version__} cannot read its recipe.",
+            f"Use that version: pip install anyflow=={writer}.",
+        ) from error
+
+
+def weight_files(checkpoint: Path) -> list[Path]:
+    """The files that ``trained_weights`` reads."""
+    return sorted(checkpoint.glob(f"{SHARDS}/*.distcp")) or [checkpoint / f"{AVERAGE}.safetensors"]
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a folder is the state of a training run at one step, rather than a model."""
+    return (path / STATE).is_file()
+
+
+def _open_checkpoint(path: Path, dtype: torch.dtype | None) -> Opened:
+    """The student of a training run at one of its checkpoints, adapters merged."""
+    if not (path / MARKER).is_file():
+        raise UsageError(f"The checkpoint {path} is not complete.", "Use another one of the same run.")
+    run = run_of(path)
+    weights = trained_weights(path)
+    network = load_network(run.base, dtype)
+    if any("delta_embedder" in name for name in weights) and not network.config.two_time:
+        network = two_time_from(network, run.recipe.model.gate, run.recipe.model.conditioning)
+    causal = run.recipe.model.causal
+    if any(name.startswith(FAR) for name in weights) and causal is not None:
+        network = as_causal(network, Causal.from_recipe(causal))
+    network = _with(network, weights, run.recipe)
+    return Opened(network, run.base, run.lineage | {"checkpoint": path.name}, run.recipe.model.shift)
+
+
+class Run(NamedTuple):
+    """What the directory of a training run says: its recipe, its lineage, and what its weights stand on."""
+
+    recipe: Recipe
+    lineage: dict[str, Any]
+    base: Path
+
+
+def run_of(checkpoint: Path) -> Run:
+    """The run that a checkpoint belongs to."""
+    folder = checkpoint.parent.parent
+    lineage = read_json(folder / LINEAGE)
+    base = Path(lineage["base"])
+    if not base.is_dir():
+        raise UsageError(
+            f"{checkpoint} continues {base}, which is not there.",
+            "Bring that model back, or work in the directory where the training was started.",
+        )
+    return Run(recipe_of(folder), lineage, base)
+
+
+def _with(network: FlowMapTransformer, weights: dict[str, Tensor], recipe: Recipe) -> FlowMapTransformer:
+    if recipe.model.lora is None:
+        network.load_state_dict(weights)
+        return network
+    size = LoraSize(recipe.model.lora.rank, recipe.model.lora.alpha)
+    backbone = Backbone(network, lora=size)
+    backbone.load_state_dict_of("student", weights)
+    return backbone.merged("student")
+
+
+def check_address(address: str) -> None:
+    """Refuse an address that leads nowhere; a name of the Hub is not asked for, since that would fetch it."""
+    if address.count("/") != 1 or Path(address).expanduser().exists():
+        resolve(address)

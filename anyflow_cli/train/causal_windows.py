@@ -1,0 +1,172 @@
+"""What of its videos a training step noises, and over which past its networks see that.
+
+A bidirectional model noises whole videos, at one time each. A causal one is shown the first chunks of its
+videos, as many as the step draws; the last of them are noised, each chunk at a time of its own, over the
+clean past (``TeacherForced``). Its own samples it makes chunk after chunk over a cache (``roll_out``). The
+objectives and ``flow/`` are the same for both.
+
+What a step draws here holds for its whole global batch: one layout serves all samples.
+
+Legend: B batch, F latent frames, K noised chunks, C channels, H W latent height and width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from anyflow_cli.flow.velocity import Velocity
+from anyflow_cli.model.causal import TeacherForced, chunks_of, split_after
+from anyflow_cli.model.conditioned import Conditioned
+from anyflow_cli.model.kv_cache import KeyCache
+from anyflow_cli.recipe import schema
+from anyflow_cli.train.rng import Draws
+
+IMAGE = 0.5  # share of the given beginnings that are the first chunk alone: an image
+
+
+@dataclass(frozen=True)
+class View:
+    """Frames x (B, F, C, H, W) to noise, and how a condition becomes a velocity of them.
+
+    ``frames``: their place in the video. ``chunks``: frames of the chunks that have times of their own; None:
+    all frames share theirs.
+    """
+
+    x: Tensor
+    bind: Callable[[Conditioned], Velocity]
+    frames: slice
+    chunks: tuple[int, ...] | None = None
+
+    @property
+    def each(self) -> int | None:
+        """Times of a sample; None for one that all frames share."""
+        return None if self.chunks is None else len(self.chunks)
+
+    def of(self, video: Tensor) -> Tensor:
+        """The frames of another tensor that belong to x."""
+        return video[:, self.frames]
+
+    def by_frame(self, times: Tensor) -> Tensor:
+        """Times (B,) or (B, K) as the networks take them: (B,) or (B, F), on the device of x."""
+        if self.chunks is not None:
+            times = times.repeat_interleave(torch.tensor(self.chunks), dim=1)
+        return times.to(self.x)
+
+
+ViewOf = Callable[[Tensor, Draws], View]
+Simulate = Callable[[Velocity, Tensor, int], Tensor]  # from a chunk's noise, and its number, to time 0
+
+
+def whole(x: Tensor, draws: Draws) -> View:
+    """Whole videos, seen bidirectionally."""
+    return View(x, lambda condition: condition, slice(None))
+
+
+class Window(NamedTuple):
+    """The chunks of a step's videos, from the first on, of which the last ``noisy`` are noised."""
+
+    partition: tuple[int, ...]
+    noisy: int
+
+
+@dataclass(frozen=True)
+class TeacherForcing:
+    """Windows of a causal model. ``given``: share of the steps whose videos continue a given beginning.
+
+    A beginning that ends inside a chunk splits it, as in sampling (``split_after``).
+    """
+
+    settings: schema.Causal
+    given: float = 0.0
+
+    def __call__(self, x: Tensor, draws: Draws) -> View:
+        """View of the videos x (B, F, C, H, W) in the window that the step draws."""
+        chunks, noisy = self.window(draws)
+        frames = slice(sum(chunks[:-noisy]), sum(chunks))
+        bind = partial(TeacherForced, x=x[:, : frames.stop], partition=chunks, noisy=noisy)
+        return View(x[:, frames], bind, frames, chunks[-noisy:])
+
+    def window(self, draws: Draws) -> Window:
+        """The same for every micro batch of a step, on every process."""
+        full, generator = self.settings.full_chunks, draws.generator("window")
+        known = given_frames(self.settings, self.given, draws.generator("given"))
+        chunks = split_after(self.settings.partition, known)
+        if known:
+            begun = _chunks_within(chunks, known)
+            count = _between(begun + 1, len(chunks), generator)
+            return Window(chunks[:count], min(full, count - begun))
+        count = shortest = min(full, len(chunks))
+        if _happens(self.settings.long_context, generator):
+            count = _between(shortest, len(chunks), generator)
+        return Window(chunks[:count], shortest)
+
+
+def given_frames(settings: schema.Causal, share: float, generator: torch.Generator) -> int:
+    """How many frames of a step's videos are given: 0 for all but a ``share`` of the steps."""
+    if len(settings.partition) == 1 or not _happens(share, generator):
+        return 0
+    if _happens(IMAGE, generator):
+        return settings.partition[0]
+    return _between(1, sum(settings.partition) - 1, generator)
+
+
+def roll_out(
+    model: Conditioned,
+    noise: Tensor,
+    partition: tuple[int, ...],
+    simulate: Simulate,
+    *,
+    given: Tensor,
+    recomputes: bool = False,
+) -> Tensor:
+    """The student's own video (B, F, C, H, W), chunk after chunk: gradient in each chunk, none in the cache.
+
+    ``given``: the first frames (B, F', C, H, W), none for text to video. With ``recomputes`` a chunk's jumps,
+    and the keys of its past, are made again in the backward pass: one chunk's graph is held at a time.
+    """
+    known = given.shape[1]
+    chunks, size = split_after(partition, known), (noise.shape[-2], noise.shape[-1])
+    # a block that is computed again has to find the keys that it saw
+    in_place = not (model.network.gradient_checkpointing and torch.is_grad_enabled())
+    empty = partial(KeyCache, model.network, chunks, size, len(noise))
+
+    def alone(past: Tensor, z: Tensor, number: int) -> Tensor:
+        own = empty()
+        own.fill(past, model)
+        return simulate(own.next(model), z, number)
+
+    cache = None if recomputes else empty(in_place=in_place)
+    made = given[:, :0]
+    for number, chunk in enumerate(chunks_of(chunks)):
+        z = noise[:, chunk.slice]
+        if chunk.slice.stop <= known:
+            x = given[:, chunk.slice]
+        elif cache is None:
+            x = checkpoint(alone, made.detach(), z, number, use_reentrant=False, preserve_rng_state=False)
+        else:
+            x = simulate(cache.next(model), z, number)
+        made = torch.cat((made, x), dim=1)
+        if cache is not None and number + 1 < len(chunks):
+            cache.add(x, model)
+    return made
+
+
+def _chunks_within(partition: tuple[int, ...], frames: int) -> int:
+    """How many chunks the first ``frames`` frames make up."""
+    return next(count for count in range(len(partition)) if sum(partition[:count]) >= frames)
+
+
+def _happens(share: float, generator: torch.Generator) -> bool:
+    return float(torch.rand((), generator=generator)) < share
+
+
+def _between(low: int, high: int, generator: torch.Generator) -> int:
+    """A whole number from low to high, both included."""
+    return int(torch.randint(low, high + 1, (), generator=generator))

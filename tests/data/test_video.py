@@ -1,0 +1,251 @@
+from __future__ import annotations
+
+import logging
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from anyflow_cli.data.shapes_world import WORLDS, render
+from anyflow_cli.data.video import (
+    ClipFormat,
+    Pixels,
+    UnusableClipError,
+    ffmpeg,
+    from_pixels,
+    list_clips,
+    read_clip,
+    read_image,
+    read_start,
+    to_pixels,
+    write_mp4,
+)
+from anyflow_cli.errors import UsageError
+
+
+def levels(frames: int, height: int = 32, width: int = 32) -> Pixels:
+    """A clip whose every frame has one gray level, 4 apart, so that a frame tells its number."""
+    return np.broadcast_to(
+        (20 + 4 * np.arange(frames, dtype=np.uint8))[:, None, None, None], (frames, height, width, 3)
+    )
+
+
+def numbers(pixels: Pixels) -> list[int]:
+    """Which frames of ``levels`` these are."""
+    return [round((float(frame.mean()) - 20) / 4) for frame in pixels]
+
+
+def test_a_clip_comes_back_nearly_as_it_was(tmp_path: Path) -> None:
+    video = render(WORLDS["shapes"].scene(3))
+    write_mp4(tmp_path / "clip.mp4", video, 16)
+    clip = read_clip(tmp_path / "clip.mp4", ClipFormat(33, 16, 64, 64))
+    assert clip.changes == ()
+    assert clip.pixels.shape == video.shape
+    assert np.abs(clip.pixels.astype(int) - video).mean() < 2.5
+    assert (
+        np.abs(clip.pixels.mean((0, 1, 2)) - video.mean((0, 1, 2))).max() < 2
+    )  # a colour matrix is off by more
+
+
+def test_equal_pixels_give_equal_bytes(tmp_path: Path) -> None:
+    for name in ("a.mp4", "b.mp4"):
+        write_mp4(tmp_path / name, levels(9), 16)
+    assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.mp4", "b.mp4"]
+
+
+@pytest.mark.parametrize(("fps", "expected"), [(8, [0, 2, 4, 6]), (16, [0, 1, 2, 3]), (32, [0, 0, 1, 1])])
+def test_time_is_resampled_to_the_nearest_frame(tmp_path: Path, fps: int, expected: list[int]) -> None:
+    write_mp4(tmp_path / "clip.mp4", levels(12), 16)
+    clip = read_clip(tmp_path / "clip.mp4", ClipFormat(4, fps, 32, 32))
+    found = numbers(clip.pixels)
+    assert all(abs(a - b) <= (fps != 16) for a, b in zip(found, expected, strict=True)), found
+    assert np.diff(found).sum() in range(expected[-1] - 1, expected[-1] + 2)
+    assert any("resampled from 16 to" in change for change in clip.changes) == (fps != 16)
+    assert "cut after 4 frames" in clip.changes
+
+
+def test_size_is_scaled_and_the_centre_kept(tmp_path: Path) -> None:
+    wide = np.zeros((5, 64, 128, 3), np.uint8)
+    wide[:, :, 32:96] = 200  # the middle square is what a square crop keeps
+    write_mp4(tmp_path / "wide.mp4", wide, 16)
+    clip = read_clip(tmp_path / "wide.mp4", ClipFormat(5, 16, 32, 32))
+    assert clip.changes == ("scaled and cropped from 64x128 to 32x32",)
+    assert abs(float(clip.pixels[:, :, 2:-2].mean()) - 200) < 3
+    scaled = read_clip(tmp_path / "wide.mp4", ClipFormat(5, 16, 32, 64))
+    assert scaled.changes == ("scaled from 64x128 to 32x64",)
+
+
+def encoded(path: Path, options: str, size: str = "64x32", before: str = "") -> Path:
+    """A moving test picture of two seconds, made as a camera would."""
+    source = f"{before} -f lavfi -i testsrc2=size={size}:rate=16:duration=2".split()
+    result = ffmpeg(["-y", *source, *options.split(), str(path)])
+    assert result.returncode == 0, result.stderr.decode()
+    return path
+
+
+def test_a_clip_that_lies_on_its_side_is_turned(tmp_path: Path) -> None:
+    plain = encoded(tmp_path / "plain.mp4", "-c:v libx264 -qp 0 -pix_fmt yuv444p")
+    turned = tmp_path / "turned.mp4"
+    made = ffmpeg(["-display_rotation", "90", "-i", str(plain), "-c", "copy", str(turned)])
+    assert made.returncode == 0, made.stderr.decode()
+    flat, upright = (read_clip(path, ClipFormat(5, 16, *size)) for path, size in
+                     ((plain, (32, 64)), (turned, (64, 32))))  # fmt: skip
+    assert upright.changes == ("turned upright", "cut after 5 frames")
+    assert np.abs(np.rot90(flat.pixels, 1, (1, 2)).astype(int) - upright.pixels).mean() < 3
+    assert "scaled from 64x32 to 128x64" in read_clip(turned, ClipFormat(5, 16, 128, 64)).changes
+
+
+def test_pixels_that_are_not_square_are_made_so(tmp_path: Path) -> None:
+    """Half as wide as high: what is stored as 64x32 is a square picture."""
+    path = encoded(tmp_path / "narrow.mp4", "-vf setsar=1/2 -c:v libx264 -qp 0 -pix_fmt yuv444p")
+    plain = encoded(tmp_path / "plain.mp4", "-c:v libx264 -qp 0 -pix_fmt yuv444p")
+    square, whole = (read_clip(p, ClipFormat(5, 16, 32, w)) for p, w in ((path, 32), (plain, 64)))
+    assert "pixels of 1:2 made square" in square.changes
+    halved = whole.pixels.reshape(5, 32, 32, 2, 3).mean(3)  # nothing was cropped
+    assert np.abs(square.pixels - halved).mean() < 12
+
+
+@pytest.mark.parametrize("size", ["65x33", "321x201"])
+def test_odd_sizes_and_sound_are_no_trouble(tmp_path: Path, size: str) -> None:
+    width, height = size.split("x")
+    sound = "-f lavfi -i sine=duration=2"
+    options = f"-vf scale={width}:{height},setsar=1 -c:v libx264 -pix_fmt yuv444p -c:a aac"
+    clip = read_clip(encoded(tmp_path / "odd.mp4", options, before=sound), ClipFormat(9, 16, 32, 64))
+    assert clip.pixels.shape == (9, 32, 64, 3)
+    assert f"scaled and cropped from {height}x{width} to 32x64" in clip.changes
+
+
+def test_a_varying_rate_is_resampled_by_time(tmp_path: Path) -> None:
+    """Half a second at 16 fps, then at 4: each frame stays until the next one's time."""
+    kept = "-vf select='if(lt(n,8),1,not(mod(n,4)))' -fps_mode vfr"
+    path = encoded(tmp_path / "vfr.mp4", f"{kept} -c:v libx264 -qp 0 -pix_fmt yuv444p", "320x240")
+    pixels = read_clip(path, ClipFormat(25, 16, 240, 320)).pixels.astype(int)
+    moved = [bool(np.abs(after - before).max() > 8) for before, after in pairwise(pixels)]
+    assert moved[:8] == [True] * 8
+    assert sum(moved[8:]) == 4
+
+
+def test_a_damaged_clip_is_named_not_made_up(tmp_path: Path) -> None:
+    path = encoded(tmp_path / "clip.mp4", "-c:v libx264 -pix_fmt yuv420p", "320x240")
+    content = bytearray(path.read_bytes())
+    for place in range(4000, len(content) - 4000, 97):
+        content[place] ^= 0x55
+    path.write_bytes(content)
+    with pytest.raises(UnusableClipError, match=r"^damaged"):
+        read_clip(path, ClipFormat(25, 16, 32, 32))
+
+
+def test_a_file_of_sound_alone_is_named(tmp_path: Path) -> None:
+    made = ffmpeg(["-f", "lavfi", "-i", "sine=duration=1", str(tmp_path / "sound.mp4")])
+    assert made.returncode == 0
+    with pytest.raises(UnusableClipError, match="there is no video in it"):
+        read_clip(tmp_path / "sound.mp4", ClipFormat(9, 16, 32, 32))
+
+
+def test_hdr_is_said(tmp_path: Path) -> None:
+    colours = "-vf setparams=color_primaries=bt2020:color_trc=smpte2084:colorspace=bt2020nc"
+    path = encoded(tmp_path / "hdr.mp4", f"{colours} -c:v libx264 -pix_fmt yuv420p10le")
+    assert "HDR colours taken as they are" in read_clip(path, ClipFormat(5, 16, 32, 64)).changes
+
+
+def test_too_short_and_unreadable_clips_are_named(tmp_path: Path) -> None:
+    write_mp4(tmp_path / "short.mp4", levels(8), 16)
+    with pytest.raises(UnusableClipError, match="too short: 8 frames at 16 fps where 9"):
+        read_clip(tmp_path / "short.mp4", ClipFormat(9, 16, 32, 32))
+    (tmp_path / "text.mp4").write_text("no video")
+    with pytest.raises(UnusableClipError, match=r"unreadable \(.+\)"):
+        read_clip(tmp_path / "text.mp4", ClipFormat(9, 16, 32, 32))
+
+
+@pytest.mark.parametrize("name", ["-y.mp4", "a 'quoted' name; rm.mp4", "%03d.mp4", "Füße: drei.mp4"])
+def test_names_are_only_names(tmp_path: Path, name: str) -> None:
+    write_mp4(tmp_path / name, levels(5), 16)
+    assert numbers(read_clip(tmp_path / name, ClipFormat(5, 16, 32, 32)).pixels) == [0, 1, 2, 3, 4]
+
+
+def test_pixels_and_tensors_are_inverse() -> None:
+    pixels = render(WORLDS["shapes"].scene(0))
+    video = from_pixels(pixels)
+    assert video.shape == (33, 3, 64, 64)
+    assert np.array_equal(to_pixels(video), pixels)
+    assert to_pixels(torch.full((2, 5, 3, 4, 4), 2.0)).shape == (2, 5, 4, 4, 3)
+    assert to_pixels(torch.full((1, 3, 4, 4), 2.0)).min() == 255
+
+
+def test_captions_stand_beside_the_clips_or_in_a_table(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "sub").mkdir()
+    for name in ("b.mp4", "a.MOV", "sub/c.webm", "notes.pdf", ".hidden.mp4"):
+        (tmp_path / name).touch()
+    (tmp_path / "a.txt").write_text("  a red\ncircle ")
+    (tmp_path / "captions.csv").write_text('file,caption\nsub/c.webm,"a square, green"\ngone.mp4,x\n')
+    with caplog.at_level(logging.WARNING):
+        clips = list_clips(tmp_path)
+    assert [(clip.path.name, clip.caption) for clip in clips] == [
+        ("a.MOV", "a red circle"),
+        ("b.mp4", None),
+        ("c.webm", "a square, green"),
+    ]
+    assert "gone.mp4" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("captions.csv", b"name,caption\na.mp4,x\n", "no column 'file'"),
+        ("captions.jsonl", b'{"file": "a.mp4", "caption": ""}\n', "no text for its caption"),
+        ("a.txt", b"x" * 2001, "2,001 characters"),
+        ("a.txt", b"\xff\xfe", "not UTF-8"),
+    ],
+)
+def test_bad_captions_are_refused(tmp_path: Path, name: str, content: bytes, said: str) -> None:
+    (tmp_path / "a.mp4").touch()
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UsageError, match=said):
+        list_clips(tmp_path)
+
+
+def test_a_directory_without_videos_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="holds no video"):
+        list_clips(tmp_path)
+    with pytest.raises(UsageError, match="does not exist"):
+        list_clips(tmp_path / "absent")
+    (tmp_path / "clip.mp4").touch()
+    with pytest.raises(UsageError, match="is a file"):
+        list_clips(tmp_path / "clip.mp4")
+
+
+def test_a_picture_becomes_one_frame_of_the_wanted_size(tmp_path: Path) -> None:
+    """Left half red, right half blue, twice as wide as wanted: the centre is kept."""
+    pixels = np.zeros((16, 64, 3), np.uint8)
+    pixels[:, :32, 0] = pixels[:, 32:, 2] = 255
+    Image.fromarray(pixels).save(tmp_path / "wide.png")
+    clip = read_image(tmp_path / "wide.png", ClipFormat(9, 8, 16, 32))
+    np.testing.assert_array_equal(clip.pixels, pixels[None, :, 16:48])
+    assert clip.changes == ("scaled and cropped from 16x64 to 16x32",)
+
+
+def test_a_picture_of_16_bits_keeps_its_levels(tmp_path: Path) -> None:
+    ramp = np.linspace(0, 65535, 32, dtype=np.uint16)
+    Image.fromarray(np.broadcast_to(ramp, (16, 32)).copy()).save(tmp_path / "deep.png")
+    clip = read_image(tmp_path / "deep.png", ClipFormat(9, 8, 16, 32))
+    assert np.array_equal(clip.pixels[0, 0], (ramp >> 8)[:, None].repeat(3, axis=1))
+
+
+def test_a_picture_too_large_to_hold_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.fromarray(np.zeros((16, 32, 3), np.uint8)).save(tmp_path / "large.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(UnusableClipError, match="512 pixels"):
+        read_image(tmp_path / "large.png", ClipFormat(9, 8, 16, 32))
+
+
+def test_the_start_of_a_short_video_is_all_of_it(tmp_path: Path) -> None:
+    video = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), np.uint8)
+    write_mp4(tmp_path / "short.mp4", video, 8)
+    assert len(read_start(tmp_path / "short.mp4", ClipFormat(9, 8, 16, 16)).pixels) == 3
+    assert len(read_start(tmp_path / "short.mp4", ClipFormat(2, 8, 16, 16)).pixels) == 2

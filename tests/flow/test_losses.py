@@ -1,0 +1,343 @@
+"""Alg. 1 on Gaussian data: the exact student has no loss, each way to get the algorithm wrong has one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from anyflow_cli.flow import losses
+from anyflow_cli.flow.losses import (
+    FlowMapLoss,
+    adaptive_weights,
+    consistency_loss,
+    difference_quotient,
+    flow_map_loss,
+    flow_matching_loss,
+    fuse_guidance,
+    interpolate,
+    local_mean,
+)
+from anyflow_cli.flow.times import TimeRatios, loss_weight, sample_times, shift
+from anyflow_cli.flow.velocity import Velocity, flow_map, per_frame
+from tests.flow.gaussian import SHAPE, Bent, Fused, Gaussian, Watched, normal
+
+B = 8
+DATA = Gaussian(normal(0, B, *SHAPE))
+Z = normal(2, B, *SHAPE)
+DRIFT = normal(1, 1, *SHAPE)
+INSIDE = torch.tensor([0.95, 0.9, 0.8, 0.6, 0.55, 0.4, 0.3, 0.7]).double()
+BELOW = torch.tensor([0.1, 0.0, 0.4, 0.2, 0.0, 0.1, 0.1, 0.7]).double()  # the last one is a boundary sample
+
+
+def exact(guidance: float) -> tuple[Fused, Fused]:
+    """The student that Alg. 1 leads to, and its null branch."""
+    no, yes = torch.zeros(B, dtype=torch.bool), torch.ones(B, dtype=torch.bool)
+    return Fused(DATA, no, guidance, DRIFT), Fused(DATA, yes, guidance, DRIFT)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One call of Alg. 1 whose v has no variance, by default on the exact student."""
+
+    t: Tensor = field(default_factory=INSIDE.clone)
+    r: Tensor = field(default_factory=BELOW.clone)
+
+    def loss(self, *models: Velocity, guidance: float = 3.0, **options: Any) -> FlowMapLoss:
+        model, null = models or exact(guidance)
+        x, eps = DATA.pair(Z, self.t)
+        return flow_map_loss(model, null, x, eps, self.t, self.r, guidance=guidance, **options)
+
+
+def check_falls(errors: list[Tensor], factor: float) -> None:
+    """Each halving of d divides all errors by the factor."""
+    for coarse, fine in pairwise(errors):
+        torch.testing.assert_close(coarse / fine, torch.full_like(fine, factor), rtol=0.1, atol=0)
+
+
+# The exact student
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_the_exact_student_has_no_loss_up_to_delta_squared(guidance: float) -> None:
+    """The residual is O(d^2), so its square falls by 16 when d is halved. The boundary has none."""
+    errors = [Step().loss(guidance=guidance, delta=d).errors for d in (0.02, 0.01, 0.005)]
+    assert errors[-1].max() < 1e-6
+    assert errors[0][-1] < 1e-28
+    check_falls([error[:-1] for error in errors], 16)
+
+
+def test_near_noise_the_quotient_leans_to_one_side_and_is_exact_to_delta() -> None:
+    t, r = torch.ones(B).double(), BELOW.clamp(max=0.5)
+    errors = [Step(t, r).loss(delta=d).errors for d in (0.02, 0.01, 0.005)]
+    assert errors[-1].max() < 1e-3
+    check_falls(errors, 4)
+
+
+def test_short_jumps_are_exact_to_delta_squared() -> None:
+    """With t - r = d / 2 the quotient is exact to O(d), and stands in the target times t - r."""
+    errors = [Step(INSIDE, INSIDE - d / 2).loss(delta=d).errors for d in (0.008, 0.004, 0.002)]
+    assert errors[-1].max() < 1e-6
+    check_falls(errors, 16)
+
+
+def test_times_a_rounding_apart_stay_finite() -> None:
+    t = torch.tensor([1.0, 1.0, 0.9999999, 0.5, 1e-6, 1e-7, 0.0, 1.0]).double()
+    r = torch.tensor([0.9999999, 0.0, 0.9999998, 0.4999999, 0.0, 0.0, 0.0, 1.0]).double()
+    assert Step(t, r).loss().errors.max() < 1e-3
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_no_evaluation_leaves_the_times_the_model_knows(guidance: float) -> None:
+    calls: list[Any] = []
+    student, null = (Watched(model, calls) for model in exact(guidance))
+    t = torch.tensor([1.0, 0.999, 0.004, 0.5, 0.003, 1.0, 0.0, 0.6]).double()
+    r = torch.tensor([0.0, 0.998, 0.0, 0.5, 0.003, 1.0, 0.0, 0.1]).double()
+    Step(t, r).loss(student, null, guidance=guidance)
+    assert len(calls) == 2
+    for _, at, to, _ in calls:
+        assert ((to >= 0) & (to <= at) & (at <= 1)).all()
+
+
+def test_guidance_is_that_of_the_teacher_on_the_boundary() -> None:
+    """At t = r the student is to predict v_null + g (v_c - v_null); both branches of Gaussian data here."""
+    null = Gaussian(normal(3, B, *SHAPE), 0.9)
+    teacher = null(Z, INSIDE, INSIDE) + 3 * (DATA(Z, INSIDE, INSIDE) - null(Z, INSIDE, INSIDE))
+    fused = fuse_guidance(teacher, null(Z, INSIDE, INSIDE), 3.0)
+    torch.testing.assert_close(fused, DATA(Z, INSIDE, INSIDE))
+
+
+def test_real_pairs_pull_nowhere_at_the_exact_student(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With x and eps drawn apart v varies around v(z, t), but the gradient vanishes on average.
+
+    A du/dt of the wrong sign moves it many deviations off.
+    """
+    count = 20000
+    t, r = (
+        time.double() for time in sample_times(count, 5.0, TimeRatios(), torch.Generator().manual_seed(0))
+    )
+    data = Gaussian(torch.full((1, 1, 1, 1, 1), 0.7, dtype=torch.float64))
+    x, eps = data.mean + data.std * normal(4, count, 1, 1, 1, 1), normal(5, count, 1, 1, 1, 1)
+
+    def pull() -> float:
+        slope = torch.zeros((), dtype=torch.float64, requires_grad=True)
+        model = Bent(data, lambda u, z, t, r: u(z, t, r) + slope * z)
+        loss = flow_map_loss(model, model, x, eps, t, r, guidance=1.0, adaptive=False).loss
+        return torch.autograd.grad(loss, slope)[0].abs().item()
+
+    assert pull() < 0.04
+    monkeypatch.setattr(losses, "difference_quotient", lambda *a: -difference_quotient(*a))
+    assert pull() > 0.2
+
+
+# The wrong algorithms and the wrong students
+
+WRONG_ALGORITHMS: dict[str, tuple[str, Callable[..., Tensor]]] = {
+    "sign of du/dt": ("difference_quotient", lambda *a: -difference_quotient(*a)),
+    "no 1/g in du/dt": ("difference_quotient", lambda p, m, span, g: difference_quotient(p, m, span, 1.0)),
+    "d for 2 d": ("difference_quotient", lambda p, m, span, g: difference_quotient(p, m, span / 2, g)),
+    "no 1/g in Eq. 6": ("fuse_guidance", lambda u, n, g: u - (1 - g) * n),
+    "sign of u_null": ("fuse_guidance", lambda u, n, g: (u + (1 - g) * n) / g),
+    "the other way": ("fuse_guidance", lambda u, n, g: n + g * (u - n)),
+    "data for noise": ("interpolate", lambda x, eps, t: interpolate(eps, x, t)),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_ALGORITHMS)
+def test_a_wrong_algorithm_has_a_loss(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(losses, *WRONG_ALGORITHMS[wrong])
+    assert Step().loss().errors[:-1].min() > 1e-3
+
+
+WRONG_STUDENTS: dict[str, Callable[[Velocity, Tensor, Tensor, Tensor], Tensor]] = {
+    "sign of u": lambda u, z, t, r: -u(z, t, r),
+    "v for u": lambda u, z, t, r: u(z, t, t),
+    "without the shift": lambda u, z, t, r: u(z, shift(t, 1 / 5), shift(r, 1 / 5)),
+    "frames for channels": lambda u, z, t, r: u(z.transpose(1, 2), t, r).transpose(1, 2),
+    "another sample's condition": lambda u, z, t, r: u.take(torch.arange(len(z)).roll(1))(z, t, r),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_STUDENTS)
+def test_a_wrong_student_has_a_loss(wrong: str) -> None:
+    student = Bent(DATA, WRONG_STUDENTS[wrong])
+    assert Step().loss(student, student, guidance=1.0).errors[:-1].min() > 1e-3
+
+
+# What it costs, and where gradient goes
+
+
+def test_one_call_without_gradient_and_one_with_it() -> None:
+    """The first holds the null branch of all and two sides of the seven with t > r."""
+    calls: list[Any] = []
+    Step().loss(*(Watched(model, calls) for model in exact(3.0)))
+    assert [(batch, gradient) for batch, _, _, gradient in calls] == [(8 + 2 * 7, False), (8, True)]
+
+
+def test_a_slice_of_boundary_samples_makes_the_same_two_calls() -> None:
+    calls: list[Any] = []
+    Step(INSIDE, INSIDE).loss(*(Watched(model, calls) for model in exact(3.0)))
+    assert [batch for batch, *_ in calls] == [8, 8]
+
+
+def test_without_guidance_there_is_no_null_branch() -> None:
+    calls: list[Any] = []
+    Step().loss(*(Watched(model, calls) for model in exact(1.0)), guidance=1.0)
+    assert [batch for batch, *_ in calls] == [2 * 7, 8]
+    calls.clear()
+    Step(INSIDE, INSIDE).loss(*(Watched(model, calls) for model in exact(1.0)), guidance=1.0)
+    assert [batch for batch, *_ in calls] == [8]
+
+
+def test_samples_under_the_null_prompt_are_not_asked_for_it_again() -> None:
+    """Where g = 1 the null branch counts for nothing."""
+    calls: list[Any] = []
+    dropped = torch.arange(B) < 3
+    Step().loss(*(Watched(model, calls) for model in exact(3.0)), null_mask=dropped)
+    assert [(batch, gradient) for batch, _, _, gradient in calls] == [(5 + 2 * 7, False), (8, True)]
+
+
+def test_a_slice_with_nothing_to_ask_makes_both_calls_all_the_same() -> None:
+    """Sharded processes wait for one another in every call."""
+    calls: list[Any] = []
+    models = (Watched(model, calls) for model in exact(3.0))
+    Step(INSIDE, INSIDE).loss(*models, null_mask=torch.ones(B, dtype=torch.bool))
+    assert [batch for batch, *_ in calls] == [1, 8]
+
+
+def test_gradient_is_that_of_the_conditional_branch_alone() -> None:
+    """A constant a in both branches is a in u and nothing in u_tgt: the loss is a^2, its gradient 2 a / g."""
+    a = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    student, null = (Bent(model, lambda u, z, t, r: u(z, t, r) + a) for model in exact(3.0))
+    loss = Step().loss(student, null, delta=0.001).loss
+    assert loss.item() == pytest.approx(0.3**2, rel=1e-3)
+    assert torch.autograd.grad(loss, a)[0].item() == pytest.approx(2 * 0.3 / 3, rel=1e-3)
+
+
+def test_samples_under_the_null_prompt_learn_a_flow_map_when_named() -> None:
+    """Their branches are one: Eq. 6 changes nothing, but 1/g in the quotient would."""
+    named = torch.ones(B, dtype=torch.bool)
+    assert Step().loss(DATA, DATA, null_mask=named).errors.max() < 1e-6
+    assert Step().loss(DATA, DATA).errors[:-1].min() > 1e-4
+
+
+def test_a_mask_names_samples_one_by_one() -> None:
+    half = torch.arange(B) % 2 == 0
+    student, null = exact(3.0)
+    dropped = Bent(student, lambda u, z, t, r: u(z, t, r))
+    masked, plain = (Step().loss(dropped, Bent(null, dropped.bend), null_mask=m).errors for m in (half, None))
+    torch.testing.assert_close(masked[~half], plain[~half])
+    assert (masked[half][:-1] > 1e-3).all()  # these have text: g = 1 is wrong for them
+    assert plain.max() < 1e-6
+
+
+# Weights and averages
+
+
+def test_adaptive_weights_bring_all_samples_to_the_level_of_the_boundary() -> None:
+    loss = torch.tensor([0.2, 0.4, 5.0, 0.03, 80.0], requires_grad=True)
+    boundary = torch.tensor([True, True, False, False, False])
+    weights = adaptive_weights(loss, boundary, local_mean)
+    assert weights[:2].tolist() == [1, 1]
+    torch.testing.assert_close((weights * loss)[2:], torch.full((3,), 0.3), rtol=1e-3, atol=0)
+    assert not weights.requires_grad
+
+
+def test_adaptive_weights_are_bounded_and_need_a_boundary() -> None:
+    perfect = adaptive_weights(torch.tensor([0.3, 0.0]), torch.tensor([True, False]), local_mean)
+    assert perfect[1].item() == pytest.approx(0.3 / 1e-5)
+    none = adaptive_weights(torch.tensor([2.0, 3.0]), torch.tensor([False, False]), local_mean)
+    assert none.tolist() == [1, 1]
+
+
+def test_the_loss_is_weighted_by_time_and_level_and_its_parts_are_raw() -> None:
+    """Without adaptation: mean of w(t) times the raw errors; with it, of w(t) times the boundary's."""
+    weight = loss_weight("beta", 5.0)
+    off = torch.ones((), dtype=torch.float64, requires_grad=True)
+    student, null = (
+        Bent(model, lambda u, z, t, r: u(z, t, r) + (0.5 + per_frame(r, z)) * off) for model in exact(3.0)
+    )
+    plain = Step().loss(student, null, weight=weight, adaptive=False)
+    raw = plain.errors
+    torch.testing.assert_close(plain.loss.detach(), (weight(INSIDE) * raw).mean())
+    assert not raw.requires_grad
+    level = Step().loss(student, null, weight=weight).loss.detach()
+    torch.testing.assert_close(level, (weight(INSIDE) * raw[-1]).mean(), rtol=1e-3, atol=0)
+
+
+def test_a_batch_without_boundary_is_not_adapted() -> None:
+    step = Step(INSIDE, BELOW.clamp(max=0.1))
+    wrong = Bent(DATA, WRONG_STUDENTS["v for u"])
+    result = step.loss(wrong, wrong)
+    torch.testing.assert_close(result.loss, result.errors.mean())
+
+
+def test_the_null_branch_gets_no_gradient() -> None:
+    u_c, u_null = (torch.ones(1, requires_grad=True) for _ in range(2))
+    u = fuse_guidance(u_c, u_null, 3.0)
+    assert torch.autograd.grad(u, u_c, retain_graph=True)[0].item() == pytest.approx(1 / 3)
+    with pytest.raises(RuntimeError, match="not have been used"):
+        torch.autograd.grad(u, u_null)
+
+
+# The path and the baselines
+
+
+def test_the_path_goes_from_data_to_noise_at_the_velocity_of_its_ends() -> None:
+    x, eps = normal(6, B, *SHAPE), normal(7, B, *SHAPE)
+    assert torch.equal(interpolate(x, eps, torch.zeros(B)), x)
+    assert torch.equal(interpolate(x, eps, torch.ones(B)), eps)
+    step = interpolate(x, eps, INSIDE) - interpolate(x, eps, BELOW)
+    torch.testing.assert_close(step, per_frame(INSIDE - BELOW, x) * (eps - x))
+
+
+def test_flow_matching_is_exact_at_the_velocity_and_nowhere_else() -> None:
+    x, eps = DATA.pair(Z, INSIDE)
+    assert flow_matching_loss(DATA, x, eps, INSIDE) < 1e-28
+    assert flow_matching_loss(Bent(DATA, WRONG_STUDENTS["sign of u"]), x, eps, INSIDE) > 0.1
+
+
+def test_flow_matching_is_the_boundary_of_alg_1() -> None:
+    """At t = r without guidance the two losses are one, weights included."""
+    x, eps = normal(6, B, *SHAPE), normal(7, B, *SHAPE)
+    weight = loss_weight("beta", 5.0)
+    whole = flow_map_loss(DATA, DATA, x, eps, INSIDE, INSIDE, guidance=1.0, weight=weight)
+    torch.testing.assert_close(flow_matching_loss(DATA, x, eps, INSIDE, weight), whole.loss)
+
+
+def test_flow_matching_takes_a_time_for_each_frame() -> None:
+    """A frame's error and weight are those of its own time; frames and channels are equal in number here."""
+    x, eps = normal(6, B, *SHAPE), normal(7, B, *SHAPE)
+    t = INSIDE[:, None] * torch.tensor([1.0, 0.5, 0.1]).double()  # (B, F)
+    weight = loss_weight("beta", 5.0)
+    alone = [
+        flow_matching_loss(
+            Gaussian(DATA.mean[:, f : f + 1]), x[:, f : f + 1], eps[:, f : f + 1], t[:, f], weight
+        )
+        for f in range(SHAPE[0])
+    ]
+    torch.testing.assert_close(flow_matching_loss(DATA, x, eps, t, weight), torch.stack(alone).mean())
+
+
+def test_consistency_is_exact_at_the_flow_map_on_the_teachers_path() -> None:
+    x = flow_map(DATA, Z, INSIDE, torch.zeros(B).double())
+    assert consistency_loss(DATA, Z, INSIDE, x) < 1e-28
+    assert consistency_loss(Bent(DATA, WRONG_STUDENTS["v for u"]), Z, INSIDE, x) > 1e-2
+
+
+def test_consistency_on_the_chord_is_exact_at_noise() -> None:
+    eps = normal(7, B, *SHAPE)
+    t = torch.ones(B).double()
+    x = flow_map(DATA, eps, t, 0 * t)
+    assert consistency_loss(DATA, interpolate(x, eps, t), t, x) < 1e-28
+
+
+def test_consistency_is_weighted_by_time() -> None:
+    x = flow_map(DATA, Z, INSIDE, torch.zeros(B).double()) + 1
+    weight = loss_weight("normal", 5.0)
+    torch.testing.assert_close(consistency_loss(DATA, Z, INSIDE, x, weight), weight(INSIDE).mean())

@@ -1,0 +1,28 @@
+from __future__ import annotations
+
+import torch
+
+from anyflow_cli.flow.noise import batch_noise, noise
+
+
+def test_noise_depends_on_its_seed_alone() -> None:
+    alone = noise(7, (3, 2, 4, 4))
+    torch.manual_seed(1)
+    batch = batch_noise([5, 7], (3, 2, 4, 4))
+    assert torch.equal(batch[1], alone)
+    assert not torch.equal(batch[0], alone)
+    assert batch_noise([7], (3, 2, 4, 4)).dtype == torch.float32
+
+
+def test_noise_leaves_the_global_generator_alone() -> None:
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    noise(3, (4,))
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_noise_is_standard_normal() -> None:
+    x = noise(0, (100_000,))
+    assert abs(x.mean().item()) < 0.02
+    assert abs(x.std().item() - 1) < 0.02

@@ -1,0 +1,114 @@
+"""Which settings are advised: the mildest that do, none that are not needed."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import pytest
+
+from anyflow_cli.plan.advice import Advice, advise, changed, kinds_of
+from anyflow_cli.plan.hardware import Cluster, parse_cluster
+from anyflow_cli.plan.setup import Setup
+from anyflow_cli.plan.stages import Moment, Stage, Target, Work, target_of
+from anyflow_cli.recipe import schema
+
+
+def recipe(**model: object) -> schema.Recipe:
+    teacher = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+    own = schema.Model.model_validate({"teacher": teacher, "lora": schema.Lora(), **model})
+    return schema.Recipe(name="t", model=own, distill=schema.Distill(batch=8, micro_batch=4))
+
+
+def cost(target: Target) -> Stage:
+    """A stage of a made-up price: a known sum of its settings."""
+    model, settings = target.recipe.model, target.recipe.distill
+    total = model.frames * (1 if model.gradient_checkpointing else 10) * (settings.micro_batch or 1)
+    total += model.lora.rank if model.lora else 10_000
+    moment = Moment("made up", {"activations": total})
+    return Stage("t", "distill", {}, moment, Work(0.0, None, 1, None), cast("Setup", None), 0)
+
+
+def advice(limit: int, **model: object) -> Advice:
+    target = target_of(recipe(**model), parse_cluster("8x80GB"))
+    return advise(
+        cost, "distill", Target(target.recipe, target.pipeline, Cluster(8, limit, None, is_gpu=False))
+    )
+
+
+def said(found: Advice) -> str:
+    return " ".join(str(change) for change in found.changes)
+
+
+@pytest.mark.parametrize(
+    ("limit", "settings", "needs"),
+    [
+        (600, "--set model.gradient_checkpointing=true", 4 * 81 + 256),
+        (420, "--set model.gradient_checkpointing=true --set distill.micro_batch=2", 2 * 81 + 256),
+        (
+            170,
+            "--set model.gradient_checkpointing=true --set distill.micro_batch=1 "
+            "--set model.lora.rank=64 --set model.lora.alpha=64",
+            81 + 64,
+        ),
+    ],
+)
+def test_the_mildest_settings_that_fit(limit: int, settings: str, needs: int) -> None:
+    found = advice(limit)
+    assert (said(found), found.fits, found.peak) == (settings, True, needs)
+
+
+def test_shorter_videos_come_last_and_let_milder_ranks_back_in() -> None:
+    found = advice(82, gradient_checkpointing=True)
+    assert said(found).endswith("--set model.frames=49")
+    assert "model.lora.rank=32" in said(found)  # 16 is not needed once videos are shorter
+    assert found.peak == 49 + 32
+
+
+def test_the_least_is_told_where_nothing_fits() -> None:
+    found = advice(10)
+    assert not found.fits
+    assert found.peak == 17 + 16
+
+
+def test_whole_weights_may_become_adapters() -> None:
+    found = advice(400, lora=None, gradient_checkpointing=True)
+    assert "--set model.lora.rank=256" in said(found)
+    assert found.fits
+
+
+def test_a_change_is_checked_and_leaves_the_rest() -> None:
+    (kind, *_) = kinds_of("distill", target_of(recipe(), parse_cluster("8x80GB")))
+    after = changed(recipe(), [kind[0]])
+    assert after.model.gradient_checkpointing
+    assert after.model.model_copy(update={"gradient_checkpointing": False}) == recipe().model
+    assert after.distill == recipe().distill
+
+
+def test_sampling_takes_fewer_at_once() -> None:
+    wanted = recipe().model_copy(update={"sample": schema.Sample(batch=4)})
+    (kind, *_) = kinds_of("sample", target_of(wanted, parse_cluster("8x80GB")))
+    sizes = [change.values["sample.batch"] for change in kind]
+    assert sizes == [2, 1]
+
+
+def kinds(given: schema.Recipe, gpus: str) -> list[str]:
+    return [str(kind[-1]) for kind in kinds_of("distill", target_of(given, parse_cluster(gpus)))]
+
+
+def test_what_costs_time_alone_comes_before_what_changes_the_model() -> None:
+    found = " ".join(kinds(recipe(), "8x80GB"))
+    order = ("recompute_rollout", "sharding=full", "offload=true", "micro_batch", "lora.rank", "frames")
+    places = [found.index(word) for word in order]
+    assert places == sorted(places)
+
+
+def test_one_gpu_can_offload_and_not_divide() -> None:
+    target = target_of(recipe(), parse_cluster("1x80GB"))
+    (sharding,) = (kind for kind in kinds_of("distill", target) if "launch.sharding" in str(kind[0]))
+    assert [str(change) for change in sharding] == ["--set launch.sharding=full --set launch.offload=true"]
+    unguided = recipe().model_copy(update={"distill": schema.Distill(flow_map=schema.FlowMap(guidance=1.0))})
+    assert "launch" not in " ".join(kinds(unguided, "8x80GB"))
+
+
+def test_chunks_of_a_causal_model_are_left_as_they_are() -> None:
+    assert "model.frames" not in " ".join(kinds(recipe(causal=schema.Causal()), "8x80GB"))

@@ -1,0 +1,70 @@
+"""Known sizes against published parameter counts, and read sizes against real folders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from anyflow_cli.errors import UsageError
+from anyflow_cli.plan.model_sizes import KNOWN, TextSizes, pipeline_of
+from anyflow_cli.plan.setup import Setup
+from anyflow_cli.plan.steps import roles_of
+from anyflow_cli.recipe import schema
+from tests.tiny_pipeline import CHANNELS, TEXT_DIM, make_wan_folder
+
+PUBLISHED = {  # of the safetensors of the transformers on the Hub
+    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": 1_418_996_800,
+    "Wan-AI/Wan2.1-T2V-14B-Diffusers": 14_288_491_584,
+}
+UMT5_XXL = 5_680_910_336
+
+
+@pytest.mark.parametrize("address", PUBLISHED)
+def test_parameters_are_the_published_ones(address: str) -> None:
+    network = KNOWN[address]
+    text = (512, network.text_dim)
+    wan = Setup("synthesis", network, schema.Model(), None, (21, 16, 60, 104), text, "bf16", 1, True)
+    assert roles_of(wan)["student"].parameters == PUBLISHED[address]
+
+
+@pytest.mark.parametrize("address", PUBLISHED)
+def test_the_sizes_are_those_of_the_diffusers_class(address: str) -> None:
+    """The same count from diffusers' own network, by two depths of it; it knows nothing of ours."""
+    import torch
+    from diffusers import WanTransformer3DModel
+
+    network = KNOWN[address]
+    sizes = {"num_attention_heads": network.heads, "attention_head_dim": 128, "ffn_dim": network.ffn_dim}
+    with torch.device("meta"):
+        one, two = (
+            sum(p.numel() for p in WanTransformer3DModel(**sizes, num_layers=layers).parameters())
+            for layers in (1, 2)
+        )
+    assert one + (network.layers - 1) * (two - one) == PUBLISHED[address]
+
+
+def test_the_text_encoder_is_umt5_xxl() -> None:
+    assert TextSizes().parameters == UMT5_XXL
+
+
+def test_a_local_folder_says_its_own_sizes(tmp_path: Path) -> None:
+    from transformers import UMT5EncoderModel
+
+    folder = make_wan_folder(tmp_path / "wan")
+    pipeline = pipeline_of(str(folder))
+    encoder = UMT5EncoderModel.from_pretrained(folder / "text_encoder")
+    assert pipeline.text.parameters == sum(p.numel() for p in encoder.parameters())
+    assert (pipeline.network.in_channels, pipeline.network.text_dim) == (CHANNELS, TEXT_DIM)
+    assert pipeline.latent_shape(9, 32, 48) == (3, CHANNELS, 4, 6)
+
+
+def test_latents_of_a_paper_video() -> None:
+    pipeline = pipeline_of("Wan-AI/Wan2.1-T2V-1.3B-Diffusers")
+    assert pipeline.latent_shape(81, 480, 832) == (21, 16, 60, 104)
+
+
+@pytest.mark.parametrize("address", ["someone/else", "no/such/folder"])
+def test_other_models_are_not_guessed(address: str) -> None:
+    with pytest.raises(UsageError, match="not known without its files"):
+        pipeline_of(address)

@@ -1,0 +1,132 @@
+"""Whose directory a run is: the same command goes on, anything else is refused by name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from anyflow_cli.errors import UsageError
+from anyflow_cli.runs.lineage import Inputs, begin_run, check_run, fingerprint
+from tests.tiny_pipeline import make_wan_folder
+from tests.train.stage import make_data, make_recipe
+
+
+@pytest.fixture(scope="module")
+def wan(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_wan_folder(tmp_path_factory.mktemp("wan") / "wan")
+
+
+@pytest.fixture
+def inputs(tmp_path: Path, wan: Path) -> Inputs:
+    return Inputs(tmp_path / "run", "train_flowmap", make_data(tmp_path / "data"), {"teacher": wan}, wan)
+
+
+def test_the_same_run_goes_on_with_the_lineage_it_began_with(inputs: Inputs) -> None:
+    recipe = make_recipe(inputs.base, inputs.data)
+    first = begin_run(recipe, inputs, {"precision": "fp32"})
+    assert begin_run(recipe, inputs, {"precision": "bf16"}) == first
+    assert first["inputs"]["teacher"]["sha256"] == fingerprint(inputs.base)
+    assert first["base"] == str(inputs.base)
+    assert {"anyflow", "torch", "diffusers"} <= first["versions"].keys()
+    assert json.loads((inputs.directory / "lineage.json").read_text()) == first
+
+
+@pytest.mark.parametrize(
+    ("section", "change", "key"),
+    [
+        ("train_flowmap", {"batch": 4}, r"train_flowmap\.batch \(2 there, 4 now\)"),
+        ("train_flowmap", {"flow_map": {"guidance": 2.0}}, r"train_flowmap\.flow_map\.guidance"),
+        ("train_flowmap", {"seed": 5}, r"train_flowmap\.seed"),
+        ("model", {"gate": 0.5}, r"model\.gate"),
+    ],
+)
+def test_other_settings_are_refused_with_their_keys(
+    inputs: Inputs, section: str, change: dict[str, Any], key: str
+) -> None:
+    begin_run(make_recipe(inputs.base, inputs.data), inputs, {})
+    before = sorted(path.name for path in inputs.directory.iterdir())
+    with pytest.raises(UsageError, match=key) as error:
+        check_run(make_recipe(inputs.base, inputs.data, **{section: change}), inputs)
+    assert str(inputs.directory) in str(error.value)
+    assert sorted(path.name for path in inputs.directory.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("section", "change"),
+    [
+        ("train_flowmap", {"steps": 9}),
+        ("train_flowmap", {"micro_batch": 1}),
+        ("train_flowmap", {"checkpoint_every": 7, "log_every": 3, "preview_every": 2, "tensorboard": True}),
+        ("model", {"gradient_checkpointing": True}),
+        ("distill", {"batch": 4}),  # of another stage
+        ("data", {"workers": 2}),
+    ],
+)
+def test_what_does_not_bear_on_the_weights_may_change(
+    inputs: Inputs, section: str, change: dict[str, Any]
+) -> None:
+    begin_run(make_recipe(inputs.base, inputs.data), inputs, {})
+    check_run(make_recipe(inputs.base, inputs.data, **{section: change}), inputs)
+
+
+def test_other_data_are_refused(inputs: Inputs, tmp_path: Path) -> None:
+    recipe = make_recipe(inputs.base, inputs.data)
+    begin_run(recipe, inputs, {})
+    other = make_data(tmp_path / "other", seed=1)
+    changed = Inputs(inputs.directory, inputs.section, other, inputs.parents, inputs.base)
+    with pytest.raises(UsageError, match="another data"):
+        check_run(recipe, changed)
+
+
+def test_another_parent_is_refused(inputs: Inputs, tmp_path: Path) -> None:
+    recipe = make_recipe(inputs.base, inputs.data)
+    begin_run(recipe, inputs, {})
+    other = make_wan_folder(tmp_path / "other", seed=1)
+    changed = Inputs(inputs.directory, inputs.section, inputs.data, {"teacher": other}, other)
+    with pytest.raises(UsageError, match="another teacher"):
+        check_run(recipe, changed)
+
+
+def test_a_directory_of_other_things_is_left_alone(inputs: Inputs) -> None:
+    inputs.directory.mkdir()
+    (inputs.directory / "letter.txt").write_text("keep me")
+    with pytest.raises(UsageError, match="no training run"):
+        begin_run(make_recipe(inputs.base, inputs.data), inputs, {})
+    assert [path.name for path in inputs.directory.iterdir()] == ["letter.txt"]
+
+
+def test_killed_as_it_began_it_begins_again(inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Killed(BaseException):
+        pass
+
+    def die(*_: Any) -> None:
+        raise Killed
+
+    recipe = make_recipe(inputs.base, inputs.data)
+    with monkeypatch.context() as patch:
+        patch.setattr("anyflow_cli.runs.lineage.write_json", die)
+        with pytest.raises(Killed):
+            begin_run(recipe, inputs, {})
+    assert begin_run(recipe, inputs, {"precision": "fp32"})["precision"] == "fp32"
+
+
+def test_a_fingerprint_tells_weights_apart_and_ignores_the_rest(wan: Path, tmp_path: Path) -> None:
+    other = make_wan_folder(tmp_path / "other", seed=1)
+    assert fingerprint(other) != fingerprint(wan)
+    before = fingerprint(other)
+    (other / "lineage.json").write_text("{}")
+    assert fingerprint(other) == before
+
+
+def test_a_checkpoint_has_a_fingerprint_too(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    for name, value in (("a", 1.0), ("b", 2.0)):
+        (tmp_path / name).mkdir()
+        save_file({"w": torch.full((3,), value)}, tmp_path / name / "ema.safetensors")
+        (tmp_path / name / "state.json").write_text("{}")
+    assert fingerprint(tmp_path / "a") != fingerprint(tmp_path / "b")

@@ -1,0 +1,35 @@
+"""Names of directories: as documented, one for every objective, and which model is taken."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import get_args
+
+from anyflow_cli.recipe.schema import Distill, TrainFlowMap
+from anyflow_cli.runs.paths import STAGE_1, STAGE_2, RunPaths
+
+PATHS = RunPaths(Path("runs"), "tiny")
+
+
+def test_directories_are_the_documented_ones() -> None:
+    found = [PATHS.data, PATHS.stage_1(), PATHS.stage_2(), PATHS.finetune, PATHS.samples, PATHS.evaluate]
+    names = ["data", "train-flowmap", "distill", "finetune", "samples", "evaluate"]
+    assert found == [Path("runs/tiny") / name for name in names]
+
+
+def test_every_objective_and_simulation_has_a_directory_of_its_own() -> None:
+    objectives = get_args(TrainFlowMap.model_fields["objective"].annotation)
+    simulations = get_args(Distill.model_fields["simulation"].annotation)
+    assert set(objectives) == set(STAGE_1)
+    assert set(simulations) == set(STAGE_2)
+    assert len({*map(PATHS.stage_1, objectives), *map(PATHS.stage_2, simulations)}) == 5
+
+
+def test_the_furthest_finished_model_is_taken(tmp_path: Path) -> None:
+    paths = RunPaths(tmp_path, "tiny")
+    assert paths.any_step_model() is None
+    (paths.stage_1() / "model").mkdir(parents=True)
+    (paths.stage_2() / "checkpoints").mkdir(parents=True)  # begun, not finished
+    assert paths.any_step_model() == paths.stage_1() / "model"
+    (paths.stage_2() / "model").mkdir()
+    assert paths.any_step_model() == paths.stage_2() / "model"

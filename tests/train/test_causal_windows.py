@@ -1,0 +1,413 @@
+"""Causal training: what a step sees and noises, and that its losses and gradients are what they should be."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from anyflow_cli.data.dataset import Batch
+from anyflow_cli.flow import simulation
+from anyflow_cli.flow.losses import interpolate
+from anyflow_cli.flow.times import TimeRatios, loss_weight, sample_times
+from anyflow_cli.flow.velocity import Velocity, flow_map, full_time
+from anyflow_cli.model.backbone import Backbone, LoraSize
+from anyflow_cli.model.causal import TeacherForced, causal_from, split_after
+from anyflow_cli.model.config import Causal
+from anyflow_cli.recipe import schema
+from anyflow_cli.train.causal_windows import TeacherForcing, View, Window, given_frames, roll_out
+from anyflow_cli.train.objectives import FlowMapTerm, OnPolicyTerms
+from anyflow_cli.train.rng import Draws
+from tests.train import small
+from tests.train.small import CONFIG, NEGATIVE, trainer
+
+CAUSAL = schema.Causal(partition=(1, 2, 1, 2), full_chunks=2)
+SHAPE = (6, 4, 4, 4)  # F, C, H, W
+PAPER = schema.Causal()
+SHIFT = 5.0
+
+
+def roles(*names: Any, lora: bool = False) -> Backbone:
+    """A causal student, all of whose parts matter."""
+    network = causal_from(small.network(), Causal.from_recipe(CAUSAL))
+    draw = torch.Generator().manual_seed(3)
+    for parameter in network.parameters():
+        parameter.data += 0.05 * torch.randn(parameter.shape, generator=draw)
+    return Backbone(network, names or ("student",), lora=LoraSize(4, 4) if lora else None)
+
+
+def videos(count: int = 2, seed: int = 0) -> Tensor:
+    return torch.randn(count, *SHAPE, generator=torch.Generator().manual_seed(seed))
+
+
+def draws(step: int = 1, count: int = 2, **options: Any) -> Draws:
+    return Draws(0, step, count, tuple(range(count)), **options)
+
+
+def batch(count: int = 2, seed: int = 0) -> Batch:
+    text = torch.randn(count, *NEGATIVE.shape, generator=torch.Generator().manual_seed(5))
+    return Batch(videos(count, seed), text, [""] * count, list(range(count)))
+
+
+# --- windows
+
+
+def test_half_of_the_steps_see_chunks_in_full_alone_and_half_any_number() -> None:
+    view = TeacherForcing(PAPER)
+    windows = Counter(view.window(draws(step)) for step in range(3000))
+    assert {(len(partition), noisy) for partition, noisy in windows} == {(n, 3) for n in range(3, 9)}
+    assert all(partition == PAPER.partition[: len(partition)] for partition, _ in windows)
+    shares = {len(partition): count / 3000 for (partition, _), count in windows.items()}
+    assert shares[3] == pytest.approx(0.5 + 0.5 / 6, abs=0.03)
+    assert all(shares[n] == pytest.approx(0.5 / 6, abs=0.02) for n in range(4, 9))
+
+
+def test_a_step_has_one_window_on_every_process() -> None:
+    view = TeacherForcing(PAPER, given=0.5)
+    for step in range(20):
+        here, there = Draws(0, step, 4, (0, 2)), Draws(0, step, 4, (1, 3))
+        assert view.window(here) == view.window(there)
+
+
+def test_given_frames_are_seen_clean_and_the_rest_is_noised() -> None:
+    view = TeacherForcing(PAPER, given=1.0)
+    images = 0
+    for step in range(500):
+        known = given_frames(PAPER, 1.0, draws(step).generator("given"))
+        partition, noisy = view.window(draws(step))
+        assert partition == split_after(PAPER.partition, known)[: len(partition)]
+        assert 1 <= noisy <= 3
+        assert sum(partition[:-noisy]) >= known
+        images += known == 1
+    assert images / 500 == pytest.approx(0.5 + 0.5 / 20, abs=0.07)
+
+
+def test_a_video_shorter_than_the_window_is_noised_whole() -> None:
+    short = schema.Causal(partition=(1, 2), full_chunks=3)
+    assert TeacherForcing(short).window(draws()) == Window((1, 2), 2)
+    assert given_frames(schema.Causal(partition=(3,)), 1.0, torch.Generator()) == 0
+
+
+def test_each_chunk_has_times_of_its_own() -> None:
+    view = TeacherForcing(CAUSAL)(videos(), draws())
+    assert view.each == 2
+    assert view.chunks is not None
+    times = view.by_frame(torch.rand(2, 2))
+    assert times.shape == view.x.shape[:2]
+    parts = torch.split(times, list(view.chunks), dim=1)
+    assert all((part == part[:, :1]).all() for part in parts)
+    assert not torch.equal(parts[0][:, 0], parts[1][:, 0])
+
+
+def test_times_of_a_sample_are_of_one_kind() -> None:
+    t, r = sample_times(16, SHIFT, TimeRatios(), torch.Generator().manual_seed(0), each=3)
+    assert t.shape == r.shape == (16, 3)
+    assert (set((t == r).sum(1).tolist()), set((r == 0).sum(1).tolist())) == ({0, 3}, {0, 3})
+    assert (int((t == r).all(1).sum()), int((r == 0).all(1).sum())) == (8, 4)
+    assert all(len(set(row.tolist())) == 3 for row in t)
+
+
+# --- stage 1
+
+
+def direct_loss(backbone: Backbone, x: Tensor, text: Tensor, step: Draws, g: float, d: float) -> Tensor:
+    """Alg. 1 under teacher forcing, sample by sample and call by call."""
+    settings = schema.FlowMap()
+    partition, noisy = TeacherForcing(CAUSAL).window(step)
+    t, r = sample_times(
+        step.count, SHIFT, TimeRatios(settings.boundary, settings.to_zero), step.generator("times"), noisy
+    )
+    order = (t != r).any(1).to(torch.uint8).argsort(stable=True)
+    lengths = torch.tensor(partition[-noisy:])
+    t, r = (time[order].repeat_interleave(lengths, dim=1) for time in (t, r))
+    start, stop = sum(partition[:-noisy]), sum(partition)
+    eps = step.noise("noise", (stop - start, *SHAPE[1:]))
+    weight, errors = loss_weight("beta", SHIFT), []
+    for i in range(len(x)):
+        video, at, to = x[i : i + 1, :stop], t[i : i + 1], r[i : i + 1]
+        clean, noise = video[:, start:], eps[i : i + 1]
+        v, z = noise - clean, interpolate(clean, noise, at)
+
+        def ask(condition: Tensor, z: Tensor, at: Tensor, to: Tensor, video: Tensor = video) -> Tensor:
+            return TeacherForced(backbone.velocity("student", condition), video, partition, noisy)(z, at, to)
+
+        with torch.no_grad():
+            null = ask(NEGATIVE[None], z, at, to)
+            up, down = (at + d).clamp(max=1), torch.maximum(at - d, to)
+            column = (..., None, None, None)
+            plus = ask(text[i : i + 1], z + (up - at)[column] * v, up, to)
+            minus = ask(text[i : i + 1], z - (at - down)[column] * v, down, to)
+            du = (plus - minus) / ((up - down)[column] * g)
+            du = torch.where((at > to)[column], du, 0)
+        u = (ask(text[i : i + 1], z, at, to) - (1 - g) * null) / g
+        errors.append((u - v + (at - to)[column] * du).square().mean((2, 3, 4)))
+    error = torch.cat(errors)
+    boundary = t == r
+    level = torch.where(boundary, 1, error[boundary].mean().detach() / (error.detach() + 1e-5))
+    return (weight(t) * level * error).mean()
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 4, 5])
+def test_the_loss_is_alg_1_under_teacher_forcing(step: int) -> None:
+    backbone, data = roles(), batch(4)
+    settings = schema.FlowMap(text_dropout=0.0)
+    term = FlowMapTerm(backbone, NEGATIVE, settings, SHIFT, TeacherForcing(CAUSAL))
+    loss, report = term(data, draws(step, 4))
+    expected = direct_loss(backbone, data.latents, data.text, draws(step, 4), 3.0, 0.005)
+    torch.testing.assert_close(loss, expected, rtol=2e-4, atol=1e-6)
+    parameters = backbone.parameters_of("student")
+    ours, theirs = (torch.autograd.grad(x, parameters, allow_unused=True) for x in (loss, expected))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+    window = TeacherForcing(CAUSAL).window(draws(step))
+    frames = sum(window.partition[-window.noisy :])
+    assert report["boundary"][1] + report["non_boundary"][1] == 4 * frames
+
+
+def test_some_of_those_steps_have_compressed_context_and_some_none() -> None:
+    lengths = {len(TeacherForcing(CAUSAL).window(draws(step, 4)).partition) for step in (1, 2, 3, 4, 5)}
+    assert 2 in lengths
+    assert len(lengths) > 1
+
+
+@pytest.mark.parametrize("given", [0.0, 1.0])
+def test_a_later_chunk_never_changes_an_earlier_chunks_loss(
+    monkeypatch: pytest.MonkeyPatch, given: float
+) -> None:
+    """Nor frames after the window any loss at all."""
+    import anyflow_cli.flow.losses as flow_objective
+
+    found: list[Tensor] = []
+    original = flow_objective.flow_map_loss
+
+    def noting(*arguments: Any, **options: Any) -> Any:
+        result = original(*arguments, **options)
+        found.append(result.errors)
+        return result
+
+    monkeypatch.setattr(flow_objective, "flow_map_loss", noting)
+    backbone, view = roles(), TeacherForcing(CAUSAL, given)
+    term = FlowMapTerm(backbone, NEGATIVE, schema.FlowMap(text_dropout=0.0), SHIFT, view)
+    for step in range(1, 5):
+        seen = view(videos(), draws(step))
+        for changed in range(SHAPE[0]):
+            data = batch()
+            term(data, draws(step))
+            data.latents[:, changed] += 1
+            term(data, draws(step))
+            before, after = found[-2:]
+            last = _untouched(seen, changed)
+            torch.testing.assert_close(after[:, :last], before[:, :last], rtol=0, atol=0)
+            if changed < seen.frames.stop:
+                assert not torch.equal(after[:, last:], before[:, last:])
+
+
+def _untouched(view: View, changed: int) -> int:
+    """How many noised frames belong to chunks before the one that frame ``changed`` of the video is in."""
+    assert view.chunks is not None
+    ends = [sum(view.chunks[: i + 1]) for i in range(len(view.chunks))]
+    return max((end for end in ends if view.frames.start + end <= changed), default=0)
+
+
+def test_a_bidirectional_step_is_taken_now_and_then(tmp_path: Path) -> None:
+    seen: list[bool] = []
+    run = trainer(
+        tmp_path, "causal-flow-map", steps=40, checkpoint_every=40,
+        hooks={"on_step": lambda step, values: seen.append("bidirectional_loss" in values)},
+    )  # fmt: skip
+    run.run()
+    assert 8 <= sum(seen) <= 24  # a share of 0.4
+
+
+# --- stage 2
+
+
+def policy(backbone: Backbone, **changes: Any) -> OnPolicyTerms:
+    return OnPolicyTerms(backbone, NEGATIVE, schema.Distill(**changes), SHIFT, CAUSAL)
+
+
+def test_every_chunk_is_made_by_three_jumps_over_the_clean_past() -> None:
+    """Without a cache: each jump in one teacher-forcing pass over the chunks before it, all kept in full."""
+    causal = schema.Causal(partition=(1, 2, 1, 2), full_chunks=4)
+    network = causal_from(small.network(), Causal.from_recipe(causal))
+    backbone, data = Backbone(network), batch()
+    terms = OnPolicyTerms(backbone, NEGATIVE, schema.Distill(), SHIFT, causal)
+    for step in range(1, 4):
+        x = terms._rollout(data, draws(step), "rollout")
+        steps, k = simulation.draw_segment(schema.Distill().budgets, draws(step).generator("rollout"))
+        noise, made = draws(step).noise("rollout-start", SHAPE), torch.zeros(2, 0, *SHAPE[1:])
+        for i, frames in enumerate(causal.partition):
+            start = sum(causal.partition[:i])
+            z = noise[:, start : start + frames]
+            seen = torch.cat((made, z), dim=1)  # the last chunk's own clean copy is seen by none
+            model = TeacherForced(
+                backbone.velocity("student", data.text), seen, causal.partition[: i + 1], noisy=1
+            )
+            made = torch.cat((made, simulation.flow_map_rollout(model, z, steps, k, SHIFT)), dim=1)
+        torch.testing.assert_close(x, made, rtol=1e-4, atol=1e-5)
+
+
+class Jumps:
+    """A velocity that notes its outputs, to ask later whether a gradient came to them."""
+
+    def __init__(self, made: list[Tensor]) -> None:
+        self.made = made
+
+    def over(self, model: Velocity) -> Any:
+        def velocity(z: Tensor, t: Tensor, r: Tensor) -> Tensor:
+            u = model(z, t, r)
+            u.retain_grad()
+            self.made.append(u)
+            return u
+
+        return velocity
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_gradient_reaches_every_chunks_three_jumps_and_no_other_chunk(lora: bool) -> None:
+    backbone = roles(lora=lora)
+    made: list[Tensor] = []
+    jumps = Jumps(made)
+
+    def simulate(model: Velocity, noise: Tensor, _: int) -> Tensor:
+        return simulation.flow_map_rollout(jumps.over(model), noise, 4, 1, SHIFT)
+
+    noise = videos()
+    model = backbone.velocity("student", batch().text)
+    x = roll_out(model, noise, CAUSAL.partition, simulate, given=noise[:, :0])
+    assert len(made) == 3 * len(CAUSAL.partition)
+    last = x[:, -CAUSAL.partition[-1] :].square().sum()
+    torch.autograd.backward(last, retain_graph=True)
+    reached = [u.grad is not None and bool(u.grad.abs().sum() > 0) for u in made]
+    assert reached == [False] * 9 + [True] * 3  # the cache carries none to the chunks before
+    torch.autograd.backward(x.square().sum())
+    assert all(u.grad is not None and u.grad.abs().sum() > 0 for u in made)
+
+
+def test_cached_keys_carry_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    from anyflow_cli.model.kv_cache import KeyCache
+
+    backbone, caches = roles(), []
+    add = KeyCache.add
+
+    def noting(self: KeyCache, *arguments: Any) -> None:
+        add(self, *arguments)
+        caches.append(self._memory)
+
+    monkeypatch.setattr(KeyCache, "add", noting)
+    x = policy(backbone)._rollout(batch(), draws(), "rollout")
+    assert x.requires_grad
+    assert len(caches) == 3
+    assert not any(part.requires_grad for memory in caches for layer in memory.layers for part in layer)
+
+
+def matching_gradients(backbone: Backbone, **changes: Any) -> list[Tensor]:
+    loss, _ = policy(backbone, **changes).matching(batch(), draws(3))
+    parameters = backbone.parameters_of("student")
+    found = torch.autograd.grad(loss, parameters, allow_unused=True)
+    return [torch.zeros(1) if gradient is None else gradient for gradient in found]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("simulated", ["flow-map", "consistency"])
+def test_recomputing_jumps_gives_the_same_gradient(lora: bool, simulated: str, checkpointing: bool) -> None:
+    backbone = roles("student", "real", "fake", lora=lora)
+    for parameter in backbone.parameters_of("student"):
+        parameter.data += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    kept = matching_gradients(backbone, simulation=simulated)
+    backbone.network_of("student").gradient_checkpointing = checkpointing
+    again = matching_gradients(backbone, simulation=simulated, recompute_rollout=True)
+    assert any(gradient.abs().sum() > 0 for gradient in kept)
+    for a, b in zip(again, kept, strict=True):  # keys of the past are made in one pass, not one by one
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_block_checkpointing_alone_finds_the_cache_as_it_was() -> None:
+    backbone = roles("student", "real", "fake")
+    kept = matching_gradients(backbone)
+    backbone.network_of("student").gradient_checkpointing = True
+    for a, b in zip(matching_gradients(backbone), kept, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_recomputing_holds_no_more_for_more_chunks() -> None:
+    """Bytes kept between forward and backward: of each chunk its latents, instead of its graph."""
+    held = {}
+    for recomputes in (False, True):
+        for partition in ((1, 1, 1, 1), (1,) * 8):
+            causal = schema.Causal(partition=partition, full_chunks=2)
+            network = causal_from(small.network(), Causal.from_recipe(causal)).requires_grad_(True)
+            settings = schema.Distill(recompute_rollout=recomputes)
+            terms = OnPolicyTerms(Backbone(network), NEGATIVE, settings, SHIFT, causal)
+            latents = torch.zeros(2, len(partition), 4, 8, 8)
+            with saved_bytes() as saved:
+                terms._rollout(replace(batch(), latents=latents), draws(), "rollout")
+            held[recomputes, len(partition)] = saved[0]
+    assert held[False, 8] > 1.9 * held[False, 4]
+    assert held[True, 8] < 0.05 * held[False, 8]
+
+
+@contextmanager
+def saved_bytes() -> Iterator[list[int]]:
+    """Bytes that autograd's graphs keep; what a checkpoint keeps itself are its inputs, latents."""
+    saved = [0]
+
+    def keep(tensor: Tensor) -> Tensor:
+        saved[0] += tensor.nbytes
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        yield saved
+
+
+def test_a_rollout_continues_what_is_given() -> None:
+    backbone, data = roles(), batch()
+    terms = policy(backbone, flow_map={"given": 1.0})
+    for step in range(1, 4):
+        known = given_frames(CAUSAL, 1.0, draws(step).generator("rollout-given"))
+        x = terms._rollout(data, draws(step), "rollout")
+        torch.testing.assert_close(x[:, :known], data.latents[:, :known], rtol=0, atol=0)
+        assert x[:, known:].grad_fn is not None
+        other = batch()
+        other.latents[:, known:] += 1  # what is not given is not seen
+        torch.testing.assert_close(terms._rollout(other, draws(step), "rollout"), x, rtol=0, atol=0)
+        other.latents[:, 0] += 1
+        assert not torch.allclose(terms._rollout(other, draws(step), "rollout")[:, known:], x[:, known:])
+
+
+def test_consistency_simulation_ends_every_chunk_at_one_step() -> None:
+    """Self-Forcing's way: the prediction at the exit step is the chunk, and the past of those after it."""
+    backbone, data = roles(), batch()
+    terms = policy(backbone, simulation="consistency", consistency_steps=1)
+    x = terms._rollout(data, draws(), "rollout")
+    model, noise = backbone.velocity("student", data.text), draws().noise("rollout-start", SHAPE)
+    expected = roll_out(
+        model, noise, CAUSAL.partition,
+        lambda model, z, _: flow_map(model, z, full_time(1.0, z), full_time(0.0, z)),
+        given=noise[:, :0],
+    )  # fmt: skip
+    torch.testing.assert_close(x, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_scores_see_the_whole_video_bidirectionally(monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = roles("student", "real", "fake", lora=True)
+    network, layouts = backbone.network_of("real"), []
+    forward = type(network).forward
+
+    def noting(self: Any, z: Tensor, t: Tensor, r: Tensor, text: Any, layout: Any = None, *rest: Any) -> Any:
+        layouts.append((layout, z.shape[1]))
+        return forward(self, z, t, r, text, layout, *rest)
+
+    monkeypatch.setattr(type(network), "forward", noting)
+    policy(backbone).matching(batch(), draws())
+    assert layouts[-2:] == [(None, SHAPE[0])] * 2  # fake; then real, guided in one batch
+    assert sum(layout is None for layout, _ in layouts) == 2
+    assert CONFIG.causal is None
