@@ -56,7 +56,7 @@ def examine(recipe: Recipe, runs: Path) -> Iterator[Finding]:
         ("memory", memory),
         ("disk", lambda: disk(runs)),
         ("runs directory", lambda: writable(runs)),
-        ("video files", ffmpeg),
+        ("video files", check_ffmpeg),
         ("built-in models", built_in_models),
         ("teacher", lambda: teacher(recipe)),
         ("precision", lambda: precision(recipe)),
@@ -207,7 +207,7 @@ def writable(runs: Path) -> Finding:
     return Finding("runs directory", "ok", f"{runs} can be written")
 
 
-def ffmpeg() -> Finding:
+def check_ffmpeg() -> Finding:
     """The encoder behind every mp4, started once."""
     import imageio_ffmpeg
 
@@ -224,10 +224,10 @@ def built_in_models() -> Finding:
     """The small models of the package, each weight file opened: a clone without LFS leaves stand-ins."""
     from safetensors import SafetensorError, safe_open
 
-    from anyflow_cli.model.pipeline_io import BUILT_IN, resolve
+    from anyflow_cli.model.pipeline_io import BUILT_IN, resolve_pipeline
 
     for name in BUILT_IN:
-        files = sorted(resolve(name).rglob("*.safetensors"))
+        files = sorted(resolve_pipeline(name).rglob("*.safetensors"))
         for file in files:
             try:
                 with safe_open(file, framework="np") as opened:
@@ -239,11 +239,11 @@ def built_in_models() -> Finding:
 
 def teacher(recipe: Recipe) -> Finding:
     """Whether the recipe's teacher is here already; nothing is fetched."""
-    from anyflow_cli.model.pipeline_io import BUILT_IN, read_config, resolve
+    from anyflow_cli.model.pipeline_io import BUILT_IN, read_config, resolve_pipeline
 
     address = recipe.model.teacher
     if address in BUILT_IN or Path(address).expanduser().exists():
-        config = read_config(resolve(address))
+        config = read_config(resolve_pipeline(address))
         text = f"{address}: {config.layers} layers of width {config.dim}"
         return Finding("teacher", "ok", text)
     place = _cached(address)

@@ -29,7 +29,7 @@ from anyflow_cli.model.network import FlowMapTransformer, folded
 from anyflow_cli.model.pipeline_io import save_pipeline
 from anyflow_cli.recipe.schema import Recipe
 from anyflow_cli.runs.open import is_checkpoint, locate, open_model, run_of, trained_weights
-from anyflow_cli.utils.files import committed
+from anyflow_cli.utils.files import atomic_write
 
 Format = Literal["diffusers", "merged", "comfyui", "adapter"]
 ADAPTER = "adapter"  # where a finished run keeps its own
@@ -56,7 +56,7 @@ NAMES: tuple[tuple[str, str], ...] = (
 )  # fmt: skip
 
 
-def export(address: str, recipe: Recipe, kind: Format, out: Path, dtype: str | None = None) -> Path:
+def export_model(address: str, recipe: Recipe, kind: Format, out: Path, dtype: str | None = None) -> Path:
     """Write the model at ``address`` as ``kind``; gives the folder or file that was made."""
     target = destination(kind, out)
     if kind == "adapter":
@@ -128,5 +128,5 @@ def _write(path: Path, weights: Mapping[str, Tensor], metadata: dict[str, str], 
 
     kind = DTYPES[dtype] if dtype else None
     stored = {name: weight.detach().to("cpu", kind).contiguous() for name, weight in weights.items()}
-    with committed(path) as temporary:
+    with atomic_write(path) as temporary:
         save_file(stored, temporary, metadata={"format": "pt", **metadata})

@@ -21,7 +21,7 @@ import torch
 from measure import Row, autocast, parser, print_head, report, sizes
 from torch import Tensor
 
-from anyflow_cli.flow.velocity import full_time
+from anyflow_cli.flow.velocity import batch_time
 from anyflow_cli.model.causal import TeacherForced, chunks_of
 from anyflow_cli.model.conditioned import Conditioned
 from anyflow_cli.model.config import NetworkConfig
@@ -105,7 +105,7 @@ class Both:
         z = self.noise[:, self.chunks[-1].slice]
 
         def step() -> Tensor:
-            return cache.next(model)(z, full_time(T, z), full_time(R, z))
+            return cache.next(model)(z, batch_time(T, z), batch_time(R, z))
 
         def keep() -> Tensor:
             copy.copy(before).add(self.x[:, self.chunks[-2].slice], model)  # over the same memory
@@ -161,7 +161,7 @@ class Both:
 
         def forward() -> Tensor:
             model = TeacherForced(Conditioned(self.ours, self.text), self.x, self.partition)
-            return model(z, full_time(T, z), full_time(R, z))
+            return model(z, batch_time(T, z), batch_time(R, z))
 
         return forward
 

@@ -28,7 +28,7 @@ from anyflow_cli.model.precision import autocast
 from anyflow_cli.plan.hardware import this_machine
 from anyflow_cli.recipe import schema
 from anyflow_cli.train import objectives
-from anyflow_cli.train.rng import Draws
+from anyflow_cli.train.rng import StepRng
 
 
 @dataclass(frozen=True)
@@ -54,22 +54,22 @@ SIZES = {
     ),
 }  # fmt: skip
 SHIFT = 5.0
-STAGE_ONE = schema.FlowMap()
-WITHOUT_QUOTIENT = schema.FlowMap(boundary=1.0, to_zero=0.0)
-OPTIMISER = schema.Optimiser()
+STAGE_ONE = schema.FlowMapSection()
+WITHOUT_QUOTIENT = schema.FlowMapSection(boundary=1.0, to_zero=0.0)
+OPTIMISER = schema.OptimizerSection()
 
 
 def on_policy(backbone: Backbone, negative: torch.Tensor, **changes: object) -> objectives.Objective:
     """Stage 2 without the joint loss, as Table 5 measures it."""
     return objectives.on_policy(
-        backbone, negative, schema.Distill.model_validate({"joint": False, **changes}), SHIFT
+        backbone, negative, schema.DistillSection.model_validate({"joint": False, **changes}), SHIFT
     )
 
 
 def iterations(backbone: Backbone, negative: torch.Tensor) -> dict[str, objectives.Objective]:
     """What is measured, by name; flow matching first."""
 
-    def first(name: str, settings: schema.FlowMap) -> objectives.Objective:
+    def first(name: str, settings: schema.FlowMapSection) -> objectives.Objective:
         return objectives.stage_one(name, backbone, negative, settings, OPTIMISER, SHIFT)  # type: ignore[arg-type]
 
     return {
@@ -151,7 +151,7 @@ def _runs(
 
     def iteration(objective: objectives.Objective) -> Callable[[int], None]:
         def run(step: int) -> None:
-            draws = Draws(0, step, count, tuple(range(count)))
+            draws = StepRng(0, step, count, tuple(range(count)))
             for phase in objective.phases:
                 for term in phase.terms:
                     with autocast("bf16" if gpu else "fp32", kind):

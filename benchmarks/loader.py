@@ -28,7 +28,7 @@ import torch
 from anyflow_cli.data.dataset import Batches, LatentData
 from anyflow_cli.data.shard_index import ROW, index_path
 from anyflow_cli.data.shards import (
-    Sample,
+    LatentSample,
     ShardRecord,
     shard_path,
     shard_ranges,
@@ -47,7 +47,7 @@ def make_data(directory: Path, count: int, shard_size: int) -> None:
     latents, text = torch.randn(WAN).bfloat16(), torch.randn(TEXT).bfloat16()
     records = [
         write_shard(
-            shard_path(directory, number), (Sample(i, f"caption {i}", latents, text) for i in indices)
+            shard_path(directory, number), (LatentSample(i, f"caption {i}", latents, text) for i in indices)
         )
         for number, indices in enumerate(shard_ranges(count, shard_size))
     ]

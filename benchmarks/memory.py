@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator, Mapping
 
-from anyflow_cli.plan.hardware import GIB, parse_cluster
+from anyflow_cli.plan.hardware import GIB, parse_hardware
 from anyflow_cli.plan.stages import Stage, stage_two, target_of
 from anyflow_cli.plan.steps import BASE
 from anyflow_cli.recipe.load import load_recipe
@@ -55,7 +55,7 @@ def ways(recipe: str, processes: int) -> Iterator[tuple[str, Mapping[str, int]]]
 def planned(recipe: str, processes: int, *changes: str) -> Stage:
     """Stage 2 of a recipe on GPUs without bound."""
     resolved = load_recipe(recipe, [*ALONE, *changes])
-    return stage_two(target_of(resolved, parse_cluster(f"{processes}x80GB")))
+    return stage_two(target_of(resolved, parse_hardware(f"{processes}x80GB")))
 
 
 if __name__ == "__main__":

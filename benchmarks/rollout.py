@@ -16,14 +16,14 @@ from anyflow_cli.data.dataset import Batch
 from anyflow_cli.flow.simulation import draw_segment
 from anyflow_cli.model.backbone import Backbone
 from anyflow_cli.model.causal import causal_from
-from anyflow_cli.model.config import Causal
+from anyflow_cli.model.config import CausalConfig
 from anyflow_cli.model.network import two_time_from
-from anyflow_cli.model.pipeline_io import load_network, resolve
+from anyflow_cli.model.pipeline_io import load_network, resolve_pipeline
 from anyflow_cli.model.precision import autocast, resolve_precision
 from anyflow_cli.recipe.load import load_recipe
 from anyflow_cli.recipe.schema import Recipe
 from anyflow_cli.train.objectives import OnPolicyTerms
-from anyflow_cli.train.rng import Draws
+from anyflow_cli.train.rng import StepRng
 from tests.plan.small import Live
 
 SAMPLES = 8
@@ -53,8 +53,8 @@ def measure(recipe: Recipe) -> tuple[float, float, float]:
     """MiB held between forward and backward, at the peak, and seconds of the processor."""
     causal, frames = recipe.model.causal, (recipe.model.frames - 1) // 4 + 1
     assert causal is not None
-    teacher, own = (load_network(resolve("tiny"), torch.float32) for _ in range(2))
-    student = causal_from(two_time_from(own), Causal.from_recipe(causal))
+    teacher, own = (load_network(resolve_pipeline("tiny"), torch.float32) for _ in range(2))
+    student = causal_from(two_time_from(own), CausalConfig.from_recipe(causal))
     backbone = Backbone(student, ("student", "real", "fake"), teacher=teacher)
     batch = Batch(
         torch.randn(SAMPLES, frames, 8, 8, 8), torch.randn(SAMPLES, 32, 64), [""] * SAMPLES, range(SAMPLES)
@@ -70,12 +70,12 @@ def measure(recipe: Recipe) -> tuple[float, float, float]:
     return held / MIB, (live.peak - before) / MIB, time.process_time() - since
 
 
-def three_jumps(recipe: Recipe) -> Draws:
+def three_jumps(recipe: Recipe) -> StepRng:
     """Draws of the first step whose rollout has no jump of zero length."""
     step = 0
     while True:
         step += 1
-        draws = Draws(0, step, SAMPLES, tuple(range(SAMPLES)))
+        draws = StepRng(0, step, SAMPLES, tuple(range(SAMPLES)))
         steps, k = draw_segment(recipe.distill.budgets, draws.generator("rollout"))
         if 0 < k < steps - 1:
             return draws

@@ -22,16 +22,16 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from anyflow_cli.data.shapes_world import WORLDS, render
-from anyflow_cli.evaluate.per_chunk import Along
-from anyflow_cli.evaluate.report.figures import LIGHT, chunks_png
+from anyflow_cli.evaluate.per_chunk import ChunkCurves
+from anyflow_cli.evaluate.report.figures import LIGHT_FIGURE, chunks_png
 from anyflow_cli.evaluate.results import RESULTS
 from anyflow_cli.evaluate.shapes.suite import PROMPT_SEED, ShapesSuite
 from anyflow_cli.recipe.load import load_recipe
 from anyflow_cli.recipe.schema import Recipe
 from anyflow_cli.runs.paths import RunPaths
-from anyflow_cli.sample.output import GIVEN, RECORD
-from anyflow_cli.sample.sampler import Sampler
-from anyflow_cli.utils.contact_sheet import Row, contact_sheet
+from anyflow_cli.sample.output import GIVEN, SAMPLES_JSON
+from anyflow_cli.sample.sampler import VideoSampler
+from anyflow_cli.utils.contact_sheet import SheetRow, contact_sheet
 
 PROMPTS = 5
 STEPS = (1, 4, 32)
@@ -56,10 +56,10 @@ def chain(args: argparse.Namespace) -> None:
     }
     prompts = ShapesSuite().prompts(PROMPTS)
     videos = [
-        list(Sampler.load(address, recipe).videos(prompts, _seeds(recipe), steps, PROMPTS))
+        list(VideoSampler.load(address, recipe).videos(prompts, _seeds(recipe), steps, PROMPTS))
         for address, steps in columns.values()
     ]
-    rows = [Row(prompt, [column[i] for column in videos]) for i, prompt in enumerate(prompts)]
+    rows = [SheetRow(prompt, [column[i] for column in videos]) for i, prompt in enumerate(prompts)]
     contact_sheet(rows, list(columns), frames=3).save(args.out, optimize=True)
 
 
@@ -67,11 +67,11 @@ def given(args: argparse.Namespace) -> None:
     """Let the run's model go on from the first frames of clips that it never saw."""
     recipe = load_recipe(args.recipe)
     scenes = [WORLDS[recipe.data.world].scene(PROMPT_SEED + i) for i in range(PROMPTS)]
-    sampler = Sampler.load(str(RunPaths(args.runs, recipe.name).stage_2("flow-map") / "model"), recipe)
+    sampler = VideoSampler.load(str(RunPaths(args.runs, recipe.name).stage_2("flow-map") / "model"), recipe)
     sampler.begin(np.stack([render(scene, args.frames) for scene in scenes]))
     prompts = [scene.caption for scene in scenes]
     videos = [list(sampler.videos(prompts, _seeds(recipe), steps, PROMPTS)) for steps in STEPS]
-    rows = [Row(prompt, [column[i] for column in videos]) for i, prompt in enumerate(prompts)]
+    rows = [SheetRow(prompt, [column[i] for column in videos]) for i, prompt in enumerate(prompts)]
     headings = [f"{steps} step{'s' * (steps > 1)}" for steps in STEPS]
     contact_sheet(rows, headings, frames=5, given=args.frames, note=GIVEN).save(args.out, optimize=True)
 
@@ -97,11 +97,11 @@ def along(args: argparse.Namespace) -> None:
 
 def stream(args: argparse.Namespace) -> None:
     """One line a number of steps; the dot at its start is the first frame."""
-    record = json.loads((args.sampling / RECORD).read_text())
+    record = json.loads((args.sampling / SAMPLES_JSON).read_text())
     fps = record["settings"]["fps"]
-    figure = Figure(figsize=(7, 3.8), dpi=150, facecolor=LIGHT.paper, layout="constrained")
+    figure = Figure(figsize=(7, 3.8), dpi=150, facecolor=LIGHT_FIGURE.paper, layout="constrained")
     axes = figure.subplots()
-    for colour, entry in zip(LIGHT.lines, record["samples"], strict=False):
+    for colour, entry in zip(LIGHT_FIGURE.lines, record["samples"], strict=False):
         seconds, frames = np.array(entry["parts"]).T
         first, last = seconds[0], seconds[-1]
         label = f"{entry['nfe']} steps a chunk: first frame after {first:.2f} s, all after {last:.2f} s"
@@ -113,13 +113,13 @@ def stream(args: argparse.Namespace) -> None:
     axes.set_title(f"a streamed video of {record['settings']['frames']} frames, played at {fps} a second")
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)
-    axes.grid(color=LIGHT.faint, lw=0.6)
+    axes.grid(color=LIGHT_FIGURE.faint, lw=0.6)
     axes.legend(frameon=False, fontsize=8, loc="lower right")
     figure.savefig(args.out, format="png")
 
 
-def _along(entry: dict[str, Any]) -> Along:
-    return replace(Along(**entry["chunks"]), partition=tuple(entry["chunks"]["partition"]))
+def _along(entry: dict[str, Any]) -> ChunkCurves:
+    return replace(ChunkCurves(**entry["chunks"]), partition=tuple(entry["chunks"]["partition"]))
 
 
 def _seeds(recipe: Recipe) -> list[int]:

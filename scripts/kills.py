@@ -23,7 +23,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from anyflow_cli.runs.checkpoint import complete, step_of
+from anyflow_cli.runs.checkpoint import checkpoint_step, complete
 from tests.train.small import same_run, trainer
 
 LONGEST = 0.25  # seconds from a start's first checkpoint to its kill
@@ -40,7 +40,7 @@ def start(directory: Path, steps: int, lora: bool) -> int:
 
 def newest(directory: Path) -> int:
     """The step it would continue from."""
-    return max(map(step_of, complete(directory / "checkpoints")), default=0)
+    return max(map(checkpoint_step, complete(directory / "checkpoints")), default=0)
 
 
 def kill_once(directory: Path, steps: int, lora: bool, wait: float) -> tuple[int, bool]:

@@ -13,14 +13,16 @@ import torch
 
 from anyflow_cli import doctor
 from anyflow_cli.doctor import Finding, examine
-from anyflow_cli.recipe.schema import Model, Recipe
+from anyflow_cli.recipe.schema import ModelSection, Recipe
 from tests.tiny_pipeline import make_wan_folder
 
 Usage = namedtuple("Usage", "total used free")
 
 
 def recipe(teacher: str = "tiny", precision: str = "fp32") -> Recipe:
-    return Recipe(name="test", model=Model.model_validate({"teacher": teacher, "precision": precision}))
+    return Recipe(
+        name="test", model=ModelSection.model_validate({"teacher": teacher, "precision": precision})
+    )
 
 
 def finding_of(name: str, recipe: Recipe, runs: Path) -> Finding:

@@ -11,13 +11,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from anyflow_cli.errors import UsageError
-from anyflow_cli.export import COMFYUI_PREFIX, export, original_name, write_comfyui, write_merged
+from anyflow_cli.export import COMFYUI_PREFIX, export_model, original_name, write_comfyui, write_merged
 from anyflow_cli.model.backbone import Backbone, LoraSize
 from anyflow_cli.model.config import NetworkConfig
 from anyflow_cli.model.network import FlowMapTransformer, two_time_from
 from anyflow_cli.model.pipeline_io import load_network, save_pipeline
 from anyflow_cli.recipe.compare import dump
-from anyflow_cli.recipe.schema import Lora, Model, Recipe
+from anyflow_cli.recipe.schema import LoraSection, ModelSection, Recipe
 from anyflow_cli.runs import checkpoint
 from anyflow_cli.runs.open import open_model
 from tests.tiny_pipeline import make_wan_folder
@@ -100,8 +100,8 @@ def wan(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def recipe_for(wan: Path, lora: bool = False) -> Recipe:
-    size = Lora(rank=4, alpha=8) if lora else None
-    return Recipe(name="test", model=Model(teacher=str(wan), lora=size, shift=3.0))
+    size = LoraSection(rank=4, alpha=8) if lora else None
+    return Recipe(name="test", model=ModelSection(teacher=str(wan), lora=size, shift=3.0))
 
 
 def make_run(folder: Path, wan: Path, lora: bool) -> FlowMapTransformer:
@@ -114,7 +114,7 @@ def make_run(folder: Path, wan: Path, lora: bool) -> FlowMapTransformer:
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)))
     average = backbone.state_dict_of("student")
     weights = {name: torch.zeros_like(tensor) for name, tensor in average.items()}
-    state = checkpoint.State(7, {"student": weights, "ema": average}, {}, {})
+    state = checkpoint.CheckpointState(7, {"student": weights, "ema": average}, {}, {})
     checkpoint.save(folder / "checkpoints", state, keep=2)
     (folder / "recipe.yaml").write_text(dump(recipe))
     (folder / "lineage.json").write_text(json.dumps({"stage": "train_flowmap", "base": str(wan)}))
@@ -172,7 +172,7 @@ def test_a_checkpoint_becomes_a_folder_that_diffusers_opens(wan: Path, tmp_path:
     from diffusers import AnyFlowPipeline
 
     expected = make_run(tmp_path / "run", wan, lora=True)
-    made = export(str(tmp_path / "run"), recipe_for(wan), "diffusers", tmp_path / "out")
+    made = export_model(str(tmp_path / "run"), recipe_for(wan), "diffusers", tmp_path / "out")
     pipeline = AnyFlowPipeline.from_pretrained(made)
     assert pipeline.scheduler.config.shift == 3.0
     assert_same(expected, pipeline.transformer)
@@ -189,9 +189,9 @@ def test_an_adapter_merges_in_peft_to_the_trained_network(wan: Path, tmp_path: P
     expected = make_run(tmp_path / "run", wan, lora=True)
     recipe = recipe_for(wan)
     if place != "run":
-        export(str(tmp_path / "run"), recipe, "adapter", tmp_path / "run" / "adapter")
+        export_model(str(tmp_path / "run"), recipe, "adapter", tmp_path / "run" / "adapter")
         save_pipeline(tmp_path / "run" / "model", expected, wan, {})
-    made = export(str(tmp_path / "run"), recipe, "adapter", tmp_path / "out")
+    made = export_model(str(tmp_path / "run"), recipe, "adapter", tmp_path / "out")
     start = two_time_from(load_network(wan))
     base = AnyFlowTransformer3DModel.from_config(start.config.to_diffusers())
     base.load_state_dict(start.state_dict())
@@ -204,14 +204,14 @@ def test_a_model_trained_whole_has_no_adapter(wan: Path, tmp_path: Path) -> None
     make_run(tmp_path / "run", wan, lora=False)
     for address in (tmp_path / "run", wan):
         with pytest.raises(UsageError, match="has no adapter"):
-            export(str(address), recipe_for(wan), "adapter", tmp_path / "out")
+            export_model(str(address), recipe_for(wan), "adapter", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_a_folder_keeps_the_type_of_its_weights(wan: Path, tmp_path: Path) -> None:
     recipe = recipe_for(wan)
-    half = export(str(wan), recipe, "diffusers", tmp_path / "half", "bf16")
-    kept = export(str(half), recipe, "merged", tmp_path / "kept.safetensors")
+    half = export_model(str(wan), recipe, "diffusers", tmp_path / "half", "bf16")
+    kept = export_model(str(half), recipe, "merged", tmp_path / "kept.safetensors")
     assert {weight.dtype for weight in load_file(kept).values()} == {torch.bfloat16}
 
 
@@ -221,7 +221,7 @@ def test_nothing_is_written_over(wan: Path, tmp_path: Path, kind: str) -> None:
         (tmp_path / name).write_text("mine")
     out = tmp_path / ("file.safetensors" if kind in ("merged", "comfyui") else "taken")
     with pytest.raises(UsageError, match="exists already"):
-        export(str(wan), recipe_for(wan), kind, out)  # type: ignore[arg-type]
+        export_model(str(wan), recipe_for(wan), kind, out)  # type: ignore[arg-type]
     assert out.read_text() == "mine"
 
 

@@ -90,7 +90,7 @@ def facts_table(values: Mapping[str, Any]) -> Table:
     return table
 
 
-def print_plan(
+def print_dry_run(
     command: str, facts: Mapping[str, Any], *, as_json: bool, recipe: Recipe | None = None
 ) -> None:
     """Print what ``--dry-run`` found: everything resolved and checked, nothing loaded or written.

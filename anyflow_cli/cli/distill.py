@@ -19,8 +19,8 @@ from anyflow_cli.cli.options import (
     SeedOption,
     SetOption,
     examples,
-    print_plan,
-    resolve,
+    load_settings,
+    print_dry_run,
 )
 from anyflow_cli.cli.train import run_stage, stage_facts
 from anyflow_cli.cli.train_flowmap import StepsOption
@@ -73,19 +73,21 @@ def distill(
         "--seed": ("distill.seed", seed),
         "--nproc": ("launch.processes", processes),
     }
-    settings = resolve(recipe, assignments, options)
+    settings = load_settings(recipe, assignments, options)
     paths = RunPaths(runs, settings.name)
     facts = {"simulation": settings.distill.simulation, "joint stage-1 loss": settings.distill.joint}
     from anyflow_cli.plan.requirements import missing_facts
 
     if dry_run and (missing := missing_facts(settings, paths, "distill")):
-        return print_plan("distill", facts | missing, as_json=as_json, recipe=settings)
+        return print_dry_run("distill", facts | missing, as_json=as_json, recipe=settings)
     from anyflow_cli.runs.lineage import check_run
     from anyflow_cli.train.stages import distill_inputs
 
     inputs = distill_inputs(settings, paths)
     check_run(settings, inputs)
     if dry_run:
-        return print_plan("distill", facts | stage_facts(settings, inputs), as_json=as_json, recipe=settings)
+        return print_dry_run(
+            "distill", facts | stage_facts(settings, inputs), as_json=as_json, recipe=settings
+        )
     if not start_processes(settings.launch):
         run_stage(settings, inputs, "distill", as_json=as_json)

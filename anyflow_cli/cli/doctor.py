@@ -16,8 +16,8 @@ from anyflow_cli.cli.options import (
     RunsOption,
     SetOption,
     examples,
+    load_settings,
     print_result,
-    resolve,
 )
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def doctor(
 
     Ends with exit code 1 if something would. Installs nothing unless told to with --fix.
     """
-    settings = resolve(recipe, assignments)
+    settings = load_settings(recipe, assignments)
 
     from anyflow_cli.doctor import examine, vbench
 

@@ -23,17 +23,17 @@ from anyflow_cli.cli.options import (
     SeedOption,
     SetOption,
     examples,
+    load_settings,
     parse_steps,
-    print_plan,
+    print_dry_run,
     print_result,
-    resolve,
 )
 from anyflow_cli.cli.progress import Progress, in_words
 from anyflow_cli.errors import AnyflowError, UsageError
 
 if TYPE_CHECKING:
-    from anyflow_cli.evaluate.cost import Cost
-    from anyflow_cli.evaluate.generate import Job
+    from anyflow_cli.evaluate.cost import EvaluationCost
+    from anyflow_cli.evaluate.generate import EvaluationJob
     from anyflow_cli.evaluate.protocol import Protocol
     from anyflow_cli.evaluate.results import Evaluation
     from anyflow_cli.recipe.schema import Recipe
@@ -178,19 +178,19 @@ def evaluate(
         "--seed": ("evaluate.seed", seed),
         "--nproc": ("launch.processes", processes),
     }
-    settings = resolve(recipe, assignments, options)
+    settings = load_settings(recipe, assignments, options)
     if export is not None and settings.evaluate.suite == "shapes":
         raise UsageError(
             "--export is for the suites of VBench.", "Add --suite vbench, or leave --export out."
         )
 
     from anyflow_cli.evaluate.external_videos import prepare_given
-    from anyflow_cli.evaluate.registry import questions
-    from anyflow_cli.evaluate.run import prepare
+    from anyflow_cli.evaluate.registry import protocol_for
+    from anyflow_cli.evaluate.run import prepare_evaluation
     from anyflow_cli.runs.open import find_model
     from anyflow_cli.runs.paths import RunPaths
 
-    protocol = questions(settings, prompts, limit)
+    protocol = protocol_for(settings, prompts, limit)
     paths = RunPaths(runs, settings.name)
     directory = out or paths.evaluate
     if compare is not None:
@@ -205,9 +205,9 @@ def evaluate(
     else:
         choice = find_model(settings, paths, model)
         log.info("Model: %s (%s)", *choice)
-        job = prepare(settings, protocol, choice, directory)
+        job = prepare_evaluation(settings, protocol, choice, directory)
     if dry_run:
-        return print_plan("evaluate", _facts(job), as_json=as_json)
+        return print_dry_run("evaluate", _facts(job), as_json=as_json)
     if start_processes(settings.launch):
         return None
     evaluation = _run(job)
@@ -220,7 +220,7 @@ def evaluate(
     _judge(evaluation, fail_below)
 
 
-def _facts(job: Job) -> dict[str, object]:
+def _facts(job: EvaluationJob) -> dict[str, object]:
     """What is asked, what is there, what is still to be made and what it takes."""
     from anyflow_cli.evaluate.cost import cost
 
@@ -242,7 +242,7 @@ def _facts(job: Job) -> dict[str, object]:
     }
 
 
-def _time(job: Job, left: Cost, processes: int) -> str | None:
+def _time(job: EvaluationJob, left: EvaluationCost, processes: int) -> str | None:
     """What the missing videos take: as the finished ones did, else as this machine's GPUs multiply."""
     from anyflow_cli.plan.evaluation import evaluation_seconds
 
@@ -252,14 +252,14 @@ def _time(job: Job, left: Cost, processes: int) -> str | None:
     return None if planned is None else f"{in_words(planned)} without decoding, by the GPUs' peak"
 
 
-def _run(job: Job) -> Evaluation | None:
+def _run(job: EvaluationJob) -> Evaluation | None:
     """Make the videos, and sum up where this is the first process."""
     from anyflow_cli.evaluate.cost import check_room, cost
-    from anyflow_cli.evaluate.generate import Share
-    from anyflow_cli.evaluate.run import evaluate as run
+    from anyflow_cli.evaluate.generate import WorkShare
     from anyflow_cli.evaluate.run import help_make
+    from anyflow_cli.evaluate.run import run_evaluation as run
 
-    share = Share.of_process()
+    share = WorkShare.of_process()
     if share.rank:
         help_make(job, share)
         return None
@@ -275,7 +275,7 @@ def _run(job: Job) -> Evaluation | None:
         return run(job, advance=progress.update, share=share)
 
 
-def _show(job: Job, evaluation: Evaluation, *, as_json: bool) -> None:
+def _show(job: EvaluationJob, evaluation: Evaluation, *, as_json: bool) -> None:
     from anyflow_cli.evaluate.report.page import write_results
     from anyflow_cli.evaluate.report.tables import score_table
 
@@ -285,10 +285,10 @@ def _show(job: Job, evaluation: Evaluation, *, as_json: bool) -> None:
     log.info("Report: %s", files["report.html"])
 
 
-def _export(job: Job, evaluation: Evaluation, directory: Path) -> None:
-    from anyflow_cli.evaluate.vbench.leaderboard import export
+def _export(job: EvaluationJob, evaluation: Evaluation, directory: Path) -> None:
+    from anyflow_cli.evaluate.vbench.leaderboard import export_leaderboard
 
-    for path in export(job, evaluation, directory):
+    for path in export_leaderboard(job, evaluation, directory):
         log.info("For VBench's leaderboard: %s", path)
 
 
@@ -309,7 +309,7 @@ def _judge(evaluation: Evaluation, least: float | None) -> None:
         raise AnyflowError(f"Total is {', '.join(low)}: below {least:g}.")
 
 
-def _tidy(job: Job, *, prune: bool) -> None:
+def _tidy(job: EvaluationJob, *, prune: bool) -> None:
     """Say where earlier models' videos are, or delete them."""
     from anyflow_cli.evaluate.older import older_variants, remove
 
@@ -344,18 +344,20 @@ def _compare(
     from anyflow_cli.evaluate.compare import compare, is_finished, read_side, side_of
     from anyflow_cli.evaluate.report.page import write_comparison
     from anyflow_cli.evaluate.report.tables import comparison_table
-    from anyflow_cli.evaluate.run import prepare
-    from anyflow_cli.runs.open import Choice
+    from anyflow_cli.evaluate.run import prepare_evaluation
+    from anyflow_cli.runs.open import ModelChoice
 
     recipe = settings.model_copy(update={"evaluate": settings.evaluate.model_copy(update={"teacher": False})})
     jobs = {
-        address: prepare(recipe, protocol, Choice(address, "given with --compare"), out)
+        address: prepare_evaluation(recipe, protocol, ModelChoice(address, "given with --compare"), out)
         for address in addresses
         if not is_finished(address)
     }
     if dry_run:
         finished = {address: "finished" for address in addresses if address not in jobs}
-        return print_plan("evaluate", finished | {a: _facts(job) for a, job in jobs.items()}, as_json=as_json)
+        return print_dry_run(
+            "evaluate", finished | {a: _facts(job) for a, job in jobs.items()}, as_json=as_json
+        )
     if jobs and start_processes(settings.launch):
         return None
     found = {address: _run(job) for address, job in jobs.items()}

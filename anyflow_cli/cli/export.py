@@ -19,9 +19,9 @@ from anyflow_cli.cli.options import (
     RunsOption,
     SetOption,
     examples,
-    print_plan,
+    load_settings,
+    print_dry_run,
     print_result,
-    resolve,
 )
 
 EXAMPLES = examples(
@@ -75,7 +75,7 @@ def export(
     An adapter belongs on the model its run started from; a plain Wan first gets its second time embedder,
     a copy of the first.
     """
-    settings = resolve(recipe, assignments)
+    settings = load_settings(recipe, assignments)
 
     from anyflow_cli import export as job
     from anyflow_cli.runs.open import check_address, find_model
@@ -87,8 +87,8 @@ def export(
     if dry_run:
         check_address(choice.address)
         facts = {"model": choice.address, "because": choice.why, "format": kind, "out": target}
-        return print_plan("export", facts, as_json=as_json)
-    made = job.export(choice.address, settings, kind, out, dtype)
+        return print_dry_run("export", facts, as_json=as_json)
+    made = job.export_model(choice.address, settings, kind, out, dtype)
     if kind == "comfyui":
         log.info("ComfyUI's own Wan nodes know no second time; this file needs a node that gives one.")
     print_result({"model": choice.address, "format": kind, "out": made}, as_json=as_json, text=str(made))

@@ -23,9 +23,9 @@ from anyflow_cli.cli.options import (
     SeedOption,
     SetOption,
     examples,
-    print_plan,
+    load_settings,
+    print_dry_run,
     print_result,
-    resolve,
 )
 from anyflow_cli.cli.progress import Progress
 from anyflow_cli.cli.train import stage_facts, stage_result, train_stage
@@ -35,7 +35,7 @@ from anyflow_cli.runs.paths import RunPaths
 
 if TYPE_CHECKING:
     from anyflow_cli.recipe.schema import Recipe
-    from anyflow_cli.runs.open import Choice
+    from anyflow_cli.runs.open import ModelChoice
 
 EXAMPLES = examples(
     "anyflow finetune --data clips/",
@@ -88,7 +88,7 @@ def finetune(
         "--seed": ("finetune.seed", seed),
         "--nproc": ("launch.processes", processes),
     }
-    settings = resolve(recipe, assignments, options)
+    settings = load_settings(recipe, assignments, options)
     paths = RunPaths(runs, settings.name)
     if data is None and settings.finetune.world is None:
         raise UsageError("finetune needs videos.", "Name their directory with --data.")
@@ -105,13 +105,13 @@ def finetune(
             "videos": data or f"clips of {settings.finetune.world}",
             "latents": paths.home / "finetune-data",
         }
-        return print_plan(
+        return print_dry_run(
             "finetune", facts | {"result": paths.finetune / "model"}, as_json=as_json, recipe=settings
         )
     inputs = finetune_inputs(settings, paths, choice.address, latents)
     check_run(settings, inputs)
     if dry_run:
-        return print_plan("finetune", stage_facts(settings, inputs), as_json=as_json, recipe=settings)
+        return print_dry_run("finetune", stage_facts(settings, inputs), as_json=as_json, recipe=settings)
     if start_processes(settings.launch):
         return None
     finished = train_stage(settings, inputs, "finetune")
@@ -126,8 +126,8 @@ def _latents(settings: Recipe, paths: RunPaths, data: Path | None, *, dry_run: b
     """The data set of latents: as given, or made of the videos; None if that is still to be done."""
     from anyflow_cli.data.film import film
     from anyflow_cli.data.shards import MANIFEST, PROVENANCE
-    from anyflow_cli.synthesize.job import prepare
-    from anyflow_cli.synthesize.run import synthesize
+    from anyflow_cli.synthesize.job import prepare_synthesis
+    from anyflow_cli.synthesize.run import run_synthesis
 
     if data is None:
         data = paths.home / "finetune-clips"
@@ -138,7 +138,7 @@ def _latents(settings: Recipe, paths: RunPaths, data: Path | None, *, dry_run: b
     if (data / MANIFEST).exists() or (data / PROVENANCE).exists():
         return data
     out = paths.home / "finetune-data"
-    job = prepare(settings, out, data)
+    job = prepare_synthesis(settings, out, data)
     todo = job.videos_left()
     if not todo and (out / MANIFEST).exists():
         return out
@@ -150,18 +150,18 @@ def _latents(settings: Recipe, paths: RunPaths, data: Path | None, *, dry_run: b
             f"First run `anyflow synthesize --from-videos {data} --out {out}`, then give --data {out}.",
         )
     with Progress("encode videos", todo, "videos") as progress:
-        report = synthesize(job, progress.update)
+        report = run_synthesis(job, progress.update)
     log.info("%d of %d videos are in %s.", report.samples, report.wanted, out)
     return out
 
 
 def _compare(
-    settings: Recipe, paths: RunPaths, before: Choice, after: Path, latents: Path
+    settings: Recipe, paths: RunPaths, before: ModelChoice, after: Path, latents: Path
 ) -> dict[str, dict[str, Any]]:
     """Scores or errors of the model before and after."""
-    from anyflow_cli.runs.open import Choice
+    from anyflow_cli.runs.open import ModelChoice
 
-    both = {"before": before, "after": Choice(str(after), "fine-tuned")}
+    both = {"before": before, "after": ModelChoice(str(after), "fine-tuned")}
     world = _world_of(settings, latents)
     if world is None:
         return {name: _error(choice, settings, latents) for name, choice in both.items()}
@@ -185,23 +185,23 @@ def _world_of(settings: Recipe, latents: Path) -> str | None:
     return None
 
 
-def _scores(choice: Choice, settings: Recipe, paths: RunPaths, world: str) -> dict[str, Any]:
+def _scores(choice: ModelChoice, settings: Recipe, paths: RunPaths, world: str) -> dict[str, Any]:
     """Total of the suite at each step count, from the same prompts and seeds."""
-    from anyflow_cli.evaluate.registry import questions
-    from anyflow_cli.evaluate.run import evaluate, prepare
+    from anyflow_cli.evaluate.registry import protocol_for
+    from anyflow_cli.evaluate.run import prepare_evaluation, run_evaluation
 
     wanted = settings.evaluate.model_copy(update={"suite": "shapes", "nfe": STEPS, "teacher": False})
     data = settings.data.model_copy(update={"world": world})
     recipe = settings.model_copy(update={"evaluate": wanted, "data": data})
-    job = prepare(recipe, questions(recipe), choice, paths.evaluate)
+    job = prepare_evaluation(recipe, protocol_for(recipe), choice, paths.evaluate)
     with Progress("score", job.videos, "videos") as progress:
-        result = evaluate(job, advance=progress.update)
+        result = run_evaluation(job, advance=progress.update)
     if missing := result.measured[0].result.missing:
         log.warning("No prompt asks for %s, so there is no Total: set evaluate.prompts higher.", missing[0])
     return {f"total at {one.steps} steps": one.result.total for one in result.measured}
 
 
-def _error(choice: Choice, settings: Recipe, latents: Path) -> dict[str, Any]:
+def _error(choice: ModelChoice, settings: Recipe, latents: Path) -> dict[str, Any]:
     from anyflow_cli.runs.open import open_model
     from anyflow_cli.train.validation import flow_map_error
 

@@ -19,7 +19,7 @@ from anyflow_cli.cli.options import RECIPE_PANEL
 from anyflow_cli.errors import AnyflowError
 
 if TYPE_CHECKING:
-    from anyflow_cli.recipe.schema import Launch
+    from anyflow_cli.recipe.schema import LaunchSection
 
 PATIENCE = 600  # seconds that processes asked to stop have for their step and their checkpoint
 AGAIN = "Start the same command again: it continues from the last checkpoint."
@@ -35,7 +35,7 @@ ProcessesOption = Annotated[
 ]  # fmt: skip
 
 
-def start_processes(launch: Launch) -> bool:
+def start_processes(launch: LaunchSection) -> bool:
     """Run this command as several processes; False if it is one of them already, or is to run alone."""
     if "WORLD_SIZE" in os.environ:
         return False

@@ -17,7 +17,7 @@ How a verb's file looks (``recipes.py`` is the model), e.g. ``cli/distill.py``::
         settings = resolve(recipe, assignments, {"--seed": ("distill.seed", seed)})
         paths = RunPaths(runs, settings.name)
         if dry_run:
-            return print_plan("distill", {"steps": settings.distill.steps, ...}, as_json=as_json)
+            return print_dry_run("distill", {"steps": settings.distill.steps, ...}, as_json=as_json)
         from anyflow_cli.train... import ...                              # heavy imports here, never above
         with Progress("distill", settings.distill.steps) as progress:
             model = run(settings, paths, on_step=progress.update)
@@ -37,13 +37,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from anyflow_cli.cli.console import print_plan, print_result, set_debug
+from anyflow_cli.cli.console import print_dry_run, print_result, set_debug
 from anyflow_cli.errors import UsageError
 
 if TYPE_CHECKING:
     from anyflow_cli.recipe.schema import Recipe
 
-__all__ = ["examples", "parse_steps", "print_plan", "print_result", "resolve"]
+__all__ = ["examples", "load_settings", "parse_steps", "print_dry_run", "print_result"]
 
 DEFAULT_RECIPE = "tiny"
 DEFAULT_RUNS = Path("runs")
@@ -96,7 +96,7 @@ DebugOption = Annotated[
 ]  # fmt: skip
 
 
-def resolve(
+def load_settings(
     recipe: str,
     assignments: Iterable[str] | None = None,
     options: Mapping[str, tuple[str, Any]] | None = None,

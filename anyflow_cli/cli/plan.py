@@ -15,8 +15,8 @@ from anyflow_cli.cli.options import (
     RunsOption,
     SetOption,
     examples,
+    load_settings,
     print_result,
-    resolve,
 )
 from anyflow_cli.runs.paths import RunPaths
 
@@ -65,13 +65,13 @@ def plan(
 
     Nothing is fetched: the sizes of Wan's models are known, those of a local folder are read.
     """
-    settings = resolve(recipe, assignments)
+    settings = load_settings(recipe, assignments)
 
     from anyflow_cli.plan.estimate import as_values
     from anyflow_cli.plan.estimate import plan as make
-    from anyflow_cli.plan.hardware import parse_cluster, this_machine
+    from anyflow_cli.plan.hardware import parse_hardware, this_machine
     from anyflow_cli.plan.report import as_table
 
-    machine = this_machine(peak, utilisation) if gpus is None else parse_cluster(gpus, peak, utilisation)
+    machine = this_machine(peak, utilisation) if gpus is None else parse_hardware(gpus, peak, utilisation)
     made = make(settings, machine, RunPaths(runs, settings.name))
     print_result(as_values(made), as_json=as_json, text=as_table(made))

@@ -13,8 +13,8 @@ from anyflow_cli.cli.options import (
     JsonOption,
     SetOption,
     examples,
+    load_settings,
     print_result,
-    resolve,
 )
 from anyflow_cli.errors import UsageError
 
@@ -33,7 +33,7 @@ def list_recipes(as_json: JsonOption = False, debug: DebugOption = False) -> Non
     """Show the names of the shipped recipes and what each is for."""
     from anyflow_cli.recipe.load import recipe_names
 
-    found = {name: resolve(name).description for name in recipe_names()}
+    found = {name: load_settings(name).description for name in recipe_names()}
     print_result(found, as_json=as_json)
 
 
@@ -49,7 +49,7 @@ def show(
     """Print a recipe with every value it resolves to, as YAML that can be used as a recipe."""
     from anyflow_cli.recipe.compare import dump
 
-    settings = resolve(recipe, assignments)
+    settings = load_settings(recipe, assignments)
     print_result(settings.model_dump(mode="json"), as_json=as_json, text=dump(settings).rstrip())
 
 
@@ -89,7 +89,7 @@ def validate(
     wrong: list[UsageError] = []
     for recipe in recipes:
         try:
-            resolve(recipe)
+            load_settings(recipe)
         except UsageError as error:
             wrong.append(error)
     if wrong:

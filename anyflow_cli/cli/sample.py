@@ -21,20 +21,20 @@ from anyflow_cli.cli.options import (
     SeedOption,
     SetOption,
     examples,
-    print_plan,
+    load_settings,
+    print_dry_run,
     print_result,
-    resolve,
 )
 from anyflow_cli.cli.progress import Progress
 from anyflow_cli.cli.sample_options import (
-    Asked,
-    asked_again,
+    SampleSettings,
     check_stdout,
     check_steps,
-    read_given,
-    read_later,
+    read_conditioning_frames,
+    read_prompt_switches,
     read_prompts_of,
     read_steps,
+    settings_of_refine,
 )
 
 if TYPE_CHECKING:
@@ -189,15 +189,15 @@ def sample(
     check_steps({"--nfe": nfe, "--preview": preview or None, "--latency-budget": latency_budget})
     if refine is None:
         options = {"--frames": ("sample.frames", frames), "--seed": ("sample.seed", seed)}
-        settings = at_sampled_length(resolve(recipe, assignments, options))
+        settings = at_sampled_length(load_settings(recipe, assignments, options))
         usual = settings.sample.nfe if not teacher else (settings.sample.teacher_steps,)
-        asked = Asked(
+        asked = SampleSettings(
             settings,
             read_prompts_of(settings, prompt, prompts),
             list(range(settings.sample.seed, settings.sample.seed + count)),
             read_steps(nfe, preview=preview) or usual,
-            read_later(then, settings.model.frames),
-            read_given(settings, image, video, video_frames),
+            read_prompt_switches(then, settings.model.frames),
+            read_conditioning_frames(settings, image, video, video_frames),
             model,
             sampler,
         )
@@ -208,7 +208,7 @@ def sample(
             "--sampler": sampler, "--image": image, "--video": video, "--video-frames": video_frames,
             "--then": then, "--seed": seed,
         }  # fmt: skip
-        asked = asked_again(refine, resolve(recipe, assignments), repeated, read_steps(nfe))
+        asked = settings_of_refine(refine, load_settings(recipe, assignments), repeated, read_steps(nfe))
     folder = _sample(
         asked, runs, out, latency_budget, teacher=teacher, stream=stream, dry_run=dry_run, as_json=as_json
     )
@@ -217,7 +217,7 @@ def sample(
 
 
 def _sample(
-    asked: Asked,
+    asked: SampleSettings,
     runs: Path,
     out: Path | None,
     budget: float | None,
@@ -230,14 +230,14 @@ def _sample(
     """Sample; gives the directory where the files are."""
     from anyflow_cli.runs.open import check_address, find_model
     from anyflow_cli.runs.paths import RunPaths
-    from anyflow_cli.sample.output import Request, check_directory, make_directory, write_samples
+    from anyflow_cli.sample.output import SampleRequest, check_directory, make_directory, write_samples
 
     settings = asked.settings
     paths = RunPaths(runs, settings.name)
     choice = find_model(settings, paths, asked.model, teacher=teacher)
     log.info("Model: %s (%s)", *choice)
     steps = tuple(dict.fromkeys(asked.steps)) if budget is None else (1,)
-    request = Request(asked.prompts, asked.seeds, steps, asked.given)
+    request = SampleRequest(asked.prompts, asked.seeds, steps, asked.given)
     total = len(request.pairs) * len(request.nfe)
     if to_stdout := out == Path("-"):
         check_stdout(total, stream=stream, as_json=as_json)
@@ -248,14 +248,14 @@ def _sample(
         shown = request.nfe if budget is None else f"what {budget:g} s allow"
         facts = {"model": choice.address, "because": choice.why, "prompts": len(asked.prompts), "nfe": shown}
         facts |= {"seeds": list(request.seeds), "videos": total, "out": out or paths.samples}
-        print_plan("sample", facts, as_json=as_json, recipe=settings)
+        print_dry_run("sample", facts, as_json=as_json, recipe=settings)
         return None
 
     from anyflow_cli.sample.latency_budget import steps_within
-    from anyflow_cli.sample.sampler import Sampler
+    from anyflow_cli.sample.sampler import VideoSampler
     from anyflow_cli.sample.streaming import stream_to_stdout
 
-    opened = Sampler.load(choice.address, settings, teacher=teacher, method=asked.method)
+    opened = VideoSampler.load(choice.address, settings, teacher=teacher, method=asked.method)
     if asked.preview is not None:
         asked.preview.check_model(opened)
     opened.begin(asked.given and asked.given.pixels, asked.later)

@@ -16,9 +16,9 @@ from anyflow_cli.errors import UsageError
 
 if TYPE_CHECKING:
     from anyflow_cli.recipe.schema import Recipe
-    from anyflow_cli.sample.output import Given
-    from anyflow_cli.sample.refine import Preview
-    from anyflow_cli.sample.sampler import Later, Method, Steps
+    from anyflow_cli.sample.output import ConditioningFrames
+    from anyflow_cli.sample.refine import PreviousSample
+    from anyflow_cli.sample.sampler import Method, PromptSwitch, Steps
 
 WITHOUT_PROMPTS = 4
 
@@ -26,41 +26,43 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Asked:
+class SampleSettings:
     """What is to be sampled, with which model: as given, or as an earlier sampling's record says."""
 
     settings: Recipe
     prompts: list[str]
     seeds: list[int]
     steps: tuple[Steps, ...]
-    later: tuple[Later, ...]
-    given: Given | None
+    later: tuple[PromptSwitch, ...]
+    given: ConditioningFrames | None
     model: str | None
     method: Method | None
-    preview: Preview | None = None
+    preview: PreviousSample | None = None
 
 
-def asked_again(
+def settings_of_refine(
     path: Path, settings: Recipe, beside: Mapping[str, object], steps: tuple[Steps, ...] | None
-) -> Asked:
+) -> SampleSettings:
     """What ``--refine`` repeats; nothing of it can be given ``beside`` it."""
-    from anyflow_cli.sample.refine import REFINED_STEPS, read_preview
+    from anyflow_cli.sample.refine import REFINED_STEPS, read_previous_sample
 
     for option, value in beside.items():
         if value is not None:
             raise UsageError(
                 f"--refine takes what {option} would say from the record of {path}.", f"Leave {option} out."
             )
-    preview = read_preview(path)
+    preview = read_previous_sample(path)
     recipe, facts = preview.recipe(settings), preview.record["given"]
     given = None
     if facts is not None:
         files = {kind: Path(facts["file"]) if facts["kind"] == kind else None for kind in ("image", "video")}
-        given = read_given(recipe, **files, count=facts["frames"] if facts["kind"] == "video" else None)
+        given = read_conditioning_frames(
+            recipe, **files, count=facts["frames"] if facts["kind"] == "video" else None
+        )
     preview.check_given(given)
     usual = recipe.sample.teacher_steps if preview.record["guidance"] is not None else REFINED_STEPS
     model, method = preview.record["model"]["address"], preview.record["sampler"]
-    return Asked(
+    return SampleSettings(
         recipe, preview.prompts, preview.seeds, steps or (usual,), preview.then, given, model, method, preview
     )
 
@@ -94,12 +96,12 @@ def read_steps(text: str | None, *, preview: bool = False) -> tuple[Steps, ...] 
     return tuple(schedule[0] if len(schedule) == 1 else schedule for schedule in schedules)
 
 
-def read_later(given: list[str] | None, frames: int) -> tuple[Later, ...]:
+def read_prompt_switches(given: list[str] | None, frames: int) -> tuple[PromptSwitch, ...]:
     """Read ``--then "81: a blue square"``, in the order of the frames."""
     if not given:
         return ()
     from anyflow_cli.data.prompts import checked_text
-    from anyflow_cli.sample.sampler import Later
+    from anyflow_cli.sample.sampler import PromptSwitch
 
     later = []
     for text in given:
@@ -114,11 +116,13 @@ def read_later(given: list[str] | None, frames: int) -> tuple[Later, ...]:
                 f"--then {int(number)}: the video has the frames 0 to {frames - 1}.",
                 f"Give a frame from 1 to {frames - 1}, or make more of them: --frames.",
             )
-        later.append(Later(int(number), prompt))
+        later.append(PromptSwitch(int(number), prompt))
     return tuple(sorted(later))
 
 
-def read_given(settings: Recipe, image: Path | None, video: Path | None, count: int | None) -> Given | None:
+def read_conditioning_frames(
+    settings: Recipe, image: Path | None, video: Path | None, count: int | None
+) -> ConditioningFrames | None:
     """The first frames that a picture or a video gives, at the recipe's size and rate."""
     if image is not None and video is not None:
         raise UsageError("A video begins with --image or with --video, not with both.", "Leave one out.")
@@ -131,7 +135,7 @@ def read_given(settings: Recipe, image: Path | None, video: Path | None, count: 
         raise UsageError(f"{path} is no file.", "Give a picture with --image, or a video with --video.")
 
     from anyflow_cli.data.video import ClipFormat, UnusableClipError, read_image, read_start
-    from anyflow_cli.sample.output import Given
+    from anyflow_cli.sample.output import ConditioningFrames
 
     shape = settings.model
     wanted = ClipFormat(count or max(shape.frames // 2, 1), shape.fps, shape.height, shape.width)
@@ -149,7 +153,7 @@ def read_given(settings: Recipe, image: Path | None, video: Path | None, count: 
             "%s: %d of %d frames kept, from the start on; the VAE takes 1, 5, 9, ...",
             path.name, whole, len(clip.pixels),
         )  # fmt: skip
-    return Given(clip.pixels[:whole], "image" if video is None else "video", path)
+    return ConditioningFrames(clip.pixels[:whole], "image" if video is None else "video", path)
 
 
 def read_prompts_of(settings: Recipe, given: list[str] | None, file: Path | None) -> list[str]:

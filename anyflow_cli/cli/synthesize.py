@@ -22,16 +22,16 @@ from anyflow_cli.cli.options import (
     SeedOption,
     SetOption,
     examples,
-    print_plan,
+    load_settings,
+    print_dry_run,
     print_result,
-    resolve,
 )
 from anyflow_cli.cli.progress import Progress
 from anyflow_cli.errors import AnyflowError, UsageError
 from anyflow_cli.runs.paths import RunPaths
 
 if TYPE_CHECKING:
-    from anyflow_cli.synthesize.job import Job
+    from anyflow_cli.synthesize.job import SynthesisJob
 
 log = logging.getLogger(__name__)
 
@@ -114,20 +114,20 @@ def synthesize(
         "--previews": ("synthesize.previews", previews),
         "--seed": ("synthesize.seed", seed),
     }
-    settings = resolve(recipe, assignments, options)
+    settings = load_settings(recipe, assignments, options)
     directory = out or RunPaths(runs, settings.name).data
     if verify:
         return _verify(directory, as_json=as_json)
-    from anyflow_cli.synthesize.job import prepare
+    from anyflow_cli.synthesize.job import prepare_synthesis
 
-    job = prepare(settings, directory, from_videos)
+    job = prepare_synthesis(settings, directory, from_videos)
     if dry_run:
-        return print_plan("synthesize", _facts(job), as_json=as_json, recipe=settings)
+        return print_dry_run("synthesize", _facts(job), as_json=as_json, recipe=settings)
     _run(job, as_json=as_json)
 
 
-def _run(job: Job, *, as_json: bool) -> None:
-    from anyflow_cli.synthesize.run import synthesize as run
+def _run(job: SynthesisJob, *, as_json: bool) -> None:
+    from anyflow_cli.synthesize.run import run_synthesis as run
 
     with Progress("synthesize", job.videos_left(), "videos") as progress:
         report = run(job, progress.update)
@@ -157,7 +157,7 @@ def _verify(directory: Path, *, as_json: bool) -> None:
         )
 
 
-def _facts(job: Job) -> dict[str, Any]:
+def _facts(job: SynthesisJob) -> dict[str, Any]:
     made, done = job.recipe.synthesize, sum(record is not None for record in job.records())
     teacher = {"teacher": job.teacher, "evaluations a video": f"{made.steps} x 2"}
     prompts = job.recipe.data.prompts or f"captions of the world '{job.recipe.data.world}'"

@@ -9,8 +9,8 @@ from anyflow_cli.cli.options import print_result
 from anyflow_cli.cli.progress import Progress
 
 if TYPE_CHECKING:
-    from anyflow_cli.recipe.schema import Recipe, Training
-    from anyflow_cli.runs.lineage import Inputs
+    from anyflow_cli.recipe.schema import Recipe, TrainingSection
+    from anyflow_cli.runs.lineage import RunInputs
     from anyflow_cli.train.stages import Finished
 
 log = logging.getLogger(__name__)
@@ -18,11 +18,11 @@ log = logging.getLogger(__name__)
 SHOWN = ("loss", "matching", "flow_map_loss", "fake")  # figures beside the bar; all are in metrics.jsonl
 
 
-def stage_facts(recipe: Recipe, inputs: Inputs) -> dict[str, Any]:
+def stage_facts(recipe: Recipe, inputs: RunInputs) -> dict[str, Any]:
     """What a stage would do, for ``--dry-run``."""
     from anyflow_cli.runs.checkpoint import newest
 
-    settings: Training = getattr(recipe, inputs.section)
+    settings: TrainingSection = getattr(recipe, inputs.section)
     lora = recipe.model.lora
     return {
         **{name: str(path) for name, path in inputs.parents.items()},
@@ -36,12 +36,12 @@ def stage_facts(recipe: Recipe, inputs: Inputs) -> dict[str, Any]:
     }
 
 
-def train_stage(recipe: Recipe, inputs: Inputs, label: str) -> Finished:
+def train_stage(recipe: Recipe, inputs: RunInputs, label: str) -> Finished:
     """Run a stage under a progress bar, saying first what it is made from."""
     from anyflow_cli.runs.checkpoint import newest
     from anyflow_cli.train.stages import train
 
-    settings: Training = getattr(recipe, inputs.section)
+    settings: TrainingSection = getattr(recipe, inputs.section)
     for name, path in inputs.parents.items():
         log.info("%s: %s", name, path)
     log.info("data: %s", inputs.data)
@@ -56,12 +56,12 @@ def train_stage(recipe: Recipe, inputs: Inputs, label: str) -> Finished:
         )
 
 
-def run_stage(recipe: Recipe, inputs: Inputs, label: str, *, as_json: bool) -> None:
+def run_stage(recipe: Recipe, inputs: RunInputs, label: str, *, as_json: bool) -> None:
     """Run a stage and print where its model is."""
     print_result(stage_result(train_stage(recipe, inputs, label), inputs), as_json=as_json)
 
 
-def stage_result(finished: Finished, inputs: Inputs) -> dict[str, Any]:
+def stage_result(finished: Finished, inputs: RunInputs) -> dict[str, Any]:
     """The result of a training command."""
     values: dict[str, Any] = {"model": finished.model, "steps": finished.steps}
     if finished.adapter is not None:

@@ -19,8 +19,8 @@ from anyflow_cli.cli.options import (
     SeedOption,
     SetOption,
     examples,
-    print_plan,
-    resolve,
+    load_settings,
+    print_dry_run,
 )
 from anyflow_cli.cli.train import run_stage, stage_facts
 from anyflow_cli.runs.paths import RunPaths
@@ -73,19 +73,19 @@ def train_flowmap(
         "--seed": ("train_flowmap.seed", seed),
         "--nproc": ("launch.processes", processes),
     }
-    settings = resolve(recipe, assignments, options)
+    settings = load_settings(recipe, assignments, options)
     paths = RunPaths(runs, settings.name)
     from anyflow_cli.plan.requirements import missing_facts
 
     if dry_run and (missing := missing_facts(settings, paths, "train-flowmap")):
-        return print_plan("train-flowmap", _facts(settings) | missing, as_json=as_json, recipe=settings)
+        return print_dry_run("train-flowmap", _facts(settings) | missing, as_json=as_json, recipe=settings)
     from anyflow_cli.runs.lineage import check_run
     from anyflow_cli.train.stages import flowmap_inputs
 
     inputs = flowmap_inputs(settings, paths)
     check_run(settings, inputs)
     if dry_run:
-        return print_plan(
+        return print_dry_run(
             "train-flowmap",
             _facts(settings) | stage_facts(settings, inputs),
             as_json=as_json,

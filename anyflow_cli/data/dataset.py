@@ -31,13 +31,13 @@ from torch import Tensor
 from anyflow_cli.data.shard_index import REPAIR, Index, read_index
 from anyflow_cli.data.shards import (
     CorruptSampleError,
-    Sample,
+    LatentSample,
     read_manifest,
     read_negative,
     read_sample,
     require_size,
 )
-from anyflow_cli.data.storage import Place
+from anyflow_cli.data.storage import Storage
 from anyflow_cli.errors import UsageError
 
 IN_A_ROW = 16  # corrupt samples beside each other, after which it is no matter of samples any more
@@ -60,7 +60,7 @@ class LatentData:
     """The samples of one data set, by position. Position p is the p-th sample in the order of the shards."""
 
     def __init__(self, address: str | Path, max_text_tokens: int) -> None:
-        self.place = Place.at(address)
+        self.place = Storage.at(address)
         self.max_text_tokens = max_text_tokens
         self.manifest = read_manifest(address)
         self.latent_shape, self.text_dim = self.manifest.latent_shape, self.manifest.text_dim
@@ -80,7 +80,7 @@ class LatentData:
         """The negative prompt's embedding, padded with zeros, (L, D)."""
         return self._padded(read_negative(self.place.address))
 
-    def sample(self, position: int) -> Sample:
+    def sample(self, position: int) -> LatentSample:
         """One sample as stored; CorruptSampleError if it cannot be read, UsageError if it does not belong."""
         shard = bisect_right(self._ends, position)
         record = self.manifest.shards[shard]
@@ -105,7 +105,7 @@ class LatentData:
             [place for place, (position, _) in enumerate(found) if position != positions[place]],
         )
 
-    def _usable(self, position: int) -> tuple[int, Sample]:
+    def _usable(self, position: int) -> tuple[int, LatentSample]:
         """This sample or, if it is corrupt, the next one that can be read, with its position."""
         for candidate in range(position, position + IN_A_ROW + 1):
             candidate %= len(self)
@@ -135,7 +135,7 @@ class LatentData:
         return torch.nn.functional.pad(text, (0, 0, 0, missing))
 
 
-def _noise_seed(sample: Sample) -> int | None:
+def _noise_seed(sample: LatentSample) -> int | None:
     """The seed of the noise that a teacher made this sample from; real clips have none."""
     return sample.facts["seed"] if sample.facts.get("source") == "teacher" else None
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from anyflow_cli.data.shapes_world import FPS, WORLDS, render
 from anyflow_cli.data.video import write_mp4
-from anyflow_cli.utils.files import committed
+from anyflow_cli.utils.files import atomic_write
 
 FIRST_SEED = 2**20  # of the scenes; the suite's prompts and reference clips lie far above
 
@@ -25,5 +25,5 @@ def film(directory: Path, world: str, count: int) -> None:
         if not caption.exists():
             scene = WORLDS[world].scene(FIRST_SEED + index)
             write_mp4(caption.with_suffix(".mp4"), render(scene), FPS, lossless=True)
-            with committed(caption) as temporary:
+            with atomic_write(caption) as temporary:
                 temporary.write_text(scene.caption + "\n")

@@ -24,8 +24,8 @@ FORMATS = "one prompt a line (.txt), or a column 'prompt', 'caption' or 'text' (
 
 log = logging.getLogger(__name__)
 
-Row = Mapping[Any, Any]
-Rows = Iterator[tuple[int, Row]]  # line (in a parquet table: row) number from 1, and its columns
+PromptRow = Mapping[Any, Any]
+PromptRows = Iterator[tuple[int, PromptRow]]  # line (in a parquet table: row) number from 1, and its columns
 
 
 def read_prompts(path: str | Path) -> list[str]:
@@ -51,7 +51,7 @@ def world_captions(world: str, count: int, seed: int = 0) -> list[str]:
     return [WORLDS[world].scene(seed + index).caption for index in range(count)]
 
 
-def read_rows(path: Path) -> Rows:
+def read_rows(path: Path) -> PromptRows:
     """The rows of a table by its ending; a line of a txt file is a row with the column 'prompt'."""
     reader = READERS.get(path.suffix.lower())
     if reader is None:
@@ -59,7 +59,7 @@ def read_rows(path: Path) -> Rows:
     return reader(path)
 
 
-def text_field(path: Path, line: int, row: Row, columns: Sequence[str]) -> str:
+def text_field(path: Path, line: int, row: PromptRow, columns: Sequence[str]) -> str:
     """The text in the first of ``columns`` that the row has, refused when it is no usable text."""
     column = next((name for name in columns if name in row), None)
     if column is None:
@@ -102,13 +102,13 @@ def read_text(path: Path) -> str:
         ) from error
 
 
-def _txt(path: Path) -> Rows:
+def _txt(path: Path) -> PromptRows:
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if line.strip():
             yield number, {"prompt": line}
 
 
-def _csv(path: Path) -> Rows:
+def _csv(path: Path) -> PromptRows:
     reader = csv.DictReader(io.StringIO(read_text(path), newline=""))
     try:
         for row in reader:
@@ -119,7 +119,7 @@ def _csv(path: Path) -> Rows:
         ) from error
 
 
-def _jsonl(path: Path) -> Rows:
+def _jsonl(path: Path) -> PromptRows:
     for number, line in _txt(path):
         try:
             row = json.loads(line["prompt"])
@@ -134,7 +134,7 @@ def _jsonl(path: Path) -> Rows:
         yield number, row
 
 
-def _parquet(path: Path) -> Rows:
+def _parquet(path: Path) -> PromptRows:
     try:
         import pyarrow.parquet as parquet
     except ImportError as error:
@@ -148,7 +148,7 @@ def _parquet(path: Path) -> Rows:
     yield from enumerate(rows, 1)
 
 
-READERS: dict[str, Callable[[Path], Rows]] = {
+READERS: dict[str, Callable[[Path], PromptRows]] = {
     ".txt": _txt,
     ".csv": _csv,
     ".jsonl": _jsonl,

@@ -19,16 +19,16 @@ from types import MappingProxyType
 import numpy as np
 from numpy.typing import NDArray
 
-Colour = tuple[int, int, int]
-Pixels = NDArray[np.uint8]
+Rgb = tuple[int, int, int]
+RgbPixels = NDArray[np.uint8]
 
 HEIGHT = WIDTH = 64
 FRAMES = 33
 FPS = 16
 
 SHAPES = ("circle", "square", "triangle")
-BACKGROUNDS: dict[str, Colour] = {"gray": (128, 128, 128), "black": (14, 14, 14), "navy": (22, 28, 92)}
-COLOURS: dict[str, Colour] = {
+BACKGROUNDS: dict[str, Rgb] = {"gray": (128, 128, 128), "black": (14, 14, 14), "navy": (22, 28, 92)}
+RGB: dict[str, Rgb] = {
     "red": (224, 44, 44), "green": (44, 190, 70), "blue": (70, 120, 250), "yellow": (244, 212, 44),
     "purple": (170, 60, 214), "orange": (246, 140, 30), "cyan": (44, 208, 220),
 }  # fmt: skip
@@ -39,7 +39,7 @@ DIRECTIONS: dict[str, tuple[float, float]] = {
     "up and left": (-sqrt(0.5), -sqrt(0.5)), "up and right": (sqrt(0.5), -sqrt(0.5)),
     "down and left": (-sqrt(0.5), sqrt(0.5)), "down and right": (sqrt(0.5), sqrt(0.5)),
 }  # fmt: skip  # unit vectors, x to the right, y downwards
-DOT_COLOUR: Colour = (250, 250, 250)
+DOT_COLOUR: Rgb = (250, 250, 250)
 DOT_COUNT = 4
 DOT_RADIUS = 2.2
 DOT_DISTANCE = 9.0  # between centres, so that dots never touch
@@ -75,7 +75,7 @@ class Scene:
 
 
 @dataclass(frozen=True)
-class World:
+class ShapesWorld:
     """A family of scenes: which colours and directions occur."""
 
     name: str
@@ -109,8 +109,8 @@ class World:
 
 
 WORLDS = {
-    "shapes": World("shapes", ("red", "green", "blue", "yellow"), ("left", "right", "up", "down")),
-    "shapes-shifted": World(
+    "shapes": ShapesWorld("shapes", ("red", "green", "blue", "yellow"), ("left", "right", "up", "down")),
+    "shapes-shifted": ShapesWorld(
         "shapes-shifted",
         ("purple", "orange", "cyan"),
         ("up and left", "up and right", "down and left", "down and right"),
@@ -118,13 +118,13 @@ WORLDS = {
 }
 
 
-def render(scene: Scene, frames: int = FRAMES, first: int = 0) -> Pixels:
+def render(scene: Scene, frames: int = FRAMES, first: int = 0) -> RgbPixels:
     """Draw ``frames`` frames of a scene from frame ``first`` on, with edges one pixel soft, (T, H, W, 3)."""
     time = np.arange(first, first + frames, dtype=np.float32)[:, None, None]
     dx = _axis(WIDTH)[None, None, :] - (scene.start[0] + scene.step[0] * time)
     dy = _axis(HEIGHT)[None, :, None] - (scene.start[1] + scene.step[1] * time)
     video = np.broadcast_to(np.asarray(BACKGROUNDS[scene.background], np.float32), (frames, HEIGHT, WIDTH, 3))
-    video = _paint(video, _distance(scene.shape, dx, dy, scene.radius), COLOURS[scene.colour])
+    video = _paint(video, _distance(scene.shape, dx, dy, scene.radius), RGB[scene.colour])
     for x, y in scene.dots:
         dot = np.hypot(_axis(WIDTH)[None, :] - x, _axis(HEIGHT)[:, None] - y) - DOT_RADIUS
         video = _paint(video, dot[None], DOT_COLOUR)
@@ -141,7 +141,7 @@ def parse_caption(caption: str) -> dict[str, str]:
     for name, before in zip(words[1:], words, strict=False):
         if name == "background" and before in BACKGROUNDS:
             found["background"] = before
-    for name, values in (("shape", SHAPES), ("size", SIZES), ("colour", COLOURS), ("speed", SPEEDS)):
+    for name, values in (("shape", SHAPES), ("size", SIZES), ("colour", RGB), ("speed", SPEEDS)):
         named = [word for word in words if word in values]
         if named:
             found[name] = named[0]
@@ -203,6 +203,6 @@ def _distance(
     return np.asarray(np.maximum(side, dy) - 0.56 * radius)
 
 
-def _paint(video: NDArray[np.float32], distance: NDArray[np.float32], colour: Colour) -> NDArray[np.float32]:
+def _paint(video: NDArray[np.float32], distance: NDArray[np.float32], colour: Rgb) -> NDArray[np.float32]:
     cover = np.clip(0.5 - distance, 0, 1)[..., None]
     return np.asarray(video * (1 - cover) + np.asarray(colour, np.float32) * cover, dtype=np.float32)

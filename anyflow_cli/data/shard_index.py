@@ -22,9 +22,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from anyflow_cli.data.storage import Place
+from anyflow_cli.data.storage import Storage
 from anyflow_cli.errors import UsageError
-from anyflow_cli.utils.files import committed
+from anyflow_cli.utils.files import atomic_write
 
 ROW = np.dtype([
     ("sample", "<u4"),   # its index in the data set, which is its key in the archive
@@ -41,14 +41,14 @@ REPAIR = (
 
 
 @dataclass(frozen=True)
-class Span:
+class ByteSpan:
     """Where a member's bytes lie in its archive."""
 
     offset: int
     size: int
 
 
-Members = dict[str, dict[str, Span]]  # key of a sample -> ending -> bytes
+Members = dict[str, dict[str, ByteSpan]]  # key of a sample -> ending -> bytes
 
 
 def index_path(shard: Path) -> Path:
@@ -59,11 +59,11 @@ def index_path(shard: Path) -> Path:
 def write_index(path: Path, archive: Path | None = None) -> None:
     """Commit the index of the shard ``path``, whose archive may still have another name."""
     rows = scan(archive or path)
-    with committed(index_path(path)) as temporary, temporary.open("wb") as file:
+    with atomic_write(index_path(path)) as temporary, temporary.open("wb") as file:
         np.save(file, rows)
 
 
-def read_index(place: Place, shard: str, samples: int) -> Index:
+def read_index(place: Storage, shard: str, samples: int) -> Index:
     """The index of a shard of so many samples."""
     name = index_path(Path(shard)).name
     try:
@@ -80,7 +80,7 @@ def read_index(place: Place, shard: str, samples: int) -> Index:
     return rows
 
 
-def _unfit(place: Place, name: str) -> UsageError:
+def _unfit(place: Storage, name: str) -> UsageError:
     return UsageError(
         f"The index {place.name(name)} is damaged or of another shard.",
         "Remove it and run `anyflow synthesize` again: it writes what is missing.",
@@ -102,9 +102,9 @@ def scan(path: Path) -> Index:
     return np.array(rows, ROW)
 
 
-def _range(parts: Mapping[str, Span]) -> tuple[int, int, int, int]:
+def _range(parts: Mapping[str, ByteSpan]) -> tuple[int, int, int, int]:
     """Offset and size of the tensors, length of the range with the facts, and size of these."""
-    tensors, facts = parts["safetensors"], parts.get("json", Span(0, 0))
+    tensors, facts = parts["safetensors"], parts.get("json", ByteSpan(0, 0))
     end = facts.offset + facts.size if facts.offset > tensors.offset else tensors.offset + tensors.size
     return tensors.offset, tensors.size, end - tensors.offset, facts.size
 
@@ -119,7 +119,7 @@ def index_members(path: Path) -> Members:
                 key, _, ending = info.name.partition(".")
                 end = info.offset_data + -(-info.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
                 if info.isfile():
-                    members.setdefault(key, {})[ending] = Span(info.offset_data, info.size)
+                    members.setdefault(key, {})[ending] = ByteSpan(info.offset_data, info.size)
     except tarfile.TarError as error:
         raise UsageError(f"The shard {path} is damaged: {error}.", REPAIR) from error
     with path.open("rb") as handle:

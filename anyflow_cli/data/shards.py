@@ -33,9 +33,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from anyflow_cli.data.shard_index import REPAIR, write_index
-from anyflow_cli.data.storage import Place
+from anyflow_cli.data.storage import Storage
 from anyflow_cli.errors import AnyflowError, UsageError
-from anyflow_cli.utils.files import committed, write_json
+from anyflow_cli.utils.files import atomic_write, write_json
 
 VERSION = 1
 MANIFEST, PROVENANCE, NEGATIVE = "manifest.json", "provenance.json", "negative.safetensors"
@@ -46,7 +46,7 @@ class CorruptSampleError(AnyflowError):
 
 
 @dataclass(frozen=True)
-class Sample:
+class LatentSample:
     """One training pair. ``facts`` is what else is worth keeping: seed, fps, frames, source."""
 
     index: int
@@ -109,11 +109,11 @@ def shard_path(directory: Path, number: int) -> Path:
     return directory / f"{number:05d}.tar"
 
 
-def write_shard(path: Path, results: Iterable[Sample | Rejection]) -> ShardRecord:
+def write_shard(path: Path, results: Iterable[LatentSample | Rejection]) -> ShardRecord:
     """Write what ``results`` yields, one at a time, and commit its index, its record and then the shard."""
     rejected: list[Rejection] = []
     shapes: list[tuple[tuple[int, ...], int]] = []
-    with committed(path) as temporary:
+    with atomic_write(path) as temporary:
         with tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as archive:
             for result in results:
                 if isinstance(result, Rejection):
@@ -131,7 +131,7 @@ def write_shard(path: Path, results: Iterable[Sample | Rejection]) -> ShardRecor
     return record
 
 
-def _add_sample(archive: tarfile.TarFile, sample: Sample) -> None:
+def _add_sample(archive: tarfile.TarFile, sample: LatentSample) -> None:
     tensors = {"latents": sample.latents.contiguous(), "text": sample.text.contiguous()}
     facts = {"index": sample.index, "caption": sample.caption, **sample.facts}
     members = {
@@ -200,7 +200,7 @@ def write_manifest(
 
 def read_manifest(address: str | Path) -> Manifest:
     """The manifest of a complete data set; says what is the matter when there is none."""
-    place = Place.at(address)
+    place = Storage.at(address)
     path = place.name(MANIFEST)
     try:
         content = json.loads(place.read(MANIFEST))
@@ -222,13 +222,13 @@ def read_manifest(address: str | Path) -> Manifest:
 
 def write_negative(directory: Path, text: Tensor) -> None:
     """Store the negative prompt's embedding, (L, D)."""
-    with committed(directory / NEGATIVE) as temporary:
+    with atomic_write(directory / NEGATIVE) as temporary:
         temporary.write_bytes(safetensors.torch.save({"text": text.contiguous()}))
 
 
 def read_negative(address: str | Path) -> Tensor:
     """The negative prompt's embedding, (L, D), in fp32."""
-    place = Place.at(address)
+    place = Storage.at(address)
     try:
         return safetensors.torch.load(place.read(NEGATIVE))["text"].float()
     except (OSError, SafetensorError, KeyError) as error:
@@ -237,7 +237,7 @@ def read_negative(address: str | Path) -> Tensor:
         ) from error
 
 
-def read_sample(place: Place, shard: str, row: Any) -> Sample:
+def read_sample(place: Storage, shard: str, row: Any) -> LatentSample:
     """One sample by its row of the index; CorruptSampleError names it if it is not what was written.
 
     A shard that is not there any more ends as UsageError: that is more than a sample. Previews are not read.
@@ -254,7 +254,9 @@ def read_sample(place: Place, shard: str, row: Any) -> Sample:
     try:
         facts = json.loads(content[-int(row["facts"]) :])
         tensors = safetensors.torch.load(content[: int(row["tensors"])])
-        sample = Sample(facts.pop("index"), facts.pop("caption"), tensors["latents"], tensors["text"], facts)
+        sample = LatentSample(
+            facts.pop("index"), facts.pop("caption"), tensors["latents"], tensors["text"], facts
+        )
     except (KeyError, ValueError, AttributeError, SafetensorError) as error:
         raise CorruptSampleError(f"{name} cannot be read ({error!r}).", REPAIR) from error
     if sample.index != row["sample"]:

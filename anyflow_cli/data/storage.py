@@ -27,7 +27,7 @@ Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
-class Place:
+class Storage:
     """A directory somewhere. Names in it are plain file names."""
 
     address: str
@@ -35,7 +35,7 @@ class Place:
     root: str
 
     @staticmethod
-    def at(address: str | Path) -> Place:
+    def at(address: str | Path) -> Storage:
         """Find out who can read an address; nothing is read."""
         try:
             files, root = fsspec.core.url_to_fs(str(address))
@@ -47,7 +47,7 @@ class Place:
             raise UsageError(
                 f"Nothing can read {address}: {error}.", "Give a directory, or an address that fsspec knows."
             ) from error
-        return Place(str(address), files, root.rstrip("/"))
+        return Storage(str(address), files, root.rstrip("/"))
 
     def __str__(self) -> str:
         return self.address

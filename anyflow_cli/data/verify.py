@@ -22,7 +22,7 @@ from anyflow_cli.data.shards import (
     read_negative,
     read_sample,
 )
-from anyflow_cli.data.storage import Place
+from anyflow_cli.data.storage import Storage
 from anyflow_cli.errors import UsageError
 
 
@@ -39,7 +39,7 @@ def verify(
     address: str | Path, on_shard: Callable[[ShardRecord], None] = lambda record: None
 ) -> Verification:
     """Check every shard of a data set against its manifest; ``on_shard`` sees each when it is done."""
-    place, manifest = Place.at(address), read_manifest(address)
+    place, manifest = Storage.at(address), read_manifest(address)
     problems: list[str] = []
     try:
         read_negative(address)
@@ -53,7 +53,7 @@ def verify(
     return Verification(len(manifest.shards), manifest.count, tuple(problems))
 
 
-def _shard_problems(place: Place, record: ShardRecord, manifest: Manifest) -> Iterator[str]:
+def _shard_problems(place: Storage, record: ShardRecord, manifest: Manifest) -> Iterator[str]:
     shard = place.name(record.name)
     if not place.exists(record.name):
         yield f"The shard {shard} is missing."
@@ -69,7 +69,7 @@ def _shard_problems(place: Place, record: ShardRecord, manifest: Manifest) -> It
         yield from _sample_problems(place, record.name, row, manifest)
 
 
-def _sample_problems(place: Place, shard: str, row: Any, manifest: Manifest) -> Iterator[str]:
+def _sample_problems(place: Storage, shard: str, row: Any, manifest: Manifest) -> Iterator[str]:
     try:
         sample = read_sample(place, shard, row)
     except CorruptSampleError as error:

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from anyflow_cli.data.prompts import COLUMNS, checked_text, read_rows, read_text, text_field
 from anyflow_cli.errors import AnyflowError, UsageError
-from anyflow_cli.utils.files import committed
+from anyflow_cli.utils.files import atomic_write
 
 Pixels = NDArray[np.uint8]
 
@@ -163,7 +163,7 @@ def write_mp4(path: Path, video: Pixels, fps: float, *, lossless: bool = False) 
     given = raw_input(video, fps)
     kept = ["-c:v", "libx264rgb", "-pix_fmt", "rgb24", "-crf", "0"]
     options = [*(kept if lossless else PLAYED), *SAME_BYTES, "-movflags", "+faststart"]
-    with committed(path) as temporary:
+    with atomic_write(path) as temporary:
         result = ffmpeg(["-y", *given, *options, f"file:{temporary}"], np.ascontiguousarray(video).tobytes())
         if result.returncode:
             reason = last_line(result.stderr.decode(errors="replace"))

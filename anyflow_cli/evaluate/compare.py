@@ -13,14 +13,14 @@ from typing import Any, Literal
 
 from anyflow_cli.errors import UsageError
 from anyflow_cli.evaluate.bootstrap import Interval, interval, totals
-from anyflow_cli.evaluate.per_chunk import Along, along
+from anyflow_cli.evaluate.per_chunk import ChunkCurves, chunk_curves
 from anyflow_cli.evaluate.results import RESULTS, Evaluation
 from anyflow_cli.evaluate.store import Store
 from anyflow_cli.evaluate.suite import Suite, VideoScore, summarise
 from anyflow_cli.model.pipeline_io import read_json
 
-Videos = Mapping[tuple[str, int], VideoScore]  # by prompt and seed
-Finding = Literal["better", "no difference", "worse", "too few prompts to tell"]
+VideoScores = Mapping[tuple[str, int], VideoScore]  # by prompt and seed
+ComparedDimension = Literal["better", "no difference", "worse", "too few prompts to tell"]
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Side:
     name: str
     suite: str
     version: int
-    by_steps: Mapping[int, Videos]
+    by_steps: Mapping[int, VideoScores]
     partition: tuple[int, ...] | None
     deviations: tuple[str, ...] = ()  # in what its protocol is not the suite's own
 
@@ -45,7 +45,7 @@ class Difference:
     second: float | None
     change: float | None
     interval: Interval | None
-    finding: Finding
+    finding: ComparedDimension
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,9 @@ class Comparison:
     names: tuple[str, str]
     suite: str
     differences: tuple[Difference, ...]
-    chunks: tuple[dict[int, Along], dict[int, Along]]  # of each side, by steps; empty without pieces
+    chunks: tuple[
+        dict[int, ChunkCurves], dict[int, ChunkCurves]
+    ]  # of each side, by steps; empty without pieces
     deviations: tuple[str, ...]  # of either side
 
     def as_json(self) -> dict[str, Any]:
@@ -127,7 +129,7 @@ def compare(suite: Suite, first: Side, second: Side) -> Comparison:
     )
 
 
-def _difference(suite: Suite, steps: int, first: Videos, second: Videos) -> Difference:
+def _difference(suite: Suite, steps: int, first: VideoScores, second: VideoScores) -> Difference:
     keys = [key for key in first if key in second]
     prompts = list(dict.fromkeys(prompt for prompt, _ in keys))
     numbers = [prompts.index(prompt) for prompt, _ in keys]
@@ -139,13 +141,13 @@ def _difference(suite: Suite, steps: int, first: Videos, second: Videos) -> Diff
     return Difference(steps, len(keys), a, b, change, bounds, _finding(bounds))
 
 
-def _finding(bounds: Interval | None) -> Finding:
+def _finding(bounds: Interval | None) -> ComparedDimension:
     if bounds is None:
         return "too few prompts to tell"
     return "better" if bounds.low > 0 else "worse" if bounds.high < 0 else "no difference"
 
 
-def _chunks(suite: Suite, side: Side, partition: tuple[int, ...] | None) -> dict[int, Along]:
+def _chunks(suite: Suite, side: Side, partition: tuple[int, ...] | None) -> dict[int, ChunkCurves]:
     scores: dict[int, Sequence[VideoScore]] = {n: list(v.values()) for n, v in side.by_steps.items()}
-    found = {steps: along(suite, each, partition) for steps, each in scores.items()}
+    found = {steps: chunk_curves(suite, each, partition) for steps, each in scores.items()}
     return {steps: one for steps, one in found.items() if one is not None}

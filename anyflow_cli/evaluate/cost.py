@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from anyflow_cli.errors import UsageError
-from anyflow_cli.evaluate.generate import Job
+from anyflow_cli.evaluate.generate import EvaluationJob
 from anyflow_cli.evaluate.protocol import Variant
 from anyflow_cli.evaluate.store import Scored
 
@@ -18,7 +18,7 @@ VIDEO_BITS = 0.25  # a pixel of an mp4 at the quality in which previews are kept
 
 
 @dataclass(frozen=True)
-class Cost:
+class EvaluationCost:
     """What is still to be made: videos, bytes, and seconds where finished videos tell of them."""
 
     videos: int
@@ -26,7 +26,7 @@ class Cost:
     seconds: float | None
 
 
-def cost(job: Job, processes: int = 1) -> Cost:
+def cost(job: EvaluationJob, processes: int = 1) -> EvaluationCost:
     """Room and time for what is missing, told from finished videos where there are any."""
     missing = {one.key: len(job.missing(one)) for one in job.variants}
     known = {one.key: list(job.store(one).read().values()) for one in job.variants}
@@ -34,7 +34,7 @@ def cost(job: Job, processes: int = 1) -> Cost:
     model, total = job.recipe.model, sum(missing.values())
     guess = model.frames * model.height * model.width * VIDEO_BITS / 8
     seconds = [missing[one.key] * _seconds(one, job.variants, known) for one in job.variants]
-    return Cost(
+    return EvaluationCost(
         videos=total,
         size=total * float(np.mean(sizes or [guess])),
         seconds=sum(seconds) / processes if sizes else None,

@@ -26,7 +26,7 @@ from anyflow_cli.data.video import (
     unreadable,
 )
 from anyflow_cli.errors import UsageError
-from anyflow_cli.evaluate.generate import Job
+from anyflow_cli.evaluate.generate import EvaluationJob
 from anyflow_cli.evaluate.protocol import Item, Protocol, Subject, Variant
 from anyflow_cli.evaluate.store import Scored, digest_of
 from anyflow_cli.evaluate.suite import VideoScore
@@ -55,7 +55,7 @@ class Found:
         return [f"{len(names)} {kind}: {_some(names)}" for kind, names in kinds.items() if names]
 
 
-def prepare_given(recipe: Recipe, protocol: Protocol, directory: Path, out: Path) -> Job:
+def prepare_given(recipe: Recipe, protocol: Protocol, directory: Path, out: Path) -> EvaluationJob:
     """Find a directory's videos and write down what is there, for ``run.evaluate`` to sum up."""
     found = find_videos(directory, protocol)
     for fault in found.faults:
@@ -75,10 +75,10 @@ def prepare_given(recipe: Recipe, protocol: Protocol, directory: Path, out: Path
     of = Subject(str(directory), "given with --videos", teacher=False, weights="", lineage={})
     suite = protocol.suite
     settings = {"suite": suite.name, "suite version": suite.version, "videos": str(directory.resolve())}
-    return Job(recipe, present, (Variant(of, 0, settings),), out, found.files)
+    return EvaluationJob(recipe, present, (Variant(of, 0, settings),), out, found.files)
 
 
-def take(job: Job) -> None:
+def score_external_videos(job: EvaluationJob) -> None:
     """Write a record of each given video, scored where the suite looks at pixels."""
     (one,) = job.variants
     store = job.store(one)
@@ -146,7 +146,7 @@ def _broken(paths: Iterable[Path]) -> dict[Path, str]:
         return {path: why for path, why in zip(listed, pool.map(unreadable, listed), strict=True) if why}
 
 
-def _score(job: Job, item: Item, path: Path) -> VideoScore:
+def _score(job: EvaluationJob, item: Item, path: Path) -> VideoScore:
     """What a suite of pixels sees in a file, which has to have the recipe's size and length."""
     suite, model = job.protocol.suite, job.recipe.model
     if suite.from_files:

@@ -20,10 +20,11 @@ from typing import Protocol as Interface
 
 import numpy as np
 
+from anyflow_cli.data.video import write_mp4
 from anyflow_cli.errors import AnyflowError, UsageError
 from anyflow_cli.evaluate.protocol import Item, Protocol, Subject, Variant
 from anyflow_cli.evaluate.store import VIDEOS, Scored, Store, digest_of
-from anyflow_cli.evaluate.suite import Video
+from anyflow_cli.evaluate.suite import VideoPixels
 from anyflow_cli.recipe.schema import Recipe
 
 Advance = Callable[[int], None]  # called with the number of videos finished so far
@@ -43,11 +44,13 @@ class Generator(Interface):
         """Seconds a video in the network and in the decoder, of the last sampling."""
         ...
 
-    def begin(self, frames: Video) -> None:
+    def begin(self, frames: VideoPixels) -> None:
         """Let the videos that follow begin with frames (B, T, H, W, 3), each with its own."""
         ...
 
-    def videos(self, prompts: Sequence[str], seeds: Sequence[int], nfe: int, batch: int) -> Iterator[Video]:
+    def videos(
+        self, prompts: Sequence[str], seeds: Sequence[int], nfe: int, batch: int
+    ) -> Iterator[VideoPixels]:
         """Videos (T, H, W, 3) in the order of the prompts."""
         ...
 
@@ -56,23 +59,23 @@ Open = Callable[[Subject, Recipe], Generator]
 
 
 @dataclass(frozen=True)
-class Share:
+class WorkShare:
     """Which of several processes this is."""
 
     rank: int = 0
     world: int = 1
 
     @classmethod
-    def of_process(cls) -> Share:
+    def of_process(cls) -> WorkShare:
         """As torchrun, accelerate launch or plain RANK and WORLD_SIZE say."""
         return cls(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
 
 
-ALONE = Share()
+ALONE = WorkShare()
 
 
 @dataclass(frozen=True)
-class Job:
+class EvaluationJob:
     """What is to be evaluated, looked at but not loaded."""
 
     recipe: Recipe
@@ -95,7 +98,7 @@ class Job:
         """Where its videos and scores lie."""
         return Store(self.out / one.key)
 
-    def missing(self, one: Variant, share: Share = ALONE) -> list[Item]:
+    def missing(self, one: Variant, share: WorkShare = ALONE) -> list[Item]:
         """Its videos that are still to be made, by this process."""
         done = self.store(one).read()
         mine = self.protocol.items[share.rank :: share.world]
@@ -120,7 +123,7 @@ def alone_in(out: Path) -> Iterator[None]:
         yield
 
 
-def make_videos(job: Job, open_model: Open, advance: Advance, share: Share = ALONE) -> None:
+def make_videos(job: EvaluationJob, open_model: Open, advance: Advance, share: WorkShare = ALONE) -> None:
     """Sample and score this process's missing videos, one model at a time."""
     _drop_damaged(job, share)
     tally = _Tally(job, advance, share)
@@ -138,7 +141,7 @@ def make_videos(job: Job, open_model: Open, advance: Advance, share: Share = ALO
             tally.count(len(part))
 
 
-def wait_for_others(job: Job, advance: Advance) -> None:
+def wait_for_others(job: EvaluationJob, advance: Advance) -> None:
     """Return when every video is there, whoever makes it."""
     done, since = job.done(), time.monotonic()
     while done < job.videos:
@@ -158,7 +161,7 @@ def wait_for_others(job: Job, advance: Advance) -> None:
 class _Tally:
     """Counts finished videos: its own as they come, those of other processes now and then."""
 
-    def __init__(self, job: Job, advance: Advance, share: Share) -> None:
+    def __init__(self, job: EvaluationJob, advance: Advance, share: WorkShare) -> None:
         self._job, self._advance, self._several = job, advance, share.world > 1
         self._done, self._looked = job.done(), time.monotonic()
         advance(self._done)
@@ -170,7 +173,7 @@ class _Tally:
         self._advance(self._done)
 
 
-def _drop_damaged(job: Job, share: Share) -> None:
+def _drop_damaged(job: EvaluationJob, share: WorkShare) -> None:
     """Remove files of this process's share that are not as they were written, so that they are made again."""
     damaged = 0
     for one in job.variants:
@@ -187,7 +190,9 @@ def _drop_damaged(job: Job, share: Share) -> None:
         log.warning("%d video%s not as written any more and will be made again.", damaged, many)
 
 
-def _scored(job: Job, one: Variant, generator: Generator, items: Sequence[Item]) -> Iterator[Scored]:
+def _scored(
+    job: EvaluationJob, one: Variant, generator: Generator, items: Sequence[Item]
+) -> Iterator[Scored]:
     """One batch: sample; then, one by one, keep as mp4 and score from the raw pixels."""
     suite, store = job.protocol.suite, job.store(one)
     prompts, seeds = [item.prompt for item in items], [item.seed for item in items]

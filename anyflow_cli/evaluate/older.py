@@ -9,7 +9,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from anyflow_cli.evaluate.generate import Job
+from anyflow_cli.evaluate.generate import EvaluationJob
 from anyflow_cli.evaluate.store import is_store
 
 
@@ -21,7 +21,7 @@ class Older:
     size: int
 
 
-def older_variants(job: Job) -> Older:
+def older_variants(job: EvaluationJob) -> Older:
     """What the job's directory holds besides the job."""
     own = {one.key for one in job.variants}
     found = [path for path in sorted(job.out.iterdir()) if path.name not in own and is_store(path)]

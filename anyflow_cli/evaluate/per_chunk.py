@@ -18,7 +18,7 @@ from anyflow_cli.evaluate.suite import Dimension, Suite, VideoScore
 
 
 @dataclass(frozen=True)
-class Along:
+class ChunkCurves:
     """Scores of each chunk, 0..100, first to last, by group of dimensions."""
 
     partition: tuple[int, ...]  # latent frames of each chunk
@@ -26,7 +26,9 @@ class Along:
     dimensions: dict[str, tuple[float, ...]]  # what each group is the weighted mean of
 
 
-def along(suite: Suite, scores: Sequence[VideoScore], partition: tuple[int, ...] | None) -> Along | None:
+def chunk_curves(
+    suite: Suite, scores: Sequence[VideoScore], partition: tuple[int, ...] | None
+) -> ChunkCurves | None:
     """Chunks of a model's videos (None: each latent frame by itself); None where the suite scores no pieces.
 
     A group has only the dimensions that every piece of every chunk was scored for.
@@ -44,7 +46,7 @@ def along(suite: Suite, scores: Sequence[VideoScore], partition: tuple[int, ...]
             weights = [d.weight for d in members]
             mean = np.average([known[d.name] for d in members], axis=0, weights=weights)
             groups[group] = tuple(float(value) for value in mean)
-    return Along(sizes, groups, known)
+    return ChunkCurves(sizes, groups, known)
 
 
 def _by_chunk(

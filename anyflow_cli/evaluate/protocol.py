@@ -22,13 +22,13 @@ import torch
 import anyflow_cli
 from anyflow_cli.evaluate.suite import Assessment, Suite
 from anyflow_cli.model.causal import FAR, partition_for
-from anyflow_cli.model.config import Causal
-from anyflow_cli.model.pipeline_io import read_config, read_json, resolve
+from anyflow_cli.model.config import CausalConfig
+from anyflow_cli.model.pipeline_io import read_config, read_json, resolve_pipeline
 from anyflow_cli.model.precision import resolve_precision
 from anyflow_cli.recipe.schema import Recipe
 from anyflow_cli.runs.open import (
     LINEAGE,
-    Choice,
+    ModelChoice,
     is_checkpoint,
     locate,
     run_of,
@@ -139,10 +139,10 @@ class Variant:
     def key(self) -> str:
         """A name for its directory."""
         kind = "teacher" if self.subject.teacher else "model"
-        return f"{kind}-{self.label}-{fingerprint(self.settings)[:12]}"
+        return f"{kind}-{self.label}-{protocol_fingerprint(self.settings)[:12]}"
 
 
-def subject(choice: Choice, recipe: Recipe, sampler: Method | None = None) -> Subject:
+def subject(choice: ModelChoice, recipe: Recipe, sampler: Method | None = None) -> Subject:
     """Look at a model or checkpoint without loading it.
 
     A plain Wan model is a teacher, unless it is sampled as the few-step student that it may be too.
@@ -152,7 +152,7 @@ def subject(choice: Choice, recipe: Recipe, sampler: Method | None = None) -> Su
     found = look(path, recipe)
     latents = (recipe.model.frames - 1) // 4 + 1  # as Wan's VAE counts
     partition = None if found.causal is None else partition_for(found.causal, latents)
-    weights = fingerprint(found.files)
+    weights = protocol_fingerprint(found.files)
     teacher = not found.two_time and sampler in (None, "euler")
     return Subject(choice.address, choice.why, teacher, weights, found.lineage, partition, sampler)
 
@@ -162,14 +162,14 @@ class Look(NamedTuple):
 
     files: list[Any]
     two_time: bool
-    causal: Causal | None
+    causal: CausalConfig | None
     lineage: dict[str, Any]
 
 
 def _look_at_folder(path: Path, recipe: Recipe) -> Look:
     """A pipeline folder, or a transformer that takes the rest from the recipe's teacher."""
     whole = (path / "model_index.json").is_file()
-    folders = [path] if whole else [path, resolve(recipe.model.teacher)]
+    folders = [path] if whole else [path, resolve_pipeline(recipe.model.teacher)]
     lineage = path / LINEAGE
     known = read_json(lineage) if lineage.is_file() else {}
     config = read_config(path)
@@ -185,7 +185,7 @@ def _look_at_checkpoint(path: Path, recipe: Recipe) -> Look:
     files = [*map(_file_hash, weight_files(path)), _folder_hash(run.base)]
     causal, told = config.causal, run.recipe.model.causal
     if told is not None and any(name.startswith(FAR) for name in names):
-        causal = Causal.from_recipe(told)
+        causal = CausalConfig.from_recipe(told)
     return Look(files, two_time, causal, run.lineage | {"checkpoint": path.name})
 
 
@@ -219,7 +219,7 @@ def card(
         "comparable": not deviations,
         "deviations": deviations,
         "prompts": len(protocol.prompts),
-        "prompt set": fingerprint(list(protocol.prompts)),
+        "prompt set": protocol_fingerprint(list(protocol.prompts)),
         "samples a prompt": protocol.samples,
         "videos": len(seeds),
         "seeds": [min(seeds), max(seeds)],  # one a video, the same for every model
@@ -235,7 +235,7 @@ def card(
     }
 
 
-def fingerprint(content: Any) -> str:
+def protocol_fingerprint(content: Any) -> str:
     """SHA-256 of anything that JSON can hold."""
     return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 

@@ -12,9 +12,9 @@ from pathlib import Path
 from anyflow_cli.data.prompts import read_prompts
 from anyflow_cli.data.video import ClipFormat
 from anyflow_cli.errors import UsageError
-from anyflow_cli.evaluate.protocol import Protocol, fingerprint
+from anyflow_cli.evaluate.protocol import Protocol, protocol_fingerprint
 from anyflow_cli.evaluate.shapes.suite import ShapesSuite
-from anyflow_cli.evaluate.vbench.dimensions import DIMENSIONS, Benchmark
+from anyflow_cli.evaluate.vbench.dimensions import VBENCH_DIMENSIONS, Benchmark
 from anyflow_cli.evaluate.vbench.environment import open_environment, place
 from anyflow_cli.evaluate.vbench.prompts import (
     SAMPLES,
@@ -30,7 +30,7 @@ from anyflow_cli.recipe.schema import Recipe
 log = logging.getLogger(__name__)
 
 
-def questions(settings: Recipe, file: Path | None = None, limit: int | None = None) -> Protocol:
+def protocol_for(settings: Recipe, file: Path | None = None, limit: int | None = None) -> Protocol:
     """What the recipe's suite asks; ``file``: own prompts, of which VBench has none but its own."""
     if settings.evaluate.suite == "shapes":
         return _shapes(settings, file, limit)
@@ -80,7 +80,7 @@ def _vbench(settings: Recipe, benchmark: Benchmark, limit: int | None) -> Protoc
     if unable:
         log.warning("Cannot run here: %s. `anyflow doctor` says what they need.", ", ".join(unable))
     notes = {
-        "full info": fingerprint([q.lines for q in everything]),
+        "full info": protocol_fingerprint([q.lines for q in everything]),
         "prompts sampled with": wanted.augmented or "the benchmark's own",
         "videos a prompt of temporal flickering": max([samples, *more.values()]),
         "dimensions asked for": list(wanted.dimensions or ["all"]),
@@ -110,7 +110,7 @@ def _more(chosen: Sequence[Question], flickering: int) -> dict[int, int]:
 
 
 def _check_dimensions(benchmark: Benchmark, names: Sequence[str] | None) -> None:
-    known = [dimension.name for dimension in DIMENSIONS[benchmark]]
+    known = [dimension.name for dimension in VBENCH_DIMENSIONS[benchmark]]
     wrong = [name for name in names or () if name not in known]
     if wrong:
         raise UsageError(f"{benchmark} has no dimension {', '.join(wrong)}.", f"It has {', '.join(known)}.")

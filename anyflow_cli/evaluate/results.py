@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from anyflow_cli.evaluate.bootstrap import Interval, Trend
-from anyflow_cli.evaluate.per_chunk import Along
+from anyflow_cli.evaluate.per_chunk import ChunkCurves
 from anyflow_cli.evaluate.store import Scored
 from anyflow_cli.evaluate.suite import SuiteResult
 from anyflow_cli.evaluate.vbench.published import published
@@ -34,7 +34,7 @@ class Measured:
     batch: int  # videos at once, of the timed ones
     directory: Path
     scored: tuple[Scored, ...]  # in the order of the protocol
-    along: Along | None  # chunk by chunk, where the suite tells
+    along: ChunkCurves | None  # chunk by chunk, where the suite tells
 
     @property
     def seconds(self) -> float:
@@ -82,7 +82,7 @@ class Evaluation:
         return [*self.models, *([self.teacher] if self.teacher else [])]
 
     @property
-    def curves(self) -> dict[str, Along]:
+    def curves(self) -> dict[str, ChunkCurves]:
         """Chunk by chunk, by the head of the column; empty where the model has no chunks."""
         if self.partition is None:
             return {}

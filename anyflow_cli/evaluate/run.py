@@ -1,4 +1,4 @@
-"""``evaluate``: a suite's videos by a model at each number of steps, and by its teacher, made and scored.
+"""``run_evaluation``: sample and score a suite with a model at each step count, and with its teacher.
 
 Every variant has a directory under ``runs/<recipe>/evaluate``; what lies there complete is not made again,
 whether from a run that was killed or from an earlier model's. A model is loaded only if videos are missing.
@@ -16,32 +16,32 @@ import numpy as np
 
 from anyflow_cli.errors import UsageError
 from anyflow_cli.evaluate.bootstrap import Doubles, interval, totals, trend
-from anyflow_cli.evaluate.external_videos import take
+from anyflow_cli.evaluate.external_videos import score_external_videos
 from anyflow_cli.evaluate.generate import (
     ALONE,
     Advance,
+    EvaluationJob,
     Generator,
-    Job,
     Open,
-    Share,
+    WorkShare,
     alone_in,
     make_videos,
     wait_for_others,
 )
-from anyflow_cli.evaluate.per_chunk import along
+from anyflow_cli.evaluate.per_chunk import chunk_curves
 from anyflow_cli.evaluate.protocol import Protocol, Subject, Variant, card, subject, variant
 from anyflow_cli.evaluate.results import Evaluation, Measured
 from anyflow_cli.evaluate.store import Scored
-from anyflow_cli.evaluate.suite import Assessment, Clip, VideoScore, result_of
+from anyflow_cli.evaluate.suite import Assessment, SuiteClip, VideoScore, result_of
 from anyflow_cli.recipe.schema import Recipe
-from anyflow_cli.runs.open import Choice
-from anyflow_cli.sample.sampler import Sampler
+from anyflow_cli.runs.open import ModelChoice
+from anyflow_cli.sample.sampler import VideoSampler
 from anyflow_cli.synthesize.job import own_device
 
 log = logging.getLogger(__name__)
 
 
-def prepare(recipe: Recipe, protocol: Protocol, choice: Choice, out: Path) -> Job:
+def prepare_evaluation(recipe: Recipe, protocol: Protocol, choice: ModelChoice, out: Path) -> EvaluationJob:
     """Settle the variants: the model at each of the recipe's step counts, then its teacher at its own."""
     protocol.suite.check(recipe.model)
     of = subject(choice, recipe, recipe.evaluate.sampler)
@@ -55,34 +55,34 @@ def prepare(recipe: Recipe, protocol: Protocol, choice: Choice, out: Path) -> Jo
     if conditioned and recipe.evaluate.teacher:
         log.info("No teacher beside it: %s takes text alone.", recipe.model.teacher)
     elif recipe.evaluate.teacher:
-        teacher = subject(Choice(recipe.model.teacher, f"the teacher of recipe {recipe.name}"), recipe)
+        teacher = subject(ModelChoice(recipe.model.teacher, f"the teacher of recipe {recipe.name}"), recipe)
         beside = variant(teacher, recipe.sample.teacher_steps, protocol, recipe, reference=True)
         variants += [beside] if beside.key not in {one.key for one in variants} else []
-    return Job(recipe, protocol, tuple(variants), out)
+    return EvaluationJob(recipe, protocol, tuple(variants), out)
 
 
-def evaluate(
-    job: Job,
+def run_evaluation(
+    job: EvaluationJob,
     open_model: Open | None = None,
     advance: Advance = lambda done: None,
-    share: Share = ALONE,
+    share: WorkShare = ALONE,
 ) -> Evaluation:
     """Make what is missing, then sum up; of several processes the others call ``help_make``."""
     with alone_in(job.out):
         if job.given is not None:
-            take(job)
+            score_external_videos(job)
         else:
             make_videos(job, open_model or _open, advance, share)
             wait_for_others(job, advance)
         return _summed(job)
 
 
-def help_make(job: Job, share: Share, open_model: Open | None = None) -> None:
+def help_make(job: EvaluationJob, share: WorkShare, open_model: Open | None = None) -> None:
     """Make this process's share of the videos, for the first one to sum up."""
     make_videos(job, open_model or _open, lambda done: None, share)
 
 
-def _summed(job: Job) -> Evaluation:
+def _summed(job: EvaluationJob) -> Evaluation:
     judged = [_judged(job, one) for one in job.variants]
     draws = [_draws(job, assessment.scores) for _, assessment in judged]
     measured = tuple(
@@ -103,13 +103,13 @@ def _summed(job: Job) -> Evaluation:
     )
 
 
-def _judged(job: Job, one: Variant) -> tuple[list[Scored], Assessment]:
+def _judged(job: EvaluationJob, one: Variant) -> tuple[list[Scored], Assessment]:
     """The suite's word on all videos of a variant, and their records with the scores it gave."""
     store, items = job.store(one), job.protocol.items
     done = store.read()
     records = [done[item.prompt, item.seed] for item in items]
     clips = [
-        Clip(item.number, store.directory / record.file, record.score)
+        SuiteClip(item.number, store.directory / record.file, record.score)
         for item, record in zip(items, records, strict=True)
     ]
     assessment = job.protocol.suite.assess(clips, store.directory)
@@ -121,12 +121,12 @@ def _judged(job: Job, one: Variant) -> tuple[list[Scored], Assessment]:
     return judged, assessment
 
 
-def _draws(job: Job, scores: Sequence[VideoScore]) -> Doubles | None:
+def _draws(job: EvaluationJob, scores: Sequence[VideoScore]) -> Doubles | None:
     return totals(job.protocol.suite, scores, [item.number for item in job.protocol.items])
 
 
 def _measured(
-    job: Job, one: Variant, scored: Sequence[Scored], assessment: Assessment, draws: Doubles | None
+    job: EvaluationJob, one: Variant, scored: Sequence[Scored], assessment: Assessment, draws: Doubles | None
 ) -> Measured:
     return Measured(
         key=one.key,
@@ -143,9 +143,9 @@ def _measured(
         batch=scored[0].batch,
         directory=job.store(one).directory,
         scored=tuple(scored),
-        along=along(job.protocol.suite, [record.score for record in scored], job.partition),
+        along=chunk_curves(job.protocol.suite, [record.score for record in scored], job.partition),
     )
 
 
 def _open(of: Subject, recipe: Recipe) -> Generator:
-    return Sampler.load(of.address, recipe, teacher=of.teacher, method=of.sampler, device=own_device())
+    return VideoSampler.load(of.address, recipe, teacher=of.teacher, method=of.sampler, device=own_device())

@@ -16,9 +16,9 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from anyflow_cli.recipe.schema import Model
+from anyflow_cli.recipe.schema import ModelSection
 
-Video = NDArray[np.uint8]  # (T, H, W, 3)
+VideoPixels = NDArray[np.uint8]  # (T, H, W, 3)
 Image = NDArray[np.uint8]  # (H, W, 3)
 TEXT_TO_VIDEO = {"quality": 4.0, "semantic": 1.0}  # weights of VBench's groups in its Total
 IMAGE_TO_VIDEO = {"quality": 1.0, "i2v": 1.0}  # and of VBench-I2V's
@@ -54,7 +54,7 @@ class VideoScore:
 
 
 @dataclass(frozen=True)
-class Clip:
+class SuiteClip:
     """A finished video, and what its suite saw of it while it was made."""
 
     number: int  # of its prompt
@@ -122,7 +122,7 @@ class Suite(Protocol):
         """Weight of each group in Total, in the order of reports."""
         ...
 
-    def check(self, model: Model) -> None:
+    def check(self, model: ModelSection) -> None:
         """Refuse a model whose videos it cannot score."""
         ...
 
@@ -135,12 +135,12 @@ class Suite(Protocol):
         ...
 
     def score(
-        self, videos: Sequence[Video], prompts: Sequence[str], images: Sequence[Image] | None = None
+        self, videos: Sequence[VideoPixels], prompts: Sequence[str], images: Sequence[Image] | None = None
     ) -> list[VideoScore]:
         """Score finished videos, in order."""
         ...
 
-    def assess(self, clips: Sequence[Clip], directory: Path) -> Assessment:
+    def assess(self, clips: Sequence[SuiteClip], directory: Path) -> Assessment:
         """Judge all videos of a variant; ``directory`` is the variant's, for what is worth keeping."""
         ...
 

@@ -23,7 +23,14 @@ import torch
 from torch import Tensor
 
 from anyflow_cli.flow.times import TimeWeight
-from anyflow_cli.flow.velocity import Query, Velocity, flow_map, full_time, per_frame, together
+from anyflow_cli.flow.velocity import (
+    Velocity,
+    VelocityInputs,
+    batch_time,
+    evaluate_together,
+    flow_map,
+    per_frame,
+)
 
 GlobalMean = Callable[[Tensor, Tensor], Tensor]
 """Mean of values (B, ...) where mask (B, ...) holds, over all ranks; NaN where it holds for none."""
@@ -103,7 +110,7 @@ def flow_map_loss(
     z = interpolate(x, eps, t)
     v = eps - x
     g = _guidance_per_sample(guidance, null_mask, z)
-    asked, of_null = Query(model, z, t, r), Query(null, z, t, r)
+    asked, of_null = VelocityInputs(model, z, t, r), VelocityInputs(null, z, t, r)
     u_null, du_dt = _null_and_derivative(asked, of_null if guidance != 1 else None, v, delta, g)
 
     # Guidance-fused training (Eq. 6)
@@ -121,13 +128,13 @@ def flow_map_loss(
 
 def _guidance_per_sample(guidance: float, null_mask: Tensor | None, z: Tensor) -> Tensor:
     """Give g (B, 1, 1, 1, 1): the guidance, or 1 for samples under the null condition."""
-    g = full_time(guidance, z)
+    g = batch_time(guidance, z)
     return per_frame(g if null_mask is None else torch.where(null_mask, 1, g), z)
 
 
 @torch.no_grad()
 def _null_and_derivative(
-    asked: Query, of_null: Query | None, v: Tensor, delta: float, g: Tensor
+    asked: VelocityInputs, of_null: VelocityInputs | None, v: Tensor, delta: float, g: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Give what takes no gradient, u_null and du/dt, each (B, F, C, H, W), in one call of G + 2 I samples.
 
@@ -145,15 +152,15 @@ def _null_and_derivative(
     z_plus = z + per_frame(t_plus - t, z) * v
     z_minus = z - per_frame(t - t_minus, z) * v
 
-    plus = Query(asked.model, z_plus, t_plus, r).take(inner)
-    minus = Query(asked.model, z_minus, t_minus, r).take(inner)
+    plus = VelocityInputs(asked.model, z_plus, t_plus, r).take(inner)
+    minus = VelocityInputs(asked.model, z_minus, t_minus, r).take(inner)
     if of_null is None:
-        u_null, (u_plus, u_minus) = torch.zeros_like(z), together(plus, minus)
+        u_null, (u_plus, u_minus) = torch.zeros_like(z), evaluate_together(plus, minus)
     else:
         guided = (g.flatten() != 1).nonzero().squeeze(1)  # (G,)
         if len(guided) + len(inner) == 0:
             guided = guided.new_zeros(1)  # the call is made all the same
-        answer, u_plus, u_minus = together(of_null.take(guided), plus, minus)
+        answer, u_plus, u_minus = evaluate_together(of_null.take(guided), plus, minus)
         u_null = torch.zeros_like(z).index_copy(0, guided, answer)
     du_dt = difference_quotient(u_plus, u_minus, plus.t - minus.t, g[inner])
     return u_null, torch.zeros_like(z).index_copy(0, inner, du_dt)

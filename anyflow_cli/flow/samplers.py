@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from anyflow_cli.flow.losses import interpolate
-from anyflow_cli.flow.velocity import Generators, Velocity, flow_map, full_time, noise_like, per_frame
+from anyflow_cli.flow.velocity import Generators, Velocity, batch_time, flow_map, noise_like, per_frame
 
 OnStep = Callable[[int, Tensor], None]
 
@@ -92,7 +92,7 @@ SAMPLERS: dict[str, Sampler] = {"flow-map": flow_map_euler, "euler": euler, "con
 def _steps(z: Tensor, grid: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Give the number and both times (B,) of each step."""
     for i, (t, r) in enumerate(pairwise(grid.tolist())):
-        yield i, full_time(t, z), full_time(r, z)
+        yield i, batch_time(t, z), batch_time(r, z)
 
 
 def _report(on_step: OnStep | None, i: int, z: Tensor) -> None:

@@ -16,22 +16,22 @@ from torch import Tensor
 
 from anyflow_cli.flow.samplers import consistency
 from anyflow_cli.flow.times import grid
-from anyflow_cli.flow.velocity import Generators, Velocity, flow_map, full_time
+from anyflow_cli.flow.velocity import Generators, Velocity, batch_time, flow_map
 
 BUDGETS = (2, 4, 8, 16, 50)  # N of Alg. 2
 
 
-class Segment(NamedTuple):
+class SimulationSegment(NamedTuple):
     """Step k of a sampling in N steps: the one whose transition is simulated as it is."""
 
     steps: int  # N
     k: int  # 0 .. N - 1
 
 
-def draw_segment(budgets: Sequence[int], generator: torch.Generator) -> Segment:
+def draw_segment(budgets: Sequence[int], generator: torch.Generator) -> SimulationSegment:
     """Draw N from the budgets, then k from 0 .. N - 1: the same on all ranks if their generators are."""
     steps = budgets[_below(len(budgets), generator)]
-    return Segment(steps, _below(steps, generator))
+    return SimulationSegment(steps, _below(steps, generator))
 
 
 def flow_map_rollout(model: Velocity, noise: Tensor, steps: int, k: int, shift: float) -> Tensor:
@@ -44,7 +44,7 @@ def flow_map_rollout(model: Velocity, noise: Tensor, steps: int, k: int, shift: 
     z = noise
     for t, r in ((1.0, times[k]), (times[k], times[k + 1]), (times[k + 1], 0.0)):
         if t > r:
-            z = flow_map(model, z, full_time(t, z), full_time(r, z))
+            z = flow_map(model, z, batch_time(t, z), batch_time(r, z))
     return z
 
 
@@ -64,7 +64,7 @@ def consistency_rollout(
     before = times[: exit_step + 1]
     z = consistency(model, noise, before, generator=generator)
     t = float(times[exit_step])
-    return flow_map(model, z, full_time(t, z), full_time(0.0, z))
+    return flow_map(model, z, batch_time(t, z), batch_time(0.0, z))
 
 
 def _below(bound: int, generator: torch.Generator) -> int:

@@ -35,7 +35,7 @@ class Velocity(Protocol):
 
 
 @dataclass(frozen=True)
-class Query:
+class VelocityInputs:
     """What a model is asked: u at states z (B, F, C, H, W) and times t, r, (B,) or (B, F)."""
 
     model: Velocity
@@ -43,12 +43,12 @@ class Query:
     t: Tensor
     r: Tensor
 
-    def take(self, index: Tensor) -> Query:
+    def take(self, index: Tensor) -> VelocityInputs:
         """Ask for these samples only."""
-        return Query(self.model.take(index), self.z[index], self.t[index], self.r[index])
+        return VelocityInputs(self.model.take(index), self.z[index], self.t[index], self.r[index])
 
 
-def together(*queries: Query) -> tuple[Tensor, ...]:
+def evaluate_together(*queries: VelocityInputs) -> tuple[Tensor, ...]:
     """Answer several queries to one network in one call; an answer has the shape and dtype of its z."""
     z = torch.cat([query.z for query in queries])
     if len(z) == 0:
@@ -79,7 +79,7 @@ class _Guided:
     scale: float
 
     def __call__(self, z: Tensor, t: Tensor, r: Tensor) -> Tensor:
-        u, u_null = together(Query(self.model, z, t, r), Query(self.null, z, t, r))
+        u, u_null = evaluate_together(VelocityInputs(self.model, z, t, r), VelocityInputs(self.null, z, t, r))
         return u_null + self.scale * (u - u_null)
 
     def take(self, index: Tensor) -> Velocity:
@@ -93,7 +93,7 @@ class _Guided:
         return _Guided(model, null, self.scale)
 
 
-def closed(function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Velocity:
+def from_function(function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Velocity:
     """Make a function of (z, t, r) that has no condition a velocity model."""
     return _Closed(function)
 
@@ -120,7 +120,7 @@ class _Recomputed:
         return _Recomputed(self.model.join(*(part.model for part in parts)))
 
 
-def recomputed(model: Velocity) -> Velocity:
+def checkpointed(model: Velocity) -> Velocity:
     """The same velocity, evaluated again in the backward pass instead of keeping its graph until then.
 
     A chain of jumps then holds one evaluation's graph at a time. Nothing random may be in the model.
@@ -138,7 +138,7 @@ def flow_map(model: Velocity, z: Tensor, t: Tensor, r: Tensor) -> Tensor:
     return z - per_frame(t - r, z) * model(z, t, r)
 
 
-def full_time(t: float, z: Tensor) -> Tensor:
+def batch_time(t: float, z: Tensor) -> Tensor:
     """Give one time to the whole batch of z (B, ...): (B,)."""
     return z.new_full((z.shape[0],), t)
 

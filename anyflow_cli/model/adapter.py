@@ -17,7 +17,7 @@ from torch import Tensor
 
 from anyflow_cli.errors import UsageError
 from anyflow_cli.model.backbone import LoraSize
-from anyflow_cli.model.pipeline_io import made_beside, read_json
+from anyflow_cli.model.pipeline_io import atomic_directory, read_json
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."
@@ -38,7 +38,7 @@ def save_adapter(folder: Path, weights: Mapping[str, Tensor], size: LoraSize, ba
         base_model_name_or_path=base,
     )
     stored = {PREFIX + name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
-    with made_beside(folder) as partial:
+    with atomic_directory(folder) as partial:
         config.save_pretrained(partial)
         save_file(stored, partial / WEIGHTS, metadata={"format": "pt"})
 

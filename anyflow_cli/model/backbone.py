@@ -28,7 +28,7 @@ from anyflow_cli.model.causal import FAR
 from anyflow_cli.model.conditioned import Conditioned
 from anyflow_cli.model.lora import Adapters, LoraSize
 from anyflow_cli.model.network import FlowMapTransformer, on_meta
-from anyflow_cli.model.parallelize import divided_like
+from anyflow_cli.model.parallelize import shard_like
 
 __all__ = ["Backbone", "LoraSize", "Role"]
 
@@ -158,7 +158,7 @@ class Backbone(nn.Module):
         own = self.named_parameters_of(name)
         _check_same(own, state, name)
         for key, parameter in own.items():
-            parameter.copy_(divided_like(state[key], parameter))
+            parameter.copy_(shard_like(state[key], parameter))
 
     def merged(self, name: Role, dtype: torch.dtype = torch.float32) -> FlowMapTransformer:
         """A plain frozen network that computes what the role does, for export.

@@ -24,7 +24,7 @@ from torch import Tensor
 from anyflow_cli.errors import UsageError
 from anyflow_cli.flow.velocity import Velocity
 from anyflow_cli.model.conditioned import Conditioned
-from anyflow_cli.model.config import Causal, NetworkConfig
+from anyflow_cli.model.config import CausalConfig, NetworkConfig
 from anyflow_cli.model.layout import Layout, Segment
 from anyflow_cli.model.network import FlowMapTransformer, on_meta
 
@@ -49,7 +49,7 @@ def chunks_of(partition: Sequence[int]) -> tuple[Chunk, ...]:
     return tuple(Chunk(sum(partition[:i]), frames) for i, frames in enumerate(partition))
 
 
-def partition_for(causal: Causal, frames: int) -> tuple[int, ...]:
+def partition_for(causal: CausalConfig, frames: int) -> tuple[int, ...]:
     """How ``frames`` latent frames fall into chunks.
 
     As the model was trained, where that is its length; otherwise its first chunk, then chunks of its largest
@@ -62,7 +62,7 @@ def partition_for(causal: Causal, frames: int) -> tuple[int, ...]:
     return (head, *[size] * whole, *[rest] * (rest > 0))
 
 
-def remembered_for(causal: Causal, frames: int) -> int | None:
+def remembered_for(causal: CausalConfig, frames: int) -> int | None:
     """How many compressed chunks to keep for a video of ``frames`` latent frames (None: all).
 
     Up to the trained length all of them. Beyond it as many as the model ever saw at once, so that memory does
@@ -102,7 +102,7 @@ def causal_layout(config: NetworkConfig, segments: Sequence[Segment], height: in
     return Layout(tuple(segments), height, width, config.patch, causal_of(config).compressed_patch)
 
 
-def causal_of(config: NetworkConfig) -> Causal:
+def causal_of(config: NetworkConfig) -> CausalConfig:
     """What the network's being causal consists of."""
     assert config.causal is not None, "the network is not causal"
     return config.causal
@@ -194,7 +194,7 @@ class TeacherForced:
         return made
 
 
-def as_causal(network: FlowMapTransformer, causal: Causal) -> FlowMapTransformer:
+def as_causal(network: FlowMapTransformer, causal: CausalConfig) -> FlowMapTransformer:
     """A causal network of these chunks: a causal one with its weights as they are, else ``causal_from``."""
     if network.config.causal is None:
         return causal_from(network, causal)
@@ -208,13 +208,13 @@ def as_causal(network: FlowMapTransformer, causal: Causal) -> FlowMapTransformer
     return network
 
 
-def causal_from(network: FlowMapTransformer, causal: Causal | None = None) -> FlowMapTransformer:
+def causal_from(network: FlowMapTransformer, causal: CausalConfig | None = None) -> FlowMapTransformer:
     """A frozen causal network that starts as ``network`` (two times) and takes over its weights.
 
     The compressed patch embedding starts as the full one, its kernel enlarged by linear interpolation.
     """
     assert network.config.two_time, "a causal network takes two times: two_time_from first"
-    config = replace(network.config, causal=causal or Causal())
+    config = replace(network.config, causal=causal or CausalConfig())
     full = network.patch_embedding
     kernel = full.weight.detach().flatten(0, 1).unsqueeze(1)  # (D C, 1, 1, high, wide)
     size = (1, *causal_of(config).compressed_patch)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from anyflow_cli.flow.samplers import Sampler
-from anyflow_cli.flow.velocity import Generators, Velocity, closed
+from anyflow_cli.flow.velocity import Generators, Velocity, from_function
 from anyflow_cli.model.causal import check_partition, split_after
 from anyflow_cli.model.conditioned import Conditioned
 from anyflow_cli.model.kv_cache import KeyCache, Policy
@@ -28,7 +28,7 @@ class Guidance(NamedTuple):
 
 
 @torch.no_grad()
-def rollout(
+def sample_chunks(
     model: Conditioned,
     noise: Tensor,
     partition: Sequence[int],
@@ -83,4 +83,4 @@ def _guided(both: Velocity, scale: float) -> Velocity:
         u, u_null = both(*(torch.cat((x, x)) for x in (z, t, r))).chunk(2)
         return u_null + scale * (u - u_null)
 
-    return closed(velocity)
+    return from_function(velocity)

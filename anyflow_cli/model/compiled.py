@@ -17,7 +17,7 @@ from anyflow_cli.model.network import FlowMapTransformer
 VERSIONS = 128  # of a block: roles, with gradient and without, times numbers of samples and layouts
 
 
-def compile_blocks(network: FlowMapTransformer) -> None:
+def apply_compile(network: FlowMapTransformer) -> None:
     """Compile each block when it is first called; before the network is sharded."""
     torch._dynamo.config.recompile_limit = VERSIONS
     for block in network.blocks:

@@ -26,7 +26,7 @@ QK_NORM = "rms_norm_across_heads"
 
 
 @dataclass(frozen=True)
-class Causal:
+class CausalConfig:
     """What a causal (FAR) network adds: a second patch size for the past, and how frames fall into chunks."""
 
     compressed_patch: tuple[int, int] = (4, 4)
@@ -34,7 +34,7 @@ class Causal:
     partition: tuple[int, ...] = (1, 3, 3, 3, 3, 3, 3, 2)
 
     @classmethod
-    def from_recipe(cls, settings: schema.Causal) -> Causal:
+    def from_recipe(cls, settings: schema.CausalSection) -> CausalConfig:
         """The architecture that a recipe asks for."""
         return cls(settings.compressed_patch, settings.full_chunks, settings.partition)
 
@@ -59,7 +59,7 @@ class NetworkConfig:
     gate: float = 0.25
     delta: Literal["r", "t-r"] = "r"
     conditioning: Conditioning = "interpolate"
-    causal: Causal | None = None
+    causal: CausalConfig | None = None
 
     @property
     def dim(self) -> int:
@@ -136,11 +136,11 @@ class NetworkConfig:
         return config
 
 
-def _causal(config: Mapping[str, Any]) -> Causal:
-    return Causal(
+def _causal(config: Mapping[str, Any]) -> CausalConfig:
+    return CausalConfig(
         compressed_patch=_spatial(config.get("compressed_patch_size", (1, 4, 4))),
         full_chunks=_number(config, "full_chunk_limit", 3),
-        partition=tuple(int(n) for n in config.get("chunk_partition", Causal.partition)),
+        partition=tuple(int(n) for n in config.get("chunk_partition", CausalConfig.partition)),
     )
 
 

@@ -143,12 +143,12 @@ class VideoVAE:
     def _decode(self, latents: Tensor) -> Tensor:
         return self.decoding()(latents)
 
-    def decoding(self) -> Decoding:
+    def decoding(self) -> ChunkDecoder:
         """Decode a video part after part, as it is made."""
-        return Decoding(self._model, self._mean, self._std)
+        return ChunkDecoder(self._model, self._mean, self._std)
 
 
-class Decoding:
+class ChunkDecoder:
     """One video, or one batch, on its way through the causal decoder, frame after frame.
 
     The decoder's convolutions look back on what came before, which is kept here and not in the model: the

@@ -64,7 +64,7 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Write:
+class KeyWrite:
     """Keys of the tokens ``tokens`` go to ``place`` in the cache."""
 
     tokens: slice
@@ -147,10 +147,10 @@ class Layout:
         return tuple(groups)
 
     @cached_property
-    def writes(self) -> tuple[Write, ...]:
+    def writes(self) -> tuple[KeyWrite, ...]:
         """What goes into the cache."""
         return tuple(
-            Write(span.tokens, self._place(segment))
+            KeyWrite(span.tokens, self._place(segment))
             for segment, span in zip(self.inputs, self.spans, strict=True)
             if segment.place is not None
         )

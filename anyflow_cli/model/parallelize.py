@@ -36,7 +36,9 @@ from anyflow_cli.model.network import FlowMapTransformer
 from anyflow_cli.recipe import schema
 
 
-def shard(networks: Iterable[FlowMapTransformer], launch: schema.Launch, device: torch.device) -> None:
+def apply_fsdp(
+    networks: Iterable[FlowMapTransformer], launch: schema.LaunchSection, device: torch.device
+) -> None:
     """Divide networks in place; their weights move to ``device`` block by block."""
     # A velocity may be a view; nobody writes into one.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
@@ -54,7 +56,7 @@ def shard(networks: Iterable[FlowMapTransformer], launch: schema.Launch, device:
         register_fsdp_forward_method(network, "embedding_norm")
 
 
-def _mesh(launch: schema.Launch, kind: str) -> DeviceMesh:
+def _mesh(launch: schema.LaunchSection, kind: str) -> DeviceMesh:
     """All processes in one group, or a group for each machine and replicas across machines."""
     if not distributed.is_initialized():  # alone, for the sake of offloading
         distributed.init_process_group(store=HashStore(), rank=0, world_size=1)
@@ -65,17 +67,17 @@ def _mesh(launch: schema.Launch, kind: str) -> DeviceMesh:
     return init_device_mesh(kind, (ranks // local, local), mesh_dim_names=("replicate", "shard"))
 
 
-def whole(value: Tensor) -> Tensor:
+def full_tensor(value: Tensor) -> Tensor:
     """A tensor as every process has it whole; one that is divided is gathered, by all processes together."""
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
-def own_part(value: Tensor) -> Tensor:
+def local_tensor(value: Tensor) -> Tensor:
     """What this process holds of a tensor."""
     return value.to_local() if isinstance(value, DTensor) else value
 
 
-def divided_like(value: Tensor, like: Tensor) -> Tensor:
+def shard_like(value: Tensor, like: Tensor) -> Tensor:
     """This process's part of a whole tensor, where ``like`` is divided."""
     if not isinstance(like, DTensor) or isinstance(value, DTensor):
         return value

@@ -31,7 +31,7 @@ PIPELINES = {WAN: "WanPipeline", ANYFLOW: "AnyFlowPipeline", ANYFLOW_FAR: "AnyFl
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
 
 
-def resolve(address: str) -> Path:
+def resolve_pipeline(address: str) -> Path:
     """The folder that ``address`` names: a built-in model, a directory, or a model of the Hub."""
     if address in BUILT_IN:
         return _built_in(address)
@@ -204,7 +204,7 @@ def save_pipeline(
     weights = {name: tensor.detach() for name, tensor in network.state_dict().items()}
     assert not any(".lora_" in name for name in weights), "merge a role first: Backbone.merged"
     config, weights = folded(network.config, weights)
-    with made_beside(target) as folder:
+    with atomic_directory(target) as folder:
         for name in ("vae", "text_encoder", "tokenizer"):
             link_tree(component(source_pipeline, name), folder / name)
         _write_scheduler(folder / "scheduler", source_pipeline, config, shift)
@@ -289,7 +289,7 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 
 @contextmanager
-def made_beside(target: Path) -> Iterator[Path]:
+def atomic_directory(target: Path) -> Iterator[Path]:
     """A fresh directory beside ``target`` that takes its name when the body has succeeded."""
     folder = target.with_name(f".{target.name}.{os.getpid()}.partial")
     shutil.rmtree(folder, ignore_errors=True)

@@ -28,9 +28,9 @@ from anyflow_cli.model.blocks import LayerKeys
 from anyflow_cli.model.layout import Layout
 from anyflow_cli.plan.ledger import Label
 from anyflow_cli.plan.setup import Setup, objective_of
-from anyflow_cli.recipe.schema import Distill
-from anyflow_cli.train.objectives import Term
-from anyflow_cli.train.rng import Draws
+from anyflow_cli.recipe.schema import DistillSection
+from anyflow_cli.train.objectives import LossTerm
+from anyflow_cli.train.rng import StepRng
 
 SMALL = 2  # channels of small latents, and numbers that stand for a sample's text
 
@@ -141,7 +141,7 @@ def anchors_of(setup: Setup) -> dict[Role, Tensor]:
     return {role: torch.zeros(1, requires_grad=role in ("student", "fake")) for role in setup.roles}
 
 
-def terms_of(setup: Setup, stage: Stage) -> list[tuple[Role, Term]]:
+def terms_of(setup: Setup, stage: Stage) -> list[tuple[Role, LossTerm]]:
     """The terms of all phases, and whose weights they move."""
     objective = objective_of(setup, cast("Backbone", stage), SMALL_NEGATIVE)
     return [(phase.role, term) for phase in objective.phases for term in phase.terms]
@@ -181,7 +181,7 @@ class CallLog:
         return partial(self.calls.append, label._replace(direction="backward"))
 
 
-def calls_of(setup: Setup, draws: Draws, beside: Sequence[Sequence[Label]] = ()) -> list[list[Label]]:
+def calls_of(setup: Setup, draws: StepRng, beside: Sequence[Sequence[Label]] = ()) -> list[list[Label]]:
     """The network calls of one micro batch, in order, forward and backward, of each term.
 
     ``beside``: those of another micro batch of the step. What an on-policy term asks for does not depend on
@@ -200,7 +200,7 @@ def calls_of(setup: Setup, draws: Draws, beside: Sequence[Sequence[Label]] = ())
     return found
 
 
-def calls_of_step(setup: Setup, micros: Sequence[Draws]) -> list[list[list[Label]]]:
+def calls_of_step(setup: Setup, micros: Sequence[StepRng]) -> list[list[list[Label]]]:
     """The calls of all micro batches of a step."""
     first = calls_of(setup, micros[0])
     size = len(micros[0].positions)
@@ -210,4 +210,4 @@ def calls_of_step(setup: Setup, micros: Sequence[Draws]) -> list[list[list[Label
 def _depends_on_samples(setup: Setup, term: int) -> bool:
     """Of stage 2's terms (matching, a flow map where it is joint, the fake score) only the flow map does."""
     settings = setup.settings
-    return not isinstance(settings, Distill) or (settings.joint and term == 1)
+    return not isinstance(settings, DistillSection) or (settings.joint and term == 1)

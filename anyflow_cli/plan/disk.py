@@ -36,7 +36,7 @@ def _in_archive(size: int) -> int:
     return block + -(-size // block) * block
 
 
-def checkpoints(roles: Mapping[str, RoleSize], settings: schema.Training) -> int:
+def checkpoints(roles: Mapping[str, RoleSize], settings: schema.TrainingSection) -> int:
     """Bytes of a run's checkpoints: those kept, and one being written.
 
     Each holds the weights of every phase, both moments of its optimiser, and the student's average.

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 from anyflow_cli.plan import disk, stages
 from anyflow_cli.plan.advice import Advice, advise
-from anyflow_cli.plan.hardware import RESERVE, Cluster
-from anyflow_cli.plan.requirements import Need, needs_of
+from anyflow_cli.plan.hardware import RESERVE, Hardware
+from anyflow_cli.plan.requirements import Requirement, requirements_of
 from anyflow_cli.plan.stages import Stage, Target, target_of
 from anyflow_cli.plan.steps import RoleSize
 from anyflow_cli.recipe.schema import Recipe
@@ -61,7 +61,7 @@ class Plan:
     target: Target
     stages: Mapping[str, Planned]
     disk: Mapping[str, int]
-    needs: Mapping[str, Sequence[Need]]
+    needs: Mapping[str, Sequence[Requirement]]
 
     @property
     def roles(self) -> Mapping[str, RoleSize]:
@@ -69,11 +69,11 @@ class Plan:
         return self.stages["distill"].stage.roles
 
 
-def plan(recipe: Recipe, cluster: Cluster, paths: RunPaths) -> Plan:
+def plan(recipe: Recipe, cluster: Hardware, paths: RunPaths) -> Plan:
     """Plan the chain of a recipe, whose runs are in ``paths``."""
     target = target_of(recipe, cluster)
     planned = {name: plan_stage(target, name) for name in chain_of(recipe)}
-    needs = {name: needs_of(recipe, paths, name) for name in COMMANDS}
+    needs = {name: requirements_of(recipe, paths, name) for name in COMMANDS}
     return Plan(target, planned, _disk(target, planned), needs)
 
 

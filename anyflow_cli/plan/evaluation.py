@@ -8,13 +8,15 @@ from __future__ import annotations
 from dataclasses import replace
 
 from anyflow_cli.errors import UsageError
-from anyflow_cli.evaluate.generate import Job
+from anyflow_cli.evaluate.generate import EvaluationJob
 from anyflow_cli.evaluate.protocol import Variant
-from anyflow_cli.plan.hardware import Cluster, this_machine
+from anyflow_cli.plan.hardware import Hardware, this_machine
 from anyflow_cli.plan.stages import Target, evaluation, target_of
 
 
-def evaluation_seconds(job: Job, processes: int = 1, cluster: Cluster | None = None) -> float | None:
+def evaluation_seconds(
+    job: EvaluationJob, processes: int = 1, cluster: Hardware | None = None
+) -> float | None:
     """Seconds for the videos that are missing; None on a CPU, or for a model whose sizes are not known."""
     cluster = cluster or this_machine()
     if cluster.peak is None:

@@ -29,7 +29,7 @@ HINT = f"Write --gpus 8x80GB, or a number and one of {', '.join(GPUS)}: --gpus 8
 
 
 @dataclass(frozen=True)
-class Cluster:
+class Hardware:
     """``peak``: floating-point operations a second and GPU; None where it is not known (a CPU)."""
 
     count: int
@@ -53,7 +53,7 @@ class Cluster:
         return f"{self.count} x {memory}" if self.is_gpu else f"CPU with {memory}"
 
 
-def parse_cluster(text: str, teraflops: float | None = None, utilisation: float = UTILISATION) -> Cluster:
+def parse_hardware(text: str, teraflops: float | None = None, utilisation: float = UTILISATION) -> Hardware:
     """Read ``8x80GB`` or ``8xH100``; ``teraflops`` replaces the peak that goes with it."""
     match = re.fullmatch(r"(\d+)\s*x\s*(?:(\d+(?:\.\d+)?)\s*GB|([A-Za-z]\w*))", text.strip(), re.IGNORECASE)
     if match is None or int(match[1]) == 0:
@@ -63,18 +63,18 @@ def parse_cluster(text: str, teraflops: float | None = None, utilisation: float 
         raise UsageError(f"--gpus does not know a GPU named {match[3]}.", HINT)
     memory, peak = GPUS[name]
     size = float(match[2]) if match[2] else memory
-    return Cluster(int(match[1]), int(size * GIB), 1e12 * (teraflops or peak), utilisation)
+    return Hardware(int(match[1]), int(size * GIB), 1e12 * (teraflops or peak), utilisation)
 
 
-def this_machine(teraflops: float | None = None, utilisation: float = UTILISATION) -> Cluster:
+def this_machine(teraflops: float | None = None, utilisation: float = UTILISATION) -> Hardware:
     """The GPUs of this machine, or its CPU, whose peak nobody states."""
     import psutil
     import torch
 
     peak = teraflops and 1e12 * teraflops
     if not torch.cuda.is_available():
-        return Cluster(1, int(psutil.virtual_memory().total), peak, utilisation, is_gpu=False)
+        return Hardware(1, int(psutil.virtual_memory().total), peak, utilisation, is_gpu=False)
     properties = torch.cuda.get_device_properties(0)
     label = properties.name.upper().replace(" ", "")
     known = next((1e12 * tera for name, (_, tera) in GPUS.items() if name in label), None)
-    return Cluster(torch.cuda.device_count(), properties.total_memory, peak or known, utilisation)
+    return Hardware(torch.cuda.device_count(), properties.total_memory, peak or known, utilisation)

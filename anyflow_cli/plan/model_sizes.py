@@ -13,7 +13,7 @@ from typing import Any
 
 from anyflow_cli.errors import UsageError
 from anyflow_cli.model.config import NetworkConfig
-from anyflow_cli.model.pipeline_io import BUILT_IN, component, read_config, read_json, resolve
+from anyflow_cli.model.pipeline_io import BUILT_IN, component, read_config, read_json, resolve_pipeline
 
 WAN_1B = NetworkConfig(heads=12, head_dim=128, layers=30, ffn_dim=8960)
 WAN_14B = NetworkConfig(heads=40, head_dim=128, layers=40, ffn_dim=13824)
@@ -67,7 +67,7 @@ def pipeline_of(address: str) -> Pipeline:
         return Pipeline(KNOWN[address])
     folder = Path(address).expanduser()
     if address in BUILT_IN or folder.is_dir():
-        return _read(resolve(address))
+        return _read(resolve_pipeline(address))
     raise UsageError(
         f"The sizes of {address} are not known without its files.",
         f"Name a local folder, or one of {', '.join(KNOWN)}.",

@@ -31,7 +31,7 @@ from anyflow_cli.flow.velocity import Velocity, guided
 from anyflow_cli.model.backbone import Role
 from anyflow_cli.model.blocks import LayerKeys
 from anyflow_cli.model.causal import causal_of, partition_for, remembered_for
-from anyflow_cli.model.chunk_sampling import rollout
+from anyflow_cli.model.chunk_sampling import sample_chunks
 from anyflow_cli.model.conditioned import Conditioned
 from anyflow_cli.model.layout import Layout
 from anyflow_cli.model.precision import autocast
@@ -48,9 +48,9 @@ from anyflow_cli.plan.calls import (
 from anyflow_cli.plan.hollow import Hollow, Hollowing, hollow_out
 from anyflow_cli.plan.ledger import BETWEEN, Label, Ledger, Segment, Watch, Weight, storage_bytes
 from anyflow_cli.plan.setup import Setup, backbone_on_meta
-from anyflow_cli.recipe.schema import Distill
-from anyflow_cli.train.objectives import Term
-from anyflow_cli.train.rng import Draws
+from anyflow_cli.recipe.schema import DistillSection
+from anyflow_cli.train.objectives import LossTerm
+from anyflow_cli.train.rng import StepRng
 
 STEPS = 2  # of a rehearsed sampling: one more would hold nothing more
 
@@ -79,7 +79,7 @@ class Rehearsal:
         self.ledger = Ledger()
         self._known: dict[Label, Segment] = {}  # calls that leave nothing behind, as they were before
         self._hollowing = Hollowing()
-        self._recomputes = isinstance(setup.settings, Distill) and setup.settings.recompute_rollout
+        self._recomputes = isinstance(setup.settings, DistillSection) and setup.settings.recompute_rollout
         self.backbone = backbone_on_meta(setup, depth)
         hollow_out(self.backbone)
         for parameter in self.backbone.parameters():
@@ -111,7 +111,7 @@ class Rehearsal:
         return self.network
 
     @own_rotations()
-    def step(self, draws: Sequence[Draws]) -> list[Segment]:
+    def step(self, draws: Sequence[StepRng]) -> list[Segment]:
         """All terms, each on a micro batch of its own, and what each stretch of them held."""
         before: Role = "student"
         batches = [self._ignored(small_batch(self.setup, len(own.positions))) for own in draws]
@@ -140,7 +140,7 @@ class Rehearsal:
             if setup.config.causal is not None:
                 causal, frames = causal_of(setup.config), setup.latent[0]
                 list(
-                    rollout(
+                    sample_chunks(
                         cast("Conditioned", velocity),
                         batch.latents,
                         partition_for(causal, frames),
@@ -165,7 +165,7 @@ class Rehearsal:
             self.evaluate(label, bound, into=label.with_gradient)()
         return self.ledger.segments
 
-    def _differentiate(self, term: Term, batch: Batch, draws: Draws) -> None:
+    def _differentiate(self, term: LossTerm, batch: Batch, draws: StepRng) -> None:
         with autocast(self.setup.precision, "cpu", keeps_casts=self.setup.shards is None):
             loss, _ = term(batch, draws)
         loss.backward()  # type: ignore[no-untyped-call]

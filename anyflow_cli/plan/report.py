@@ -9,7 +9,7 @@ from rich.text import Text
 
 from anyflow_cli.errors import UsageError
 from anyflow_cli.plan.estimate import BUILDERS, Plan, Planned
-from anyflow_cli.plan.hardware import GIB, RESERVE, Cluster, this_machine
+from anyflow_cli.plan.hardware import GIB, RESERVE, Hardware, this_machine
 from anyflow_cli.plan.setup import Setup
 from anyflow_cli.plan.stages import TUNING, Stage, activations, target_of
 from anyflow_cli.recipe.schema import Recipe
@@ -29,7 +29,7 @@ def as_table(plan: Plan) -> Table:
     return whole
 
 
-def dry_run_facts(recipe: Recipe, command: str, cluster: Cluster | None = None) -> dict[str, str]:
+def dry_run_facts(recipe: Recipe, command: str, cluster: Hardware | None = None) -> dict[str, str]:
     """The last lines of a command's ``--dry-run``: what its stage costs on this machine, in words.
 
     Nothing where that cannot be planned (a model whose sizes are not known): a dry run must not fail for it.

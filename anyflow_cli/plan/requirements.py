@@ -19,7 +19,7 @@ READY = ("there", "not there, and not needed")
 PAPER_PROMPTS = "one prompt a line; give yours with --prompts"
 
 
-class Need(NamedTuple):
+class Requirement(NamedTuple):
     """A thing a command starts from; ``source`` says what makes it or where it comes from."""
 
     what: str
@@ -32,7 +32,7 @@ class Need(NamedTuple):
         return f"{self.place}: {self.state}" + (f" ({self.source})" if self.state != "there" else "")
 
 
-def needs_of(recipe: Recipe, paths: RunPaths, command: str) -> list[Need]:
+def requirements_of(recipe: Recipe, paths: RunPaths, command: str) -> list[Requirement]:
     """Everything that a command of a recipe starts from; a command without needs of its own has none."""
     find = _FINDERS.get(command)
     return find(recipe, paths) if find else []
@@ -40,26 +40,26 @@ def needs_of(recipe: Recipe, paths: RunPaths, command: str) -> list[Need]:
 
 def missing_facts(recipe: Recipe, paths: RunPaths, command: str) -> dict[str, str]:
     """All that a command needs, as a dry run shows it; nothing if all of it is there."""
-    needs = needs_of(recipe, paths, command)
+    needs = requirements_of(recipe, paths, command)
     if all(need.state in READY for need in needs):
         return {}
     return {f"needs {need.what}": str(need) for need in needs}
 
 
-def _synthesize(recipe: Recipe, paths: RunPaths) -> list[Need]:
+def _synthesize(recipe: Recipe, paths: RunPaths) -> list[Requirement]:
     teacher = _pipeline("teacher", recipe.synthesize.teacher or recipe.model.teacher)
     if recipe.data.prompts is None:
         return [teacher]
     file = Path(recipe.data.prompts)
     state: State = "there" if file.is_file() else "missing"
-    return [Need("prompts", str(file), state, PAPER_PROMPTS), teacher]
+    return [Requirement("prompts", str(file), state, PAPER_PROMPTS), teacher]
 
 
-def _train(recipe: Recipe, paths: RunPaths) -> list[Need]:
+def _train(recipe: Recipe, paths: RunPaths) -> list[Requirement]:
     return [_pipeline("teacher", recipe.model.teacher), _data(recipe, paths)]
 
 
-def _distill(recipe: Recipe, paths: RunPaths) -> list[Need]:
+def _distill(recipe: Recipe, paths: RunPaths) -> list[Requirement]:
     settings = recipe.distill
     start = _made(recipe, "start", settings.start, paths.stage_1() / MODEL, "anyflow train-flowmap")
     tuned = "anyflow train-flowmap --objective flow-matching"
@@ -70,14 +70,14 @@ def _distill(recipe: Recipe, paths: RunPaths) -> list[Need]:
     return [*_train(recipe, paths), start, real]
 
 
-def _any_step(recipe: Recipe, paths: RunPaths) -> list[Need]:
+def _any_step(recipe: Recipe, paths: RunPaths) -> list[Requirement]:
     if paths.any_step_model() is None and recipe.model.shipped is not None:
         return [_pipeline("model", recipe.model.shipped)]
     place = paths.any_step_model() or paths.stage_1() / MODEL
     return [_made(recipe, "model", None, place, "anyflow train-flowmap")]
 
 
-_FINDERS: dict[str, Callable[[Recipe, RunPaths], list[Need]]] = {
+_FINDERS: dict[str, Callable[[Recipe, RunPaths], list[Requirement]]] = {
     "synthesize": _synthesize,
     "train-flowmap": _train,
     "distill": _distill,
@@ -87,17 +87,17 @@ _FINDERS: dict[str, Callable[[Recipe, RunPaths], list[Need]]] = {
 }
 
 
-def _pipeline(what: str, address: str) -> Need:
+def _pipeline(what: str, address: str) -> Requirement:
     if address in BUILT_IN:
-        return Need(what, address, "there", "shipped with anyflow")
+        return Requirement(what, address, "there", "shipped with anyflow")
     on_hub = address.count("/") == 1 and not address.startswith((".", "~", "/"))
     if Path(address).expanduser().is_dir() or (on_hub and _is_cached(address)):
-        return Need(what, address, "there", "")
+        return Requirement(what, address, "there", "")
     if on_hub:
-        return Need(
+        return Requirement(
             what, address, "fetched at the start", f"Hugging Face Hub; or first: hf download {address}"
         )
-    return Need(what, address, "missing", "no such directory")
+    return Requirement(what, address, "missing", "no such directory")
 
 
 def _is_cached(name: str) -> bool:
@@ -106,17 +106,17 @@ def _is_cached(name: str) -> bool:
     return isinstance(try_to_load_from_cache(name, "model_index.json"), str)
 
 
-def _data(recipe: Recipe, paths: RunPaths) -> Need:
+def _data(recipe: Recipe, paths: RunPaths) -> Requirement:
     if recipe.data.path and "://" in recipe.data.path:
-        return Need("data", recipe.data.path, "fetched at the start", "batch by batch, while training")
+        return Requirement("data", recipe.data.path, "fetched at the start", "batch by batch, while training")
     place = Path(recipe.data.path) if recipe.data.path else paths.data
     state: State = "there" if (place / MANIFEST).is_file() else "missing"
-    return Need("data", str(place), state, f"anyflow synthesize -r {recipe.name}")
+    return Requirement("data", str(place), state, f"anyflow synthesize -r {recipe.name}")
 
 
-def _made(recipe: Recipe, what: str, given: str | None, place: Path, command: str) -> Need:
+def _made(recipe: Recipe, what: str, given: str | None, place: Path, command: str) -> Requirement:
     """A model that is named in the recipe, else the one that a command leaves."""
     if given is not None:
         return _pipeline(what, given)
     state: State = "there" if place.is_dir() else "missing"
-    return Need(what, str(place), state, f"{command} -r {recipe.name}")
+    return Requirement(what, str(place), state, f"{command} -r {recipe.name}")

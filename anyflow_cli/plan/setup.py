@@ -13,7 +13,7 @@ from torch import Tensor
 
 from anyflow_cli.model.backbone import Backbone, LoraSize, Role
 from anyflow_cli.model.causal import as_causal
-from anyflow_cli.model.config import Causal, NetworkConfig
+from anyflow_cli.model.config import CausalConfig, NetworkConfig
 from anyflow_cli.model.layout import Layout, Segment
 from anyflow_cli.model.network import FlowMapTransformer, two_time_from
 from anyflow_cli.model.precision import Precision
@@ -35,8 +35,8 @@ class Setup:
 
     kind: Kind
     network: NetworkConfig  # of the teacher
-    model: schema.Model
-    settings: schema.Training | None
+    model: schema.ModelSection
+    settings: schema.TrainingSection | None
     latent: tuple[int, int, int, int]  # F, C, H, W
     text: tuple[int, int]  # L, D
     precision: Precision
@@ -58,7 +58,7 @@ class Setup:
         causal = self.model.causal
         if self.kind in ONE_TIME:
             return self.network
-        own = None if causal is None else Causal.from_recipe(causal)
+        own = None if causal is None else CausalConfig.from_recipe(causal)
         return replace(self.network, causal=own, two_time=True)
 
     @property
@@ -135,7 +135,7 @@ def backbone_on_meta(setup: Setup, depth: int) -> Backbone:
         if setup.kind not in ONE_TIME and not config.two_time:
             network = two_time_from(network, setup.model.gate, setup.model.conditioning)
         if setup.kind not in ONE_TIME and setup.model.causal is not None:
-            network = as_causal(network, Causal.from_recipe(setup.model.causal))
+            network = as_causal(network, CausalConfig.from_recipe(setup.model.causal))
         apart = setup.kind == "on-policy" and (setup.lora is None or setup.separate)
         backbone = Backbone(
             network,
@@ -164,9 +164,9 @@ def _plain(config: NetworkConfig, dtype: torch.dtype) -> FlowMapTransformer:
 def objective_of(setup: Setup, backbone: Backbone, negative: Tensor) -> objectives.Objective:
     """The objective that the trainer would run."""
     settings, shift, causal = setup.settings, setup.model.shift, setup.model.causal
-    if isinstance(settings, schema.Distill):
+    if isinstance(settings, schema.DistillSection):
         return objectives.on_policy(backbone, negative, settings, shift, causal)
-    assert isinstance(settings, (schema.TrainFlowMap, schema.Finetune))
+    assert isinstance(settings, (schema.TrainFlowMapSection, schema.FinetuneSection))
     name = setup.kind
     assert name == "flow-map" or name == "flow-matching" or name == "consistency-ode"
     return objectives.stage_one(

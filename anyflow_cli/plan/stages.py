@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 from anyflow_cli.errors import UsageError
 from anyflow_cli.model.config import NetworkConfig
 from anyflow_cli.model.precision import Precision, resolve_precision
-from anyflow_cli.plan.hardware import Cluster
+from anyflow_cli.plan.hardware import Hardware
 from anyflow_cli.plan.ledger import Segment
 from anyflow_cli.plan.model_sizes import Pipeline, pipeline_of
 from anyflow_cli.plan.sampling import decoding, sampling_of
@@ -72,7 +72,7 @@ class Target:
 
     recipe: schema.Recipe
     pipeline: Pipeline
-    cluster: Cluster
+    cluster: Hardware
 
     @property
     def precision(self) -> Precision:
@@ -89,7 +89,7 @@ class Target:
         return self.pipeline.latent_shape(model.frames, model.height, model.width)
 
 
-def target_of(recipe: schema.Recipe, cluster: Cluster) -> Target:
+def target_of(recipe: schema.Recipe, cluster: Hardware) -> Target:
     """Look up the sizes of the recipe's teacher."""
     return Target(recipe, pipeline_of(recipe.model.teacher), cluster)
 
@@ -120,7 +120,7 @@ def finetuning(target: Target) -> Stage:
     return _training(target, "fine-tuning", "finetune", "flow-map", target.recipe.finetune)
 
 
-def _training(target: Target, name: str, command: str, kind: Kind, settings: schema.Training) -> Stage:
+def _training(target: Target, name: str, command: str, kind: Kind, settings: schema.TrainingSection) -> Stage:
     setup = training_setup(target, kind, settings)
     step = step_of(setup)
     moments = [*_training_moments(setup, step), *_preview_moments(target, setup, step)]
@@ -136,7 +136,7 @@ def _training(target: Target, name: str, command: str, kind: Kind, settings: sch
     )  # fmt: skip
 
 
-def training_setup(target: Target, kind: Kind, settings: schema.Training) -> Setup:
+def training_setup(target: Target, kind: Kind, settings: schema.TrainingSection) -> Setup:
     """One process of a training stage."""
     cluster, pipeline, model = target.cluster, target.pipeline, target.recipe.model
     if settings.batch % cluster.count:
@@ -145,7 +145,7 @@ def training_setup(target: Target, kind: Kind, settings: schema.Training) -> Set
             f"Set batch to a multiple of {cluster.count}, or plan for another number of GPUs.",
         )
     scores, separate = None, False
-    if isinstance(settings, schema.Distill):
+    if isinstance(settings, schema.DistillSection):
         scores = _other_scores(settings, pipeline.network)
         separate = scores is not None or _starts_elsewhere(settings)
     return Setup(
@@ -164,13 +164,13 @@ def _shards(target: Target) -> int | None:
     return {"none": None, "full": count, "hybrid": min(count, MACHINE)}[sharding]
 
 
-def _starts_elsewhere(settings: schema.Distill) -> bool:
+def _starts_elsewhere(settings: schema.DistillSection) -> bool:
     """Whether start or real score have no adapter of the teacher beside them, as ``train.stages`` looks."""
     given = [address for address in (settings.start, settings.real_score) if address is not None]
     return any(not (Path(address).parent / "adapter").is_dir() for address in given)
 
 
-def _other_scores(settings: schema.Distill, teacher: NetworkConfig) -> NetworkConfig | None:
+def _other_scores(settings: schema.DistillSection, teacher: NetworkConfig) -> NetworkConfig | None:
     """Sizes of a real score whose network is not of the teacher's size."""
     if settings.real_score is None:
         return None

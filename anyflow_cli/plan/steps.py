@@ -20,7 +20,7 @@ from anyflow_cli.plan.ledger import Label, Segment
 from anyflow_cli.plan.rehearsal import Rehearsal
 from anyflow_cli.plan.setup import Setup, backbone_on_meta
 from anyflow_cli.recipe import schema
-from anyflow_cli.train.rng import Draws
+from anyflow_cli.train.rng import StepRng
 
 DEPTHS = (2, 3)  # the first block differs: where adapters train, its input needs no gradient
 SAMPLED_STEPS = range(1, 65)  # of a run; the calls of a step are averaged over them
@@ -65,7 +65,7 @@ def step_of(setup: Setup) -> Step:
     return Step(roles_of(setup), segments, spent / len(SAMPLED_STEPS), keeps)
 
 
-def sampled(setup: Setup) -> tuple[list[Draws], list[list[list[Label]]]]:
+def sampled(setup: Setup) -> tuple[list[StepRng], list[list[list[Label]]]]:
     """Micro batches of many steps, and the calls of each term of theirs."""
     steps = [micro_batches(setup, step) for step in SAMPLED_STEPS]
     calls = [own for micros in steps for own in calls_of_step(setup, micros)]
@@ -73,8 +73,8 @@ def sampled(setup: Setup) -> tuple[list[Draws], list[list[list[Label]]]]:
 
 
 def heaviest(
-    setup: Setup, micros: Sequence[Draws], calls: Sequence[Sequence[Sequence[Label]]]
-) -> tuple[Draws, ...]:
+    setup: Setup, micros: Sequence[StepRng], calls: Sequence[Sequence[Sequence[Label]]]
+) -> tuple[StepRng, ...]:
     """For each term, of the micro batches of many steps, the one that holds most: with a graph first."""
 
     def weight(labels: Sequence[Label]) -> tuple[int, int]:
@@ -82,10 +82,10 @@ def heaviest(
         held = sum(_tokens(setup, label) for label in forward if label.with_gradient)
         return held, sum(_tokens(setup, label) for label in forward) - held
 
-    def most(term: int) -> Draws:
+    def most(term: int) -> StepRng:
         return micros[max(range(len(micros)), key=lambda number: weight(calls[number][term]))]
 
-    shares_rollout = isinstance(setup.settings, schema.Distill) and setup.settings.reuse_rollout
+    shares_rollout = isinstance(setup.settings, schema.DistillSection) and setup.settings.reuse_rollout
     return tuple(most(0 if shares_rollout else term) for term in range(len(calls[0])))
 
 
@@ -95,7 +95,7 @@ def _tokens(setup: Setup, label: Label) -> int:
     return label.samples * (setup.latent[0] * high * wide if label.layout is None else label.tokens)
 
 
-def micro_batches(setup: Setup, step: int) -> list[Draws]:
+def micro_batches(setup: Setup, step: int) -> list[StepRng]:
     """The random numbers of each micro batch of a step, on the process that has most to do.
 
     That is the last one: boundary samples come first in the global batch, and cost least.
@@ -104,7 +104,7 @@ def micro_batches(setup: Setup, step: int) -> list[Draws]:
     settings, ranks = setup.settings, setup.ranks
     positions = tuple(range(ranks - 1, settings.batch, ranks))
     return [
-        Draws(settings.seed, step, settings.batch, positions[start : start + setup.micro])
+        StepRng(settings.seed, step, settings.batch, positions[start : start + setup.micro])
         for start in range(0, setup.share, setup.micro)
     ]
 

@@ -15,7 +15,7 @@ from pydantic_core import ErrorDetails
 
 from anyflow_cli.errors import UsageError
 from anyflow_cli.recipe.schema import Recipe, Section
-from anyflow_cli.recipe.yaml_source import Key, Place
+from anyflow_cli.recipe.yaml_source import Key, YamlLocation
 
 # pydantic's kind of error -> what was expected, with the limits of its context
 EXPECTED = {
@@ -41,7 +41,7 @@ EXPECTED = {
 class Mistake:
     """One thing wrong: where it stands, its key, and the rest of the sentence without a full stop."""
 
-    place: Place
+    place: YamlLocation
     key: Key
     text: str
 
@@ -49,7 +49,7 @@ class Mistake:
         return f"{self.place}: {dotted(self.key)} {self.text}" if self.key else f"{self.place}: {self.text}"
 
 
-def refusal(mistakes: Sequence[Mistake]) -> UsageError:
+def recipe_error(mistakes: Sequence[Mistake]) -> UsageError:
     """Gather all mistakes into the one error that is shown."""
     hint = "`anyflow recipes show tiny` prints a whole recipe with every key; nothing was started."
     if len(mistakes) == 1:
@@ -59,7 +59,9 @@ def refusal(mistakes: Sequence[Mistake]) -> UsageError:
     return UsageError(f"The recipe has {len(mistakes)} mistakes.{lines}", hint)
 
 
-def mistakes_of(error: ValidationError, places: Mapping[Key, Place], whole: Place) -> list[Mistake]:
+def find_mistakes(
+    error: ValidationError, places: Mapping[Key, YamlLocation], whole: YamlLocation
+) -> list[Mistake]:
     """Word each of pydantic's errors; ``whole`` is the place of a key that nobody wrote."""
     found = error.errors(include_url=False)
     keys = [tuple(detail["loc"]) for detail in found]
@@ -98,7 +100,7 @@ def _section(annotation: Any) -> type[Section] | None:
     return next((kind for kind in classes if issubclass(kind, Section)), None)
 
 
-def _place(key: Key, places: Mapping[Key, Place], whole: Place) -> Place:
+def _place(key: Key, places: Mapping[Key, YamlLocation], whole: YamlLocation) -> YamlLocation:
     """Where a key was written, or else the nearest section around it."""
     return next((places[key[:depth]] for depth in range(len(key), 0, -1) if key[:depth] in places), whole)
 

@@ -17,9 +17,16 @@ from typing import Any
 from pydantic import ValidationError
 
 from anyflow_cli.errors import UsageError
-from anyflow_cli.recipe.errors import Mistake, closest, in_yaml, mistakes_of, refusal
+from anyflow_cli.recipe.errors import Mistake, closest, find_mistakes, in_yaml, recipe_error
 from anyflow_cli.recipe.schema import Recipe
-from anyflow_cli.recipe.yaml_source import RECIPE_HINT, Key, Place, Source, parse_value, read_source
+from anyflow_cli.recipe.yaml_source import (
+    RECIPE_HINT,
+    Key,
+    YamlLocation,
+    YamlSource,
+    parse_value,
+    read_source,
+)
 
 DEFAULT = "tiny"
 _OWN = ("name", "description", "extends")
@@ -52,9 +59,9 @@ def load_recipe(address: str = DEFAULT, overrides: Iterable[str | Override] = ()
     try:
         recipe = Recipe.model_validate(content)
     except ValidationError as error:
-        raise refusal([*mistakes, *mistakes_of(error, places, Place(shown))]) from error
+        raise recipe_error([*mistakes, *find_mistakes(error, places, YamlLocation(shown))]) from error
     if mistakes:
-        raise refusal(mistakes)
+        raise recipe_error(mistakes)
     return recipe
 
 
@@ -98,7 +105,7 @@ def _unknown_recipe(address: str) -> UsageError:
     )
 
 
-def _resolved(path: Path, shown: str, chain: tuple[tuple[Path, str], ...]) -> Source:
+def _resolved(path: Path, shown: str, chain: tuple[tuple[Path, str], ...]) -> YamlSource:
     """Read a file and what it extends; the nearer file wins key by key."""
     real = path.resolve()
     circle = [name for file, name in chain if file == real]
@@ -110,7 +117,7 @@ def _resolved(path: Path, shown: str, chain: tuple[tuple[Path, str], ...]) -> So
         )
     source = read_source(path, shown)
     parent = source.content.get("extends")
-    own = Source({key: value for key, value in source.content.items() if key != "extends"}, source.places)
+    own = YamlSource({key: value for key, value in source.content.items() if key != "extends"}, source.places)
     if parent is None:
         return own
     place = source.places[("extends",)]
@@ -125,7 +132,7 @@ def _resolved(path: Path, shown: str, chain: tuple[tuple[Path, str], ...]) -> So
         raise UsageError(f"{place}: {error.message}", error.hint) from error
     base = _resolved(parent_path, parent_shown, (*chain, (real, shown)))
     inherited = {key: value for key, value in base.content.items() if key not in _OWN}
-    return Source(_merged(inherited, own.content), {**base.places, **own.places})
+    return YamlSource(_merged(inherited, own.content), {**base.places, **own.places})
 
 
 def _merged(base: Mapping[str, Any], nearer: Mapping[str, Any]) -> dict[str, Any]:
@@ -138,22 +145,26 @@ def _merged(base: Mapping[str, Any], nearer: Mapping[str, Any]) -> dict[str, Any
     return result
 
 
-def _override(content: dict[str, Any], places: dict[Key, Place], item: str | Override) -> Mistake | None:
+def _override(
+    content: dict[str, Any], places: dict[Key, YamlLocation], item: str | Override
+) -> Mistake | None:
     """Write one override into ``content``, or say what is wrong with it."""
     if isinstance(item, str):
         name, equals, text = item.partition("=")
         item = Override(name.strip(), parse_value(text), f"--set {item}")
         if not equals or not all(item.key.split(".")):
             return Mistake(
-                Place(item.option), (), "must be written as --set KEY=VALUE, e.g. --set distill.steps=100"
+                YamlLocation(item.option),
+                (),
+                "must be written as --set KEY=VALUE, e.g. --set distill.steps=100",
             )
     key = tuple(item.key.split("."))
     for depth, section in enumerate(key[:-1], 1):
         if not isinstance(content.get(section), Mapping):
-            content[section], places[key[:depth]] = {}, Place(item.option)
+            content[section], places[key[:depth]] = {}, YamlLocation(item.option)
         content[section] = content = dict(content[section])
     content[key[-1]] = item.value
     for below in [other for other in places if other[: len(key)] == key]:
         del places[below]
-    places[key] = Place(item.option)
+    places[key] = YamlLocation(item.option)
     return None

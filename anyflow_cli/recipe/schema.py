@@ -41,7 +41,7 @@ def _laid_over(default: object, value: object) -> object:
     return value
 
 
-World = Literal["shapes", "shapes-shifted"]
+WorldName = Literal["shapes", "shapes-shifted"]
 Task = Literal["t2v", "i2v"]
 
 
@@ -60,14 +60,14 @@ class Section(BaseModel):
         return _laid_over(default, value)
 
 
-class Lora(Section):
+class LoraSection(Section):
     """Low-rank adapters on self-attention, feed-forward and, in the student, the timestep embedders."""
 
     rank: Count = 256
     alpha: Positive = 256
 
 
-class Causal(Section):
+class CausalSection(Section):
     """A causal (FAR) model, sec. 4.3: how frames fall into chunks, and what windows it is trained on."""
 
     partition: Annotated[tuple[Count, ...], Field(min_length=1)] = Field(
@@ -83,21 +83,23 @@ class Causal(Section):
     )
 
 
-class Model(Section):
+class ModelSection(Section):
     """The pretrained model, the shape of its videos, and what becomes trainable."""
 
     teacher: str = Field("tiny", description="Pipeline folder, Hub name, or the name of a built-in model.")
     shipped: str | None = Field(
         None, description="Built-in any-step model used until the user has trained one."
     )
-    lora: Lora | None = Field(None, description="Adapters on one frozen base; null trains all weights.")
+    lora: LoraSection | None = Field(
+        None, description="Adapters on one frozen base; null trains all weights."
+    )
     gate: Fraction = 0.25  # on emb0(r); paper sec. 4.2.1
     conditioning: Literal["interpolate", "zero-init"] = "interpolate"  # zero-init is the ablation of Fig. 11
     shift: Positive = 5.0
     height: Count = 480
     width: Count = 832
     frames: Count = 81
-    causal: Causal | None = Field(None, description="Makes the model causal; null: bidirectional.")
+    causal: CausalSection | None = Field(None, description="Makes the model causal; null: bidirectional.")
     fps: Count = 16
     max_text_tokens: Count = 512
     negative_prompt: str = ""
@@ -122,7 +124,7 @@ class Model(Section):
 
     @field_validator("causal")
     @classmethod
-    def _whole_chunks(cls, causal: Causal | None, info: ValidationInfo) -> Causal | None:
+    def _whole_chunks(cls, causal: CausalSection | None, info: ValidationInfo) -> CausalSection | None:
         if causal is None or not {"height", "width", "frames"} <= info.data.keys():
             return causal
         latent = (info.data["frames"] - 1) // 4 + 1
@@ -137,11 +139,11 @@ class Model(Section):
         )
 
 
-class Data(Section):
+class DataSection(Section):
     """Where captions and latents come from."""
 
     prompts: str | None = Field(None, description="File of prompts; null: captions of the world below.")
-    world: World = "shapes"
+    world: WorldName = "shapes"
     path: str | None = Field(
         None,
         description="Data set of latents: a directory, or any address that fsspec reads (s3://, hf://, ...);"
@@ -153,7 +155,7 @@ class Data(Section):
     )
 
 
-class Synthesize(Section):
+class SynthesizeSection(Section):
     """Teacher videos as shards of latents."""
 
     teacher: str | None = Field(
@@ -168,14 +170,14 @@ class Synthesize(Section):
     seed: int = 0
 
 
-class Ema(Section):
+class EmaSection(Section):
     """Exponential moving average; before ``start`` it equals the weights."""
 
     decay: Fraction = 0.999
     start: Annotated[int, Field(ge=0)] = 1000
 
 
-class Optimiser(Section):
+class OptimizerSection(Section):
     """AdamW with a linear warm-up, then constant."""
 
     lr: Positive = 5e-5
@@ -185,7 +187,7 @@ class Optimiser(Section):
     clip: Positive = 1.0
 
 
-class Alarms(Section):
+class AlarmsSection(Section):
     """When a run is told to be going wrong, and what happens then; all our own."""
 
     then: Literal["warn", "stop", "roll-back"] = Field(
@@ -199,7 +201,7 @@ class Alarms(Section):
     fake_divergence: Positive = Field(4.0, description="Loss of the fake score to its average so far.")
 
 
-class Training(Section):
+class TrainingSection(Section):
     """What every training command shares."""
 
     steps: Count = 6000
@@ -207,8 +209,8 @@ class Training(Section):
     micro_batch: Count | None = Field(
         None, description="Samples a forward pass and process; null: all of its share."
     )
-    optimiser: Optimiser = Optimiser()
-    ema: Ema = Ema()
+    optimiser: OptimizerSection = OptimizerSection()
+    ema: EmaSection = EmaSection()
     seed: int = 0
     checkpoint_every: Count = 500
     keep_checkpoints: Count = 2
@@ -219,7 +221,7 @@ class Training(Section):
     trackers: tuple[Literal["wandb", "trackio"], ...] = Field(
         (), description="Where else the metrics go; each has to be installed."
     )
-    alarms: Alarms = Alarms()
+    alarms: AlarmsSection = AlarmsSection()
 
     @field_validator("micro_batch")
     @classmethod
@@ -228,7 +230,7 @@ class Training(Section):
         return require(not micro or not batch or batch % micro == 0, micro, f"divide the batch of {batch}")
 
 
-class FlowMap(Section):
+class FlowMapSection(Section):
     """Alg. 1: the forward flow-map loss, alone in stage 1 and beside the matching loss in stage 2."""
 
     guidance: Positive = 3.0  # g of Eq. 6
@@ -250,22 +252,22 @@ class FlowMap(Section):
         return require(boundary + to_zero <= 1, to_zero, f"be at most 1 - boundary ({1 - boundary:g})")
 
 
-class TrainFlowMap(Training):
+class TrainFlowMapSection(TrainingSection):
     """Stage 1, its baselines, and the teacher's own tuning."""
 
     objective: Literal["flow-map", "flow-matching", "consistency-ode"] = "flow-map"
-    flow_map: FlowMap = FlowMap()
+    flow_map: FlowMapSection = FlowMapSection()
 
 
-class Distill(Training):
+class DistillSection(TrainingSection):
     """Stage 2: on-policy distillation (Alg. 2)."""
 
     steps: Count = 800
-    optimiser: Optimiser = Optimiser(lr=2e-6, betas=(0.0, 0.999), warmup=0)
-    fake_optimiser: Optimiser | None = Field(
+    optimiser: OptimizerSection = OptimizerSection(lr=2e-6, betas=(0.0, 0.999), warmup=0)
+    fake_optimiser: OptimizerSection | None = Field(
         None, description="Of the fake score; what it leaves out, or null: the student's."
     )
-    ema: Ema = Ema(decay=0.99, start=200)
+    ema: EmaSection = EmaSection(decay=0.99, start=200)
     simulation: Literal["flow-map", "consistency"] = "flow-map"
     budgets: Budgets = (2, 4, 8, 16, 50)  # N of Alg. 2
     consistency_steps: Count = 4
@@ -286,7 +288,7 @@ class Distill(Training):
     )
     joint: bool = Field(True, description="Add the stage-1 loss on data to each student update.")
     joint_weight: Annotated[float, Field(ge=0)] = 1.0
-    flow_map: FlowMap = FlowMap()
+    flow_map: FlowMapSection = FlowMapSection()
     start: str | None = Field(
         None, description="Any-step model to start from; null: what `train-flowmap` left."
     )
@@ -306,22 +308,22 @@ class Distill(Training):
         return require(t_max > t_min, t_max, f"be above t_min ({t_min:g})")
 
 
-class Finetune(Training):
+class FinetuneSection(TrainingSection):
     """Continued flow-map training of an any-step model on the user's own videos."""
 
     steps: Count = 1000
-    flow_map: FlowMap = FlowMap()
+    flow_map: FlowMapSection = FlowMapSection()
     start: str | None = Field(
         None, description="Any-step model to start from; null: what `distill` left, else the shipped one."
     )
-    world: World | None = Field(None, description="Draw clips of this world when no --data is given.")
+    world: WorldName | None = Field(None, description="Draw clips of this world when no --data is given.")
     clips: Count = Field(256, description="Clips to draw of that world.")
 
 
-Continuing = TypeVar("Continuing", TrainFlowMap, Distill, Finetune)
+Continuing = TypeVar("Continuing", TrainFlowMapSection, DistillSection, FinetuneSection)
 
 
-class Sample(Section):
+class SampleSection(Section):
     """Defaults of `sample`."""
 
     nfe: Budgets = (4,)
@@ -337,7 +339,7 @@ class Sample(Section):
         return frames and whole_latents(frames)
 
 
-class VBench(Section):
+class VBenchSection(Section):
     """How VBench is driven, in its own environment."""
 
     environment: str | None = Field(
@@ -358,7 +360,7 @@ class VBench(Section):
     seconds: Positive = Field(120, description="A dimension may take 10 minutes and this a video.")
 
 
-class Evaluate(Section):
+class EvaluateSection(Section):
     """Defaults of `evaluate`."""
 
     suite: Literal["shapes", "vbench", "vbench-i2v"] = "shapes"
@@ -369,13 +371,13 @@ class Evaluate(Section):
     sampler: Literal["flow-map", "euler", "consistency"] | None = Field(
         None, description="Of the model in question; null: by its kind."
     )
-    vbench: VBench = VBench()
+    vbench: VBenchSection = VBenchSection()
     seed: int = 1000
     batch: Count = 8
     teacher: bool = Field(True, description="Score the teacher at its own step count beside the model.")
 
 
-class Launch(Section):
+class LaunchSection(Section):
     """How training is spread over processes and devices; nothing here bears on what is learnt."""
 
     processes: Count | None = Field(
@@ -406,15 +408,15 @@ class Recipe(Section):
 
     name: Name = Field(description="Names the run directory; where a file says nothing, the file's own name.")
     description: str = ""
-    model: Model = Model()
-    data: Data = Data()
-    synthesize: Synthesize = Synthesize()
-    train_flowmap: TrainFlowMap = TrainFlowMap()
-    distill: Distill = Distill()
-    finetune: Finetune = Finetune()
-    sample: Sample = Sample()
-    evaluate: Evaluate = Evaluate()
-    launch: Launch = Launch()
+    model: ModelSection = ModelSection()
+    data: DataSection = DataSection()
+    synthesize: SynthesizeSection = SynthesizeSection()
+    train_flowmap: TrainFlowMapSection = TrainFlowMapSection()
+    distill: DistillSection = DistillSection()
+    finetune: FinetuneSection = FinetuneSection()
+    sample: SampleSection = SampleSection()
+    evaluate: EvaluateSection = EvaluateSection()
+    launch: LaunchSection = LaunchSection()
 
     @field_validator("train_flowmap", "distill", "finetune")
     @classmethod
@@ -428,7 +430,7 @@ class Recipe(Section):
 
     @field_validator("launch")
     @classmethod
-    def _call_alike(cls, launch: Launch, info: ValidationInfo) -> Launch:
+    def _call_alike(cls, launch: LaunchSection, info: ValidationInfo) -> LaunchSection:
         stages = [info.data[name] for name in ("train_flowmap", "distill", "finetune") if name in info.data]
         alike = all(stage.flow_map.guidance != 1 for stage in stages)
         must = "have sharding none where a flow_map.guidance is 1: processes would not call the network alike"

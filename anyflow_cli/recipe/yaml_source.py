@@ -24,7 +24,7 @@ Key = tuple[str | int, ...]
 
 
 @dataclass(frozen=True)
-class Place:
+class YamlLocation:
     """Where a value was written: a file and line, or an option of the command line (line 0)."""
 
     source: str
@@ -35,11 +35,11 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Source:
+class YamlSource:
     """The content of one file, and the place of each key in it."""
 
     content: Mapping[str, Any]
-    places: Mapping[Key, Place]
+    places: Mapping[Key, YamlLocation]
 
 
 class _Loader(yaml.SafeLoader):
@@ -61,12 +61,12 @@ for _tag, _pattern, _first in (
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), _first)
 
 
-def read_source(path: Path, shown: str) -> Source:
+def read_source(path: Path, shown: str) -> YamlSource:
     """Read a YAML mapping; ``shown`` is the file's name in messages."""
     return parse_source(_text(path, shown), shown)
 
 
-def parse_source(text: str, shown: str) -> Source:
+def parse_source(text: str, shown: str) -> YamlSource:
     """Parse a YAML mapping and note the line of every key."""
     reader = _Reader(shown, {})
     try:
@@ -78,7 +78,7 @@ def parse_source(text: str, shown: str) -> Source:
     if not isinstance(content, dict):
         found = "is empty" if content is None else "does not hold keys and values"
         raise UsageError(f"{shown} {found}, so it is not a recipe.", RECIPE_HINT)
-    return Source(content, reader.places)
+    return YamlSource(content, reader.places)
 
 
 def parse_value(text: str) -> Any:
@@ -94,7 +94,7 @@ class _Reader:
     """Turns YAML nodes into values, refusing what YAML allows and a recipe cannot mean."""
 
     shown: str
-    places: dict[Key, Place]
+    places: dict[Key, YamlLocation]
 
     def read(self, text: str) -> Any:
         """Give the value of a whole text."""
@@ -129,7 +129,7 @@ class _Reader:
         return content
 
     def _placed(self, item: yaml.Node, key: Key, written: yaml.Node) -> Any:
-        self.places[key] = Place(self.shown, written.start_mark.line + 1)
+        self.places[key] = YamlLocation(self.shown, written.start_mark.line + 1)
         return self.value(item, key)
 
 
@@ -152,6 +152,6 @@ def _text(path: Path, shown: str) -> str:
 
 def _syntax_error(error: yaml.MarkedYAMLError, shown: str) -> UsageError:
     mark = error.problem_mark or error.context_mark
-    place = Place(shown, mark.line + 1 if mark else 0)
+    place = YamlLocation(shown, mark.line + 1 if mark else 0)
     problem = ", ".join(part for part in (error.context, error.problem) if part)
     return UsageError(f"{place}: {problem}.", "Correct that line; nothing was started.")

@@ -27,11 +27,11 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from anyflow_cli.errors import AnyflowError
 from anyflow_cli.runs import dcp
-from anyflow_cli.runs.open import FORMAT, MARKER, STATE, read_state
+from anyflow_cli.runs.open import CHECKPOINT_FORMAT, MARKER, STATE, read_state
 
 
 @dataclass(frozen=True)
-class State:
+class CheckpointState:
     """Everything a run needs to go on as if it had not stopped."""
 
     step: int
@@ -40,7 +40,7 @@ class State:
     extra: Mapping[str, Any]  # small, as JSON: open sums of the metrics, what an objective keeps
 
 
-def save(directory: Path, state: State, keep: int) -> Path:
+def save(directory: Path, state: CheckpointState, keep: int) -> Path:
     """Write ``directory/step-...``, then remove all but the newest ``keep``.
 
     A failure leaves the older ones untouched.
@@ -76,7 +76,7 @@ def begin(partial: Path) -> None:
     partial.mkdir()
 
 
-def commit(partial: Path, state: State, keep: int) -> Path:
+def commit(partial: Path, state: CheckpointState, keep: int) -> Path:
     """Say what the folder holds, mark it whole, give it its name, and remove all but the newest ``keep``."""
     directory = partial.parent
     _describe(partial, state)
@@ -96,7 +96,7 @@ def complete(directory: Path) -> list[Path]:
     return sorted(path for path in directory.glob("step-*") if (path / MARKER).exists())
 
 
-def step_of(path: Path) -> int:
+def checkpoint_step(path: Path) -> int:
     """The step after which a checkpoint was written."""
     return int(path.name.rpartition("-")[2])
 
@@ -104,7 +104,7 @@ def step_of(path: Path) -> int:
 def discard_after(path: Path) -> None:
     """Remove the checkpoints newer than one, so that a run continues from it."""
     for newer in complete(path.parent):
-        if step_of(newer) > step_of(path):
+        if checkpoint_step(newer) > checkpoint_step(path):
             _discard(newer)
 
 
@@ -114,15 +114,15 @@ def newest(directory: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def load(path: Path, like: Mapping[str, Tensor] | None = None) -> State:
+def load(path: Path, like: Mapping[str, Tensor] | None = None) -> CheckpointState:
     """Read a checkpoint into memory: what ``like`` names divided as there, the rest whole on the CPU."""
     try:
         record = read_state(path)
         if (path / dcp.SHARDS).is_dir():
             flat = dcp.read(path, like)
             tensors, optimisers = dcp.unflattened(flat, record["optimiser_settings"])
-            return State(record["step"], tensors, optimisers, record["extra"])
-        return State(
+            return CheckpointState(record["step"], tensors, optimisers, record["extra"])
+        return CheckpointState(
             step=record["step"],
             tensors={name: load_file(path / f"{name}.safetensors") for name in record["tensors"]},
             optimisers={name: _load_optimiser(path, name) for name in record["optimisers"]},
@@ -135,7 +135,7 @@ def load(path: Path, like: Mapping[str, Tensor] | None = None) -> State:
         ) from error
 
 
-def _write(folder: Path, state: State) -> None:
+def _write(folder: Path, state: CheckpointState) -> None:
     for name, tensors in state.tensors.items():
         stored = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
         save_file(stored, folder / f"{name}.safetensors")
@@ -144,10 +144,10 @@ def _write(folder: Path, state: State) -> None:
             torch.save(optimiser, file)
 
 
-def _describe(folder: Path, state: State) -> None:
+def _describe(folder: Path, state: CheckpointState) -> None:
     """What the folder holds, then its marker, all flushed."""
     record = {
-        "format": FORMAT,
+        "format": CHECKPOINT_FORMAT,
         "step": state.step,
         "tensors": list(state.tensors),
         "optimisers": list(state.optimisers),

@@ -21,14 +21,14 @@ from typing import Any
 
 import anyflow_cli
 from anyflow_cli.data.shards import MANIFEST
-from anyflow_cli.data.storage import Place
+from anyflow_cli.data.storage import Storage
 from anyflow_cli.errors import UsageError
 from anyflow_cli.model.pipeline_io import read_json, transformer_folder
 from anyflow_cli.recipe.compare import differing_keys, dump, flat
 from anyflow_cli.recipe.schema import Recipe
 from anyflow_cli.runs.dcp import SHARDS
 from anyflow_cli.runs.open import LINEAGE, RECIPE, STATE, is_checkpoint, recipe_of
-from anyflow_cli.utils.files import committed, write_json
+from anyflow_cli.utils.files import atomic_write, write_json
 
 HARMLESS = (
     "steps", "micro_batch", "checkpoint_every", "keep_checkpoints", "log_every", "preview_every",
@@ -40,7 +40,7 @@ OTHER = "Use another --runs directory or recipe name, or go back to the settings
 
 
 @dataclass(frozen=True)
-class Inputs:
+class RunInputs:
     """What a run is made from. ``parents``: each model folder or checkpoint by its part, e.g. start, teacher.
 
     ``base`` is the pipeline folder whose network the student's weights or adapter stand on, and whose other
@@ -64,7 +64,7 @@ class Inputs:
         return self.directory / "adapter"
 
 
-def check_run(recipe: Recipe, inputs: Inputs) -> None:
+def check_run(recipe: Recipe, inputs: RunInputs) -> None:
     """Refuse a directory that holds something else, or a run from other settings or inputs."""
     directory = inputs.directory
     if not (directory / RECIPE).exists():
@@ -92,7 +92,7 @@ def check_run(recipe: Recipe, inputs: Inputs) -> None:
             )
 
 
-def begin_run(recipe: Recipe, inputs: Inputs, facts: Mapping[str, Any]) -> dict[str, Any]:
+def begin_run(recipe: Recipe, inputs: RunInputs, facts: Mapping[str, Any]) -> dict[str, Any]:
     """Make the directory and write what it is, or read it where the run has begun; gives the lineage."""
     check_run(recipe, inputs)
     path = inputs.directory / LINEAGE
@@ -103,32 +103,32 @@ def begin_run(recipe: Recipe, inputs: Inputs, facts: Mapping[str, Any]) -> dict[
         "command": sys.argv,
         "recipe": recipe.name,
         "base": str(inputs.base.resolve()),  # a checkpoint cannot be opened without it
-        "versions": versions(),
+        "versions": package_versions(),
         "inputs": fingerprints(inputs),
         **facts,
     }
-    with committed(inputs.directory / RECIPE) as temporary:
+    with atomic_write(inputs.directory / RECIPE) as temporary:
         temporary.write_text(dump(recipe), encoding="utf-8")
     write_json(path, lineage)
     return lineage
 
 
-def versions() -> dict[str, str]:
+def package_versions() -> dict[str, str]:
     """Of this package and those that bear on the numbers."""
     others = {name: version(name) for name in ("torch", "diffusers", "peft", "accelerate")}
     return {"anyflow": anyflow_cli.__version__, **others}
 
 
-def fingerprints(inputs: Inputs) -> dict[str, dict[str, str]]:
+def fingerprints(inputs: RunInputs) -> dict[str, dict[str, str]]:
     """Path and hash of the data set's manifest and of each parent."""
-    data = {"path": str(inputs.data), "sha256": Place.at(inputs.data).sha256(MANIFEST)}
+    data = {"path": str(inputs.data), "sha256": Storage.at(inputs.data).sha256(MANIFEST)}
     parents = {
-        name: {"path": str(path), "sha256": fingerprint(path)} for name, path in inputs.parents.items()
+        name: {"path": str(path), "sha256": model_fingerprint(path)} for name, path in inputs.parents.items()
     }
     return {"data": data} | parents
 
 
-def fingerprint(model: Path) -> str:
+def model_fingerprint(model: Path) -> str:
     """Tells models apart without reading all of them: config, names, sizes and the ends of the weights."""
     digest = hashlib.sha256()
     state = is_checkpoint(model)

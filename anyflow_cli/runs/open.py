@@ -23,9 +23,9 @@ from anyflow_cli import __version__
 from anyflow_cli.errors import AnyflowError, UsageError
 from anyflow_cli.model.backbone import Backbone, LoraSize
 from anyflow_cli.model.causal import FAR, as_causal
-from anyflow_cli.model.config import Causal
+from anyflow_cli.model.config import CausalConfig
 from anyflow_cli.model.network import FlowMapTransformer, two_time_from
-from anyflow_cli.model.pipeline_io import load_network, read_json, read_shift, resolve
+from anyflow_cli.model.pipeline_io import load_network, read_json, read_shift, resolve_pipeline
 from anyflow_cli.recipe.load import load_recipe
 from anyflow_cli.recipe.schema import Recipe
 from anyflow_cli.runs.dcp import SHARDS, reason
@@ -34,11 +34,11 @@ from anyflow_cli.runs.paths import MODEL, RunPaths
 
 RECIPE, LINEAGE = "recipe.yaml", "lineage.json"  # of a training run; train/run.py writes them
 AVERAGE, STATE, MARKER = "ema", "state.json", "COMPLETE"  # of a checkpoint; train/checkpoint.py writes them
-FORMAT = 1  # of checkpoints; raise it when an older program could not read what this one writes
+CHECKPOINT_FORMAT = 1  # of checkpoints; raise it when an older program could not read what this one writes
 UPDATE = "Update it: pip install -U anyflow."
 
 
-class Choice(NamedTuple):
+class ModelChoice(NamedTuple):
     """A model and the reason why it was taken, for people to read."""
 
     address: str
@@ -46,7 +46,7 @@ class Choice(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Opened:
+class OpenedModel:
     """A network, the folder with its text encoder and VAE, where it comes from, and its own shift."""
 
     network: FlowMapTransformer
@@ -55,24 +55,26 @@ class Opened:
     shift: float
 
 
-def find_model(recipe: Recipe, paths: RunPaths, address: str | None, *, teacher: bool = False) -> Choice:
+def find_model(recipe: Recipe, paths: RunPaths, address: str | None, *, teacher: bool = False) -> ModelChoice:
     """The model a command was given, else the furthest one trained here, else the one that ships."""
     if address is not None:
-        return Choice(address, "given with --model")
+        return ModelChoice(address, "given with --model")
     if teacher:
-        return Choice(recipe.model.teacher, f"the teacher of recipe {recipe.name}")
+        return ModelChoice(recipe.model.teacher, f"the teacher of recipe {recipe.name}")
     trained = paths.any_step_model()
     if trained is not None:
-        return Choice(str(trained), f"the furthest model trained with recipe {recipe.name}")
+        return ModelChoice(str(trained), f"the furthest model trained with recipe {recipe.name}")
     if recipe.model.shipped is not None:
-        return Choice(recipe.model.shipped, f"shipped with anyflow, since {paths.home} holds no trained one")
+        return ModelChoice(
+            recipe.model.shipped, f"shipped with anyflow, since {paths.home} holds no trained one"
+        )
     raise UsageError(
         f"Recipe {recipe.name} has no any-step model yet: {paths.stage_1() / MODEL} does not exist.",
         f"Train one with `anyflow train-flowmap -r {recipe.name}`, name one with --model, or use --teacher.",
     )
 
 
-def open_model(address: str, recipe: Recipe, dtype: torch.dtype | None = torch.float32) -> Opened:
+def open_model(address: str, recipe: Recipe, dtype: torch.dtype | None = torch.float32) -> OpenedModel:
     """Open what ``address`` names, weights as ``dtype`` (None: as stored).
 
     A bare transformer takes encoder and VAE from the recipe's teacher.
@@ -81,15 +83,15 @@ def open_model(address: str, recipe: Recipe, dtype: torch.dtype | None = torch.f
     if is_checkpoint(path):
         return _open_checkpoint(path, dtype)
     whole = (path / "model_index.json").is_file()
-    pipeline = path if whole else resolve(recipe.model.teacher)
+    pipeline = path if whole else resolve_pipeline(recipe.model.teacher)
     lineage = path / LINEAGE
     known = read_json(lineage) if lineage.is_file() else {}
-    return Opened(load_network(path, dtype), pipeline, known, read_shift(pipeline))
+    return OpenedModel(load_network(path, dtype), pipeline, known, read_shift(pipeline))
 
 
 def locate(address: str) -> Path:
     """The model folder or checkpoint that an address leads to."""
-    path = resolve(address)
+    path = resolve_pipeline(address)
     if (path / MODEL / "model_index.json").is_file():
         return path / MODEL
     return last_checkpoint(path) if (path / RECIPE).is_file() else path
@@ -123,7 +125,7 @@ def trained_weights(checkpoint: Path) -> dict[str, Tensor]:
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """What a checkpoint says of itself, if this program can read it."""
     record: dict[str, Any] = json.loads((checkpoint / STATE).read_text())
-    if record["format"] > FORMAT:
+    if record["format"] > CHECKPOINT_FORMAT:
         raise AnyflowError(f"{checkpoint} was written by a newer anyflow.", UPDATE, everywhere=True)
     return record
 
@@ -153,7 +155,7 @@ def is_checkpoint(path: Path) -> bool:
     return (path / STATE).is_file()
 
 
-def _open_checkpoint(path: Path, dtype: torch.dtype | None) -> Opened:
+def _open_checkpoint(path: Path, dtype: torch.dtype | None) -> OpenedModel:
     """The student of a training run at one of its checkpoints, adapters merged."""
     if not (path / MARKER).is_file():
         raise UsageError(f"The checkpoint {path} is not complete.", "Use another one of the same run.")
@@ -164,12 +166,12 @@ def _open_checkpoint(path: Path, dtype: torch.dtype | None) -> Opened:
         network = two_time_from(network, run.recipe.model.gate, run.recipe.model.conditioning)
     causal = run.recipe.model.causal
     if any(name.startswith(FAR) for name in weights) and causal is not None:
-        network = as_causal(network, Causal.from_recipe(causal))
+        network = as_causal(network, CausalConfig.from_recipe(causal))
     network = _with(network, weights, run.recipe)
-    return Opened(network, run.base, run.lineage | {"checkpoint": path.name}, run.recipe.model.shift)
+    return OpenedModel(network, run.base, run.lineage | {"checkpoint": path.name}, run.recipe.model.shift)
 
 
-class Run(NamedTuple):
+class TrainingRun(NamedTuple):
     """What the directory of a training run says: its recipe, its lineage, and what its weights stand on."""
 
     recipe: Recipe
@@ -177,7 +179,7 @@ class Run(NamedTuple):
     base: Path
 
 
-def run_of(checkpoint: Path) -> Run:
+def run_of(checkpoint: Path) -> TrainingRun:
     """The run that a checkpoint belongs to."""
     folder = checkpoint.parent.parent
     lineage = read_json(folder / LINEAGE)
@@ -187,7 +189,7 @@ def run_of(checkpoint: Path) -> Run:
             f"{checkpoint} continues {base}, which is not there.",
             "Bring that model back, or work in the directory where the training was started.",
         )
-    return Run(recipe_of(folder), lineage, base)
+    return TrainingRun(recipe_of(folder), lineage, base)
 
 
 def _with(network: FlowMapTransformer, weights: dict[str, Tensor], recipe: Recipe) -> FlowMapTransformer:
@@ -203,4 +205,4 @@ def _with(network: FlowMapTransformer, weights: dict[str, Tensor], recipe: Recip
 def check_address(address: str) -> None:
     """Refuse an address that leads nowhere; a name of the Hub is not asked for, since that would fetch it."""
     if address.count("/") != 1 or Path(address).expanduser().exists():
-        resolve(address)
+        resolve_pipeline(address)

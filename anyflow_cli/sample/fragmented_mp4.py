@@ -20,7 +20,7 @@ import numpy as np
 
 from anyflow_cli.data.video import PLAYED, SAME_BYTES, Pixels, ffmpeg, last_line, raw_input
 from anyflow_cli.errors import AnyflowError
-from anyflow_cli.utils.files import named_failure
+from anyflow_cli.utils.files import disk_errors
 
 TICKS = 1000  # of the video's clock, a frame
 # One key frame a part, hence one fragment. The head of the file is the first part's, and x264 writes there
@@ -28,15 +28,15 @@ TICKS = 1000  # of the video's clock, a frame
 SINGLE = ["-bf", "0", "-g", "1000000", "-sc_threshold", "0"]
 FRAGMENTED = ["-movflags", "+empty_moov+default_base_moof+frag_keyframe", "-f", "mp4", "-"]
 
-Write = Callable[[Pixels], None]
+WriteBytes = Callable[[Pixels], None]
 
 
 @contextmanager
-def growing(path: Path, fps: int) -> Iterator[Write]:
+def growing(path: Path, fps: int) -> Iterator[WriteBytes]:
     """Yield what adds a part to the video; ``path`` is there when the block ends well."""
     part = part_of(path)
     fragments = Fragments(fps)
-    with named_failure(path), part.open("wb", buffering=0) as file:
+    with disk_errors(path), part.open("wb", buffering=0) as file:
 
         def write(pixels: Pixels) -> None:
             file.write(fragments.next(pixels))

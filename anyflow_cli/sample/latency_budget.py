@@ -17,7 +17,7 @@ from torch import Tensor
 
 from anyflow_cli.data.video import write_mp4
 from anyflow_cli.errors import AnyflowError
-from anyflow_cli.sample.sampler import Sampler
+from anyflow_cli.sample.sampler import VideoSampler
 
 FEW, MORE = 1, 5
 REPEATS = 2
@@ -26,7 +26,7 @@ MOST_STEPS = 50  # no model is trained for more
 log = logging.getLogger(__name__)
 
 
-class Cost(NamedTuple):
+class SamplingCost(NamedTuple):
     """Seconds of a video: for each step, and beside the steps."""
 
     step: float
@@ -37,7 +37,7 @@ class Cost(NamedTuple):
         return self.rest + steps * self.step
 
 
-def measured(sampler: Sampler, prompt: str) -> Cost:
+def measure_cost(sampler: VideoSampler, prompt: str) -> SamplingCost:
     """Make a video of this shape a few times at two step counts, after one to warm up.
 
     The fastest of each counts: what else runs on a machine only ever adds.
@@ -49,10 +49,10 @@ def measured(sampler: Sampler, prompt: str) -> Cost:
     finished = min(_seconds_to_file(sampler, latents) for _ in range(REPEATS))
     difference = (network[MORE] - network[FEW]) / (MORE - FEW)
     step = max(difference, network[MORE] / (2 * MORE))  # never so little that half of the time were no steps
-    return Cost(step, network[FEW] - FEW * step + finished)
+    return SamplingCost(step, network[FEW] - FEW * step + finished)
 
 
-def _seconds_to_file(sampler: Sampler, latents: Tensor) -> float:
+def _seconds_to_file(sampler: VideoSampler, latents: Tensor) -> float:
     """From latents (1, F, C, H, W) on: decode them, write the video."""
     begun = time.perf_counter()
     video = sampler.decode(latents)[0]
@@ -61,9 +61,9 @@ def _seconds_to_file(sampler: Sampler, latents: Tensor) -> float:
     return time.perf_counter() - begun
 
 
-def steps_within(seconds: float, sampler: Sampler, prompt: str) -> int:
+def steps_within(seconds: float, sampler: VideoSampler, prompt: str) -> int:
     """The largest number of steps, up to ``MOST_STEPS``, whose video is made within ``seconds``."""
-    cost = measured(sampler, prompt)
+    cost = measure_cost(sampler, prompt)
     fitting = [steps for steps in range(1, MOST_STEPS + 1) if cost.of(steps) <= seconds]
     if not fitting:
         raise AnyflowError(

@@ -23,14 +23,14 @@ from anyflow_cli.data.video import Pixels, write_mp4
 from anyflow_cli.errors import AnyflowError, UsageError
 from anyflow_cli.recipe.compare import digest
 from anyflow_cli.recipe.schema import Recipe
-from anyflow_cli.runs.open import Choice
+from anyflow_cli.runs.open import ModelChoice
 from anyflow_cli.sample.fragmented_mp4 import growing, part_of
-from anyflow_cli.sample.sampler import Sampler, Steps
+from anyflow_cli.sample.sampler import Steps, VideoSampler
 from anyflow_cli.sample.streaming import Shown, stream_video
-from anyflow_cli.utils.contact_sheet import Row, contact_sheet, pick_frames, picked
-from anyflow_cli.utils.files import committed, write_json
+from anyflow_cli.utils.contact_sheet import SheetRow, contact_sheet, pick_frames, picked
+from anyflow_cli.utils.files import atomic_write, write_json
 
-RECORD = "samples.json"
+SAMPLES_JSON = "samples.json"
 SHEET_ROWS = 8  # videos of one step count that the sheet shows; all are in the mp4s
 SHEET_FRAMES = 5
 GIVEN = "frames with a border were given"
@@ -38,7 +38,7 @@ GIVEN = "frames with a border were given"
 log = logging.getLogger(__name__)
 
 
-class Given(NamedTuple):
+class ConditioningFrames(NamedTuple):
     """The frames that every video begins with, (T, height, width, 3), and the file they were read from."""
 
     pixels: Pixels
@@ -55,13 +55,13 @@ class Given(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Request:
+class SampleRequest:
     """What to sample: every prompt from every seed at every number of steps."""
 
     prompts: Sequence[str]
     seeds: Sequence[int]
     nfe: Sequence[Steps]
-    given: Given | None = None
+    given: ConditioningFrames | None = None
 
     @property
     def pairs(self) -> list[tuple[int, str, int]]:
@@ -70,11 +70,11 @@ class Request:
 
 
 def write_samples(
-    sampler: Sampler,
-    request: Request,
+    sampler: VideoSampler,
+    request: SampleRequest,
     out: Path,
     recipe: Recipe,
-    choice: Choice,
+    choice: ModelChoice,
     advance: Callable[[int], None] = lambda done: None,
     *,
     stream: bool = False,
@@ -100,14 +100,14 @@ def write_samples(
     _write_sheet(out / "sheet.png", request, columns, labels, choice, recipe.model.frames)
     given = {"given": request.given and request.given.facts}
     record = _record(sampler, recipe, choice) | given | {"sheet": "sheet.png", "samples": entries}
-    write_json(out / RECORD, record)
+    write_json(out / SAMPLES_JSON, record)
     return record
 
 
 Made = Iterator[tuple[dict[str, Any], Pixels]]  # what the record says of a video, and some of its frames
 
 
-def _written(sampler: Sampler, request: Request, nfe: Steps, out: Path, recipe: Recipe) -> Made:
+def _written(sampler: VideoSampler, request: SampleRequest, nfe: Steps, out: Path, recipe: Recipe) -> Made:
     entries = _entries(sampler, request, nfe)
     prompts, seeds = ([entry[key] for entry in entries] for key in ("prompt", "seed"))
     videos = sampler.videos(prompts, seeds, nfe, recipe.sample.batch)
@@ -118,7 +118,7 @@ def _written(sampler: Sampler, request: Request, nfe: Steps, out: Path, recipe: 
         entry |= _latency(sampler)
 
 
-def _streamed(sampler: Sampler, request: Request, nfe: Steps, out: Path, recipe: Recipe) -> Made:
+def _streamed(sampler: VideoSampler, request: SampleRequest, nfe: Steps, out: Path, recipe: Recipe) -> Made:
     for entry in _entries(sampler, request, nfe):
         shown = Shown(recipe.model.frames, SHEET_FRAMES)
         with growing(out / entry["file"], recipe.model.fps) as write:
@@ -131,7 +131,7 @@ def _streamed(sampler: Sampler, request: Request, nfe: Steps, out: Path, recipe:
         yield entry, shown.frames
 
 
-def _entries(sampler: Sampler, request: Request, nfe: Steps) -> list[dict[str, Any]]:
+def _entries(sampler: VideoSampler, request: SampleRequest, nfe: Steps) -> list[dict[str, Any]]:
     """What the record says of each video of one step count."""
     count = nfe if isinstance(nfe, int) else list(nfe)
     label = steps_label(nfe, sampler)
@@ -143,13 +143,13 @@ def _entries(sampler: Sampler, request: Request, nfe: Steps) -> list[dict[str, A
     ]
 
 
-def _latency(sampler: Sampler) -> dict[str, float]:
+def _latency(sampler: VideoSampler) -> dict[str, float]:
     """Seconds a video."""
     network, decode = (round(seconds, 4) for seconds in sampler.latency)
     return {"network_seconds": network, "decode_seconds": decode}
 
 
-def steps_label(nfe: Steps, sampler: Sampler) -> str:
+def steps_label(nfe: Steps, sampler: VideoSampler) -> str:
     """A number of steps as the literature writes it, ``4``, or ``50x2`` where guidance doubles each step.
 
     ``8:2`` for 8 steps in the first chunk and 2 in those after it.
@@ -202,16 +202,16 @@ def _numbered(samples: Path) -> Path:
 
 def _write_sheet(
     path: Path,
-    request: Request,
+    request: SampleRequest,
     columns: list[list[Pixels]],
     labels: list[str],
-    choice: Choice,
+    choice: ModelChoice,
     frames: int,
 ) -> None:
     pairs = request.pairs[:SHEET_ROWS]
     many = len(request.seeds) > 1
     rows = [
-        Row(prompt + (f" (seed {seed})" if many else ""), [column[i] for column in columns])
+        SheetRow(prompt + (f" (seed {seed})" if many else ""), [column[i] for column in columns])
         for i, (_, prompt, seed) in enumerate(pairs)
     ]
     more = len(request.pairs) - len(pairs)
@@ -220,11 +220,11 @@ def _write_sheet(
     notes = [choice.address, f"{more} more beside this sheet" * bool(more), GIVEN * bool(given)]
     note = "; ".join(filter(None, notes))
     headings = [f"{label} step{'' if label == '1' else 's'}" for label in labels]
-    with committed(path) as temporary:
+    with atomic_write(path) as temporary:
         contact_sheet(rows, headings, note=note, given=given).save(temporary, format="PNG", optimize=True)
 
 
-def _record(sampler: Sampler, recipe: Recipe, choice: Choice) -> dict[str, Any]:
+def _record(sampler: VideoSampler, recipe: Recipe, choice: ModelChoice) -> dict[str, Any]:
     """What made these videos, apart from prompts and seeds."""
     return {
         "anyflow": anyflow_cli.__version__,

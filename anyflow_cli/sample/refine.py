@@ -14,9 +14,9 @@ from typing import Any
 
 from anyflow_cli.errors import AnyflowError, UsageError
 from anyflow_cli.model.pipeline_io import read_json
-from anyflow_cli.recipe.schema import Model, Recipe
-from anyflow_cli.sample.output import RECORD, Given
-from anyflow_cli.sample.sampler import Later, Sampler
+from anyflow_cli.recipe.schema import ModelSection, Recipe
+from anyflow_cli.sample.output import SAMPLES_JSON, ConditioningFrames
+from anyflow_cli.sample.sampler import PromptSwitch, VideoSampler
 
 PREVIEW_STEPS, REFINED_STEPS = 2, 32
 
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Preview:
+class PreviousSample:
     """Videos that were made, and the record of their sampling."""
 
     record: dict[str, Any]
@@ -41,9 +41,9 @@ class Preview:
         return list(dict.fromkeys(entry["seed"] for entry in self.entries))
 
     @property
-    def then(self) -> tuple[Later, ...]:
+    def then(self) -> tuple[PromptSwitch, ...]:
         """The prompts that take over."""
-        return tuple(Later(*later) for later in self.record["then"])
+        return tuple(PromptSwitch(*later) for later in self.record["then"])
 
     def recipe(self, settings: Recipe) -> Recipe:
         """``settings`` with the name, the model and the guidance of the sampling."""
@@ -52,12 +52,12 @@ class Preview:
             update={
                 "name": self.record["recipe"]["name"],
                 # chunks are the network's own; a video longer than it was trained at has not the recipe's
-                "model": Model.model_validate({**self.record["settings"], "causal": None}),
+                "model": ModelSection.model_validate({**self.record["settings"], "causal": None}),
                 "sample": settings.sample.model_copy(update=guidance),
             }
         )
 
-    def check_given(self, given: Given | None) -> None:
+    def check_given(self, given: ConditioningFrames | None) -> None:
         """Refuse frames that are not those the videos began with."""
         if given is not None and given.facts["mark"] != self.record["given"]["mark"]:
             raise AnyflowError(
@@ -65,7 +65,7 @@ class Preview:
                 "Bring the file back, or begin anew with --preview.",
             )
 
-    def check_model(self, sampler: Sampler) -> None:
+    def check_model(self, sampler: VideoSampler) -> None:
         """Refuse other noise than that of the preview; say where the model has changed."""
         for entry in self.entries:
             if sampler.noise_mark(entry["seed"]) != entry["noise"]:
@@ -78,19 +78,19 @@ class Preview:
             log.warning("%s has changed since the preview.", self.record["model"]["address"])
 
 
-def read_preview(path: Path) -> Preview:
+def read_previous_sample(path: Path) -> PreviousSample:
     """The videos of a directory that ``anyflow sample`` made, or one of them by its mp4."""
     folder = path if path.is_dir() else path.parent
-    if not path.exists() or not (folder / RECORD).is_file():
+    if not path.exists() or not (folder / SAMPLES_JSON).is_file():
         raise UsageError(
-            f"{path} is no sampling: there is no {folder / RECORD}.",
+            f"{path} is no sampling: there is no {folder / SAMPLES_JSON}.",
             "Give a directory that `anyflow sample` made, or an mp4 in it.",
         )
-    record = read_json(folder / RECORD)
+    record = read_json(folder / SAMPLES_JSON)
     entries = [entry for entry in record.get("samples", ()) if path.is_dir() or entry["file"] == path.name]
     if not entries or not all("noise" in entry for entry in entries):
         raise UsageError(
-            f"{folder / RECORD} does not say how {path.name} was made.",
+            f"{folder / SAMPLES_JSON} does not say how {path.name} was made.",
             "Give a video that is named there, or begin anew with --preview.",
         )
-    return Preview(record, entries)
+    return PreviousSample(record, entries)

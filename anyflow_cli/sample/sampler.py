@@ -1,11 +1,10 @@
 """From prompts and seeds to videos, with any model of this family at any number of steps.
 
-``Sampler`` is the one way to sample outside training: the command, evaluation and synthesis stand on it. An
-any-step model (two times) is solved by Euler over its flow map, one evaluation a step; a plain Wan model is
-a teacher and is solved by guided Euler, two evaluations a step. A causal model is sampled chunk by chunk,
-from given first frames where there are any, and can show each chunk when it is finished (``stream``). A video
-depends on its prompt, seed and step count, not on what it was batched with. Which model is meant, and how it
-is opened, is in ``addresses.py``; files are in ``samples.py``.
+``VideoSampler`` is the one way to sample outside training. An any-step model (two times) is solved by Euler
+over its flow map, one evaluation per step; a plain Wan model is a teacher and is solved by guided Euler, two
+evaluations per step. A causal model is sampled chunk by chunk, from conditioning frames where there are any,
+and can yield each chunk as soon as it is finished (``stream``). A video depends on its prompt, seed and step
+count, not on what it was batched with. ``runs/open.py`` finds and opens models; files are in ``output.py``.
 
 Legend: B batch, F latent frames, C channels, H W latent height and width; a video is uint8 (T, height,
 width, 3).
@@ -30,7 +29,7 @@ from anyflow_cli.flow.samplers import SAMPLERS
 from anyflow_cli.flow.times import grid
 from anyflow_cli.flow.velocity import Velocity, guided
 from anyflow_cli.model.causal import causal_of, partition_for, remembered_for
-from anyflow_cli.model.chunk_sampling import rollout
+from anyflow_cli.model.chunk_sampling import sample_chunks
 from anyflow_cli.model.conditioned import Conditioned
 from anyflow_cli.model.encoders import TextEncoder, VideoVAE
 from anyflow_cli.model.network import FlowMapTransformer
@@ -51,14 +50,14 @@ class Latency(NamedTuple):
     decode: float
 
 
-class Later(NamedTuple):
+class PromptSwitch(NamedTuple):
     """A prompt that takes over from a frame of the video on."""
 
     frame: int
     prompt: str
 
 
-class Sampler:
+class VideoSampler:
     """A network with its text encoder and VAE, at the shapes and the shift of a recipe."""
 
     def __init__(
@@ -88,7 +87,7 @@ class Sampler:
         self._network, self._encoder, self._vae = network.eval().requires_grad_(False), encoder, vae
         self._null: Tensor | None = None
         self._given: Tensor | None = None
-        self.then: Sequence[Later] = ()
+        self.then: Sequence[PromptSwitch] = ()
         self._start_clock()
 
     @classmethod
@@ -100,7 +99,7 @@ class Sampler:
         teacher: bool = False,
         method: Method | None = None,
         device: torch.device | str | None = None,
-    ) -> Sampler:
+    ) -> VideoSampler:
         """Open a model wherever it is (see ``addresses.open_model``), on the GPU where there is one."""
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         opened = open_model(address, recipe)
@@ -121,7 +120,7 @@ class Sampler:
         vae = VideoVAE.load(opened.pipeline, place)
         return cls(opened.network.to(place), encoder, vae, recipe, method=method, lineage=opened.lineage)
 
-    def begin(self, frames: Pixels | None = None, then: Sequence[Later] = ()) -> None:
+    def begin(self, frames: Pixels | None = None, then: Sequence[PromptSwitch] = ()) -> None:
         """Let every video begin with ``frames`` (T, height, width, 3), as many as the VAE takes together.
 
         Frames of shape (B, T, height, width, 3) are those of the B videos of each batch that follows.
@@ -233,7 +232,7 @@ class Sampler:
                 )
                 for later in self.then
             }
-        chunks = rollout(
+        chunks = sample_chunks(
             model,
             start,
             partition_for(causal, frames),

@@ -16,7 +16,7 @@ import numpy as np
 from anyflow_cli.data.video import Pixels
 from anyflow_cli.errors import AnyflowError
 from anyflow_cli.sample.fragmented_mp4 import Fragments
-from anyflow_cli.sample.sampler import Sampler, Steps
+from anyflow_cli.sample.sampler import Steps, VideoSampler
 from anyflow_cli.utils.contact_sheet import picked
 
 STDOUT = 1
@@ -47,7 +47,7 @@ class Pace(NamedTuple):
 
 
 def stream_video(
-    sampler: Sampler, prompt: str, seed: int, nfe: Steps, *takers: Callable[[Pixels], None]
+    sampler: VideoSampler, prompt: str, seed: int, nfe: Steps, *takers: Callable[[Pixels], None]
 ) -> Pace:
     """Make a video and give each part to all of ``takers``."""
     start = time.perf_counter()
@@ -81,7 +81,7 @@ class Shown:
         return np.concatenate(self._kept)
 
 
-def stream_to_stdout(sampler: Sampler, prompt: str, seed: int, nfe: Steps) -> Pace:
+def stream_to_stdout(sampler: VideoSampler, prompt: str, seed: int, nfe: Steps) -> Pace:
     """Send the growing mp4 to standard output, for a player."""
     fragments = Fragments(sampler.model.fps)
     with open(os.dup(STDOUT), "wb", buffering=0) as out:

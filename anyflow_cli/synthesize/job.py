@@ -21,7 +21,7 @@ from anyflow_cli.data.prompts import read_prompts, world_captions
 from anyflow_cli.data.shards import PROVENANCE, ShardRecord, read_record, shard_path, shard_ranges
 from anyflow_cli.data.video import ClipFile, list_clips
 from anyflow_cli.errors import UsageError
-from anyflow_cli.model.pipeline_io import resolve
+from anyflow_cli.model.pipeline_io import resolve_pipeline
 from anyflow_cli.model.precision import resolve_precision
 from anyflow_cli.recipe.schema import Recipe
 
@@ -29,7 +29,7 @@ NOTES = ("recipe", "anyflow")  # of the provenance: worth knowing, but no reason
 
 
 @dataclass(frozen=True)
-class Job:
+class SynthesisJob:
     """What will be made and where. ``clips`` is None when the teacher makes the videos."""
 
     recipe: Recipe
@@ -68,7 +68,7 @@ class Job:
         return torch.bfloat16 if self.provenance["precision"] == "bf16" else torch.float32
 
 
-def prepare(recipe: Recipe, out: Path, videos: Path | None = None) -> Job:
+def prepare_synthesis(recipe: Recipe, out: Path, videos: Path | None = None) -> SynthesisJob:
     """Read prompts or list videos, and make sure that ``out`` is free or holds this very data set."""
     clips = None if videos is None else list_clips(videos)
     if clips is None:
@@ -76,7 +76,7 @@ def prepare(recipe: Recipe, out: Path, videos: Path | None = None) -> Job:
         _check_teacher(recipe.synthesize.teacher or recipe.model.teacher)
     else:
         captions = [clip.caption or "" for clip in clips]
-    job = Job(recipe, out, captions, clips, _provenance(recipe, captions, clips, videos))
+    job = SynthesisJob(recipe, out, captions, clips, _provenance(recipe, captions, clips, videos))
     _check_directory(job)
     return job
 
@@ -105,7 +105,7 @@ def _captions(recipe: Recipe) -> list[str]:
 def _check_teacher(address: str) -> None:
     """A local teacher must be there; one of the Hub is fetched later, since a dry run loads nothing."""
     if address.count("/") != 1 or Path(address).expanduser().exists():
-        resolve(address)
+        resolve_pipeline(address)
 
 
 def _provenance(
@@ -138,7 +138,7 @@ def _hash(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest()
 
 
-def _check_directory(job: Job) -> None:
+def _check_directory(job: SynthesisJob) -> None:
     """Refuse a directory that holds something else, with the keys that differ."""
     out = job.out
     if out.exists() and not out.is_dir():

@@ -12,23 +12,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-STILL = 0.001  # share of pixels that ever differ from the first frame by MOVED
+STATIC_CHANGE = 0.001  # share of pixels that ever differ from the first frame by MOVED
 MOVED = 0.05
 BLACK = 0.002  # share of values brighter than DARK
-DARK = 0.1
+DARK_PIXEL = 0.1
 SATURATED = 0.95  # share of values at either end of the range
 END = 1.5 / 255
 
 
-def defect(latents: Tensor, video: Tensor) -> str | None:
+def find_defect(latents: Tensor, video: Tensor) -> str | None:
     """Name what is wrong with latents (F, C, h, w) and their video (T, 3, H, W) in [0, 1], if anything."""
     if not (torch.isfinite(latents).all() and torch.isfinite(video).all()):
         return "not finite"
-    if (video > DARK).float().mean() < BLACK:
+    if (video > DARK_PIXEL).float().mean() < BLACK:
         return "black"
     if ((video < END) | (video > 1 - END)).float().mean() > SATURATED:
         return "saturated"
     moved = (video - video[:1]).abs().amax((0, 1)) > MOVED  # (H, W)
-    if len(video) > 1 and moved.float().mean() < STILL:
+    if len(video) > 1 and moved.float().mean() < STATIC_CHANGE:
         return "frozen"
     return None

@@ -1,7 +1,7 @@
 """Data sets of latents: teacher videos from prompts, or real clips, as shards.
 
-``synthesize`` makes the shards of a job (``data.job``) that are missing. A shard is the unit of everything:
-of work between processes (``data.claims``; they need not talk), of a kill (a process loses its open shard at
+``run_synthesis`` makes the missing shards of a job. A shard is the unit of everything: of work between
+processes (``shard_locks``; they need not talk), of a kill (a process loses its open shard at
 most), of repetition (same seeds, same bytes). Whoever completes the last shard writes the manifest.
 
 A video that fails the checks is made again from the next seed of its index, three seeds in all; each failure
@@ -30,8 +30,8 @@ from anyflow_cli.data.shards import (
     MANIFEST,
     NEGATIVE,
     PROVENANCE,
+    LatentSample,
     Rejection,
-    Sample,
     read_record,
     shard_path,
     write_manifest,
@@ -54,11 +54,11 @@ from anyflow_cli.flow.times import grid
 from anyflow_cli.flow.velocity import guided
 from anyflow_cli.model.conditioned import Conditioned
 from anyflow_cli.model.encoders import TextEncoder, VideoVAE
-from anyflow_cli.model.pipeline_io import load_network, resolve
+from anyflow_cli.model.pipeline_io import load_network, resolve_pipeline
 from anyflow_cli.model.precision import Precision, autocast
-from anyflow_cli.synthesize.job import Job, own_device, own_rank
-from anyflow_cli.synthesize.quality_checks import defect
-from anyflow_cli.synthesize.shard_locks import CLAIMS, Claims
+from anyflow_cli.synthesize.job import SynthesisJob, own_device, own_rank
+from anyflow_cli.synthesize.quality_checks import find_defect
+from anyflow_cli.synthesize.shard_locks import LOCK_FILE, ShardLocks
 from anyflow_cli.utils.files import clear_leftovers, write_json
 
 TRIES = 3
@@ -67,7 +67,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Report:
+class SynthesisReport:
     """How a data set stands when this process is done with it."""
 
     out: Path
@@ -84,23 +84,25 @@ class Report:
         return dict(Counter(entry.reason.partition(" (")[0].partition(":")[0] for entry in self.rejected))
 
 
-class Source(Protocol):
+class SampleSource(Protocol):
     """Where samples come from."""
 
     negative: Tensor  # (L, D), not padded
 
-    def results(self, indices: range) -> Iterator[Sample | Rejection]:
+    def results(self, indices: range) -> Iterator[LatentSample | Rejection]:
         """The samples of these indices in order, and each candidate that was turned down."""
 
 
-def synthesize(job: Job, on_progress: Callable[[int], None] = lambda settled: None) -> Report:
+def run_synthesis(
+    job: SynthesisJob, on_progress: Callable[[int], None] = lambda settled: None
+) -> SynthesisReport:
     """Make missing shards until none is left that no other process makes.
 
     ``on_progress`` hears how many videos are settled so far, those of other processes by whole shards.
     """
     if _is_whole(job):
         return _report(job, 0)
-    with Claims(job.out, *own_rank()) as claims:
+    with ShardLocks(job.out, *own_rank()) as claims:
         with claims.everything():
             write_json(job.out / PROVENANCE, job.provenance)
         made = _make_missing(job, claims, on_progress)
@@ -113,17 +115,17 @@ def synthesize(job: Job, on_progress: Callable[[int], None] = lambda settled: No
     return report
 
 
-def _is_whole(job: Job) -> bool:
+def _is_whole(job: SynthesisJob) -> bool:
     """Whether a data set lacks nothing."""
     shards = [shard_path(job.out, number) for number in range(len(job.ranges))]
     files = [job.out / MANIFEST, job.out / NEGATIVE, *map(index_path, shards)]
     return all(file.exists() for file in files) and not job.missing()
 
 
-def _make_missing(job: Job, claims: Claims, on_progress: Callable[[int], None]) -> int:
+def _make_missing(job: SynthesisJob, claims: ShardLocks, on_progress: Callable[[int], None]) -> int:
     """Make every missing shard that no other process makes; gives their number."""
     made, wanted = 0, job.videos_left()
-    source: Source | None = None
+    source: SampleSource | None = None
     for number in job.missing():
         path, indices = shard_path(job.out, number), job.ranges[number]
         with claims.shard(number) as is_mine:
@@ -139,7 +141,7 @@ def _make_missing(job: Job, claims: Claims, on_progress: Callable[[int], None]) 
     return made
 
 
-def _complete(job: Job) -> None:
+def _complete(job: SynthesisJob) -> None:
     """Write what a whole data set has: the manifest, and the index of each shard that came without."""
     records = [record for record in job.records() if record is not None]
     for path in (job.out / record.name for record in records):
@@ -147,42 +149,45 @@ def _complete(job: Job) -> None:
             write_index(path)
     write_manifest(job.out, records, job.provenance)
     clear_leftovers(job.out)
-    (job.out / CLAIMS).unlink(missing_ok=True)
+    (job.out / LOCK_FILE).unlink(missing_ok=True)
 
 
-def _report(job: Job, made: int) -> Report:
+def _report(job: SynthesisJob, made: int) -> SynthesisReport:
     """How the data set stands now."""
     found = job.records()
     records = [record for record in found if record is not None]
     rejected = tuple(entry for record in records for entry in record.rejected)
     samples = sum(record.samples for record in records)
     complete = len(records) == len(found)
-    return Report(job.out, len(job.captions), samples, len(records), made, complete, rejected)
+    return SynthesisReport(job.out, len(job.captions), samples, len(records), made, complete, rejected)
 
 
 def _watched(
-    results: Iterator[Sample | Rejection], indices: range, before: int, on_progress: Callable[[int], None]
-) -> Iterator[Sample | Rejection]:
+    results: Iterator[LatentSample | Rejection],
+    indices: range,
+    before: int,
+    on_progress: Callable[[int], None],
+) -> Iterator[LatentSample | Rejection]:
     """Pass results on, and tell how many videos are settled: those of earlier shards and these."""
     done = before
     for result in results:
         yield result
-        if isinstance(result, Sample):
+        if isinstance(result, LatentSample):
             done = before + result.index - indices.start + 1
             on_progress(done)
     if done < before + len(indices):  # the last ones were given up
         on_progress(before + len(indices))
 
 
-def _source(job: Job) -> Source:
-    return Teacher(job) if job.clips is None else Videos(job, job.clips)
+def _source(job: SynthesisJob) -> SampleSource:
+    return TeacherSource(job) if job.clips is None else VideoSource(job, job.clips)
 
 
-class Teacher:
+class TeacherSource:
     """Guided samples of the recipe's teacher, one a caption."""
 
-    def __init__(self, job: Job) -> None:
-        device, folder = own_device(), resolve(job.teacher)
+    def __init__(self, job: SynthesisJob) -> None:
+        device, folder = own_device(), resolve_pipeline(job.teacher)
         self._job = job
         self._precision: Precision = "bf16" if job.stored == torch.bfloat16 else "fp32"
         self._encoders = Encoders(job, folder, device)
@@ -194,7 +199,7 @@ class Teacher:
                 "Set synthesize.teacher or model.teacher to a plain Wan pipeline.",
             )
 
-    def results(self, indices: range) -> Iterator[Sample | Rejection]:
+    def results(self, indices: range) -> Iterator[LatentSample | Rejection]:
         """Batch by batch; a shard in which nothing passes means that a setting is wrong."""
         passed, reasons = 0, Counter[str]()
         size = self._job.recipe.synthesize.batch
@@ -202,7 +207,7 @@ class Teacher:
             for result in self._batch(range(start, min(start + size, indices.stop))):
                 if isinstance(result, Rejection):
                     reasons[result.reason] += 1
-                passed += isinstance(result, Sample)
+                passed += isinstance(result, LatentSample)
                 yield result
         if not passed:
             named = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
@@ -211,15 +216,15 @@ class Teacher:
                 "Look at the teacher with `anyflow sample --teacher`; check its shift, guidance and steps.",
             )
 
-    def _batch(self, indices: range) -> Iterator[Sample | Rejection]:
+    def _batch(self, indices: range) -> Iterator[LatentSample | Rejection]:
         texts = self._encoders.text([self._job.captions[index] for index in indices])
-        made: dict[int, Sample] = {}
+        made: dict[int, LatentSample] = {}
         for attempt in range(TRIES):
             pending = [index for index in indices if index not in made]
             if pending:
                 text = [texts[index - indices.start] for index in pending]
                 for result in self._attempt(pending, text, attempt):
-                    if isinstance(result, Sample):
+                    if isinstance(result, LatentSample):
                         made[result.index] = result
                     else:
                         yield result
@@ -227,13 +232,13 @@ class Teacher:
 
     def _attempt(
         self, indices: Sequence[int], texts: list[Tensor], attempt: int
-    ) -> Iterator[Sample | Rejection]:
+    ) -> Iterator[LatentSample | Rejection]:
         recipe = self._job.recipe
         seeds = [seed_of(recipe.synthesize.seed, index, attempt) for index in indices]
         latents = self._sample(texts, seeds)
         videos = self._encoders.vae.decode(latents)
         for index, seed, text, x, video in zip(indices, seeds, texts, latents, videos, strict=True):
-            reason = defect(x, video)
+            reason = find_defect(x, video)
             if reason is None:
                 facts = {"seed": seed, "source": "teacher"}
                 yield self._encoders.sample(index, x, text, video, facts)
@@ -255,17 +260,17 @@ class Teacher:
             return euler(model, z, grid(recipe.synthesize.steps, recipe.model.shift))
 
 
-class Videos:
+class VideoSource:
     """Real clips with captions, encoded as the teacher's videos would be."""
 
-    def __init__(self, job: Job, clips: Sequence[ClipFile]) -> None:
+    def __init__(self, job: SynthesisJob, clips: Sequence[ClipFile]) -> None:
         model = job.recipe.model
         self._job, self._clips = job, clips
         self._format = ClipFormat(model.frames, model.fps, model.height, model.width)
-        self._encoders = Encoders(job, resolve(job.teacher), own_device())
+        self._encoders = Encoders(job, resolve_pipeline(job.teacher), own_device())
         self.negative = self._encoders.negative
 
-    def results(self, indices: range) -> Iterator[Sample | Rejection]:
+    def results(self, indices: range) -> Iterator[LatentSample | Rejection]:
         """One clip after another; what was done to each is said, and kept in its facts."""
         for index in indices:
             clip = self._clips[index]
@@ -275,7 +280,7 @@ class Videos:
                 log.warning("%s is left out: %s.", clip.path.name, error.message)
                 yield Rejection(index, f"clip {clip.path.name}", error.message)
 
-    def _encoded(self, index: int, clip: ClipFile) -> Sample:
+    def _encoded(self, index: int, clip: ClipFile) -> LatentSample:
         if clip.caption is None:
             raise UnusableClipError(
                 "no caption: neither a text file beside it nor a row in captions.csv or .jsonl"
@@ -285,7 +290,7 @@ class Videos:
             log.info("%s: %s.", clip.path.name, ", ".join(fitted.changes))
         video = from_pixels(fitted.pixels)
         latents = self._encoders.vae.encode(video[None])[0]
-        reason = defect(latents, video)
+        reason = find_defect(latents, video)
         if reason is not None:
             raise UnusableClipError(reason)
         text = self._encoders.text([clip.caption])[0]
@@ -296,7 +301,7 @@ class Videos:
 class Encoders:
     """Text encoder and VAE of the teacher's folder, and the samples they make for a job."""
 
-    def __init__(self, job: Job, folder: Path, device: torch.device) -> None:
+    def __init__(self, job: SynthesisJob, folder: Path, device: torch.device) -> None:
         # On a GPU a text encoder of 5 billion weights in fp32 would leave little room for the teacher.
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         model = job.recipe.model
@@ -333,13 +338,13 @@ class Encoders:
 
     def sample(
         self, index: int, latents: Tensor, text: Tensor, video: Tensor, facts: Mapping[str, Any]
-    ) -> Sample:
+    ) -> LatentSample:
         """Make a sample as it is stored, with a preview if the recipe wants one."""
         recipe, stored = self._job.recipe, self._job.stored
         preview = _mp4(video, recipe.model.fps) if recipe.synthesize.previews else None
         facts = {**facts, "fps": recipe.model.fps, "frames": recipe.model.frames}
         caption = self._job.captions[index]
-        return Sample(index, caption, latents.cpu().to(stored), text.to(stored), facts, preview)
+        return LatentSample(index, caption, latents.cpu().to(stored), text.to(stored), facts, preview)
 
 
 def seed_of(seed: int, index: int, attempt: int) -> int:

@@ -15,24 +15,24 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
-from anyflow_cli.utils.files import named_failure
+from anyflow_cli.utils.files import disk_errors
 
-CLAIMS = ".claims"
+LOCK_FILE = ".claims"
 SHARED = 1 << 40  # the byte of what belongs to the data set as a whole
 TAKEN = (errno.EACCES, errno.EAGAIN)
 
 
-class Claims:
+class ShardLocks:
     """The claims of this process on one directory; one object a process, since closing ends them all."""
 
     def __init__(self, directory: Path, rank: int, ranks: int) -> None:
-        self.path = directory / CLAIMS
+        self.path = directory / LOCK_FILE
         self.rank, self.ranks = rank, ranks
-        with named_failure(self.path):
+        with disk_errors(self.path):
             directory.mkdir(parents=True, exist_ok=True)
             self._handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
 
-    def __enter__(self) -> Claims:
+    def __enter__(self) -> ShardLocks:
         return self
 
     def __exit__(

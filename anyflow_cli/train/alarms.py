@@ -21,7 +21,7 @@ from anyflow_cli.recipe import schema
 
 log = logging.getLogger(__name__)
 
-Row = Mapping[str, float]
+MetricsRow = Mapping[str, float]
 MEMORY = 0.9  # of the fake score's average, a row
 
 
@@ -36,14 +36,14 @@ class AlarmError(AnyflowError):
 class Alarms:
     """Looks at each row; ``state`` travels in the checkpoint."""
 
-    def __init__(self, settings: schema.Alarms) -> None:
+    def __init__(self, settings: schema.AlarmsSection) -> None:
         self.settings = settings
         self.norm: float | None = None  # of the embedding, when the run began
         self.fake: float | None = None
         self.since: dict[str, int] = {}  # step of the first of the bad rows in a row
         self.rows: dict[str, int] = {}  # and how many there are
 
-    def look(self, step: int, row: Row) -> None:
+    def look(self, step: int, row: MetricsRow) -> None:
         """Warn or raise, as the recipe says, once a value has been bad for long enough."""
         for name, measure in MEASURES.items():
             value = measure(self, row)
@@ -77,19 +77,19 @@ class Alarms:
             return log.warning("%s", what)
         raise AlarmError(what, since, "Look at the previews; continue with another alarms.then or threshold.")
 
-    def _remember(self, row: Row) -> None:
+    def _remember(self, row: MetricsRow) -> None:
         self.norm = row.get("embedding_norm") if self.norm is None else self.norm
         if "fake" in row:
             self.fake = row["fake"] if self.fake is None else MEMORY * self.fake + (1 - MEMORY) * row["fake"]
 
 
-def _ratio(row: Row, name: str) -> float | None:
+def _ratio(row: MetricsRow, name: str) -> float | None:
     """Of the student's own samples to the data; None where there are no samples, or nothing moves."""
     own, data = row.get(f"sample_{name}"), row.get(f"data_{name}")
     return own / data if own is not None and data else None
 
 
-MEASURES: dict[str, Callable[[Alarms, Row], float | None]] = {
+MEASURES: dict[str, Callable[[Alarms, MetricsRow], float | None]] = {
     "embedding_norm": lambda a, row: (
         row["embedding_norm"] / a.norm if a.norm and "embedding_norm" in row else None
     ),

@@ -26,13 +26,13 @@ from anyflow_cli.model.causal import TeacherForced, chunks_of, split_after
 from anyflow_cli.model.conditioned import Conditioned
 from anyflow_cli.model.kv_cache import KeyCache
 from anyflow_cli.recipe import schema
-from anyflow_cli.train.rng import Draws
+from anyflow_cli.train.rng import StepRng
 
 IMAGE = 0.5  # share of the given beginnings that are the first chunk alone: an image
 
 
 @dataclass(frozen=True)
-class View:
+class TrainingWindow:
     """Frames x (B, F, C, H, W) to noise, and how a condition becomes a velocity of them.
 
     ``frames``: their place in the video. ``chunks``: frames of the chunks that have times of their own; None:
@@ -60,13 +60,13 @@ class View:
         return times.to(self.x)
 
 
-ViewOf = Callable[[Tensor, Draws], View]
+WindowOf = Callable[[Tensor, StepRng], TrainingWindow]
 Simulate = Callable[[Velocity, Tensor, int], Tensor]  # from a chunk's noise, and its number, to time 0
 
 
-def whole(x: Tensor, draws: Draws) -> View:
+def whole_video(x: Tensor, draws: StepRng) -> TrainingWindow:
     """Whole videos, seen bidirectionally."""
-    return View(x, lambda condition: condition, slice(None))
+    return TrainingWindow(x, lambda condition: condition, slice(None))
 
 
 class Window(NamedTuple):
@@ -83,17 +83,17 @@ class TeacherForcing:
     A beginning that ends inside a chunk splits it, as in sampling (``split_after``).
     """
 
-    settings: schema.Causal
+    settings: schema.CausalSection
     given: float = 0.0
 
-    def __call__(self, x: Tensor, draws: Draws) -> View:
+    def __call__(self, x: Tensor, draws: StepRng) -> TrainingWindow:
         """View of the videos x (B, F, C, H, W) in the window that the step draws."""
         chunks, noisy = self.window(draws)
         frames = slice(sum(chunks[:-noisy]), sum(chunks))
         bind = partial(TeacherForced, x=x[:, : frames.stop], partition=chunks, noisy=noisy)
-        return View(x[:, frames], bind, frames, chunks[-noisy:])
+        return TrainingWindow(x[:, frames], bind, frames, chunks[-noisy:])
 
-    def window(self, draws: Draws) -> Window:
+    def window(self, draws: StepRng) -> Window:
         """The same for every micro batch of a step, on every process."""
         full, generator = self.settings.full_chunks, draws.generator("window")
         known = given_frames(self.settings, self.given, draws.generator("given"))
@@ -108,7 +108,7 @@ class TeacherForcing:
         return Window(chunks[:count], shortest)
 
 
-def given_frames(settings: schema.Causal, share: float, generator: torch.Generator) -> int:
+def given_frames(settings: schema.CausalSection, share: float, generator: torch.Generator) -> int:
     """How many frames of a step's videos are given: 0 for all but a ``share`` of the steps."""
     if len(settings.partition) == 1 or not _happens(share, generator):
         return 0

@@ -15,18 +15,18 @@ from torch import distributed
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
 from anyflow_cli.runs import checkpoint, dcp
-from anyflow_cli.runs.checkpoint import State
+from anyflow_cli.runs.checkpoint import CheckpointState
 
 
 class _Open(NamedTuple):
     """A checkpoint that is still being written."""
 
-    state: State  # its tensors are not those being written: they train on
+    state: CheckpointState  # its tensors are not those being written: they train on
     writing: Future[Any]
 
 
 @dataclass
-class Saver:
+class Checkpointer:
     """``divided``: the state is sharded. ``waits``: training stands still until a checkpoint is whole."""
 
     directory: Path
@@ -37,7 +37,7 @@ class Saver:
     _open: _Open | None = field(default=None, init=False)
     _group: Any = field(default=None, init=False)
 
-    def save(self, state: State) -> None:
+    def save(self, state: CheckpointState) -> None:
         """Write a checkpoint of all processes, or begin to."""
         self.finish()
         main = self.accelerator.is_main_process
@@ -77,7 +77,7 @@ class Saver:
             writing.result()
             self._commit(partial, state)
 
-    def _commit(self, partial: Path, state: State) -> None:
+    def _commit(self, partial: Path, state: CheckpointState) -> None:
         if self.accelerator.is_main_process:
             checkpoint.commit(partial, state, self.keep)
         if self.waits:

@@ -12,10 +12,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from anyflow_cli.model.parallelize import divided_like
+from anyflow_cli.model.parallelize import shard_like
 
 
-class Ema:
+class WeightEma:
     """Shadow copies of named parameters; ``decay`` per step from step ``start`` on, counted from 1."""
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float, start: int) -> None:
@@ -50,4 +50,4 @@ class Ema:
     def load(self, shadow: Mapping[str, Tensor]) -> None:
         """Continue from saved averages."""
         for name, value in self.shadow.items():
-            value.copy_(divided_like(shadow[name], value))
+            value.copy_(shard_like(shadow[name], value))

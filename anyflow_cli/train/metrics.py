@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from anyflow_cli.train.board import Board
-from anyflow_cli.utils.files import committed, named_failure
+from anyflow_cli.utils.files import atomic_write, disk_errors
 
 Log = Callable[[Mapping[str, Any], int], None]
 
@@ -57,11 +57,11 @@ class Metrics:
 
     def _cut(self, step: int) -> None:
         if self.board_directory is not None:
-            with named_failure(self.board_directory):
+            with disk_errors(self.board_directory):
                 self.board = Board(self.board_directory, step)
         if self.writes and self.path.exists():
             lines = self.path.read_text().splitlines(keepends=True)
-            with committed(self.path) as temporary:
+            with atomic_write(self.path) as temporary:
                 temporary.write_text("".join(line for line in lines if _written_by(line, step)))
 
     def state(self) -> dict[str, Any]:
@@ -79,12 +79,12 @@ class Metrics:
         return row
 
     def _write(self, row: dict[str, Any]) -> None:
-        with named_failure(self.path), self.path.open("a") as file:
+        with disk_errors(self.path), self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
         if self.log is not None:
             self.log(row, row["step"])
         if self.board is not None:
-            with named_failure(self.board.path):
+            with disk_errors(self.board.path):
                 self.board.add(row, row["step"])
 
 

@@ -32,16 +32,16 @@ from anyflow_cli.data.dataset import Batch
 from anyflow_cli.errors import UsageError
 from anyflow_cli.flow import losses, matching, simulation, times
 from anyflow_cli.flow.noise import batch_noise
-from anyflow_cli.flow.velocity import Velocity, recomputed
+from anyflow_cli.flow.velocity import Velocity, checkpointed
 from anyflow_cli.model.backbone import Backbone, Role
 from anyflow_cli.model.conditioned import Conditioned
-from anyflow_cli.model.parallelize import own_part
+from anyflow_cli.model.parallelize import local_tensor
 from anyflow_cli.recipe import schema
 from anyflow_cli.train import causal_windows
-from anyflow_cli.train.rng import Draws, stream_seed
+from anyflow_cli.train.rng import StepRng, stream_seed
 
-Tally = Mapping[str, Tensor]  # name -> (sum, count), (2,)
-Term = Callable[[Batch, Draws], tuple[Tensor, Tally]]
+Sums = Mapping[str, Tensor]  # name -> (sum, count), (2,)
+LossTerm = Callable[[Batch, StepRng], tuple[Tensor, Sums]]
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ class Phase:
     """One optimiser's part of a step: the losses that move one role's weights."""
 
     role: Role
-    optimiser: schema.Optimiser
-    terms: tuple[Term, ...]
+    optimiser: schema.OptimizerSection
+    terms: tuple[LossTerm, ...]
 
 
 @dataclass(frozen=True)
@@ -65,51 +65,57 @@ def stage_one(
     name: Literal["flow-map", "flow-matching", "consistency-ode"],
     backbone: Backbone,
     negative: Tensor,
-    settings: schema.FlowMap,
-    optimiser: schema.Optimiser,
+    settings: schema.FlowMapSection,
+    optimiser: schema.OptimizerSection,
     shift: float,
-    causal: schema.Causal | None = None,
+    causal: schema.CausalSection | None = None,
 ) -> Objective:
     """An objective of the student alone on data; ``negative`` (L, D) is the negative prompt's embedding."""
-    view = view_of(causal, settings)
+    view = window_of(causal, settings)
     matching = FlowMatchingTerm(backbone, negative, settings.text_dropout, shift)
-    terms: dict[str, Term] = {
+    terms: dict[str, LossTerm] = {
         "flow-map": FlowMapTerm(backbone, negative, settings, shift, view),
         "flow-matching": matching,
         "consistency-ode": ConsistencyTerm(backbone, settings, shift, view),
     }
-    student: tuple[Term, ...] = (terms[name],)
+    student: tuple[LossTerm, ...] = (terms[name],)
     if causal is not None and name != "flow-matching":
         bidirectional = weighted(matching, 1.0, "bidirectional_")
-        student = (Occasional(bidirectional, causal.bidirectional, "bidirectional"), *student)
-        student = tuple(Reaching(term, backbone) for term in student)
+        student = (WithProbability(bidirectional, causal.bidirectional, "bidirectional"), *student)
+        student = tuple(TouchUnused(term, backbone) for term in student)
     return Objective(backbone, (Phase("student", optimiser, student),))
 
 
 def on_policy(
     backbone: Backbone,
     negative: Tensor,
-    settings: schema.Distill,
+    settings: schema.DistillSection,
     shift: float,
-    causal: schema.Causal | None = None,
+    causal: schema.CausalSection | None = None,
 ) -> Objective:
     """Stage 2: Alg. 2 and, in the same update of the student, Alg. 1 on data; then the fake score."""
     policy = OnPolicyTerms(backbone, negative, settings, shift, causal)
-    student: tuple[Term, ...] = (policy.matching,)
+    student: tuple[LossTerm, ...] = (policy.matching,)
     if settings.joint:
         flow_map = FlowMapTerm(
-            backbone, negative, settings.flow_map, shift, view_of(causal, settings.flow_map)
+            backbone, negative, settings.flow_map, shift, window_of(causal, settings.flow_map)
         )
         student += (weighted(flow_map, settings.joint_weight, "flow_map_"),)
     if causal is not None:
-        student = tuple(Reaching(term, backbone) for term in student)
+        student = tuple(TouchUnused(term, backbone) for term in student)
     fake = Phase("fake", settings.fake_optimiser or settings.optimiser, (policy.fake_score,))
     return Objective(backbone, (Phase("student", settings.optimiser, student), fake))
 
 
-def view_of(causal: schema.Causal | None, settings: schema.FlowMap) -> causal_windows.ViewOf:
+def window_of(
+    causal: schema.CausalSection | None, settings: schema.FlowMapSection
+) -> causal_windows.WindowOf:
     """What the student sees of its data."""
-    return causal_windows.whole if causal is None else causal_windows.TeacherForcing(causal, settings.given)
+    return (
+        causal_windows.whole_video
+        if causal is None
+        else causal_windows.TeacherForcing(causal, settings.given)
+    )
 
 
 @dataclass(frozen=True)
@@ -118,11 +124,11 @@ class FlowMapTerm:
 
     backbone: Backbone
     negative: Tensor  # (L, D)
-    settings: schema.FlowMap
+    settings: schema.FlowMapSection
     shift: float
-    view: causal_windows.ViewOf = causal_windows.whole
+    view: causal_windows.WindowOf = causal_windows.whole_video
 
-    def __call__(self, batch: Batch, draws: Draws) -> tuple[Tensor, Tally]:
+    def __call__(self, batch: Batch, draws: StepRng) -> tuple[Tensor, Sums]:
         """Loss of a micro batch; boundary samples first in the global batch, as ``GlobalMean`` needs them."""
         settings, view = self.settings, self.view(batch.latents, draws)
         x, ratios = view.x, times.TimeRatios(settings.boundary, settings.to_zero)
@@ -143,9 +149,9 @@ class FlowMapTerm:
         )  # fmt: skip
         boundary = t == r
         return result.loss, {
-            "loss": tally(result.loss, len(x)),
-            "boundary": tally(result.errors, boundary),
-            "non_boundary": tally(result.errors, ~boundary),
+            "loss": sums(result.loss, len(x)),
+            "boundary": sums(result.errors, boundary),
+            "non_boundary": sums(result.errors, ~boundary),
         }
 
 
@@ -158,14 +164,14 @@ class FlowMatchingTerm:
     text_dropout: float
     shift: float
 
-    def __call__(self, batch: Batch, draws: Draws) -> tuple[Tensor, Tally]:
+    def __call__(self, batch: Batch, draws: StepRng) -> tuple[Tensor, Sums]:
         """Loss of a micro batch."""
         x = batch.latents
         t = draws.local(times.sample_logit_normal(draws.count, self.shift, draws.generator("times"))).to(x)
         batch, _ = drop_text(batch, self.negative, self.text_dropout, draws)
         model = self.backbone.velocity("student", batch.text)
         loss = losses.flow_matching_loss(model, x, draws.noise("noise", x.shape[1:]).to(x), t)
-        return loss, {"loss": tally(loss, len(x))}
+        return loss, {"loss": sums(loss, len(x))}
 
 
 @dataclass(frozen=True)
@@ -177,11 +183,11 @@ class ConsistencyTerm:
     """
 
     backbone: Backbone
-    settings: schema.FlowMap
+    settings: schema.FlowMapSection
     shift: float
-    view: causal_windows.ViewOf = causal_windows.whole
+    view: causal_windows.WindowOf = causal_windows.whole_video
 
-    def __call__(self, batch: Batch, draws: Draws) -> tuple[Tensor, Tally]:
+    def __call__(self, batch: Batch, draws: StepRng) -> tuple[Tensor, Sums]:
         """Loss of a micro batch."""
         videos, view = batch.latents, self.view(batch.latents, draws)
         seeds = [seed for seed in batch.seeds if seed is not None]
@@ -198,7 +204,7 @@ class ConsistencyTerm:
         weight = times.loss_weight(self.settings.weight, self.shift)
         model = view.bind(self.backbone.velocity("student", batch.text))
         loss = losses.consistency_loss(model, z, t, view.x, weight)
-        return loss, {"loss": tally(loss, len(videos))}
+        return loss, {"loss": sums(loss, len(videos))}
 
 
 class OnPolicyTerms:
@@ -212,16 +218,16 @@ class OnPolicyTerms:
         self,
         backbone: Backbone,
         negative: Tensor,
-        settings: schema.Distill,
+        settings: schema.DistillSection,
         shift: float,
-        causal: schema.Causal | None = None,
+        causal: schema.CausalSection | None = None,
     ) -> None:
         self.backbone, self.negative, self.settings, self.shift = backbone, negative, settings, shift
         self.score_shift = settings.score_shift or shift
         self.causal = causal
         self._rollouts: dict[tuple[int, ...], Tensor] = {}  # of this step, by positions of a micro batch
 
-    def matching(self, batch: Batch, draws: Draws) -> tuple[Tensor, Tally]:
+    def matching(self, batch: Batch, draws: StepRng) -> tuple[Tensor, Sums]:
         """Distribution matching (Eq. 5) on a rollout with gradient."""
         settings = self.settings
         x = self._rollout(batch, draws, "rollout")
@@ -240,12 +246,12 @@ class OnPolicyTerms:
             settings.real_guidance,
         )
         return loss, {
-            "matching": tally(loss, len(x)),
+            "matching": sums(loss, len(x)),
             **_vigour("sample", x),
             **_vigour("data", batch.latents),
         }
 
-    def fake_score(self, batch: Batch, draws: Draws) -> tuple[Tensor, Tally]:
+    def fake_score(self, batch: Batch, draws: StepRng) -> tuple[Tensor, Sums]:
         """Flow matching of the fake score on the student's samples."""
         if self.settings.reuse_rollout:
             x = self._rollouts.pop(draws.positions)
@@ -255,16 +261,16 @@ class OnPolicyTerms:
         t = times.sample_logit_normal(draws.count, self.score_shift, draws.generator("fake-times"))
         eps, t = draws.noise("fake-noise", x.shape[1:]).to(x), draws.local(t).to(x)
         loss = matching.fake_score_loss(self.backbone.velocity("fake", batch.text), x, eps, t)
-        return loss, {"fake": tally(loss, len(x))}
+        return loss, {"fake": sums(loss, len(x))}
 
-    def _rollout(self, batch: Batch, draws: Draws, stream: str) -> Tensor:
+    def _rollout(self, batch: Batch, draws: StepRng, stream: str) -> Tensor:
         """Samples of the student at time 0, (B, F, C, H, W)."""
         model = self.backbone.velocity("student", batch.text)
         noise = draws.noise(f"{stream}-start", batch.latents.shape[1:]).to(batch.latents)
         simulate = self._simulation(draws, stream)
         recomputes = self.settings.recompute_rollout and torch.is_grad_enabled()
         if self.causal is None:
-            return simulate(recomputed(model) if recomputes else model, noise, 0)
+            return simulate(checkpointed(model) if recomputes else model, noise, 0)
         share = self.settings.flow_map.given
         known = causal_windows.given_frames(self.causal, share, draws.generator(f"{stream}-given"))
         given = batch.latents[:, :known]
@@ -272,7 +278,7 @@ class OnPolicyTerms:
             model, noise, self.causal.partition, simulate, given=given, recomputes=recomputes
         )
 
-    def _simulation(self, draws: Draws, stream: str) -> causal_windows.Simulate:
+    def _simulation(self, draws: StepRng, stream: str) -> causal_windows.Simulate:
         """From noise to time 0. What is drawn holds for every process, and for every chunk of a video."""
         settings, generator = self.settings, draws.generator(stream)
         if settings.simulation == "flow-map":
@@ -289,14 +295,14 @@ class OnPolicyTerms:
 
 
 @dataclass(frozen=True)
-class Occasional:
+class WithProbability:
     """A term that a share of the steps have, drawn for all processes; nothing in the others."""
 
-    term: Term
+    term: LossTerm
     share: float
     stream: str
 
-    def __call__(self, batch: Batch, draws: Draws) -> tuple[Tensor, Tally]:
+    def __call__(self, batch: Batch, draws: StepRng) -> tuple[Tensor, Sums]:
         """The term's loss, from draws of its own, or zero."""
         if float(torch.rand((), generator=draws.generator(self.stream))) >= self.share:
             return batch.latents.new_zeros(()), {}
@@ -304,34 +310,34 @@ class Occasional:
 
 
 @dataclass(frozen=True)
-class Reaching:
+class TouchUnused:
     """A term whose gradient reaches the compressed patch embedding even where no chunk is compressed.
 
     Zero then: every process must have a gradient for every weight, and an optimiser must not tell apart a
     step in which one process alone had none.
     """
 
-    term: Term
+    term: LossTerm
     backbone: Backbone
 
-    def __call__(self, batch: Batch, draws: Draws) -> tuple[Tensor, Tally]:
+    def __call__(self, batch: Batch, draws: StepRng) -> tuple[Tensor, Sums]:
         """The same loss."""
         loss, report = self.term(batch, draws)
         embedding = self.backbone.network_of("student").far_patch_embedding
-        return loss + 0 * sum(own_part(weight).sum() for weight in embedding.parameters()), report
+        return loss + 0 * sum(local_tensor(weight).sum() for weight in embedding.parameters()), report
 
 
-def weighted(term: Term, weight: float, prefix: str) -> Term:
+def weighted(term: LossTerm, weight: float, prefix: str) -> LossTerm:
     """The same loss times ``weight``; what it reports keeps its scale and gets a prefix."""
 
-    def scaled(batch: Batch, draws: Draws) -> tuple[Tensor, Tally]:
+    def scaled(batch: Batch, draws: StepRng) -> tuple[Tensor, Sums]:
         loss, report = term(batch, draws)
         return weight * loss, {prefix + name: value for name, value in report.items()}
 
     return scaled
 
 
-def drop_text(batch: Batch, negative: Tensor, share: float, draws: Draws) -> tuple[Batch, Tensor]:
+def drop_text(batch: Batch, negative: Tensor, share: float, draws: StepRng) -> tuple[Batch, Tensor]:
     """Replace the text of a ``share`` of the samples by the negative prompt's; which (B,) were replaced."""
     chance = torch.rand(draws.count, generator=draws.generator("text-dropout"))
     dropped = (draws.local(chance) < share).to(batch.text.device)
@@ -339,7 +345,7 @@ def drop_text(batch: Batch, negative: Tensor, share: float, draws: Draws) -> tup
     return replace(batch, text=text), dropped
 
 
-def tally(values: Tensor, of: Tensor | int) -> Tensor:
+def sums(values: Tensor, of: Tensor | int) -> Tensor:
     """(sum, count): of values (B,) where a mask (B,) holds, or of a mean () that stands for so many."""
     values = values.detach().double()
     if isinstance(of, int):
@@ -347,10 +353,10 @@ def tally(values: Tensor, of: Tensor | int) -> Tensor:
     return torch.stack([values[of].sum(), of.sum().double()])
 
 
-def _vigour(name: str, x: Tensor) -> Tally:
+def _vigour(name: str, x: Tensor) -> Sums:
     """Power and motion (from frame to frame) of videos x (B, F, C, H, W); what the alarms compare."""
     power, motion = x.detach().square().mean(), x.detach().diff(dim=1).square().sum() / x.numel()
-    return {f"{name}_power": tally(power, len(x)), f"{name}_motion": tally(motion, len(x))}
+    return {f"{name}_power": sums(power, len(x)), f"{name}_motion": sums(motion, len(x))}
 
 
 def _null(backbone: Backbone, role: Role, negative: Tensor, batch: Batch) -> Conditioned:
@@ -358,7 +364,7 @@ def _null(backbone: Backbone, role: Role, negative: Tensor, batch: Batch) -> Con
     return backbone.velocity(role, negative.to(batch.text).expand_as(batch.text))
 
 
-def cut(batch: Batch, start: int, stop: int) -> Batch:
+def micro_batch(batch: Batch, start: int, stop: int) -> Batch:
     """A micro batch of a process's share."""
     part = slice(start, stop)
     return Batch(batch.latents[part], batch.text[part], batch.captions[part], batch.seeds[part])

@@ -23,11 +23,11 @@ from anyflow_cli.flow.samplers import SAMPLERS
 from anyflow_cli.flow.times import grid
 from anyflow_cli.flow.velocity import Velocity, guided
 from anyflow_cli.model.backbone import Backbone
-from anyflow_cli.model.chunk_sampling import rollout
+from anyflow_cli.model.chunk_sampling import sample_chunks
 from anyflow_cli.model.encoders import VideoVAE
 from anyflow_cli.model.precision import Precision, autocast
-from anyflow_cli.utils.contact_sheet import Row, contact_sheet
-from anyflow_cli.utils.files import committed
+from anyflow_cli.utils.contact_sheet import SheetRow, contact_sheet
+from anyflow_cli.utils.files import atomic_write
 
 
 @dataclass(frozen=True)
@@ -68,11 +68,13 @@ def make_preview(
             return
         vae = VideoVAE.load(pipeline, device)
         columns = [to_pixels(vae.decode(part)) for part in latents]
-        rows = [Row(caption, [column[i] for column in columns]) for i, caption in enumerate(batch.captions)]
+        rows = [
+            SheetRow(caption, [column[i] for column in columns]) for i, caption in enumerate(batch.captions)
+        ]
         sheet = contact_sheet(
             rows, [f"{nfe} step{'s' * (nfe > 1)}" for nfe in plan.nfe], title=f"step {step}"
         )
-        with committed(directory / "previews" / f"step-{step:06d}.png") as temporary:
+        with atomic_write(directory / "previews" / f"step-{step:06d}.png") as temporary:
             sheet.save(temporary, format="PNG")
 
     return preview
@@ -87,7 +89,8 @@ def _sampling(
     if causal is not None:
         partition = causal.partition
         return lambda noise, times: torch.cat(
-            list(rollout(model, noise, partition, sampler, [times], generator=_generators(len(noise)))), dim=1
+            list(sample_chunks(model, noise, partition, sampler, [times], generator=_generators(len(noise)))),
+            dim=1,
         )
     velocity: Velocity = model
     if plan.guidance != 1:

@@ -7,7 +7,7 @@ not depend on the number of processes or on the micro batch either.
 Positions: the samples of a global batch are numbered 0..N-1. Process k of K holds k, k+K, k+2K, ...; its
 micro batches are consecutive runs of these, so the m-th micro batches of all processes together are a
 consecutive run of the global batch. The objectives order their draws boundary samples first, which makes
-Eq. (7)'s mean exact under accumulation: see ``GlobalMean``.
+Eq. (7)'s mean exact under accumulation: see ``BoundaryMean``.
 
 Legend: N global batch, B micro batch.
 """
@@ -32,7 +32,7 @@ def stream_seed(*parts: object) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
-class GlobalMean:
+class BoundaryMean:
     """Mean over samples of the global batch (Eq. 7), exact with accumulation and over processes.
 
     Boundary samples come first in the global batch and the m-th micro batches of all processes are a
@@ -53,14 +53,14 @@ class GlobalMean:
 
 
 @dataclass(frozen=True)
-class Draws:
+class StepRng:
     """The random numbers of one micro batch."""
 
     seed: int
     step: int
     count: int  # N
     positions: tuple[int, ...]  # of this micro batch's samples in the global batch
-    global_mean: GlobalMean = field(default_factory=lambda: GlobalMean(lambda values: values))
+    global_mean: BoundaryMean = field(default_factory=lambda: BoundaryMean(lambda values: values))
 
     def generator(self, stream: str) -> torch.Generator:
         """The same on every process; for what the whole global batch shares or is cut from by ``local``."""

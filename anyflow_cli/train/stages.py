@@ -20,13 +20,13 @@ from anyflow_cli.errors import UsageError
 from anyflow_cli.model.adapter import load_adapter, save_adapter
 from anyflow_cli.model.backbone import Backbone, LoraSize, Role
 from anyflow_cli.model.causal import as_causal, check_partition
-from anyflow_cli.model.compiled import compile_blocks
-from anyflow_cli.model.config import Causal
+from anyflow_cli.model.compiled import apply_compile
+from anyflow_cli.model.config import CausalConfig
 from anyflow_cli.model.network import FlowMapTransformer, two_time_from
-from anyflow_cli.model.pipeline_io import resolve, save_pipeline
+from anyflow_cli.model.pipeline_io import resolve_pipeline, save_pipeline
 from anyflow_cli.model.precision import Precision, resolve_precision
 from anyflow_cli.recipe import schema
-from anyflow_cli.runs.lineage import Inputs, begin_run
+from anyflow_cli.runs.lineage import RunInputs, begin_run
 from anyflow_cli.runs.open import (
     is_checkpoint,
     last_checkpoint,
@@ -43,7 +43,7 @@ from anyflow_cli.train.validation import TrainingPart
 
 log = logging.getLogger(__name__)
 
-Weights = dict[str, torch.Tensor]
+ModelRole = dict[str, torch.Tensor]
 
 
 class Finished(NamedTuple):
@@ -57,34 +57,34 @@ class Finished(NamedTuple):
 # --- what a stage is made from
 
 
-def flowmap_inputs(recipe: schema.Recipe, paths: RunPaths) -> Inputs:
+def flowmap_inputs(recipe: schema.Recipe, paths: RunPaths) -> RunInputs:
     """Stage 1, its baselines, and the tuning of the teacher (by ``train_flowmap.objective``)."""
     data = _data(recipe, paths)  # first: it is found missing before a teacher is fetched
-    teacher = resolve(recipe.model.teacher)
+    teacher = resolve_pipeline(recipe.model.teacher)
     directory = paths.stage_1(recipe.train_flowmap.objective)
-    return Inputs(directory, "train_flowmap", data, {"teacher": teacher}, teacher)
+    return RunInputs(directory, "train_flowmap", data, {"teacher": teacher}, teacher)
 
 
-def distill_inputs(recipe: schema.Recipe, paths: RunPaths) -> Inputs:
+def distill_inputs(recipe: schema.Recipe, paths: RunPaths) -> RunInputs:
     """Stage 2: from what stage 1 left, towards the tuned teacher if there is one."""
     settings = recipe.distill
     data = _data(recipe, paths)
     start = locate(settings.start) if settings.start else _stage_1_model(recipe, paths)
-    teacher = resolve(recipe.model.teacher)
+    teacher = resolve_pipeline(recipe.model.teacher)
     tuned = paths.stage_1("flow-matching") / MODEL
     found = tuned if tuned.is_dir() else teacher
     real = locate(settings.real_score) if settings.real_score else found
     parents = {"start": start, "real score": real, "teacher": teacher}
     shared = _adapter_of(recipe, start) and (real == teacher or _adapter_of(recipe, real))
     base = teacher if shared else _base_of(recipe, start)
-    return Inputs(paths.stage_2(settings.simulation), "distill", data, parents, base)
+    return RunInputs(paths.stage_2(settings.simulation), "distill", data, parents, base)
 
 
-def finetune_inputs(recipe: schema.Recipe, paths: RunPaths, start: str, data: Path) -> Inputs:
+def finetune_inputs(recipe: schema.Recipe, paths: RunPaths, start: str, data: Path) -> RunInputs:
     """Continued flow-map training of any any-step model on other data."""
     read_manifest(data)
     path = locate(start)
-    return Inputs(paths.finetune, "finetune", data, {"start": path}, _base_of(recipe, path))
+    return RunInputs(paths.finetune, "finetune", data, {"start": path}, _base_of(recipe, path))
 
 
 def _base_of(recipe: schema.Recipe, start: Path) -> Path:
@@ -126,7 +126,7 @@ def _stage_1_model(recipe: schema.Recipe, paths: RunPaths) -> Path:
 # --- networks
 
 
-def student_backbone(recipe: schema.Recipe, inputs: Inputs, precision: Precision) -> Backbone:
+def student_backbone(recipe: schema.Recipe, inputs: RunInputs, precision: Precision) -> Backbone:
     """The student alone: of one time for the teacher's tuning, else of two."""
     start = inputs.parents.get("start") or inputs.parents["teacher"]
     network = _load(start, recipe, precision)
@@ -139,7 +139,7 @@ def student_backbone(recipe: schema.Recipe, inputs: Inputs, precision: Precision
     return _backbone(recipe, network, ("student",), seed=_section(recipe, inputs).seed)
 
 
-def on_policy_backbone(recipe: schema.Recipe, inputs: Inputs, precision: Precision) -> Backbone:
+def on_policy_backbone(recipe: schema.Recipe, inputs: RunInputs, precision: Precision) -> Backbone:
     """Student, real and fake score: on one base where start and real score are adapters of the teacher."""
     roles: tuple[Role, ...] = ("student", "real", "fake")
     start, real, seed = inputs.parents["start"], inputs.parents["real score"], recipe.distill.seed
@@ -159,7 +159,7 @@ def _student_of(network: FlowMapTransformer, recipe: schema.Recipe) -> FlowMapTr
     if not network.config.two_time:
         network = two_time_from(network, recipe.model.gate, recipe.model.conditioning)
     causal = recipe.model.causal
-    return network if causal is None else as_causal(network, Causal.from_recipe(causal))
+    return network if causal is None else as_causal(network, CausalConfig.from_recipe(causal))
 
 
 def _any_step(network: FlowMapTransformer, path: Path, recipe: schema.Recipe) -> FlowMapTransformer:
@@ -172,7 +172,7 @@ def _any_step(network: FlowMapTransformer, path: Path, recipe: schema.Recipe) ->
             f"{path} is a {kinds[0]} model, and recipe {recipe.name} is {kinds[1]}.",
             "Use the recipe that the model was trained with, or one with the same model.causal.",
         )
-    return network if causal is None else as_causal(network, Causal.from_recipe(causal))
+    return network if causal is None else as_causal(network, CausalConfig.from_recipe(causal))
 
 
 def _require(network: FlowMapTransformer, path: Path, *, two_time: bool) -> None:
@@ -193,7 +193,7 @@ def _backbone(
         one.gradient_checkpointing = recipe.model.gradient_checkpointing
         one.checkpointed_every = recipe.model.checkpointed_every
         if recipe.model.compile:
-            compile_blocks(one)
+            apply_compile(one)
     return backbone
 
 
@@ -208,20 +208,20 @@ def _lora(recipe: schema.Recipe) -> LoraSize | None:
     return LoraSize(lora.rank, lora.alpha) if lora else None
 
 
-def _adapter_of(recipe: schema.Recipe, model: Path) -> Weights | None:
+def _adapter_of(recipe: schema.Recipe, model: Path) -> ModelRole | None:
     """The adapter on the teacher that a run left beside its finished model, if sizes agree."""
     folder = model.parent / "adapter"
     if recipe.model.lora is None or model.name != MODEL or not folder.is_dir():
         return None
     adapter = load_adapter(folder)
-    belongs = adapter.size == _lora(recipe) and adapter.base == str(resolve(recipe.model.teacher))
+    belongs = adapter.size == _lora(recipe) and adapter.base == str(resolve_pipeline(recipe.model.teacher))
     return adapter.weights if belongs else None
 
 
 # --- running
 
 
-def train(recipe: schema.Recipe, inputs: Inputs, on_step: OnStep | None = None) -> Finished:
+def train(recipe: schema.Recipe, inputs: RunInputs, on_step: OnStep | None = None) -> Finished:
     """Run a stage to its end, or continue it, and save the averaged student."""
     settings = _section(recipe, inputs)
     accelerator, lineage, precision = _begin(recipe, inputs)
@@ -254,7 +254,7 @@ def train(recipe: schema.Recipe, inputs: Inputs, on_step: OnStep | None = None) 
     return Finished(inputs.finished, inputs.adapter if backbone.lora else None, trainer.step)
 
 
-def _begin(recipe: schema.Recipe, inputs: Inputs) -> tuple[Any, dict[str, Any], Precision]:
+def _begin(recipe: schema.Recipe, inputs: RunInputs) -> tuple[Any, dict[str, Any], Precision]:
     """Claim the directory, on the main process first. A run keeps the precision it began with."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     precision = resolve_precision(recipe.model.precision, device)
@@ -270,12 +270,12 @@ def _begin(recipe: schema.Recipe, inputs: Inputs) -> tuple[Any, dict[str, Any], 
     return accelerator, lineage, precision
 
 
-def _section(recipe: schema.Recipe, inputs: Inputs) -> schema.Training:
-    return cast("schema.Training", getattr(recipe, inputs.section))
+def _section(recipe: schema.Recipe, inputs: RunInputs) -> schema.TrainingSection:
+    return cast("schema.TrainingSection", getattr(recipe, inputs.section))
 
 
 def _objective(
-    recipe: schema.Recipe, inputs: Inputs, backbone: Backbone, data: LatentData
+    recipe: schema.Recipe, inputs: RunInputs, backbone: Backbone, data: LatentData
 ) -> objectives.Objective:
     shift = recipe.model.shift
     causal = recipe.model.causal
@@ -314,7 +314,7 @@ def _check_sizes(network: FlowMapTransformer, name: str, data: LatentData, hint:
             raise UsageError(message, hint, everywhere=True)
 
 
-def _preview_plan(recipe: schema.Recipe, inputs: Inputs) -> PreviewPlan:
+def _preview_plan(recipe: schema.Recipe, inputs: RunInputs) -> PreviewPlan:
     count, shift = _section(recipe, inputs).preview_prompts, recipe.model.shift
     student = PreviewPlan("flow-map", recipe.sample.nfe, 1.0, shift, count)
     if inputs.section == "train_flowmap" and recipe.train_flowmap.objective == "flow-matching":
@@ -325,7 +325,7 @@ def _preview_plan(recipe: schema.Recipe, inputs: Inputs) -> PreviewPlan:
     return replace(student, sampler="consistency") if ode or simulated else student
 
 
-def _save(recipe: schema.Recipe, inputs: Inputs, trainer: Trainer, lineage: dict[str, Any]) -> None:
+def _save(recipe: schema.Recipe, inputs: RunInputs, trainer: Trainer, lineage: dict[str, Any]) -> None:
     lora = trainer.backbone.lora
     if trainer.divided:  # no process has all of it; the last checkpoint does
         last = last_checkpoint(inputs.directory)

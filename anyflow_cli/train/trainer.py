@@ -27,29 +27,29 @@ from torch import Tensor, nn
 
 from anyflow_cli.data.dataset import Batch
 from anyflow_cli.errors import AnyflowError, UsageError
-from anyflow_cli.model.parallelize import divided_like, shard, whole
+from anyflow_cli.model.parallelize import apply_fsdp, full_tensor, shard_like
 from anyflow_cli.model.precision import Precision, autocast
 from anyflow_cli.recipe import schema
 from anyflow_cli.runs import checkpoint, dcp
 from anyflow_cli.train.alarms import AlarmError, Alarms
-from anyflow_cli.train.checkpointer import Saver
-from anyflow_cli.train.ema import Ema
+from anyflow_cli.train.checkpointer import Checkpointer
+from anyflow_cli.train.ema import WeightEma
 from anyflow_cli.train.metrics import Metrics
-from anyflow_cli.train.objectives import Objective, Phase, Tally, Term, cut
-from anyflow_cli.train.rng import Draws, GlobalMean, stream_seed
+from anyflow_cli.train.objectives import LossTerm, Objective, Phase, Sums, micro_batch
+from anyflow_cli.train.rng import BoundaryMean, StepRng, stream_seed
 from anyflow_cli.train.trackers import finish_trackers, start_trackers
 
 log = logging.getLogger(__name__)
 
 OnStep = Callable[[int, Mapping[str, float]], None]
-Preview = Callable[[int], None]
-NOT_SHARDED = schema.Launch()
+PreviewHook = Callable[[int], None]
+NOT_SHARDED = schema.LaunchSection()
 # How long processes wait for the first one's previews and for it to save the finished model; NCCL's own ten
 # minutes are too few. One that dies is noticed at once, by whoever started it.
 PATIENCE = timedelta(hours=2)
 
 
-class Source(Protocol):
+class BatchSource(Protocol):
     """Global batches by step, or a process's part of each; ``data.batches.Batches`` is one."""
 
     def stream(self, start: int, part: slice = ..., workers: int = ...) -> Iterator[Batch]:
@@ -76,13 +76,13 @@ class TermModule(nn.Module):
     """A phase's terms as a module over its own parameters, which is what DDP wraps."""
 
     def __init__(
-        self, parameters: list[nn.Parameter], terms: tuple[Term, ...], precision: Precision, divided: bool
+        self, parameters: list[nn.Parameter], terms: tuple[LossTerm, ...], precision: Precision, divided: bool
     ) -> None:
         super().__init__()
         self.weights = nn.ParameterList(parameters)
         self.terms, self.precision, self.divided = terms, precision, divided
 
-    def forward(self, number: int, batch: Batch, draws: Draws) -> tuple[Tensor, Tally]:
+    def forward(self, number: int, batch: Batch, draws: StepRng) -> tuple[Tensor, Sums]:
         """Loss and report of one term."""
         with autocast(self.precision, batch.latents.device, keeps_casts=not self.divided):
             return self.terms[number](batch, draws)
@@ -111,7 +111,7 @@ class PhaseState:
 
     def update(self, step: int) -> float:
         """Clip, take the optimiser's ``step``-th step (from 1) if the gradient is finite, clear; its norm."""
-        norm = float(whole(nn.utils.clip_grad_norm_(self.parameters, self.clip)))
+        norm = float(full_tensor(nn.utils.clip_grad_norm_(self.parameters, self.clip)))
         if math.isfinite(norm):
             for group in self.optimiser.param_groups:
                 group["lr"] = self.lr * min(1.0, step / max(self.warmup, 1))
@@ -122,7 +122,7 @@ class PhaseState:
     def load_optimiser(self, state: Mapping[str, Any]) -> None:
         """Continue from a saved state, of a sharded run or not."""
         moments = {
-            number: {key: divided_like(value, self.parameters[number]) if value.dim() else value
+            number: {key: shard_like(value, self.parameters[number]) if value.dim() else value
                      for key, value in kept.items()}
             for number, kept in state["state"].items()
         }  # fmt: skip
@@ -136,15 +136,15 @@ class Trainer:
         self,
         directory: Path,
         objective: Objective,
-        source: Source,
-        settings: schema.Training,
+        source: BatchSource,
+        settings: schema.TrainingSection,
         *,
         accelerator: Any,
-        launch: schema.Launch = NOT_SHARDED,
+        launch: schema.LaunchSection = NOT_SHARDED,
         precision: Precision = "fp32",
         workers: int = 0,
         on_step: OnStep | None = None,
-        preview: Preview | None = None,
+        preview: PreviewHook | None = None,
     ) -> None:
         self.directory, self.checkpoints = directory, directory / "checkpoints"
         self.backbone, self.settings, self.accelerator = objective.backbone, settings, accelerator
@@ -161,7 +161,7 @@ class Trainer:
         self.micro = min(settings.micro_batch or self.share, self.share)
         self.divided = launch.sharding != "none"
         if self.divided:
-            shard(self.backbone.networks(), launch, accelerator.device)
+            apply_fsdp(self.backbone.networks(), launch, accelerator.device)
         else:
             self.backbone.to(accelerator.device)
         self.phases = [
@@ -169,7 +169,7 @@ class Trainer:
             for phase in objective.phases
         ]
         student = self.backbone.named_parameters_of("student")
-        self.ema = Ema(student, settings.ema.decay, settings.ema.start)
+        self.ema = WeightEma(student, settings.ema.decay, settings.ema.start)
         self.metrics = Metrics(
             directory,
             settings.log_every,
@@ -177,7 +177,7 @@ class Trainer:
             tensorboard=settings.tensorboard,
             log=accelerator.log if settings.trackers else None,
         )
-        self.saver = Saver(
+        self.saver = Checkpointer(
             self.checkpoints, settings.keep_checkpoints, accelerator, self.divided, launch.checkpoints_wait
         )
         self.alarms = Alarms(settings.alarms)
@@ -231,7 +231,9 @@ class Trainer:
         """Go back to the last checkpoint before an alarm, and on with other random numbers; or pass it on."""
         self.saver.finish()
         good = [
-            path for path in checkpoint.complete(self.checkpoints) if checkpoint.step_of(path) < alarm.step
+            path
+            for path in checkpoint.complete(self.checkpoints)
+            if checkpoint.checkpoint_step(path) < alarm.step
         ]
         settings = self.settings.alarms
         if settings.then != "roll-back" or not good or self.rollbacks == settings.rollbacks:
@@ -270,13 +272,13 @@ class Trainer:
     def _accumulate(self, phase: PhaseState, batch: Batch) -> dict[str, list[float]]:
         """Sum the gradient over micro batches and terms; (sum, count) of each report over all processes."""
         total: dict[str, Tensor] = {}
-        means = [GlobalMean(self._reduce) for _ in phase.terms]
+        means = [BoundaryMean(self._reduce) for _ in phase.terms]
         starts = range(0, self.share, self.micro)
         for start in starts:
-            micro = cut(batch, start, start + self.micro)
+            micro = micro_batch(batch, start, start + self.micro)
             positions = tuple(range(self.rank, self.settings.batch, self.ranks))[start : start + self.micro]
             for number, mean in enumerate(means):
-                draws = Draws(self._seed(), self.step, self.settings.batch, positions, mean)
+                draws = StepRng(self._seed(), self.step, self.settings.batch, positions, mean)
                 last = start == starts[-1] and number == len(means) - 1
                 with self._synchronised(phase, last):
                     loss, tallies = phase.module(number, micro, draws)
@@ -314,11 +316,11 @@ class Trainer:
 
     # --- state
 
-    def state(self) -> checkpoint.State:
+    def state(self) -> checkpoint.CheckpointState:
         """Everything that a step changes."""
         tensors: dict[str, Mapping[str, Tensor]] = {"ema": self.ema.shadow}
         tensors |= {phase.name: self.backbone.state_dict_of(phase.name) for phase in self.phases}
-        return checkpoint.State(
+        return checkpoint.CheckpointState(
             step=self.step,
             tensors=tensors,
             optimisers={phase.name: phase.optimiser.state_dict() for phase in self.phases},
@@ -361,7 +363,7 @@ class Trainer:
         return dcp.flattened(tensors, moments)
 
 
-def make_accelerator(launch: schema.Launch = NOT_SHARDED, *, causal: bool = False) -> Any:
+def make_accelerator(launch: schema.LaunchSection = NOT_SHARDED, *, causal: bool = False) -> Any:
     """Accelerate's view of this process: its device, and the other processes.
 
     ``causal``: not every step compresses chunks, so that some leave weights without a gradient.

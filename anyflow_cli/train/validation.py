@@ -18,8 +18,8 @@ from anyflow_cli.model.backbone import Backbone
 from anyflow_cli.model.network import FlowMapTransformer
 from anyflow_cli.model.precision import autocast, resolve_precision
 from anyflow_cli.recipe.schema import Recipe
-from anyflow_cli.train.objectives import FlowMapTerm, view_of
-from anyflow_cli.train.rng import Draws
+from anyflow_cli.train.objectives import FlowMapTerm, window_of
+from anyflow_cli.train.rng import StepRng
 
 SHARE, MOST = 10, 64
 TRIES = 4  # times and noises a clip
@@ -54,13 +54,13 @@ def flow_map_error(network: FlowMapTransformer, recipe: Recipe, data: Path) -> F
     unseen = held_out(len(clips))
     positions = range(len(clips) - unseen if unseen else 0, len(clips))
     settings = recipe.finetune.flow_map.model_copy(update={"adaptive": False, "text_dropout": 0.0})
-    view = view_of(recipe.model.causal, settings)
+    view = window_of(recipe.model.causal, settings)
     term = FlowMapTerm(Backbone(network, ("student",)), clips.negative, settings, recipe.model.shift, view)
     total = torch.zeros(2, dtype=torch.float64)
     with autocast(resolve_precision(recipe.model.precision, network.device), network.device):
         for place, position in enumerate(positions):
             batch = clips.batch([position])
             for step in range(TRIES):
-                _, report = term(batch, Draws(SEED, step, len(positions), (place,)))
+                _, report = term(batch, StepRng(SEED, step, len(positions), (place,)))
                 total += report["boundary"] + report["non_boundary"]
     return FlowMapError(float(total[0] / total[1]), len(positions), unseen > 0)

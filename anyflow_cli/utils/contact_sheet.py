@@ -19,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-Video = NDArray[np.uint8]
-Colour = tuple[int, int, int]
+SheetVideo = NDArray[np.uint8]
+SheetColor = tuple[int, int, int]
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 FRAME_SIDE = (112, 240)  # longer side of a frame, in pixels: enlarged to the first, reduced to the second
@@ -30,25 +30,25 @@ TITLE, LABEL, NOTE = 20, 15, 12  # font sizes
 
 
 @dataclass(frozen=True)
-class Theme:
+class SheetTheme:
     """Colours of a sheet; both are neutral, so that the videos' own colours are judged rightly."""
 
-    paper: Colour
-    ink: Colour
-    faint: Colour
-    given: Colour
+    paper: SheetColor
+    ink: SheetColor
+    faint: SheetColor
+    given: SheetColor
 
 
-LIGHT = Theme(paper=(250, 250, 249), ink=(34, 34, 38), faint=(120, 120, 126), given=(226, 0, 122))
-DARK = Theme(paper=(24, 25, 28), ink=(232, 232, 234), faint=(150, 151, 158), given=(255, 92, 172))
+LIGHT_SHEET = SheetTheme(paper=(250, 250, 249), ink=(34, 34, 38), faint=(120, 120, 126), given=(226, 0, 122))
+DARK_SHEET = SheetTheme(paper=(24, 25, 28), ink=(232, 232, 234), faint=(150, 151, 158), given=(255, 92, 172))
 
 
 @dataclass(frozen=True)
-class Row:
+class SheetRow:
     """One row: what its videos share, and a video for each column."""
 
     label: str
-    videos: Sequence[Video]
+    videos: Sequence[SheetVideo]
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class _Geometry:
 
 
 def contact_sheet(
-    rows: Sequence[Row],
+    rows: Sequence[SheetRow],
     columns: Sequence[str],
     *,
     title: str = "",
@@ -83,7 +83,7 @@ def contact_sheet(
     frames: int | None = None,
     down: bool | None = None,
     given: int = 0,
-    theme: Theme = LIGHT,
+    theme: SheetTheme = LIGHT_SHEET,
 ) -> Image.Image:
     """Draw ``rows`` under the headings ``columns``; every row holds one video a column.
 
@@ -110,7 +110,7 @@ def contact_sheet(
     return page
 
 
-def pick_frames(video: Video, count: int) -> Video:
+def pick_frames(video: SheetVideo, count: int) -> SheetVideo:
     """``count`` frames at even distances with both ends: (T, H, W, 3) -> (count, H, W, 3)."""
     return np.take(video, picked(len(video), count), axis=0)
 
@@ -122,7 +122,7 @@ def picked(frames: int, count: int) -> list[int]:
 
 
 def _geometry(
-    rows: Sequence[Row], columns: int, frames: int | None, down: bool | None, given: int
+    rows: Sequence[SheetRow], columns: int, frames: int | None, down: bool | None, given: int
 ) -> _Geometry:
     frame = _frame_size(rows[0].videos[0])
     stacked = down if down is not None else len(rows) == 1 and columns > 1
@@ -131,7 +131,7 @@ def _geometry(
     return _Geometry(frame, shown, stacked, given)
 
 
-def _frame_size(video: Video) -> tuple[int, int]:
+def _frame_size(video: SheetVideo) -> tuple[int, int]:
     """Size on the sheet as (width, height): a whole factor up, or any factor down."""
     height, width = video.shape[1:3]
     smallest, largest = FRAME_SIDE
@@ -145,10 +145,10 @@ def _frame_size(video: Video) -> tuple[int, int]:
 def _paste(
     draw: ImageDraw.ImageDraw,
     page: Image.Image,
-    video: Video,
+    video: SheetVideo,
     geometry: _Geometry,
     at: tuple[int, int],
-    theme: Theme,
+    theme: SheetTheme,
 ) -> None:
     width, height = geometry.frame
     for index, number in enumerate(picked(len(video), geometry.frames)):
@@ -161,7 +161,7 @@ def _paste(
             draw.rectangle(box, outline=theme.given, width=BORDER)
 
 
-def _height(rows: Sequence[Row], title: str, note: str, body: int, cell: int) -> int:
+def _height(rows: Sequence[SheetRow], title: str, note: str, body: int, cell: int) -> int:
     labels = sum(len(_wrap(row.label, body, LABEL)) * _line(LABEL) + 4 * bool(row.label) for row in rows)
     titles = len(_wrap(title, body, TITLE)) * _line(TITLE) + GAP // 2 * bool(title)
     notes = len(_wrap(note, body, NOTE)) * _line(NOTE)
@@ -170,7 +170,7 @@ def _height(rows: Sequence[Row], title: str, note: str, body: int, cell: int) ->
 
 
 def _text(
-    draw: ImageDraw.ImageDraw, y: int, text: str, width: int, size: int, fill: Colour, *, after: int
+    draw: ImageDraw.ImageDraw, y: int, text: str, width: int, size: int, fill: SheetColor, *, after: int
 ) -> int:
     """Write wrapped lines from ``y`` on and give back where the next thing may start."""
     for line in _wrap(text, width, size):

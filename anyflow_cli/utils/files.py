@@ -22,7 +22,7 @@ DISK_ERRORS = (
 
 
 @contextmanager
-def committed(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary path; what is written there becomes ``path`` when the block ends well.
 
     An ending (.mp4, .tar) is kept, since some writers choose the format by it. A full or read-only disk ends
@@ -30,7 +30,7 @@ def committed(path: Path) -> Iterator[Path]:
     """
     temporary = path.with_name(f".{path.stem}.{os.environ.get('RANK', '0')}.tmp{path.suffix}")
     try:
-        with named_failure(path):
+        with disk_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             yield temporary
             _flush(temporary)
@@ -48,7 +48,7 @@ def clear_leftovers(directory: Path, stem: str = "*") -> None:
 
 
 @contextmanager
-def named_failure(path: Path) -> Iterator[None]:
+def disk_errors(path: Path) -> Iterator[None]:
     """Let a full or read-only disk end as an AnyflowError that names what was to be written."""
     try:
         yield
@@ -63,7 +63,7 @@ def named_failure(path: Path) -> Iterator[None]:
 
 def write_json(path: Path, content: Any) -> None:
     """Commit a JSON file, indented for people to read."""
-    with committed(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

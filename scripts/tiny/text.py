@@ -24,8 +24,8 @@ from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from anyflow_cli.data.shapes_world import (
     BACKGROUNDS,
-    COLOURS,
     DIRECTIONS,
+    RGB,
     SHAPES,
     SIZES,
     SPEEDS,
@@ -34,7 +34,7 @@ from anyflow_cli.data.shapes_world import (
 )
 
 ATTRIBUTES = {
-    "shape": list(SHAPES), "colour": list(COLOURS), "size": list(SIZES),
+    "shape": list(SHAPES), "colour": list(RGB), "size": list(SIZES),
     "direction": list(DIRECTIONS), "speed": list(SPEEDS), "background": list(BACKGROUNDS),
 }  # fmt: skip
 PREFIXES = (

@@ -24,7 +24,7 @@ from vae import pass_all_frames_at_once
 
 from anyflow_cli.data.shapes_world import FPS, FRAMES, WORLDS, render
 from anyflow_cli.data.shards import (
-    Sample,
+    LatentSample,
     read_record,
     shard_path,
     shard_ranges,
@@ -76,14 +76,14 @@ def write_pipeline(parts: Path, target: Path) -> None:
     (target / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def samples(indices: range, vae: VideoVAE, text: TextEncoder) -> Iterator[Sample]:
+def samples(indices: range, vae: VideoVAE, text: TextEncoder) -> Iterator[LatentSample]:
     """Clips of the default world, encoded."""
     for index in indices:
         scene = WORLDS["shapes"].scene(index)
         video = torch.from_numpy(render(scene)).permute(0, 3, 1, 2)[None] / 255  # (1, T, 3, H, W)
         embedding = text.encode([scene.caption], text.tokens([scene.caption])[0])[0]
         facts = {"seed": index, "fps": FPS, "frames": FRAMES, "source": "world shapes"}
-        yield Sample(index, scene.caption, vae.encode(video)[0], embedding, facts)
+        yield LatentSample(index, scene.caption, vae.encode(video)[0], embedding, facts)
 
 
 def write_part(pipeline: Path, target: Path, part: list[tuple[int, range]]) -> None:

@@ -15,7 +15,7 @@ from anyflow_cli.cli import app
 from anyflow_cli.data.video import ClipFormat, read_start, write_mp4
 from anyflow_cli.model.network import two_time_from
 from anyflow_cli.model.pipeline_io import load_network, save_pipeline
-from anyflow_cli.utils.contact_sheet import LIGHT
+from anyflow_cli.utils.contact_sheet import LIGHT_SHEET
 from tests.tiny_pipeline import make_wan_folder
 
 Run = pytest.CaptureFixture[str]
@@ -269,10 +269,10 @@ def test_doctor_ends_with_0_where_nothing_is(
 def far(models: Path, small: list[str]) -> list[str]:
     """The command with a causal model, at a size that its compressed patches divide."""
     from anyflow_cli.model.causal import causal_from
-    from anyflow_cli.model.config import Causal
+    from anyflow_cli.model.config import CausalConfig
 
     if not (models / "far").exists():
-        network = causal_from(load_network(models / "any"), Causal(full_chunks=2, partition=(1, 1, 1)))
+        network = causal_from(load_network(models / "any"), CausalConfig(full_chunks=2, partition=(1, 1, 1)))
         save_pipeline(models / "far", network, models / "wan", {})
     return [*small, "--set", "model.frames=9", "-p", "a circle", "--nfe", "1", "--model", str(models / "far")]
 
@@ -292,7 +292,9 @@ def test_a_picture_begins_a_video(far: list[str], tmp_path: Path, capsys: Run) -
     assert result["samples"][0]["file"].endswith("-steps3-1.mp4")
     assert "first.png: scaled and cropped from 48x64 to 32x32." in captured.err
     with Image.open(Path(result["out"]) / "sheet.png") as sheet:
-        assert LIGHT.given in {colour for _, colour in sheet.getcolors(sheet.width * sheet.height) or ()}
+        assert LIGHT_SHEET.given in {
+            colour for _, colour in sheet.getcolors(sheet.width * sheet.height) or ()
+        }
 
 
 def test_a_video_is_continued(far: list[str], tmp_path: Path, capsys: Run) -> None:

@@ -102,10 +102,10 @@ LARGE = ("model.height=64", "model.width=64", "model.frames=33")  # the size of 
 
 def test_captions_tell_their_world(recipe: Path, shifted: Path) -> None:
     from anyflow_cli.cli.finetune import _world_of
-    from anyflow_cli.cli.options import resolve
+    from anyflow_cli.cli.options import load_settings
 
-    large = resolve(str(recipe), LARGE)
-    small = resolve(str(recipe))
+    large = load_settings(str(recipe), LARGE)
+    small = load_settings(str(recipe))
     assert _world_of(large, shifted) == "shapes-shifted"
     assert _world_of(small, shifted) is None  # the suite cannot score clips of this size
     assert _world_of(large, recipe.parent / "data") is None  # captions of no world

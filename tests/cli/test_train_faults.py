@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from anyflow_cli.cli.app import main
-from anyflow_cli.runs.open import FORMAT
+from anyflow_cli.runs.open import CHECKPOINT_FORMAT
 from tests.train.small import same_run
 
 
@@ -125,7 +125,7 @@ def test_a_checkpoint_of_a_newer_program_is_left_alone(
 ) -> None:
     newest = begun / "checkpoints" / "step-000002"
     ours = (newest / "state.json").read_text()
-    (newest / "state.json").write_text(json.dumps(json.loads(ours) | {"format": FORMAT + 1}))
+    (newest / "state.json").write_text(json.dumps(json.loads(ours) | {"format": CHECKPOINT_FORMAT + 1}))
     assert train(recipe, begun.parents[1], 3) == 1
     sentence, hint = said(capsys)
     assert sentence == f"error: {newest} was written by a newer anyflow."

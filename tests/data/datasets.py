@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from anyflow_cli.data.shards import (
+    LatentSample,
     Rejection,
-    Sample,
     shard_path,
     shard_ranges,
     write_manifest,
@@ -21,10 +21,10 @@ SHAPE = (2, 3, 4, 4)
 TEXT_DIM = 5
 
 
-def make_sample(index: int, fill: float | None = None) -> Sample:
+def make_sample(index: int, fill: float | None = None) -> LatentSample:
     """Text length varies with the index, so that padding shows."""
     latents = torch.full(SHAPE, float(index) if fill is None else fill)
-    return Sample(
+    return LatentSample(
         index, f"caption {index}", latents, torch.full((1 + index % 3, TEXT_DIM), 1.0), {"seed": index}
     )
 

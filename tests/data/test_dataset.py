@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from anyflow_cli.data.dataset import Batches, LatentData
-from anyflow_cli.data.shards import Sample, shard_path, write_manifest, write_shard
+from anyflow_cli.data.shards import LatentSample, shard_path, write_manifest, write_shard
 from anyflow_cli.errors import UsageError
 from tests.data.datasets import SHAPE, TEXT_DIM, make_data, make_sample
 
@@ -69,7 +69,7 @@ def test_what_the_data_set_says_of_itself(data: LatentData) -> None:
 
 
 def test_stored_bf16_is_read_as_fp32(tmp_path: Path) -> None:
-    sample = Sample(0, "a", torch.ones(SHAPE).bfloat16(), torch.ones(2, TEXT_DIM).bfloat16())
+    sample = LatentSample(0, "a", torch.ones(SHAPE).bfloat16(), torch.ones(2, TEXT_DIM).bfloat16())
     write_manifest(tmp_path, [write_shard(shard_path(tmp_path, 0), [sample])], {})
     batch = LatentData(tmp_path, TOKENS).batch([0])
     assert batch.latents.dtype == batch.text.dtype == torch.float32
@@ -154,7 +154,7 @@ def test_a_shard_that_vanishes_while_training_is_named(data: LatentData) -> None
 
 
 def test_another_latent_shape_is_refused_by_name(tmp_path: Path) -> None:
-    odd = Sample(1, "b", torch.zeros(1, 3, 4, 4), torch.zeros(1, TEXT_DIM))
+    odd = LatentSample(1, "b", torch.zeros(1, 3, 4, 4), torch.zeros(1, TEXT_DIM))
     first, second = (write_shard(shard_path(tmp_path, n), [s]) for n, s in enumerate((make_sample(0), odd)))
     write_manifest(tmp_path, [first], {})
     manifest = json.loads((tmp_path / "manifest.json").read_text())

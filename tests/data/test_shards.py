@@ -19,8 +19,8 @@ from anyflow_cli.data.shards import (
     MANIFEST,
     PROVENANCE,
     CorruptSampleError,
+    LatentSample,
     Rejection,
-    Sample,
     read_manifest,
     read_negative,
     read_record,
@@ -31,9 +31,9 @@ from anyflow_cli.data.shards import (
     write_manifest,
     write_shard,
 )
-from anyflow_cli.data.storage import Place
+from anyflow_cli.data.storage import Storage
 from anyflow_cli.errors import AnyflowError, UsageError
-from anyflow_cli.utils.files import committed
+from anyflow_cli.utils.files import atomic_write
 from tests.data.datasets import SHAPE, TEXT_DIM, make_data, make_sample, rejecting
 
 
@@ -46,14 +46,14 @@ def test_shards_cover_every_index_once(count: int, size: int) -> None:
 
 def test_a_sample_comes_back_as_it_was(tmp_path: Path) -> None:
     text = torch.randn(3, TEXT_DIM).bfloat16()
-    sample = Sample(
+    sample = LatentSample(
         12, "a 'caption' with ü", torch.randn(SHAPE), text, {"seed": 5, "fps": 16}, b"not really mp4"
     )
     record = write_shard(tmp_path / "00000.tar", [sample])
     members = index_members(tmp_path / "00000.tar")
     assert set(members) == {"00000012"}
     assert set(members["00000012"]) == {"safetensors", "json", "mp4"}
-    place = Place.at(tmp_path)
+    place = Storage.at(tmp_path)
     (row,) = read_index(place, "00000.tar", 1)
     back = read_sample(place, "00000.tar", row)
     assert torch.equal(back.latents, sample.latents)
@@ -88,7 +88,7 @@ def test_webdataset_reads_what_we_write(tmp_path: Path) -> None:
 def test_an_index_is_small_and_that_of_the_archive(tmp_path: Path) -> None:
     path = tmp_path / "00000.tar"
     write_shard(path, [make_sample(index) for index in range(100)])
-    rows = read_index(Place.at(tmp_path), "00000.tar", 100)
+    rows = read_index(Storage.at(tmp_path), "00000.tar", 100)
     assert np.array_equal(rows, scan(path))
     assert rows["sample"].tolist() == list(range(100))
     assert rows.nbytes <= 32 * 100
@@ -108,7 +108,7 @@ def test_an_index_that_cannot_be_is_named(tmp_path: Path, damage: str) -> None:
     if damage == "twice":
         np.save(path, np.load(path)[[0, 0]])
     with pytest.raises(UsageError, match=r"00000\.npy") as error:
-        read_index(Place.at(tmp_path), "00000.tar", 2)
+        read_index(Storage.at(tmp_path), "00000.tar", 2)
     assert error.value.hint is not None
     assert "anyflow synthesize" in error.value.hint
 
@@ -128,7 +128,7 @@ def test_rejections_stand_in_the_record_and_the_manifest(tmp_path: Path) -> None
 
 
 def test_a_crash_while_writing_leaves_no_shard(tmp_path: Path) -> None:
-    def crashing() -> Iterator[Sample]:
+    def crashing() -> Iterator[LatentSample]:
         yield make_sample(0)
         raise RuntimeError("boom")
 
@@ -151,7 +151,7 @@ def test_a_full_or_read_only_disk_is_said_and_the_old_file_survives(tmp_path: Pa
     path.write_text("old")
 
     def write_half() -> None:
-        with committed(path) as temporary:
+        with atomic_write(path) as temporary:
             temporary.write_text("half")
             raise OSError(code, os.strerror(code))
 
@@ -178,7 +178,7 @@ def test_a_shard_that_outgrows_what_may_be_written_leaves_nothing(tmp_path: Path
 
 
 def test_other_errors_of_the_system_keep_their_name(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError), committed(tmp_path / "a") as temporary:
+    with pytest.raises(FileNotFoundError), atomic_write(tmp_path / "a") as temporary:
         temporary.write_text((tmp_path / "absent").read_text())
 
 
@@ -252,11 +252,11 @@ def test_a_corrupt_sample_is_named(tmp_path: Path, damage: str, said: str) -> No
     if damage == "other":
         rows[0]["sample"] = 4
     with pytest.raises(CorruptSampleError, match=rf"Sample 0000000[34] of .*00000\.tar .*{said}"):
-        read_sample(Place.at(tmp_path), "00000.tar", rows[0])
+        read_sample(Storage.at(tmp_path), "00000.tar", rows[0])
 
 
 def test_mixed_shapes_are_refused(tmp_path: Path) -> None:
-    other = Sample(1, "b", torch.zeros(9, 3, 4, 4), torch.zeros(1, TEXT_DIM))
+    other = LatentSample(1, "b", torch.zeros(9, 3, 4, 4), torch.zeros(1, TEXT_DIM))
     records = [write_shard(shard_path(tmp_path, n), [s]) for n, s in enumerate((make_sample(0), other))]
     with pytest.raises(UsageError, match=r"several shapes.*00001\.tar"):
         write_manifest(tmp_path, records, {})

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from anyflow_cli.data.dataset import Batches, LatentData
-from anyflow_cli.data.storage import PAUSES, Place
+from anyflow_cli.data.storage import PAUSES, Storage
 from anyflow_cli.data.verify import verify
 from anyflow_cli.errors import AnyflowError, UsageError
 from tests.data.datasets import make_data
@@ -110,7 +110,7 @@ def test_a_network_that_is_gone_is_said(remote: str, monkeypatch: pytest.MonkeyP
 )
 def test_addresses_that_nothing_reads_are_refused(address: str, said: str) -> None:
     with pytest.raises(UsageError, match=said) as error:
-        Place.at(address)
+        Storage.at(address)
     assert error.value.hint is not None
 
 

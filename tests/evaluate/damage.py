@@ -10,9 +10,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from anyflow_cli.data.shapes_world import BACKGROUNDS, FRAMES, SHAPES, SPEEDS, WORLDS, Pixels, Scene, render
+from anyflow_cli.data.shapes_world import (
+    BACKGROUNDS,
+    FRAMES,
+    SHAPES,
+    SPEEDS,
+    WORLDS,
+    RgbPixels,
+    Scene,
+    render,
+)
 
-Damage = Callable[[Scene], Pixels]
+Damage = Callable[[Scene], RgbPixels]
 WORLD = WORLDS["shapes"]
 SCENES = [WORLD.scene(seed) for seed in range(16)]
 
@@ -20,7 +29,7 @@ SCENES = [WORLD.scene(seed) for seed in range(16)]
 def redrawn(**changes: Any) -> Damage:
     """The scene drawn with other attributes; a value may be a function of the scene."""
 
-    def draw(scene: Scene) -> Pixels:
+    def draw(scene: Scene) -> RgbPixels:
         values = {name: value(scene) if callable(value) else value for name, value in changes.items()}
         return render(replace(scene, **values))
 
@@ -30,7 +39,7 @@ def redrawn(**changes: Any) -> Damage:
 def levels(change: Callable[[NDArray[np.float64], np.random.Generator], NDArray[np.float64]]) -> Damage:
     """The clip with its levels changed."""
 
-    def spoil(scene: Scene) -> Pixels:
+    def spoil(scene: Scene) -> RgbPixels:
         changed = change(render(scene).astype(np.float64), np.random.default_rng(0))
         return np.clip(np.round(changed), 0, 255).astype(np.uint8)
 
@@ -60,7 +69,7 @@ def saturated(video: NDArray[np.float64], strength: float) -> NDArray[np.float64
     return np.asarray(gray + strength * (video - gray))
 
 
-def other_pace(scene: Scene) -> Pixels:
+def other_pace(scene: Scene) -> RgbPixels:
     """The same way at the other speed, around the middle of the frame so that it stays inside."""
     slow, quick = SPEEDS["slowly"], SPEEDS["quickly"]
     factor = quick / slow if scene.speed == "slowly" else slow / quick
@@ -68,7 +77,7 @@ def other_pace(scene: Scene) -> Pixels:
     return render(replace(scene, step=step, start=(32 - 16 * step[0], 32 - 16 * step[1])))
 
 
-def jittered(scene: Scene) -> Pixels:
+def jittered(scene: Scene) -> RgbPixels:
     """The shape trembles about its path; all else is as it should be."""
     rng = np.random.default_rng(0)
     frames = []
@@ -78,7 +87,7 @@ def jittered(scene: Scene) -> Pixels:
     return np.stack(frames)
 
 
-def vanishing(scene: Scene) -> Pixels:
+def vanishing(scene: Scene) -> RgbPixels:
     """No shape in the second half."""
     half = FRAMES // 2
     return np.concatenate([render(scene)[:half], render(replace(scene, radius=0.01))[half:]])
@@ -104,11 +113,11 @@ saturation = levels(lambda v, _: saturated(v, 1.7))
 ghost = levels(lambda v, _: 0.6 * v + 0.4 * np.roll(v, 12, axis=2))
 
 
-def frozen(scene: Scene) -> Pixels:
+def frozen(scene: Scene) -> RgbPixels:
     """One frame for the whole clip."""
     return np.repeat(render(scene)[16:17], FRAMES, axis=0)
 
 
-def reversed_motion(scene: Scene) -> Pixels:
+def reversed_motion(scene: Scene) -> RgbPixels:
     """Played backwards."""
     return np.ascontiguousarray(render(scene)[::-1])

@@ -9,13 +9,13 @@ from functools import lru_cache, partial
 from pathlib import Path
 
 from anyflow_cli.data.shapes_world import WORLDS
-from anyflow_cli.evaluate.generate import Job
+from anyflow_cli.evaluate.generate import EvaluationJob
 from anyflow_cli.evaluate.protocol import Protocol, Subject
-from anyflow_cli.evaluate.run import prepare
+from anyflow_cli.evaluate.run import prepare_evaluation
 from anyflow_cli.evaluate.shapes.suite import PROMPT_SEED, ShapesSuite
-from anyflow_cli.evaluate.suite import Video
-from anyflow_cli.recipe.schema import Evaluate, Model, Recipe, Sample, Task
-from anyflow_cli.runs.open import Choice
+from anyflow_cli.evaluate.suite import VideoPixels
+from anyflow_cli.recipe.schema import EvaluateSection, ModelSection, Recipe, SampleSection, Task
+from anyflow_cli.runs.open import ModelChoice
 from tests.evaluate import damage
 from tests.tiny_pipeline import sizes
 
@@ -33,17 +33,19 @@ class Drawn:
 
     lives: int = 1000
     asked: list[tuple[str, int, int]] = field(default_factory=list)
-    begun: list[Video] = field(default_factory=list)
+    begun: list[VideoPixels] = field(default_factory=list)
     latency: tuple[float, float] = (0.5, 0.25)
 
-    def videos(self, prompts: Sequence[str], seeds: Sequence[int], nfe: int, batch: int) -> Iterator[Video]:
+    def videos(
+        self, prompts: Sequence[str], seeds: Sequence[int], nfe: int, batch: int
+    ) -> Iterator[VideoPixels]:
         for prompt, seed in zip(prompts, seeds, strict=True):
             if len(self.asked) == self.lives:
                 raise KilledError
             self.asked.append((prompt, seed, nfe))
             yield drawn(CAPTIONED.get(prompt, 0), nfe)
 
-    def begin(self, frames: Video) -> None:
+    def begin(self, frames: VideoPixels) -> None:
         self.begun += [frame[0] for frame in frames]
 
     def open(self, of: Subject, recipe: Recipe) -> Drawn:
@@ -51,7 +53,7 @@ class Drawn:
 
 
 @lru_cache(maxsize=64)
-def drawn(number: int, nfe: int) -> Video:
+def drawn(number: int, nfe: int) -> VideoPixels:
     """The scene of the suite's prompt of this number, as sharp as the steps allow."""
     draw = damage.levels(partial(damage.blurred_by, BLUR.get(nfe, 0.05)))
     return draw(WORLDS["shapes"].scene(PROMPT_SEED + number))
@@ -78,17 +80,21 @@ def make_job(
     teacher: bool = True,
     task: Task = "t2v",
     kind: str = "AnyFlow",
-) -> Job:
+) -> EvaluationJob:
     """A job under ``root`` whose model and teacher are both there."""
     for name, weights, made in (("teacher", b"old", "Wan"), ("model", b"new", kind)):
         if not (root / name).exists():
             make_folder(root / name, weights, made)
     recipe = Recipe(
         name="test",
-        model=Model(teacher=str(root / "teacher"), height=64, width=64, frames=33, fps=16, precision="fp32"),
-        sample=Sample(teacher_steps=5),
-        evaluate=Evaluate(nfe=nfe, samples=samples, batch=2, seed=7, teacher=teacher, task=task),
+        model=ModelSection(
+            teacher=str(root / "teacher"), height=64, width=64, frames=33, fps=16, precision="fp32"
+        ),
+        sample=SampleSection(teacher_steps=5),
+        evaluate=EvaluateSection(nfe=nfe, samples=samples, batch=2, seed=7, teacher=teacher, task=task),
     )
     suite = ShapesSuite(task=task)
     protocol = Protocol(suite, tuple(suite.prompts(prompts)), samples, 7)
-    return prepare(recipe, protocol, Choice(str(root / "model"), "for the test"), root / "out")
+    return prepare_evaluation(
+        recipe, protocol, ModelChoice(str(root / "model"), "for the test"), root / "out"
+    )

@@ -13,7 +13,7 @@ from anyflow_cli.errors import UsageError
 from anyflow_cli.evaluate.compare import Side, compare, is_finished, read_side, side_of
 from anyflow_cli.evaluate.report.page import write_comparison, write_results
 from anyflow_cli.evaluate.report.tables import comparison_table
-from anyflow_cli.evaluate.run import evaluate
+from anyflow_cli.evaluate.run import run_evaluation
 from anyflow_cli.evaluate.suite import VideoScore
 from tests.evaluate.drawn import Drawn, make_job
 from tests.evaluate.test_suite import Toy
@@ -79,7 +79,7 @@ def test_what_cannot_be_compared_is_said(second: Callable[[], Side], said: str) 
 
 def test_a_finished_evaluation_is_read_as_it_was_made(tmp_path: Path) -> None:
     job = make_job(tmp_path, nfe=(1,), prompts=5, teacher=False)
-    found = evaluate(job, Drawn().open)
+    found = run_evaluation(job, Drawn().open)
     assert not is_finished(str(job.out))
     write_results(found, job.protocol.suite, job.out)
     assert is_finished(str(job.out))
@@ -111,7 +111,7 @@ def test_results_of_another_version_are_said(tmp_path: Path) -> None:
 def test_what_is_not_comparable_stays_so_in_a_comparison(tmp_path: Path) -> None:
     job = make_job(tmp_path, prompts=5, teacher=False)
     quick = replace(job, protocol=replace(job.protocol, deviations=("only the first 5 of 12 prompts",)))
-    found = evaluate(quick, Drawn().open)
+    found = run_evaluation(quick, Drawn().open)
     write_results(found, job.protocol.suite, quick.out)
     whole = replace(side_of("a", found), deviations=())
     for marked in (side_of("b", found), read_side(quick.out)):

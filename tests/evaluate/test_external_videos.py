@@ -10,36 +10,36 @@ import pytest
 from anyflow_cli.data.video import write_mp4
 from anyflow_cli.errors import UsageError
 from anyflow_cli.evaluate.external_videos import find_videos, prepare_given
-from anyflow_cli.evaluate.generate import Job
-from anyflow_cli.evaluate.run import evaluate
+from anyflow_cli.evaluate.generate import EvaluationJob
+from anyflow_cli.evaluate.run import run_evaluation
 from tests.evaluate.drawn import drawn, make_job
 
 
 @pytest.fixture
-def job(tmp_path: Path) -> Job:
+def job(tmp_path: Path) -> EvaluationJob:
     return make_job(tmp_path, prompts=5, samples=2, teacher=False)
 
 
-def fill(directory: Path, job: Job) -> None:
+def fill(directory: Path, job: EvaluationJob) -> None:
     """All videos that the protocol asks for, named as VBench names them."""
     for number, prompt in enumerate(job.protocol.prompts):
         for k in range(job.protocol.samples):
             write_mp4(directory / f"{prompt}-{k}.mp4", drawn(number, 50), 16)
 
 
-def test_a_whole_directory_is_scored_like_any_model(job: Job, tmp_path: Path) -> None:
+def test_a_whole_directory_is_scored_like_any_model(job: EvaluationJob, tmp_path: Path) -> None:
     fill(tmp_path / "videos", job)
     given = prepare_given(job.recipe, job.protocol, tmp_path / "videos", job.out)
-    found = evaluate(given)
+    found = run_evaluation(given)
     assert found.card["comparable"] is True
     assert found.columns[0].title == "given videos"
     assert found.columns[0].result.videos == 10
     assert (found.columns[0].result.groups["quality"] or 0) > 80
-    assert evaluate(given).as_json() == found.as_json()
+    assert run_evaluation(given).as_json() == found.as_json()
     assert len(list((tmp_path / "videos").iterdir())) == 10
 
 
-def test_every_fault_is_named_and_none_is_comparable(job: Job, tmp_path: Path) -> None:
+def test_every_fault_is_named_and_none_is_comparable(job: EvaluationJob, tmp_path: Path) -> None:
     directory = tmp_path / "videos"
     fill(directory, job)
     first, second, third, *_ = job.protocol.prompts
@@ -56,13 +56,13 @@ def test_every_fault_is_named_and_none_is_comparable(job: Job, tmp_path: Path) -
     assert [name.partition(" (")[0] for name in found.broken] == [f"{second}-0.mp4", f"{third}-1.mp4"]
     assert "empty" in found.broken[0]
     assert len(found.files) == 8
-    evaluation = evaluate(prepare_given(job.recipe, job.protocol, directory, job.out))
+    evaluation = run_evaluation(prepare_given(job.recipe, job.protocol, directory, job.out))
     assert evaluation.card["comparable"] is False
     assert "2 prompts or videos" in evaluation.card["deviations"][0]
     assert (directory / f"{second}-0.mp4").exists()
 
 
-def test_missing_videos_are_counted_by_prompt(job: Job, tmp_path: Path) -> None:
+def test_missing_videos_are_counted_by_prompt(job: EvaluationJob, tmp_path: Path) -> None:
     fill(tmp_path / "videos", job)
     (tmp_path / "videos" / f"{job.protocol.prompts[1]}-0.mp4").unlink()
     found = find_videos(tmp_path / "videos", job.protocol)
@@ -70,7 +70,7 @@ def test_missing_videos_are_counted_by_prompt(job: Job, tmp_path: Path) -> None:
     assert found.faults == [f"1 missing: {job.protocol.prompts[1]} (1 of 2)"]
 
 
-def test_captions_do_for_any_names(job: Job, tmp_path: Path) -> None:
+def test_captions_do_for_any_names(job: EvaluationJob, tmp_path: Path) -> None:
     directory = tmp_path / "videos"
     protocol = replace(job.protocol, titles=tuple(f"title {n}" for n in range(5)))
     write_mp4(directory / "x.mp4", drawn(0, 50), 16)
@@ -81,18 +81,18 @@ def test_captions_do_for_any_names(job: Job, tmp_path: Path) -> None:
     assert sorted(item.number for item in find_videos(directory, protocol).files) == [0, 1, 2]
 
 
-def test_a_file_that_changed_is_scored_again_and_never_deleted(job: Job, tmp_path: Path) -> None:
+def test_a_file_that_changed_is_scored_again_and_never_deleted(job: EvaluationJob, tmp_path: Path) -> None:
     directory = tmp_path / "videos"
     fill(directory, job)
-    before = evaluate(prepare_given(job.recipe, job.protocol, directory, job.out))
+    before = run_evaluation(prepare_given(job.recipe, job.protocol, directory, job.out))
     path = directory / f"{job.protocol.prompts[0]}-0.mp4"
     write_mp4(path, drawn(0, 1), 16)
-    after = evaluate(prepare_given(job.recipe, job.protocol, directory, job.out))
+    after = run_evaluation(prepare_given(job.recipe, job.protocol, directory, job.out))
     assert after.columns[0].result.dimensions["sharpness"] < before.columns[0].result.dimensions["sharpness"]
     assert path.exists()
 
 
-def test_a_directory_without_any_is_refused(job: Job, tmp_path: Path) -> None:
+def test_a_directory_without_any_is_refused(job: EvaluationJob, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="does not exist"):
         prepare_given(job.recipe, job.protocol, tmp_path / "videos", job.out)
     write_mp4(tmp_path / "videos" / "nothing.mp4", drawn(0, 50), 16)
@@ -100,13 +100,13 @@ def test_a_directory_without_any_is_refused(job: Job, tmp_path: Path) -> None:
         prepare_given(job.recipe, job.protocol, tmp_path / "videos", job.out)
 
 
-def test_a_video_of_another_size_is_named(job: Job, tmp_path: Path) -> None:
+def test_a_video_of_another_size_is_named(job: EvaluationJob, tmp_path: Path) -> None:
     write_mp4(tmp_path / "videos" / f"{job.protocol.prompts[0]}-0.mp4", drawn(0, 50)[:, :32], 16)
     with pytest.raises(UsageError, match="would have to be scaled and cropped"):
-        evaluate(prepare_given(job.recipe, job.protocol, tmp_path / "videos", job.out))
+        run_evaluation(prepare_given(job.recipe, job.protocol, tmp_path / "videos", job.out))
 
 
-def test_a_prompt_that_is_asked_twice_has_a_video_for_each_time(job: Job, tmp_path: Path) -> None:
+def test_a_prompt_that_is_asked_twice_has_a_video_for_each_time(job: EvaluationJob, tmp_path: Path) -> None:
     prompt = job.protocol.prompts[0]
     twice = replace(job.protocol, prompts=(prompt, prompt), samples=1)
     for k in range(2):

@@ -8,22 +8,23 @@ from typing import Any
 
 import pytest
 
+from anyflow_cli.data.video import write_mp4
 from anyflow_cli.errors import AnyflowError, UsageError
 from anyflow_cli.evaluate import generate
 from anyflow_cli.evaluate.cost import check_room, cost
-from anyflow_cli.evaluate.generate import Share
-from anyflow_cli.evaluate.run import evaluate, help_make
+from anyflow_cli.evaluate.generate import WorkShare
+from anyflow_cli.evaluate.run import help_make, run_evaluation
 from tests.evaluate import drawn
 from tests.evaluate.drawn import Drawn, KilledError, make_job
 
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_processes_share_the_videos_and_one_sums_up(tmp_path: Path, world: int) -> None:
-    alone = evaluate(make_job(tmp_path / "alone"), Drawn().open)
+    alone = run_evaluation(make_job(tmp_path / "alone"), Drawn().open)
     job, drawn = make_job(tmp_path / "shared"), [Drawn() for _ in range(world)]
     for rank in range(1, world):
-        help_make(job, Share(rank, world), drawn[rank].open)
-    together = evaluate(job, drawn[0].open, share=Share(0, world))
+        help_make(job, WorkShare(rank, world), drawn[rank].open)
+    together = run_evaluation(job, drawn[0].open, share=WorkShare(0, world))
     asked = [each for one in drawn for each in one.asked]
     assert len(asked) == len(set(asked)) == 12
     assert all(one.asked for one in drawn)
@@ -36,10 +37,10 @@ def test_the_first_process_waits_for_the_others_and_counts_theirs(
 ) -> None:
     monkeypatch.setattr(generate, "LOOK_EVERY", 0.02)
     job = make_job(tmp_path, teacher=False)
-    other = threading.Timer(0.5, help_make, (job, Share(1, 2), Drawn().open))
+    other = threading.Timer(0.5, help_make, (job, WorkShare(1, 2), Drawn().open))
     other.start()
     heard: list[int] = []
-    evaluate(job, Drawn().open, heard.append, Share(0, 2))
+    run_evaluation(job, Drawn().open, heard.append, WorkShare(0, 2))
     other.join()
     assert heard[0] == 0
     assert heard[-1] == job.videos == 8
@@ -49,19 +50,19 @@ def test_a_lost_process_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(generate, "LOOK_EVERY", 0.01)
     monkeypatch.setattr(generate, "PATIENCE", 0.05)
     with pytest.raises(AnyflowError, match="6 videos of other processes are missing"):
-        evaluate(make_job(tmp_path), Drawn().open, share=Share(0, 2))
+        run_evaluation(make_job(tmp_path), Drawn().open, share=WorkShare(0, 2))
 
 
 def test_another_number_of_processes_goes_on_with_what_is_there(tmp_path: Path) -> None:
     job = make_job(tmp_path, nfe=(1,), teacher=False)
-    help_make(job, Share(2, 3), Drawn().open)
+    help_make(job, WorkShare(2, 3), Drawn().open)
     rest = Drawn()
-    evaluate(job, rest.open)
+    run_evaluation(job, rest.open)
     assert [seed for _, seed, _ in rest.asked] == [7, 8, 10]
 
 
 def test_a_kill_costs_no_finished_video_of_its_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    job, write = make_job(tmp_path, nfe=(1,), teacher=False), generate.write_mp4
+    job, write = make_job(tmp_path, nfe=(1,), teacher=False), write_mp4
     written: list[Path] = []
 
     def write_three(path: Path, *given: Any) -> None:
@@ -72,10 +73,10 @@ def test_a_kill_costs_no_finished_video_of_its_batch(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(generate, "write_mp4", write_three)
     with pytest.raises(KilledError):
-        evaluate(job, Drawn().open)
+        run_evaluation(job, Drawn().open)
     monkeypatch.setattr(generate, "write_mp4", write)
     rest = Drawn()
-    evaluate(job, rest.open)
+    run_evaluation(job, rest.open)
     assert [seed for _, seed, _ in rest.asked] == [10]
 
 
@@ -84,13 +85,13 @@ def test_a_damaged_video_is_made_again_and_said(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str
 ) -> None:
     job = make_job(tmp_path, nfe=(1,), teacher=False)
-    found = evaluate(job, Drawn().open)
+    found = run_evaluation(job, Drawn().open)
     path = found.models[0].directory / found.models[0].scored[2].file
     whole = path.read_bytes()
     altered = whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:]
     path.write_bytes({"shortened": whole[:-9], "altered": altered, "emptied": b""}[damage])
     rest = Drawn()
-    assert evaluate(job, rest.open).measured[0].result == found.measured[0].result
+    assert run_evaluation(job, rest.open).measured[0].result == found.measured[0].result
     assert [seed for _, seed, _ in rest.asked] == [9]
     assert path.read_bytes() == whole
     assert "1 video is not as written any more" in caplog.text
@@ -98,13 +99,13 @@ def test_a_damaged_video_is_made_again_and_said(
 
 def test_what_another_process_made_again_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job = make_job(tmp_path, nfe=(1,), teacher=False)
-    found = evaluate(job, Drawn().open)
+    found = run_evaluation(job, Drawn().open)
     record = found.models[0].scored[1]
     (found.models[0].directory / record.file).unlink()
     draw = drawn.drawn
     monkeypatch.setattr(drawn, "drawn", lambda number, nfe: draw(number, 2))  # as a GPU: not quite the same
-    help_make(job, Share(1, 2), Drawn().open)
-    kept = evaluate(job, lambda of, recipe: pytest.fail("it was made once more")).models[0].scored[1]
+    help_make(job, WorkShare(1, 2), Drawn().open)
+    kept = run_evaluation(job, lambda of, recipe: pytest.fail("it was made once more")).models[0].scored[1]
     assert (record.seed, kept.seed) == (8, 8)
     assert record.digest != kept.digest
 
@@ -113,7 +114,7 @@ def test_the_cost_is_told_from_what_is_there(tmp_path: Path) -> None:
     job = make_job(tmp_path, nfe=(1, 2), prompts=3)
     before = cost(job)
     assert (before.videos, before.seconds) == (9, None)
-    evaluate(make_job(tmp_path, nfe=(1,), prompts=2, teacher=False), Drawn().open)
+    run_evaluation(make_job(tmp_path, nfe=(1,), prompts=2, teacher=False), Drawn().open)
     after, shared = cost(job), cost(job, 2)
     assert after.videos == 7
     # 0.5 s an evaluation, 0.25 s in the decoder; one video at 1 step, three at 2, three of the teacher at 5x2

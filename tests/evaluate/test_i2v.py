@@ -13,7 +13,7 @@ from anyflow_cli.data.shapes_world import (
     FRAMES,
     SHAPES,
     WORLDS,
-    Pixels,
+    RgbPixels,
     Scene,
     parse_caption,
     render,
@@ -49,12 +49,12 @@ def test_clips_are_at_the_top_when_the_picture_is_their_own_first_frame(world: s
     assert result.total == pytest.approx(sum(v for v in result.groups.values() if v) / 2)
 
 
-def other_start(scene: Scene) -> Pixels:
+def other_start(scene: Scene) -> RgbPixels:
     """The clip, but for its first frame: that has another background."""
     return np.concatenate([damage.wrong_background(scene)[:1], render(scene)[1:]])
 
 
-def frozen(scene: Scene) -> Pixels:
+def frozen(scene: Scene) -> RgbPixels:
     """The picture for the whole clip."""
     return np.repeat(render(scene, 1), FRAMES, axis=0)
 
@@ -65,7 +65,7 @@ def changed(**values: object) -> Damage:
     return lambda scene: np.concatenate([render(scene, 1), spoil(scene)[1:]])
 
 
-def set_aside(scene: Scene) -> Pixels:
+def set_aside(scene: Scene) -> RgbPixels:
     """From the second frame on eight pixels away from where it was, across its way."""
     x, y = scene.start
     aside = (x, y + 8) if scene.step[0] else (x + 8, y)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from anyflow_cli.evaluate.per_chunk import along
+from anyflow_cli.evaluate.per_chunk import chunk_curves
 from anyflow_cli.evaluate.suite import VideoScore
 from tests.evaluate.test_suite import Toy
 
@@ -15,7 +15,7 @@ def video(steady: list[float], named: list[float] | None = None) -> VideoScore:
 
 
 def test_a_chunk_is_the_mean_of_its_pieces_over_all_videos() -> None:
-    found = along(Toy(), [video([1, 0.8, 0.6, 0.2]), video([0.8, 0.6, 0.6, 0.4])], (1, 2, 1))
+    found = chunk_curves(Toy(), [video([1, 0.8, 0.6, 0.2]), video([0.8, 0.6, 0.6, 0.4])], (1, 2, 1))
     assert found is not None
     assert found.groups["quality"] == pytest.approx(
         (100, 37.5, -50)
@@ -25,17 +25,17 @@ def test_a_chunk_is_the_mean_of_its_pieces_over_all_videos() -> None:
 
 
 def test_a_model_without_chunks_is_told_by_latent_frame() -> None:
-    found = along(Toy(), [video([0.9, 0.7, 0.5])], None)
+    found = chunk_curves(Toy(), [video([0.9, 0.7, 0.5])], None)
     assert found is not None
     assert found.partition == (1, 1, 1)
     assert found.groups["quality"] == pytest.approx((100, 50, 0))
 
 
 def test_a_video_that_names_nothing_does_not_count_as_zero() -> None:
-    found = along(Toy(), [video([1, 1], [0.5, 0.25]), video([1, 1])], None)
+    found = chunk_curves(Toy(), [video([1, 1], [0.5, 0.25]), video([1, 1])], None)
     assert found is not None
     assert found.groups["semantic"] == pytest.approx((50, 25))
 
 
 def test_a_suite_without_pieces_has_none() -> None:
-    assert along(Toy(), [VideoScore({"steady": 1})], None) is None
+    assert chunk_curves(Toy(), [VideoScore({"steady": 1})], None) is None

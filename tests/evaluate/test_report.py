@@ -12,11 +12,11 @@ import pytest
 from rich.console import Console
 
 from anyflow_cli.evaluate.report import page as page_module
-from anyflow_cli.evaluate.report.figures import DARK, scores_png
-from anyflow_cli.evaluate.report.page import page, write_results
+from anyflow_cli.evaluate.report.figures import DARK_FIGURE, scores_png
+from anyflow_cli.evaluate.report.page import render_page, write_results
 from anyflow_cli.evaluate.report.tables import latex, markdown, score_table
 from anyflow_cli.evaluate.results import Evaluation
-from anyflow_cli.evaluate.run import evaluate
+from anyflow_cli.evaluate.run import run_evaluation
 from anyflow_cli.evaluate.shapes.suite import ShapesSuite
 from tests.evaluate.drawn import Drawn, make_job
 
@@ -26,14 +26,14 @@ HOSTILE = '<script>alert("red")</script> & [bold]a red circle[/bold] \'"'
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Evaluation:
-    return evaluate(make_job(tmp_path_factory.mktemp("report"), prompts=5), Drawn().open)
+    return run_evaluation(make_job(tmp_path_factory.mktemp("report"), prompts=5), Drawn().open)
 
 
 @pytest.fixture(scope="module")
 def hostile(tmp_path_factory: pytest.TempPathFactory) -> Evaluation:
     job = make_job(tmp_path_factory.mktemp("hostile"), nfe=(2,), teacher=False)
     own = replace(job.protocol, prompts=(HOSTILE, "a red circle"), deviations=("own prompts",))
-    return evaluate(replace(job, protocol=own), Drawn().open)
+    return run_evaluation(replace(job, protocol=own), Drawn().open)
 
 
 class Page(HTMLParser):
@@ -68,7 +68,7 @@ def shown(evaluation: Evaluation, width: int = 200) -> str:
 
 
 def test_the_page_holds_everything_and_fetches_nothing(found: Evaluation) -> None:
-    text = page(found, SUITE)
+    text = render_page(found, SUITE)
     parsed = Page(text)
     sources = [attrs[key] for _, attrs in parsed.tags for key in ("src", "srcset", "href") if key in attrs]
     assert sources
@@ -84,7 +84,7 @@ def test_the_page_holds_everything_and_fetches_nothing(found: Evaluation) -> Non
 
 
 def test_a_prompt_is_never_markup(hostile: Evaluation) -> None:
-    parsed = Page(page(hostile, SUITE))
+    parsed = Page(render_page(hostile, SUITE))
     assert sum(tag == "script" for tag, _ in parsed.tags) == 1  # our own
     assert HOSTILE in parsed.text
     labels = [attrs["aria-label"] for tag, attrs in parsed.tags if tag == "video"]
@@ -92,10 +92,10 @@ def test_a_prompt_is_never_markup(hostile: Evaluation) -> None:
 
 
 def test_what_is_not_comparable_says_so_everywhere(hostile: Evaluation, found: Evaluation) -> None:
-    assert "Not comparable" in page(hostile, SUITE)
+    assert "Not comparable" in render_page(hostile, SUITE)
     assert "not comparable (own prompts)" in shown(hostile)
     assert hostile.as_json()["card"]["comparable"] is False
-    assert "ot comparable" not in page(found, SUITE) + shown(found)
+    assert "ot comparable" not in render_page(found, SUITE) + shown(found)
 
 
 def test_no_total_is_made_up(hostile: Evaluation) -> None:
@@ -134,13 +134,13 @@ def test_the_files_are_whole_and_replaced(found: Evaluation, tmp_path: Path) -> 
 
 def test_the_page_stops_at_a_size_and_says_so(found: Evaluation, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(page_module, "MOST_BYTES", 1)
-    text = page(found, SUITE)
+    text = render_page(found, SUITE)
     assert sum(tag == "video" for tag, _ in Page(text).tags) == 3
     assert "1 of 5 shown." in text
 
 
 def test_the_figure_is_drawn_without_a_teacher_or_a_total(hostile: Evaluation) -> None:
-    assert scores_png(hostile, DARK).startswith(b"\x89PNG")
+    assert scores_png(hostile, DARK_FIGURE).startswith(b"\x89PNG")
 
 
 def test_the_tables_hold_every_number(found: Evaluation) -> None:
@@ -158,14 +158,14 @@ def test_the_tables_hold_every_number(found: Evaluation) -> None:
 
 
 def test_a_causal_model_is_shown_along_its_chunks(tmp_path: Path, found: Evaluation) -> None:
-    causal = evaluate(make_job(tmp_path, nfe=(2,), prompts=1, kind="AnyFlowFAR"), Drawn().open)
+    causal = run_evaluation(make_job(tmp_path, nfe=(2,), prompts=1, kind="AnyFlowFAR"), Drawn().open)
     assert {title: one.partition for title, one in causal.curves.items()} == {
         "2 steps": (1, 3, 3, 2),
         "teacher 5x2": (1, 3, 3, 2),
     }
-    text = page(causal, SUITE)
+    text = render_page(causal, SUITE)
     assert "Scores along the video" in text
-    assert "Scores along the video" not in page(found, SUITE)
+    assert "Scores along the video" not in render_page(found, SUITE)
     assert write_results(causal, SUITE, tmp_path)["chunks.png"].read_bytes().startswith(b"\x89PNG")
     chunks = causal.as_json()["scores"][0]["chunks"]
     assert len(chunks["groups"]["quality"]) == 4
@@ -183,6 +183,6 @@ def test_what_others_published_stands_beside_a_result_of_their_benchmark(found: 
     }  # fmt: skip
     assert "| AnyFlow-FAR-Wan2.1-14B, 4 | 87.87 | 80.39 | 95.35 |" in markdown(beside)
     assert "MAGI-1, 32x2, as its authors report" in shown(beside)
-    assert "87.87" in Page(page(beside, SUITE)).text
+    assert "87.87" in Page(render_page(beside, SUITE)).text
     doubtful = shown(replace(found, card=found.card | {"suite": "vbench"}))
     assert "HunyuanVideo, 50x2, as its authors report, does not add up in print" in doubtful

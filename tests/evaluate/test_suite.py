@@ -11,15 +11,15 @@ import pytest
 from anyflow_cli.evaluate.suite import (
     TEXT_TO_VIDEO,
     Assessment,
-    Clip,
     Dimension,
     Image,
-    Video,
+    SuiteClip,
+    VideoPixels,
     VideoScore,
     mean_of_videos,
     summarise,
 )
-from anyflow_cli.recipe.schema import Model
+from anyflow_cli.recipe.schema import ModelSection
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Toy:
     )
     groups: Mapping[str, float] = field(default_factory=lambda: TEXT_TO_VIDEO)
 
-    def check(self, model: Model) -> None:
+    def check(self, model: ModelSection) -> None:
         pass
 
     def prompts(self, count: int) -> list[str]:
@@ -44,11 +44,11 @@ class Toy:
         return None
 
     def score(
-        self, videos: Sequence[Video], prompts: Sequence[str], images: Sequence[Image] | None = None
+        self, videos: Sequence[VideoPixels], prompts: Sequence[str], images: Sequence[Image] | None = None
     ) -> list[VideoScore]:
         return []
 
-    def assess(self, clips: Sequence[Clip], directory: Path) -> Assessment:
+    def assess(self, clips: Sequence[SuiteClip], directory: Path) -> Assessment:
         return mean_of_videos([clip.score for clip in clips])
 
     def distance(self, features: Sequence[Sequence[float]]) -> float | None:

@@ -13,7 +13,7 @@ from anyflow_cli.flow.losses import interpolate
 from anyflow_cli.flow.samplers import flow_map_euler
 from anyflow_cli.flow.simulation import (
     BUDGETS,
-    Segment,
+    SimulationSegment,
     consistency_rollout,
     draw_exit_step,
     draw_segment,
@@ -90,7 +90,9 @@ def test_gradient_reaches_all_segments(steps: int, k: int) -> None:
 def test_draws_cover_each_budget_and_each_step_evenly() -> None:
     generator = torch.Generator().manual_seed(0)
     counts = Counter(draw_segment((2, 4), generator) for _ in range(4000))
-    wanted = {Segment(2, k): 1000 for k in range(2)} | {Segment(4, k): 500 for k in range(4)}
+    wanted = {SimulationSegment(2, k): 1000 for k in range(2)} | {
+        SimulationSegment(4, k): 500 for k in range(4)
+    }
     assert counts.keys() == wanted.keys()
     assert all(abs(counts[segment] - count) < 150 for segment, count in wanted.items())
 

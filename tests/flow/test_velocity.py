@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from anyflow_cli.flow.velocity import (
-    Query,
-    closed,
+    VelocityInputs,
+    batch_time,
+    evaluate_together,
     flow_map,
-    full_time,
+    from_function,
     guided,
     noise_like,
     per_frame,
-    together,
 )
 from tests.flow.gaussian import SHAPE, Gaussian, Watched, normal
 
@@ -48,8 +48,8 @@ def test_times_of_frames_go_to_frames() -> None:
 
 def test_queries_are_answered_together_as_alone() -> None:
     watched = Watched(Gaussian(normal(2, 4, *SHAPE)))
-    queries = Query(watched, Z, T, R), Query(watched, Z, T, R).take(torch.tensor([2, 0, 2]))
-    whole, some = together(*queries)
+    queries = VelocityInputs(watched, Z, T, R), VelocityInputs(watched, Z, T, R).take(torch.tensor([2, 0, 2]))
+    whole, some = evaluate_together(*queries)
     assert [batch for batch, *_ in watched.calls] == [7]
     torch.testing.assert_close(whole, MODEL(Z, T, R))
     torch.testing.assert_close(some, whole[[2, 0, 2]])
@@ -57,14 +57,14 @@ def test_queries_are_answered_together_as_alone() -> None:
 
 def test_queries_for_nobody_ask_nothing() -> None:
     watched = Watched(MODEL)
-    nobody = Query(watched, Z, T, R).take(torch.tensor([], dtype=torch.long))
-    assert [len(answer) for answer in together(nobody, nobody)] == [0, 0]
+    nobody = VelocityInputs(watched, Z, T, R).take(torch.tensor([], dtype=torch.long))
+    assert [len(answer) for answer in evaluate_together(nobody, nobody)] == [0, 0]
     assert watched.calls == []
 
 
 def test_answers_have_the_dtype_of_their_states() -> None:
-    half = closed(lambda z, t, r: z.bfloat16())
-    (answer,) = together(Query(half, Z, T, R))
+    half = from_function(lambda z, t, r: z.bfloat16())
+    (answer,) = evaluate_together(VelocityInputs(half, Z, T, R))
     assert answer.dtype == Z.dtype
 
 
@@ -91,7 +91,7 @@ def test_models_of_different_guidance_do_not_join() -> None:
 
 
 def test_a_closed_model_serves_any_batch() -> None:
-    model = closed(lambda z, t, r: per_frame(t - r, z) * z)
+    model = from_function(lambda z, t, r: per_frame(t - r, z) * z)
     joined = model.take(torch.tensor([0])).join(model)
     torch.testing.assert_close(joined(Z, T, R), per_frame(T - R, Z) * Z)
 
@@ -102,4 +102,4 @@ def test_noise_comes_from_the_generator_and_full_time_from_the_state() -> None:
     assert first.shape == Z.shape
     assert first.dtype == Z.dtype
     assert not torch.equal(first, noise_like(Z, torch.Generator().manual_seed(6)))
-    assert full_time(0.25, Z).tolist() == [0.25] * 4
+    assert batch_time(0.25, Z).tolist() == [0.25] * 4

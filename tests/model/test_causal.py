@@ -20,7 +20,7 @@ from anyflow_cli.model.causal import (
     teacher_forcing,
 )
 from anyflow_cli.model.conditioned import Conditioned
-from anyflow_cli.model.config import Causal
+from anyflow_cli.model.config import CausalConfig
 from anyflow_cli.model.network import FlowMapTransformer
 from tests.model.helpers import Inputs, distance, inputs, ours, theirs
 from tests.tiny_pipeline import sizes
@@ -137,7 +137,7 @@ def test_compressed_weights_start_as_those_of_diffusers() -> None:
     import diffusers
 
     fresh = ours(diffusers.AnyFlowFARTransformer3DModel(**sizes(full_chunk_limit=2)))
-    made = causal_from(without_far(fresh), Causal(full_chunks=2))
+    made = causal_from(without_far(fresh), CausalConfig(full_chunks=2))
     assert made.config == fresh.config
     for name, value in fresh.state_dict().items():
         torch.testing.assert_close(made.state_dict()[name], value, rtol=0, atol=1e-7)
@@ -158,12 +158,12 @@ def test_a_causal_network_starts_as_the_bidirectional_one() -> None:
 
 
 def test_partitions() -> None:
-    causal = Causal()
+    causal = CausalConfig()
     assert partition_for(causal, 21) == (1, 3, 3, 3, 3, 3, 3, 2)
     assert partition_for(causal, 81) == (1, *[3] * 26, 2)
     assert partition_for(causal, 10) == (1, 3, 3, 3)
     assert partition_for(causal, 1) == (1,)
-    assert partition_for(Causal(partition=(3, 1)), 2) == (2,)
+    assert partition_for(CausalConfig(partition=(3, 1)), 2) == (2,)
     assert split_after((1, 3, 3), 0) == (1, 3, 3)
     assert split_after((1, 3, 3), 1) == (1, 3, 3)
     assert split_after((1, 3, 3), 3) == (1, 2, 1, 3)
@@ -177,6 +177,6 @@ def test_a_partition_that_is_not_the_videos_is_refused(partition: tuple[int, ...
 
 
 def test_beyond_the_trained_length_no_more_is_remembered_than_was_ever_seen() -> None:
-    causal = Causal(full_chunks=3, partition=(1, 3, 3, 3, 3, 3, 3, 2))
+    causal = CausalConfig(full_chunks=3, partition=(1, 3, 3, 3, 3, 3, 3, 2))
     assert [remembered_for(causal, frames) for frames in (5, 21, 22, 81)] == [None, None, 5, 5]
-    assert remembered_for(Causal(full_chunks=3, partition=(1, 1)), 9) == 0
+    assert remembered_for(CausalConfig(full_chunks=3, partition=(1, 1)), 9) == 0

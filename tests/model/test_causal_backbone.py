@@ -10,7 +10,7 @@ from torch import Tensor
 from anyflow_cli.model.adapter import load_adapter, save_adapter
 from anyflow_cli.model.backbone import Backbone, LoraSize, Role
 from anyflow_cli.model.causal import FAR, TeacherForced, causal_from
-from anyflow_cli.model.config import Causal
+from anyflow_cli.model.config import CausalConfig
 from anyflow_cli.model.network import FlowMapTransformer, two_time_from
 from anyflow_cli.model.precision import autocast
 from tests.model.helpers import distance, inputs, ours, theirs
@@ -23,7 +23,7 @@ PARTITION = (1, 2, 1)
 
 def network() -> FlowMapTransformer:
     wan = ours(theirs("WanTransformer3DModel"))
-    return causal_from(two_time_from(wan), Causal(full_chunks=2, partition=PARTITION))
+    return causal_from(two_time_from(wan), CausalConfig(full_chunks=2, partition=PARTITION))
 
 
 def forced(made: Backbone, role: Role) -> Tensor:

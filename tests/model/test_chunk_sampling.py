@@ -12,9 +12,9 @@ from torch import Tensor
 from anyflow_cli.errors import UsageError
 from anyflow_cli.flow.samplers import SAMPLERS, flow_map_euler
 from anyflow_cli.flow.times import grid
-from anyflow_cli.flow.velocity import flow_map, full_time, guided
+from anyflow_cli.flow.velocity import batch_time, flow_map, guided
 from anyflow_cli.model.causal import TeacherForced
-from anyflow_cli.model.chunk_sampling import Guidance, rollout
+from anyflow_cli.model.chunk_sampling import Guidance, sample_chunks
 from anyflow_cli.model.conditioned import Conditioned
 from anyflow_cli.model.kv_cache import KeyCache
 from anyflow_cli.model.network import FlowMapTransformer
@@ -40,7 +40,7 @@ def sample(network: FlowMapTransformer, z: Tensor, *steps: int, **options: Any) 
     model = Conditioned(network, TEXT[: len(z)])
     grids = [grid(n, SHIFT) for n in steps]
     sampler = SAMPLERS[options.pop("sampler", "flow-map")]
-    return torch.cat(list(rollout(model, z, PARTITION, sampler, grids, **options)), dim=1)
+    return torch.cat(list(sample_chunks(model, z, PARTITION, sampler, grids, **options)), dim=1)
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
@@ -80,7 +80,7 @@ def test_steps_can_differ_from_chunk_to_chunk(network: FlowMapTransformer) -> No
     cache = KeyCache(network, PARTITION, (8, 8), 2)
     cache.add(mixed[:, :1], model)
     z = noise()[:, 1:3]
-    jump = flow_map(cache.next(model), z, full_time(1, z), full_time(0, z))
+    jump = flow_map(cache.next(model), z, batch_time(1, z), batch_time(0, z))
     torch.testing.assert_close(mixed[:, 1:3], jump, rtol=0, atol=0)
 
 
@@ -100,7 +100,7 @@ def test_a_chunk_given_in_part_is_completed_under_its_given_frames(network: Flow
     video = torch.cat((start, x[:, 2:3]), dim=1)
     forced = TeacherForced(Conditioned(network, TEXT), video, (1, 1, 1))
     z = noise()[:, 1:3]  # the window; only its second frame is asked for
-    expected = flow_map(forced, z, full_time(1, z), full_time(0, z))[:, 1:]
+    expected = flow_map(forced, z, batch_time(1, z), batch_time(0, z))[:, 1:]
     assert distance(x[:, 2:3], expected) < 1e-5
 
 
@@ -122,7 +122,7 @@ def test_chunks_arrive_as_they_are_finished(network: FlowMapTransformer) -> None
     """The first is there before the second has been begun."""
     z = noise()
     z[:, 1:] = torch.nan
-    arriving = rollout(Conditioned(network, TEXT), z, PARTITION, flow_map_euler, [grid(2, SHIFT)])
+    arriving = sample_chunks(Conditioned(network, TEXT), z, PARTITION, flow_map_euler, [grid(2, SHIFT)])
     assert next(arriving).isfinite().all()
     assert next(arriving).isnan().any()
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from anyflow_cli.model.compiled import compile_blocks
+from anyflow_cli.model.compiled import apply_compile
 from anyflow_cli.recipe import schema
 from anyflow_cli.train.stages import flowmap_inputs, train
 from anyflow_cli.train.trainer import Trainer, make_accelerator
@@ -32,7 +32,7 @@ STEPS = 4
 eager_kernels = functools.partial(torch.compile, backend="aot_eager")
 
 
-def run(directory: Path, kind: Kind, lora: bool, launch: schema.Launch | None, compiled: bool) -> None:
+def run(directory: Path, kind: Kind, lora: bool, launch: schema.LaunchSection | None, compiled: bool) -> None:
     directory.mkdir(exist_ok=True)
     settings, roles = (
         training(steps=STEPS, batch=4, log_every=1, checkpoint_every=STEPS),
@@ -41,10 +41,10 @@ def run(directory: Path, kind: Kind, lora: bool, launch: schema.Launch | None, c
     for network in roles.networks():
         network.gradient_checkpointing = True
         if compiled:
-            compile_blocks(network)
+            apply_compile(network)
     Trainer(
         directory, objective(kind, roles), RandomData(4), settings, accelerator=make_accelerator(),
-        launch=launch or schema.Launch(),
+        launch=launch or schema.LaunchSection(),
     ).run()  # fmt: skip
 
 
@@ -80,7 +80,7 @@ def test_losses_are_those_of_eager_blocks(
 
 def sharded(directory: Path, compiled: bool) -> None:
     torch.compile = eager_kernels
-    run(directory, "on-policy", True, schema.Launch(sharding="full"), compiled)
+    run(directory, "on-policy", True, schema.LaunchSection(sharding="full"), compiled)
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from anyflow_cli.flow.velocity import full_time
+from anyflow_cli.flow.velocity import batch_time
 from anyflow_cli.model.causal import TeacherForced, chunks_of
 from anyflow_cli.model.conditioned import Conditioned
 from anyflow_cli.model.kv_cache import KeyCache, Policy
@@ -43,7 +43,7 @@ def steps(cache: KeyCache, model: Conditioned, x: Tensor, noise: Tensor) -> list
     velocities = []
     for i, chunk in enumerate(cache.chunks):
         z = noise[:, chunk.slice]
-        velocities.append(cache.next(model)(z, full_time(0.7, z), full_time(0.2, z)))
+        velocities.append(cache.next(model)(z, batch_time(0.7, z), batch_time(0.2, z)))
         if i + 1 < len(cache.chunks):
             cache.add(x[:, chunk.slice], model)
     return velocities
@@ -55,7 +55,7 @@ def masked(model: Conditioned, x: Tensor, noise: Tensor, partition: tuple[int, .
     for i, chunk in enumerate(chunks_of(partition)):
         forced = TeacherForced(model, x[:, : chunk.slice.stop], partition[: i + 1])
         z = noise[:, : chunk.slice.stop][:, forced.window]
-        velocities.append(forced(z, full_time(0.7, z), full_time(0.2, z))[:, -chunk.frames :])
+        velocities.append(forced(z, batch_time(0.7, z), batch_time(0.2, z))[:, -chunk.frames :])
     return velocities
 
 
@@ -77,7 +77,7 @@ def test_filling_at_once_leaves_what_adding_leaves(partition: tuple[int, ...], f
         filled = KeyCache(network, partition, (8, 8), 2)
         filled.fill(x[:, : chunk.slice.start], model)
         assert filled.done == added.done
-        both = [cache.next(model)(z[:, chunk.slice], *[full_time(0.7, z)] * 2) for cache in (filled, added)]
+        both = [cache.next(model)(z[:, chunk.slice], *[batch_time(0.7, z)] * 2) for cache in (filled, added)]
         assert distance(*both) < 1e-5
         if chunk is not added.chunks[-1]:
             added.add(x[:, chunk.slice], model)
@@ -161,7 +161,7 @@ def test_a_graph_over_an_earlier_state_survives_later_additions(checkpointing: b
     cache = KeyCache(network, PARTITION, (8, 8), 2, in_place=False)
     cache.add(x[:, :1], model)
     z = x[:, 1:3].clone().requires_grad_()
-    u = cache.next(model)(z, full_time(0.5, z), full_time(0.0, z))
+    u = cache.next(model)(z, batch_time(0.5, z), batch_time(0.0, z))
     (expected,) = torch.autograd.grad(u.square().sum(), z, retain_graph=True)
     cache.add(x[:, 1:3], model)
     cache.add(x[:, 3:4], model)
@@ -176,11 +176,11 @@ def test_conditions_over_a_cache_can_be_taken_and_joined() -> None:
     cache = KeyCache(network, PARTITION, (8, 8), 2)
     cache.add(x[:, :1], model)
     velocity, z = cache.next(model), x[:, 1:3]
-    whole = velocity(z, full_time(0.5, z), full_time(0.1, z))
+    whole = velocity(z, batch_time(0.5, z), batch_time(0.1, z))
     order = torch.tensor([1, 0, 1])
     joined = velocity.take(torch.tensor([1])).join(velocity.take(torch.tensor([0, 1])))
     z = z[order]
-    assert distance(joined(z, full_time(0.5, z), full_time(0.1, z)), whole[order]) < 1e-6
+    assert distance(joined(z, batch_time(0.5, z), batch_time(0.1, z)), whole[order]) < 1e-6
 
 
 # --- what diffusers' own sampling step does
@@ -219,7 +219,7 @@ def test_diffusers_own_step_lets_zero_keys_in(height: int, width: int, least: fl
     z = torch.randn(1, 1, 8, height, width, generator=torch.Generator().manual_seed(0))
     text = inputs(batch=1).text
     mine = KeyCache(network, (1, 1), (height, width), 1).next(Conditioned(network, text))
-    own = mine(z, full_time(0.7, z), full_time(0.2, z))
+    own = mine(z, batch_time(0.7, z), batch_time(0.2, z))
     gap = distance(their_step(reference, text, z), own)
     assert least <= gap < most
 

@@ -18,7 +18,13 @@ from anyflow_cli.errors import AnyflowError, UsageError
 from anyflow_cli.model import pipeline_io
 from anyflow_cli.model.encoders import TextEncoder, VideoVAE
 from anyflow_cli.model.network import FlowMapTransformer, two_time_from
-from anyflow_cli.model.pipeline_io import load_network, read_config, read_shift, resolve, save_pipeline
+from anyflow_cli.model.pipeline_io import (
+    load_network,
+    read_config,
+    read_shift,
+    resolve_pipeline,
+    save_pipeline,
+)
 from anyflow_cli.recipe.load import load_recipe
 from tests.model.helpers import distance, inputs, ours, theirs
 from tests.tiny_pipeline import SHIFT
@@ -89,7 +95,7 @@ def sampled(model: Path, z: torch.Tensor, steps: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", ["tiny", "tiny-anyflow"])
 def test_what_ships_is_sampled_at_its_recipes_shift(name: str) -> None:
-    assert read_shift(resolve(name)) == load_recipe("tiny").model.shift
+    assert read_shift(resolve_pipeline(name)) == load_recipe("tiny").model.shift
 
 
 def test_a_saved_folder_reads_back_to_the_bit(wan_folder: Path, tmp_path: Path) -> None:
@@ -218,18 +224,18 @@ def test_a_pipeline_of_two_experts_is_refused(wan_folder: Path, tmp_path: Path) 
 
 
 def test_addresses(wan_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert resolve(str(wan_folder)) == wan_folder
+    assert resolve_pipeline(str(wan_folder)) == wan_folder
     monkeypatch.setattr(pipeline_io, "ASSETS", tmp_path)
     (tmp_path / "tiny").mkdir()
-    assert resolve("tiny") == tmp_path / "tiny"
+    assert resolve_pipeline("tiny") == tmp_path / "tiny"
     with pytest.raises(AnyflowError, match="tiny-anyflow is not part of this installation"):
-        resolve("tiny-anyflow")
+        resolve_pipeline("tiny-anyflow")
     (tmp_path / "file").touch()
     with pytest.raises(UsageError, match="is a file"):
-        resolve(str(tmp_path / "file"))
+        resolve_pipeline(str(tmp_path / "file"))
     for name in ("nothing", "/no/where", "./a/b", "a/b/c", ""):
         with pytest.raises(UsageError, match="There is no model at"):
-            resolve(name)
+            resolve_pipeline(name)
 
 
 def test_a_hub_name_that_cannot_be_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,7 +247,7 @@ def test_a_hub_name_that_cannot_be_fetched(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
     with pytest.raises(AnyflowError, match=r"no local folder .*Cannot reach the Hub\.\)") as caught:
-        resolve("someone/some-model")
+        resolve_pipeline("someone/some-model")
     assert caught.value.exit_code == 1
     assert caught.value.hint
 

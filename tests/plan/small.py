@@ -15,13 +15,13 @@ from torch.utils._pytree import tree_leaves
 from anyflow_cli.data.dataset import Batch
 from anyflow_cli.model.backbone import Backbone, LoraSize
 from anyflow_cli.model.causal import as_causal
-from anyflow_cli.model.config import Causal, NetworkConfig
+from anyflow_cli.model.config import CausalConfig, NetworkConfig
 from anyflow_cli.model.network import FlowMapTransformer, two_time_from
 from anyflow_cli.plan.setup import Kind, Setup
 from anyflow_cli.plan.steps import heaviest, sampled
 from anyflow_cli.recipe import schema
 from anyflow_cli.train import objectives
-from anyflow_cli.train.rng import Draws
+from anyflow_cli.train.rng import StepRng
 from anyflow_cli.train.trainer import Trainer, make_accelerator
 
 CONFIG = NetworkConfig(
@@ -29,27 +29,27 @@ CONFIG = NetworkConfig(
 )
 LATENT = (4, 8, 8, 8)  # F, C, H, W
 TEXT = (16, 32)  # L, D
-LORA = schema.Lora(rank=8, alpha=8)
+LORA = schema.LoraSection(rank=8, alpha=8)
 
 
-def heaviest_of(wanted: Setup) -> tuple[Draws, ...]:
+def heaviest_of(wanted: Setup) -> tuple[StepRng, ...]:
     return heaviest(wanted, *sampled(wanted))
 
 
-def settings(kind: Kind, **changes: Any) -> schema.Training:
+def settings(kind: Kind, **changes: Any) -> schema.TrainingSection:
     values: dict[str, Any] = {"batch": 8, "preview_every": 0, "tensorboard": False, **changes}
     if kind == "on-policy":
-        return schema.Distill(**values)
-    return schema.TrainFlowMap(objective=cast("Any", kind), **values)
+        return schema.DistillSection(**values)
+    return schema.TrainFlowMapSection(objective=cast("Any", kind), **values)
 
 
 def setup(
     kind: Kind, *, lora: bool = True, checkpointing: bool = False, precision: str = "fp32", ranks: int = 1,
     config: NetworkConfig = CONFIG, gpu: bool = False, scores: NetworkConfig | None = None,
-    causal: schema.Causal | None = None, **changes: Any,
+    causal: schema.CausalSection | None = None, **changes: Any,
 ) -> Setup:  # fmt: skip
     frames = 4 * (sum(causal.partition) if causal else LATENT[0]) - 3
-    model = schema.Model(
+    model = schema.ModelSection(
         lora=LORA if lora else None, gradient_checkpointing=checkpointing, frames=frames, causal=causal
     )
     latent = ((frames - 1) // 4 + 1, *LATENT[1:])
@@ -74,7 +74,7 @@ def backbone(wanted: Setup) -> Backbone:
     if wanted.kind != "flow-matching":
         network = two_time_from(network)
         if wanted.model.causal is not None:
-            network = as_causal(network, Causal.from_recipe(wanted.model.causal))
+            network = as_causal(network, CausalConfig.from_recipe(wanted.model.causal))
     on_policy = wanted.kind == "on-policy"
     shared = lora and on_policy and other is None
     adapter = Backbone(tuned, lora=lora).state_dict_of("student") if shared else None
@@ -87,9 +87,9 @@ def backbone(wanted: Setup) -> Backbone:
 
 
 def objective(wanted: Setup, roles: Backbone) -> objectives.Objective:
-    if isinstance(wanted.settings, schema.Distill):
+    if isinstance(wanted.settings, schema.DistillSection):
         return objectives.on_policy(roles, torch.randn(*TEXT), wanted.settings, 5.0, wanted.model.causal)
-    assert isinstance(wanted.settings, schema.TrainFlowMap)
+    assert isinstance(wanted.settings, schema.TrainFlowMapSection)
     own = wanted.settings
     return objectives.stage_one(
         own.objective,

@@ -7,7 +7,7 @@ from typing import cast
 import pytest
 
 from anyflow_cli.plan.advice import Advice, advise, changed, kinds_of
-from anyflow_cli.plan.hardware import Cluster, parse_cluster
+from anyflow_cli.plan.hardware import Hardware, parse_hardware
 from anyflow_cli.plan.setup import Setup
 from anyflow_cli.plan.stages import Moment, Stage, Target, Work, target_of
 from anyflow_cli.recipe import schema
@@ -15,8 +15,8 @@ from anyflow_cli.recipe import schema
 
 def recipe(**model: object) -> schema.Recipe:
     teacher = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
-    own = schema.Model.model_validate({"teacher": teacher, "lora": schema.Lora(), **model})
-    return schema.Recipe(name="t", model=own, distill=schema.Distill(batch=8, micro_batch=4))
+    own = schema.ModelSection.model_validate({"teacher": teacher, "lora": schema.LoraSection(), **model})
+    return schema.Recipe(name="t", model=own, distill=schema.DistillSection(batch=8, micro_batch=4))
 
 
 def cost(target: Target) -> Stage:
@@ -29,9 +29,9 @@ def cost(target: Target) -> Stage:
 
 
 def advice(limit: int, **model: object) -> Advice:
-    target = target_of(recipe(**model), parse_cluster("8x80GB"))
+    target = target_of(recipe(**model), parse_hardware("8x80GB"))
     return advise(
-        cost, "distill", Target(target.recipe, target.pipeline, Cluster(8, limit, None, is_gpu=False))
+        cost, "distill", Target(target.recipe, target.pipeline, Hardware(8, limit, None, is_gpu=False))
     )
 
 
@@ -77,7 +77,7 @@ def test_whole_weights_may_become_adapters() -> None:
 
 
 def test_a_change_is_checked_and_leaves_the_rest() -> None:
-    (kind, *_) = kinds_of("distill", target_of(recipe(), parse_cluster("8x80GB")))
+    (kind, *_) = kinds_of("distill", target_of(recipe(), parse_hardware("8x80GB")))
     after = changed(recipe(), [kind[0]])
     assert after.model.gradient_checkpointing
     assert after.model.model_copy(update={"gradient_checkpointing": False}) == recipe().model
@@ -85,14 +85,14 @@ def test_a_change_is_checked_and_leaves_the_rest() -> None:
 
 
 def test_sampling_takes_fewer_at_once() -> None:
-    wanted = recipe().model_copy(update={"sample": schema.Sample(batch=4)})
-    (kind, *_) = kinds_of("sample", target_of(wanted, parse_cluster("8x80GB")))
+    wanted = recipe().model_copy(update={"sample": schema.SampleSection(batch=4)})
+    (kind, *_) = kinds_of("sample", target_of(wanted, parse_hardware("8x80GB")))
     sizes = [change.values["sample.batch"] for change in kind]
     assert sizes == [2, 1]
 
 
 def kinds(given: schema.Recipe, gpus: str) -> list[str]:
-    return [str(kind[-1]) for kind in kinds_of("distill", target_of(given, parse_cluster(gpus)))]
+    return [str(kind[-1]) for kind in kinds_of("distill", target_of(given, parse_hardware(gpus)))]
 
 
 def test_what_costs_time_alone_comes_before_what_changes_the_model() -> None:
@@ -103,12 +103,14 @@ def test_what_costs_time_alone_comes_before_what_changes_the_model() -> None:
 
 
 def test_one_gpu_can_offload_and_not_divide() -> None:
-    target = target_of(recipe(), parse_cluster("1x80GB"))
+    target = target_of(recipe(), parse_hardware("1x80GB"))
     (sharding,) = (kind for kind in kinds_of("distill", target) if "launch.sharding" in str(kind[0]))
     assert [str(change) for change in sharding] == ["--set launch.sharding=full --set launch.offload=true"]
-    unguided = recipe().model_copy(update={"distill": schema.Distill(flow_map=schema.FlowMap(guidance=1.0))})
+    unguided = recipe().model_copy(
+        update={"distill": schema.DistillSection(flow_map=schema.FlowMapSection(guidance=1.0))}
+    )
     assert "launch" not in " ".join(kinds(unguided, "8x80GB"))
 
 
 def test_chunks_of_a_causal_model_are_left_as_they_are() -> None:
-    assert "model.frames" not in " ".join(kinds(recipe(causal=schema.Causal()), "8x80GB"))
+    assert "model.frames" not in " ".join(kinds(recipe(causal=schema.CausalSection()), "8x80GB"))

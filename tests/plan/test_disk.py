@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from anyflow_cli.data.shards import Sample, shard_path, write_shard
+from anyflow_cli.data.shards import LatentSample, shard_path, write_shard
 from anyflow_cli.model.adapter import save_adapter
 from anyflow_cli.model.pipeline_io import save_pipeline
 from anyflow_cli.plan import disk
-from anyflow_cli.plan.hardware import parse_cluster
+from anyflow_cli.plan.hardware import parse_hardware
 from anyflow_cli.plan.setup import Setup
 from anyflow_cli.plan.stages import target_of
 from anyflow_cli.plan.steps import roles_of
@@ -29,14 +29,16 @@ def size_of(folder: Path, pattern: str = "*") -> int:
 def test_a_data_set_takes_what_its_shards_take(tmp_path: Path) -> None:
     recipe = schema.Recipe(
         name="t",
-        model=schema.Model(teacher="Wan-AI/Wan2.1-T2V-1.3B-Diffusers", frames=9, max_text_tokens=64),
-        synthesize=schema.Synthesize(count=3),
+        model=schema.ModelSection(teacher="Wan-AI/Wan2.1-T2V-1.3B-Diffusers", frames=9, max_text_tokens=64),
+        synthesize=schema.SynthesizeSection(count=3),
     )
-    target = target_of(recipe, parse_cluster("1x80GB"))
+    target = target_of(recipe, parse_hardware("1x80GB"))
     text = torch.zeros(64, 4096, dtype=torch.bfloat16)
     latents = torch.zeros(target.latent, dtype=torch.bfloat16)
     facts = {"seed": 1, "source": "teacher", "fps": 16, "frames": 9}
-    write_shard(shard_path(tmp_path, 0), [Sample(i, "a caption", latents, text, facts) for i in range(3)])
+    write_shard(
+        shard_path(tmp_path, 0), [LatentSample(i, "a caption", latents, text, facts) for i in range(3)]
+    )
     planned = sum(disk.dataset(target).values())
     assert planned == pytest.approx(size_of(tmp_path, "*.tar"), rel=0.01)
     assert disk.dataset(target)["latents"] == 3 * latents.nbytes

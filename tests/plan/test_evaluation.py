@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 from anyflow_cli.cli import app
-from anyflow_cli.evaluate.run import evaluate
+from anyflow_cli.evaluate.run import run_evaluation
 from anyflow_cli.plan.evaluation import evaluation_seconds
-from anyflow_cli.plan.hardware import GIB, Cluster
+from anyflow_cli.plan.hardware import GIB, Hardware
 from anyflow_cli.plan.stages import evaluation, target_of
 from tests.evaluate.drawn import Drawn, make_job
 
-GPU = Cluster(1, 80 * GIB, peak=1e12, utilisation=0.5)
+GPU = Hardware(1, 80 * GIB, peak=1e12, utilisation=0.5)
 
 
 def test_time_is_that_of_all_evaluations_of_the_missing_videos(tmp_path: Path) -> None:
@@ -26,12 +26,12 @@ def test_time_is_that_of_all_evaluations_of_the_missing_videos(tmp_path: Path) -
     evaluations = 4 * (1 + 2 + 5 * 2)  # the teacher is guided, in 5 steps
     assert evaluation_seconds(job, cluster=GPU) == pytest.approx(evaluations * one / 0.5e12, rel=1e-3)
     assert evaluation_seconds(job, 4, GPU) == pytest.approx(evaluations * one / 2e12, rel=1e-3)
-    evaluate(job, Drawn().open)
+    run_evaluation(job, Drawn().open)
     assert evaluation_seconds(job, cluster=GPU) == 0
 
 
 def test_of_a_cpu_nobody_states_the_peak(tmp_path: Path) -> None:
-    assert evaluation_seconds(make_job(tmp_path), cluster=Cluster(1, GIB, None, is_gpu=False)) is None
+    assert evaluation_seconds(make_job(tmp_path), cluster=Hardware(1, GIB, None, is_gpu=False)) is None
 
 
 def test_a_dry_run_says_it(

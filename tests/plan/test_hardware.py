@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from anyflow_cli.errors import UsageError
-from anyflow_cli.plan.hardware import GIB, RESERVE, Cluster, parse_cluster, this_machine
+from anyflow_cli.plan.hardware import GIB, RESERVE, Hardware, parse_hardware, this_machine
 
 
 @pytest.mark.parametrize(
@@ -19,7 +19,7 @@ from anyflow_cli.plan.hardware import GIB, RESERVE, Cluster, parse_cluster, this
     ],
 )
 def test_gpus_are_read(text: str, count: int, memory: float, peak: float) -> None:
-    cluster = parse_cluster(text)
+    cluster = parse_hardware(text)
     assert (cluster.count, cluster.memory, cluster.peak) == (count, int(memory * GIB), peak)
     assert cluster.usable == cluster.memory - RESERVE
 
@@ -27,17 +27,17 @@ def test_gpus_are_read(text: str, count: int, memory: float, peak: float) -> Non
 @pytest.mark.parametrize("text", ["", "80GB", "0x80GB", "8x", "8x80", "8xFPGA", "8x80TB", "-1x80GB"])
 def test_anything_else_is_refused_with_an_example(text: str) -> None:
     with pytest.raises(UsageError) as caught:
-        parse_cluster(text)
+        parse_hardware(text)
     assert "8x80GB" in str(caught.value.hint)
 
 
 def test_a_stated_speed_wins() -> None:
-    assert parse_cluster("8xA100", teraflops=200).peak == 200e12
+    assert parse_hardware("8xA100", teraflops=200).peak == 200e12
 
 
 def test_time_is_operations_over_what_is_reached() -> None:
-    assert Cluster(1, GIB, 100.0, 0.25).seconds(500) == 20.0
-    assert Cluster(1, GIB, None).seconds(500) is None
+    assert Hardware(1, GIB, 100.0, 0.25).seconds(500) == 20.0
+    assert Hardware(1, GIB, None).seconds(500) is None
 
 
 def test_a_cpu_has_memory_and_no_known_speed(monkeypatch: pytest.MonkeyPatch) -> None:

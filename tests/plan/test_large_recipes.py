@@ -10,7 +10,7 @@ import pytest
 
 from anyflow_cli.cli.app import main
 from anyflow_cli.plan.estimate import plan_stage
-from anyflow_cli.plan.hardware import parse_cluster
+from anyflow_cli.plan.hardware import parse_hardware
 from anyflow_cli.plan.stages import target_of
 from anyflow_cli.recipe.compare import differing_keys, flat
 from anyflow_cli.recipe.load import find_recipe, load_recipe
@@ -139,7 +139,7 @@ def test_synthesis_resolves_where_nothing_is(
     ],
 )
 def test_they_fit_where_the_docs_say_so(name: str, gpus: str, fits: set[str]) -> None:
-    target = target_of(load_recipe(name), parse_cluster(gpus))
+    target = target_of(load_recipe(name), parse_hardware(gpus))
     every = ("synthesize", "tune", "train-flowmap", "distill", "sample")
     found = {stage: plan_stage(target, stage) for stage in every}
     assert {stage for stage, planned in found.items() if planned.fits} == fits

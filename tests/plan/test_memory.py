@@ -34,7 +34,7 @@ CASES: list[tuple[Kind, dict[str, Any]]] = [
     ("on-policy", {"simulation": "consistency", "joint": False, "reuse_rollout": True}),
 ]
 
-CAUSAL = schema.Causal(partition=(1, 2, 2, 2), full_chunks=2)
+CAUSAL = schema.CausalSection(partition=(1, 2, 2, 2), full_chunks=2)
 CASES += [
     ("flow-map", {"causal": CAUSAL, "lora": False}),
     ("flow-map", {"causal": CAUSAL, "checkpointing": True, "precision": "bf16", "batch": 4}),

@@ -24,7 +24,7 @@ UMT5_XXL = 5_680_910_336
 def test_parameters_are_the_published_ones(address: str) -> None:
     network = KNOWN[address]
     text = (512, network.text_dim)
-    wan = Setup("synthesis", network, schema.Model(), None, (21, 16, 60, 104), text, "bf16", 1, True)
+    wan = Setup("synthesis", network, schema.ModelSection(), None, (21, 16, 60, 104), text, "bf16", 1, True)
     assert roles_of(wan)["student"].parameters == PUBLISHED[address]
 
 

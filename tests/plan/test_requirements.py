@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from anyflow_cli.plan.requirements import missing_facts, needs_of
-from anyflow_cli.recipe.schema import Data, Distill, Model, Recipe, Synthesize
+from anyflow_cli.plan.requirements import missing_facts, requirements_of
+from anyflow_cli.recipe.schema import DataSection, DistillSection, ModelSection, Recipe, SynthesizeSection
 from anyflow_cli.runs.paths import RunPaths
 
 
@@ -18,7 +18,7 @@ def paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunPaths:
 
 
 def states(recipe: Recipe, paths: RunPaths, command: str) -> dict[str, str]:
-    return {need.what: need.state for need in needs_of(recipe, paths, command)}
+    return {need.what: need.state for need in requirements_of(recipe, paths, command)}
 
 
 def test_everything_is_missing_at_first_and_there_at_last(paths: RunPaths) -> None:
@@ -40,13 +40,13 @@ def test_a_tuned_teacher_is_seen(paths: RunPaths) -> None:
 
 
 def test_a_named_start_that_is_nowhere_is_missing(paths: RunPaths) -> None:
-    recipe = Recipe(name="t", distill=Distill(start="./nowhere", real_score="some/model"))
+    recipe = Recipe(name="t", distill=DistillSection(start="./nowhere", real_score="some/model"))
     found = states(recipe, paths, "distill")
     assert (found["start"], found["real score"]) == ("missing", "fetched at the start")
 
 
 def test_prompts_and_the_other_teacher_of_synthesis(paths: RunPaths, tmp_path: Path) -> None:
-    recipe = Recipe(name="t", data=Data(prompts="p.txt"), synthesize=Synthesize(teacher="a/b"))
+    recipe = Recipe(name="t", data=DataSection(prompts="p.txt"), synthesize=SynthesizeSection(teacher="a/b"))
     assert states(recipe, paths, "synthesize") == {"prompts": "missing", "teacher": "fetched at the start"}
     (tmp_path / "p.txt").touch()
     assert states(recipe, paths, "synthesize")["prompts"] == "there"
@@ -54,18 +54,18 @@ def test_prompts_and_the_other_teacher_of_synthesis(paths: RunPaths, tmp_path: P
 
 
 def test_sampling_takes_the_trained_model_before_the_shipped_one(paths: RunPaths) -> None:
-    shipped = Recipe(name="t", model=Model(shipped="tiny-anyflow"))
-    assert needs_of(shipped, paths, "sample")[0].place == "tiny-anyflow"
+    shipped = Recipe(name="t", model=ModelSection(shipped="tiny-anyflow"))
+    assert requirements_of(shipped, paths, "sample")[0].place == "tiny-anyflow"
     assert states(Recipe(name="t"), paths, "sample") == {"model": "missing"}
     (paths.stage_2() / "model").mkdir(parents=True)
-    assert needs_of(shipped, paths, "sample")[0].place == str(paths.stage_2() / "model")
+    assert requirements_of(shipped, paths, "sample")[0].place == str(paths.stage_2() / "model")
 
 
 def test_the_source_is_said_only_where_something_is_missing(paths: RunPaths) -> None:
-    data = needs_of(Recipe(name="t"), paths, "train-flowmap")[1]
+    data = requirements_of(Recipe(name="t"), paths, "train-flowmap")[1]
     assert str(data).endswith("data: missing (anyflow synthesize -r t)")
     assert str(data._replace(state="there")).endswith("data: there")
 
 
 def test_commands_without_needs_have_none(paths: RunPaths) -> None:
-    assert needs_of(Recipe(name="t"), paths, "doctor") == []
+    assert requirements_of(Recipe(name="t"), paths, "doctor") == []

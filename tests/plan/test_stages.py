@@ -15,7 +15,7 @@ from anyflow_cli.model.kv_cache import KeyCache
 from anyflow_cli.model.network import FlowMapTransformer
 from anyflow_cli.plan import stages
 from anyflow_cli.plan.estimate import chain_of
-from anyflow_cli.plan.hardware import GIB, Cluster, parse_cluster
+from anyflow_cli.plan.hardware import GIB, Hardware, parse_hardware
 from anyflow_cli.plan.sampling import FRAMES, _decoding, decoding, sampling_of
 from anyflow_cli.plan.setup import Kind
 from anyflow_cli.plan.stages import Target, target_of
@@ -24,7 +24,7 @@ from anyflow_cli.recipe import schema
 from tests.plan.small import Live
 from tests.tiny_pipeline import make_wan_folder
 
-CPU = Cluster(1, 8 * GIB, peak=1e12, utilisation=0.5, is_gpu=False)
+CPU = Hardware(1, 8 * GIB, peak=1e12, utilisation=0.5, is_gpu=False)
 
 
 @pytest.fixture(scope="module")
@@ -40,13 +40,13 @@ def recipe(folder: Path, **changes: Any) -> schema.Recipe:
     return schema.Recipe.model_validate({"name": "t", "model": model, **sections, **changes})
 
 
-def target(folder: Path, cluster: Cluster = CPU, **changes: Any) -> Target:
+def target(folder: Path, cluster: Hardware = CPU, **changes: Any) -> Target:
     return target_of(recipe(folder, **changes), cluster)
 
 
 def test_a_stage_knows_its_work_and_its_time(folder: Path) -> None:
     stage = stages.stage_one(target(folder))
-    assert stage.work.repeats == schema.TrainFlowMap().steps
+    assert stage.work.repeats == schema.TrainFlowMapSection().steps
     assert stage.work.seconds == stage.work.operations / 0.5e12
     assert stage.work.hours == pytest.approx(stage.work.seconds * stage.work.repeats / 3600)
 
@@ -71,7 +71,7 @@ def test_whole_weights_have_a_student_that_trains_and_no_base_in_stage_one(folde
 
 
 def test_sharding_divides_what_is_held_and_gathers_a_block_at_a_time(folder: Path) -> None:
-    four = parse_cluster("4x80GB")
+    four = parse_hardware("4x80GB")
     plain = {"batch": 4, "preview_every": 0}
 
     def planned(**launch: Any) -> stages.Stage:
@@ -97,13 +97,13 @@ def test_a_start_from_elsewhere_is_a_second_base(folder: Path) -> None:
 def test_a_larger_teacher_has_its_own_size() -> None:
     """1.3B towards 14B: the base holds both, the fake score is an adapter on the larger."""
     small, large = (f"Wan-AI/Wan2.1-T2V-{size}-Diffusers" for size in ("1.3B", "14B"))
-    model = schema.Model(teacher=small, lora=schema.Lora(rank=8, alpha=8))
+    model = schema.ModelSection(teacher=small, lora=schema.LoraSection(rank=8, alpha=8))
     recipes = [
         schema.Recipe(name="t", model=model.model_copy(update={"teacher": teacher}),
-                      distill=schema.Distill(real_score=real))
+                      distill=schema.DistillSection(real_score=real))
         for teacher, real in ((small, large), (small, None), (large, None))
     ]  # fmt: skip
-    both, alone, teacher = (roles(target_of(one, parse_cluster("8x80GB")), "on-policy") for one in recipes)
+    both, alone, teacher = (roles(target_of(one, parse_hardware("8x80GB")), "on-policy") for one in recipes)
     assert both["student"] == alone["student"]
     assert both["fake"] == teacher["fake"]
     assert "real" not in both  # not tuned by an adapter of its own
@@ -132,9 +132,9 @@ def test_synthesis_is_guided_and_divided_among_the_devices(folder: Path) -> None
 
 def test_another_teacher_synthesizes_at_its_own_price() -> None:
     small, large = (f"Wan-AI/Wan2.1-T2V-{size}-Diffusers" for size in ("1.3B", "14B"))
-    model = schema.Model(teacher=small, frames=9, height=64, width=64)
-    given = schema.Recipe(name="t", model=model, synthesize=schema.Synthesize(teacher=large))
-    stage = stages.synthesis(target_of(given, parse_cluster("8x80GB")))
+    model = schema.ModelSection(teacher=small, frames=9, height=64, width=64)
+    given = schema.Recipe(name="t", model=model, synthesize=schema.SynthesizeSection(teacher=large))
+    stage = stages.synthesis(target_of(given, parse_hardware("8x80GB")))
     assert stage.roles["network"].parameters == 14_288_491_584
 
 
@@ -195,7 +195,7 @@ def test_only_causal_plans_stream_and_streams_do_not_grow(folder: Path) -> None:
 
 
 def test_offloading_moves_what_is_held_to_the_cpu(folder: Path) -> None:
-    one = parse_cluster("1x80GB")
+    one = parse_hardware("1x80GB")
     launch = {"sharding": "full", "offload": True}
     plain = {"batch": 4, "preview_every": 0}
     here = stages.stage_two(target(folder, one, distill=plain))

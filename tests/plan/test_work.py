@@ -12,13 +12,13 @@ from anyflow_cli.plan.calls import calls_of, calls_of_step
 from anyflow_cli.plan.ledger import ATTENTION, ATTENTION_BACKWARD, Label
 from anyflow_cli.plan.setup import Kind, Setup
 from anyflow_cli.plan.steps import SAMPLED_STEPS, micro_batches, operations, step_of
-from anyflow_cli.train.rng import Draws
+from anyflow_cli.train.rng import StepRng
 from tests.plan.small import CONFIG, LATENT, backbone, batch, objective, setup
 
 TOKENS = LATENT[0] * LATENT[2] * LATENT[3] // 4
 
 
-def labels_of(wanted: Setup, draws: Draws) -> list[Label]:
+def labels_of(wanted: Setup, draws: StepRng) -> list[Label]:
     return [label for term in calls_of(wanted, draws) for label in term]
 
 
@@ -27,7 +27,7 @@ def shapes(calls: list[Label]) -> list[tuple[str, int, bool]]:
     return [(call.role, call.samples, call.with_gradient) for call in forward]
 
 
-def real_calls(wanted: Setup, draws: Draws) -> list[tuple[str, int, bool]]:
+def real_calls(wanted: Setup, draws: StepRng) -> list[tuple[str, int, bool]]:
     """Samples and gradient of each forward that the real networks of a small model run."""
     roles = backbone(wanted)
     heard: list[tuple[int, bool]] = []
@@ -73,7 +73,7 @@ def test_the_last_micro_batch_of_the_last_process_has_most_to_do() -> None:
     assert [labels_of(wanted, draws)[0].samples for draws in (first, last)] == [2, 6]
 
 
-def counted_by_torch(wanted: Setup, draws: Draws) -> int:
+def counted_by_torch(wanted: Setup, draws: StepRng) -> int:
     """Operations of one real micro batch, forward and backward, attention's by its formula."""
     each = CONFIG.dim * TOKENS**2
     text = CONFIG.dim * TOKENS * 16

@@ -8,7 +8,7 @@ import pytest
 
 from anyflow_cli.errors import UsageError
 from anyflow_cli.recipe.load import Override, load_recipe, recipe_names
-from anyflow_cli.recipe.schema import Distill, Lora, Recipe
+from anyflow_cli.recipe.schema import DistillSection, LoraSection, Recipe
 
 
 @pytest.fixture(autouse=True)
@@ -70,13 +70,13 @@ def test_name_and_description_are_never_inherited() -> None:
 def test_null_takes_a_section_away_and_an_override_brings_it_back() -> None:
     base = "model: {lora: {rank: 4, alpha: 2}}"
     assert load("extends: ./base.yaml\nmodel: {lora: null}", base=base).model.lora is None
-    assert load("model: {lora: null}", "model.lora.rank=8").model.lora == Lora(rank=8)
+    assert load("model: {lora: null}", "model.lora.rank=8").model.lora == LoraSection(rank=8)
 
 
 def test_a_section_given_in_part_keeps_the_defaults_of_its_place() -> None:
     distill = load("distill: {optimiser: {clip: 0.5}, ema: {decay: 0.5}}").distill
-    assert distill.optimiser == Distill().optimiser.model_copy(update={"clip": 0.5})
-    assert (distill.ema.decay, distill.ema.start) == (0.5, Distill().ema.start)
+    assert distill.optimiser == DistillSection().optimiser.model_copy(update={"clip": 0.5})
+    assert (distill.ema.decay, distill.ema.start) == (0.5, DistillSection().ema.start)
 
 
 def test_the_fake_score_takes_from_the_student_what_it_leaves_out() -> None:

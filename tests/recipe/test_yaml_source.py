@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from anyflow_cli.errors import UsageError
-from anyflow_cli.recipe.yaml_source import LARGEST, Place, parse_source, parse_value, read_source
+from anyflow_cli.recipe.yaml_source import LARGEST, YamlLocation, parse_source, parse_value, read_source
 
 
 @pytest.mark.parametrize(
@@ -42,8 +42,8 @@ def test_values_are_those_of_yaml_1_2(text: str, value: Any) -> None:
 def test_every_key_knows_its_line() -> None:
     source = parse_source("model:\n  # a remark\n  gate: 0.5\nsample:\n  nfe:\n  - 4\n  - 32\n", "mine.yaml")
     assert source.content == {"model": {"gate": 0.5}, "sample": {"nfe": (4, 32)}}
-    assert source.places[("model", "gate")] == Place("mine.yaml", 3)
-    assert source.places[("sample", "nfe", 1)] == Place("mine.yaml", 7)
+    assert source.places[("model", "gate")] == YamlLocation("mine.yaml", 3)
+    assert source.places[("sample", "nfe", 1)] == YamlLocation("mine.yaml", 7)
     assert str(source.places[("sample",)]) == "mine.yaml:4"
 
 

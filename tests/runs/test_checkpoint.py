@@ -13,14 +13,14 @@ import torch
 from safetensors import SafetensorError
 
 from anyflow_cli.errors import AnyflowError
-from anyflow_cli.runs.checkpoint import State, begin, load, newest, save
-from anyflow_cli.runs.open import FORMAT
+from anyflow_cli.runs.checkpoint import CheckpointState, begin, load, newest, save
+from anyflow_cli.runs.open import CHECKPOINT_FORMAT
 
 
-def state(step: int) -> State:
+def state(step: int) -> CheckpointState:
     weight = torch.full((2, 3), float(step))
     optimiser = {"state": {0: {"step": torch.tensor(1.0), "exp_avg": weight}}, "param_groups": [{"lr": 0.1}]}
-    return State(
+    return CheckpointState(
         step, {"student": {"a.b": weight}, "ema": {"a.b": 2 * weight}}, {"student": optimiser}, {"n": 1}
     )
 
@@ -115,6 +115,6 @@ def test_damage_is_named(tmp_path: Path, file: str) -> None:
 def test_a_newer_format_is_refused(tmp_path: Path) -> None:
     path = save(tmp_path, state(1), keep=1)
     record = json.loads((path / "state.json").read_text())
-    (path / "state.json").write_text(json.dumps(record | {"format": FORMAT + 1}))
+    (path / "state.json").write_text(json.dumps(record | {"format": CHECKPOINT_FORMAT + 1}))
     with pytest.raises(AnyflowError, match="newer anyflow"):
         load(path)

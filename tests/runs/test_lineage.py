@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from anyflow_cli.errors import UsageError
-from anyflow_cli.runs.lineage import Inputs, begin_run, check_run, fingerprint
+from anyflow_cli.runs.lineage import RunInputs, begin_run, check_run, model_fingerprint
 from tests.tiny_pipeline import make_wan_folder
 from tests.train.stage import make_data, make_recipe
 
@@ -21,15 +21,15 @@ def wan(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def inputs(tmp_path: Path, wan: Path) -> Inputs:
-    return Inputs(tmp_path / "run", "train_flowmap", make_data(tmp_path / "data"), {"teacher": wan}, wan)
+def inputs(tmp_path: Path, wan: Path) -> RunInputs:
+    return RunInputs(tmp_path / "run", "train_flowmap", make_data(tmp_path / "data"), {"teacher": wan}, wan)
 
 
-def test_the_same_run_goes_on_with_the_lineage_it_began_with(inputs: Inputs) -> None:
+def test_the_same_run_goes_on_with_the_lineage_it_began_with(inputs: RunInputs) -> None:
     recipe = make_recipe(inputs.base, inputs.data)
     first = begin_run(recipe, inputs, {"precision": "fp32"})
     assert begin_run(recipe, inputs, {"precision": "bf16"}) == first
-    assert first["inputs"]["teacher"]["sha256"] == fingerprint(inputs.base)
+    assert first["inputs"]["teacher"]["sha256"] == model_fingerprint(inputs.base)
     assert first["base"] == str(inputs.base)
     assert {"anyflow", "torch", "diffusers"} <= first["versions"].keys()
     assert json.loads((inputs.directory / "lineage.json").read_text()) == first
@@ -45,7 +45,7 @@ def test_the_same_run_goes_on_with_the_lineage_it_began_with(inputs: Inputs) -> 
     ],
 )
 def test_other_settings_are_refused_with_their_keys(
-    inputs: Inputs, section: str, change: dict[str, Any], key: str
+    inputs: RunInputs, section: str, change: dict[str, Any], key: str
 ) -> None:
     begin_run(make_recipe(inputs.base, inputs.data), inputs, {})
     before = sorted(path.name for path in inputs.directory.iterdir())
@@ -67,31 +67,31 @@ def test_other_settings_are_refused_with_their_keys(
     ],
 )
 def test_what_does_not_bear_on_the_weights_may_change(
-    inputs: Inputs, section: str, change: dict[str, Any]
+    inputs: RunInputs, section: str, change: dict[str, Any]
 ) -> None:
     begin_run(make_recipe(inputs.base, inputs.data), inputs, {})
     check_run(make_recipe(inputs.base, inputs.data, **{section: change}), inputs)
 
 
-def test_other_data_are_refused(inputs: Inputs, tmp_path: Path) -> None:
+def test_other_data_are_refused(inputs: RunInputs, tmp_path: Path) -> None:
     recipe = make_recipe(inputs.base, inputs.data)
     begin_run(recipe, inputs, {})
     other = make_data(tmp_path / "other", seed=1)
-    changed = Inputs(inputs.directory, inputs.section, other, inputs.parents, inputs.base)
+    changed = RunInputs(inputs.directory, inputs.section, other, inputs.parents, inputs.base)
     with pytest.raises(UsageError, match="another data"):
         check_run(recipe, changed)
 
 
-def test_another_parent_is_refused(inputs: Inputs, tmp_path: Path) -> None:
+def test_another_parent_is_refused(inputs: RunInputs, tmp_path: Path) -> None:
     recipe = make_recipe(inputs.base, inputs.data)
     begin_run(recipe, inputs, {})
     other = make_wan_folder(tmp_path / "other", seed=1)
-    changed = Inputs(inputs.directory, inputs.section, inputs.data, {"teacher": other}, other)
+    changed = RunInputs(inputs.directory, inputs.section, inputs.data, {"teacher": other}, other)
     with pytest.raises(UsageError, match="another teacher"):
         check_run(recipe, changed)
 
 
-def test_a_directory_of_other_things_is_left_alone(inputs: Inputs) -> None:
+def test_a_directory_of_other_things_is_left_alone(inputs: RunInputs) -> None:
     inputs.directory.mkdir()
     (inputs.directory / "letter.txt").write_text("keep me")
     with pytest.raises(UsageError, match="no training run"):
@@ -99,7 +99,7 @@ def test_a_directory_of_other_things_is_left_alone(inputs: Inputs) -> None:
     assert [path.name for path in inputs.directory.iterdir()] == ["letter.txt"]
 
 
-def test_killed_as_it_began_it_begins_again(inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_as_it_began_it_begins_again(inputs: RunInputs, monkeypatch: pytest.MonkeyPatch) -> None:
     class Killed(BaseException):
         pass
 
@@ -116,10 +116,10 @@ def test_killed_as_it_began_it_begins_again(inputs: Inputs, monkeypatch: pytest.
 
 def test_a_fingerprint_tells_weights_apart_and_ignores_the_rest(wan: Path, tmp_path: Path) -> None:
     other = make_wan_folder(tmp_path / "other", seed=1)
-    assert fingerprint(other) != fingerprint(wan)
-    before = fingerprint(other)
+    assert model_fingerprint(other) != model_fingerprint(wan)
+    before = model_fingerprint(other)
     (other / "lineage.json").write_text("{}")
-    assert fingerprint(other) == before
+    assert model_fingerprint(other) == before
 
 
 def test_a_checkpoint_has_a_fingerprint_too(tmp_path: Path) -> None:
@@ -129,4 +129,4 @@ def test_a_checkpoint_has_a_fingerprint_too(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         save_file({"w": torch.full((3,), value)}, tmp_path / name / "ema.safetensors")
         (tmp_path / name / "state.json").write_text("{}")
-    assert fingerprint(tmp_path / "a") != fingerprint(tmp_path / "b")
+    assert model_fingerprint(tmp_path / "a") != model_fingerprint(tmp_path / "b")

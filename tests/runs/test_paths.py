@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import get_args
 
-from anyflow_cli.recipe.schema import Distill, TrainFlowMap
+from anyflow_cli.recipe.schema import DistillSection, TrainFlowMapSection
 from anyflow_cli.runs.paths import STAGE_1, STAGE_2, RunPaths
 
 PATHS = RunPaths(Path("runs"), "tiny")
@@ -18,8 +18,8 @@ def test_directories_are_the_documented_ones() -> None:
 
 
 def test_every_objective_and_simulation_has_a_directory_of_its_own() -> None:
-    objectives = get_args(TrainFlowMap.model_fields["objective"].annotation)
-    simulations = get_args(Distill.model_fields["simulation"].annotation)
+    objectives = get_args(TrainFlowMapSection.model_fields["objective"].annotation)
+    simulations = get_args(DistillSection.model_fields["simulation"].annotation)
     assert set(objectives) == set(STAGE_1)
     assert set(simulations) == set(STAGE_2)
     assert len({*map(PATHS.stage_1, objectives), *map(PATHS.stage_2, simulations)}) == 5

@@ -9,10 +9,10 @@ from typing import Any, cast
 import pytest
 
 from anyflow_cli.errors import AnyflowError
-from anyflow_cli.recipe.schema import Model
+from anyflow_cli.recipe.schema import ModelSection
 from anyflow_cli.sample import latency_budget
-from anyflow_cli.sample.latency_budget import MOST_STEPS, Cost, measured, steps_within
-from anyflow_cli.sample.sampler import Latency, Sampler
+from anyflow_cli.sample.latency_budget import MOST_STEPS, SamplingCost, measure_cost, steps_within
+from anyflow_cli.sample.sampler import Latency, VideoSampler
 
 
 class Slow:
@@ -26,7 +26,7 @@ class Slow:
         self.asked: list[int] = []
         self.decoded = 0
         self.latency = Latency(0.0, 0.0)
-        self.model = Model()
+        self.model = ModelSection()
 
     def latents(self, prompts: Sequence[str], seeds: Sequence[int], nfe: int) -> Iterator[Any]:
         self.latency = Latency(0.25 + 0.25 * nfe + (9.0 if len(self.asked) in (0, 3) else 0.0), 0.0)
@@ -61,12 +61,12 @@ def _no_real_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(latency_budget, "write_mp4", write)
 
 
-def slow() -> Sampler:
-    return cast("Sampler", Slow())
+def slow() -> VideoSampler:
+    return cast("VideoSampler", Slow())
 
 
 def test_what_slows_single_videos_does_not_count() -> None:
-    assert measured(slow(), "a circle") == Cost(0.25, 1.0)
+    assert measure_cost(slow(), "a circle") == SamplingCost(0.25, 1.0)
 
 
 @pytest.mark.parametrize(("seconds", "steps"), [(1.25, 1), (1.49, 1), (1.5, 2), (3.0, 8), (1000, MOST_STEPS)])

@@ -21,18 +21,18 @@ from anyflow_cli.flow.samplers import SAMPLERS, flow_map_euler
 from anyflow_cli.flow.times import grid
 from anyflow_cli.flow.velocity import Velocity
 from anyflow_cli.model.causal import causal_from
-from anyflow_cli.model.chunk_sampling import rollout
+from anyflow_cli.model.chunk_sampling import sample_chunks
 from anyflow_cli.model.conditioned import Conditioned
-from anyflow_cli.model.config import Causal
+from anyflow_cli.model.config import CausalConfig
 from anyflow_cli.model.kv_cache import KeyCache
 from anyflow_cli.model.network import two_time_from
 from anyflow_cli.model.pipeline_io import load_network, save_pipeline
-from anyflow_cli.recipe.schema import Model, Recipe
-from anyflow_cli.recipe.schema import Sample as SampleSection
-from anyflow_cli.runs.open import Choice, find_model, open_model
+from anyflow_cli.recipe.schema import ModelSection, Recipe
+from anyflow_cli.recipe.schema import SampleSection as SampleSection
+from anyflow_cli.runs.open import ModelChoice, find_model, open_model
 from anyflow_cli.runs.paths import RunPaths
-from anyflow_cli.sample.output import Request, file_name, make_directory, write_samples
-from anyflow_cli.sample.sampler import Later, Sampler
+from anyflow_cli.sample.output import SampleRequest, file_name, make_directory, write_samples
+from anyflow_cli.sample.sampler import PromptSwitch, VideoSampler
 from tests.tiny_pipeline import make_wan_folder
 
 SHAPE = (2, 8, 4, 6)  # latents of 5 frames of 32x48
@@ -50,7 +50,7 @@ def recipe_for(folder: Path, **changes: object) -> Recipe:
     }
     return Recipe(
         name="test",
-        model=Model.model_validate({"teacher": str(folder)} | model | changes),
+        model=ModelSection.model_validate({"teacher": str(folder)} | model | changes),
         sample=SampleSection(teacher_guidance=4.0),
     )
 
@@ -71,8 +71,8 @@ def any_step(wan: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def sampler(any_step: Path, wan: Path) -> Sampler:
-    return Sampler.load(str(any_step), recipe_for(wan))
+def sampler(any_step: Path, wan: Path) -> VideoSampler:
+    return VideoSampler.load(str(any_step), recipe_for(wan))
 
 
 def largest_difference(a: list[Pixels], b: list[Pixels]) -> int:
@@ -83,7 +83,9 @@ def largest_difference(a: list[Pixels], b: list[Pixels]) -> int:
 
 
 @pytest.mark.parametrize("nfe", [1, 3])
-def test_an_any_step_folder_gives_the_videos_of_diffusers(sampler: Sampler, any_step: Path, nfe: int) -> None:
+def test_an_any_step_folder_gives_the_videos_of_diffusers(
+    sampler: VideoSampler, any_step: Path, nfe: int
+) -> None:
     from diffusers import AnyFlowPipeline
 
     pipeline = AnyFlowPipeline.from_pretrained(any_step)
@@ -108,7 +110,7 @@ def test_a_plain_wan_folder_is_a_teacher_and_gives_the_videos_of_diffusers(wan: 
         guidance_scale=4.0, latents=noise(7, SHAPE)[None].transpose(1, 2), max_sequence_length=16,
         output_type="np",
     ).frames  # fmt: skip
-    teacher = Sampler.load(str(wan), recipe_for(wan))
+    teacher = VideoSampler.load(str(wan), recipe_for(wan))
     assert teacher.is_teacher
     ours = np.stack(list(teacher.videos(PROMPTS[:1], [7], 3)))
     assert np.abs(ours / 255 - theirs).max() < 1 / 255
@@ -126,7 +128,7 @@ def _our_grid(scheduler: object) -> Callable[..., None]:
 
 @pytest.mark.parametrize("method", ["flow-map", "euler", "consistency"])
 def test_a_video_depends_on_its_seed_and_not_on_its_batch(any_step: Path, wan: Path, method: str) -> None:
-    sampler = Sampler.load(str(any_step), recipe_for(wan), method=method)  # type: ignore[arg-type]
+    sampler = VideoSampler.load(str(any_step), recipe_for(wan), method=method)  # type: ignore[arg-type]
     seeds = [3, 4, 5, 6]
     alone = [next(sampler.videos([p], [s], 2)) for p, s in zip(PROMPTS, seeds, strict=True)]
     for batch in (3, 4):
@@ -136,14 +138,16 @@ def test_a_video_depends_on_its_seed_and_not_on_its_batch(any_step: Path, wan: P
 
 def test_the_three_samplers_differ(any_step: Path, wan: Path) -> None:
     videos = {
-        method: next(Sampler.load(str(any_step), recipe_for(wan), method=method).videos(PROMPTS[:1], [0], 3))
+        method: next(
+            VideoSampler.load(str(any_step), recipe_for(wan), method=method).videos(PROMPTS[:1], [0], 3)
+        )
         for method in ("flow-map", "euler", "consistency")
     }
     for a, b in (("flow-map", "euler"), ("flow-map", "consistency"), ("euler", "consistency")):
         assert largest_difference([videos[a]], [videos[b]]) > 1
 
 
-def test_consistency_noise_is_not_the_starting_noise_again(sampler: Sampler) -> None:
+def test_consistency_noise_is_not_the_starting_noise_again(sampler: VideoSampler) -> None:
     stream = sampler._stream(5)
     assert not torch.equal(torch.randn(SHAPE, generator=stream), noise(5, SHAPE))
 
@@ -151,11 +155,11 @@ def test_consistency_noise_is_not_the_starting_noise_again(sampler: Sampler) -> 
 def test_guidance_changes_a_teachers_video(wan: Path) -> None:
     recipe = recipe_for(wan)
     strong = recipe.model_copy(update={"sample": SampleSection(teacher_guidance=8.0)})
-    videos = [next(Sampler.load(str(wan), r).videos(PROMPTS[:1], [0], 2)) for r in (recipe, strong)]
+    videos = [next(VideoSampler.load(str(wan), r).videos(PROMPTS[:1], [0], 2)) for r in (recipe, strong)]
     assert largest_difference(videos[:1], videos[1:]) > 1
 
 
-def test_videos_have_the_recipes_shape_and_latency_is_recorded(sampler: Sampler) -> None:
+def test_videos_have_the_recipes_shape_and_latency_is_recorded(sampler: VideoSampler) -> None:
     videos = list(sampler.videos(PROMPTS[:2], [0, 1], 2, batch=2))
     assert [video.shape for video in videos] == [(5, 32, 48, 3)] * 2
     assert videos[0].dtype == np.uint8
@@ -191,12 +195,12 @@ def test_a_bare_transformer_borrows_the_teachers_encoders(any_step: Path, wan: P
 
 def test_an_any_step_model_is_no_teacher(any_step: Path, wan: Path) -> None:
     with pytest.raises(UsageError, match="not a teacher"):
-        Sampler.load(str(any_step), recipe_for(wan), teacher=True)
+        VideoSampler.load(str(any_step), recipe_for(wan), teacher=True)
 
 
 def test_the_flow_map_sampler_refuses_a_single_time(wan: Path) -> None:
     with pytest.raises(UsageError, match="single time"):
-        Sampler.load(str(wan), recipe_for(wan), method="flow-map")
+        VideoSampler.load(str(wan), recipe_for(wan), method="flow-map")
 
 
 @pytest.mark.parametrize(
@@ -216,7 +220,7 @@ def test_a_network_of_another_architecture_is_refused(
     shutil.rmtree(folder / "transformer")
     wan_transformer(**change).save_pretrained(folder / "transformer")
     with pytest.raises(UsageError, match=message):
-        Sampler.load(str(folder), recipe_for(wan))
+        VideoSampler.load(str(folder), recipe_for(wan))
 
 
 # --- causal models
@@ -225,12 +229,12 @@ def test_a_network_of_another_architecture_is_refused(
 @pytest.fixture(scope="module")
 def causal(wan: Path) -> Path:
     """A causal folder of random weights: chunks of 1, 2 and 1 latent frames, two of them in full."""
-    network = causal_from(two_time_from(load_network(wan)), Causal(full_chunks=2, partition=(1, 2, 1)))
+    network = causal_from(two_time_from(load_network(wan)), CausalConfig(full_chunks=2, partition=(1, 2, 1)))
     return save_pipeline(wan.parent / "causal", network, wan, {}, shift=3.0)
 
 
-def causal_sampler(causal: Path) -> Sampler:
-    return Sampler.load(str(causal), recipe_for(causal, frames=13, height=64, width=64))
+def causal_sampler(causal: Path) -> VideoSampler:
+    return VideoSampler.load(str(causal), recipe_for(causal, frames=13, height=64, width=64))
 
 
 def test_a_causal_model_is_sampled_chunk_by_chunk_whatever_its_batch(causal: Path) -> None:
@@ -242,7 +246,7 @@ def test_a_causal_model_is_sampled_chunk_by_chunk_whatever_its_batch(causal: Pat
     latents = next(sampler.latents(PROMPTS[:1], seeds[:1], 2))
     model = Conditioned(sampler._network, sampler._text(PROMPTS[:1]))
     times = grid(2, 3.0)
-    chunks = rollout(model, noise(3, sampler.shape)[None], (1, 2, 1), flow_map_euler, [times])
+    chunks = sample_chunks(model, noise(3, sampler.shape)[None], (1, 2, 1), flow_map_euler, [times])
     torch.testing.assert_close(latents, torch.cat(list(chunks), dim=1), rtol=0, atol=0)
 
 
@@ -307,7 +311,7 @@ def test_a_later_prompt_takes_over_from_its_frame_on(causal: Path) -> None:
     videos = []
     for prompt in (PROMPTS[0], PROMPTS[1]):
         sampler = causal_sampler(causal)
-        sampler.begin(then=[Later(5, prompt)])
+        sampler.begin(then=[PromptSwitch(5, prompt)])
         videos.append(next(sampler.latents(PROMPTS[:1], [1], 2)))
     torch.testing.assert_close(videos[0][:, :2], videos[1][:, :2], rtol=0, atol=0)
     assert ((videos[0] - videos[1])[:, 2:].abs().amax((0, 2, 3, 4)) > 1e-3).all()
@@ -325,20 +329,20 @@ def test_beyond_the_trained_length_the_window_slides_in_the_memory_of_that_lengt
 
     monkeypatch.setattr("anyflow_cli.model.chunk_sampling.KeyCache", watched)
     for frames in (33, 65):
-        sampler = Sampler.load(str(causal), recipe_for(causal, frames=frames, height=64, width=64))
+        sampler = VideoSampler.load(str(causal), recipe_for(causal, frames=frames, height=64, width=64))
         assert next(sampler.latents(PROMPTS[:1], [1], 1)).isfinite().all()
     assert [chunk.frames for chunk in caches[0].chunks] == [1, 2, 2, 2, 2]
     assert caches[0].bytes == caches[1].bytes
 
 
-def test_what_cannot_begin_a_video_is_said(causal: Path, sampler: Sampler) -> None:
+def test_what_cannot_begin_a_video_is_said(causal: Path, sampler: VideoSampler) -> None:
     frames = np.zeros((13, 64, 64, 3), np.uint8)
     with pytest.raises(UsageError, match="13 given frames leave nothing to sample"):
         causal_sampler(causal).begin(frames)
     with pytest.raises(UsageError, match="bidirectional"):
         sampler.begin(frames)
     with pytest.raises(UsageError, match="bidirectional"):
-        sampler.begin(then=[Later(1, "a circle")])
+        sampler.begin(then=[PromptSwitch(1, "a circle")])
     with pytest.raises(UsageError, match="bidirectional"):
         next(sampler.latents(PROMPTS[:1], [1], (2, 1)))
     with pytest.raises(UsageError, match="bidirectional"):
@@ -348,9 +352,9 @@ def test_what_cannot_begin_a_video_is_said(causal: Path, sampler: Sampler) -> No
 def test_another_shift_than_the_models_own_is_said(
     wan: Path, any_step: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    Sampler.load(str(any_step), recipe_for(wan))
+    VideoSampler.load(str(any_step), recipe_for(wan))
     assert not caplog.messages
-    Sampler.load(str(any_step), recipe_for(wan, shift=5.0))
+    VideoSampler.load(str(any_step), recipe_for(wan, shift=5.0))
     assert "made for shift 3 and is sampled at the recipe's 5" in caplog.text
 
 
@@ -360,7 +364,7 @@ def test_weights_that_do_not_fit_their_config_are_refused(wan: Path, tmp_path: P
     file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
     save_file({name: w for name, w in load_file(file).items() if "proj_out" not in name}, file)
     with pytest.raises(UsageError, match="lack proj_out"):
-        Sampler.load(str(folder), recipe_for(wan))
+        VideoSampler.load(str(folder), recipe_for(wan))
 
 
 # --- files
@@ -384,29 +388,33 @@ def test_prompts_that_share_their_letters_get_names_of_their_own() -> None:
     assert file_name(0, "a b", 0, "1") != file_name(0, "a-b", 0, "1")
 
 
-def test_everything_is_written_and_the_record_repeats_it(sampler: Sampler, wan: Path, tmp_path: Path) -> None:
-    request = Request([PROMPTS[0], "[red]../x"], [4, 5], [1, 3])
+def test_everything_is_written_and_the_record_repeats_it(
+    sampler: VideoSampler, wan: Path, tmp_path: Path
+) -> None:
+    request = SampleRequest([PROMPTS[0], "[red]../x"], [4, 5], [1, 3])
     seen: list[int] = []
-    record = write_samples(sampler, request, tmp_path, recipe_for(wan), Choice("any", "why"), seen.append)
+    record = write_samples(
+        sampler, request, tmp_path, recipe_for(wan), ModelChoice("any", "why"), seen.append
+    )
     assert seen == list(range(1, 9))
     assert json.loads((tmp_path / "samples.json").read_text()) == record
     assert {path.name for path in tmp_path.iterdir()} == {
         "samples.json", "sheet.png", *(entry["file"] for entry in record["samples"]),
     }  # fmt: skip
     assert record["model"] == {"address": "any", "why": "why", "lineage": {"recipe": "test"}}
-    again = Recipe(name="again", model=Model.model_validate(record["settings"]))
+    again = Recipe(name="again", model=ModelSection.model_validate(record["settings"]))
     entry = record["samples"][-1]
-    repeated = Sampler.load(str(wan.parent / "any-step"), again, method=record["sampler"])
+    repeated = VideoSampler.load(str(wan.parent / "any-step"), again, method=record["sampler"])
     first = next(sampler.videos([entry["prompt"]], [entry["seed"]], entry["nfe"]))
     second = next(repeated.videos([entry["prompt"]], [entry["seed"]], entry["nfe"]))
     assert np.array_equal(first, second)
 
 
-def test_a_written_video_plays_back_as_sampled(sampler: Sampler, wan: Path, tmp_path: Path) -> None:
+def test_a_written_video_plays_back_as_sampled(sampler: VideoSampler, wan: Path, tmp_path: Path) -> None:
     from anyflow_cli.data.video import ClipFormat, read_clip
 
     record = write_samples(
-        sampler, Request(PROMPTS[:1], [4], [2]), tmp_path, recipe_for(wan), Choice("any", "")
+        sampler, SampleRequest(PROMPTS[:1], [4], [2]), tmp_path, recipe_for(wan), ModelChoice("any", "")
     )
     video = next(sampler.videos(PROMPTS[:1], [4], 2))
     stored = read_clip(tmp_path / record["samples"][0]["file"], ClipFormat(5, 16, 32, 48)).pixels

@@ -10,7 +10,7 @@ from types import ModuleType
 import pytest
 from PIL import Image
 
-from anyflow_cli.evaluate.per_chunk import Along
+from anyflow_cli.evaluate.per_chunk import ChunkCurves
 from tests.scripts.script import load
 
 
@@ -40,10 +40,10 @@ def test_quality_along_the_chunks_has_a_curve_an_evaluation_and_step_count_and_t
     figures: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sides = [f"{name}={finished(tmp_path / name, teacher=True)}" for name in ("before", "after")]
-    seen: dict[str, Along] = {}
+    seen: dict[str, ChunkCurves] = {}
     colours_used: list[int] = []
 
-    def draw(curves: dict[str, Along], colours: int) -> bytes:
+    def draw(curves: dict[str, ChunkCurves], colours: int) -> bytes:
         seen.update(curves)
         colours_used.append(colours)
         return b""
@@ -53,7 +53,7 @@ def test_quality_along_the_chunks_has_a_curve_an_evaluation_and_step_count_and_t
     steps = [f"{name}, {n} steps" for n in (4, 32) for name in ("before", "after")]
     assert list(seen) == [*steps, "teacher"]
     assert colours_used == [2]  # curves of one evaluation share theirs
-    assert seen["teacher"] == Along((1, 2), {"quality": [90.0, 80.0]}, {})  # type: ignore[dict-item]
+    assert seen["teacher"] == ChunkCurves((1, 2), {"quality": [90.0, 80.0]}, {})  # type: ignore[dict-item]
 
 
 def test_a_streamed_sampling_is_drawn(

@@ -20,10 +20,10 @@ from pathlib import Path
 import torch
 
 import anyflow_cli.synthesize.run as synthesis
-from anyflow_cli.data.shards import MANIFEST, Rejection, Sample
+from anyflow_cli.data.shards import MANIFEST, LatentSample, Rejection
 from anyflow_cli.flow.noise import noise
-from anyflow_cli.recipe.schema import Data, Model, Recipe, Synthesize
-from anyflow_cli.synthesize.job import Job, prepare
+from anyflow_cli.recipe.schema import DataSection, ModelSection, Recipe, SynthesizeSection
+from anyflow_cli.synthesize.job import SynthesisJob, prepare_synthesis
 
 SHARDS, SIZE = 160, 4
 SHAPE = (9, 8, 8, 8)
@@ -38,19 +38,23 @@ class Quick:
     def __init__(self, log: Path) -> None:
         self.log = log
 
-    def results(self, indices: range) -> Iterator[Sample | Rejection]:
+    def results(self, indices: range) -> Iterator[LatentSample | Rejection]:
         with self.log.open("a") as log:
             log.write(f"{indices.start // SIZE}\n")
         for index in indices:
             time.sleep(SECONDS)
-            yield Sample(index, f"caption {index}", noise(index, SHAPE), torch.ones(3, 8), {"seed": index})
+            yield LatentSample(
+                index, f"caption {index}", noise(index, SHAPE), torch.ones(3, 8), {"seed": index}
+            )
 
 
-def job_of(directory: Path) -> Job:
+def job_of(directory: Path) -> SynthesisJob:
     """The same job for all."""
-    model = Model(teacher="tiny", precision="fp32")  # which nobody loads
-    made = Synthesize(count=SHARDS * SIZE - 2, shard_size=SIZE)
-    return prepare(Recipe(name="t", model=model, data=Data(), synthesize=made), directory / "data")
+    model = ModelSection(teacher="tiny", precision="fp32")  # which nobody loads
+    made = SynthesizeSection(count=SHARDS * SIZE - 2, shard_size=SIZE)
+    return prepare_synthesis(
+        Recipe(name="t", model=model, data=DataSection(), synthesize=made), directory / "data"
+    )
 
 
 def start(directory: Path, rank: int, ranks: int) -> int:
@@ -61,7 +65,7 @@ def start(directory: Path, rank: int, ranks: int) -> int:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks)}
     synthesis._source = lambda job: Quick(directory / "begun.txt")
     try:
-        synthesis.synthesize(job_of(directory))
+        synthesis.run_synthesis(job_of(directory))
         os._exit(0)
     finally:
         os._exit(1)

@@ -8,8 +8,8 @@ import pytest
 from anyflow_cli.data.shapes_world import WORLDS
 from anyflow_cli.data.shards import PROVENANCE
 from anyflow_cli.errors import UsageError
-from anyflow_cli.recipe.schema import Data, Model, Recipe, Synthesize
-from anyflow_cli.synthesize.job import Job, prepare
+from anyflow_cli.recipe.schema import DataSection, ModelSection, Recipe, SynthesizeSection
+from anyflow_cli.synthesize.job import SynthesisJob, prepare_synthesis
 from anyflow_cli.utils.files import write_json
 
 
@@ -19,16 +19,17 @@ def teacher(tmp_path: Path) -> Path:
     return tmp_path / "wan"
 
 
-def job_of(teacher: Path, out: str = "out", **changes: Any) -> Job:
+def job_of(teacher: Path, out: str = "out", **changes: Any) -> SynthesisJob:
     prompts = changes.pop("prompts", None)
-    model = Model(teacher=str(teacher), precision="fp32", shift=changes.pop("shift", 5.0))
-    made = Synthesize(**{"count": 5, "shard_size": 2, **changes})
-    return prepare(
-        Recipe(name="t", model=model, data=Data(prompts=prompts), synthesize=made), teacher.parent / out
+    model = ModelSection(teacher=str(teacher), precision="fp32", shift=changes.pop("shift", 5.0))
+    made = SynthesizeSection(**{"count": 5, "shard_size": 2, **changes})
+    return prepare_synthesis(
+        Recipe(name="t", model=model, data=DataSection(prompts=prompts), synthesize=made),
+        teacher.parent / out,
     )
 
 
-def begun(teacher: Path, **changes: Any) -> Job:
+def begun(teacher: Path, **changes: Any) -> SynthesisJob:
     job = job_of(teacher, **changes)
     write_json(job.out / PROVENANCE, job.provenance)
     return job

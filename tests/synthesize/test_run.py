@@ -29,9 +29,9 @@ from anyflow_cli.flow.times import grid
 from anyflow_cli.model.encoders import TextEncoder, VideoVAE
 from anyflow_cli.model.network import two_time_from
 from anyflow_cli.model.pipeline_io import load_network, save_pipeline
-from anyflow_cli.recipe.schema import Data, Model, Recipe, Synthesize
-from anyflow_cli.synthesize.job import prepare
-from anyflow_cli.synthesize.run import Report, seed_of, synthesize
+from anyflow_cli.recipe.schema import DataSection, ModelSection, Recipe, SynthesizeSection
+from anyflow_cli.synthesize.job import prepare_synthesis
+from anyflow_cli.synthesize.run import SynthesisReport, run_synthesis, seed_of
 from tests.tiny_pipeline import make_wan_folder
 
 TOKENS = 16
@@ -44,12 +44,14 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def recipe_of(teacher: Path, **changes: Any) -> Recipe:
-    model = Model(
+    model = ModelSection(
         teacher=str(teacher), height=32, width=32, frames=9, max_text_tokens=TOKENS, precision="fp32",
         shift=SHIFT, negative_prompt="a gray background",
     )  # fmt: skip
     made = {"count": 5, "steps": STEPS, "guidance": GUIDANCE, "batch": 2, "shard_size": 2, "seed": 10}
-    return Recipe(name="t", model=model, data=Data(), synthesize=Synthesize(**{**made, **changes}))
+    return Recipe(
+        name="t", model=model, data=DataSection(), synthesize=SynthesizeSection(**{**made, **changes})
+    )
 
 
 def contents(directory: Path) -> dict[str, bytes]:
@@ -59,7 +61,7 @@ def contents(directory: Path) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def undisturbed(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("undisturbed") / "data"
-    synthesize(prepare(recipe_of(teacher), out))
+    run_synthesis(prepare_synthesis(recipe_of(teacher), out))
     return out
 
 
@@ -86,8 +88,8 @@ def test_samples_are_the_guided_ode_from_their_own_seed(teacher: Path, undisturb
 
 def test_the_report_and_the_manifest(teacher: Path, tmp_path: Path) -> None:
     told: list[int] = []
-    report = synthesize(prepare(recipe_of(teacher, previews=True), tmp_path / "d"), told.append)
-    assert report == Report(tmp_path / "d", 5, 5, 3, 3, True, ())
+    report = run_synthesis(prepare_synthesis(recipe_of(teacher, previews=True), tmp_path / "d"), told.append)
+    assert report == SynthesisReport(tmp_path / "d", 5, 5, 3, 3, True, ())
     assert told[-1] == 5
     assert told == sorted(told)
     assert verify(tmp_path / "d").problems == ()
@@ -100,7 +102,7 @@ def test_the_report_and_the_manifest(teacher: Path, tmp_path: Path) -> None:
 def test_bf16_is_stored_as_such_and_stays_close(teacher: Path, undisturbed: Path, tmp_path: Path) -> None:
     recipe = recipe_of(teacher, count=2)
     model = recipe.model.model_copy(update={"precision": "bf16"})
-    synthesize(prepare(recipe.model_copy(update={"model": model}), tmp_path / "d"))
+    run_synthesis(prepare_synthesis(recipe.model_copy(update={"model": model}), tmp_path / "d"))
     half, full = LatentData(tmp_path / "d", TOKENS), LatentData(undisturbed, TOKENS)
     for position in (0, 1):
         x, expected = half.sample(position).latents, full.sample(position).latents
@@ -114,7 +116,7 @@ def test_captions_that_are_cut_are_said_once(
 ) -> None:
     recipe = recipe_of(teacher, count=3)
     model = recipe.model.model_copy(update={"max_text_tokens": 4})
-    synthesize(prepare(recipe.model_copy(update={"model": model}), tmp_path / "d"))
+    run_synthesis(prepare_synthesis(recipe.model_copy(update={"model": model}), tmp_path / "d"))
     assert caplog.text.count("model.max_text_tokens (4)") == 1
     assert LatentData(tmp_path / "d", 4).batch([0, 1, 2]).text.shape == (3, 4, 32)
 
@@ -124,7 +126,7 @@ def test_a_second_start_makes_nothing(
 ) -> None:
     monkeypatch.setattr(synthesis, "_source", lambda job: pytest.fail("a model was loaded"))
     before = contents(undisturbed)
-    report = synthesize(prepare(recipe_of(teacher), undisturbed))
+    report = run_synthesis(prepare_synthesis(recipe_of(teacher), undisturbed))
     assert (report.made, report.complete, report.samples) == (0, True, 5)
     assert contents(undisturbed) == before
 
@@ -138,7 +140,7 @@ def test_only_a_missing_shard_is_made_again_and_to_the_same_bytes(
         (out / name).write_bytes(content)
     (out / "00001.tar").unlink()
     kept = (out / "00000.tar").stat().st_mtime_ns
-    assert synthesize(prepare(recipe_of(teacher, batch=2), out)).made == 1
+    assert run_synthesis(prepare_synthesis(recipe_of(teacher, batch=2), out)).made == 1
     assert (out / "00000.tar").stat().st_mtime_ns == kept
     assert contents(out) == contents(undisturbed)
 
@@ -167,7 +169,7 @@ def test_a_kill_in_the_middle_changes_no_byte(teacher: Path, undisturbed: Path, 
     assert "00000.tar" in names
     assert "00001.tar" not in names
     assert any(name.startswith(".00001") for name in names), "it was to be killed while a shard was open"
-    report = synthesize(prepare(recipe_of(teacher), out))
+    report = run_synthesis(prepare_synthesis(recipe_of(teacher), out))
     assert report.made == 2
     assert contents(out) == contents(undisturbed)
 
@@ -194,12 +196,12 @@ def test_ranks_share_the_work_by_shard(
         assert other.stdout is not None
         assert other.stdout.readline() == "claimed\n"
         monkeypatch.setenv("WORLD_SIZE", "2")
-        report = synthesize(prepare(recipe_of(teacher), out))
+        report = run_synthesis(prepare_synthesis(recipe_of(teacher), out))
         assert (report.made, report.complete) == (2, False)
         assert not (out / "00001.tar").exists()
         assert not (out / "manifest.json").exists()
         other.kill()
-    report = synthesize(prepare(recipe_of(teacher), out))
+    report = run_synthesis(prepare_synthesis(recipe_of(teacher), out))
     assert (report.made, report.complete) == (1, True)
     assert contents(out) == contents(undisturbed)
 
@@ -208,7 +210,7 @@ def test_each_rank_begins_with_shards_of_its_own(
     teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    job = prepare(recipe_of(teacher), tmp_path / "d")
+    job = prepare_synthesis(recipe_of(teacher), tmp_path / "d")
     for rank, order in (("0", [0, 2, 1]), ("1", [1, 0, 2])):
         monkeypatch.setenv("RANK", rank)
         assert job.missing() == order
@@ -221,7 +223,7 @@ def test_a_lost_index_is_written_again_without_the_models(
     shutil.copytree(undisturbed, out)
     (out / "00001.npy").unlink()
     monkeypatch.setattr(synthesis, "_source", lambda job: pytest.fail("a model was loaded"))
-    assert synthesize(prepare(recipe_of(teacher), out)).made == 0
+    assert run_synthesis(prepare_synthesis(recipe_of(teacher), out)).made == 0
     assert contents(out) == contents(undisturbed)
 
 
@@ -247,7 +249,7 @@ def test_a_rejected_video_is_made_from_the_next_seed_of_its_index(
     lost = {seed_of(10, 2, attempt): "frozen" for attempt in range(3)}
     rejecting({11: "black", **lost}, monkeypatch)
     with caplog.at_level(logging.WARNING):
-        report = synthesize(prepare(recipe_of(teacher), tmp_path / "d"))
+        report = run_synthesis(prepare_synthesis(recipe_of(teacher), tmp_path / "d"))
     assert (report.samples, report.wanted, report.complete) == (4, 5, True)
     assert report.reasons == {"black": 1, "frozen": 3}
     assert report.rejected[0] == Rejection(1, "seed 11", "black")
@@ -272,7 +274,7 @@ def test_a_shard_in_which_nothing_passes_ends_with_the_reasons(
 ) -> None:
     monkeypatch.setattr(synthesis, "defect", lambda latents, video: "black")
     with pytest.raises(AnyflowError, match=r"videos 0 to 1 passed the checks \(6 black\)"):
-        synthesize(prepare(recipe_of(teacher), tmp_path / "d"))
+        run_synthesis(prepare_synthesis(recipe_of(teacher), tmp_path / "d"))
     assert not list((tmp_path / "d").glob("*.tar"))
 
 
@@ -285,7 +287,7 @@ def test_a_truncated_shard_is_named_and_not_overwritten(
         (out / name).write_bytes(content[:-100] if name == "00001.tar" else content)
     before = contents(out)
     with pytest.raises(UsageError, match=r"00001\.tar has") as error:
-        synthesize(prepare(recipe_of(teacher), out))
+        run_synthesis(prepare_synthesis(recipe_of(teacher), out))
     assert error.value.hint is not None
     assert "--verify" in error.value.hint
     assert contents(out) == before
@@ -294,7 +296,7 @@ def test_a_truncated_shard_is_named_and_not_overwritten(
 def test_an_any_step_model_is_no_teacher(teacher: Path, tmp_path: Path) -> None:
     folder = save_pipeline(tmp_path / "anyflow", two_time_from(load_network(teacher)), teacher, {})
     with pytest.raises(UsageError, match="not a teacher"):
-        synthesize(prepare(recipe_of(folder), tmp_path / "d"))
+        run_synthesis(prepare_synthesis(recipe_of(folder), tmp_path / "d"))
 
 
 @pytest.mark.parametrize(("frames", "height", "said"), [(10, 32, "10 frames"), (9, 36, "36x32")])
@@ -306,7 +308,7 @@ def test_shapes_the_vae_cannot_take_are_refused_before_sampling(
         update={"model": recipe.model.model_copy(update={"frames": frames, "height": height})}
     )
     with pytest.raises(UsageError, match=said):
-        synthesize(prepare(recipe, tmp_path / "d"))
+        run_synthesis(prepare_synthesis(recipe, tmp_path / "d"))
     assert not list((tmp_path / "d").glob("*.tar"))
 
 
@@ -332,7 +334,7 @@ def test_real_clips_are_encoded_resampled_or_named(
     teacher: Path, videos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO):
-        report = synthesize(prepare(recipe_of(teacher), tmp_path / "d", videos))
+        report = run_synthesis(prepare_synthesis(recipe_of(teacher), tmp_path / "d", videos))
     assert (report.samples, report.wanted, report.complete) == (3, 7, True)
     reasons = {entry.what.removeprefix("clip "): entry.reason for entry in report.rejected}
     assert set(reasons) == {"c short.mp4", "d still.mp4", "e broken.mp4", "f no caption.mp4"}
@@ -355,7 +357,7 @@ def test_real_clips_are_encoded_resampled_or_named(
 def test_latents_of_a_clip_are_the_vaes(teacher: Path, videos: Path, tmp_path: Path) -> None:
     from anyflow_cli.data.video import ClipFormat, read_clip
 
-    synthesize(prepare(recipe_of(teacher), tmp_path / "d", videos))
+    run_synthesis(prepare_synthesis(recipe_of(teacher), tmp_path / "d", videos))
     sample = LatentData(tmp_path / "d", TOKENS).sample(0)
     pixels = read_clip(videos / "a good.mp4", ClipFormat(9, 16, 32, 32)).pixels
     expected = VideoVAE.load(teacher).encode(from_pixels(pixels)[None])[0]
@@ -364,4 +366,4 @@ def test_latents_of_a_clip_are_the_vaes(teacher: Path, videos: Path, tmp_path: P
 
 def test_clips_and_teacher_do_not_share_a_directory(teacher: Path, videos: Path, undisturbed: Path) -> None:
     with pytest.raises(UsageError, match="differs in kind"):
-        prepare(recipe_of(teacher), undisturbed, videos)
+        prepare_synthesis(recipe_of(teacher), undisturbed, videos)

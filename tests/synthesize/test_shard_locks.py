@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from anyflow_cli.synthesize.shard_locks import Claims
+from anyflow_cli.synthesize.shard_locks import ShardLocks
 
 
 def test_one_process_claims_a_shard_until_it_ends(tmp_path: Path) -> None:
-    with Claims(tmp_path, 0, 2) as claims, claims.shard(3) as mine:
+    with ShardLocks(tmp_path, 0, 2) as claims, claims.shard(3) as mine:
         assert mine
         assert in_another_process(tmp_path, 3) == (False, True)
     assert in_another_process(tmp_path, 3) == (True, True)
@@ -22,7 +22,7 @@ def in_another_process(directory: Path, number: int) -> tuple[bool, bool]:
     child = os.fork()
     if child == 0:
         with (
-            Claims(directory, 1, 2) as claims,
+            ShardLocks(directory, 1, 2) as claims,
             claims.shard(number) as this,
             claims.shard(number + 1) as following,
         ):
@@ -39,7 +39,7 @@ def test_without_locks_shards_are_divided_by_rank(
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(fcntl, "lockf", refuse)
-    with Claims(tmp_path, 1, 3) as claims:
+    with ShardLocks(tmp_path, 1, 3) as claims:
         mine = []
         for number in range(6):
             with claims.shard(number) as is_mine:

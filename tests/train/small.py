@@ -14,7 +14,7 @@ from torch import Tensor
 from anyflow_cli.data.dataset import Batch
 from anyflow_cli.model.backbone import Backbone, LoraSize, Role
 from anyflow_cli.model.causal import causal_from
-from anyflow_cli.model.config import Causal, NetworkConfig
+from anyflow_cli.model.config import CausalConfig, NetworkConfig
 from anyflow_cli.model.network import FlowMapTransformer, two_time_from
 from anyflow_cli.recipe import schema
 from anyflow_cli.runs import checkpoint
@@ -26,12 +26,12 @@ CONFIG = NetworkConfig(
 )
 LATENT = (3, 4, 4, 4)  # F, C, H, W
 NEGATIVE = torch.zeros(5, 8)
-OPTIMISER = schema.Optimiser(lr=1e-2, warmup=2)
+OPTIMISER = schema.OptimizerSection(lr=1e-2, warmup=2)
 Kind = Literal[
     "flow-map", "flow-matching", "consistency-ode", "on-policy",
     "causal-flow-map", "causal-consistency-ode", "causal-on-policy",
 ]  # fmt: skip
-CAUSAL = schema.Causal(partition=(1, 1, 1), full_chunks=2, bidirectional=0.4)
+CAUSAL = schema.CausalSection(partition=(1, 1, 1), full_chunks=2, bidirectional=0.4)
 
 
 class RandomData:
@@ -64,7 +64,7 @@ def backbone(kind: Kind, lora: bool = False, seed: int = 0) -> Backbone:
     size = LoraSize(4, 4) if lora else None
     student = network(seed, two_time=kind != "flow-matching")
     if kind.startswith("causal"):
-        student = causal_from(student, Causal.from_recipe(CAUSAL))
+        student = causal_from(student, CausalConfig.from_recipe(CAUSAL))
     return Backbone(student, roles, lora=size)
 
 
@@ -72,18 +72,18 @@ def objective(kind: Kind, roles: Backbone, **changes: Any) -> objectives.Objecti
     causal = CAUSAL if kind.startswith("causal") else None
     name = kind.removeprefix("causal-")
     if name == "on-policy":
-        settings = schema.Distill(optimiser=OPTIMISER, **changes)
+        settings = schema.DistillSection(optimiser=OPTIMISER, **changes)
         return objectives.on_policy(roles, NEGATIVE, settings, 5.0, causal)
-    flow_map = schema.FlowMap(**changes)
+    flow_map = schema.FlowMapSection(**changes)
     return objectives.stage_one(cast("Any", name), roles, NEGATIVE, flow_map, OPTIMISER, 5.0, causal)
 
 
-def training(**changes: Any) -> schema.Training:
+def training(**changes: Any) -> schema.TrainingSection:
     defaults: dict[str, Any] = {
-        "steps": 6, "batch": 4, "optimiser": OPTIMISER, "ema": schema.Ema(decay=0.9, start=3),
+        "steps": 6, "batch": 4, "optimiser": OPTIMISER, "ema": schema.EmaSection(decay=0.9, start=3),
         "checkpoint_every": 2, "log_every": 2, "preview_every": 0, "tensorboard": False,
     }  # fmt: skip
-    return schema.Training(**(defaults | changes))
+    return schema.TrainingSection(**(defaults | changes))
 
 
 def trainer(

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from anyflow_cli.data.shards import Sample, shard_path, write_manifest, write_negative, write_shard
+from anyflow_cli.data.shards import LatentSample, shard_path, write_manifest, write_negative, write_shard
 from anyflow_cli.recipe.schema import Recipe
 from anyflow_cli.runs.paths import RunPaths
 from tests.tiny_pipeline import CHANNELS, TEXT_DIM
@@ -27,7 +27,7 @@ def make_data(
     """Random latents, by default of 9 frames of 32 x 32 pixels."""
     generator = torch.Generator().manual_seed(seed)
     samples = [
-        Sample(
+        LatentSample(
             index, captions[index] if captions else f"clip {index}",
             torch.randn(shape[0], channels, *shape[1:], generator=generator),
             torch.randn(5, TEXT_DIM, generator=generator),

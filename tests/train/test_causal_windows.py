@@ -17,26 +17,26 @@ from anyflow_cli.data.dataset import Batch
 from anyflow_cli.flow import simulation
 from anyflow_cli.flow.losses import interpolate
 from anyflow_cli.flow.times import TimeRatios, loss_weight, sample_times
-from anyflow_cli.flow.velocity import Velocity, flow_map, full_time
+from anyflow_cli.flow.velocity import Velocity, batch_time, flow_map
 from anyflow_cli.model.backbone import Backbone, LoraSize
 from anyflow_cli.model.causal import TeacherForced, causal_from, split_after
-from anyflow_cli.model.config import Causal
+from anyflow_cli.model.config import CausalConfig
 from anyflow_cli.recipe import schema
-from anyflow_cli.train.causal_windows import TeacherForcing, View, Window, given_frames, roll_out
+from anyflow_cli.train.causal_windows import TeacherForcing, TrainingWindow, Window, given_frames, roll_out
 from anyflow_cli.train.objectives import FlowMapTerm, OnPolicyTerms
-from anyflow_cli.train.rng import Draws
+from anyflow_cli.train.rng import StepRng
 from tests.train import small
 from tests.train.small import CONFIG, NEGATIVE, trainer
 
-CAUSAL = schema.Causal(partition=(1, 2, 1, 2), full_chunks=2)
+CAUSAL = schema.CausalSection(partition=(1, 2, 1, 2), full_chunks=2)
 SHAPE = (6, 4, 4, 4)  # F, C, H, W
-PAPER = schema.Causal()
+PAPER = schema.CausalSection()
 SHIFT = 5.0
 
 
 def roles(*names: Any, lora: bool = False) -> Backbone:
     """A causal student, all of whose parts matter."""
-    network = causal_from(small.network(), Causal.from_recipe(CAUSAL))
+    network = causal_from(small.network(), CausalConfig.from_recipe(CAUSAL))
     draw = torch.Generator().manual_seed(3)
     for parameter in network.parameters():
         parameter.data += 0.05 * torch.randn(parameter.shape, generator=draw)
@@ -47,8 +47,8 @@ def videos(count: int = 2, seed: int = 0) -> Tensor:
     return torch.randn(count, *SHAPE, generator=torch.Generator().manual_seed(seed))
 
 
-def draws(step: int = 1, count: int = 2, **options: Any) -> Draws:
-    return Draws(0, step, count, tuple(range(count)), **options)
+def draws(step: int = 1, count: int = 2, **options: Any) -> StepRng:
+    return StepRng(0, step, count, tuple(range(count)), **options)
 
 
 def batch(count: int = 2, seed: int = 0) -> Batch:
@@ -72,7 +72,7 @@ def test_half_of_the_steps_see_chunks_in_full_alone_and_half_any_number() -> Non
 def test_a_step_has_one_window_on_every_process() -> None:
     view = TeacherForcing(PAPER, given=0.5)
     for step in range(20):
-        here, there = Draws(0, step, 4, (0, 2)), Draws(0, step, 4, (1, 3))
+        here, there = StepRng(0, step, 4, (0, 2)), StepRng(0, step, 4, (1, 3))
         assert view.window(here) == view.window(there)
 
 
@@ -90,9 +90,9 @@ def test_given_frames_are_seen_clean_and_the_rest_is_noised() -> None:
 
 
 def test_a_video_shorter_than_the_window_is_noised_whole() -> None:
-    short = schema.Causal(partition=(1, 2), full_chunks=3)
+    short = schema.CausalSection(partition=(1, 2), full_chunks=3)
     assert TeacherForcing(short).window(draws()) == Window((1, 2), 2)
-    assert given_frames(schema.Causal(partition=(3,)), 1.0, torch.Generator()) == 0
+    assert given_frames(schema.CausalSection(partition=(3,)), 1.0, torch.Generator()) == 0
 
 
 def test_each_chunk_has_times_of_its_own() -> None:
@@ -117,9 +117,9 @@ def test_times_of_a_sample_are_of_one_kind() -> None:
 # --- stage 1
 
 
-def direct_loss(backbone: Backbone, x: Tensor, text: Tensor, step: Draws, g: float, d: float) -> Tensor:
+def direct_loss(backbone: Backbone, x: Tensor, text: Tensor, step: StepRng, g: float, d: float) -> Tensor:
     """Alg. 1 under teacher forcing, sample by sample and call by call."""
-    settings = schema.FlowMap()
+    settings = schema.FlowMapSection()
     partition, noisy = TeacherForcing(CAUSAL).window(step)
     t, r = sample_times(
         step.count, SHIFT, TimeRatios(settings.boundary, settings.to_zero), step.generator("times"), noisy
@@ -157,7 +157,7 @@ def direct_loss(backbone: Backbone, x: Tensor, text: Tensor, step: Draws, g: flo
 @pytest.mark.parametrize("step", [1, 2, 3, 4, 5])
 def test_the_loss_is_alg_1_under_teacher_forcing(step: int) -> None:
     backbone, data = roles(), batch(4)
-    settings = schema.FlowMap(text_dropout=0.0)
+    settings = schema.FlowMapSection(text_dropout=0.0)
     term = FlowMapTerm(backbone, NEGATIVE, settings, SHIFT, TeacherForcing(CAUSAL))
     loss, report = term(data, draws(step, 4))
     expected = direct_loss(backbone, data.latents, data.text, draws(step, 4), 3.0, 0.005)
@@ -194,7 +194,7 @@ def test_a_later_chunk_never_changes_an_earlier_chunks_loss(
 
     monkeypatch.setattr(flow_objective, "flow_map_loss", noting)
     backbone, view = roles(), TeacherForcing(CAUSAL, given)
-    term = FlowMapTerm(backbone, NEGATIVE, schema.FlowMap(text_dropout=0.0), SHIFT, view)
+    term = FlowMapTerm(backbone, NEGATIVE, schema.FlowMapSection(text_dropout=0.0), SHIFT, view)
     for step in range(1, 5):
         seen = view(videos(), draws(step))
         for changed in range(SHAPE[0]):
@@ -209,7 +209,7 @@ def test_a_later_chunk_never_changes_an_earlier_chunks_loss(
                 assert not torch.equal(after[:, last:], before[:, last:])
 
 
-def _untouched(view: View, changed: int) -> int:
+def _untouched(view: TrainingWindow, changed: int) -> int:
     """How many noised frames belong to chunks before the one that frame ``changed`` of the video is in."""
     assert view.chunks is not None
     ends = [sum(view.chunks[: i + 1]) for i in range(len(view.chunks))]
@@ -230,18 +230,18 @@ def test_a_bidirectional_step_is_taken_now_and_then(tmp_path: Path) -> None:
 
 
 def policy(backbone: Backbone, **changes: Any) -> OnPolicyTerms:
-    return OnPolicyTerms(backbone, NEGATIVE, schema.Distill(**changes), SHIFT, CAUSAL)
+    return OnPolicyTerms(backbone, NEGATIVE, schema.DistillSection(**changes), SHIFT, CAUSAL)
 
 
 def test_every_chunk_is_made_by_three_jumps_over_the_clean_past() -> None:
     """Without a cache: each jump in one teacher-forcing pass over the chunks before it, all kept in full."""
-    causal = schema.Causal(partition=(1, 2, 1, 2), full_chunks=4)
-    network = causal_from(small.network(), Causal.from_recipe(causal))
+    causal = schema.CausalSection(partition=(1, 2, 1, 2), full_chunks=4)
+    network = causal_from(small.network(), CausalConfig.from_recipe(causal))
     backbone, data = Backbone(network), batch()
-    terms = OnPolicyTerms(backbone, NEGATIVE, schema.Distill(), SHIFT, causal)
+    terms = OnPolicyTerms(backbone, NEGATIVE, schema.DistillSection(), SHIFT, causal)
     for step in range(1, 4):
         x = terms._rollout(data, draws(step), "rollout")
-        steps, k = simulation.draw_segment(schema.Distill().budgets, draws(step).generator("rollout"))
+        steps, k = simulation.draw_segment(schema.DistillSection().budgets, draws(step).generator("rollout"))
         noise, made = draws(step).noise("rollout-start", SHAPE), torch.zeros(2, 0, *SHAPE[1:])
         for i, frames in enumerate(causal.partition):
             start = sum(causal.partition[:i])
@@ -343,9 +343,9 @@ def test_recomputing_holds_no_more_for_more_chunks() -> None:
     held = {}
     for recomputes in (False, True):
         for partition in ((1, 1, 1, 1), (1,) * 8):
-            causal = schema.Causal(partition=partition, full_chunks=2)
-            network = causal_from(small.network(), Causal.from_recipe(causal)).requires_grad_(True)
-            settings = schema.Distill(recompute_rollout=recomputes)
+            causal = schema.CausalSection(partition=partition, full_chunks=2)
+            network = causal_from(small.network(), CausalConfig.from_recipe(causal)).requires_grad_(True)
+            settings = schema.DistillSection(recompute_rollout=recomputes)
             terms = OnPolicyTerms(Backbone(network), NEGATIVE, settings, SHIFT, causal)
             latents = torch.zeros(2, len(partition), 4, 8, 8)
             with saved_bytes() as saved:
@@ -391,7 +391,7 @@ def test_consistency_simulation_ends_every_chunk_at_one_step() -> None:
     model, noise = backbone.velocity("student", data.text), draws().noise("rollout-start", SHAPE)
     expected = roll_out(
         model, noise, CAUSAL.partition,
-        lambda model, z, _: flow_map(model, z, full_time(1.0, z), full_time(0.0, z)),
+        lambda model, z, _: flow_map(model, z, batch_time(1.0, z), batch_time(0.0, z)),
         given=noise[:, :0],
     )  # fmt: skip
     torch.testing.assert_close(x, expected, rtol=1e-5, atol=1e-6)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from anyflow_cli.data.dataset import Batches, LatentData
-from anyflow_cli.data.shards import Sample, shard_path, write_manifest, write_negative, write_shard
+from anyflow_cli.data.shards import LatentSample, shard_path, write_manifest, write_negative, write_shard
 from anyflow_cli.errors import UsageError
 from tests.train.small import LATENT, NEGATIVE, rows, trainer
 
@@ -45,7 +45,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("data")
     generator = torch.Generator().manual_seed(0)
     samples = [
-        Sample(
+        LatentSample(
             index, f"caption {index}",
             torch.randn(LATENT, generator=generator) / (index not in BAD), torch.zeros(1, 8),
         )

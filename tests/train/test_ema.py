@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from anyflow_cli.train.ema import Ema
+from anyflow_cli.train.ema import WeightEma
 
 
-def moving(decay: float, start: int, values: list[float]) -> tuple[Ema, nn.Parameter]:
+def moving(decay: float, start: int, values: list[float]) -> tuple[WeightEma, nn.Parameter]:
     weight = nn.Parameter(torch.tensor([values[0]], dtype=torch.float64))
-    ema = Ema({"w": weight}, decay, start)
+    ema = WeightEma({"w": weight}, decay, start)
     for step, value in enumerate(values[1:], start=1):
         weight.data.fill_(value)
         ema.update(step)

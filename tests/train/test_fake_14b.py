@@ -16,9 +16,9 @@ from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from anyflow_cli.model.backbone import Backbone, Role
-from anyflow_cli.model.parallelize import shard
+from anyflow_cli.model.parallelize import apply_fsdp
 from anyflow_cli.model.precision import autocast
-from anyflow_cli.plan.hardware import parse_cluster
+from anyflow_cli.plan.hardware import parse_hardware
 from anyflow_cli.plan.rehearsal import own_rotations
 from anyflow_cli.plan.setup import Setup, backbone_on_meta
 from anyflow_cli.plan.stages import target_of, training_setup
@@ -38,7 +38,7 @@ def group() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def setup() -> Setup:
     recipe = load_recipe("bidirectional14b")
-    return training_setup(target_of(recipe, parse_cluster("8x80GB")), "on-policy", recipe.distill)
+    return training_setup(target_of(recipe, parse_hardware("8x80GB")), "on-policy", recipe.distill)
 
 
 def without_storage(module: nn.Module, fakes: FakeTensorMode) -> None:
@@ -69,7 +69,7 @@ def test_stage_two_of_14b_is_divided_and_stepped_without_memory(
     backbone = backbone_on_meta(setup, layers)
     sizes = {name: parameter.numel() for name, parameter in backbone.named_parameters()}
     without_storage(backbone, fakes)
-    shard(backbone.networks(), schema.Launch(sharding="full"), torch.device("cpu"))
+    apply_fsdp(backbone.networks(), schema.LaunchSection(sharding="full"), torch.device("cpu"))
     units = [module for module in backbone.modules() if isinstance(module, FSDPModule)]
     assert len(units) == layers + 1
     for name, parameter in backbone.named_parameters():

@@ -42,7 +42,7 @@ def full_disk(is_full: bool) -> Iterator[None]:
 
 
 def make(directory: Path, waits: bool, steps: int) -> Trainer:
-    launch = schema.Launch(sharding="full", checkpoints_wait=waits)
+    launch = schema.LaunchSection(sharding="full", checkpoints_wait=waits)
     return trainer(
         directory, "on-policy", lora=True, hooks={"launch": launch}, steps=steps, checkpoint_every=1,
         keep_checkpoints=1,
@@ -122,6 +122,6 @@ def test_a_process_that_dies_within_a_step_ends_the_others(two: Path) -> None:
 def test_after_a_death_the_one_that_is_left_can_go_on_alone(two: Path) -> None:
     left = checkpoint.newest(two / "died" / "checkpoints")
     assert left is not None
-    assert checkpoint.step_of(left) == STEPS - 1
+    assert checkpoint.checkpoint_step(left) == STEPS - 1
     trainer(two / "died", "on-policy", lora=True, steps=STEPS, checkpoint_every=1).run()
     same_training(two / "undisturbed", two / "died", f"checkpoints/step-{STEPS:06d}")

@@ -16,10 +16,10 @@ from anyflow_cli.model.network import FlowMapTransformer
 from anyflow_cli.model.pipeline_io import load_network
 from anyflow_cli.recipe.schema import Recipe
 from anyflow_cli.runs import checkpoint
-from anyflow_cli.runs.lineage import Inputs
+from anyflow_cli.runs.lineage import RunInputs
 from anyflow_cli.runs.paths import RunPaths
 from anyflow_cli.train import objectives
-from anyflow_cli.train.rng import Draws
+from anyflow_cli.train.rng import StepRng
 from anyflow_cli.train.stages import distill_inputs, flowmap_inputs, on_policy_backbone, train
 from tests.tiny_pipeline import make_wan_folder
 from tests.train.stage import LORA, make_data, make_recipe, paths
@@ -29,7 +29,7 @@ LARGER = {"num_attention_heads": 3, "num_layers": 3, "ffn_dim": 96}
 
 class Case(NamedTuple):
     recipe: Recipe
-    inputs: Inputs
+    inputs: RunInputs
     large: Path
 
     @property
@@ -37,7 +37,7 @@ class Case(NamedTuple):
         return self.recipe.model.lora is not None
 
 
-def with_real_score(recipe: Recipe, place: RunPaths, real: Path) -> tuple[Recipe, Inputs]:
+def with_real_score(recipe: Recipe, place: RunPaths, real: Path) -> tuple[Recipe, RunInputs]:
     settings = recipe.distill.model_copy(update={"real_score": str(real)})
     changed = recipe.model_copy(update={"distill": settings})
     return changed, distill_inputs(changed, place)
@@ -72,7 +72,7 @@ def test_the_real_score_is_frozen_and_each_phase_moves_its_own_role(case: Case) 
     objective = objectives.on_policy(backbone, data.negative, case.recipe.distill, case.recipe.model.shift)
     for phase in objective.phases:
         for term in phase.terms:
-            loss, _ = term(data.batch([0, 1]), Draws(0, 1, 2, (0, 1)))
+            loss, _ = term(data.batch([0, 1]), StepRng(0, 1, 2, (0, 1)))
             torch.autograd.backward(loss)
         given = {parameter for parameter in backbone.parameters() if parameter.grad is not None}
         assert given <= set(backbone.parameters_of(phase.role)), phase.role

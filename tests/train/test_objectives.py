@@ -18,8 +18,8 @@ from anyflow_cli.flow.noise import batch_noise
 from anyflow_cli.flow.simulation import BUDGETS
 from anyflow_cli.flow.times import shift
 from anyflow_cli.recipe import schema
-from anyflow_cli.train.objectives import FlowMapTerm, drop_text, tally, weighted
-from anyflow_cli.train.rng import Draws
+from anyflow_cli.train.objectives import FlowMapTerm, drop_text, sums, weighted
+from anyflow_cli.train.rng import StepRng
 from tests.train import small
 from tests.train.small import Kind, RandomData, trainer
 
@@ -91,14 +91,14 @@ def test_the_fake_score_moves_and_the_real_one_stands(tmp_path: Path, lora: bool
 
 def test_matching_has_nothing_to_say_while_the_scores_agree_without_guidance(tmp_path: Path) -> None:
     run = trainer(tmp_path, "on-policy", changes={"joint": False, "real_guidance": 1.0})
-    loss, _ = run.phases[0].terms[0](batch(), Draws(0, 1, 4, (0, 1, 2, 3)))
+    loss, _ = run.phases[0].terms[0](batch(), StepRng(0, 1, 4, (0, 1, 2, 3)))
     assert loss.item() == pytest.approx(0, abs=1e-10)
 
 
 def test_the_joint_loss_is_alg_1_on_the_data_times_its_weight(tmp_path: Path) -> None:
     run = trainer(tmp_path, "on-policy", changes={"joint_weight": 0.25})
-    draws = Draws(0, 1, 4, (0, 1, 2, 3))
-    alone = FlowMapTerm(run.backbone, small.NEGATIVE, schema.FlowMap(), 5.0)
+    draws = StepRng(0, 1, 4, (0, 1, 2, 3))
+    alone = FlowMapTerm(run.backbone, small.NEGATIVE, schema.FlowMapSection(), 5.0)
     joint, report = run.phases[0].terms[1](batch(), draws)
     fresh = replace(draws, global_mean=type(draws.global_mean)(lambda values: values))
     loss, _ = alone(batch(), fresh)
@@ -112,7 +112,7 @@ def test_the_fake_score_learns_from_fresh_samples_or_those_of_the_step(tmp_path:
     asked: list[int] = []
     student = run.backbone.network_of("student")
     student.register_forward_hook(lambda *_: asked.append(1))
-    draws = Draws(0, 1, 4, (0, 1, 2, 3))
+    draws = StepRng(0, 1, 4, (0, 1, 2, 3))
     run.phases[0].terms[0](batch(), draws)
     of_student = len(asked)
     assert 1 <= of_student <= 3
@@ -132,7 +132,7 @@ def test_the_scores_have_a_shift_of_their_own(tmp_path: Path) -> None:
             patch.object(matching, "fake_score_loss", wraps=matching.fake_score_loss) as on_fake,
         ):
             for phase in run.phases:
-                phase.terms[0](batch(), Draws(0, 1, 4, (0, 1, 2, 3)))
+                phase.terms[0](batch(), StepRng(0, 1, 4, (0, 1, 2, 3)))
         return on_x.call_args.args[4], on_fake.call_args.args[3]
 
     shifted, plain = of_scores("model's", None), of_scores("own", 1.0)
@@ -155,7 +155,7 @@ def test_jumps_made_again_give_the_same_gradient(tmp_path: Path) -> None:
 
 
 def test_budgets_of_the_recipe_are_those_of_the_paper() -> None:
-    assert schema.Distill().budgets == BUDGETS
+    assert schema.DistillSection().budgets == BUDGETS
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
@@ -197,27 +197,27 @@ def test_shares_of_times_hold_for_the_global_batch(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("share", "dropped"), [(0.0, 0), (1.0, 4)])
 def test_dropped_text_is_the_negative_prompts(share: float, dropped: int) -> None:
     negative = torch.full_like(small.NEGATIVE, 3.0)
-    result, mask = drop_text(batch(), negative, share, Draws(0, 1, 4, (0, 1, 2, 3)))
+    result, mask = drop_text(batch(), negative, share, StepRng(0, 1, 4, (0, 1, 2, 3)))
     assert int(mask.sum()) == dropped
     assert torch.equal(result.text, negative.expand_as(batch().text) if dropped else batch().text)
 
 
 def test_text_is_dropped_by_position() -> None:
-    whole = drop_text(batch(), small.NEGATIVE, 0.5, Draws(0, 2, 4, (0, 1, 2, 3)))[1]
-    part = drop_text(batch(), small.NEGATIVE, 0.5, Draws(0, 2, 4, (3, 1, 0, 2)))[1]
+    whole = drop_text(batch(), small.NEGATIVE, 0.5, StepRng(0, 2, 4, (0, 1, 2, 3)))[1]
+    part = drop_text(batch(), small.NEGATIVE, 0.5, StepRng(0, 2, 4, (3, 1, 0, 2)))[1]
     assert 0 < int(whole.sum()) < 4
     assert torch.equal(part, whole[[3, 1, 0, 2]])
 
 
 def test_tallies_add_up_over_micro_batches() -> None:
     values, mask = torch.tensor([1.0, 2.0, 6.0]), torch.tensor([True, False, True])
-    assert (tally(values[:2], mask[:2]) + tally(values[2:], mask[2:])).tolist() == [7.0, 2.0]
-    assert tally(torch.tensor(0.5), 4).tolist() == [2.0, 4.0]
+    assert (sums(values[:2], mask[:2]) + sums(values[2:], mask[2:])).tolist() == [7.0, 2.0]
+    assert sums(torch.tensor(0.5), 4).tolist() == [2.0, 4.0]
 
 
 def test_a_weight_scales_the_loss_and_not_the_report() -> None:
     term = weighted(lambda batch, draws: (torch.tensor(2.0), {"loss": torch.tensor([2.0, 1.0])}), 0.5, "x_")
-    loss, report = term(batch(), Draws(0, 1, 4, (0,)))
+    loss, report = term(batch(), StepRng(0, 1, 4, (0,)))
     assert loss.item() == 1.0
     assert report["x_loss"].tolist() == [2.0, 1.0]
 
@@ -233,11 +233,11 @@ def test_ode_init_starts_from_the_noise_each_video_was_made_from(monkeypatch: py
 
     monkeypatch.setattr("anyflow_cli.flow.losses.consistency_loss", loss)
     term = small.objective("consistency-ode", small.backbone("consistency-ode")).phases[0].terms[0]
-    term(batch(4), Draws(0, 1, 4, (0, 1, 2, 3)))
+    term(batch(4), StepRng(0, 1, 4, (0, 1, 2, 3)))
     torch.testing.assert_close(seen[0], batch_noise([0, 1, 2, 3], small.LATENT), rtol=1e-3, atol=1e-3)
 
 
 def test_ode_init_refuses_real_clips() -> None:
     term = small.objective("consistency-ode", small.backbone("consistency-ode")).phases[0].terms[0]
     with pytest.raises(UsageError, match="real clips"):
-        term(replace(batch(2), seeds=[3, None]), Draws(0, 1, 2, (0, 1)))
+        term(replace(batch(2), seeds=[3, None]), StepRng(0, 1, 2, (0, 1)))

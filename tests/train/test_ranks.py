@@ -39,7 +39,7 @@ class Case:
         return "-".join(parts + ["ckpt"] * self.checkpointing + ["async"] * (not self.waits))
 
     def run(self, directory: Path, **changes: Any) -> None:
-        launch = schema.Launch(sharding=self.sharding, checkpoints_wait=self.waits)
+        launch = schema.LaunchSection(sharding=self.sharding, checkpoints_wait=self.waits)
         settings = SETTINGS | {"micro_batch": self.micro} | changes
         trainer(
             directory / str(self), self.kind, lora=self.lora, hooks={"launch": launch},

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from anyflow_cli.train.rng import Draws, GlobalMean
+from anyflow_cli.train.rng import BoundaryMean, StepRng
 
 SHAPE = (2, 3)
 
 
-def draws(positions: tuple[int, ...], seed: int = 0, step: int = 1) -> Draws:
-    return Draws(seed, step, 8, positions)
+def draws(positions: tuple[int, ...], seed: int = 0, step: int = 1) -> StepRng:
+    return StepRng(seed, step, 8, positions)
 
 
 def test_a_sample_draws_the_same_noise_in_any_micro_batch() -> None:
@@ -47,7 +47,7 @@ def test_streams_of_generators_differ_by_sample() -> None:
 def test_mean_is_complete_when_the_first_other_sample_needs_it(micro: int, boundary: int) -> None:
     losses = torch.rand(8, generator=torch.Generator().manual_seed(0))
     mask = torch.arange(8) < boundary
-    mean = GlobalMean(lambda values: values)
+    mean = BoundaryMean(lambda values: values)
     for start in range(0, 8, micro):
         part = slice(start, start + micro)
         value = mean(losses[part], mask[part])
@@ -56,10 +56,10 @@ def test_mean_is_complete_when_the_first_other_sample_needs_it(micro: int, bound
 
 
 def test_mean_over_nothing_is_no_number() -> None:
-    assert GlobalMean(lambda values: values)(torch.ones(2), torch.zeros(2, dtype=torch.bool)).isnan()
+    assert BoundaryMean(lambda values: values)(torch.ones(2), torch.zeros(2, dtype=torch.bool)).isnan()
 
 
 def test_mean_sums_over_processes() -> None:
     others = torch.tensor([9.0, 3.0])  # sum and count elsewhere
-    mean = GlobalMean(lambda values: values + others)
+    mean = BoundaryMean(lambda values: values + others)
     assert mean(torch.tensor([1.0, 5.0]), torch.tensor([True, False])) == pytest.approx(10 / 4)

@@ -69,11 +69,11 @@ def test_gradients_are_clipped(tmp_path: Path) -> None:
 
 
 def test_the_average_starts_where_the_recipe_says(tmp_path: Path) -> None:
-    run = trainer(tmp_path, steps=2, ema=schema.Ema(decay=0.9, start=3))
+    run = trainer(tmp_path, steps=2, ema=schema.EmaSection(decay=0.9, start=3))
     run.run()
     for name, value in run.backbone.state_dict_of("student").items():
         assert torch.equal(run.ema.shadow[name], value)
-    longer = trainer(tmp_path, steps=4, ema=schema.Ema(decay=0.9, start=3))
+    longer = trainer(tmp_path, steps=4, ema=schema.EmaSection(decay=0.9, start=3))
     longer.run()
     moved = longer.backbone.state_dict_of("student")
     assert any(not torch.equal(longer.ema.shadow[name], value) for name, value in moved.items())
@@ -82,12 +82,12 @@ def test_the_average_starts_where_the_recipe_says(tmp_path: Path) -> None:
 def test_previews_see_the_average_and_leave_the_weights(tmp_path: Path) -> None:
     seen: dict[int, torch.Tensor] = {}
     name = "proj_out.weight"
-    run = trainer(tmp_path, steps=4, preview_every=2, ema=schema.Ema(decay=0.9, start=1))
+    run = trainer(tmp_path, steps=4, preview_every=2, ema=schema.EmaSection(decay=0.9, start=1))
     run.preview = lambda step: seen.update({step: run.backbone.state_dict_of("student")[name].clone()})
     run.run()
     assert sorted(seen) == [2, 4]
     assert torch.equal(seen[4], run.ema.shadow[name])
-    trainer(tmp_path / "plain", steps=4, ema=schema.Ema(decay=0.9, start=1)).run()
+    trainer(tmp_path / "plain", steps=4, ema=schema.EmaSection(decay=0.9, start=1)).run()
     same_run(tmp_path, tmp_path / "plain")
 
 
@@ -167,7 +167,7 @@ def test_processes_wait_long_for_the_first_one_and_sum_where_gradients_lie(
     given: dict[str, Any] = {}
     monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
     monkeypatch.setattr("accelerate.Accelerator", lambda **options: given.update(options))
-    make_accelerator(schema.Launch(sharding="full", offload=offload))
+    make_accelerator(schema.LaunchSection(sharding="full", offload=offload))
     group = next(one for one in given["kwargs_handlers"] if isinstance(one, InitProcessGroupKwargs))
     assert given["cpu"] is not gpu
     assert group.timeout >= timedelta(hours=1)

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 
-from anyflow_cli.evaluate.per_chunk import Along
+from anyflow_cli.evaluate.per_chunk import ChunkCurves
 from anyflow_cli.evaluate.report.tables import group_title
 from anyflow_cli.evaluate.results import NOT_COMPARABLE, Evaluation, Measured
 
@@ -22,7 +22,7 @@ STYLES = ("-", "--", ":")
 
 
 @dataclass(frozen=True)
-class Theme:
+class FigureTheme:
     """Colours; the lines are told apart by marker too."""
 
     paper: str
@@ -31,11 +31,11 @@ class Theme:
     lines: tuple[str, str, str]
 
 
-LIGHT = Theme("#ffffff", "#1d2433", "#c9ced8", ("#0b6bcb", "#d1590b", "#2f8f4e"))
-DARK = Theme("#14181f", "#e6e9ef", "#3a4250", ("#6cb2ff", "#ff9d5c", "#72d08f"))
+LIGHT_FIGURE = FigureTheme("#ffffff", "#1d2433", "#c9ced8", ("#0b6bcb", "#d1590b", "#2f8f4e"))
+DARK_FIGURE = FigureTheme("#14181f", "#e6e9ef", "#3a4250", ("#6cb2ff", "#ff9d5c", "#72d08f"))
 
 
-def scores_png(evaluation: Evaluation, theme: Theme = LIGHT) -> bytes:
+def scores_png(evaluation: Evaluation, theme: FigureTheme = LIGHT_FIGURE) -> bytes:
     """Draw the figure."""
     figure = Figure(figsize=(9, 3.8), dpi=150, facecolor=theme.paper, layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -52,7 +52,9 @@ def scores_png(evaluation: Evaluation, theme: Theme = LIGHT) -> bytes:
     return _png(figure)
 
 
-def chunks_png(curves: Mapping[str, Along], theme: Theme = LIGHT, colours: int = len(MARKERS)) -> bytes:
+def chunks_png(
+    curves: Mapping[str, ChunkCurves], theme: FigureTheme = LIGHT_FIGURE, colours: int = len(MARKERS)
+) -> bytes:
     """Draw the groups of scores against the number of the chunk; ``curves`` by what they are headed.
 
     The first ``colours`` curves (at most three) differ in colour and marker, those that follow repeat them in
@@ -81,7 +83,7 @@ def _png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def _draw_scores(axes: Axes, evaluation: Evaluation, theme: Theme) -> None:
+def _draw_scores(axes: Axes, evaluation: Evaluation, theme: FigureTheme) -> None:
     names = ("total", *evaluation.measured[0].result.groups)
     for name, colour, marker in zip(names, theme.lines, MARKERS, strict=True):
         known = [(m.evaluations, _score(m, name)) for m in evaluation.models]
@@ -103,7 +105,7 @@ def _score(one: Measured, name: str) -> float | None:
     return one.result.total if name == "total" else one.result.groups[name]
 
 
-def _draw_interval(axes: Axes, models: list[Measured], theme: Theme) -> None:
+def _draw_interval(axes: Axes, models: list[Measured], theme: FigureTheme) -> None:
     bounds = [(m.evaluations, m.interval) for m in models]
     known = [(x, b.low, b.high) for x, b in bounds if b is not None]
     if known:
@@ -111,7 +113,7 @@ def _draw_interval(axes: Axes, models: list[Measured], theme: Theme) -> None:
         axes.fill_between(x, low, high, color=theme.lines[0], alpha=0.18, lw=0)
 
 
-def _draw_latency(axes: Axes, evaluation: Evaluation, theme: Theme) -> None:
+def _draw_latency(axes: Axes, evaluation: Evaluation, theme: FigureTheme) -> None:
     steps = [m.evaluations for m in evaluation.models]
     decoded = [m.seconds for m in evaluation.models]
     axes.plot(steps, decoded, "o-", color=theme.lines[0], ms=5, label="with decoding")
@@ -125,7 +127,7 @@ def _draw_latency(axes: Axes, evaluation: Evaluation, theme: Theme) -> None:
     axes.legend(frameon=False, labelcolor=theme.ink, fontsize=8)
 
 
-def _dress(axes: Axes, ticks: Sequence[float], label: str, theme: Theme) -> None:
+def _dress(axes: Axes, ticks: Sequence[float], label: str, theme: FigureTheme) -> None:
     axes.xaxis.set_major_locator(FixedLocator(ticks))
     axes.xaxis.set_major_formatter(ScalarFormatter())
     axes.xaxis.set_minor_locator(NullLocator())

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from anyflow_cli.evaluate.compare import Comparison
-from anyflow_cli.evaluate.report.figures import DARK, LIGHT, Theme, chunks_png, scores_png
+from anyflow_cli.evaluate.report.figures import DARK_FIGURE, LIGHT_FIGURE, FigureTheme, chunks_png, scores_png
 from anyflow_cli.evaluate.report.tables import (
     NONE,
     asked,
@@ -30,7 +30,7 @@ from anyflow_cli.evaluate.results import NOT_COMPARABLE, RESULTS, Evaluation, Me
 from anyflow_cli.evaluate.store import Scored
 from anyflow_cli.evaluate.suite import Suite
 from anyflow_cli.evaluate.vbench.published import SOURCE
-from anyflow_cli.utils.files import committed, write_json
+from anyflow_cli.utils.files import atomic_write, write_json
 
 MOST_BYTES = 24 * 2**20  # of videos on the page
 WEAK = 0.7  # scores below this are named under the video
@@ -42,7 +42,7 @@ def write_results(evaluation: Evaluation, suite: Suite, out: Path) -> dict[str, 
     files: dict[str, bytes] = {
         "scores.md": markdown(evaluation).encode(),
         "scores.tex": latex(evaluation).encode(),
-        "report.html": page(evaluation, suite).encode(),
+        "report.html": render_page(evaluation, suite).encode(),
     }
     if evaluation.is_timed:
         files["scores.png"] = scores_png(evaluation)
@@ -67,12 +67,12 @@ def write_comparison(found: Comparison, out: Path) -> dict[str, Path]:
 
 def _written(files: dict[str, bytes], out: Path) -> dict[str, Path]:
     for name, content in files.items():
-        with committed(out / name) as temporary:
+        with atomic_write(out / name) as temporary:
             temporary.write_bytes(content)
     return {name: out / name for name in files}
 
 
-def page(evaluation: Evaluation, suite: Suite) -> str:
+def render_page(evaluation: Evaluation, suite: Suite) -> str:
     """The whole HTML document."""
     card = evaluation.card
     title = f"anyflow: {card['suite']}, {card['recipe']}"
@@ -129,9 +129,9 @@ def _chunks(evaluation: Evaluation) -> str:
     return f"<h2>Scores along the video</h2>{_themed(partial(chunks_png, curves), alt)}"
 
 
-def _themed(draw: Callable[[Theme], bytes], alt: str) -> str:
+def _themed(draw: Callable[[FigureTheme], bytes], alt: str) -> str:
     """A figure in light and dark; a narrow screen scrolls it."""
-    light, dark = (_data("image/png", draw(theme)) for theme in (LIGHT, DARK))
+    light, dark = (_data("image/png", draw(theme)) for theme in (LIGHT_FIGURE, DARK_FIGURE))
     dark_source = f'<source srcset="{dark}" media="(prefers-color-scheme: dark)">'
     return f'<div class=scroll><picture>{dark_source}<img src="{light}" alt="{alt}"></picture></div>'
 

@@ -22,7 +22,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from anyflow_cli.data.shapes_world import WORLDS, Pixels, render
+from anyflow_cli.data.shapes_world import WORLDS, RgbPixels, render
 from anyflow_cli.evaluate.shapes.unmix import NAMES, nearest_labels
 
 Doubles = NDArray[np.float64]
@@ -37,7 +37,7 @@ REFERENCE_CLIPS = 512
 REFERENCE_SEED = 2**40  # far from the seeds of prompts and training
 
 
-def features(video: Pixels) -> tuple[float, ...]:
+def features(video: RgbPixels) -> tuple[float, ...]:
     """The 64 features of a clip (T, H, W, 3), not yet scaled."""
     gray = video.astype(np.float32) @ BRIGHTNESS  # (T, H, W)
     labels = nearest_labels(video[::EVERY]).ravel()

@@ -16,7 +16,7 @@ import numpy as np
 from anyflow_cli.data.shapes_world import WORLDS, parse_caption, render
 from anyflow_cli.evaluate.shapes.observe import Observation, dot_likeness, observe
 from anyflow_cli.evaluate.shapes.score import DIMENSIONS, LEAST_TRAVEL, SEMANTIC, pace_of, ramp
-from anyflow_cli.evaluate.suite import Dimension, Image, Video
+from anyflow_cli.evaluate.suite import Dimension, Image, VideoPixels
 
 I2V_DIMENSIONS = (
     *(dimension for dimension in DIMENSIONS if dimension.group == "quality"),
@@ -34,7 +34,9 @@ def image_for(world: str, prompt: str, seed: int) -> Image:
     return frame
 
 
-def image_scores(video: Video, seen: Observation, image: Image, named: dict[str, str]) -> dict[str, float]:
+def image_scores(
+    video: VideoPixels, seen: Observation, image: Image, named: dict[str, str]
+) -> dict[str, float]:
     """The dimensions of the group ``i2v``, for a clip (T, H, W, 3) as ``observe`` sees it."""
     given = observe(image[None])
     return {
@@ -45,7 +47,7 @@ def image_scores(video: Video, seen: Observation, image: Image, named: dict[str,
     }
 
 
-def _first_frame(video: Video, image: Image) -> float:
+def _first_frame(video: VideoPixels, image: Image) -> float:
     difference = video[0].astype(np.float32) - image
     return ramp(float(np.sqrt((difference**2).mean())), "first frame")
 

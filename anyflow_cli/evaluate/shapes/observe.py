@@ -15,14 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anyflow_cli.data.shapes_world import (
-    COLOURS,
     DOT_COUNT,
     DOT_RADIUS,
     HEIGHT,
+    RGB,
     SHAPES,
     SIZES,
     WIDTH,
-    Pixels,
+    RgbPixels,
     Scene,
     render,
 )
@@ -82,7 +82,7 @@ class Observation:
     steepness: float  # of edges, against the world's own drawing of the same scene
 
 
-def observe(video: Pixels) -> Observation:
+def observe(video: RgbPixels) -> Observation:
     """Measure a clip (T, H, W, 3)."""
     mixture = unmix(video)
     dots = _dots(mixture.white)
@@ -179,7 +179,7 @@ def _grown(mask: Mask) -> Mask:
     return grown
 
 
-def _track(video: Pixels, presence: Floats, white: Floats, inside: Mask) -> Track:
+def _track(video: RgbPixels, presence: Floats, white: Floats, inside: Mask) -> Track:
     own = np.where(_grown(inside), presence, 0)
     frames = len(own)
     t, y, x = np.nonzero(own)
@@ -214,7 +214,7 @@ def _sectors(t: NDArray[np.intp], dx: Floats, dy: Floats, weight: Floats, frames
     return np.asarray(total.reshape(frames, SECTORS))
 
 
-def _core_colours(video: Pixels, core: Mask) -> Floats:
+def _core_colours(video: RgbPixels, core: Mask) -> Floats:
     """Mean colour of the inner part of the shape in each frame, (T, 3)."""
     t, y, x = np.nonzero(core)
     pixels = video[t, y, x].astype(np.float32)
@@ -261,7 +261,7 @@ def _known_form(name: str) -> Form:
 
 def _drawn_track(name: str, radius: float) -> Track:
     # An odd step, so that the mean runs over all positions of the edge between two pixels.
-    colour, start, step = next(iter(COLOURS)), (24, 26), (0.37, 0.23)
+    colour, start, step = next(iter(RGB)), (24, 26), (0.37, 0.23)
     video = render(Scene(name, colour, "", "right", "slowly", "black", radius, start, step, ()))
     mixture = unmix(video)
     return _track(video, mixture.shape, mixture.white, mixture.shape > OBJECT)
@@ -290,7 +290,7 @@ def _background_share(mixture: Mixture, outside: Mask) -> dict[str, float]:
     return {name: float(count / max(counts.sum(), 1)) for name, count in zip(NAMES, counts, strict=True)}
 
 
-def _levels(video: Pixels, outside: Mask, ground: Floats) -> Floats:
+def _levels(video: RgbPixels, outside: Mask, ground: Floats) -> Floats:
     """Mean colour outside of shape and dots in each frame, (T, 3)."""
     t, y, x = np.nonzero(~outside)  # few, so their sum is taken off that of the whole frame
     inner = np.stack([np.bincount(t, video[t, y, x, c], minlength=len(video)) for c in range(3)], 1)
@@ -306,11 +306,11 @@ def _radius(track: Track, shape: str | None) -> Floats:
     return np.asarray(np.sqrt(track.area[track.seen] / unit), np.float32)
 
 
-def _steepness(video: Pixels, mixture: Mixture, dots: Dots, track: Track, shape: str) -> float:
+def _steepness(video: RgbPixels, mixture: Mixture, dots: Dots, track: Track, shape: str) -> float:
     """Steepness of edges over that of the scene as the world would draw it; 1 is as sharp as the world."""
     scene = Scene(
         shape=shape,
-        colour=mixture.colour or next(iter(COLOURS)),
+        colour=mixture.colour or next(iter(RGB)),
         size="",
         direction="",
         speed="",
@@ -324,7 +324,7 @@ def _steepness(video: Pixels, mixture: Mixture, dots: Dots, track: Track, shape:
     return _edge_steepness(video[::EVERY]) / max(_edge_steepness(ideal), 1e-6)
 
 
-def _edge_steepness(video: Pixels) -> float:
+def _edge_steepness(video: RgbPixels) -> float:
     """Mean step between neighbouring pixels, weighted by its square so that noise has no say; in levels."""
     levels = video.astype(np.float32)
     cubes = squares = 0.0

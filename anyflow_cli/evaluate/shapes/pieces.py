@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from anyflow_cli.evaluate.shapes.observe import observe
 from anyflow_cli.evaluate.shapes.score import quality_scores, semantic_scores
-from anyflow_cli.evaluate.suite import Video
+from anyflow_cli.evaluate.suite import VideoPixels
 
 FRAMES_A_LATENT = 4  # of Wan's VAE; the first latent frame has one
 STILL = ("sharpness", "details", "artefacts", "shape", "colour", "size", "background")
@@ -22,12 +22,12 @@ def latent_frames(frames: int) -> list[slice]:
     return [slice(0, 1), *(slice(i, i + FRAMES_A_LATENT) for i in range(1, frames, FRAMES_A_LATENT))]
 
 
-def piece_scores(video: Video, named: dict[str, str]) -> tuple[dict[str, float], ...]:
+def piece_scores(video: VideoPixels, named: dict[str, str]) -> tuple[dict[str, float], ...]:
     """Raw scores of the pieces of a clip (T, H, W, 3), in order."""
     return tuple(_still_scores(video[part], named) for part in latent_frames(len(video)))
 
 
-def _still_scores(piece: Video, named: dict[str, str]) -> dict[str, float]:
+def _still_scores(piece: VideoPixels, named: dict[str, str]) -> dict[str, float]:
     seen = observe(piece)
     scores = quality_scores(seen, named) | semantic_scores(seen, named)
     return {name: scores[name] for name in STILL if name in scores}

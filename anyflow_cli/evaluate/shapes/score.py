@@ -14,7 +14,7 @@ from math import hypot, inf, log
 
 import numpy as np
 
-from anyflow_cli.data.shapes_world import BACKGROUNDS, COLOURS, DIRECTIONS, DOT_COUNT, SIZES, SPEEDS, Colour
+from anyflow_cli.data.shapes_world import BACKGROUNDS, DIRECTIONS, DOT_COUNT, RGB, SIZES, SPEEDS, Rgb
 from anyflow_cli.evaluate.shapes.observe import Observation
 from anyflow_cli.evaluate.shapes.unmix import Floats, rgb_array
 from anyflow_cli.evaluate.suite import Dimension
@@ -82,7 +82,7 @@ def quality_notes(seen: Observation) -> dict[str, float]:
         "colour change": float(_distances(track.colour[track.seen], 2).mean()) if track.seen.any() else inf,
         "background change": float(_distances(seen.background_levels, 2).mean()),
         "stray area": float(strays),
-        "colour offset": _offset(seen.mixture.colour_rgb, COLOURS) if seen.mixture.colour else inf,
+        "colour offset": _offset(seen.mixture.colour_rgb, RGB) if seen.mixture.colour else inf,
         "background offset": _offset(seen.mixture.background_rgb, BACKGROUNDS),
         "seen": float(track.seen.mean()),
         "speed": pace_of(seen),
@@ -142,7 +142,7 @@ def shown_attributes(seen: Observation) -> dict[str, str | None]:
     travels = pace * len(seen.track.seen) >= LEAST_TRAVEL
     return {
         "shape": seen.shape,
-        "colour": _nearest_colour(seen.track.colour[seen.track.seen].mean(0), COLOURS),
+        "colour": _nearest_colour(seen.track.colour[seen.track.seen].mean(0), RGB),
         "size": _nearest_ratio(float(np.median(seen.radius)), SIZES),
         "direction": min(DIRECTIONS, key=lambda name: _angle(seen, name)) if travels else None,
         "speed": _nearest_ratio(pace, SPEEDS) if travels else None,
@@ -156,7 +156,7 @@ def _shape_score(seen: Observation, name: str) -> float:
 
 def _colour_score(seen: Observation, name: str) -> float:
     frames = seen.track.colour[seen.track.seen]
-    return sum(_nearest_colour(colour, COLOURS) == name for colour in frames) / len(seen.track.seen)
+    return sum(_nearest_colour(colour, RGB) == name for colour in frames) / len(seen.track.seen)
 
 
 def _size_score(seen: Observation, name: str) -> float:
@@ -211,11 +211,11 @@ def _distances(values: Floats, order: int) -> Floats:
     return np.asarray(np.linalg.norm(values - values.mean(0), ord=order, axis=1), np.float32)
 
 
-def _offset(colour: Floats, palette: dict[str, Colour]) -> float:
+def _offset(colour: Floats, palette: dict[str, Rgb]) -> float:
     return float(min(np.linalg.norm(colour - rgb_array(rgb)) for rgb in palette.values()))
 
 
-def _nearest_colour(colour: Floats, palette: dict[str, Colour]) -> str:
+def _nearest_colour(colour: Floats, palette: dict[str, Rgb]) -> str:
     return min(palette, key=lambda name: float(np.linalg.norm(colour - rgb_array(palette[name]))))
 
 

@@ -31,16 +31,16 @@ from anyflow_cli.evaluate.suite import (
     IMAGE_TO_VIDEO,
     TEXT_TO_VIDEO,
     Assessment,
-    Clip,
     Dimension,
     Image,
+    SuiteClip,
     SuiteResult,
-    Video,
+    VideoPixels,
     VideoScore,
     mean_of_videos,
     summarise,
 )
-from anyflow_cli.recipe.schema import Model, Task
+from anyflow_cli.recipe.schema import ModelSection, Task
 
 PROMPT_SEED = 2**41  # of the first scene whose caption is a prompt; far from training and from the reference
 
@@ -69,7 +69,7 @@ class ShapesSuite:
         """VBench's, or VBench-I2V's."""
         return TEXT_TO_VIDEO if self.task == "t2v" else IMAGE_TO_VIDEO
 
-    def check(self, model: Model) -> None:
+    def check(self, model: ModelSection) -> None:
         """Refuse videos of another size than the world's."""
         if (model.frames, model.height, model.width) != (FRAMES, HEIGHT, WIDTH):
             raise UsageError(
@@ -89,13 +89,13 @@ class ShapesSuite:
         return [image_for(self.world, prompt, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
 
     def score(
-        self, videos: Sequence[Video], prompts: Sequence[str], images: Sequence[Image] | None = None
+        self, videos: Sequence[VideoPixels], prompts: Sequence[str], images: Sequence[Image] | None = None
     ) -> list[VideoScore]:
         """Score clips one by one."""
         given = [None] * len(videos) if images is None else images
         return [score_video(*each) for each in zip(videos, prompts, given, strict=True)]
 
-    def assess(self, clips: Sequence[Clip], directory: Path) -> Assessment:
+    def assess(self, clips: Sequence[SuiteClip], directory: Path) -> Assessment:
         """Sum up what was seen while the videos were made."""
         return mean_of_videos([clip.score for clip in clips])
 
@@ -104,7 +104,7 @@ class ShapesSuite:
         return distance_to_world(self.world, features)
 
 
-def score_videos(videos: Iterable[Video], prompts: Sequence[str], world: str = "shapes") -> SuiteResult:
+def score_videos(videos: Iterable[VideoPixels], prompts: Sequence[str], world: str = "shapes") -> SuiteResult:
     """Score clips (T, H, W, 3) uint8 against their prompts; the one call for training scripts."""
     suite = ShapesSuite(world)
     clips = list(videos)
@@ -114,7 +114,7 @@ def score_videos(videos: Iterable[Video], prompts: Sequence[str], world: str = "
     return summarise(suite, suite.score(clips, prompts))
 
 
-def score_video(video: Video, prompt: str, image: Image | None = None) -> VideoScore:
+def score_video(video: VideoPixels, prompt: str, image: Image | None = None) -> VideoScore:
     """Score one clip (T, H, W, 3) uint8, also against the picture (H, W, 3) it was to begin with, if any."""
     _check(video)
     named = parse_caption(prompt)
@@ -129,7 +129,7 @@ def score_video(video: Video, prompt: str, image: Image | None = None) -> VideoS
     )
 
 
-def _check(video: Video) -> None:
+def _check(video: VideoPixels) -> None:
     if video.dtype != np.uint8 or video.shape != (FRAMES, HEIGHT, WIDTH, 3):
         raise UsageError(
             f"The suite shapes scores uint8 clips of shape {(FRAMES, HEIGHT, WIDTH, 3)}, "

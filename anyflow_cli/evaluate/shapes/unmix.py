@@ -16,7 +16,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from anyflow_cli.data.shapes_world import BACKGROUNDS, COLOURS, DOT_COLOUR, Colour, Pixels
+from anyflow_cli.data.shapes_world import BACKGROUNDS, DOT_COLOUR, RGB, Rgb, RgbPixels
 
 Floats = NDArray[np.float32]
 Labels = NDArray[np.uint8]
@@ -24,12 +24,12 @@ Labels = NDArray[np.uint8]
 FOREGROUND = 16.0  # distance from the background at which a pixel is looked at
 CORE = 0.9  # share of the strongest pixels' shape share above which a pixel lies inside the shape
 
-PALETTE = {**BACKGROUNDS, **COLOURS, "white": DOT_COLOUR}
+PALETTE = {**BACKGROUNDS, **RGB, "white": DOT_COLOUR}
 NAMES = tuple(PALETTE)
 PALETTE_RGB = np.array(list(PALETTE.values()), np.float32)
 
 
-def rgb_array(colour: Colour) -> Floats:
+def rgb_array(colour: Rgb) -> Floats:
     """A colour of the world as an array (3,)."""
     return np.array(colour, np.float32)
 
@@ -51,7 +51,7 @@ class Mixture:
     colour_rgb: Floats
 
 
-def unmix(video: Pixels) -> Mixture:
+def unmix(video: RgbPixels) -> Mixture:
     """Take a clip (T, H, W, 3) apart."""
     labels = nearest_labels(video)
     counts = np.bincount(labels.ravel(), minlength=len(NAMES))
@@ -61,7 +61,7 @@ def unmix(video: Pixels) -> Mixture:
     where = np.einsum("thwc,thwc->thw", contrast, contrast) > FOREGROUND**2
     found = contrast[where]  # (K, 3)
     colour = _dominant_colour(found, ground)
-    rgb = _core_colour(found, ground, rgb_array(COLOURS[colour])) if colour else ground
+    rgb = _core_colour(found, ground, rgb_array(RGB[colour])) if colour else ground
     shape, white, unexplained = (_dense(s, where) for s in _shares(found, rgb - ground, WHITE - ground))
     return Mixture(labels, shape, white, unexplained, background, ground, colour, rgb)
 
@@ -72,7 +72,7 @@ def _dense(sparse: Floats, where: NDArray[np.bool_]) -> Floats:
     return values
 
 
-def nearest_labels(video: Pixels) -> Labels:
+def nearest_labels(video: RgbPixels) -> Labels:
     """Index into NAMES of the palette colour nearest to each pixel, (T, H, W); 5 bits a channel count."""
     five = (video >> 3).astype(np.uint16)
     return np.asarray(_label_table()[(five[..., 0] << 10) | (five[..., 1] << 5) | five[..., 2]])
@@ -86,7 +86,7 @@ def _label_table() -> Labels:
     return np.asarray(distance.argmin(1), np.uint8)
 
 
-def _median_colour(pixels: Pixels) -> Floats:
+def _median_colour(pixels: RgbPixels) -> Floats:
     """Median of each channel of (K, 3), by counting: sorting would cost more than everything else here."""
     if not len(pixels):
         return np.asarray(PALETTE_RGB[0])
@@ -101,12 +101,12 @@ def _dominant_colour(contrast: Floats, ground: Floats) -> str | None:
     white = (WHITE - ground) / np.linalg.norm(WHITE - ground)
     chroma = contrast - (contrast @ white)[:, None] * white
     strength = np.linalg.norm(chroma, axis=1)
-    towards = np.array(list(COLOURS.values()), np.float32) - ground
+    towards = np.array(list(RGB.values()), np.float32) - ground
     towards -= (towards @ white)[:, None] * white
     towards /= np.linalg.norm(towards, axis=1, keepdims=True)
     vote = (chroma @ towards.T).argmax(1)
-    votes = np.bincount(vote, np.where(strength > FOREGROUND, strength, 0), minlength=len(COLOURS))
-    return list(COLOURS)[int(votes.argmax())] if votes.any() else None
+    votes = np.bincount(vote, np.where(strength > FOREGROUND, strength, 0), minlength=len(RGB))
+    return list(RGB)[int(votes.argmax())] if votes.any() else None
 
 
 def _core_colour(contrast: Floats, ground: Floats, colour: Floats) -> Floats:

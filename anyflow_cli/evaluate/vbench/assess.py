@@ -16,12 +16,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from anyflow_cli.evaluate.protocol import fingerprint
-from anyflow_cli.evaluate.suite import Assessment, Clip, VideoScore
+from anyflow_cli.evaluate.protocol import protocol_fingerprint
+from anyflow_cli.evaluate.suite import Assessment, SuiteClip, VideoScore
 from anyflow_cli.evaluate.vbench.prompts import SAMPLES
 from anyflow_cli.evaluate.vbench.weights import NEEDS
-from anyflow_cli.evaluate.vbench.worker_pool import Failure, Job, Outcome, run_jobs
-from anyflow_cli.utils.files import committed, write_json
+from anyflow_cli.evaluate.vbench.worker_pool import JobFailure, Outcome, WorkerJob, run_jobs
+from anyflow_cli.utils.files import atomic_write, write_json
 
 if TYPE_CHECKING:
     from anyflow_cli.evaluate.vbench.suite import VBenchSuite
@@ -45,7 +45,7 @@ class Assessor:
 
     suite: VBenchSuite
     directory: Path  # of the variant
-    clips: Sequence[Clip]
+    clips: Sequence[SuiteClip]
     missing: dict[str, str] = field(default_factory=dict)
     answers: dict[str, dict[str, Any]] = field(default_factory=dict)
 
@@ -108,7 +108,7 @@ class Assessor:
         scratch = self.directory / ANSWERS / WORK
         run_jobs(self.suite.environment.python, jobs, scratch, self._devices(), self._done)
 
-    def _job(self, name: str, lines: Entries) -> Job:
+    def _job(self, name: str, lines: Entries) -> WorkerJob:
         videos = sum(len(line["video_list"]) for line in lines)
         log.info("VBench: %s, %d videos.", name, videos)
         request = {
@@ -116,15 +116,15 @@ class Assessor:
             "files": [file.path.rstrip("/") for file in NEEDS[name].files],
         }  # fmt: skip
         variables = {**PICKLED.get(name, {}), **self.suite.variables}
-        return Job(name, request, START_SECONDS + self.suite.seconds * videos, variables)
+        return WorkerJob(name, request, START_SECONDS + self.suite.seconds * videos, variables)
 
     def _devices(self) -> list[str]:
         return [f"cuda:{number}" for number in range(self.suite.environment.devices)] or ["cpu"]
 
-    def _done(self, job: Job, outcome: Outcome) -> None:
+    def _done(self, job: WorkerJob, outcome: Outcome) -> None:
         place = self.directory / ANSWERS / job.name
-        if isinstance(outcome, Failure):
-            with committed(place.with_suffix(".error.txt")) as temporary:
+        if isinstance(outcome, JobFailure):
+            with atomic_write(place.with_suffix(".error.txt")) as temporary:
                 temporary.write_text(f"{outcome.reason}\n\n{outcome.detail}\n", encoding="utf-8")
             self.missing[job.name] = outcome.reason
             log.warning("VBench: %s failed: %s (%s.error.txt)", job.name, outcome.reason, place)
@@ -157,7 +157,7 @@ class Assessor:
         videos = [[_state(Path(path)) for path in line["video_list"]] for line in lines]
         files = [_state(self.suite.weights / file.path) for file in NEEDS[name].files]
         plain = [line | {"video_list": None, "image_name": line.get("image_name")} for line in lines]
-        return fingerprint([plain, videos, files, self.suite.environment.versions])
+        return protocol_fingerprint([plain, videos, files, self.suite.environment.versions])
 
     def _scores(self, raw: Mapping[str, float]) -> list[VideoScore]:
         by_path: dict[str, dict[str, float]] = defaultdict(dict)

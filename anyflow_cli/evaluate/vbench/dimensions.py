@@ -47,7 +47,7 @@ I2V = (
     Dimension("camera_motion",          "i2v",      0.1, 0.0,    1.0),
 )  # fmt: skip
 
-DIMENSIONS: dict[Benchmark, tuple[Dimension, ...]] = {"vbench": T2V, "vbench-i2v": I2V}
+VBENCH_DIMENSIONS: dict[Benchmark, tuple[Dimension, ...]] = {"vbench": T2V, "vbench-i2v": I2V}
 GROUPS: dict[str, Mapping[str, float]] = {
     "vbench": TEXT_TO_VIDEO,
     "vbench-i2v": IMAGE_TO_VIDEO,

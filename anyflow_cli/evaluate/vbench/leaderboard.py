@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from anyflow_cli.errors import UsageError
-from anyflow_cli.evaluate.generate import Job
+from anyflow_cli.evaluate.generate import EvaluationJob
 from anyflow_cli.evaluate.results import Evaluation, Measured
 from anyflow_cli.evaluate.store import Scored
 from anyflow_cli.evaluate.vbench.assess import ANSWERS, PERCENT
@@ -20,7 +20,7 @@ from anyflow_cli.model.pipeline_io import link_or_copy, read_json
 from anyflow_cli.utils.files import write_json
 
 
-def export(job: Job, found: Evaluation, directory: Path) -> list[Path]:
+def export_leaderboard(job: EvaluationJob, found: Evaluation, directory: Path) -> list[Path]:
     """A folder for each model and step count; the paths of their JSON files."""
     if directory.exists() and any(directory.iterdir()):
         raise UsageError(f"{directory} holds files already.", "Choose a new directory for --export.")
@@ -29,7 +29,7 @@ def export(job: Job, found: Evaluation, directory: Path) -> list[Path]:
     return paths
 
 
-def _export(job: Job, one: Measured, place: Path) -> Path:
+def _export(job: EvaluationJob, one: Measured, place: Path) -> Path:
     (place / "videos").mkdir(parents=True)
     names: dict[str, str] = {}
     for prompt, records in _by_prompt(job, one).items():
@@ -41,7 +41,7 @@ def _export(job: Job, one: Measured, place: Path) -> Path:
     return place / f"{place.name}_eval_results.json"
 
 
-def _by_prompt(job: Job, one: Measured) -> dict[str, list[Scored]]:
+def _by_prompt(job: EvaluationJob, one: Measured) -> dict[str, list[Scored]]:
     """Five videos a prompt; of flickering's twenty-five those that the static filter let through."""
     titles = job.protocol.own_prompts
     found: dict[str, list[Scored]] = defaultdict(list)

@@ -16,7 +16,7 @@ ROUNDING = 0.005  # of a number with two decimals
 
 
 @dataclass(frozen=True)
-class Row:
+class PublishedRow:
     """A published result: Quality, Semantic or I2V, and Total, as printed."""
 
     model: str
@@ -48,12 +48,12 @@ class Row:
         }
 
 
-def published(suite: str) -> list[Row]:
+def published(suite: str) -> list[PublishedRow]:
     """The paper's table for a benchmark, in its order; no row for a suite that the paper does not have."""
     if suite not in GROUPS:
         return []
     return [
-        Row(
+        PublishedRow(
             row["model"],
             row["nfe"],
             {group: row[group] for group in GROUPS[suite]},

@@ -6,20 +6,20 @@ from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 
-from anyflow_cli.evaluate.vbench.dimensions import DIMENSIONS
+from anyflow_cli.evaluate.vbench.dimensions import VBENCH_DIMENSIONS
 from anyflow_cli.evaluate.vbench.environment import COMMAND, Environment, is_there, open_environment, place
 from anyflow_cli.evaluate.vbench.weights import NEEDS, default_directory, lacking
-from anyflow_cli.recipe.schema import VBench
+from anyflow_cli.recipe.schema import VBenchSection
 
 
-def state_of(settings: VBench) -> str:
+def state_of(settings: VBenchSection) -> str:
     """In a few lines; one if there is no environment."""
     directory = place(settings.environment)
     if not is_there(directory):
         return f"not set up; for `evaluate --suite vbench` make {directory} with `{COMMAND}`"
     environment = open_environment(directory)
     weights = weights_in(settings)
-    names = list(dict.fromkeys(d.name for dimensions in DIMENSIONS.values() for d in dimensions))
+    names = list(dict.fromkeys(d.name for dimensions in VBENCH_DIMENSIONS.values() for d in dimensions))
     missing = {name: _missing(environment, weights, name) for name in names}
     ready = [name for name in names if not missing[name]]
     versions = ", ".join(f"{name} {environment.versions[name]}" for name in ("vbench", "torch", "python"))
@@ -30,7 +30,7 @@ def state_of(settings: VBench) -> str:
     return "\n".join([*lines, *_wanted(missing)])
 
 
-def weights_in(settings: VBench) -> Path:
+def weights_in(settings: VBenchSection) -> Path:
     """Where the weights lie."""
     return default_directory() if settings.weights is None else Path(settings.weights).expanduser()
 

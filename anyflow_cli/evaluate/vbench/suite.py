@@ -11,14 +11,14 @@ from pathlib import Path
 
 from anyflow_cli.data.video import ClipFormat, read_image
 from anyflow_cli.errors import UsageError
-from anyflow_cli.evaluate.suite import Assessment, Clip, Dimension, Image, Video, VideoScore
+from anyflow_cli.evaluate.suite import Assessment, Dimension, Image, SuiteClip, VideoPixels, VideoScore
 from anyflow_cli.evaluate.vbench import dimensions as table
 from anyflow_cli.evaluate.vbench.assess import Assessor
 from anyflow_cli.evaluate.vbench.dimensions import Benchmark
 from anyflow_cli.evaluate.vbench.environment import Environment
 from anyflow_cli.evaluate.vbench.prompts import Question
 from anyflow_cli.evaluate.vbench.weights import NEEDS, lacking
-from anyflow_cli.recipe.schema import Model
+from anyflow_cli.recipe.schema import ModelSection
 
 NOT_ASKED = "not asked for"
 PICTURED = ("i2v_subject", "i2v_background")  # compare a video with the picture it began with
@@ -43,14 +43,14 @@ class VBenchSuite:
     @property
     def dimensions(self) -> tuple[Dimension, ...]:
         """Those of the benchmark, whether they can run here or not."""
-        return table.DIMENSIONS[self.name]
+        return table.VBENCH_DIMENSIONS[self.name]
 
     @property
     def groups(self) -> Mapping[str, float]:
         """Quality and Semantic, or Quality and I2V."""
         return table.GROUPS[self.name]
 
-    def check(self, model: Model) -> None:
+    def check(self, model: ModelSection) -> None:
         """Any size and length will do, but VBench-I2V begins with pictures, which have to be there."""
         if self.name == "vbench":
             return
@@ -80,7 +80,7 @@ class VBenchSuite:
         return [read_image(self.pictures / names[prompt], self.shape).pixels[0] for prompt in prompts]
 
     def score(
-        self, videos: Sequence[Video], prompts: Sequence[str], images: Sequence[Image] | None = None
+        self, videos: Sequence[VideoPixels], prompts: Sequence[str], images: Sequence[Image] | None = None
     ) -> list[VideoScore]:
         """Nothing yet: VBench reads the finished files."""
         return [VideoScore({}) for _ in videos]
@@ -89,7 +89,7 @@ class VBenchSuite:
         """It has none."""
         return None
 
-    def assess(self, clips: Sequence[Clip], directory: Path) -> Assessment:
+    def assess(self, clips: Sequence[SuiteClip], directory: Path) -> Assessment:
         """Run what can run here and has not been run on these files."""
         return Assessor(self, directory, clips).run()
 

@@ -19,7 +19,7 @@ CLIP_L = "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836"
 
 
 @dataclass(frozen=True)
-class Weights:
+class WeightFile:
     """A file, or a folder where ``path`` ends in ``/``, under the directory of weights."""
 
     path: str
@@ -34,50 +34,52 @@ class Weights:
         return f"{size}{digest}from {self.source}"
 
 
-CLIP_B32 = Weights("clip_model/ViT-B-32.pt", f"{CLIP}/{CLIP_B}/ViT-B-32.pt", 354, CLIP_B)
-CLIP_L14 = Weights("clip_model/ViT-L-14.pt", f"{CLIP}/{CLIP_L}/ViT-L-14.pt", 933, CLIP_L)
-DINO = Weights(
+CLIP_B32 = WeightFile("clip_model/ViT-B-32.pt", f"{CLIP}/{CLIP_B}/ViT-B-32.pt", 354, CLIP_B)
+CLIP_L14 = WeightFile("clip_model/ViT-L-14.pt", f"{CLIP}/{CLIP_L}/ViT-L-14.pt", 933, CLIP_L)
+DINO = WeightFile(
     "dino_model/dino_vitbase16_pretrain.pth",
     "https://dl.fbaipublicfiles.com/dino/dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth",
     343,
 )
-DINO_CODE = Weights("dino_model/facebookresearch_dino_main/", "https://github.com/facebookresearch/dino")
-RAFT = Weights(
+DINO_CODE = WeightFile("dino_model/facebookresearch_dino_main/", "https://github.com/facebookresearch/dino")
+RAFT = WeightFile(
     "raft_model/models/raft-things.pth", "https://dl.dropboxusercontent.com/s/4j4z58wuv8o0mfz/models.zip", 21
 )
-AMT = Weights("amt_model/amt-s.pth", f"{HUB}/lalala125/AMT/resolve/main/amt-s.pth", 12)
-MUSIQ = Weights(
+AMT = WeightFile("amt_model/amt-s.pth", f"{HUB}/lalala125/AMT/resolve/main/amt-s.pth", 12)
+MUSIQ = WeightFile(
     "pyiqa_model/musiq_spaq_ckpt-358bb6af.pth",
     "https://github.com/chaofengc/IQA-PyTorch/releases/download/v0.1-weights/musiq_spaq_ckpt-358bb6af.pth",
     109,
     "358bb6af",
 )
-AESTHETIC = Weights(
+AESTHETIC = WeightFile(
     "aesthetic_model/emb_reader/sa_0_4_vit_l_14_linear.pth",
     "https://github.com/LAION-AI/aesthetic-predictor/blob/main/sa_0_4_vit_l_14_linear.pth?raw=true",
 )
-UMT = Weights(
+UMT = WeightFile(
     "umt_model/l16_ptk710_ftk710_ftk400_f16_res224.pth",
     f"{HUB}/OpenGVLab/VBench_Used_Models/resolve/main/l16_ptk710_ftk710_ftk400_f16_res224.pth",
 )
-VICLIP = Weights(
+VICLIP = WeightFile(
     "ViCLIP/ViClip-InternVid-10M-FLT.pth",
     f"{HUB}/OpenGVLab/VBench_Used_Models/resolve/main/ViClip-InternVid-10M-FLT.pth",
 )
-TAG2TEXT = Weights(
+TAG2TEXT = WeightFile(
     "caption_model/tag2text_swin_14m.pth",
     f"{HUB}/spaces/xinyu1205/recognize-anything/resolve/main/tag2text_swin_14m.pth",
 )
-GRIT = Weights(
+GRIT = WeightFile(
     "grit_model/grit_b_densecap_objectdet.pth",
     "https://datarelease.blob.core.windows.net/grit/models/grit_b_densecap_objectdet.pth",
     900,
 )
-COTRACKER = Weights("cotracker_model/cotracker2.pth", f"{HUB}/facebook/cotracker/resolve/main/cotracker2.pth")
-COTRACKER_CODE = Weights(
+COTRACKER = WeightFile(
+    "cotracker_model/cotracker2.pth", f"{HUB}/facebook/cotracker/resolve/main/cotracker2.pth"
+)
+COTRACKER_CODE = WeightFile(
     "cotracker_model/facebookresearch_co-tracker_main/", "https://github.com/facebookresearch/co-tracker"
 )
-DREAMSIM = Weights(
+DREAMSIM = WeightFile(
     "dreamsim_model/", "https://github.com/ssundaram21/dreamsim/releases, its ensemble unpacked"
 )
 BERT = "bert-base-uncased"
@@ -88,7 +90,7 @@ DETECTRON = "pip install 'git+https://github.com/facebookresearch/detectron2' (i
 class Needs:
     """What a dimension cannot do without."""
 
-    files: tuple[Weights, ...] = ()
+    files: tuple[WeightFile, ...] = ()
     modules: tuple[tuple[str, str], ...] = ()  # name of a module of the environment, how it is installed
     hub: tuple[str, ...] = ()  # models that transformers takes from the Hub's cache
     cuda: bool = False
@@ -125,7 +127,7 @@ def default_directory() -> Path:
     return Path(os.environ.get("VBENCH_CACHE_DIR") or "~/.cache/vbench").expanduser()
 
 
-def absent(needs: Needs, directory: Path) -> list[Weights]:
+def absent(needs: Needs, directory: Path) -> list[WeightFile]:
     """The files of a dimension that are not in the directory."""
     return [file for file in needs.files if not _there(directory / file.path, folder=file.path.endswith("/"))]
 

@@ -24,7 +24,7 @@ from typing import Any
 from anyflow_cli.errors import AnyflowError
 
 WORKER = Path(__file__).with_name("worker.py")
-TRIES = 2
+JOB_TRIES = 2
 WIDEST = 160  # letters of a reason; the whole error stands beside it
 TAIL = 15  # lines of a log that an error repeats
 
@@ -36,7 +36,7 @@ class LostWorkerError(AnyflowError):
 
 
 @dataclass(frozen=True)
-class Job:
+class WorkerJob:
     """One dimension over its videos; ``seconds`` is what it may take."""
 
     name: str
@@ -46,22 +46,22 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Failure:
+class JobFailure:
     """A dimension that has no score, and why."""
 
     reason: str
     detail: str = ""  # the worker's traceback, or the end of its log
 
 
-Outcome = dict[str, Any] | Failure
+Outcome = dict[str, Any] | JobFailure
 
 
 def run_jobs(
     python: Path,
-    jobs: Sequence[Job],
+    jobs: Sequence[WorkerJob],
     scratch: Path,
     devices: Sequence[str],
-    done: Callable[[Job, Outcome], None],
+    done: Callable[[WorkerJob, Outcome], None],
 ) -> None:
     """Run all jobs, one at a time on each device; ``done`` hears of each as it ends, from this thread."""
     free: SimpleQueue[str] = SimpleQueue()
@@ -69,7 +69,7 @@ def run_jobs(
         free.put(device)
     running = Processes()
 
-    def work(job: Job) -> Outcome:
+    def work(job: WorkerJob) -> Outcome:
         device = free.get()
         try:
             return _outcome(python, job, scratch / job.name, device, running)
@@ -155,21 +155,21 @@ def ask(
     return result
 
 
-def _outcome(python: Path, job: Job, scratch: Path, device: str, running: Processes) -> Outcome:
+def _outcome(python: Path, job: WorkerJob, scratch: Path, device: str, running: Processes) -> Outcome:
     request = job.request | {
         "device": device.partition(":")[0],
         "scratch": str((scratch / "work").absolute()),
     }
     variables = {**job.variables, **_choose(device)}
-    for left in reversed(range(TRIES)):
+    for left in reversed(range(JOB_TRIES)):
         try:
             return ask(python, request, scratch, job.seconds, variables, running)
         except LostWorkerError as error:
             log.warning("%s on %s: %s.%s", job.name, device, error.message, " Once more." if left else "")
-            failure = Failure(f"{error.message}, in {TRIES} tries", error.hint or "")
+            failure = JobFailure(f"{error.message}, in {JOB_TRIES} tries", error.hint or "")
         except AnyflowError as error:
             reason = shorten(error.message.partition("\n")[0], WIDEST, placeholder=" ...")
-            return Failure(reason, error.hint or "")
+            return JobFailure(reason, error.hint or "")
     return failure
 
 

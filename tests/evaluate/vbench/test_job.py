@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from anyflow_cli.evaluate.vbench import worker_pool
-from anyflow_cli.evaluate.vbench.worker_pool import Failure, Job, Outcome, run_jobs
+from anyflow_cli.evaluate.vbench.worker_pool import JobFailure, Outcome, WorkerJob, run_jobs
 
 WORKER = """
 import json, os, signal, sys, time
@@ -43,7 +43,7 @@ def outcomes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     def run(
         acts: dict[str, str], devices: tuple[str, ...] = ("cpu",), seconds: float = 30
     ) -> dict[str, Outcome]:
-        jobs = [Job(name, {"dimension": name, "act": act}, seconds) for name, act in acts.items()]
+        jobs = [WorkerJob(name, {"dimension": name, "act": act}, seconds) for name, act in acts.items()]
         found: dict[str, Outcome] = {}
         run_jobs(Path(sys.executable), jobs, tmp_path / "work", devices,
                  lambda one, outcome: found.__setitem__(one.name, outcome))  # fmt: skip
@@ -54,7 +54,7 @@ def outcomes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_an_error_comes_back_whole_and_is_not_tried_again(outcomes: Any, tmp_path: Path) -> None:
     found = outcomes({"scene": "raise", "color": "answer"})
-    assert found["scene"] == Failure("ValueError: first line", "Traceback: deep inside")
+    assert found["scene"] == JobFailure("ValueError: first line", "Traceback: deep inside")
     assert found["color"]["score"] == 0.5
     assert (tmp_path / "work" / "scene" / "starts").read_text().split() == []  # one start, no GPU shown
     assert (tmp_path / "work" / "scene" / "starts").read_text() == " "
@@ -87,14 +87,14 @@ def test_an_interruption_leaves_no_process(tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "worker.py").write_text(WORKER)
     monkeypatch.setattr(worker_pool, "WORKER", tmp_path / "worker.py")
 
-    def interrupt(one: Job, outcome: Outcome) -> None:
+    def interrupt(one: WorkerJob, outcome: Outcome) -> None:
         while not (tmp_path / "work" / "b" / "answer.json.child").exists():
             time.sleep(0.05)
         raise KeyboardInterrupt
 
     jobs = [
-        Job("a", {"dimension": "a", "act": "answer"}, 30),
-        Job("b", {"dimension": "b", "act": "hang"}, 30),
+        WorkerJob("a", {"dimension": "a", "act": "answer"}, 30),
+        WorkerJob("b", {"dimension": "b", "act": "hang"}, 30),
     ]
     start = time.monotonic()
     with pytest.raises(KeyboardInterrupt):

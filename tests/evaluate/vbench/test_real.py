@@ -17,7 +17,7 @@ import pytest
 
 from anyflow_cli.cli import app
 from anyflow_cli.data.video import ClipFormat, read_clip, write_mp4
-from anyflow_cli.evaluate.suite import Clip, VideoScore
+from anyflow_cli.evaluate.suite import SuiteClip, VideoScore
 from anyflow_cli.evaluate.vbench import assess
 from anyflow_cli.evaluate.vbench.environment import Environment, is_there, open_environment, place
 from anyflow_cli.evaluate.vbench.prompts import Question
@@ -53,12 +53,12 @@ def question(number: int, prompt: str, *dimensions: str) -> Question:
     return Question(number, prompt, prompt, ({"prompt_en": prompt, "dimension": list(dimensions)},))
 
 
-def clips_in(directory: Path, question: int, count: int) -> list[Clip]:
+def clips_in(directory: Path, question: int, count: int) -> list[SuiteClip]:
     found = []
     for k in range(count):
         path = directory / f"any name {question} {k}.mp4"
         write_mp4(path, drawn(question * 10 + k, 50)[:9], 16)
-        found.append(Clip(question, path, VideoScore({})))
+        found.append(SuiteClip(question, path, VideoScore({})))
     return found
 
 

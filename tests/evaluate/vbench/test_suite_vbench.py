@@ -15,8 +15,8 @@ from PIL import Image
 from anyflow_cli.data.video import ClipFormat
 from anyflow_cli.errors import AnyflowError, UsageError
 from anyflow_cli.evaluate import registry
-from anyflow_cli.evaluate.registry import questions
-from anyflow_cli.evaluate.suite import Clip, VideoScore, result_of
+from anyflow_cli.evaluate.registry import protocol_for
+from anyflow_cli.evaluate.suite import SuiteClip, VideoScore, result_of
 from anyflow_cli.evaluate.vbench import assess
 from anyflow_cli.evaluate.vbench.environment import (
     COMMAND,
@@ -28,8 +28,8 @@ from anyflow_cli.evaluate.vbench.environment import (
 from anyflow_cli.evaluate.vbench.prompts import Question
 from anyflow_cli.evaluate.vbench.suite import VBenchSuite
 from anyflow_cli.evaluate.vbench.weights import NEEDS
-from anyflow_cli.evaluate.vbench.worker_pool import Failure, Job, Outcome
-from anyflow_cli.recipe.schema import Evaluate, Model, Recipe
+from anyflow_cli.evaluate.vbench.worker_pool import JobFailure, Outcome, WorkerJob
+from anyflow_cli.recipe.schema import EvaluateSection, ModelSection, Recipe
 
 FLICKERING = "temporal_flickering"
 
@@ -50,14 +50,14 @@ class Answers:
         self.values, self.asked = values, list[tuple[str, list[str]]]()
 
     def __call__(
-        self, python: Path, jobs: Sequence[Job], scratch: Path, devices: Sequence[str],
-        done: Callable[[Job, Outcome], None],
+        self, python: Path, jobs: Sequence[WorkerJob], scratch: Path, devices: Sequence[str],
+        done: Callable[[WorkerJob, Outcome], None],
     ) -> None:  # fmt: skip
         for job in jobs:
             paths = [path for line in job.request["entries"] for path in line["video_list"]]
             self.asked.append((job.name, [Path(path).name for path in paths]))
             value = self.values.get(job.name, 0.5)
-            if isinstance(value, Failure):
+            if isinstance(value, JobFailure):
                 done(job, value)
                 continue
             values = value if isinstance(value, list) else [value] * len(paths)
@@ -88,11 +88,11 @@ def workers(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Answers]:
     return install
 
 
-def clips(directory: Path, number: int, count: int) -> list[Clip]:
+def clips(directory: Path, number: int, count: int) -> list[SuiteClip]:
     paths = [directory / f"{number}-{k}.mp4" for k in range(count)]
     for path in paths:
         path.write_text("video")
-    return [Clip(number, path, VideoScore({})) for path in paths]
+    return [SuiteClip(number, path, VideoScore({})) for path in paths]
 
 
 def with_weights(root: Path, *dimensions: str) -> Path:
@@ -150,7 +150,7 @@ def test_answers_are_used_again_until_something_changes(
         "vbench", (question(0, FLICKERING, "dynamic_degree"),), environment(tmp_path), weights
     )
     made = clips(tmp_path, 0, 2)
-    first = workers(**{FLICKERING: [0.9, 0.7], "dynamic_degree": Failure("it crashed", "Traceback ...")})
+    first = workers(**{FLICKERING: [0.9, 0.7], "dynamic_degree": JobFailure("it crashed", "Traceback ...")})
     found = suite.assess(made, tmp_path)
     assert found.missing["dynamic_degree"] == "it crashed"
     assert "Traceback ..." in (tmp_path / "vbench" / "dynamic_degree.error.txt").read_text()
@@ -214,8 +214,8 @@ def test_other_weights_than_the_published_are_not_comparable(
 
 
 def make_recipe(tmp_path: Path, suite: str = "vbench", **vbench: Any) -> Recipe:
-    return Recipe(name="t", model=Model(frames=9, height=64, width=64), evaluate=Evaluate.model_validate(
-        {"suite": suite, "seed": 100, "vbench": vbench}))  # fmt: skip
+    evaluate = EvaluateSection.model_validate({"suite": suite, "seed": 100, "vbench": vbench})
+    return Recipe(name="t", model=ModelSection(frames=9, height=64, width=64), evaluate=evaluate)
 
 
 @pytest.fixture
@@ -227,12 +227,12 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str,
 
 
 def test_the_protocol_is_the_benchmarks(tmp_path: Path, installed: Lines) -> None:
-    protocol = questions(make_recipe(tmp_path))
+    protocol = protocol_for(make_recipe(tmp_path))
     assert protocol.deviations == ()
     assert [len([i for i in protocol.items if i.number == n]) for n in range(4)] == [25, 25, 5, 5]
     assert len({item.seed for item in protocol.items}) == 60
     assert [item.seed for item in protocol.items if item.number == 2] == [110, 111, 112, 113, 114]
-    five = questions(make_recipe(tmp_path, flickering=5))
+    five = protocol_for(make_recipe(tmp_path, flickering=5))
     assert [item.seed for item in five.items] == list(range(100, 120))
     assert {(i.prompt, i.seed) for i in five.items} < {(i.prompt, i.seed) for i in protocol.items}
 
@@ -240,20 +240,20 @@ def test_the_protocol_is_the_benchmarks(tmp_path: Path, installed: Lines) -> Non
 def test_a_limit_and_other_numbers_of_videos_are_marked(
     tmp_path: Path, installed: list[dict[str, Any]]
 ) -> None:
-    some = questions(make_recipe(tmp_path, flickering=5), limit=2)
+    some = protocol_for(make_recipe(tmp_path, flickering=5), limit=2)
     assert some.deviations == ("only 2 of 4 prompts",)
-    everything = questions(make_recipe(tmp_path, flickering=5))
+    everything = protocol_for(make_recipe(tmp_path, flickering=5))
     assert {(i.prompt, i.seed, i.number) for i in some.items} < {
         (i.prompt, i.seed, i.number) for i in everything.items
     }
     recipe = make_recipe(tmp_path)
     one = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"samples": 1})})
-    assert questions(one).deviations == ("1 instead of 5 videos a prompt",)
-    assert len(questions(one).items) == 4
+    assert protocol_for(one).deviations == ("1 instead of 5 videos a prompt",)
+    assert len(protocol_for(one).items) == 4
     with pytest.raises(UsageError, match="has its own prompts"):
-        questions(recipe, tmp_path / "mine.txt")
+        protocol_for(recipe, tmp_path / "mine.txt")
     with pytest.raises(UsageError, match="no dimension scenery"):
-        questions(make_recipe(tmp_path, dimensions=("scenery",)))
+        protocol_for(make_recipe(tmp_path, dimensions=("scenery",)))
 
 
 def test_image_to_video_begins_with_its_pictures(tmp_path: Path) -> None:
@@ -264,22 +264,24 @@ def test_image_to_video_begins_with_its_pictures(tmp_path: Path) -> None:
     suite = VBenchSuite(
         "vbench-i2v", (cup,), environment(tmp_path), tmp_path, pictures=tmp_path / "crops", shape=shape
     )
-    suite.check(Model())
+    suite.check(ModelSection())
     (picture,) = suite.images(["prompt 0"], [0]) or []
     assert picture.shape == (64, 64, 3)
     assert picture[0, 0].tolist() == [255, 0, 0]
     none = VBenchSuite("vbench-i2v", (cup,), environment(tmp_path), tmp_path)
     with pytest.raises(UsageError, match="begins each video with a picture"):
-        none.check(Model())
+        none.check(ModelSection())
     with pytest.raises(UsageError, match="1 of 1 pictures"):
-        VBenchSuite("vbench-i2v", (cup,), environment(tmp_path), tmp_path, pictures=tmp_path).check(Model())
+        VBenchSuite("vbench-i2v", (cup,), environment(tmp_path), tmp_path, pictures=tmp_path).check(
+            ModelSection()
+        )
 
 
 def test_the_prompts_of_image_to_video_are_the_users(tmp_path: Path, installed: Lines) -> None:
     with pytest.raises(AnyflowError, match=r"lacks the prompts of VBench-I2V"):
-        questions(make_recipe(tmp_path, "vbench-i2v"))
+        protocol_for(make_recipe(tmp_path, "vbench-i2v"))
     named = make_recipe(tmp_path, "vbench-i2v", full_info=str(tmp_path / "full_info.json"))
-    assert len(questions(named).items) == 20  # five of each, flickering or not
+    assert len(protocol_for(named).items) == 20  # five of each, flickering or not
 
 
 def test_without_an_environment_the_next_step_is_said(tmp_path: Path) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from anyflow_cli.evaluate.suite import sum_up
-from anyflow_cli.evaluate.vbench.dimensions import DIMENSIONS, GROUPS, I2V, T2V, Benchmark
-from anyflow_cli.evaluate.vbench.published import Row, published
+from anyflow_cli.evaluate.vbench.dimensions import GROUPS, I2V, T2V, VBENCH_DIMENSIONS, Benchmark
+from anyflow_cli.evaluate.vbench.published import PublishedRow, published
 
 CHECK = {  # percent; the benchmark's own script makes 85.09, 75.82 and 83.24 of it
     "subject_consistency": 97.37, "background_consistency": 97.76, "temporal_flickering": 99.44,
@@ -52,7 +52,7 @@ def test_image_to_video_has_sums_of_its_own() -> None:
 def test_sixteen_dimensions_and_nine_with_the_weights_of_the_benchmark() -> None:
     weights = {
         (benchmark, group): sum(d.weight for d in dimensions if d.group == group)
-        for benchmark, dimensions in DIMENSIONS.items()
+        for benchmark, dimensions in VBENCH_DIMENSIONS.items()
         for group in GROUPS[benchmark]
     }
     assert weights == pytest.approx(
@@ -61,7 +61,7 @@ def test_sixteen_dimensions_and_nine_with_the_weights_of_the_benchmark() -> None
     )  # fmt: skip
 
 
-def rows() -> list[tuple[Benchmark, Row]]:
+def rows() -> list[tuple[Benchmark, PublishedRow]]:
     benchmarks: tuple[Benchmark, ...] = ("vbench", "vbench-i2v")
     return [(benchmark, row) for benchmark in benchmarks for row in published(benchmark)]
 
@@ -76,4 +76,4 @@ def test_every_row_of_the_paper_adds_up_but_one() -> None:
 def test_a_row_that_is_off_by_more_than_rounding_does_not_add_up() -> None:
     row = published("vbench-i2v")[0]
     assert row.adds_up("vbench-i2v")
-    assert not Row(row.model, row.nfe, row.groups, row.total + 0.02, row.own).adds_up("vbench-i2v")
+    assert not PublishedRow(row.model, row.nfe, row.groups, row.total + 0.02, row.own).adds_up("vbench-i2v")
