@@ -3,7 +3,7 @@
     python benchmarks/gpu.py                 one GPU: 81 frames of 480x832, bf16, adapters of rank 256
     python benchmarks/gpu.py --size small    a CPU: the same iterations of a small network
 
-An iteration is forward and backward passes of all its terms on one batch, without the optimiser; blocks are
+An iteration is forward and backward passes of all its terms on one batch, without the optimizer; blocks are
 recomputed in the backward pass, as the large recipes do, unless --no-checkpointing is given. The table gives
 the mean over steps (the draws of a step decide its calls), the ratios to plain flow matching, in time (on a
 CPU processor time, which other work lengthens less) and in counted operations, and on a GPU the share of its
@@ -76,8 +76,8 @@ def iterations(backbone: Backbone, negative: torch.Tensor) -> dict[str, objectiv
         "flow matching": first("flow-matching", STAGE_ONE),
         "stage 1, no quotient": first("flow-map", WITHOUT_QUOTIENT),
         "stage 1": first("flow-map", STAGE_ONE),
-        "stage 2, flow map, N = 4": on_policy(backbone, negative, budgets=(4,)),
-        "stage 2, flow map, N = 16": on_policy(backbone, negative, budgets=(16,)),
+        "stage 2, flow map, N = 4": on_policy(backbone, negative, step_budgets=(4,)),
+        "stage 2, flow map, N = 16": on_policy(backbone, negative, step_budgets=(16,)),
         "stage 2, consistency, 4": on_policy(
             backbone, negative, simulation="consistency", consistency_steps=4
         ),

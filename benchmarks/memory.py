@@ -23,7 +23,7 @@ from anyflow_cli.plan.steps import BASE
 from anyflow_cli.recipe.load import load_recipe
 
 ALONE = ["launch.sharding=none", "launch.offload=false", "distill.preview_every=0"]
-PARTS = ("weights", "gradients", "optimiser", "average", "data", "activations")
+PARTS = ("weights", "gradients", "optimizer", "average", "data", "activations")
 
 
 def main() -> None:

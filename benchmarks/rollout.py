@@ -76,7 +76,7 @@ def three_jumps(recipe: Recipe) -> StepRng:
     while True:
         step += 1
         draws = StepRng(0, step, SAMPLES, tuple(range(SAMPLES)))
-        steps, k = draw_segment(recipe.distill.budgets, draws.generator("rollout"))
+        steps, k = draw_segment(recipe.distill.step_budgets, draws.generator("rollout"))
         if 0 < k < steps - 1:
             return draws
 

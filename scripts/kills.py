@@ -5,7 +5,7 @@
 
 The network has two layers and videos are three frames of 4x4 latents, so that a step takes milliseconds and a
 checkpoint is written after each: many kills fall into the writing of one. Ends with exit code 1 if a single
-bit of weights, averages, optimisers or metrics differs.
+bit of weights, averages, optimizers or metrics differs.
 """
 
 from __future__ import annotations

@@ -233,11 +233,11 @@ def test_the_last_checkpoint_of_a_run_is_its_finished_model(
     from anyflow_cli.cli import app
 
     recipe = tmp_path / "small.yaml"
-    training = "steps: 1, batch: 2, preview_every: 0, tensorboard: false, ema: {decay: 0.5, start: 1}"
+    training = "steps: 1, global_batch: 2, preview_every: 0, tensorboard: false, ema: {decay: 0.5, start: 1}"
     recipe.write_text(
         f"model: {{teacher: {wan}, lora: {lora}, height: 32, width: 32, frames: 5, precision: fp32}}\n"
-        "synthesize: {count: 2, batch: 2, steps: 1}\n"
-        f"train_flowmap: {{{training}, optimiser: {{lr: 1e-2, warmup: 0}}}}\n"
+        "synthesize: {count: 2, batch_size: 2, steps: 1}\n"
+        f"train_flowmap: {{{training}, optimizer: {{lr: 1e-2, warmup_steps: 0}}}}\n"
         f"distill: {{{training}}}\n"
     )
     given = ["-r", str(recipe), "--runs", str(tmp_path)]

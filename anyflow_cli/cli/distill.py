@@ -29,7 +29,7 @@ from anyflow_cli.runs.paths import RunPaths
 EXAMPLES = examples(
     "anyflow distill",
     "anyflow distill --simulation consistency",
-    "anyflow distill --set distill.budgets=[2,4,8] --set distill.joint=false",
+    "anyflow distill --set distill.step_budgets=[2,4,8] --set distill.joint=false",
     "anyflow distill -r bidirectional1b --nproc 8",
 )
 
@@ -68,7 +68,7 @@ def distill(
     """
     options = {
         "--simulation": ("distill.simulation", simulation),
-        "--model": ("distill.start", model),
+        "--model": ("distill.init_from", model),
         "--steps": ("distill.steps", steps),
         "--seed": ("distill.seed", seed),
         "--nproc": ("launch.processes", processes),

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 EXAMPLES = examples(
     "anyflow finetune --data clips/",
     "anyflow finetune --data data/mine --model runs/tiny/distill --steps 300",
-    "anyflow finetune --data clips/ --set finetune.optimiser.lr=2e-5",
+    "anyflow finetune --data clips/ --set finetune.optimizer.lr=2e-5",
 )
 STEPS = (4, 32)  # at which a model is scored before and after
 LOOKED_AT = 64  # captions that decide whether the built-in suite can score
@@ -83,7 +83,7 @@ def finetune(
     else by the flow-map error on clips held out. The same command continues a run that was stopped.
     """
     options = {
-        "--model": ("finetune.start", model),
+        "--model": ("finetune.init_from", model),
         "--steps": ("finetune.steps", steps),
         "--seed": ("finetune.seed", seed),
         "--nproc": ("launch.processes", processes),
@@ -96,7 +96,7 @@ def finetune(
     from anyflow_cli.runs.open import find_model
     from anyflow_cli.train.stages import finetune_inputs
 
-    choice = find_model(settings, paths, settings.finetune.start)
+    choice = find_model(settings, paths, settings.finetune.init_from)
     log.info("Start: %s (%s)", *choice)
     latents = _latents(settings, paths, data, dry_run=dry_run)
     if latents is None:

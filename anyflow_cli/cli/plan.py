@@ -23,7 +23,7 @@ from anyflow_cli.runs.paths import RunPaths
 EXAMPLES = examples(
     "anyflow plan --recipe bidirectional1b --gpus 8x80GB",
     "anyflow plan -r bidirectional14b --gpus 8xH200 --set distill.micro_batch=1",
-    "anyflow plan -r bidirectional1b --gpus 64xH100 --utilisation 0.3 --json",
+    "anyflow plan -r bidirectional1b --gpus 64xH100 --mfu 0.3 --json",
     "anyflow plan   (tiny, on this machine)",
 )
 MACHINE_PANEL = "Machine"
@@ -45,7 +45,7 @@ PeakOption = Annotated[
 UtilisationOption = Annotated[
     float,
     typer.Option(
-        "--utilisation", metavar="SHARE", min=0.01, max=1, rich_help_panel=MACHINE_PANEL,
+        "--mfu", metavar="SHARE", min=0.01, max=1, rich_help_panel=MACHINE_PANEL,
         help="Share of the peak that is reached.",
     ),
 ]  # fmt: skip

@@ -29,8 +29,8 @@ def stage_facts(recipe: Recipe, inputs: RunInputs) -> dict[str, Any]:
         "data": inputs.data,
         "trains": f"LoRA of rank {lora.rank}" if lora else "all weights",
         "steps": settings.steps,
-        "global batch": settings.batch,
-        "learning rate": settings.optimiser.lr,
+        "global batch": settings.global_batch,
+        "learning rate": settings.optimizer.lr,
         "continues from": newest(inputs.directory / "checkpoints") or "the start",
         "result": inputs.finished,
     }

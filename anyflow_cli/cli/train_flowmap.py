@@ -46,7 +46,7 @@ StepsOption = Annotated[
     int | None,
     typer.Option(
         "--steps", metavar="N", rich_help_panel=RECIPE_PANEL, show_default=False,
-        help="Optimiser steps in all; a finished run given more goes on.",
+        help="Optimizer steps in all; a finished run given more goes on.",
     ),
 ]  # fmt: skip
 

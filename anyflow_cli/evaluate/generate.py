@@ -133,9 +133,9 @@ def make_videos(job: EvaluationJob, open_model: Open, advance: Advance, share: W
         if items and (opened is None or opened[0] is not one.subject):
             log.info("Loading %s, %s.", one.subject.address, one.subject.why)
             opened = (one.subject, open_model(one.subject, job.recipe))
-        for start in range(0, len(items), job.recipe.evaluate.batch):
+        for start in range(0, len(items), job.recipe.evaluate.batch_size):
             assert opened is not None
-            part = items[start : start + job.recipe.evaluate.batch]
+            part = items[start : start + job.recipe.evaluate.batch_size]
             for record in _scored(job, one, opened[1], part):
                 job.store(one).append(record, share.rank)
             tally.count(len(part))

@@ -145,7 +145,7 @@ class Backbone(nn.Module):
         return {} if name in ("real", "base") else dict(network.named_parameters())
 
     def parameters_of(self, name: Role) -> list[nn.Parameter]:
-        """What an optimiser of the role trains."""
+        """What an optimizer of the role trains."""
         return [parameter for parameter in self.named_parameters_of(name).values() if parameter.requires_grad]
 
     def state_dict_of(self, name: Role) -> dict[str, Tensor]:

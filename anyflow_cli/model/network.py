@@ -119,14 +119,15 @@ def plain_contexts() -> Contexts:
 class FlowMapTransformer(nn.Module):
     """Velocity ``u(z_t, t, r)`` of latents under text. A network with one time ignores ``r``.
 
-    ``gradient_checkpointing`` recomputes every ``checkpointed_every``-th block in the backward pass, inside
-    the second context that ``checkpoint_contexts`` gives at its forward (adapter roles restore theirs there).
+    With ``gradient_checkpointing``, every ``checkpoint_every_n_blocks``-th block is recomputed in the backward
+    pass, inside the second context that ``checkpoint_contexts`` gives at its forward (adapter roles restore
+    theirs there).
     """
 
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
         self.config = config
-        self.gradient_checkpointing, self.checkpointed_every = False, 1
+        self.gradient_checkpointing, self.checkpoint_every_n_blocks = False, 1
         self.checkpoint_contexts: Callable[[], Contexts] = plain_contexts
         self.patch_embedding = PatchEmbedding(config.in_channels, config.dim, config.patch)
         if config.causal is not None:
@@ -238,7 +239,7 @@ class FlowMapTransformer(nn.Module):
         return tokens.to(self.compute_dtype)  # one embedding may be trained in fp32 on a bf16 base
 
     def _run(self, number: int, block: nn.Module, *args: object) -> Tensor:
-        chosen = self.gradient_checkpointing and number % self.checkpointed_every == 0
+        chosen = self.gradient_checkpointing and number % self.checkpoint_every_n_blocks == 0
         if chosen and torch.is_grad_enabled():
             out = checkpoint(
                 block,

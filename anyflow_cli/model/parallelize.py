@@ -1,11 +1,11 @@
-"""FSDP2: networks' weights, gradients and optimiser states divided among processes.
+"""FSDP2: networks' weights, gradients and optimizer states divided among processes.
 
 Blocks are the units that are gathered, used and let go; what is outside of blocks is one more. All roles of a
 network are in the same units, so a gathered block has every adapter, and a role decides which one it uses.
 Weights keep their own types (a bf16 base, fp32 adapters, fp32 times and norms); products run under autocast
 as they do unsharded, and gradients are reduced in fp32.
 
-torch's ``fully_shard`` is called here, not accelerate's ``prepare``, which wraps one model with one optimiser
+torch's ``fully_shard`` is called here, not accelerate's ``prepare``, which wraps one model with one optimizer
 and its parameters' single type, and does nothing on a CPU, where it could not be tested.
 
 Every process must call the networks alike, since each call gathers: ``flow/`` sees to that but where guidance

@@ -104,7 +104,7 @@ def _of_training(section: str, target: Target) -> Iterator[list[Change]]:
     if section == "distill" and not recipe.distill.recompute_rollout:
         yield [Change({"distill.recompute_rollout": True}, "the rollout is made twice")]
     yield _of_sharding(target)
-    sizes = _halves(settings.micro_batch or settings.batch)
+    sizes = _halves(settings.micro_batch or settings.global_batch)
     yield [Change({f"{section}.micro_batch": size}, "more and smaller passes") for size in sizes]
     if settings.preview_every:
         yield [Change({f"{section}.preview_every": 0}, "no previews")]

@@ -39,7 +39,7 @@ def _in_archive(size: int) -> int:
 def checkpoints(roles: Mapping[str, RoleSize], settings: schema.TrainingSection) -> int:
     """Bytes of a run's checkpoints: those kept, and one being written.
 
-    Each holds the weights of every phase, both moments of its optimiser, and the student's average.
+    Each holds the weights of every phase, both moments of its optimizer, and the student's average.
     """
     trained = {role: size.trainable_bytes for role, size in roles.items()}
     return (settings.keep_checkpoints + 1) * (3 * sum(trained.values()) + trained["student"])

@@ -14,7 +14,7 @@ from anyflow_cli.plan.setup import Setup
 from anyflow_cli.plan.stages import TUNING, Stage, activations, target_of
 from anyflow_cli.recipe.schema import Recipe
 
-PARTS = ("weights", "gradients", "optimiser", "average", "data", "cache", "activations")
+PARTS = ("weights", "gradients", "optimizer", "average", "data", "cache", "activations")
 LONG = {"average": "moving average", "data": "batch", "cache": "cache of keys"}
 DECIMAL = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 OPERATIONS = ((1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"), (1e6, "MFLOP"))
@@ -157,7 +157,7 @@ def _division(setup: Setup) -> str:
     if setup.shards is None:
         return "Every process holds a whole copy: nothing is sharded."
     place = ", in the CPU's memory" if setup.offload else ""
-    return f"Weights, gradients and optimiser are divided among {setup.shards} processes{place}."
+    return f"Weights, gradients and optimizer are divided among {setup.shards} processes{place}."
 
 
 def _advice(planned: Planned) -> str:

@@ -61,7 +61,7 @@ def _train(recipe: Recipe, paths: RunPaths) -> list[Requirement]:
 
 def _distill(recipe: Recipe, paths: RunPaths) -> list[Requirement]:
     settings = recipe.distill
-    start = _made(recipe, "start", settings.start, paths.stage_1() / MODEL, "anyflow train-flowmap")
+    start = _made(recipe, "start", settings.init_from, paths.stage_1() / MODEL, "anyflow train-flowmap")
     tuned = "anyflow train-flowmap --objective flow-matching"
     real = _made(recipe, "real score", settings.real_score, paths.stage_1("flow-matching") / MODEL, tuned)
     if real.state == "missing" and settings.real_score is None:

@@ -105,7 +105,7 @@ class Setup:
     def share(self) -> int:
         """Samples a step and process."""
         assert self.settings is not None
-        return max(self.settings.batch // self.ranks, 1)
+        return max(self.settings.global_batch // self.ranks, 1)
 
     @property
     def micro(self) -> int:
@@ -147,7 +147,7 @@ def backbone_on_meta(setup: Setup, depth: int) -> Backbone:
     for module in backbone.modules():
         if isinstance(module, FlowMapTransformer):
             module.gradient_checkpointing = setup.model.gradient_checkpointing
-            module.checkpointed_every = setup.model.checkpointed_every
+            module.checkpoint_every_n_blocks = setup.model.checkpoint_every_n_blocks
     return backbone if setup.trains else backbone.requires_grad_(False)
 
 
@@ -170,5 +170,5 @@ def objective_of(setup: Setup, backbone: Backbone, negative: Tensor) -> objectiv
     name = setup.kind
     assert name == "flow-map" or name == "flow-matching" or name == "consistency-ode"
     return objectives.stage_one(
-        name, backbone, negative, settings.flow_map, settings.optimiser, shift, causal
+        name, backbone, negative, settings.flow_map, settings.optimizer, shift, causal
     )

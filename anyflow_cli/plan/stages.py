@@ -1,6 +1,6 @@
 """What each command trains and holds: memory by part and moment, operations and time, for one process.
 
-Each process holds a copy of weights, gradients and optimiser (DDP), or a part of one copy (FSDP2): ``_held``
+Each process holds a copy of weights, gradients and optimizer (DDP), or a part of one copy (FSDP2): ``_held``
 is the one place that knows. Of sharded runs only the division has been checked, not a measured peak.
 """
 
@@ -27,7 +27,7 @@ from anyflow_cli.runs.open import is_checkpoint, locate, run_of
 Command = Literal["synthesize", "train-flowmap", "distill", "finetune", "sample"]
 TUNING: Literal["flow-matching"] = "flow-matching"
 FP32 = 4
-DIVIDED = ("weights", "gradients", "optimiser", "average")  # by sharding
+DIVIDED = ("weights", "gradients", "optimizer", "average")  # by sharding
 MACHINE = 8  # GPUs that a machine is taken to have
 
 
@@ -139,9 +139,9 @@ def _training(target: Target, name: str, command: str, kind: Kind, settings: sch
 def training_setup(target: Target, kind: Kind, settings: schema.TrainingSection) -> Setup:
     """One process of a training stage."""
     cluster, pipeline, model = target.cluster, target.pipeline, target.recipe.model
-    if settings.batch % cluster.count:
+    if settings.global_batch % cluster.count:
         raise UsageError(
-            f"A global batch of {settings.batch} cannot be divided among {cluster.count} processes.",
+            f"A global batch of {settings.global_batch} cannot be divided among {cluster.count} processes.",
             f"Set batch to a multiple of {cluster.count}, or plan for another number of GPUs.",
         )
     scores, separate = None, False
@@ -166,7 +166,7 @@ def _shards(target: Target) -> int | None:
 
 def _starts_elsewhere(settings: schema.DistillSection) -> bool:
     """Whether start or real score have no adapter of the teacher beside them, as ``train.stages`` looks."""
-    given = [address for address in (settings.start, settings.real_score) if address is not None]
+    given = [address for address in (settings.init_from, settings.real_score) if address is not None]
     return any(not (Path(address).parent / "adapter").is_dir() for address in given)
 
 
@@ -225,7 +225,7 @@ def _whole(setup: Setup, step: Step) -> dict[str, int]:
     return {
         "weights": sum(size.bytes for size in step.roles.values()),
         "gradients": gradients if step.keeps_gradients else 0,
-        "optimiser": 2 * sum(trained.values()),
+        "optimizer": 2 * sum(trained.values()),
         "average": trained["student"],
         "data": FP32 * setup.share * sample,
     }
@@ -277,7 +277,9 @@ def _preview_moments(target: Target, setup: Setup, step: Step) -> Iterator[Momen
 def sampling(target: Target) -> Stage:
     """``sample`` with the any-step model, at the largest of the recipe's step counts."""
     settings = target.recipe.sample
-    return _sampling(_as_long(target), "sampling", "sample", "sampling", settings.batch, max(settings.nfe), 1)
+    return _sampling(
+        _as_long(target), "sampling", "sample", "sampling", settings.batch_size, max(settings.nfe), 1
+    )
 
 
 def streaming(target: Target) -> Stage:
@@ -289,7 +291,7 @@ def streaming(target: Target) -> Stage:
 def evaluation(target: Target, steps: int, *, is_guided: bool) -> Stage:
     """One video of ``evaluate``."""
     kind: Kind = "synthesis" if is_guided else "sampling"
-    return _sampling(target, "evaluation", "evaluate", kind, target.recipe.evaluate.batch, steps, 1)
+    return _sampling(target, "evaluation", "evaluate", kind, target.recipe.evaluate.batch_size, steps, 1)
 
 
 def _as_long(target: Target) -> Target:
@@ -310,7 +312,7 @@ def synthesis(target: Target) -> Stage:
         "synthesis",
         "synthesize",
         "synthesis",
-        settings.batch,
+        settings.batch_size,
         settings.steps,
         settings.count or 1,
     )

@@ -102,9 +102,9 @@ def micro_batches(setup: Setup, step: int) -> list[StepRng]:
     """
     assert setup.settings is not None
     settings, ranks = setup.settings, setup.ranks
-    positions = tuple(range(ranks - 1, settings.batch, ranks))
+    positions = tuple(range(ranks - 1, settings.global_batch, ranks))
     return [
-        StepRng(settings.seed, step, settings.batch, positions[start : start + setup.micro])
+        StepRng(settings.seed, step, settings.global_batch, positions[start : start + setup.micro])
         for start in range(0, setup.share, setup.micro)
     ]
 
@@ -140,7 +140,9 @@ def _price_of(label: Label) -> Hashable:
 def at_full_depth(setup: Setup, run: Callable[[int], list[Segment]]) -> list[Segment]:
     """Segments of a run as they are with all blocks of the network."""
     layers = setup.depth
-    unit = setup.model.checkpointed_every if setup.model.gradient_checkpointing else 1  # blocks that repeat
+    unit = (
+        setup.model.checkpoint_every_n_blocks if setup.model.gradient_checkpointing else 1
+    )  # blocks that repeat
     depths = (DEPTHS[0] * unit, DEPTHS[1] * unit)
     if layers <= depths[1]:
         return run(layers)

@@ -18,7 +18,7 @@ def dump(recipe: Recipe) -> str:
 
 
 def flat(recipe: Recipe) -> dict[str, Any]:
-    """Give every value under its dotted key, e.g. ``distill.optimiser.lr``."""
+    """Give every value under its dotted key, e.g. ``distill.optimizer.lr``."""
     return dict(_flattened(_plain(recipe), ""))
 
 

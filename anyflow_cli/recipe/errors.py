@@ -14,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from anyflow_cli.errors import UsageError
+from anyflow_cli.recipe.renamed import renamed_key
 from anyflow_cli.recipe.schema import Recipe, Section
 from anyflow_cli.recipe.yaml_source import Key, YamlLocation
 
@@ -78,7 +79,7 @@ def closest(word: str, known: Iterable[str]) -> str | None:
 
 
 def dotted(key: Key) -> str:
-    """Write a key as ``--set`` takes it, e.g. ``distill.optimiser.lr``; items of a list as ``budgets[0]``."""
+    """Write a key as ``--set`` takes it, e.g. ``distill.optimizer.lr`` or ``distill.step_budgets[0]``."""
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in key).removeprefix(".")
 
 
@@ -122,7 +123,9 @@ def _words(detail: ErrorDetails) -> str:
 
 
 def _meant(key: Key) -> str | None:
-    """The key that was probably meant: one spelt alike in the same section, or one of this name elsewhere."""
+    """The key that was probably meant: its new name, or one spelled alike, or one of this name elsewhere."""
+    if (renamed := renamed_key(key)) is not None:
+        return dotted(renamed)
     *section, name = key
     known = list(known_keys())
     within = [other for other in known if list(other[: len(section)]) == section]

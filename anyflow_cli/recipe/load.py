@@ -1,6 +1,6 @@
 """From a recipe's name or path to a checked ``Recipe``: finding, inheritance, overrides.
 
-Everything wrong is said at once, with the place of each mistake (``mistakes.py`` words it). What a recipe may
+Everything wrong is said at once, with the place of each mistake (``errors.py`` words it). What a recipe may
 say is in ``schema.py``; comparing and writing recipes in ``compare.py``.
 
 A recipe's ``name`` and ``description`` are its own and never inherited: two recipes must not share a run
@@ -18,6 +18,7 @@ from pydantic import ValidationError
 
 from anyflow_cli.errors import UsageError
 from anyflow_cli.recipe.errors import Mistake, closest, find_mistakes, in_yaml, recipe_error
+from anyflow_cli.recipe.renamed import with_new_keys
 from anyflow_cli.recipe.schema import Recipe
 from anyflow_cli.recipe.yaml_source import (
     RECIPE_HINT,
@@ -63,6 +64,19 @@ def load_recipe(address: str = DEFAULT, overrides: Iterable[str | Override] = ()
     if mistakes:
         raise recipe_error(mistakes)
     return recipe
+
+
+def load_recorded_recipe(path: Path) -> Recipe:
+    """Read the resolved recipe of an existing run; keys renamed since it was written are translated.
+
+    Raises:
+        UsageError: As ``load_recipe``.
+    """
+    source = read_source(path, str(path))
+    try:
+        return Recipe.model_validate(with_new_keys(source.content))
+    except ValidationError as error:
+        raise recipe_error(find_mistakes(error, source.places, YamlLocation(str(path)))) from error
 
 
 def recipes_dir() -> Path:

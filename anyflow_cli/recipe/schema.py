@@ -105,7 +105,7 @@ class ModelSection(Section):
     negative_prompt: str = ""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     gradient_checkpointing: bool = False
-    checkpointed_every: Count = Field(
+    checkpoint_every_n_blocks: Count = Field(
         1, description="Of the blocks, with gradient_checkpointing: 2 recomputes every second one."
     )
     compile: bool = Field(
@@ -164,7 +164,7 @@ class SynthesizeSection(Section):
     count: Count | None = Field(None, description="Videos to make; null: one a prompt.")
     steps: Count = 50
     guidance: Positive = 5.0
-    batch: Count = 1
+    batch_size: Count = 1
     shard_size: Count = 256
     previews: bool = False
     seed: int = 0
@@ -183,14 +183,14 @@ class OptimizerSection(Section):
     lr: Positive = 5e-5
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    warmup: Annotated[int, Field(ge=0)] = 1000
-    clip: Positive = 1.0
+    warmup_steps: Annotated[int, Field(ge=0)] = 1000
+    grad_clip: Positive = 1.0
 
 
 class AlarmsSection(Section):
     """When a run is told to be going wrong, and what happens then; all our own."""
 
-    then: Literal["warn", "stop", "roll-back"] = Field(
+    action: Literal["warn", "stop", "roll-back"] = Field(
         "warn", description="roll-back: to the last good checkpoint, and on with other random numbers."
     )
     patience: Count = Field(3, description="Bad rows of the metrics in a row.")
@@ -205,11 +205,11 @@ class TrainingSection(Section):
     """What every training command shares."""
 
     steps: Count = 6000
-    batch: Count = Field(32, description="Global batch: over all processes and accumulation steps.")
+    global_batch: Count = Field(32, description="Global batch: over all processes and accumulation steps.")
     micro_batch: Count | None = Field(
         None, description="Samples a forward pass and process; null: all of its share."
     )
-    optimiser: OptimizerSection = OptimizerSection()
+    optimizer: OptimizerSection = OptimizerSection()
     ema: EmaSection = EmaSection()
     seed: int = 0
     checkpoint_every: Count = 500
@@ -226,8 +226,10 @@ class TrainingSection(Section):
     @field_validator("micro_batch")
     @classmethod
     def _divides_batch(cls, micro: int | None, info: ValidationInfo) -> int | None:
-        batch = info.data.get("batch")
-        return require(not micro or not batch or batch % micro == 0, micro, f"divide the batch of {batch}")
+        batch = info.data.get("global_batch")
+        return require(
+            not micro or not batch or batch % micro == 0, micro, f"divide the global_batch of {batch}"
+        )
 
 
 class FlowMapSection(Section):
@@ -240,7 +242,7 @@ class FlowMapSection(Section):
     boundary: Fraction = 0.5  # share of the global batch with r = t
     to_zero: Fraction = 0.25  # share of the global batch with r = 0
     text_dropout: Fraction = 0.1
-    given: Fraction = Field(
+    conditioning_prob: Fraction = Field(
         0.0,
         description="Share of the steps that learn to continue a clean image or video (causal models).",
     )
@@ -263,13 +265,13 @@ class DistillSection(TrainingSection):
     """Stage 2: on-policy distillation (Alg. 2)."""
 
     steps: Count = 800
-    optimiser: OptimizerSection = OptimizerSection(lr=2e-6, betas=(0.0, 0.999), warmup=0)
-    fake_optimiser: OptimizerSection | None = Field(
+    optimizer: OptimizerSection = OptimizerSection(lr=2e-6, betas=(0.0, 0.999), warmup_steps=0)
+    fake_optimizer: OptimizerSection | None = Field(
         None, description="Of the fake score; what it leaves out, or null: the student's."
     )
     ema: EmaSection = EmaSection(decay=0.99, start=200)
     simulation: Literal["flow-map", "consistency"] = "flow-map"
-    budgets: Budgets = (2, 4, 8, 16, 50)  # N of Alg. 2
+    step_budgets: Budgets = (2, 4, 8, 16, 50)  # N of Alg. 2
     consistency_steps: Count = 4
     reuse_rollout: bool = Field(
         False, description="The fake score learns from the step's own rollout, not a fresh one."
@@ -289,17 +291,17 @@ class DistillSection(TrainingSection):
     joint: bool = Field(True, description="Add the stage-1 loss on data to each student update.")
     joint_weight: Annotated[float, Field(ge=0)] = 1.0
     flow_map: FlowMapSection = FlowMapSection()
-    start: str | None = Field(
+    init_from: str | None = Field(
         None, description="Any-step model to start from; null: what `train-flowmap` left."
     )
     real_score: str | None = Field(
         None, description="Tuned teacher; null: the run's `teacher` if it exists, else the teacher."
     )
 
-    @field_validator("fake_optimiser", mode="before")
+    @field_validator("fake_optimizer", mode="before")
     @classmethod
     def _as_the_student(cls, value: object, info: ValidationInfo) -> object:
-        return _laid_over(info.data.get("optimiser"), value)
+        return _laid_over(info.data.get("optimizer"), value)
 
     @field_validator("t_max")
     @classmethod
@@ -313,7 +315,7 @@ class FinetuneSection(TrainingSection):
 
     steps: Count = 1000
     flow_map: FlowMapSection = FlowMapSection()
-    start: str | None = Field(
+    init_from: str | None = Field(
         None, description="Any-step model to start from; null: what `distill` left, else the shipped one."
     )
     world: WorldName | None = Field(None, description="Draw clips of this world when no --data is given.")
@@ -329,7 +331,7 @@ class SampleSection(Section):
     nfe: Budgets = (4,)
     frames: Count | None = Field(None, description="Frames of a video; null: as many as the model's.")
     seed: int = 0
-    batch: Count = 1
+    batch_size: Count = 1
     teacher_steps: Count = 50
     teacher_guidance: Positive = 5.0
 
@@ -373,7 +375,7 @@ class EvaluateSection(Section):
     )
     vbench: VBenchSection = VBenchSection()
     seed: int = 1000
-    batch: Count = 8
+    batch_size: Count = 8
     teacher: bool = Field(True, description="Score the teacher at its own step count beside the model.")
 
 
@@ -385,17 +387,17 @@ class LaunchSection(Section):
     )
     sharding: Literal["none", "full", "hybrid"] = Field(
         "none",
-        description="FSDP2: weights, gradients and optimiser divided among all processes (full), or among "
+        description="FSDP2: weights, gradients and optimizer divided among all processes (full), or among "
         "those of a machine, with replicas across machines (hybrid); none: each has a copy.",
     )
     offload: bool = Field(
         False, description="Hold what is sharded in the CPU's memory, and update there; on the GPU as needed."
     )
-    checkpoints_wait: bool = Field(
-        True, description="Training stands still until a sharded checkpoint is on the disk."
+    async_checkpoint: bool = Field(
+        False, description="Train on while a sharded checkpoint is written in the background."
     )
 
-    @field_validator("offload", "checkpoints_wait")
+    @field_validator("offload", "async_checkpoint")
     @classmethod
     def _needs_sharding(cls, value: bool, info: ValidationInfo) -> bool:
         changed = value is not cls.model_fields[info.field_name or ""].default
@@ -423,9 +425,10 @@ class Recipe(Section):
     def _only_causal_models_continue(cls, section: Continuing, info: ValidationInfo) -> Continuing:
         model = info.data.get("model")
         return require(
-            model is None or model.causal is not None or not section.flow_map.given,
+            model is None or model.causal is not None or not section.flow_map.conditioning_prob,
             section,
-            "leave flow_map.given at 0, as model.causal is null: only a causal model continues frames",
+            "leave flow_map.conditioning_prob at 0, as model.causal is null: only a causal model "
+            "continues frames",
         )
 
     @field_validator("launch")

@@ -1,6 +1,6 @@
 """The state of a training run on disk: written whole or not at all, the newest complete one found again.
 
-A checkpoint is a folder ``step-000500`` of safetensors (weights by phase, EMA), optimiser states
+A checkpoint is a folder ``step-000500`` of safetensors (weights by phase, EMA), optimizer states
 (``torch.save``, read back with ``weights_only``) and ``state.json``; a sharded run has ``shards`` (see
 ``anyflow_cli.runs.dcp``) in place of the tensors' files. It is written under a temporary name, flushed to the
 disk, marked ``COMPLETE`` and renamed, in this order, so that a kill at any moment leaves either the old set
@@ -36,7 +36,7 @@ class CheckpointState:
 
     step: int
     tensors: Mapping[str, Mapping[str, Tensor]]  # file name -> named tensors: weights by phase, and "ema"
-    optimisers: Mapping[str, Mapping[str, Any]]  # phase -> state dict
+    optimizers: Mapping[str, Mapping[str, Any]]  # phase -> state dict
     extra: Mapping[str, Any]  # small, as JSON: open sums of the metrics, what an objective keeps
 
 
@@ -120,12 +120,12 @@ def load(path: Path, like: Mapping[str, Tensor] | None = None) -> CheckpointStat
         record = read_state(path)
         if (path / dcp.SHARDS).is_dir():
             flat = dcp.read(path, like)
-            tensors, optimisers = dcp.unflattened(flat, record["optimiser_settings"])
-            return CheckpointState(record["step"], tensors, optimisers, record["extra"])
+            tensors, optimizers = dcp.unflattened(flat, record["optimiser_settings"])
+            return CheckpointState(record["step"], tensors, optimizers, record["extra"])
         return CheckpointState(
             step=record["step"],
             tensors={name: load_file(path / f"{name}.safetensors") for name in record["tensors"]},
-            optimisers={name: _load_optimiser(path, name) for name in record["optimisers"]},
+            optimizers={name: _load_optimizer(path, name) for name in record["optimisers"]},
             extra=record["extra"],
         )
     except (OSError, SafetensorError, RuntimeError, KeyError, ValueError, CheckpointException) as error:
@@ -139,9 +139,9 @@ def _write(folder: Path, state: CheckpointState) -> None:
     for name, tensors in state.tensors.items():
         stored = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
         save_file(stored, folder / f"{name}.safetensors")
-    for name, optimiser in state.optimisers.items():
+    for name, optimizer in state.optimizers.items():
         with (folder / f"optimiser-{name}.pt").open("wb") as file:  # torch's own tells no system error
-            torch.save(optimiser, file)
+            torch.save(optimizer, file)
 
 
 def _describe(folder: Path, state: CheckpointState) -> None:
@@ -150,8 +150,8 @@ def _describe(folder: Path, state: CheckpointState) -> None:
         "format": CHECKPOINT_FORMAT,
         "step": state.step,
         "tensors": list(state.tensors),
-        "optimisers": list(state.optimisers),
-        "optimiser_settings": {name: one["param_groups"] for name, one in state.optimisers.items()},
+        "optimisers": list(state.optimizers),
+        "optimiser_settings": {name: one["param_groups"] for name, one in state.optimizers.items()},
         "extra": state.extra,
     }
     (folder / STATE).write_text(json.dumps(record, indent=1))
@@ -161,7 +161,7 @@ def _describe(folder: Path, state: CheckpointState) -> None:
     _flush(folder)
 
 
-def _load_optimiser(path: Path, name: str) -> dict[str, Any]:
+def _load_optimizer(path: Path, name: str) -> dict[str, Any]:
     state: dict[str, Any] = torch.load(path / f"optimiser-{name}.pt", map_location="cpu", weights_only=True)
     return state
 

@@ -22,17 +22,17 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from anyflow_cli.errors import system_errors
 
 SHARDS = "shards"
-OPTIMISER = "optimiser-"
+OPTIMIZER_PART = "optimiser-"
 Tensors = Mapping[str, Mapping[str, Tensor]]
-Optimisers = Mapping[str, Mapping[str, Any]]
+Optimizers = Mapping[str, Mapping[str, Any]]
 
 
-def flattened(tensors: Tensors, optimisers: Optimisers) -> dict[str, Tensor]:
-    """One dictionary of all tensors; the optimisers' settings follow from the recipe and the step."""
+def flattened(tensors: Tensors, optimizers: Optimizers) -> dict[str, Tensor]:
+    """One dictionary of all tensors; the optimizers' settings follow from the recipe and the step."""
     flat = {f"{part}/{name}": value for part, named in tensors.items() for name, value in named.items()}
-    for phase, state in optimisers.items():
+    for phase, state in optimizers.items():
         for number, moments in state["state"].items():
-            flat |= {f"{OPTIMISER}{phase}/{number}/{key}": value for key, value in moments.items()}
+            flat |= {f"{OPTIMIZER_PART}{phase}/{number}/{key}": value for key, value in moments.items()}
     return flat
 
 
@@ -63,18 +63,18 @@ def _empty(entry: TensorStorageMetadata, like: Tensor | None) -> Tensor:
     return torch.empty(entry.size, dtype=entry.properties.dtype) if like is None else torch.empty_like(like)
 
 
-def unflattened(flat: Mapping[str, Tensor], groups: Mapping[str, Any]) -> tuple[Tensors, Optimisers]:
-    """What ``flattened`` was given; ``groups`` are the optimisers' settings by phase."""
+def unflattened(flat: Mapping[str, Tensor], groups: Mapping[str, Any]) -> tuple[Tensors, Optimizers]:
+    """What ``flattened`` was given; ``groups`` are the optimizers' settings by phase."""
     tensors: dict[str, dict[str, Tensor]] = {}
-    optimisers: dict[str, dict[str, Any]] = {
+    optimizers: dict[str, dict[str, Any]] = {
         phase: {"state": {}, "param_groups": settings} for phase, settings in groups.items()
     }
     for key, value in flat.items():
         part, _, name = key.partition("/")
-        if part.startswith(OPTIMISER):
+        if part.startswith(OPTIMIZER_PART):
             number, _, kept = name.partition("/")
-            state = optimisers[part.removeprefix(OPTIMISER)]["state"]
+            state = optimizers[part.removeprefix(OPTIMIZER_PART)]["state"]
             state.setdefault(int(number), {})[kept] = value
         else:
             tensors.setdefault(part, {})[name] = value
-    return tensors, optimisers
+    return tensors, optimizers

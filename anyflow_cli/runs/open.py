@@ -26,7 +26,7 @@ from anyflow_cli.model.causal import FAR, as_causal
 from anyflow_cli.model.config import CausalConfig
 from anyflow_cli.model.network import FlowMapTransformer, two_time_from
 from anyflow_cli.model.pipeline_io import load_network, read_json, read_shift, resolve_pipeline
-from anyflow_cli.recipe.load import load_recipe
+from anyflow_cli.recipe.load import load_recorded_recipe
 from anyflow_cli.recipe.schema import Recipe
 from anyflow_cli.runs.dcp import SHARDS, reason
 from anyflow_cli.runs.dcp import read as read_shards
@@ -133,7 +133,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 def recipe_of(run: Path) -> Recipe:
     """The recipe of a training run; one that another version wrote may have keys that this one lacks."""
     try:
-        return load_recipe(str(run / RECIPE))
+        return load_recorded_recipe(run / RECIPE)
     except UsageError as error:
         lineage = read_json(run / LINEAGE) if (run / LINEAGE).exists() else {}
         writer = lineage.get("versions", {}).get("anyflow", __version__)

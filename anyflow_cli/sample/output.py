@@ -110,7 +110,7 @@ Made = Iterator[tuple[dict[str, Any], Pixels]]  # what the record says of a vide
 def _written(sampler: VideoSampler, request: SampleRequest, nfe: Steps, out: Path, recipe: Recipe) -> Made:
     entries = _entries(sampler, request, nfe)
     prompts, seeds = ([entry[key] for entry in entries] for key in ("prompt", "seed"))
-    videos = sampler.videos(prompts, seeds, nfe, recipe.sample.batch)
+    videos = sampler.videos(prompts, seeds, nfe, recipe.sample.batch_size)
     for entry, video in zip(entries, videos, strict=True):
         write_mp4(out / entry["file"], video, recipe.model.fps)
         yield entry, pick_frames(video, min(SHEET_FRAMES, len(video)))

@@ -14,6 +14,7 @@ from typing import Any
 
 from anyflow_cli.errors import AnyflowError, UsageError
 from anyflow_cli.model.pipeline_io import read_json
+from anyflow_cli.recipe.renamed import with_new_keys
 from anyflow_cli.recipe.schema import ModelSection, Recipe
 from anyflow_cli.sample.output import SAMPLES_JSON, ConditioningFrames
 from anyflow_cli.sample.sampler import PromptSwitch, VideoSampler
@@ -52,7 +53,9 @@ class PreviousSample:
             update={
                 "name": self.record["recipe"]["name"],
                 # chunks are the network's own; a video longer than it was trained at has not the recipe's
-                "model": ModelSection.model_validate({**self.record["settings"], "causal": None}),
+                "model": ModelSection.model_validate(
+                    {**with_new_keys(self.record["settings"], ("model",)), "causal": None}
+                ),
                 "sample": settings.sample.model_copy(update=guidance),
             }
         )

@@ -202,7 +202,7 @@ class TeacherSource:
     def results(self, indices: range) -> Iterator[LatentSample | Rejection]:
         """Batch by batch; a shard in which nothing passes means that a setting is wrong."""
         passed, reasons = 0, Counter[str]()
-        size = self._job.recipe.synthesize.batch
+        size = self._job.recipe.synthesize.batch_size
         for start in range(indices.start, indices.stop, size):
             for result in self._batch(range(start, min(start + size, indices.stop))):
                 if isinstance(result, Rejection):

@@ -73,9 +73,11 @@ class Alarms:
     def _sound(self, name: str, value: float) -> None:
         bound, since = getattr(self.settings, name), self.since[name]
         what = f"Since step {since}: {WORDS[name].format(value)} (alarms.{name} is {bound:g})."
-        if self.settings.then == "warn":
+        if self.settings.action == "warn":
             return log.warning("%s", what)
-        raise AlarmError(what, since, "Look at the previews; continue with another alarms.then or threshold.")
+        raise AlarmError(
+            what, since, "Look at the previews; continue with another alarms.action or threshold."
+        )
 
     def _remember(self, row: MetricsRow) -> None:
         self.norm = row.get("embedding_norm") if self.norm is None else self.norm

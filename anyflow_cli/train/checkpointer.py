@@ -50,7 +50,7 @@ class Checkpointer:
             if main:
                 checkpoint.begin(partial)
             self.accelerator.wait_for_everyone()
-            tensors = dcp.flattened(state.tensors, state.optimisers)
+            tensors = dcp.flattened(state.tensors, state.optimizers)
             if self.waits:
                 save(tensors, checkpoint_id=partial / dcp.SHARDS)
                 self._commit(partial, state)

@@ -25,7 +25,7 @@ class WeightEma:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """After the optimiser's ``step``-th update: ``shadow = decay shadow + (1 - decay) weight``."""
+        """After the optimizer's ``step``-th update: ``shadow = decay shadow + (1 - decay) weight``."""
         decay = self.decay if step >= self.start else 0.0
         for name, value in self.parameters.items():
             self.shadow[name].lerp_(value, 1 - decay)

@@ -1,6 +1,6 @@
 """What differs between trainings: which loss, of which role, drawn how. The loop is in ``trainer``.
 
-An objective has phases in the order in which a step runs them, each with parameters, an optimiser and
+An objective has phases in the order in which a step runs them, each with parameters, an optimizer and
 terms: losses that are added up. Each term is run and differentiated by itself, so that one graph is held
 at a time.
 
@@ -46,10 +46,10 @@ LossTerm = Callable[[Batch, StepRng], tuple[Tensor, Sums]]
 
 @dataclass(frozen=True)
 class Phase:
-    """One optimiser's part of a step: the losses that move one role's weights."""
+    """One optimizer's part of a step: the losses that move one role's weights."""
 
     role: Role
-    optimiser: schema.OptimizerSection
+    optimizer: schema.OptimizerSection
     terms: tuple[LossTerm, ...]
 
 
@@ -66,7 +66,7 @@ def stage_one(
     backbone: Backbone,
     negative: Tensor,
     settings: schema.FlowMapSection,
-    optimiser: schema.OptimizerSection,
+    optimizer: schema.OptimizerSection,
     shift: float,
     causal: schema.CausalSection | None = None,
 ) -> Objective:
@@ -83,7 +83,7 @@ def stage_one(
         bidirectional = weighted(matching, 1.0, "bidirectional_")
         student = (WithProbability(bidirectional, causal.bidirectional, "bidirectional"), *student)
         student = tuple(TouchUnused(term, backbone) for term in student)
-    return Objective(backbone, (Phase("student", optimiser, student),))
+    return Objective(backbone, (Phase("student", optimizer, student),))
 
 
 def on_policy(
@@ -103,8 +103,8 @@ def on_policy(
         student += (weighted(flow_map, settings.joint_weight, "flow_map_"),)
     if causal is not None:
         student = tuple(TouchUnused(term, backbone) for term in student)
-    fake = Phase("fake", settings.fake_optimiser or settings.optimiser, (policy.fake_score,))
-    return Objective(backbone, (Phase("student", settings.optimiser, student), fake))
+    fake = Phase("fake", settings.fake_optimizer or settings.optimizer, (policy.fake_score,))
+    return Objective(backbone, (Phase("student", settings.optimizer, student), fake))
 
 
 def window_of(
@@ -114,7 +114,7 @@ def window_of(
     return (
         causal_windows.whole_video
         if causal is None
-        else causal_windows.TeacherForcing(causal, settings.given)
+        else causal_windows.TeacherForcing(causal, settings.conditioning_prob)
     )
 
 
@@ -271,7 +271,7 @@ class OnPolicyTerms:
         recomputes = self.settings.recompute_rollout and torch.is_grad_enabled()
         if self.causal is None:
             return simulate(checkpointed(model) if recomputes else model, noise, 0)
-        share = self.settings.flow_map.given
+        share = self.settings.flow_map.conditioning_prob
         known = causal_windows.given_frames(self.causal, share, draws.generator(f"{stream}-given"))
         given = batch.latents[:, :known]
         return causal_windows.roll_out(
@@ -282,7 +282,7 @@ class OnPolicyTerms:
         """From noise to time 0. What is drawn holds for every process, and for every chunk of a video."""
         settings, generator = self.settings, draws.generator(stream)
         if settings.simulation == "flow-map":
-            steps, k = simulation.draw_segment(settings.budgets, generator)
+            steps, k = simulation.draw_segment(settings.step_budgets, generator)
             return lambda model, noise, _: simulation.flow_map_rollout(model, noise, steps, k, self.shift)
         exit_step = simulation.draw_exit_step(settings.consistency_steps, generator)
         grid = times.grid(settings.consistency_steps, self.shift)
@@ -313,7 +313,7 @@ class WithProbability:
 class TouchUnused:
     """A term whose gradient reaches the compressed patch embedding even where no chunk is compressed.
 
-    Zero then: every process must have a gradient for every weight, and an optimiser must not tell apart a
+    Zero then: every process must have a gradient for every weight, and an optimizer must not tell apart a
     step in which one process alone had none.
     """
 

@@ -69,7 +69,7 @@ def distill_inputs(recipe: schema.Recipe, paths: RunPaths) -> RunInputs:
     """Stage 2: from what stage 1 left, towards the tuned teacher if there is one."""
     settings = recipe.distill
     data = _data(recipe, paths)
-    start = locate(settings.start) if settings.start else _stage_1_model(recipe, paths)
+    start = locate(settings.init_from) if settings.init_from else _stage_1_model(recipe, paths)
     teacher = resolve_pipeline(recipe.model.teacher)
     tuned = paths.stage_1("flow-matching") / MODEL
     found = tuned if tuned.is_dir() else teacher
@@ -118,7 +118,7 @@ def _stage_1_model(recipe: schema.Recipe, paths: RunPaths) -> Path:
     if not model.is_dir():
         raise UsageError(
             f"There is no stage-1 model at {model}.",
-            f"Train it with `anyflow train-flowmap -r {recipe.name}`, or name one as distill.start.",
+            f"Train it with `anyflow train-flowmap -r {recipe.name}`, or name one as distill.init_from.",
         )
     return model
 
@@ -191,7 +191,7 @@ def _backbone(
     backbone = Backbone(network, roles, lora=_lora(recipe), **options)
     for one in backbone.networks():
         one.gradient_checkpointing = recipe.model.gradient_checkpointing
-        one.checkpointed_every = recipe.model.checkpointed_every
+        one.checkpoint_every_n_blocks = recipe.model.checkpoint_every_n_blocks
         if recipe.model.compile:
             apply_compile(one)
     return backbone
@@ -238,7 +238,7 @@ def train(recipe: schema.Recipe, inputs: RunInputs, on_step: OnStep | None = Non
     trainer = Trainer(
         inputs.directory,
         _objective(recipe, inputs, backbone, data),
-        Batches(data, settings.batch, settings.seed, recipe.data.max_corrupt),
+        Batches(data, settings.global_batch, settings.seed, recipe.data.max_corrupt),
         settings,
         accelerator=accelerator,
         launch=recipe.launch,
@@ -284,11 +284,11 @@ def _objective(
     if inputs.section == "finetune":
         settings = recipe.finetune
         return objectives.stage_one(
-            "flow-map", backbone, data.negative, settings.flow_map, settings.optimiser, shift, causal
+            "flow-map", backbone, data.negative, settings.flow_map, settings.optimizer, shift, causal
         )
     first = recipe.train_flowmap
     return objectives.stage_one(
-        first.objective, backbone, data.negative, first.flow_map, first.optimiser, shift, causal
+        first.objective, backbone, data.negative, first.flow_map, first.optimizer, shift, causal
     )
 
 

@@ -89,7 +89,7 @@ class TermModule(nn.Module):
 
 
 class PhaseState:
-    """A phase with its optimiser and schedule."""
+    """A phase with its optimizer and schedule."""
 
     def __init__(
         self,
@@ -99,34 +99,39 @@ class PhaseState:
         precision: Precision,
         divided: bool,
     ) -> None:
-        settings = phase.optimiser
-        self.name, self.clip, self.warmup, self.lr = phase.role, settings.clip, settings.warmup, settings.lr
+        settings = phase.optimizer
+        self.name, self.clip, self.warmup, self.lr = (
+            phase.role,
+            settings.grad_clip,
+            settings.warmup_steps,
+            settings.lr,
+        )
         self.parameters = parameters
         self.terms = phase.terms
         module = TermModule(parameters, phase.terms, precision, divided)
         self.module = module if divided else accelerator.prepare_model(module)
-        self.optimiser = torch.optim.AdamW(
+        self.optimizer = torch.optim.AdamW(
             parameters, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay
         )
 
     def update(self, step: int) -> float:
-        """Clip, take the optimiser's ``step``-th step (from 1) if the gradient is finite, clear; its norm."""
+        """Clip, take the optimizer's ``step``-th step (from 1) if the gradient is finite, clear; its norm."""
         norm = float(full_tensor(nn.utils.clip_grad_norm_(self.parameters, self.clip)))
         if math.isfinite(norm):
-            for group in self.optimiser.param_groups:
+            for group in self.optimizer.param_groups:
                 group["lr"] = self.lr * min(1.0, step / max(self.warmup, 1))
-            self.optimiser.step()
-        self.optimiser.zero_grad(set_to_none=True)
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
         return norm
 
-    def load_optimiser(self, state: Mapping[str, Any]) -> None:
+    def load_optimizer(self, state: Mapping[str, Any]) -> None:
         """Continue from a saved state, of a sharded run or not."""
         moments = {
             number: {key: shard_like(value, self.parameters[number]) if value.dim() else value
                      for key, value in kept.items()}
             for number, kept in state["state"].items()
         }  # fmt: skip
-        self.optimiser.load_state_dict({**state, "state": moments})
+        self.optimizer.load_state_dict({**state, "state": moments})
 
 
 class Trainer:
@@ -151,13 +156,13 @@ class Trainer:
         self.source, self.workers = source, workers
         self.on_step, self.preview = on_step, preview
         self.rank, self.ranks = accelerator.process_index, accelerator.num_processes
-        if settings.batch % self.ranks:
+        if settings.global_batch % self.ranks:
             raise UsageError(
-                f"A global batch of {settings.batch} cannot be divided among {self.ranks} processes.",
+                f"A global batch of {settings.global_batch} cannot be divided among {self.ranks} processes.",
                 f"Set batch to a multiple of {self.ranks}.",
                 everywhere=True,
             )
-        self.share = settings.batch // self.ranks
+        self.share = settings.global_batch // self.ranks
         self.micro = min(settings.micro_batch or self.share, self.share)
         self.divided = launch.sharding != "none"
         if self.divided:
@@ -178,7 +183,11 @@ class Trainer:
             log=accelerator.log if settings.trackers else None,
         )
         self.saver = Checkpointer(
-            self.checkpoints, settings.keep_checkpoints, accelerator, self.divided, launch.checkpoints_wait
+            self.checkpoints,
+            settings.keep_checkpoints,
+            accelerator,
+            self.divided,
+            not launch.async_checkpoint,
         )
         self.alarms = Alarms(settings.alarms)
         self.step, self.rollbacks = 0, 0
@@ -236,13 +245,13 @@ class Trainer:
             if checkpoint.checkpoint_step(path) < alarm.step
         ]
         settings = self.settings.alarms
-        if settings.then != "roll-back" or not good or self.rollbacks == settings.rollbacks:
+        if settings.action != "roll-back" or not good or self.rollbacks == settings.rollbacks:
             raise alarm
         if self.accelerator.is_main_process:
             checkpoint.discard_after(good[-1])
         self.accelerator.wait_for_everyone()
         for phase in self.phases:
-            phase.optimiser.zero_grad(set_to_none=True)  # of the step that went wrong
+            phase.optimizer.zero_grad(set_to_none=True)  # of the step that went wrong
         count = self.rollbacks + 1
         self.resume()
         self.rollbacks = count
@@ -262,7 +271,7 @@ class Trainer:
 
     def _account(self, batch: Batch) -> dict[str, float]:
         """Tell the source of all processes' corrupt samples, on each of them alike; how many if there are."""
-        corrupt = torch.zeros(self.settings.batch, device=self.accelerator.device)
+        corrupt = torch.zeros(self.settings.global_batch, device=self.accelerator.device)
         corrupt[[self.rank + place * self.ranks for place in batch.replaced]] = 1
         places = self._reduce(corrupt).nonzero().flatten().tolist()
         if places:
@@ -276,9 +285,11 @@ class Trainer:
         starts = range(0, self.share, self.micro)
         for start in starts:
             micro = micro_batch(batch, start, start + self.micro)
-            positions = tuple(range(self.rank, self.settings.batch, self.ranks))[start : start + self.micro]
+            positions = tuple(range(self.rank, self.settings.global_batch, self.ranks))[
+                start : start + self.micro
+            ]
             for number, mean in enumerate(means):
-                draws = StepRng(self._seed(), self.step, self.settings.batch, positions, mean)
+                draws = StepRng(self._seed(), self.step, self.settings.global_batch, positions, mean)
                 last = start == starts[-1] and number == len(means) - 1
                 with self._synchronised(phase, last):
                     loss, tallies = phase.module(number, micro, draws)
@@ -311,7 +322,7 @@ class Trainer:
             f"The loss of the {phase} is not a number at step {self.step}; its weights were not moved.",
             self.step,
             (f"The last good state is {last}. " if last else "")
-            + "Go on from it with --set model.precision=fp32, or begin anew with a lower optimiser.lr.",
+            + "Go on from it with --set model.precision=fp32, or begin anew with a lower optimizer.lr.",
         )
 
     # --- state
@@ -323,7 +334,7 @@ class Trainer:
         return checkpoint.CheckpointState(
             step=self.step,
             tensors=tensors,
-            optimisers={phase.name: phase.optimiser.state_dict() for phase in self.phases},
+            optimizers={phase.name: phase.optimizer.state_dict() for phase in self.phases},
             extra={**self.metrics.state(), "alarms": self.alarms.state(), "rollbacks": self.rollbacks},
         )
 
@@ -341,7 +352,7 @@ class Trainer:
         self.step = state.step
         for phase in self.phases:
             self.backbone.load_state_dict_of(phase.name, state.tensors[phase.name])
-            phase.load_optimiser(state.optimisers[phase.name])
+            phase.load_optimizer(state.optimizers[phase.name])
         self.ema.load(state.tensors["ema"])
         self.metrics.resume(state.step, state.extra)
         self.rollbacks = state.extra.get("rollbacks", 0)  # neither is in a checkpoint of 0.1

@@ -2,7 +2,7 @@
 
     python scripts/tiny/teacher.py --pipeline build/untrained --data build/world --out build/teacher
 
-Flow matching on the data set of step 3. The optimiser is Muon for matrices and Adam for the rest: minutes
+Flow matching on the data set of step 3. The optimizer is Muon for matrices and Adam for the rest: minutes
 count here, and a teacher trained from nothing is no part of the paper. ``--out`` becomes a Wan pipeline
 folder with the averaged weights. A later round starts from an earlier one's folder at a lower ``--peak``; the
 last one was mixed half and half with the weights it began with (``--keep 0.5``), which is better than either.
@@ -42,7 +42,7 @@ FRAMES = (1, 1, 1, 3, 5, 7)
 EMA = 0.998
 
 
-def optimisers(network: FlowMapTransformer) -> list[tuple[torch.optim.Optimizer, float]]:
+def optimizers(network: FlowMapTransformer) -> list[tuple[torch.optim.Optimizer, float]]:
     """Muon for the blocks' matrices, Adam for all else, each with its peak learning rate."""
     matrices = [p for p in network.blocks.parameters() if p.ndim == 2]
     chosen = {id(p) for p in matrices}
@@ -78,7 +78,7 @@ def main() -> None:
     first = {name: value.clone() for name, value in network.state_dict().items()}
     average = {name: value.clone() for name, value in first.items()}
     generator = torch.Generator().manual_seed(args.seed)
-    groups = optimisers(network)
+    groups = optimizers(network)
     begun, total = time.monotonic(), 0.0
     for step in itertools.count():
         done = (time.monotonic() - begun) / (60 * args.minutes)
@@ -101,10 +101,10 @@ def main() -> None:
         network.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        for optimiser, peak in groups:
-            for group in optimiser.param_groups:
+        for optimizer, peak in groups:
+            for group in optimizer.param_groups:
                 group["lr"] = args.peak * peak * min(1.0, (step + 1) / 100, 1.4 * (1 - done))
-            optimiser.step()
+            optimizer.step()
         with torch.no_grad():
             for name, value in network.state_dict().items():
                 average[name].lerp_(value, 1 - min(EMA, (step + 1) / (step + 10)))

@@ -113,8 +113,8 @@ def main() -> None:
     )  # fmt: skip
     encoder = UMT5EncoderModel(config)
     heads = nn.ModuleList(nn.Linear(config.d_model, len(values) + 1) for values in ATTRIBUTES.values())
-    optimiser = torch.optim.AdamW([*encoder.parameters(), *heads.parameters()], lr=2e-3, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-3, total_steps=args.steps)
+    optimizer = torch.optim.AdamW([*encoder.parameters(), *heads.parameters()], lr=2e-3, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=args.steps)
     for step in range(args.steps):
         sentences = [sentence(rng, rng.randrange(2**31)) for _ in range(64)]
         tokens = tokenizer(sentences, padding=True, return_tensors="pt")
@@ -122,9 +122,9 @@ def main() -> None:
         hidden = encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state[mask]  # (all tokens, D)
         targets = labels(sentences)[:, None].expand(-1, mask.shape[1], -1)[mask]
         loss = sum(F.cross_entropy(head(hidden), targets[:, i]) for i, head in enumerate(heads)) / len(heads)
-        optimiser.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        optimiser.step()
+        optimizer.step()
         schedule.step()
         if step % 100 == 0 or step == args.steps - 1:
             right = torch.stack(

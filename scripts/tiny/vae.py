@@ -257,7 +257,7 @@ PHASES = (
 
 
 def train(
-    vae: AutoencoderKLWan, optimiser: Muon, phase: Phase, pool: Pool, fresh: Pool, minutes: float
+    vae: AutoencoderKLWan, optimizer: Muon, phase: Phase, pool: Pool, fresh: Pool, minutes: float
 ) -> None:
     """Train one phase of a training of so many minutes."""
     rng, begun = np.random.default_rng(phase.clips), time.monotonic()
@@ -271,7 +271,7 @@ def train(
         loss = (weight * (pixels - video).abs()).mean() / weight.mean()
         vae.zero_grad(set_to_none=True)
         (loss + KL_WEIGHT * kl).backward()
-        optimiser.step(
+        optimizer.step(
             min(1.0, (step + 1) / 20) * (phase.scale[0] + done * (phase.scale[1] - phase.scale[0]))
         )
         if step % 50 == 0:
@@ -298,10 +298,10 @@ def main() -> None:
     torch.manual_seed(0)
     vae = AutoencoderKLWan.from_pretrained(args.start) if args.start else untrained()
     leave_attention_out(vae)
-    optimiser = Muon(vae, lr=0.02 * args.peak, adam_lr=2e-3 * args.peak)
+    optimizer = Muon(vae, lr=0.02 * args.peak, adam_lr=2e-3 * args.peak)
     pool, fresh = Pool.draw(0, 2000), Pool.draw(10**7, 24)
     for phase in PHASES[args.skip :]:
-        train(vae, optimiser, phase, pool, fresh, args.minutes)
+        train(vae, optimizer, phase, pool, fresh, args.minutes)
         normalise(vae, fresh)
         vae.save_pretrained(args.out)
 

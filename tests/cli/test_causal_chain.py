@@ -23,7 +23,7 @@ class Chain:
     def __init__(self, directory: Path, lora: bool) -> None:
         teacher, self.data = make_wan_folder(directory / "wan"), make_data(directory / "data")
         model = {"causal": CAUSAL, "lora": LORA if lora else None}
-        given = {"flow_map": {"given": 0.5}, "preview_every": 2, "preview_prompts": 1}
+        given = {"flow_map": {"conditioning_prob": 0.5}, "preview_every": 2, "preview_prompts": 1}
         recipe = make_recipe(teacher, self.data, model=model, distill=given, finetune=given)
         self.recipe, self.runs = directory / "test.yaml", directory / "runs"
         self.recipe.write_text(dump(recipe))
@@ -74,8 +74,8 @@ def test_finetune_reports_the_error_before_and_after(chain: Chain, capsys: Captu
 def test_a_model_of_the_other_kind_is_refused(chain: Chain, tmp_path: Path, capsys: Capture) -> None:
     command = chain.command("finetune", "--data", chain.data, "--model", chain.home / "distill")
     command[command.index("--runs") + 1] = str(tmp_path)
-    assert main([*command, "--set", "model.causal=null", "--set", "finetune.flow_map.given=0.0",
-                 "--set", "distill.flow_map.given=0.0"]) == 2  # fmt: skip
+    assert main([*command, "--set", "model.causal=null", "--set", "finetune.flow_map.conditioning_prob=0.0",
+                 "--set", "distill.flow_map.conditioning_prob=0.0"]) == 2  # fmt: skip
     assert "is a causal model, and recipe test is bidirectional" in capsys.readouterr().err
 
 
@@ -91,11 +91,13 @@ def test_data_of_another_length_are_refused(chain: Chain, tmp_path: Path, capsys
 def test_tiny_causal_runs_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     monkeypatch.chdir(tmp_path)
     short: dict[str, Any] = {
-        "synthesize.count": 4, "synthesize.steps": 1, "synthesize.batch": 4, "finetune.clips": 4,
+        "synthesize.count": 4, "synthesize.steps": 1, "synthesize.batch_size": 4, "finetune.clips": 4,
         "sample.nfe": [1], "evaluate.prompts": 2, "evaluate.teacher": "false", "model.precision": "fp32",
     }  # fmt: skip
     for stage in ("train_flowmap", "distill", "finetune"):
-        short |= {f"{stage}.{key}": 2 for key in ("steps", "batch", "checkpoint_every", "preview_every")}
+        short |= {
+            f"{stage}.{key}": 2 for key in ("steps", "global_batch", "checkpoint_every", "preview_every")
+        }
     values = [word for key, value in short.items() for word in ("--set", f"{key}={value}")]
     verbs = (
         ["synthesize"], ["train-flowmap"], ["train-flowmap", "--objective", "consistency-ode"], ["distill"],

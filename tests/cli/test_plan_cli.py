@@ -21,8 +21,8 @@ model:
   max_text_tokens: 8
 data: {{prompts: prompts.txt}}
 synthesize: {{count: 10}}
-train_flowmap: {{batch: 4, preview_every: 0}}
-distill: {{batch: 4, preview_every: 0}}
+train_flowmap: {{global_batch: 4, preview_every: 0}}
+distill: {{global_batch: 4, preview_every: 0}}
 """
 
 
@@ -51,7 +51,7 @@ def values(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str, 
 
 
 def test_values_agree_with_one_another(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    found = values(capsys, "-r", recipe, "--gpus", "1x24GB", "--peak", 100, "--utilisation", 0.5)
+    found = values(capsys, "-r", recipe, "--gpus", "1x24GB", "--peak", 100, "--mfu", 0.5)
     assert found["cluster"]["usable"] == found["cluster"]["memory"] - found["cluster"]["reserve"]
     assert list(found["stages"]) == ["synthesize", "tune", "train-flowmap", "distill", "sample"]
     for stage in found["stages"].values():

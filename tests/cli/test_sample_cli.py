@@ -344,7 +344,7 @@ def test_a_long_video_of_two_prompts_is_recorded(far: list[str], capsys: Run) ->
 
 def test_streamed_videos_are_those_of_a_plain_sampling(far: list[str], capsys: Run) -> None:
     results = []
-    for extra in (["--set", "sample.batch=1"], ["--stream"]):
+    for extra in (["--set", "sample.batch_size=1"], ["--stream"]):
         assert app.main([*far, "--count", "2", "--json", *extra]) == 0
         captured = capsys.readouterr()
         results.append(json.loads(captured.out))

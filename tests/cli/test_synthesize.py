@@ -22,7 +22,7 @@ def small(teacher: Path, tmp_path: Path) -> list[str]:
     """Arguments that make the default recipe small."""
     values = {
         "model.teacher": teacher, "model.height": 32, "model.width": 32, "model.frames": 9,
-        "synthesize.steps": 2, "synthesize.batch": 2, "synthesize.shard_size": 2,
+        "synthesize.steps": 2, "synthesize.batch_size": 2, "synthesize.shard_size": 2,
     }  # fmt: skip
     settings = [part for key, value in values.items() for part in ("--set", f"{key}={value}")]
     return ["synthesize", *settings, "--runs", str(tmp_path / "runs"), "--count", "3"]

@@ -91,7 +91,7 @@ def make_job(
             teacher=str(root / "teacher"), height=64, width=64, frames=33, fps=16, precision="fp32"
         ),
         sample=SampleSection(teacher_steps=5),
-        evaluate=EvaluateSection(nfe=nfe, samples=samples, batch=2, seed=7, teacher=teacher, task=task),
+        evaluate=EvaluateSection(nfe=nfe, samples=samples, batch_size=2, seed=7, teacher=teacher, task=task),
     )
     suite = ShapesSuite(task=task)
     protocol = Protocol(suite, tuple(suite.prompts(prompts)), samples, 7)

@@ -35,7 +35,7 @@ eager_kernels = functools.partial(torch.compile, backend="aot_eager")
 def run(directory: Path, kind: Kind, lora: bool, launch: schema.LaunchSection | None, compiled: bool) -> None:
     directory.mkdir(exist_ok=True)
     settings, roles = (
-        training(steps=STEPS, batch=4, log_every=1, checkpoint_every=STEPS),
+        training(steps=STEPS, global_batch=4, log_every=1, checkpoint_every=STEPS),
         backbone(kind, lora),
     )
     for network in roles.networks():

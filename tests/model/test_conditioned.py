@@ -59,7 +59,7 @@ def test_keys_are_made_once_for_all_steps(network: FlowMapTransformer, made: lis
 
 
 def test_keys_that_are_trained_are_made_anew(network: FlowMapTransformer, made: list[int]) -> None:
-    """Else a velocity kept over an optimiser's step would see old weights, and free a graph twice."""
+    """Else a velocity kept over an optimizer's step would see old weights, and free a graph twice."""
     network.requires_grad_(True)
     model = Conditioned(network, X.text)
     with torch.no_grad():

@@ -248,7 +248,7 @@ def test_every_so_manieth_block_is_recomputed(every: int, recomputed: list[int])
         heads=2, head_dim=8, layers=4, ffn_dim=16, in_channels=4, out_channels=4, text_dim=8, freq_dim=16
     )
     network = FlowMapTransformer(config)
-    network.gradient_checkpointing, network.checkpointed_every = True, every
+    network.gradient_checkpointing, network.checkpoint_every_n_blocks = True, every
     calls: list[int] = []
     for number, block in enumerate(network.blocks):
         block.register_forward_pre_hook(lambda *_, number=number: calls.append(number))

@@ -37,7 +37,7 @@ def heaviest_of(wanted: Setup) -> tuple[StepRng, ...]:
 
 
 def settings(kind: Kind, **changes: Any) -> schema.TrainingSection:
-    values: dict[str, Any] = {"batch": 8, "preview_every": 0, "tensorboard": False, **changes}
+    values: dict[str, Any] = {"global_batch": 8, "preview_every": 0, "tensorboard": False, **changes}
     if kind == "on-policy":
         return schema.DistillSection(**values)
     return schema.TrainFlowMapSection(objective=cast("Any", kind), **values)
@@ -96,7 +96,7 @@ def objective(wanted: Setup, roles: Backbone) -> objectives.Objective:
         roles,
         torch.randn(*TEXT),
         own.flow_map,
-        own.optimiser,
+        own.optimizer,
         wanted.model.shift,
         wanted.model.causal,
     )
@@ -149,7 +149,7 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def measured_peak(wanted: Setup, directory: Path) -> int:
     """The most that a real trainer's tensors take in a step: in some, and in those that were rehearsed.
 
-    The first makes the states of the optimisers, and is not looked at.
+    The first makes the states of the optimizers, and is not looked at.
     """
     run, samples = trainer(wanted, directory), batch(wanted.share, wanted.latent)
     most = 0
@@ -157,7 +157,7 @@ def measured_peak(wanted: Setup, directory: Path) -> int:
         states = [
             value
             for phase in run.phases
-            for state in phase.optimiser.state.values()
+            for state in phase.optimizer.state.values()
             for value in state.values()
         ]
         there = [*run.backbone.parameters(), *run.ema.shadow.values(), samples.latents, samples.text, *states]

@@ -16,7 +16,7 @@ from anyflow_cli.recipe import schema
 def recipe(**model: object) -> schema.Recipe:
     teacher = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
     own = schema.ModelSection.model_validate({"teacher": teacher, "lora": schema.LoraSection(), **model})
-    return schema.Recipe(name="t", model=own, distill=schema.DistillSection(batch=8, micro_batch=4))
+    return schema.Recipe(name="t", model=own, distill=schema.DistillSection(global_batch=8, micro_batch=4))
 
 
 def cost(target: Target) -> Stage:
@@ -85,9 +85,9 @@ def test_a_change_is_checked_and_leaves_the_rest() -> None:
 
 
 def test_sampling_takes_fewer_at_once() -> None:
-    wanted = recipe().model_copy(update={"sample": schema.SampleSection(batch=4)})
+    wanted = recipe().model_copy(update={"sample": schema.SampleSection(batch_size=4)})
     (kind, *_) = kinds_of("sample", target_of(wanted, parse_hardware("8x80GB")))
-    sizes = [change.values["sample.batch"] for change in kind]
+    sizes = [change.values["sample.batch_size"] for change in kind]
     assert sizes == [2, 1]
 
 

@@ -57,8 +57,8 @@ def test_checkpoints_take_what_the_trainer_saves(lora: bool, tmp_path: Path) -> 
     planned = disk.checkpoints(roles_of(wanted), wanted.settings)
     state = checkpoint.load(saved)
     tensors = [tensor for group in state.tensors.values() for tensor in group.values()]
-    for optimiser in state.optimisers.values():
-        tensors += [value for own in optimiser["state"].values() for value in own.values() if value.dim()]
+    for optimizer in state.optimizers.values():
+        tensors += [value for own in optimizer["state"].values() for value in own.values() if value.dim()]
     assert planned == 3 * sum(tensor.nbytes for tensor in tensors) < 3 * size_of(saved)
 
 

@@ -27,10 +27,10 @@ PAPER = {  # sec. 5.1: key, 1.3B, 14B
     "model.height": (480, 480),
     "model.width": (832, 832),
     "synthesize.count": (256_000, 256_000),
-    "train_flowmap.optimiser.lr": (5e-5, 5e-5),
-    "train_flowmap.batch": (32, 16),
+    "train_flowmap.optimizer.lr": (5e-5, 5e-5),
+    "train_flowmap.global_batch": (32, 16),
     "train_flowmap.steps": (6000, 4000),
-    "distill.optimiser.lr": (2e-6, 2e-6),
+    "distill.optimizer.lr": (2e-6, 2e-6),
     "distill.steps": (800, 800),
     "distill.joint": (True, True),
 }

@@ -37,13 +37,13 @@ CASES: list[tuple[Kind, dict[str, Any]]] = [
 CAUSAL = schema.CausalSection(partition=(1, 2, 2, 2), full_chunks=2)
 CASES += [
     ("flow-map", {"causal": CAUSAL, "lora": False}),
-    ("flow-map", {"causal": CAUSAL, "checkpointing": True, "precision": "bf16", "batch": 4}),
-    ("consistency-ode", {"causal": CAUSAL, "batch": 4}),
-    ("on-policy", {"causal": CAUSAL, "lora": False, "batch": 2}),
-    ("on-policy", {"causal": CAUSAL, "checkpointing": True, "joint": False, "batch": 2}),
-    ("on-policy", {"causal": CAUSAL, "lora": False, "batch": 2, "recompute_rollout": True}),
-    ("on-policy", {"causal": CAUSAL, "checkpointing": True, "batch": 2, "recompute_rollout": True}),
-    ("on-policy", {"lora": False, "joint": False, "batch": 4, "recompute_rollout": True}),
+    ("flow-map", {"causal": CAUSAL, "checkpointing": True, "precision": "bf16", "global_batch": 4}),
+    ("consistency-ode", {"causal": CAUSAL, "global_batch": 4}),
+    ("on-policy", {"causal": CAUSAL, "lora": False, "global_batch": 2}),
+    ("on-policy", {"causal": CAUSAL, "checkpointing": True, "joint": False, "global_batch": 2}),
+    ("on-policy", {"causal": CAUSAL, "lora": False, "global_batch": 2, "recompute_rollout": True}),
+    ("on-policy", {"causal": CAUSAL, "checkpointing": True, "global_batch": 2, "recompute_rollout": True}),
+    ("on-policy", {"lora": False, "joint": False, "global_batch": 4, "recompute_rollout": True}),
 ]
 
 
@@ -128,7 +128,7 @@ def test_what_is_held_all_the_time_follows_from_the_weights() -> None:
     step = step_of(STAGE_2)
     held = stages._held(STAGE_2, step)
     trained = step.roles["student"].trainable + step.roles["fake"].trainable
-    assert held["optimiser"] == 2 * 4 * trained
+    assert held["optimizer"] == 2 * 4 * trained
     assert held["average"] == 4 * step.roles["student"].trainable
     assert held["weights"] == sum(size.bytes for size in step.roles.values())
     assert step.roles["real"].trainable == 0 < step.roles["real"].parameters
@@ -154,7 +154,7 @@ def test_rehearsing_leaves_nothing_fake_behind() -> None:
     from anyflow_cli.model.network import FlowMapTransformer
     from tests.plan.small import LATENT, TEXT
 
-    step_of(setup("flow-map", batch=16))
+    step_of(setup("flow-map", global_batch=16))
     out = FlowMapTransformer(CONFIG)(
         torch.randn(1, *LATENT), torch.ones(1), torch.ones(1), torch.randn(1, *TEXT)
     )

@@ -40,7 +40,7 @@ def test_a_tuned_teacher_is_seen(paths: RunPaths) -> None:
 
 
 def test_a_named_start_that_is_nowhere_is_missing(paths: RunPaths) -> None:
-    recipe = Recipe(name="t", distill=DistillSection(start="./nowhere", real_score="some/model"))
+    recipe = Recipe(name="t", distill=DistillSection(init_from="./nowhere", real_score="some/model"))
     found = states(recipe, paths, "distill")
     assert (found["start"], found["real score"]) == ("missing", "fetched at the start")
 

@@ -35,7 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def recipe(folder: Path, **changes: Any) -> schema.Recipe:
     model = {"teacher": str(folder), "height": 32, "width": 32, "frames": 9, "max_text_tokens": 8}
     model |= {"precision": "fp32", **changes.pop("model", {})}
-    training = {"batch": 4, "preview_prompts": 2}
+    training = {"global_batch": 4, "preview_prompts": 2}
     sections = {"train_flowmap": training, "distill": training, "finetune": training}
     return schema.Recipe.model_validate({"name": "t", "model": model, **sections, **changes})
 
@@ -72,25 +72,25 @@ def test_whole_weights_have_a_student_that_trains_and_no_base_in_stage_one(folde
 
 def test_sharding_divides_what_is_held_and_gathers_a_block_at_a_time(folder: Path) -> None:
     four = parse_hardware("4x80GB")
-    plain = {"batch": 4, "preview_every": 0}
+    plain = {"global_batch": 4, "preview_every": 0}
 
     def planned(**launch: Any) -> stages.Stage:
         return stages.stage_two(target(folder, four, distill=plain, launch=launch))
 
     whole, full = planned(), planned(sharding="full")
-    for part in ("optimiser", "average"):
+    for part in ("optimizer", "average"):
         assert full.peak.parts[part] == pytest.approx(whole.peak.parts[part] / 4, abs=4)
     gathered = full.peak.parts["weights"] - whole.peak.parts["weights"] // 4
     assert 0 < gathered <= whole.peak.parts["weights"]
     away = planned(sharding="full", offload=True)
-    assert away.peak.parts["optimiser"] == 0
+    assert away.peak.parts["optimizer"] == 0
     assert away.peak.parts["weights"] == gathered
 
 
 def test_a_start_from_elsewhere_is_a_second_base(folder: Path) -> None:
     lora = {"lora": {"rank": 4, "alpha": 4}}
     shared = roles(target(folder, model=lora), "on-policy")[BASE].parameters
-    away = target(folder, model=lora, distill={"batch": 4, "start": str(folder)})
+    away = target(folder, model=lora, distill={"global_batch": 4, "init_from": str(folder)})
     assert roles(away, "on-policy")[BASE].parameters > 1.9 * shared
 
 
@@ -114,7 +114,7 @@ def test_a_real_score_of_a_run_is_sized_by_its_folder(folder: Path, tmp_path: Pa
     run = tmp_path / "teacher"
     run.mkdir()
     (run / "model").symlink_to(folder)
-    same = target(folder, distill={"batch": 4, "real_score": str(run)})
+    same = target(folder, distill={"global_batch": 4, "real_score": str(run)})
     assert stages.training_setup(same, "on-policy", same.recipe.distill).scores is None
 
 
@@ -141,7 +141,7 @@ def test_another_teacher_synthesizes_at_its_own_price() -> None:
 def test_previews_count_where_there_are_any(folder: Path) -> None:
     """Decoding is the most that this stage holds, with previews; without, it is a step of training."""
     with_them = stages.tuning(target(folder))
-    without = stages.tuning(target(folder, train_flowmap={"batch": 4, "preview_every": 0}))
+    without = stages.tuning(target(folder, train_flowmap={"global_batch": 4, "preview_every": 0}))
     assert with_them.peak.name.startswith("preview")
     assert not without.peak.name.startswith("preview")
     assert with_them.peak.total > without.peak.total
@@ -197,7 +197,7 @@ def test_only_causal_plans_stream_and_streams_do_not_grow(folder: Path) -> None:
 def test_offloading_moves_what_is_held_to_the_cpu(folder: Path) -> None:
     one = parse_hardware("1x80GB")
     launch = {"sharding": "full", "offload": True}
-    plain = {"batch": 4, "preview_every": 0}
+    plain = {"global_batch": 4, "preview_every": 0}
     here = stages.stage_two(target(folder, one, distill=plain))
     away = stages.stage_two(target(folder, one, distill=plain, launch=launch))
     trained = sum(size.trainable_bytes for size in here.roles.values())

@@ -51,7 +51,7 @@ def test_the_calls_are_those_of_the_real_networks(kind: Kind) -> None:
             assert counted == real_calls(wanted, draws)
 
 
-@pytest.mark.parametrize("changes", [{}, {"joint": False, "reuse_rollout": True}, {"batch": 6}])
+@pytest.mark.parametrize("changes", [{}, {"joint": False, "reuse_rollout": True}, {"global_batch": 6}])
 def test_micro_batches_of_a_step_share_what_does_not_depend_on_them(changes: dict[str, Any]) -> None:
     wanted = setup("on-policy", micro_batch=2 if changes else 4, **changes)
     for step in (1, 2, 3):
@@ -119,7 +119,7 @@ def test_recomputation_costs_a_forward_of_the_blocks() -> None:
 @pytest.mark.parametrize(("budgets", "mean"), [((2,), 2.0), ((50,), 2.96)])
 def test_rollouts_have_as_many_jumps_as_their_budgets_give(budgets: tuple[int, ...], mean: float) -> None:
     """Of N jumps' places the first and the last save one: 3 - 2 / N on average."""
-    wanted = setup("on-policy", budgets=budgets, joint=False, lora=False)
+    wanted = setup("on-policy", step_budgets=budgets, joint=False, lora=False)
     jumps = [
         sum(
             call.role == "student" and call.with_gradient

@@ -14,16 +14,16 @@ from anyflow_cli.recipe.load import load_recipe, recipe_names
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_a_dumped_recipe_reads_back_equal(name: str, tmp_path: Path) -> None:
-    recipe = load_recipe(name, ["distill.optimiser.lr=1e-7", "model.negative_prompt='no: \"#blur\"\n'"])
+    recipe = load_recipe(name, ["distill.optimizer.lr=1e-7", "model.negative_prompt='no: \"#blur\"\n'"])
     path = tmp_path / "resolved.yaml"
     path.write_text(dump(recipe), encoding="utf-8")
     assert load_recipe(str(path)) == recipe
 
 
 def test_a_dump_means_the_same_to_a_reader_of_yaml_1_1() -> None:
-    recipe = load_recipe("tiny", ["distill.optimiser.lr=1e-7", "model.negative_prompt=on"])
+    recipe = load_recipe("tiny", ["distill.optimizer.lr=1e-7", "model.negative_prompt=on"])
     content = yaml.safe_load(dump(recipe))
-    assert content["distill"]["optimiser"]["lr"] == 1e-7
+    assert content["distill"]["optimizer"]["lr"] == 1e-7
     assert content["model"]["negative_prompt"] == "on"
 
 

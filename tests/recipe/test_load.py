@@ -45,11 +45,11 @@ def test_the_default_is_tiny() -> None:
 
 def test_the_nearer_file_wins_key_by_key() -> None:
     recipe = load(
-        "extends: ./below.yaml\ndistill: {optimiser: {lr: 1e-6}}\nevaluate: {nfe: [8]}\n",
-        below="extends: tiny\ndistill: {steps: 7, optimiser: {lr: 3e-6, clip: 2.0}}\n",
+        "extends: ./below.yaml\ndistill: {optimizer: {lr: 1e-6}}\nevaluate: {nfe: [8]}\n",
+        below="extends: tiny\ndistill: {steps: 7, optimizer: {lr: 3e-6, grad_clip: 2.0}}\n",
     )
     assert recipe.distill.steps == 7
-    assert (recipe.distill.optimiser.lr, recipe.distill.optimiser.clip) == (1e-6, 2.0)
+    assert (recipe.distill.optimizer.lr, recipe.distill.optimizer.grad_clip) == (1e-6, 2.0)
     assert recipe.evaluate.nfe == (8,)
     assert recipe.model == load_recipe("tiny").model
 
@@ -74,24 +74,24 @@ def test_null_takes_a_section_away_and_an_override_brings_it_back() -> None:
 
 
 def test_a_section_given_in_part_keeps_the_defaults_of_its_place() -> None:
-    distill = load("distill: {optimiser: {clip: 0.5}, ema: {decay: 0.5}}").distill
-    assert distill.optimiser == DistillSection().optimiser.model_copy(update={"clip": 0.5})
+    distill = load("distill: {optimizer: {grad_clip: 0.5}, ema: {decay: 0.5}}").distill
+    assert distill.optimizer == DistillSection().optimizer.model_copy(update={"grad_clip": 0.5})
     assert (distill.ema.decay, distill.ema.start) == (0.5, DistillSection().ema.start)
 
 
 def test_the_fake_score_takes_from_the_student_what_it_leaves_out() -> None:
-    distill = load("distill: {optimiser: {lr: 1e-5, clip: 0.5}, fake_optimiser: {lr: 2e-4}}").distill
-    assert distill.fake_optimiser == distill.optimiser.model_copy(update={"lr": 2e-4})
+    distill = load("distill: {optimizer: {lr: 1e-5, grad_clip: 0.5}, fake_optimizer: {lr: 2e-4}}").distill
+    assert distill.fake_optimizer == distill.optimizer.model_copy(update={"lr": 2e-4})
 
 
 def test_overrides_are_typed_and_the_last_wins() -> None:
     recipe = load(
         "sample: {seed: 1}",
         "sample.seed=2", "sample.seed=3", "sample.nfe=[1, 2]", "data.prompts=a=b.txt",
-        "distill.optimiser.lr=1e-7", Override("synthesize.count", 9, "--count"),
+        "distill.optimizer.lr=1e-7", Override("synthesize.count", 9, "--count"),
     )  # fmt: skip
     assert (recipe.sample.seed, recipe.sample.nfe, recipe.synthesize.count) == (3, (1, 2), 9)
-    assert (recipe.data.prompts, recipe.distill.optimiser.lr) == ("a=b.txt", 1e-7)
+    assert (recipe.data.prompts, recipe.distill.optimizer.lr) == ("a=b.txt", 1e-7)
 
 
 def test_a_file_of_the_same_content_loads_the_same_twice() -> None:
@@ -116,7 +116,7 @@ def test_all_mistakes_are_said_at_once_in_the_order_of_lines() -> None:
         "./base.yaml:2: finetune.steps must be a number of at least 1, got 0",
         "mine.yaml:2: modle is not a key of recipes; did you mean model?",
         "mine.yaml:4: model.height must be a multiple of 16 (8 of the VAE times 2 of a patch), got 65",
-        "mine.yaml:6: distill.lr is not a key of recipes; did you mean distill.optimiser.lr?",
+        "mine.yaml:6: distill.lr is not a key of recipes; did you mean distill.optimizer.lr?",
         "mine.yaml:7: distill.t_max must be above t_min (0.02), got 0.01",
     ]
 
@@ -152,9 +152,9 @@ LONG = "x" * 90
             "1: model.causal must have a compressed_patch that divides height / 8 and width / 8, got {}.",
         ),
         (
-            "train_flowmap: {flow_map: {given: 0.5}}",
-            "1: train_flowmap must leave flow_map.given at 0, as model.causal is null: only a causal model "
-            "continues frames, got {flow_map: {given: 0.5}}.",
+            "train_flowmap: {flow_map: {conditioning_prob: 0.5}}",
+            "1: train_flowmap must leave flow_map.conditioning_prob at 0, as model.causal is null: only a "
+            "causal model continues frames, got {flow_map: {conditioning_prob: 0.5}}.",
         ),
         (
             "model: {conditioning: zero_init}",
@@ -165,18 +165,18 @@ LONG = "x" * 90
         ("evaluate: {nfe: 4}", "1: evaluate.nfe must be a list, e.g. [4, 32], got 4."),
         ("evaluate: {nfe: []}", "1: evaluate.nfe must be a list of at least 1, got []."),
         ("evaluate: {nfe: [0]}", "1: evaluate.nfe[0] must be a number of at least 1, got 0."),
-        ("distill: {optimiser: {betas: [0.9]}}", "1: distill.optimiser.betas[1] is missing."),
+        ("distill: {optimizer: {betas: [0.9]}}", "1: distill.optimizer.betas[1] is missing."),
         (
-            "distill: {optimiser: {betas: [0, 0, 0]}}",
-            "1: distill.optimiser.betas must be a list of 2, got [0, 0, 0].",
+            "distill: {optimizer: {betas: [0, 0, 0]}}",
+            "1: distill.optimizer.betas must be a list of 2, got [0, 0, 0].",
         ),
         (
             "train_flowmap: {flow_map: {boundary: 0.9}}",
             "1: train_flowmap.flow_map.to_zero must be at most 1 - boundary (0.1), got 0.25.",
         ),
-        ("finetune:\n  batch: 8\n  micro_batch: 3",
-         "3: finetune.micro_batch must divide the batch of 8, got 3."),
-        ("finetune: {micro_batch: 5}", "1: finetune.micro_batch must divide the batch of 32, got 5."),
+        ("finetune:\n  global_batch: 8\n  micro_batch: 3",
+         "3: finetune.micro_batch must divide the global_batch of 8, got 3."),
+        ("finetune: {micro_batch: 5}", "1: finetune.micro_batch must divide the global_batch of 32, got 5."),
         ("totally: 1", "1: totally is not a key of recipes."),
         ("extends: [tiny]", "1: extends must be the name or the path of one recipe, got ['tiny']."),
         ("extends: tinny", '1: There is no recipe "tinny"; did you mean tiny?'),

@@ -19,9 +19,9 @@ from anyflow_cli.runs.open import CHECKPOINT_FORMAT
 
 def state(step: int) -> CheckpointState:
     weight = torch.full((2, 3), float(step))
-    optimiser = {"state": {0: {"step": torch.tensor(1.0), "exp_avg": weight}}, "param_groups": [{"lr": 0.1}]}
+    optimizer = {"state": {0: {"step": torch.tensor(1.0), "exp_avg": weight}}, "param_groups": [{"lr": 0.1}]}
     return CheckpointState(
-        step, {"student": {"a.b": weight}, "ema": {"a.b": 2 * weight}}, {"student": optimiser}, {"n": 1}
+        step, {"student": {"a.b": weight}, "ema": {"a.b": 2 * weight}}, {"student": optimizer}, {"n": 1}
     )
 
 
@@ -35,7 +35,7 @@ def test_round_trip(tmp_path: Path) -> None:
     assert back.extra == {"n": 1}
     assert torch.equal(back.tensors["student"]["a.b"], torch.full((2, 3), 7.0))
     assert torch.equal(back.tensors["ema"]["a.b"], torch.full((2, 3), 14.0))
-    assert torch.equal(back.optimisers["student"]["state"][0]["exp_avg"], torch.full((2, 3), 7.0))
+    assert torch.equal(back.optimizers["student"]["state"][0]["exp_avg"], torch.full((2, 3), 7.0))
 
 
 def test_the_newest_are_kept(tmp_path: Path) -> None:

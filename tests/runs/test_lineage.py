@@ -38,7 +38,7 @@ def test_the_same_run_goes_on_with_the_lineage_it_began_with(inputs: RunInputs) 
 @pytest.mark.parametrize(
     ("section", "change", "key"),
     [
-        ("train_flowmap", {"batch": 4}, r"train_flowmap\.batch \(2 there, 4 now\)"),
+        ("train_flowmap", {"global_batch": 4}, r"train_flowmap\.global_batch \(2 there, 4 now\)"),
         ("train_flowmap", {"flow_map": {"guidance": 2.0}}, r"train_flowmap\.flow_map\.guidance"),
         ("train_flowmap", {"seed": 5}, r"train_flowmap\.seed"),
         ("model", {"gate": 0.5}, r"model\.gate"),
@@ -62,7 +62,7 @@ def test_other_settings_are_refused_with_their_keys(
         ("train_flowmap", {"micro_batch": 1}),
         ("train_flowmap", {"checkpoint_every": 7, "log_every": 3, "preview_every": 2, "tensorboard": True}),
         ("model", {"gradient_checkpointing": True}),
-        ("distill", {"batch": 4}),  # of another stage
+        ("distill", {"global_batch": 4}),  # of another stage
         ("data", {"workers": 2}),
     ],
 )

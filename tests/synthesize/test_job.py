@@ -64,7 +64,7 @@ def test_a_missing_teacher_is_found_before_anything_starts(tmp_path: Path) -> No
 
 def test_the_same_settings_continue_in_their_directory(teacher: Path) -> None:
     first = begun(teacher, seed=3)
-    assert job_of(teacher, seed=3, batch=4).provenance == first.provenance
+    assert job_of(teacher, seed=3, batch_size=4).provenance == first.provenance
 
 
 @pytest.mark.parametrize(

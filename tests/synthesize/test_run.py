@@ -48,7 +48,7 @@ def recipe_of(teacher: Path, **changes: Any) -> Recipe:
         teacher=str(teacher), height=32, width=32, frames=9, max_text_tokens=TOKENS, precision="fp32",
         shift=SHIFT, negative_prompt="a gray background",
     )  # fmt: skip
-    made = {"count": 5, "steps": STEPS, "guidance": GUIDANCE, "batch": 2, "shard_size": 2, "seed": 10}
+    made = {"count": 5, "steps": STEPS, "guidance": GUIDANCE, "batch_size": 2, "shard_size": 2, "seed": 10}
     return Recipe(
         name="t", model=model, data=DataSection(), synthesize=SynthesizeSection(**{**made, **changes})
     )
@@ -140,7 +140,7 @@ def test_only_a_missing_shard_is_made_again_and_to_the_same_bytes(
         (out / name).write_bytes(content)
     (out / "00001.tar").unlink()
     kept = (out / "00000.tar").stat().st_mtime_ns
-    assert run_synthesis(prepare_synthesis(recipe_of(teacher, batch=2), out)).made == 1
+    assert run_synthesis(prepare_synthesis(recipe_of(teacher, batch_size=2), out)).made == 1
     assert (out / "00000.tar").stat().st_mtime_ns == kept
     assert contents(out) == contents(undisturbed)
 

@@ -26,7 +26,7 @@ CONFIG = NetworkConfig(
 )
 LATENT = (3, 4, 4, 4)  # F, C, H, W
 NEGATIVE = torch.zeros(5, 8)
-OPTIMISER = schema.OptimizerSection(lr=1e-2, warmup=2)
+OPTIMISER = schema.OptimizerSection(lr=1e-2, warmup_steps=2)
 Kind = Literal[
     "flow-map", "flow-matching", "consistency-ode", "on-policy",
     "causal-flow-map", "causal-consistency-ode", "causal-on-policy",
@@ -72,7 +72,7 @@ def objective(kind: Kind, roles: Backbone, **changes: Any) -> objectives.Objecti
     causal = CAUSAL if kind.startswith("causal") else None
     name = kind.removeprefix("causal-")
     if name == "on-policy":
-        settings = schema.DistillSection(optimiser=OPTIMISER, **changes)
+        settings = schema.DistillSection(optimizer=OPTIMISER, **changes)
         return objectives.on_policy(roles, NEGATIVE, settings, 5.0, causal)
     flow_map = schema.FlowMapSection(**changes)
     return objectives.stage_one(cast("Any", name), roles, NEGATIVE, flow_map, OPTIMISER, 5.0, causal)
@@ -80,7 +80,7 @@ def objective(kind: Kind, roles: Backbone, **changes: Any) -> objectives.Objecti
 
 def training(**changes: Any) -> schema.TrainingSection:
     defaults: dict[str, Any] = {
-        "steps": 6, "batch": 4, "optimiser": OPTIMISER, "ema": schema.EmaSection(decay=0.9, start=3),
+        "steps": 6, "global_batch": 4, "optimizer": OPTIMISER, "ema": schema.EmaSection(decay=0.9, start=3),
         "checkpoint_every": 2, "log_every": 2, "preview_every": 0, "tensorboard": False,
     }  # fmt: skip
     return schema.TrainingSection(**(defaults | changes))
@@ -96,7 +96,7 @@ def trainer(
     for one in roles.networks():
         one.gradient_checkpointing = checkpointing
     return Trainer(
-        directory, objective(kind, roles, **(changes or {})), source or RandomData(run.batch), run,
+        directory, objective(kind, roles, **(changes or {})), source or RandomData(run.global_batch), run,
         accelerator=make_accelerator(causal=kind.startswith("causal")), **(hooks or {}),
     )  # fmt: skip
 
@@ -117,8 +117,8 @@ def same_run(a: Path, b: Path) -> None:
         assert tensors.keys() == second.tensors[part].keys()
         for name, value in tensors.items():
             assert torch.equal(value, second.tensors[part][name]), f"{part}: {name}"
-    for part, state in first.optimisers.items():
+    for part, state in first.optimizers.items():
         for number, moments in state["state"].items():
             for name, value in moments.items():
-                assert torch.equal(value, second.optimisers[part]["state"][number][name]), f"{part}: {name}"
+                assert torch.equal(value, second.optimizers[part]["state"][number][name]), f"{part}: {name}"
     assert rows(a) == rows(b)

@@ -44,8 +44,8 @@ def make_data(
 def make_recipe(teacher: Path, data: str | Path, /, **sections: Any) -> Recipe:
     """Two steps of everything, in fp32."""
     short = {
-        "steps": 2, "batch": 2, "checkpoint_every": 1, "log_every": 1, "preview_every": 0,
-        "tensorboard": False, "optimiser": {"lr": 1e-3, "warmup": 0}, "ema": {"decay": 0.5, "start": 1},
+        "steps": 2, "global_batch": 2, "checkpoint_every": 1, "log_every": 1, "preview_every": 0,
+        "tensorboard": False, "optimizer": {"lr": 1e-3, "warmup_steps": 0}, "ema": {"decay": 0.5, "start": 1},
     }  # fmt: skip
     content: dict[str, Any] = {
         "name": "test",

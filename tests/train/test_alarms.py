@@ -30,7 +30,7 @@ GOOD = {"embedding_norm": 5.0, "fake": 1.0, "sample_power": 1.0, "data_power": 1
     ],
 )
 def test_each_alarm_needs_several_bad_rows_in_a_row(name: str, key: str, value: float) -> None:
-    alarms = Alarms(schema.AlarmsSection(then="stop", patience=2))
+    alarms = Alarms(schema.AlarmsSection(action="stop", patience=2))
     for step, row in enumerate((GOOD, GOOD | {key: value}, GOOD, GOOD | {key: value}), start=1):
         alarms.look(step, row)
     with pytest.raises(AlarmError, match=f"Since step 4.*alarms.{name}") as error:
@@ -79,7 +79,7 @@ class PoisonedOnce(RandomData):
 def test_a_run_rolls_back_to_the_last_good_checkpoint_and_draws_anew(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    alarms = schema.AlarmsSection(then="roll-back")
+    alarms = schema.AlarmsSection(action="roll-back")
     run = trainer(tmp_path / "a", source=PoisonedOnce(4), alarms=alarms)
     run.run()
     assert (run.step, run.rollbacks) == (6, 1)
@@ -96,7 +96,7 @@ def test_it_rolls_back_a_limited_number_of_times(tmp_path: Path) -> None:
             for step, batch in enumerate(super().stream(start, part, workers), start=start + 1):
                 yield batch if step < 4 else replace(batch, latents=batch.latents * float("nan"))
 
-    alarms = schema.AlarmsSection(then="roll-back", rollbacks=2)
+    alarms = schema.AlarmsSection(action="roll-back", rollbacks=2)
     run = trainer(tmp_path, source=Poisoned(4), alarms=alarms)
     with pytest.raises(AlarmError, match="not a number at step 4"):
         run.run()
@@ -107,5 +107,5 @@ def test_it_rolls_back_a_limited_number_of_times(tmp_path: Path) -> None:
 def test_stage_two_reports_what_the_alarms_compare(tmp_path: Path) -> None:
     with pytest.raises(AlarmError, match=r"alarms\.saturation"):
         trainer(
-            tmp_path, "on-policy", alarms=schema.AlarmsSection(then="stop", saturation=1e-3, patience=1)
+            tmp_path, "on-policy", alarms=schema.AlarmsSection(action="stop", saturation=1e-3, patience=1)
         ).run()

@@ -241,7 +241,9 @@ def test_every_chunk_is_made_by_three_jumps_over_the_clean_past() -> None:
     terms = OnPolicyTerms(backbone, NEGATIVE, schema.DistillSection(), SHIFT, causal)
     for step in range(1, 4):
         x = terms._rollout(data, draws(step), "rollout")
-        steps, k = simulation.draw_segment(schema.DistillSection().budgets, draws(step).generator("rollout"))
+        steps, k = simulation.draw_segment(
+            schema.DistillSection().step_budgets, draws(step).generator("rollout")
+        )
         noise, made = draws(step).noise("rollout-start", SHAPE), torch.zeros(2, 0, *SHAPE[1:])
         for i, frames in enumerate(causal.partition):
             start = sum(causal.partition[:i])

@@ -22,7 +22,7 @@ def run(directory: Path, data: Path, max_corrupt: int) -> str:
     """Train one epoch; the message if that ends early."""
     batches = Batches(LatentData(data, len(NEGATIVE)), BATCH, 1, max_corrupt)
     try:
-        trainer(directory, source=batches, steps=COUNT // BATCH, batch=BATCH, log_every=1).run()
+        trainer(directory, source=batches, steps=COUNT // BATCH, global_batch=BATCH, log_every=1).run()
     except UsageError as error:
         return error.message
     return str(sorted(batches.corrupt))

@@ -96,6 +96,6 @@ def _step(backbone: Backbone, setup: Setup, trained: list[nn.Parameter]) -> None
     assert u.shape == z.shape
     u.square().mean().backward()  # type: ignore[no-untyped-call]
     assert all(parameter.grad is not None for parameter in trained)
-    optimiser = torch.optim.AdamW(trained)
-    optimiser.step()
-    assert all(isinstance(optimiser.state[parameter]["exp_avg"], DTensor) for parameter in trained)
+    optimizer = torch.optim.AdamW(trained)
+    optimizer.step()
+    assert all(isinstance(optimizer.state[parameter]["exp_avg"], DTensor) for parameter in trained)

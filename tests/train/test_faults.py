@@ -42,7 +42,7 @@ def full_disk(is_full: bool) -> Iterator[None]:
 
 
 def make(directory: Path, waits: bool, steps: int) -> Trainer:
-    launch = schema.LaunchSection(sharding="full", checkpoints_wait=waits)
+    launch = schema.LaunchSection(sharding="full", async_checkpoint=not waits)
     return trainer(
         directory, "on-policy", lora=True, hooks={"launch": launch}, steps=steps, checkpoint_every=1,
         keep_checkpoints=1,

@@ -32,7 +32,7 @@ def batch(count: int = 4) -> Batch:
 
 def gradients(run: Any, phase: int, of: str) -> list[Tensor | None]:
     run.step = 1
-    run._accumulate(run.phases[phase], batch(run.settings.batch))
+    run._accumulate(run.phases[phase], batch(run.settings.global_batch))
     return [parameter.grad for parameter in run.backbone.parameters_of(of)]
 
 
@@ -63,7 +63,7 @@ def test_gradients_reach_the_role_of_the_phase_alone(
     student = gradients(run, 0, "student")
     assert all(gradient is not None for gradient in student)
     assert all(parameter.grad is None for parameter in run.backbone.parameters_of("fake"))
-    run.phases[0].optimiser.zero_grad()
+    run.phases[0].optimizer.zero_grad()
     fake = gradients(run, 1, "fake")
     assert any(gradient is not None and gradient.abs().sum() > 0 for gradient in fake)
     assert all(parameter.grad is None for parameter in run.backbone.parameters_of("student"))
@@ -155,7 +155,7 @@ def test_jumps_made_again_give_the_same_gradient(tmp_path: Path) -> None:
 
 
 def test_budgets_of_the_recipe_are_those_of_the_paper() -> None:
-    assert schema.DistillSection().budgets == BUDGETS
+    assert schema.DistillSection().step_budgets == BUDGETS
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
@@ -165,14 +165,14 @@ def test_micro_batches_give_the_gradient_of_the_whole(
     tmp_path: Path, kind: Kind, lora: bool, micro: int
 ) -> None:
     """Equal up to the order of fp32 sums: the means over the global batch are exact, Eq. 7's too."""
-    both = [trainer(tmp_path / str(m), kind, lora=lora, batch=6, micro_batch=m) for m in (micro, 6)]
+    both = [trainer(tmp_path / str(m), kind, lora=lora, global_batch=6, micro_batch=m) for m in (micro, 6)]
     for phase in range(len(both[0].phases)):
         cut, whole = (gradients(run, phase, run.phases[phase].name) for run in both)
         scale = max(float(gradient.abs().max()) for gradient in whole if gradient is not None)
         for a, b in zip(cut, whole, strict=True):
             torch.testing.assert_close(a, b, rtol=2e-4, atol=2e-5 * scale)
         for run in both:
-            run.phases[phase].optimiser.zero_grad()
+            run.phases[phase].optimizer.zero_grad()
 
 
 def test_reports_do_not_depend_on_the_micro_batch(tmp_path: Path) -> None:
@@ -188,7 +188,7 @@ def test_reports_do_not_depend_on_the_micro_batch(tmp_path: Path) -> None:
 
 
 def test_shares_of_times_hold_for_the_global_batch(tmp_path: Path) -> None:
-    run = trainer(tmp_path, "flow-map", batch=8, micro_batch=2)
+    run = trainer(tmp_path, "flow-map", global_batch=8, micro_batch=2)
     run.step = 1
     report = run._accumulate(run.phases[0], batch(8))
     assert (report["boundary"][1], report["non_boundary"][1]) == (4, 4)

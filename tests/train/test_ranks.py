@@ -22,7 +22,7 @@ from tests.train.small import Kind, rows, trainer
 
 STEPS = 4
 LAST = f"checkpoints/step-{STEPS:06d}"
-SETTINGS: dict[str, Any] = {"steps": STEPS, "batch": 6, "log_every": 1, "checkpoint_every": STEPS}
+SETTINGS: dict[str, Any] = {"steps": STEPS, "global_batch": 6, "log_every": 1, "checkpoint_every": STEPS}
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Case:
         return "-".join(parts + ["ckpt"] * self.checkpointing + ["async"] * (not self.waits))
 
     def run(self, directory: Path, **changes: Any) -> None:
-        launch = schema.LaunchSection(sharding=self.sharding, checkpoints_wait=self.waits)
+        launch = schema.LaunchSection(sharding=self.sharding, async_checkpoint=not self.waits)
         settings = SETTINGS | {"micro_batch": self.micro} | changes
         trainer(
             directory / str(self), self.kind, lora=self.lora, hooks={"launch": launch},
@@ -122,7 +122,7 @@ def test_a_run_goes_on_with_another_number_of_processes_sharded_or_not(tmp_path:
         same_training(tmp_path / "whole" / str(alone), tmp_path / name / str(case), "checkpoints/step-000006")
 
 
-LONG = {"steps": 20, "batch": 8, "checkpoint_every": 4, "keep_checkpoints": 9}
+LONG = {"steps": 20, "global_batch": 8, "checkpoint_every": 4, "keep_checkpoints": 9}
 IN_BOTH = [
     Case("flow-map", micro=1), Case("on-policy", lora=True, micro=1),
     Case("causal-flow-map", micro=1), Case("causal-on-policy", lora=True, micro=1),

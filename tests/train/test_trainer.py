@@ -46,10 +46,10 @@ def test_a_finished_run_started_again_does_nothing(tmp_path: Path) -> None:
 
 def test_warm_up_is_linear_then_constant(tmp_path: Path) -> None:
     rates: list[float] = []
-    optimiser = small.OPTIMISER.model_copy(update={"warmup": 4, "lr": 0.8e-3})
-    run = trainer(tmp_path, steps=6, optimiser=optimiser)
-    run.phases[0].warmup, run.phases[0].lr = optimiser.warmup, optimiser.lr
-    run.on_step = lambda *_: rates.append(run.phases[0].optimiser.param_groups[0]["lr"])
+    optimizer = small.OPTIMISER.model_copy(update={"warmup_steps": 4, "lr": 0.8e-3})
+    run = trainer(tmp_path, steps=6, optimizer=optimizer)
+    run.phases[0].warmup, run.phases[0].lr = optimizer.warmup_steps, optimizer.lr
+    run.on_step = lambda *_: rates.append(run.phases[0].optimizer.param_groups[0]["lr"])
     run.run()
     assert rates == pytest.approx([0.2e-3, 0.4e-3, 0.6e-3, 0.8e-3, 0.8e-3, 0.8e-3])
 
@@ -60,7 +60,7 @@ def test_gradients_are_clipped(tmp_path: Path) -> None:
     for parameter in phase.parameters:
         parameter.grad = torch.ones_like(parameter)
     seen: list[torch.Tensor] = []
-    phase.optimiser.register_step_pre_hook(
+    phase.optimizer.register_step_pre_hook(
         lambda *_: seen.append(torch.cat([p.grad.flatten() for p in phase.parameters if p.grad is not None]))
     )
     norm = phase.update(1)

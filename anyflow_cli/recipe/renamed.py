@@ -1,0 +1,49 @@
+"""Recipe keys that were renamed: refused with their new name, but translated in the record of a run.
+
+A run's ``recipe.yaml`` was written by the program itself, so an old spelling there is not a mistake.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+TRAINING = ("train_flowmap", "distill", "finetune")
+OPTIMIZERS = (*((stage, "optimizer") for stage in TRAINING), ("distill", "fake_optimizer"))
+
+# section -> old key -> new key; sections by their new names
+RENAMED: dict[tuple[str, ...], dict[str, str]] = {
+    ("model",): {"checkpointed_every": "checkpoint_every_n_blocks"},
+    ("launch",): {"checkpoints_wait": "async_checkpoint"},
+    **{(name,): {"batch": "batch_size"} for name in ("synthesize", "sample", "evaluate")},
+    **{(stage,): {"batch": "global_batch", "optimiser": "optimizer"} for stage in TRAINING},
+    **{(stage, "flow_map"): {"given": "conditioning_prob"} for stage in TRAINING},
+    **{(stage, "alarms"): {"then": "action"} for stage in TRAINING},
+    **{section: {"warmup": "warmup_steps", "clip": "grad_clip"} for section in OPTIMIZERS},
+}
+RENAMED[("distill",)] |= {
+    "fake_optimiser": "fake_optimizer",
+    "budgets": "step_budgets",
+    "start": "init_from",
+}
+RENAMED[("finetune",)] |= {"start": "init_from"}
+NEGATED = ("async_checkpoint",)  # its old key said the opposite
+
+
+def renamed_key(key: tuple[str | int, ...]) -> tuple[str, ...] | None:
+    """The present spelling of an old key, e.g. of ``("distill", "start")``; None if the key is not old."""
+    new: tuple[str, ...] = ()
+    for part in key:
+        new += (RENAMED.get(new, {}).get(str(part), str(part)),)
+    return None if new == tuple(map(str, key)) else new
+
+
+def with_new_keys(content: Mapping[str, Any], section: tuple[str, ...] = ()) -> dict[str, Any]:
+    """A recorded recipe under the present spelling of its keys."""
+    result = {}
+    for key, value in content.items():
+        new = RENAMED.get(section, {}).get(key, key)
+        if new in NEGATED and new != key:
+            value = not value
+        result[new] = with_new_keys(value, (*section, new)) if isinstance(value, Mapping) else value
+    return result
