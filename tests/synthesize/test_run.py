@@ -148,15 +148,15 @@ def test_only_a_missing_shard_is_made_again_and_to_the_same_bytes(
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from anyflow_cli.synthesize.job import prepare
-from anyflow_cli.synthesize.run import synthesize
+from anyflow_cli.synthesize.job import prepare_synthesis
+from anyflow_cli.synthesize.run import run_synthesis
 from tests.synthesize.test_run import recipe_of
 
 def on_progress(settled):
     if settled >= 3:  # the first shard holds two: this is the middle of the second
         os.kill(os.getpid(), signal.SIGKILL)
 
-synthesize(prepare(recipe_of(Path(sys.argv[1])), Path(sys.argv[2])), on_progress)
+run_synthesis(prepare_synthesis(recipe_of(Path(sys.argv[1])), Path(sys.argv[2])), on_progress)
 """
 
 
@@ -177,9 +177,9 @@ def test_a_kill_in_the_middle_changes_no_byte(teacher: Path, undisturbed: Path, 
 CLAIMING = """
 import sys
 from pathlib import Path
-from anyflow_cli.synthesize.shard_locks import Claims
+from anyflow_cli.synthesize.shard_locks import ShardLocks
 
-with Claims(Path(sys.argv[1]), 1, 2) as claims, claims.shard(1):
+with ShardLocks(Path(sys.argv[1]), 1, 2) as claims, claims.shard(1):
     print("claimed", flush=True)
     sys.stdin.read()
 """
@@ -236,7 +236,7 @@ def rejecting(seeds: dict[int, str], monkeypatch: pytest.MonkeyPatch) -> None:
         return batch_noise(chosen, shape)
 
     monkeypatch.setattr(synthesis, "batch_noise", recorded)
-    monkeypatch.setattr(synthesis, "defect", lambda latents, video: seeds.get(sampled.pop(0)))
+    monkeypatch.setattr(synthesis, "find_defect", lambda latents, video: seeds.get(sampled.pop(0)))
 
 
 def test_a_rejected_video_is_made_from_the_next_seed_of_its_index(
@@ -272,7 +272,7 @@ def test_no_two_attempts_share_a_seed() -> None:
 def test_a_shard_in_which_nothing_passes_ends_with_the_reasons(
     teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(synthesis, "defect", lambda latents, video: "black")
+    monkeypatch.setattr(synthesis, "find_defect", lambda latents, video: "black")
     with pytest.raises(AnyflowError, match=r"videos 0 to 1 passed the checks \(6 black\)"):
         run_synthesis(prepare_synthesis(recipe_of(teacher), tmp_path / "d"))
     assert not list((tmp_path / "d").glob("*.tar"))
