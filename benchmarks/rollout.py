@@ -21,7 +21,7 @@ from anyflow_cli.model.network import two_time_from
 from anyflow_cli.model.pipeline_io import load_network, resolve_pipeline
 from anyflow_cli.model.precision import autocast, resolve_precision
 from anyflow_cli.recipe.load import load_recipe
-from anyflow_cli.recipe.schema import Recipe
+from anyflow_cli.recipe.schema import Recipe, latent_frames
 from anyflow_cli.train.objectives import OnPolicyTerms
 from anyflow_cli.train.rng import StepRng
 from tests.plan.small import Live
@@ -51,7 +51,7 @@ def main() -> None:
 
 def measure(recipe: Recipe) -> tuple[float, float, float]:
     """MiB held between forward and backward, at the peak, and seconds of the processor."""
-    causal, frames = recipe.model.causal, (recipe.model.frames - 1) // 4 + 1
+    causal, frames = recipe.model.causal, latent_frames(recipe.model.frames)
     assert causal is not None
     teacher, own = (load_network(resolve_pipeline("tiny"), torch.float32) for _ in range(2))
     student = causal_from(two_time_from(own), CausalConfig.from_recipe(causal))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +17,8 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from anyflow_cli.recipe.schema import Recipe
+
+from anyflow_cli.utils.distributed import is_main_process
 
 PACKAGE = "anyflow_cli"  # the parent of every module's logger
 WIDE = 200  # columns of a table that goes to a file or pipe
@@ -41,7 +42,7 @@ def start_logging() -> None:
     logger = logging.getLogger(PACKAGE)
     logger.handlers = [_Handler()]
     logger.propagate = False
-    logger.setLevel(logging.INFO if is_first_process() else logging.WARNING)
+    logger.setLevel(logging.INFO if is_main_process() else logging.WARNING)
 
 
 def set_debug(on: bool) -> bool:
@@ -56,11 +57,6 @@ def debugging() -> bool:
     return logging.getLogger(PACKAGE).isEnabledFor(logging.DEBUG)
 
 
-def is_first_process() -> bool:
-    """Whether this is the process that speaks, of those that torchrun or accelerate started."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 def print_error(message: str, hint: str | None = None) -> None:
     """Print ``error:`` and ``hint:`` on stderr."""
     stderr.print(Text.assemble(("error:", "bold red"), " ", message), soft_wrap=True)
@@ -70,7 +66,7 @@ def print_error(message: str, hint: str | None = None) -> None:
 
 def print_result(values: Mapping[str, Any], *, as_json: bool, text: RenderableType | None = None) -> None:
     """Print a command's result on stdout: as JSON, or for people as ``text`` or a table of the values."""
-    if not is_first_process():
+    if not is_main_process():
         return
     stdout = Console(highlight=False, markup=False, emoji=False)
     if as_json:

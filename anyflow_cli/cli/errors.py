@@ -10,8 +10,8 @@ import errno
 from dataclasses import dataclass
 from typing import Any
 
-from anyflow_cli.cli.console import is_first_process
 from anyflow_cli.errors import AnyflowError, system_errors
+from anyflow_cli.utils.distributed import is_main_process
 
 INTERRUPTED = 130
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -41,7 +41,7 @@ class Failure:
 def failure_of(error: BaseException) -> Failure | None:
     """Recognise an error; None for a bug."""
     if isinstance(error, AnyflowError):
-        said = error.everywhere and not is_first_process()
+        said = error.everywhere and not is_main_process()
         full = any(cause.errno in FULL for cause in system_errors(error))
         return Failure(error.message, error.hint, 2 if full else error.exit_code, said)
     if hasattr(error, "format_message"):

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from anyflow_cli.cli.console import is_first_process
 from anyflow_cli.cli.launch import ProcessesOption, start_processes
 from anyflow_cli.cli.options import (
     DEFAULT_RECIPE,
@@ -30,6 +29,7 @@ from anyflow_cli.cli.options import (
 )
 from anyflow_cli.cli.progress import Progress, in_words
 from anyflow_cli.errors import AnyflowError, UsageError
+from anyflow_cli.utils.distributed import is_main_process
 
 if TYPE_CHECKING:
     from anyflow_cli.evaluate.cost import EvaluationCost
@@ -361,7 +361,7 @@ def _compare(
     if jobs and start_processes(settings.launch):
         return None
     found = {address: _run(job) for address, job in jobs.items()}
-    if not is_first_process():
+    if not is_main_process():
         return None
     sides = [
         side_of(address, made) if (made := found.get(address)) else read_side(Path(address).expanduser())

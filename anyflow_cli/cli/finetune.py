@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from anyflow_cli.cli.console import facts_table, is_first_process
+from anyflow_cli.cli.console import facts_table
 from anyflow_cli.cli.launch import ProcessesOption, start_processes
 from anyflow_cli.cli.options import (
     DEFAULT_RECIPE,
@@ -32,6 +31,7 @@ from anyflow_cli.cli.train import stage_facts, stage_result, train_stage
 from anyflow_cli.cli.train_flowmap import StepsOption
 from anyflow_cli.errors import UsageError
 from anyflow_cli.runs.paths import RunPaths
+from anyflow_cli.utils.distributed import is_main_process, world_size
 
 if TYPE_CHECKING:
     from anyflow_cli.recipe.schema import Recipe
@@ -115,7 +115,7 @@ def finetune(
     if start_processes(settings.launch):
         return None
     finished = train_stage(settings, inputs, "finetune")
-    if is_first_process():
+    if is_main_process():
         values = stage_result(finished, inputs)
         compared = _compare(settings, paths, choice, finished.model, latents)
         shown = facts_table(values | {name: _in_words(part) for name, part in compared.items()})
@@ -144,7 +144,7 @@ def _latents(settings: Recipe, paths: RunPaths, data: Path | None, *, dry_run: b
         return out
     if dry_run:
         return None
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if world_size() > 1:
         raise UsageError(
             "Videos are encoded by one process, and this is one of several.",
             f"First run `anyflow synthesize --from-videos {data} --out {out}`, then give --data {out}.",

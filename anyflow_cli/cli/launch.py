@@ -17,6 +17,7 @@ import typer
 
 from anyflow_cli.cli.options import RECIPE_PANEL
 from anyflow_cli.errors import AnyflowError
+from anyflow_cli.utils.distributed import is_launched
 
 if TYPE_CHECKING:
     from anyflow_cli.recipe.schema import LaunchSection
@@ -37,7 +38,7 @@ ProcessesOption = Annotated[
 
 def start_processes(launch: LaunchSection) -> bool:
     """Run this command as several processes; False if it is one of them already, or is to run alone."""
-    if "WORLD_SIZE" in os.environ:
+    if is_launched():
         return False
     count = launch.processes or _gpus()
     if count == 1:

@@ -14,7 +14,8 @@ import psutil
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as RichProgress
 
-from anyflow_cli.cli.console import is_first_process, stderr
+from anyflow_cli.cli.console import stderr
+from anyflow_cli.utils.distributed import is_main_process
 
 QUIET = 15.0  # seconds between plain lines
 GIB = 2**30
@@ -28,7 +29,7 @@ class Progress:
         self.done = 0
         self._first: tuple[int, float] | None = None  # step and time; a resumed job does not start at 0
         self._printed = time.monotonic()
-        self._shown = is_first_process()
+        self._shown = is_main_process()
         self._bar = _bar() if self._shown and stderr.is_terminal else None
 
     def __enter__(self) -> Progress:

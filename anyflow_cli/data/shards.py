@@ -17,7 +17,6 @@ Legend: F latent frames, C channels, H W latent height and width, L text tokens 
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import tarfile
@@ -35,7 +34,7 @@ from torch import Tensor
 from anyflow_cli.data.shard_index import REPAIR, write_index
 from anyflow_cli.data.storage import Storage
 from anyflow_cli.errors import AnyflowError, UsageError
-from anyflow_cli.utils.files import atomic_write, write_json
+from anyflow_cli.utils.files import atomic_write, file_sha256, write_json
 
 VERSION = 1
 MANIFEST, PROVENANCE, NEGATIVE = "manifest.json", "provenance.json", "negative.safetensors"
@@ -123,7 +122,7 @@ def write_shard(path: Path, results: Iterable[LatentSample | Rejection]) -> Shar
                     _add_sample(archive, result)
         assert len(set(shapes)) <= 1, f"samples of several shapes in {path}: {set(shapes)}"
         record = ShardRecord(
-            path.name, sha256(temporary), len(shapes), temporary.stat().st_size,
+            path.name, file_sha256(temporary), len(shapes), temporary.stat().st_size,
             shapes[0][0] if shapes else None, shapes[0][1] if shapes else None, tuple(rejected),
         )  # fmt: skip
         write_index(path, temporary)
@@ -269,12 +268,3 @@ def read_sample(place: Storage, shard: str, row: Any) -> LatentSample:
 def _is_finite(x: Tensor) -> bool:
     # A sum is finite only if all its terms are, and takes a fraction of the time of looking at each.
     return bool(x.sum(dtype=torch.float32).isfinite()) or bool(x.isfinite().all())
-
-
-def sha256(path: Path) -> str:
-    """The hash of a file, read in pieces."""
-    digest = hashlib.sha256()
-    with path.open("rb") as handle:
-        while piece := handle.read(1 << 22):
-            digest.update(piece)
-    return digest.hexdigest()

@@ -17,7 +17,7 @@ from anyflow_cli.evaluate.per_chunk import ChunkCurves, chunk_curves
 from anyflow_cli.evaluate.results import RESULTS, Evaluation
 from anyflow_cli.evaluate.store import Store
 from anyflow_cli.evaluate.suite import Suite, VideoScore, summarise
-from anyflow_cli.model.pipeline_io import read_json
+from anyflow_cli.utils.files import read_json
 
 VideoScores = Mapping[tuple[str, int], VideoScore]  # by prompt and seed
 ComparedDimension = Literal["better", "no difference", "worse", "too few prompts to tell"]

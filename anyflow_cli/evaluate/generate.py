@@ -10,7 +10,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import logging
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,6 +25,7 @@ from anyflow_cli.evaluate.protocol import Item, Protocol, Subject, Variant
 from anyflow_cli.evaluate.store import VIDEOS, Scored, Store, digest_of
 from anyflow_cli.evaluate.suite import VideoPixels
 from anyflow_cli.recipe.schema import Recipe
+from anyflow_cli.utils.distributed import rank, world_size
 
 Advance = Callable[[int], None]  # called with the number of videos finished so far
 
@@ -68,7 +68,7 @@ class WorkShare:
     @classmethod
     def of_process(cls) -> WorkShare:
         """As torchrun, accelerate launch or plain RANK and WORLD_SIZE say."""
-        return cls(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+        return cls(rank(), world_size())
 
 
 ALONE = WorkShare()

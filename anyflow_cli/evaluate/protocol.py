@@ -8,8 +8,6 @@ each video stands for itself, by prompt and seed.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,9 +21,9 @@ import anyflow_cli
 from anyflow_cli.evaluate.suite import Assessment, Suite
 from anyflow_cli.model.causal import FAR, partition_for
 from anyflow_cli.model.config import CausalConfig
-from anyflow_cli.model.pipeline_io import read_config, read_json, resolve_pipeline
+from anyflow_cli.model.pipeline_io import read_config, resolve_pipeline
 from anyflow_cli.model.precision import resolve_precision
-from anyflow_cli.recipe.schema import Recipe
+from anyflow_cli.recipe.schema import Recipe, latent_frames
 from anyflow_cli.runs.open import (
     LINEAGE,
     ModelChoice,
@@ -36,7 +34,8 @@ from anyflow_cli.runs.open import (
     weight_files,
 )
 from anyflow_cli.sample.sampler import Method
-from anyflow_cli.synthesize.job import own_device
+from anyflow_cli.utils.distributed import default_device
+from anyflow_cli.utils.files import file_sha256, json_sha256, read_json
 
 PACKAGES = ("torch", "diffusers", "transformers", "numpy")
 SAMPLED: dict[Method | None, str] = {
@@ -139,7 +138,7 @@ class Variant:
     def key(self) -> str:
         """A name for its directory."""
         kind = "teacher" if self.subject.teacher else "model"
-        return f"{kind}-{self.label}-{protocol_fingerprint(self.settings)[:12]}"
+        return f"{kind}-{self.label}-{json_sha256(self.settings)[:12]}"
 
 
 def subject(choice: ModelChoice, recipe: Recipe, sampler: Method | None = None) -> Subject:
@@ -150,9 +149,9 @@ def subject(choice: ModelChoice, recipe: Recipe, sampler: Method | None = None) 
     path = locate(choice.address)
     look = _look_at_checkpoint if is_checkpoint(path) else _look_at_folder
     found = look(path, recipe)
-    latents = (recipe.model.frames - 1) // 4 + 1  # as Wan's VAE counts
+    latents = latent_frames(recipe.model.frames)
     partition = None if found.causal is None else partition_for(found.causal, latents)
-    weights = protocol_fingerprint(found.files)
+    weights = json_sha256(found.files)
     teacher = not found.two_time and sampler in (None, "euler")
     return Subject(choice.address, choice.why, teacher, weights, found.lineage, partition, sampler)
 
@@ -200,7 +199,8 @@ def variant(
         "guidance": recipe.sample.teacher_guidance if of.teacher else None,
         "negative prompt": model.negative_prompt if of.teacher else None,
         "shift": model.shift, "size": [model.frames, model.height, model.width],
-        "text tokens": model.max_text_tokens, "precision": resolve_precision(model.precision, own_device()),
+        "text tokens": model.max_text_tokens,
+        "precision": resolve_precision(model.precision, default_device()),
     }  # fmt: skip
     return Variant(of, steps, settings, reference)
 
@@ -219,7 +219,7 @@ def card(
         "comparable": not deviations,
         "deviations": deviations,
         "prompts": len(protocol.prompts),
-        "prompt set": protocol_fingerprint(list(protocol.prompts)),
+        "prompt set": json_sha256(list(protocol.prompts)),
         "samples a prompt": protocol.samples,
         "videos": len(seeds),
         "seeds": [min(seeds), max(seeds)],  # one a video, the same for every model
@@ -233,11 +233,6 @@ def card(
         "versions": {"anyflow": anyflow_cli.__version__} | {name: version(name) for name in PACKAGES},
         "machine": f"{platform.machine()}, {_device_name()}, {torch.get_num_threads()} threads",
     }
-
-
-def protocol_fingerprint(content: Any) -> str:
-    """SHA-256 of anything that JSON can hold."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
 def _model_card(one: Variant) -> dict[str, Any]:
@@ -255,11 +250,7 @@ def _file_hash(path: Path) -> str:
     name = path.resolve().name
     if path.is_symlink() and len(name) == BLOB:
         return name
-    digest = hashlib.sha256()
-    with path.open("rb") as handle:
-        while piece := handle.read(1 << 22):
-            digest.update(piece)
-    return digest.hexdigest()
+    return file_sha256(path)
 
 
 def _device_name() -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from anyflow_cli.data.prompts import read_prompts
 from anyflow_cli.data.video import ClipFormat
 from anyflow_cli.errors import UsageError
-from anyflow_cli.evaluate.protocol import Protocol, protocol_fingerprint
+from anyflow_cli.evaluate.protocol import Protocol
 from anyflow_cli.evaluate.shapes.suite import ShapesSuite
 from anyflow_cli.evaluate.vbench.dimensions import VBENCH_DIMENSIONS, Benchmark
 from anyflow_cli.evaluate.vbench.environment import open_environment, place
@@ -26,6 +26,7 @@ from anyflow_cli.evaluate.vbench.prompts import (
 from anyflow_cli.evaluate.vbench.state import weights_in
 from anyflow_cli.evaluate.vbench.suite import NOT_ASKED, VBenchSuite
 from anyflow_cli.recipe.schema import Recipe
+from anyflow_cli.utils.files import json_sha256
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +81,7 @@ def _vbench(settings: Recipe, benchmark: Benchmark, limit: int | None) -> Protoc
     if unable:
         log.warning("Cannot run here: %s. `anyflow doctor` says what they need.", ", ".join(unable))
     notes = {
-        "full info": protocol_fingerprint([q.lines for q in everything]),
+        "full info": json_sha256([q.lines for q in everything]),
         "prompts sampled with": wanted.augmented or "the benchmark's own",
         "videos a prompt of temporal flickering": max([samples, *more.values()]),
         "dimensions asked for": list(wanted.dimensions or ["all"]),

@@ -36,7 +36,7 @@ from anyflow_cli.evaluate.suite import Assessment, SuiteClip, VideoScore, result
 from anyflow_cli.recipe.schema import Recipe
 from anyflow_cli.runs.open import ModelChoice
 from anyflow_cli.sample.sampler import VideoSampler
-from anyflow_cli.synthesize.job import own_device
+from anyflow_cli.utils.distributed import default_device
 
 log = logging.getLogger(__name__)
 
@@ -148,4 +148,6 @@ def _measured(
 
 
 def _open(of: Subject, recipe: Recipe) -> Generator:
-    return VideoSampler.load(of.address, recipe, teacher=of.teacher, method=of.sampler, device=own_device())
+    return VideoSampler.load(
+        of.address, recipe, teacher=of.teacher, method=of.sampler, device=default_device()
+    )

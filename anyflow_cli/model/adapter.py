@@ -17,7 +17,7 @@ from torch import Tensor
 
 from anyflow_cli.errors import UsageError
 from anyflow_cli.model.backbone import LoraSize
-from anyflow_cli.model.pipeline_io import atomic_directory, read_json
+from anyflow_cli.utils.files import atomic_directory, read_json
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."

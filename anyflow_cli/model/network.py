@@ -119,7 +119,7 @@ def plain_contexts() -> Contexts:
 class FlowMapTransformer(nn.Module):
     """Velocity ``u(z_t, t, r)`` of latents under text. A network with one time ignores ``r``.
 
-    With ``gradient_checkpointing``, every ``checkpoint_every_n_blocks``-th block is recomputed in the backward
+    With ``gradient_checkpointing``, every ``checkpoint_every_n_blocks``-th block is recomputed in backward
     pass, inside the second context that ``checkpoint_contexts`` gives at its forward (adapter roles restore
     theirs there).
     """

@@ -6,12 +6,9 @@ read. What is written appears whole or not at all: it is made beside its place a
 
 from __future__ import annotations
 
-import errno
-import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,6 +19,8 @@ from torch import Tensor
 from anyflow_cli.errors import AnyflowError, UsageError
 from anyflow_cli.model.config import ANYFLOW, ANYFLOW_FAR, WAN, NetworkConfig
 from anyflow_cli.model.network import FlowMapTransformer, folded, on_meta
+from anyflow_cli.utils.files import atomic_directory, read_json, write_json
+from anyflow_cli.utils.hub import is_hub_name
 
 BUILT_IN = ("tiny", "tiny-anyflow")
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
@@ -42,7 +41,7 @@ def resolve_pipeline(address: str) -> Path:
         raise UsageError(
             f"{address} is a file, not a model folder.", "Give the directory that holds model_index.json."
         )
-    if address.count("/") == 1 and not address.startswith((".", "~", "/")):
+    if is_hub_name(address):
         return _from_hub(address)
     raise UsageError(
         f"There is no model at {address}.",
@@ -72,19 +71,6 @@ def _from_hub(name: str) -> Path:
             f"{name} is no local folder and could not be fetched from the Hugging Face Hub ({reason}).",
             "Check the name and the network; log in with `hf auth login` if the model is gated.",
         ) from error
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object of a model folder."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UsageError(f"{path} is missing.", "Give a complete model folder.") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UsageError(f"{path} is not valid JSON.", "Fetch or save the model again.") from error
-    if not isinstance(content, dict):
-        raise UsageError(f"{path} does not hold a JSON object.", "Fetch or save the model again.")
-    return content
 
 
 def component(pipeline: Path, name: str) -> Path:
@@ -266,11 +252,6 @@ def _model_index(config: NetworkConfig, source: Path) -> dict[str, Any]:
     }
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Indented JSON, ending in a newline."""
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
 def link_tree(source: Path, target: Path) -> None:
     """A copy of ``source`` that shares its files where the file system can."""
     for folder, _, names in os.walk(source, followlinks=True):  # copytree would hide which error it was
@@ -286,36 +267,3 @@ def link_or_copy(source: Path, target: Path) -> None:
         os.link(os.path.realpath(source), target)
     except OSError:
         shutil.copyfile(source, target)
-
-
-@contextmanager
-def atomic_directory(target: Path) -> Iterator[Path]:
-    """A fresh directory beside ``target`` that takes its name when the body has succeeded."""
-    folder = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    shutil.rmtree(folder, ignore_errors=True)
-    try:
-        folder.mkdir(parents=True)
-        yield folder
-        _flush(folder)
-        if target.exists():
-            shutil.rmtree(target)
-        folder.rename(target)
-    except OSError as error:
-        full = error.errno == errno.ENOSPC
-        reason = "the disk is full" if full else error.strerror or str(error)
-        hint = (
-            "Free some space and run the command again."
-            if full
-            else "Check the directory and its permissions."
-        )
-        raise AnyflowError(f"{target} could not be written: {reason}.", hint) from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _flush(folder: Path) -> None:
-    """Have every file on the disk before the folder gets its name."""
-    for file in folder.rglob("*"):
-        if file.is_file():
-            with file.open("rb") as handle:
-                os.fsync(handle.fileno())

@@ -13,7 +13,8 @@ from typing import Any
 
 from anyflow_cli.errors import UsageError
 from anyflow_cli.model.config import NetworkConfig
-from anyflow_cli.model.pipeline_io import BUILT_IN, component, read_config, read_json, resolve_pipeline
+from anyflow_cli.model.pipeline_io import BUILT_IN, component, read_config, resolve_pipeline
+from anyflow_cli.utils.files import read_json
 
 WAN_1B = NetworkConfig(heads=12, head_dim=128, layers=30, ffn_dim=8960)
 WAN_14B = NetworkConfig(heads=40, head_dim=128, layers=40, ffn_dim=13824)

@@ -13,6 +13,7 @@ from anyflow_cli.data.shards import MANIFEST
 from anyflow_cli.model.pipeline_io import BUILT_IN
 from anyflow_cli.recipe.schema import Recipe
 from anyflow_cli.runs.paths import MODEL, RunPaths
+from anyflow_cli.utils.hub import is_cached, is_hub_name
 
 State = Literal["there", "fetched at the start", "missing", "not there, and not needed"]
 READY = ("there", "not there, and not needed")
@@ -90,20 +91,14 @@ _FINDERS: dict[str, Callable[[Recipe, RunPaths], list[Requirement]]] = {
 def _pipeline(what: str, address: str) -> Requirement:
     if address in BUILT_IN:
         return Requirement(what, address, "there", "shipped with anyflow")
-    on_hub = address.count("/") == 1 and not address.startswith((".", "~", "/"))
-    if Path(address).expanduser().is_dir() or (on_hub and _is_cached(address)):
+    on_hub = is_hub_name(address)
+    if Path(address).expanduser().is_dir() or (on_hub and is_cached(address)):
         return Requirement(what, address, "there", "")
     if on_hub:
         return Requirement(
             what, address, "fetched at the start", f"Hugging Face Hub; or first: hf download {address}"
         )
     return Requirement(what, address, "missing", "no such directory")
-
-
-def _is_cached(name: str) -> bool:
-    from huggingface_hub import try_to_load_from_cache
-
-    return isinstance(try_to_load_from_cache(name, "model_index.json"), str)
 
 
 def _data(recipe: Recipe, paths: RunPaths) -> Requirement:

@@ -29,6 +29,11 @@ def require(rule: bool, value: Value, must: str) -> Value:
     return value
 
 
+def latent_frames(frames: int) -> int:
+    """Latent frames of a video: the VAE encodes the first frame alone, then four at a time."""
+    return (frames - 1) // 4 + 1
+
+
 def whole_latents(frames: int) -> int:
     """Refuse a number of frames that the VAE does not take."""
     return require((frames - 1) % 4 == 0, frames, "be 4 n + 1, as the VAE takes frames (33, 49, 81, ...)")
@@ -127,7 +132,7 @@ class ModelSection(Section):
     def _whole_chunks(cls, causal: CausalSection | None, info: ValidationInfo) -> CausalSection | None:
         if causal is None or not {"height", "width", "frames"} <= info.data.keys():
             return causal
-        latent = (info.data["frames"] - 1) // 4 + 1
+        latent = latent_frames(info.data["frames"])
         require(
             sum(causal.partition) == latent, causal, f"have a partition that sums to {latent} latent frames"
         )

@@ -11,7 +11,6 @@ of checkpoints or the new one. What belongs into it is the trainer's business, w
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -28,6 +27,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from anyflow_cli.errors import AnyflowError
 from anyflow_cli.runs import dcp
 from anyflow_cli.runs.open import CHECKPOINT_FORMAT, MARKER, STATE, read_state
+from anyflow_cli.utils.files import flush
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def commit(partial: Path, state: CheckpointState, keep: int) -> Path:
     directory = partial.parent
     _describe(partial, state)
     target = partial.rename(directory / _name(state.step))
-    _flush(directory)
+    flush(directory)
     for old in complete(directory)[:-keep]:
         _discard(old)
     return target
@@ -156,9 +156,9 @@ def _describe(folder: Path, state: CheckpointState) -> None:
     }
     (folder / STATE).write_text(json.dumps(record, indent=1))
     for path in folder.iterdir():
-        _flush(path)  # a folder too: its entries
+        flush(path)  # a folder too: its entries
     (folder / MARKER).touch()
-    _flush(folder)
+    flush(folder)
 
 
 def _load_optimizer(path: Path, name: str) -> dict[str, Any]:
@@ -178,12 +178,3 @@ def _remove_partials(directory: Path) -> None:
     for path in directory.glob("step-*"):
         if not (path / MARKER).exists():
             shutil.rmtree(path)
-
-
-def _flush(path: Path) -> None:
-    """Force a file or the entries of a folder to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

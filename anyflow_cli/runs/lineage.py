@@ -23,12 +23,12 @@ import anyflow_cli
 from anyflow_cli.data.shards import MANIFEST
 from anyflow_cli.data.storage import Storage
 from anyflow_cli.errors import UsageError
-from anyflow_cli.model.pipeline_io import read_json, transformer_folder
+from anyflow_cli.model.pipeline_io import transformer_folder
 from anyflow_cli.recipe.compare import differing_keys, dump, flat
 from anyflow_cli.recipe.schema import Recipe
 from anyflow_cli.runs.dcp import SHARDS
 from anyflow_cli.runs.open import LINEAGE, RECIPE, STATE, is_checkpoint, recipe_of
-from anyflow_cli.utils.files import atomic_write, write_json
+from anyflow_cli.utils.files import atomic_write, read_json, write_json
 
 HARMLESS = (
     "steps", "micro_batch", "checkpoint_every", "keep_checkpoints", "log_every", "preview_every",

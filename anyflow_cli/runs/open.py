@@ -25,12 +25,14 @@ from anyflow_cli.model.backbone import Backbone, LoraSize
 from anyflow_cli.model.causal import FAR, as_causal
 from anyflow_cli.model.config import CausalConfig
 from anyflow_cli.model.network import FlowMapTransformer, two_time_from
-from anyflow_cli.model.pipeline_io import load_network, read_json, read_shift, resolve_pipeline
+from anyflow_cli.model.pipeline_io import load_network, read_shift, resolve_pipeline
 from anyflow_cli.recipe.load import load_recorded_recipe
 from anyflow_cli.recipe.schema import Recipe
 from anyflow_cli.runs.dcp import SHARDS, reason
 from anyflow_cli.runs.dcp import read as read_shards
 from anyflow_cli.runs.paths import MODEL, RunPaths
+from anyflow_cli.utils.files import read_json
+from anyflow_cli.utils.hub import is_hub_name
 
 RECIPE, LINEAGE = "recipe.yaml", "lineage.json"  # of a training run; train/run.py writes them
 AVERAGE, STATE, MARKER = "ema", "state.json", "COMPLETE"  # of a checkpoint; train/checkpoint.py writes them
@@ -204,5 +206,5 @@ def _with(network: FlowMapTransformer, weights: dict[str, Tensor], recipe: Recip
 
 def check_address(address: str) -> None:
     """Refuse an address that leads nowhere; a name of the Hub is not asked for, since that would fetch it."""
-    if address.count("/") != 1 or Path(address).expanduser().exists():
+    if not is_hub_name(address):
         resolve_pipeline(address)

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from anyflow_cli.errors import AnyflowError, UsageError
-from anyflow_cli.model.pipeline_io import read_json
 from anyflow_cli.recipe.renamed import with_new_keys
 from anyflow_cli.recipe.schema import ModelSection, Recipe
 from anyflow_cli.sample.output import SAMPLES_JSON, ConditioningFrames
 from anyflow_cli.sample.sampler import PromptSwitch, VideoSampler
+from anyflow_cli.utils.files import read_json
 
 PREVIEW_STEPS, REFINED_STEPS = 2, 32
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,8 @@ from anyflow_cli.errors import UsageError
 from anyflow_cli.model.pipeline_io import resolve_pipeline
 from anyflow_cli.model.precision import resolve_precision
 from anyflow_cli.recipe.schema import Recipe
+from anyflow_cli.utils.distributed import default_device, rank, world_size
+from anyflow_cli.utils.hub import is_hub_name
 
 NOTES = ("recipe", "anyflow")  # of the provenance: worth knowing, but no reason to refuse a directory
 
@@ -49,9 +50,9 @@ class SynthesisJob:
 
     def missing(self) -> list[int]:
         """The shards still to be made. Each process begins at others, so that few find theirs taken."""
-        rank, ranks = own_rank()
+        first, step = rank(), world_size()
         missing = [number for number, record in enumerate(self.records()) if record is None]
-        return sorted(missing, key=lambda number: ((number - rank) % ranks, number))
+        return sorted(missing, key=lambda number: ((number - first) % step, number))
 
     def videos_left(self) -> int:
         """Videos of the shards still to be made, by whichever process."""
@@ -81,13 +82,6 @@ def prepare_synthesis(recipe: Recipe, out: Path, videos: Path | None = None) -> 
     return job
 
 
-def own_device() -> torch.device:
-    """The GPU of this rank, or the CPU."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-
-
 def _captions(recipe: Recipe) -> list[str]:
     """One caption an index: the prompts over and over until there are ``count``, or captions of the world."""
     wanted = recipe.synthesize.count
@@ -104,7 +98,7 @@ def _captions(recipe: Recipe) -> list[str]:
 
 def _check_teacher(address: str) -> None:
     """A local teacher must be there; one of the Hub is fetched later, since a dry run loads nothing."""
-    if address.count("/") != 1 or Path(address).expanduser().exists():
+    if not is_hub_name(address):
         resolve_pipeline(address)
 
 
@@ -119,7 +113,7 @@ def _provenance(
         "kind": "teacher" if clips is None else "videos",
         "model": teacher, "height": model.height, "width": model.width, "frames": model.frames,
         "fps": model.fps, "max_text_tokens": model.max_text_tokens, "negative_prompt": model.negative_prompt,
-        "precision": resolve_precision(model.precision, own_device()), "count": len(captions),
+        "precision": resolve_precision(model.precision, default_device()), "count": len(captions),
         "shard_size": made.shard_size, "previews": made.previews, "captions": _hash(captions),
     }  # fmt: skip
     if clips is None:
@@ -170,8 +164,3 @@ def _check_directory(job: SynthesisJob) -> None:
 def _short(value: Any) -> str:
     text = "nothing" if value is None else str(value)
     return text if len(text) <= 24 else f"{text[:12]}..."
-
-
-def own_rank() -> tuple[int, int]:
-    """This process's number among how many, as torchrun, accelerate or a cluster's script has set them."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))

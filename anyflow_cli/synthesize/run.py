@@ -56,9 +56,10 @@ from anyflow_cli.model.conditioned import Conditioned
 from anyflow_cli.model.encoders import TextEncoder, VideoVAE
 from anyflow_cli.model.pipeline_io import load_network, resolve_pipeline
 from anyflow_cli.model.precision import Precision, autocast
-from anyflow_cli.synthesize.job import SynthesisJob, own_device, own_rank
+from anyflow_cli.synthesize.job import SynthesisJob
 from anyflow_cli.synthesize.quality_checks import find_defect
 from anyflow_cli.synthesize.shard_locks import LOCK_FILE, ShardLocks
+from anyflow_cli.utils.distributed import default_device, rank, world_size
 from anyflow_cli.utils.files import clear_leftovers, write_json
 
 TRIES = 3
@@ -102,7 +103,7 @@ def run_synthesis(
     """
     if _is_whole(job):
         return _report(job, 0)
-    with ShardLocks(job.out, *own_rank()) as claims:
+    with ShardLocks(job.out, rank(), world_size()) as claims:
         with claims.everything():
             write_json(job.out / PROVENANCE, job.provenance)
         made = _make_missing(job, claims, on_progress)
@@ -187,7 +188,7 @@ class TeacherSource:
     """Guided samples of the recipe's teacher, one a caption."""
 
     def __init__(self, job: SynthesisJob) -> None:
-        device, folder = own_device(), resolve_pipeline(job.teacher)
+        device, folder = default_device(), resolve_pipeline(job.teacher)
         self._job = job
         self._precision: Precision = "bf16" if job.stored == torch.bfloat16 else "fp32"
         self._encoders = Encoders(job, folder, device)
@@ -267,7 +268,7 @@ class VideoSource:
         model = job.recipe.model
         self._job, self._clips = job, clips
         self._format = ClipFormat(model.frames, model.fps, model.height, model.width)
-        self._encoders = Encoders(job, resolve_pipeline(job.teacher), own_device())
+        self._encoders = Encoders(job, resolve_pipeline(job.teacher), default_device())
         self.negative = self._encoders.negative
 
     def results(self, indices: range) -> Iterator[LatentSample | Rejection]:

@@ -1,55 +1,85 @@
-"""Files that are whole or absent: written under a temporary name, flushed to the disk, then renamed.
+"""Files and directories that are whole or absent: written under a temporary name, flushed, then renamed.
 
-The temporary name carries the rank alone, so what a killed process left behind is overwritten by its restart,
-or cleared by whoever makes the file instead.
+The temporary name of a file carries the rank alone, so what a killed process left behind is overwritten by
+its restart, or cleared by whoever writes the file instead.
 """
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from anyflow_cli.errors import AnyflowError
+from anyflow_cli.errors import AnyflowError, UsageError
+from anyflow_cli.utils.distributed import rank
 
 DISK_ERRORS = (
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOTDIR,
 )  # fmt: skip
+BLOCK = 1 << 20  # bytes hashed at a time
 
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Yield a temporary path; what is written there becomes ``path`` when the block ends well.
+    """Yield a temporary path; what is written there becomes ``path`` when the block ends without an error.
 
-    An ending (.mp4, .tar) is kept, since some writers choose the format by it. A full or read-only disk ends
-    as an AnyflowError that names the file, with nothing half-written left.
+    The suffix (.mp4, .tar) is kept, since some writers choose the format by it.
+
+    Raises:
+        AnyflowError: The disk is full or read-only; names the file, and nothing half-written is left.
     """
-    temporary = path.with_name(f".{path.stem}.{os.environ.get('RANK', '0')}.tmp{path.suffix}")
+    temporary = path.with_name(f".{path.stem}.{rank()}.tmp{path.suffix}")
     try:
         with disk_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             yield temporary
-            _flush(temporary)
+            flush(temporary)
             os.replace(temporary, path)
-            _flush(path.parent)  # the rename itself must survive a power cut
+            flush(path.parent)  # the rename itself must survive a power cut
     finally:
         with suppress(OSError):
             temporary.unlink()
 
 
+@contextmanager
+def atomic_directory(target: Path) -> Iterator[Path]:
+    """Yield a fresh directory beside ``target`` that takes its name when the block ends without an error.
+
+    Raises:
+        AnyflowError: The disk is full or read-only; nothing half-written is left.
+    """
+    folder = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        with disk_errors(target):
+            folder.mkdir(parents=True)
+            yield folder
+            for file in folder.rglob("*"):
+                if file.is_file():
+                    flush(file)
+            if target.exists():
+                shutil.rmtree(target)
+            folder.rename(target)
+            flush(target.parent)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def clear_leftovers(directory: Path, stem: str = "*") -> None:
-    """Remove what killed processes left of files with this stem; nobody may be writing one."""
+    """Remove what killed processes left of files with this stem; no process may be writing one."""
     for left in directory.glob(f".{stem}.*.tmp.*"):
         left.unlink(missing_ok=True)
 
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Let a full or read-only disk end as an AnyflowError that names what was to be written."""
+    """Raise a full or read-only disk as an AnyflowError that names what was to be written."""
     try:
         yield
     except OSError as error:
@@ -57,17 +87,49 @@ def disk_errors(path: Path) -> Iterator[None]:
             raise
         raise AnyflowError(
             f"Cannot write {path}: {error.strerror}.",
-            "Free space or rights there, or choose another place; what was complete before still is.",
+            "Free space or fix the permissions there, or choose another place; finished files are intact.",
         ) from error
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Commit a JSON file, indented for people to read."""
+    """Write a JSON file atomically, indented for people to read."""
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _flush(path: Path) -> None:
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        UsageError: The file is missing, or does not hold a JSON object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"{path} is missing.", "Restore the file, or name another directory.") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UsageError(f"{path} is not valid JSON.", "Restore the file from where it came from.") from error
+    if not isinstance(content, dict):
+        raise UsageError(f"{path} does not hold a JSON object.", "Restore the file from where it came from.")
+    return content
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def json_sha256(content: Any) -> str:
+    """SHA-256 of plain values, written as JSON with sorted keys."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def flush(path: Path) -> None:
+    """Force a file, or the entries of a directory, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

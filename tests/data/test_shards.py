@@ -25,7 +25,6 @@ from anyflow_cli.data.shards import (
     read_negative,
     read_record,
     read_sample,
-    sha256,
     shard_path,
     shard_ranges,
     write_manifest,
@@ -33,7 +32,7 @@ from anyflow_cli.data.shards import (
 )
 from anyflow_cli.data.storage import Storage
 from anyflow_cli.errors import AnyflowError, UsageError
-from anyflow_cli.utils.files import atomic_write
+from anyflow_cli.utils.files import atomic_write, file_sha256
 from tests.data.datasets import SHAPE, TEXT_DIM, make_data, make_sample, rejecting
 
 
@@ -115,7 +114,7 @@ def test_an_index_that_cannot_be_is_named(tmp_path: Path, damage: str) -> None:
 
 def test_equal_samples_give_equal_bytes(tmp_path: Path) -> None:
     first, second = (write_shard(tmp_path / name, [make_sample(3)]) for name in ("00000.tar", "00001.tar"))
-    assert first.sha256 == second.sha256 == sha256(tmp_path / "00001.tar")
+    assert first.sha256 == second.sha256 == file_sha256(tmp_path / "00001.tar")
     assert write_shard(tmp_path / "00002.tar", [make_sample(4)]).sha256 != first.sha256
 
 

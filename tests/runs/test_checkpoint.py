@@ -83,7 +83,7 @@ def full_for(name: str) -> Callable[[Path], None]:
         ("save_file", full_for_safetensors),
         ("begin", full_for("optimiser-student.pt")),
         ("begin", full_for("state.json")),
-        ("_flush", full_disk),
+        ("flush", full_disk),
     ],
 )
 def test_a_full_disk_keeps_the_checkpoint_before(

@@ -16,12 +16,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from anyflow_cli.evaluate.protocol import protocol_fingerprint
 from anyflow_cli.evaluate.suite import Assessment, SuiteClip, VideoScore
 from anyflow_cli.evaluate.vbench.prompts import SAMPLES
 from anyflow_cli.evaluate.vbench.weights import NEEDS
 from anyflow_cli.evaluate.vbench.worker_pool import JobFailure, Outcome, WorkerJob, run_jobs
-from anyflow_cli.utils.files import atomic_write, write_json
+from anyflow_cli.utils.files import atomic_write, json_sha256, write_json
 
 if TYPE_CHECKING:
     from anyflow_cli.evaluate.vbench.suite import VBenchSuite
@@ -157,7 +156,7 @@ class Assessor:
         videos = [[_state(Path(path)) for path in line["video_list"]] for line in lines]
         files = [_state(self.suite.weights / file.path) for file in NEEDS[name].files]
         plain = [line | {"video_list": None, "image_name": line.get("image_name")} for line in lines]
-        return protocol_fingerprint([plain, videos, files, self.suite.environment.versions])
+        return json_sha256([plain, videos, files, self.suite.environment.versions])
 
     def _scores(self, raw: Mapping[str, float]) -> list[VideoScore]:
         by_path: dict[str, dict[str, float]] = defaultdict(dict)

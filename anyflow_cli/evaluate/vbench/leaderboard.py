@@ -16,8 +16,8 @@ from anyflow_cli.evaluate.results import Evaluation, Measured
 from anyflow_cli.evaluate.store import Scored
 from anyflow_cli.evaluate.vbench.assess import ANSWERS, PERCENT
 from anyflow_cli.evaluate.vbench.prompts import SAMPLES
-from anyflow_cli.model.pipeline_io import link_or_copy, read_json
-from anyflow_cli.utils.files import write_json
+from anyflow_cli.model.pipeline_io import link_or_copy
+from anyflow_cli.utils.files import read_json, write_json
 
 
 def export_leaderboard(job: EvaluationJob, found: Evaluation, directory: Path) -> list[Path]:
