@@ -92,8 +92,8 @@ def kinds_of(section: str, target: Target) -> list[Sequence[Change]]:
 
 
 def _of_sampling(section: str, target: Target) -> Iterator[list[Change]]:
-    batches = _halves(getattr(target.recipe, section).batch)
-    yield [Change({f"{section}.batch": size}, "fewer videos at once") for size in batches]
+    batches = _halves(getattr(target.recipe, section).batch_size)
+    yield [Change({f"{section}.batch_size": size}, "fewer videos at once") for size in batches]
 
 
 def _of_training(section: str, target: Target) -> Iterator[list[Change]]:

@@ -372,7 +372,7 @@ def saved_bytes() -> Iterator[list[int]]:
 
 def test_a_rollout_continues_what_is_given() -> None:
     backbone, data = roles(), batch()
-    terms = policy(backbone, flow_map={"given": 1.0})
+    terms = policy(backbone, flow_map={"conditioning_prob": 1.0})
     for step in range(1, 4):
         known = given_frames(CAUSAL, 1.0, draws(step).generator("rollout-given"))
         x = terms._rollout(data, draws(step), "rollout")

@@ -208,7 +208,7 @@ def test_a_start_of_the_wrong_kind_is_refused(
         with pytest.raises(UsageError, match=words):
             train(recipe, inputs)
     else:
-        recipe = make_recipe(wan, data, distill={"start": str(wan)})
+        recipe = make_recipe(wan, data, distill={"init_from": str(wan)})
         with pytest.raises(UsageError, match="is a teacher, not an any-step model"):
             train(recipe, distill_inputs(recipe, paths(tmp_path)))
 
