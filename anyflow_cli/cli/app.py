@@ -37,25 +37,73 @@ AROUND = "Around it"
 
 
 class Verb(NamedTuple):
-    """A command: its name, its function, the examples of its help, the panel it stands in."""
+    """A command: its name, its function, and the panel and the examples of its help."""
 
     name: str
     function: Callable[..., None]
-    examples: str
     panel: str
+    examples: str
 
 
 VERBS: tuple[Verb, ...] = (
-    Verb("synthesize", synthesize.synthesize, synthesize.EXAMPLES, CHAIN),
-    Verb("train-flowmap", train_flowmap.train_flowmap, train_flowmap.EXAMPLES, CHAIN),
-    Verb("distill", distill.distill, distill.EXAMPLES, CHAIN),
-    Verb("finetune", finetune.finetune, finetune.EXAMPLES, CHAIN),
-    Verb("sample", sample.sample, sample.EXAMPLES, USE),
-    Verb("evaluate", evaluate.evaluate, evaluate.EXAMPLES, USE),
-    Verb("export", export.export, export.EXAMPLES, AROUND),
-    Verb("plan", plan.plan, plan.EXAMPLES, AROUND),
-    Verb("doctor", doctor.doctor, doctor.EXAMPLES, AROUND),
-)
+    Verb("synthesize", synthesize.synthesize, CHAIN, examples(
+        "anyflow synthesize",
+        "anyflow synthesize --prompts prompts.txt --out data/mine",
+        "anyflow synthesize --from-videos clips/ --out data/clips",
+        "anyflow synthesize --verify",
+        "torchrun --nproc-per-node 8 --no-python anyflow synthesize -r bidirectional1b --prompts prompts.txt",
+    )),
+    Verb("train-flowmap", train_flowmap.train_flowmap, CHAIN, examples(
+        "anyflow train-flowmap",
+        "anyflow train-flowmap --set train_flowmap.steps=1000",
+        "anyflow train-flowmap --objective flow-matching   (tunes the teacher)",
+        "anyflow train-flowmap -r bidirectional1b --nproc 8",
+    )),
+    Verb("distill", distill.distill, CHAIN, examples(
+        "anyflow distill",
+        "anyflow distill --simulation consistency",
+        "anyflow distill --set distill.step_budgets=[2,4,8] --set distill.joint=false",
+        "anyflow distill -r bidirectional1b --nproc 8",
+    )),
+    Verb("finetune", finetune.finetune, CHAIN, examples(
+        "anyflow finetune --data clips/",
+        "anyflow finetune --data data/mine --model runs/tiny/distill --steps 300",
+        "anyflow finetune --data clips/ --set finetune.optimizer.lr=2e-5",
+    )),
+    Verb("sample", sample.sample, USE, examples(
+        'anyflow sample --prompt "a small red circle moving left"',
+        'anyflow sample -p "a large blue square moving up" --nfe 1,2,4,32 --count 3',
+        "anyflow sample --prompts prompts.txt --model runs/tiny/distill --out samples",
+        'anyflow sample -p "a green triangle" --teacher',
+        'anyflow sample -p "a red circle" --model nvidia/AnyFlow-FAR-Wan2.1-1.3B-Diffusers --image first.png',
+        'anyflow sample -p "a red circle" --then "81: a blue square" --frames 161 --nfe 4,8:2 --model far',
+        'anyflow sample -p "a red circle" --nfe 2 --model far --stream --out - | mpv -',
+    )),
+    Verb("evaluate", evaluate.evaluate, USE, examples(
+        "anyflow evaluate",
+        "anyflow evaluate --nfe 1,2,4,8,16,32",
+        "anyflow evaluate --model runs/tiny/train-flowmap --limit 8",
+        "anyflow evaluate --task i2v --model nvidia/AnyFlow-FAR-Wan2.1-1.3B-Diffusers",
+        "anyflow evaluate --nfe 4 --fail-below 85",
+        "anyflow evaluate --suite vbench --nfe 4,32 --recipe bidirectional1b",
+        "anyflow evaluate --suite vbench --videos my-videos/",
+        "anyflow evaluate --compare runs/tiny/train-flowmap runs/tiny/distill",
+    )),
+    Verb("export", export.export, AROUND, examples(
+        "anyflow export --out my-model",
+        "anyflow export --model runs/tiny/distill/checkpoints/step-000040 --format merged --out s40",
+        "anyflow export --model runs/mine/distill --format comfyui --dtype bf16 --out mine.safetensors",
+    )),
+    Verb("plan", plan.plan, AROUND, examples(
+        "anyflow plan --recipe bidirectional1b --gpus 8x80GB",
+        "anyflow plan -r bidirectional14b --gpus 8xH200 --set distill.micro_batch=1",
+        "anyflow plan -r bidirectional1b --gpus 64xH100 --mfu 0.3 --json",
+        "anyflow plan   (tiny, on this machine)",
+    )),
+    Verb("doctor", doctor.doctor, AROUND, examples(
+        "anyflow doctor", "anyflow doctor --recipe mine.yaml --json", "anyflow doctor --fix vbench",
+    )),
+)  # fmt: skip
 
 app = typer.Typer(
     help="Turn a pretrained video diffusion model into one that samples at any number of steps, and use it.",

@@ -3,56 +3,35 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING
 
 import typer
 
-from anyflow_cli.cli.options import (
-    DEFAULT_RECIPE,
-    DEFAULT_RUNS,
-    DebugOption,
-    JsonOption,
-    RecipeOption,
-    RunsOption,
-    SetOption,
-    examples,
-    load_settings,
-    print_result,
-)
+from anyflow_cli.cli import options
+from anyflow_cli.cli.console import print_result
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from anyflow_cli.doctor import Finding
 
-EXAMPLES = examples(
-    "anyflow doctor", "anyflow doctor --recipe mine.yaml --json", "anyflow doctor --fix vbench"
-)
 COLOURS = {"ok": "green", "note": "yellow", "stop": "bold red"}
 
 
 def doctor(
-    recipe: RecipeOption = DEFAULT_RECIPE,
-    assignments: SetOption = None,
-    runs: RunsOption = DEFAULT_RUNS,
-    as_json: JsonOption = False,
-    debug: DebugOption = False,
-    fix: Annotated[
-        Literal["vbench"] | None,
-        typer.Option(
-            show_default=False, help="Make the environment that VBench needs for itself: 2.2 GB, from PyPI."
-        ),
-    ] = None,
-    python: Annotated[
-        str | None,
-        typer.Option(metavar="PATH", show_default=False, help="The Python 3.8 to 3.11 to make it with."),
-    ] = None,
+    recipe: options.RecipeOption = options.DEFAULT_RECIPE,
+    assignments: options.SetOption = None,
+    runs: options.RunsOption = options.DEFAULT_RUNS,
+    as_json: options.JsonOption = False,
+    debug: options.DebugOption = False,
+    fix: options.FixOption = None,
+    python: options.PythonOption = None,
 ) -> None:
     """Look for what would stop a run here: versions, devices, disk, memory, models.
 
     Ends with exit code 1 if something would. Installs nothing unless told to with --fix.
     """
-    settings = load_settings(recipe, assignments)
+    settings = options.load_settings(recipe, assignments)
 
     from anyflow_cli.doctor import examine, vbench
 

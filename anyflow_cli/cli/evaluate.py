@@ -5,28 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING
 
-import typer
-
-from anyflow_cli.cli.launch import ProcessesOption, start_processes
-from anyflow_cli.cli.options import (
-    DEFAULT_RECIPE,
-    DEFAULT_RUNS,
-    OUTPUT_PANEL,
-    DebugOption,
-    DryRunOption,
-    JsonOption,
-    RecipeOption,
-    RunsOption,
-    SeedOption,
-    SetOption,
-    examples,
-    load_settings,
-    parse_steps,
-    print_dry_run,
-    print_result,
-)
+from anyflow_cli.cli import options
+from anyflow_cli.cli.console import print_dry_run, print_result
+from anyflow_cli.cli.launch import start_processes
 from anyflow_cli.cli.progress import Progress, in_words
 from anyflow_cli.errors import AnyflowError, UsageError
 from anyflow_cli.utils.distributed import is_main_process
@@ -39,146 +22,48 @@ if TYPE_CHECKING:
     from anyflow_cli.recipe.schema import Recipe
 
 MEGABYTE = 1e6
-EXAMPLES = examples(
-    "anyflow evaluate",
-    "anyflow evaluate --nfe 1,2,4,8,16,32",
-    "anyflow evaluate --model runs/tiny/train-flowmap --limit 8",
-    "anyflow evaluate --task i2v --model nvidia/AnyFlow-FAR-Wan2.1-1.3B-Diffusers",
-    "anyflow evaluate --nfe 4 --fail-below 85",
-    "anyflow evaluate --suite vbench --nfe 4,32 --recipe bidirectional1b",
-    "anyflow evaluate --suite vbench --videos my-videos/",
-    "anyflow evaluate --compare runs/tiny/train-flowmap runs/tiny/distill",
-)
-NfeOption = Annotated[
-    str | None,
-    typer.Option(metavar="N,N,...", show_default=False, help="Step counts, instead of the recipe's."),
-]
-ModelOption = Annotated[
-    str | None,
-    typer.Option(
-        metavar="ADDRESS",
-        show_default=False,
-        help="A diffusers folder, a training run or checkpoint, a built-in or Hub name.",
-    ),
-]
-VideosOption = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="DIR",
-        show_default=False,
-        help="Score videos made elsewhere: PROMPT-K.mp4, or any names with captions.csv or NAME.txt.",
-    ),
-]
-SuiteOption = Annotated[
-    Literal["shapes", "vbench", "vbench-i2v"] | None,
-    typer.Option(show_default=False, help="What to measure, instead of the recipe's suite."),
-]
-TaskOption = Annotated[
-    Literal["t2v", "i2v"] | None,
-    typer.Option(
-        show_default=False,
-        help="Videos from text, or from text and a first frame (i2v, causal models alone).",
-    ),
-]
-SamplerOption = Annotated[
-    Literal["flow-map", "euler", "consistency"] | None,
-    typer.Option(
-        show_default=False, help="The model's own; consistency for students of rCM or Self-Forcing."
-    ),
-]
-PromptsOption = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="FILE",
-        show_default=False,
-        help="Your own prompts (txt, csv, jsonl, parquet): not comparable.",
-    ),
-]
-LimitOption = Annotated[
-    int | None,
-    typer.Option(min=1, metavar="K", show_default=False, help="Only the first K prompts: not comparable."),
-]
-CompareOption = Annotated[
-    tuple[str, str] | None,
-    typer.Option(
-        metavar="RUN_A RUN_B",
-        show_default=False,
-        help="Two models, or directories of finished evaluations: the difference, paired by prompt.",
-    ),
-]
-FailBelowOption = Annotated[
-    float | None,
-    typer.Option(
-        min=0,
-        max=100,
-        metavar="X",
-        show_default=False,
-        help="End with exit code 1 if Total is below X at any of the step counts.",
-    ),
-]
-PruneOption = Annotated[
-    bool, typer.Option("--prune", rich_help_panel=OUTPUT_PANEL, help="Delete what other models left.")
-]
-ExportOption = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="DIR",
-        show_default=False,
-        rich_help_panel=OUTPUT_PANEL,
-        help="Also write videos and scores as VBench's leaderboard takes them.",
-    ),
-]
-OutOption = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="DIR",
-        show_default=False,
-        rich_help_panel=OUTPUT_PANEL,
-        help="Another directory than runs/RECIPE/evaluate.",
-    ),
-]
 
 
 log = logging.getLogger(__name__)
 
 
 def evaluate(
-    nfe: NfeOption = None,
-    model: ModelOption = None,
-    videos: VideosOption = None,
-    suite: SuiteOption = None,
-    task: TaskOption = None,
-    sampler: SamplerOption = None,
-    prompts: PromptsOption = None,
-    limit: LimitOption = None,
-    compare: CompareOption = None,
-    fail_below: FailBelowOption = None,
-    prune: PruneOption = False,
-    export: ExportOption = None,
-    out: OutOption = None,
-    recipe: RecipeOption = DEFAULT_RECIPE,
-    assignments: SetOption = None,
-    runs: RunsOption = DEFAULT_RUNS,
-    seed: SeedOption = None,
-    processes: ProcessesOption = None,
-    dry_run: DryRunOption = False,
-    as_json: JsonOption = False,
-    debug: DebugOption = False,
+    nfe: options.NfeOption = None,
+    model: options.ModelOption = None,
+    videos: options.VideosOption = None,
+    suite: options.SuiteOption = None,
+    task: options.TaskOption = None,
+    sampler: options.SamplerOption = None,
+    prompts: options.PromptsOption = None,
+    limit: options.LimitOption = None,
+    compare: options.CompareOption = None,
+    fail_below: options.FailBelowOption = None,
+    prune: options.PruneOption = False,
+    export: options.LeaderboardOption = None,
+    out: options.OutOption = None,
+    recipe: options.RecipeOption = options.DEFAULT_RECIPE,
+    assignments: options.SetOption = None,
+    runs: options.RunsOption = options.DEFAULT_RUNS,
+    seed: options.SeedOption = None,
+    processes: options.ProcessesOption = None,
+    dry_run: options.DryRunOption = False,
+    as_json: options.JsonOption = False,
+    debug: options.DebugOption = False,
 ) -> None:
     """Score a model at several step counts, with the teacher beside it, and write a report.
 
     Without --model, the furthest model trained with the recipe is used, else the one that ships. Videos and
-    scores that are there already are used again.
+    scores that exist already are reused. Scores of --prompts or --limit are not comparable with others.
     """
-    options = {
-        "--nfe": ("evaluate.nfe", parse_steps(nfe)),
+    overrides = {
+        "--nfe": ("evaluate.nfe", options.parse_steps(nfe)),
         "--suite": ("evaluate.suite", suite),
         "--task": ("evaluate.task", task),
         "--sampler": ("evaluate.sampler", sampler),
         "--seed": ("evaluate.seed", seed),
         "--nproc": ("launch.processes", processes),
     }
-    settings = load_settings(recipe, assignments, options)
+    settings = options.load_settings(recipe, assignments, overrides)
     if export is not None and settings.evaluate.suite == "shapes":
         raise UsageError(
             "--export is for the suites of VBench.", "Add --suite vbench, or leave --export out."

@@ -3,70 +3,24 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
-from typing import Annotated, Literal
 
-import typer
-
-from anyflow_cli.cli.options import (
-    DEFAULT_RECIPE,
-    DEFAULT_RUNS,
-    OUTPUT_PANEL,
-    DebugOption,
-    DryRunOption,
-    JsonOption,
-    RecipeOption,
-    RunsOption,
-    SetOption,
-    examples,
-    load_settings,
-    print_dry_run,
-    print_result,
-)
-
-EXAMPLES = examples(
-    "anyflow export --out my-model",
-    "anyflow export --model runs/tiny/distill/checkpoints/step-000040 --format merged --out s40",
-    "anyflow export --model runs/mine/distill --format comfyui --dtype bf16 --out mine.safetensors",
-)
+from anyflow_cli.cli import options
+from anyflow_cli.cli.console import print_dry_run, print_result
 
 log = logging.getLogger(__name__)
 
 
 def export(
-    out: Annotated[
-        Path,
-        typer.Option(
-            metavar="PATH",
-            rich_help_panel=OUTPUT_PANEL,
-            help="What to make: a directory, or a .safetensors file for merged and comfyui.",
-        ),
-    ],
-    model: Annotated[
-        str | None,
-        typer.Option(
-            metavar="ADDRESS",
-            show_default=False,
-            help="A training run, a checkpoint, or a model folder; else as `anyflow sample` chooses.",
-        ),
-    ] = None,
-    kind: Annotated[
-        Literal["diffusers", "merged", "comfyui", "adapter"],
-        typer.Option(
-            "--format",
-            help="A pipeline folder; the network in one file; that with ComfyUI's names; the LoRA (PEFT).",
-        ),
-    ] = "diffusers",
-    dtype: Annotated[
-        Literal["fp32", "bf16", "fp16"] | None,
-        typer.Option(show_default=False, help="Type of the stored weights, instead of what they have."),
-    ] = None,
-    recipe: RecipeOption = DEFAULT_RECIPE,
-    assignments: SetOption = None,
-    runs: RunsOption = DEFAULT_RUNS,
-    dry_run: DryRunOption = False,
-    as_json: JsonOption = False,
-    debug: DebugOption = False,
+    out: options.ExportPathOption,
+    model: options.ModelOption = None,
+    kind: options.FormatOption = "diffusers",
+    dtype: options.DtypeOption = None,
+    recipe: options.RecipeOption = options.DEFAULT_RECIPE,
+    assignments: options.SetOption = None,
+    runs: options.RunsOption = options.DEFAULT_RUNS,
+    dry_run: options.DryRunOption = False,
+    as_json: options.JsonOption = False,
+    debug: options.DebugOption = False,
 ) -> None:
     """Write a trained model for other tools: diffusers, PEFT, a single file, ComfyUI.
 
@@ -75,7 +29,7 @@ def export(
     An adapter belongs on the model its run started from; a plain Wan first gets its second time embedder,
     a copy of the first.
     """
-    settings = load_settings(recipe, assignments)
+    settings = options.load_settings(recipe, assignments)
 
     from anyflow_cli import export as job
     from anyflow_cli.runs.open import check_address, find_model

@@ -4,31 +4,13 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-
-from anyflow_cli.cli.console import facts_table
-from anyflow_cli.cli.launch import ProcessesOption, start_processes
-from anyflow_cli.cli.options import (
-    DEFAULT_RECIPE,
-    DEFAULT_RUNS,
-    RECIPE_PANEL,
-    DebugOption,
-    DryRunOption,
-    JsonOption,
-    RecipeOption,
-    RunsOption,
-    SeedOption,
-    SetOption,
-    examples,
-    load_settings,
-    print_dry_run,
-    print_result,
-)
+from anyflow_cli.cli import options
+from anyflow_cli.cli.console import facts_table, print_dry_run, print_result
+from anyflow_cli.cli.launch import start_processes
 from anyflow_cli.cli.progress import Progress
 from anyflow_cli.cli.train import stage_facts, stage_result, train_stage
-from anyflow_cli.cli.train_flowmap import StepsOption
 from anyflow_cli.errors import UsageError
 from anyflow_cli.runs.paths import RunPaths
 from anyflow_cli.utils.distributed import is_main_process, world_size
@@ -37,58 +19,37 @@ if TYPE_CHECKING:
     from anyflow_cli.recipe.schema import Recipe
     from anyflow_cli.runs.open import ModelChoice
 
-EXAMPLES = examples(
-    "anyflow finetune --data clips/",
-    "anyflow finetune --data data/mine --model runs/tiny/distill --steps 300",
-    "anyflow finetune --data clips/ --set finetune.optimizer.lr=2e-5",
-)
 STEPS = (4, 32)  # at which a model is scored before and after
 LOOKED_AT = 64  # captions that decide whether the built-in suite can score
 
 log = logging.getLogger(__name__)
 
-DataOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--data", metavar="DIR", rich_help_panel=RECIPE_PANEL, show_default=False,
-        help="Videos with captions (NAME.txt beside each, or captions.csv), or a data set of latents. "
-        "Without it, clips of the world that the recipe names, if any.",
-    ),
-]  # fmt: skip
-ModelOption = Annotated[
-    str | None,
-    typer.Option(
-        "--model", metavar="ADDRESS", rich_help_panel=RECIPE_PANEL, show_default=False,
-        help="Any-step model to start from; without it, the furthest one trained here, else the shipped one.",
-    ),
-]  # fmt: skip
-
 
 def finetune(
-    data: DataOption = None,
-    recipe: RecipeOption = DEFAULT_RECIPE,
-    model: ModelOption = None,
-    steps: StepsOption = None,
-    seed: SeedOption = None,
-    processes: ProcessesOption = None,
-    assignments: SetOption = None,
-    runs: RunsOption = DEFAULT_RUNS,
-    dry_run: DryRunOption = False,
-    as_json: JsonOption = False,
-    debug: DebugOption = False,
+    data: options.DataOption = None,
+    recipe: options.RecipeOption = options.DEFAULT_RECIPE,
+    model: options.InitFromOption = None,
+    steps: options.StepsOption = None,
+    seed: options.SeedOption = None,
+    processes: options.ProcessesOption = None,
+    assignments: options.SetOption = None,
+    runs: options.RunsOption = options.DEFAULT_RUNS,
+    dry_run: options.DryRunOption = False,
+    as_json: options.JsonOption = False,
+    debug: options.DebugOption = False,
 ) -> None:
     """Continue training an any-step model on your own videos; it stays any-step.
 
     Says how 4 and 32 steps fare before and after: by score where the built-in suite can judge the captions,
     else by the flow-map error on clips held out. The same command continues a run that was stopped.
     """
-    options = {
+    overrides = {
         "--model": ("finetune.init_from", model),
         "--steps": ("finetune.steps", steps),
         "--seed": ("finetune.seed", seed),
         "--nproc": ("launch.processes", processes),
     }
-    settings = load_settings(recipe, assignments, options)
+    settings = options.load_settings(recipe, assignments, overrides)
     paths = RunPaths(runs, settings.name)
     if data is None and settings.finetune.world is None:
         raise UsageError("finetune needs videos.", "Name their directory with --data.")

@@ -11,11 +11,8 @@ import os
 import signal
 from collections.abc import Sequence
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-import typer
-
-from anyflow_cli.cli.options import RECIPE_PANEL
 from anyflow_cli.errors import AnyflowError
 from anyflow_cli.utils.distributed import is_launched
 
@@ -26,14 +23,6 @@ PATIENCE = 600  # seconds that processes asked to stop have for their step and t
 AGAIN = "Start the same command again: it continues from the last checkpoint."
 
 command_line: ContextVar[Sequence[str]] = ContextVar("command_line")  # arguments; ``app.main`` sets them
-
-ProcessesOption = Annotated[
-    int | None,
-    typer.Option(
-        "--nproc", metavar="N", rich_help_panel=RECIPE_PANEL, show_default=False,
-        help="Processes on this machine, one a GPU; the same as torchrun or accelerate launch in front.",
-    ),
-]  # fmt: skip
 
 
 def start_processes(launch: LaunchSection) -> bool:

@@ -1,99 +1,350 @@
-"""What every verb shares: options, the recipe behind them, and the register of what is printed.
+"""Every option of the command line, once, and the recipe that the options select.
 
-How a verb's file looks (``recipes.py`` is the model), e.g. ``cli/distill.py``::
-
-    EXAMPLES = examples("anyflow distill", "anyflow distill --recipe mine.yaml --set distill.steps=200")
+A verb is a function of these options in a module of its own and one row in the table of ``app.py``::
 
     def distill(
-        recipe: RecipeOption = DEFAULT_RECIPE,
-        assignments: SetOption = None,
-        runs: RunsOption = DEFAULT_RUNS,
-        seed: SeedOption = None,
-        dry_run: DryRunOption = False,
-        as_json: JsonOption = False,
-        debug: DebugOption = False,
+        recipe: options.RecipeOption = options.DEFAULT_RECIPE,
+        assignments: options.SetOption = None,
+        runs: options.RunsOption = options.DEFAULT_RUNS,
+        ...
     ) -> None:
         '''Stage 2: on-policy distillation of an any-step model.'''      # the first line is the help
-        settings = resolve(recipe, assignments, {"--seed": ("distill.seed", seed)})
-        paths = RunPaths(runs, settings.name)
-        if dry_run:
-            return print_dry_run("distill", {"steps": settings.distill.steps, ...}, as_json=as_json)
-        from anyflow_cli.train... import ...                              # heavy imports here, never above
-        with Progress("distill", settings.distill.steps) as progress:
-            model = run(settings, paths, on_step=progress.update)
-        print_result({"model": model}, as_json=as_json)
+        settings = options.load_settings(recipe, assignments, {"--seed": ("distill.seed", seed)})
 
-and a line of its own in the table of ``app.py``. The function takes parsed options, has no tensors, and lets
-every error pass: ``app.main`` words them. Results go to stdout by ``print_result``; everything else is logged
-(``logging.getLogger(__name__).info``), which ends on stderr. A test calls ``app.main([...])``.
+It imports torch and its friends inside the function and lets errors pass: ``app.main`` turns them into
+sentences. Results go to stdout through ``print_result``; everything else is logged, which ends on stderr.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.markup import escape
+from typer.models import OptionInfo
 
-from anyflow_cli.cli.console import print_dry_run, print_result, set_debug
+from anyflow_cli.cli.console import set_debug
 from anyflow_cli.errors import UsageError
 
 if TYPE_CHECKING:
     from anyflow_cli.recipe.schema import Recipe
 
-__all__ = ["examples", "load_settings", "parse_steps", "print_dry_run", "print_result"]
-
 DEFAULT_RECIPE = "tiny"
 DEFAULT_RUNS = Path("runs")
-RECIPE_PANEL = "Recipe"
-OUTPUT_PANEL = "Output"
+
+_RECIPE = "Recipe"
+_OUTPUT = "Output"
+_STEPS = "Steps"
+_CAUSAL = "Causal models"
+_MACHINE = "Machine"
+
+
+def _option(help_: str, *names: str, panel: str | None = None, **settings: Any) -> OptionInfo:
+    """Describe an option; its default is shown only where ``show_default`` says so."""
+    info: OptionInfo = typer.Option(
+        *names, help=help_, rich_help_panel=panel, **{"show_default": False, **settings}
+    )
+    return info
+
+
+# --- every verb
 
 RecipeOption = Annotated[
     str,
-    typer.Option(
-        "--recipe", "-r", metavar="NAME|PATH", rich_help_panel=RECIPE_PANEL,
-        help="A shipped recipe (`anyflow recipes list`) or a YAML file.",
+    _option(
+        "A shipped recipe (`anyflow recipes list`) or a YAML file.", "--recipe", "-r",
+        metavar="NAME|PATH", panel=_RECIPE, show_default=True,
     ),
 ]  # fmt: skip
 SetOption = Annotated[
     list[str] | None,
-    typer.Option(
-        "--set", metavar="KEY=VALUE", rich_help_panel=RECIPE_PANEL, show_default=False,
-        help="Override one value of the recipe, e.g. distill.steps=100; may be repeated.",
+    _option(
+        "Override one value of the recipe, e.g. distill.steps=100; repeatable.", "--set",
+        metavar="KEY=VALUE", panel=_RECIPE,
+    ),
+]  # fmt: skip
+SeedOption = Annotated[
+    int | None, _option("Seed, instead of the recipe's.", "--seed", metavar="N", panel=_RECIPE)
+]
+ProcessesOption = Annotated[
+    int | None,
+    _option(
+        "Processes on this machine, one per GPU; the same as running under torchrun or accelerate launch.",
+        "--nproc", metavar="N", panel=_RECIPE,
     ),
 ]  # fmt: skip
 RunsOption = Annotated[
     Path,
-    typer.Option(
-        "--runs", metavar="DIR", rich_help_panel=OUTPUT_PANEL,
-        help="Where all runs lie; this one in DIR/RECIPE.",
+    _option(
+        "Directory of all runs; this recipe's are in DIR/RECIPE.", "--runs",
+        metavar="DIR", panel=_OUTPUT, show_default=True,
     ),
 ]  # fmt: skip
-SeedOption = Annotated[
-    int | None,
-    typer.Option(
-        "--seed", metavar="N", rich_help_panel=RECIPE_PANEL, show_default=False,
-        help="Seed instead of the recipe's.",
-    ),
-]  # fmt: skip
+OutOption = Annotated[
+    Path | None,
+    _option("Output directory, instead of the one under --runs.", "--out", metavar="DIR", panel=_OUTPUT),
+]
 DryRunOption = Annotated[
-    bool,
-    typer.Option(
-        "--dry-run", rich_help_panel=OUTPUT_PANEL, help="Check everything, print what would be done."
-    ),
+    bool, _option("Check everything and print what would be done.", "--dry-run", panel=_OUTPUT)
 ]
-JsonOption = Annotated[
-    bool, typer.Option("--json", rich_help_panel=OUTPUT_PANEL, help="Print the result as JSON.")
-]
+JsonOption = Annotated[bool, _option("Print the result as JSON.", "--json", panel=_OUTPUT)]
 DebugOption = Annotated[
     bool,
-    typer.Option(
-        "--debug", rich_help_panel=OUTPUT_PANEL, callback=set_debug, envvar="ANYFLOW_DEBUG",
-        show_envvar=False, help="Log more, and show the traceback of an error.",
+    _option(
+        "Log more, and show the traceback of an error.", "--debug",
+        panel=_OUTPUT, callback=set_debug, envvar="ANYFLOW_DEBUG", show_envvar=False,
     ),
 ]  # fmt: skip
+RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A shipped recipe or a YAML file.")]
+
+# --- models, prompts and samplers
+
+ModelOption = Annotated[
+    str | None,
+    _option(
+        "A diffusers folder, a training run, a checkpoint, or a built-in or Hub name.", "--model",
+        metavar="ADDRESS",
+    ),
+]  # fmt: skip
+InitFromOption = Annotated[
+    str | None,
+    _option(
+        "Any-step model to start from, instead of the one that the preceding stage trained.", "--model",
+        metavar="ADDRESS", panel=_RECIPE,
+    ),
+]  # fmt: skip
+PromptOption = Annotated[
+    list[str] | None, _option("Text of a video; repeatable.", "--prompt", "-p", metavar="TEXT")
+]
+PromptsOption = Annotated[
+    Path | None, _option("File of prompts: txt, csv, jsonl or parquet.", "--prompts", metavar="FILE")
+]
+NfeOption = Annotated[
+    str | None,
+    _option("Step counts to compare, instead of the recipe's.", "--nfe", metavar="N,N,...", panel=_STEPS),
+]
+NfeScheduleOption = Annotated[
+    str | None,
+    _option(
+        "Step counts to compare, instead of the recipe's. 8:4:2 gives the first chunk of a causal model 8 "
+        "steps, the second 4 and all others 2.", "--nfe", metavar="N,N,...", panel=_STEPS,
+    ),
+]  # fmt: skip
+SamplerOption = Annotated[
+    Literal["flow-map", "euler", "consistency"] | None,
+    _option(
+        "Sampler, instead of the model's own; consistency for students of rCM or Self-Forcing.", "--sampler"
+    ),
+]
+
+# --- synthesize
+
+VideoCountOption = Annotated[
+    int | None,
+    _option(
+        "Number of videos; prompts are repeated if there are fewer.", "--count", metavar="N", panel=_RECIPE
+    ),
+]
+FromVideosOption = Annotated[
+    Path | None,
+    _option(
+        "Encode real clips instead; captions in NAME.txt beside each, or in captions.csv (file, caption).",
+        "--from-videos", metavar="DIR", panel=_RECIPE,
+    ),
+]  # fmt: skip
+PreviewsOption = Annotated[
+    bool | None,
+    _option("Keep an mp4 of every video in the shards.", "--previews/--no-previews", panel=_RECIPE),
+]
+VerifyOption = Annotated[
+    bool, _option("Check a finished data set: hashes, shapes and values.", "--verify", panel=_OUTPUT)
+]
+
+# --- training
+
+StepsOption = Annotated[
+    int | None,
+    _option(
+        "Total optimizer steps; a finished run continues if the number is raised.", "--steps",
+        metavar="N", panel=_RECIPE,
+    ),
+]  # fmt: skip
+ObjectiveOption = Annotated[
+    str | None,
+    _option(
+        "flow-map, flow-matching (tunes the teacher) or consistency-ode (a baseline).", "--objective",
+        metavar="NAME", panel=_RECIPE,
+    ),
+]  # fmt: skip
+SimulationOption = Annotated[
+    str | None,
+    _option(
+        "How the student's samples are simulated: flow-map, or consistency (a baseline).", "--simulation",
+        metavar="NAME", panel=_RECIPE,
+    ),
+]  # fmt: skip
+DataOption = Annotated[
+    Path | None,
+    _option(
+        "Videos with captions (NAME.txt beside each, or captions.csv), or a data set of latents. Default: "
+        "clips of the world that the recipe names.", "--data", metavar="DIR", panel=_RECIPE,
+    ),
+]  # fmt: skip
+
+# --- sample
+
+FramesOption = Annotated[
+    int | None,
+    _option(
+        "Frames per video, instead of the recipe's: 1, 5, 9, ... Causal models take any length.", "--frames",
+        metavar="N",
+    ),
+]  # fmt: skip
+SeedCountOption = Annotated[
+    int, _option("Seeds per prompt, counting from --seed.", "--count", min=1, metavar="K", show_default=True)
+]
+TeacherOption = Annotated[
+    bool, _option("Sample the recipe's teacher with guidance: two evaluations per step.", "--teacher")
+]
+PreviewOption = Annotated[
+    bool, _option("Sample at 2 steps; --refine later repeats it at more.", "--preview", panel=_STEPS)
+]
+RefineOption = Annotated[
+    Path | None,
+    _option(
+        "Resample the videos of an earlier sampling (its directory, or one mp4) from the same noise, at 32 "
+        "steps or those of --nfe.", "--refine", metavar="PATH", panel=_STEPS,
+    ),
+]  # fmt: skip
+LatencyBudgetOption = Annotated[
+    float | None,
+    _option(
+        "Take as many steps as fit into this time per video, from the measured time of a step.",
+        "--latency-budget", min=0, metavar="SECONDS", panel=_STEPS,
+    ),
+]  # fmt: skip
+ImageOption = Annotated[
+    Path | None,
+    _option(
+        "Picture to use as the first frame, scaled and cropped to the recipe's size.", "--image",
+        metavar="FILE", panel=_CAUSAL,
+    ),
+]  # fmt: skip
+VideoOption = Annotated[Path | None, _option("Video to continue.", "--video", metavar="FILE", panel=_CAUSAL)]
+VideoFramesOption = Annotated[
+    int | None,
+    _option(
+        "Frames of --video to condition on. Default: at most half of the frames of the result.",
+        "--video-frames", min=1, metavar="N", panel=_CAUSAL,
+    ),
+]  # fmt: skip
+ThenOption = Annotated[
+    list[str] | None,
+    _option("Prompt that takes over from this frame on; repeatable.", "--then",
+            metavar="FRAME:TEXT", panel=_CAUSAL),
+]  # fmt: skip
+StreamOption = Annotated[
+    bool,
+    _option(
+        "Write each chunk when it is finished, to NAME.part.mp4, which plays while it grows; with --out - to "
+        "standard output, for a player.", "--stream", panel=_CAUSAL,
+    ),
+]  # fmt: skip
+
+# --- evaluate
+
+VideosOption = Annotated[
+    Path | None,
+    _option(
+        "Score existing videos: PROMPT-K.mp4, or any names with captions.csv or NAME.txt.", "--videos",
+        metavar="DIR",
+    ),
+]  # fmt: skip
+SuiteOption = Annotated[
+    Literal["shapes", "vbench", "vbench-i2v"] | None, _option("Suite, instead of the recipe's.", "--suite")
+]
+TaskOption = Annotated[
+    Literal["t2v", "i2v"] | None,
+    _option("Videos from text, or from text and a first frame (i2v, only causal models).", "--task"),
+]
+LimitOption = Annotated[
+    int | None,
+    _option("Only the first K prompts; the scores are not comparable.", "--limit", min=1, metavar="K"),
+]
+CompareOption = Annotated[
+    tuple[str, str] | None,
+    _option(
+        "Two models, or directories of finished evaluations: their difference, paired by prompt.",
+        "--compare", metavar="RUN_A RUN_B",
+    ),
+]  # fmt: skip
+FailBelowOption = Annotated[
+    float | None,
+    _option(
+        "End with exit code 1 if Total is below X at any step count.", "--fail-below",
+        min=0, max=100, metavar="X",
+    ),
+]  # fmt: skip
+PruneOption = Annotated[
+    bool, _option("Delete the videos and scores of earlier models.", "--prune", panel=_OUTPUT)
+]
+LeaderboardOption = Annotated[
+    Path | None,
+    _option(
+        "Also write videos and scores in the format of VBench's leaderboard.", "--export",
+        metavar="DIR", panel=_OUTPUT,
+    ),
+]  # fmt: skip
+
+# --- export, plan, doctor
+
+ExportPathOption = Annotated[
+    Path,
+    _option(
+        "Output: a directory, or a .safetensors file for merged and comfyui.", "--out",
+        metavar="PATH", panel=_OUTPUT,
+    ),
+]  # fmt: skip
+FormatOption = Annotated[
+    Literal["diffusers", "merged", "comfyui", "adapter"],
+    _option(
+        "A pipeline folder; the network in one file; the same with ComfyUI's names; the LoRA (PEFT).",
+        "--format", show_default=True,
+    ),
+]  # fmt: skip
+DtypeOption = Annotated[
+    Literal["fp32", "bf16", "fp16"] | None,
+    _option("Type of the stored weights. Default: unchanged.", "--dtype"),
+]
+GpusOption = Annotated[
+    str | None,
+    _option(
+        "GPUs to plan for, e.g. 8x80GB or 8xH100. Default: this machine.", "--gpus",
+        metavar="NxSIZE", panel=_MACHINE,
+    ),
+]  # fmt: skip
+PeakOption = Annotated[
+    float | None,
+    _option(
+        "Dense bf16 speed per GPU. Default: that of the named GPU, else of an H100.", "--peak",
+        metavar="TFLOPS", min=0.001, panel=_MACHINE,
+    ),
+]  # fmt: skip
+MfuOption = Annotated[
+    float,
+    _option(
+        "Model FLOPs utilization: the share of the peak that is reached.", "--mfu",
+        metavar="SHARE", min=0.01, max=1, panel=_MACHINE, show_default=True,
+    ),
+]  # fmt: skip
+FixOption = Annotated[
+    Literal["vbench"] | None, _option("Create VBench's own environment: 2.2 GB, from PyPI.", "--fix")
+]
+PythonOption = Annotated[
+    str | None, _option("Python 3.8 to 3.11 for that environment.", "--python", metavar="PATH")
+]
 
 
 def load_settings(
@@ -101,24 +352,23 @@ def load_settings(
     assignments: Iterable[str] | None = None,
     options: Mapping[str, tuple[str, Any]] | None = None,
 ) -> Recipe:
-    """Load a recipe with the command line's overrides.
+    """Load a recipe with the overrides of the command line.
 
     Args:
-        recipe: What ``--recipe`` gave.
-        assignments: What ``--set`` gave.
-        options: Other options that stand for a key, as ``{"--nfe": ("sample.nfe", (1, 4))}``; None leaves the
+        recipe: The value of ``--recipe``.
+        assignments: The values of ``--set``.
+        options: Other options that set a key, as ``{"--nfe": ("sample.nfe", (1, 4))}``; None leaves the
             recipe's value. They win over ``--set``, and a bad value is reported under the option's name.
     """
     from anyflow_cli.recipe.load import Override, load_recipe
 
-    given = ((option, key, value) for option, (key, value) in (options or {}).items() if value is not None)
-    return load_recipe(
-        recipe, [*(assignments or ()), *(Override(key, value, option) for option, key, value in given)]
-    )
+    named = ((option, key, value) for option, (key, value) in (options or {}).items() if value is not None)
+    overrides = [Override(key, value, option) for option, key, value in named]
+    return load_recipe(recipe, [*(assignments or ()), *overrides])
 
 
 def parse_steps(text: str | None) -> tuple[int, ...] | None:
-    """Read ``--nfe 1,4,32``; whether the numbers are in range is for the recipe to say."""
+    """Parse ``--nfe 1,4,32``; the recipe's schema checks the range of the numbers."""
     if text is None:
         return None
     try:
@@ -130,5 +380,5 @@ def parse_steps(text: str | None) -> tuple[int, ...] | None:
 
 
 def examples(*lines: str) -> str:
-    """Write the examples that end a command's help."""
+    """Format the examples at the end of a command's help."""
     return "\n\n".join(["[bold]Examples[/bold]", *(f"  [dim]$[/dim] {escape(line)}" for line in lines)])

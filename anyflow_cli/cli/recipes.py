@@ -7,19 +7,11 @@ from typing import Annotated
 
 import typer
 
-from anyflow_cli.cli.options import (
-    DEFAULT_RECIPE,
-    DebugOption,
-    JsonOption,
-    SetOption,
-    examples,
-    load_settings,
-    print_result,
-)
+from anyflow_cli.cli import options
+from anyflow_cli.cli.console import print_result
 from anyflow_cli.errors import UsageError
 
 app = typer.Typer(help="List, show, copy and check recipes.", rich_markup_mode="rich")
-RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A shipped recipe or a YAML file.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -28,37 +20,38 @@ def _list_if_alone(context: typer.Context) -> None:
         list_recipes()
 
 
-@app.command("list", epilog=examples("anyflow recipes list"))
-def list_recipes(as_json: JsonOption = False, debug: DebugOption = False) -> None:
+@app.command("list", epilog=options.examples("anyflow recipes list"))
+def list_recipes(as_json: options.JsonOption = False, debug: options.DebugOption = False) -> None:
     """Show the names of the shipped recipes and what each is for."""
     from anyflow_cli.recipe.load import recipe_names
 
-    found = {name: load_settings(name).description for name in recipe_names()}
+    found = {name: options.load_settings(name).description for name in recipe_names()}
     print_result(found, as_json=as_json)
 
 
 @app.command(
-    "show", epilog=examples("anyflow recipes show tiny", "anyflow recipes show tiny --set distill.steps=9")
+    "show",
+    epilog=options.examples("anyflow recipes show tiny", "anyflow recipes show tiny --set distill.steps=9"),
 )
 def show(
-    recipe: RecipeArgument = DEFAULT_RECIPE,
-    assignments: SetOption = None,
-    as_json: JsonOption = False,
-    debug: DebugOption = False,
+    recipe: options.RecipeArgument = options.DEFAULT_RECIPE,
+    assignments: options.SetOption = None,
+    as_json: options.JsonOption = False,
+    debug: options.DebugOption = False,
 ) -> None:
     """Print a recipe with every value it resolves to, as YAML that can be used as a recipe."""
     from anyflow_cli.recipe.compare import dump
 
-    settings = load_settings(recipe, assignments)
+    settings = options.load_settings(recipe, assignments)
     print_result(settings.model_dump(mode="json"), as_json=as_json, text=dump(settings).rstrip())
 
 
-@app.command("copy", epilog=examples("anyflow recipes copy tiny mine.yaml"))
+@app.command("copy", epilog=options.examples("anyflow recipes copy tiny mine.yaml"))
 def copy(
-    recipe: RecipeArgument,
+    recipe: options.RecipeArgument,
     target: Annotated[Path, typer.Argument(metavar="FILE", help="The YAML file to make; never overwritten.")],
-    as_json: JsonOption = False,
-    debug: DebugOption = False,
+    as_json: options.JsonOption = False,
+    debug: options.DebugOption = False,
 ) -> None:
     """Copy a recipe to a file of your own, to be changed and named by its path."""
     from anyflow_cli.recipe.load import find_recipe
@@ -78,18 +71,18 @@ def copy(
 
 @app.command(
     "validate",
-    epilog=examples("anyflow recipes validate mine.yaml", "anyflow recipes validate tiny tiny-long"),
+    epilog=options.examples("anyflow recipes validate mine.yaml", "anyflow recipes validate tiny tiny-long"),
 )
 def validate(
     recipes: Annotated[list[str], typer.Argument(metavar="RECIPE...", help="Shipped recipes or YAML files.")],
-    as_json: JsonOption = False,
-    debug: DebugOption = False,
+    as_json: options.JsonOption = False,
+    debug: options.DebugOption = False,
 ) -> None:
     """Check recipes and say everything that is wrong with them at once."""
     wrong: list[UsageError] = []
     for recipe in recipes:
         try:
-            load_settings(recipe)
+            options.load_settings(recipe)
         except UsageError as error:
             wrong.append(error)
     if wrong:

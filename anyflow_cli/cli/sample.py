@@ -5,26 +5,10 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING
 
-import typer
-
-from anyflow_cli.cli.options import (
-    DEFAULT_RECIPE,
-    DEFAULT_RUNS,
-    OUTPUT_PANEL,
-    DebugOption,
-    DryRunOption,
-    JsonOption,
-    RecipeOption,
-    RunsOption,
-    SeedOption,
-    SetOption,
-    examples,
-    load_settings,
-    print_dry_run,
-    print_result,
-)
+from anyflow_cli.cli import options
+from anyflow_cli.cli.console import print_dry_run, print_result
 from anyflow_cli.cli.progress import Progress
 from anyflow_cli.cli.sample_options import (
     SampleSettings,
@@ -40,147 +24,35 @@ from anyflow_cli.cli.sample_options import (
 if TYPE_CHECKING:
     from anyflow_cli.recipe.schema import Recipe
 
-EXAMPLES = examples(
-    'anyflow sample --prompt "a small red circle moving left"',
-    'anyflow sample -p "a large blue square moving up" --nfe 1,2,4,32 --count 3',
-    "anyflow sample --prompts prompts.txt --model runs/tiny/distill --out samples",
-    'anyflow sample -p "a green triangle" --teacher',
-    'anyflow sample -p "a red circle" --model nvidia/AnyFlow-FAR-Wan2.1-1.3B-Diffusers --image first.png',
-    'anyflow sample -p "a red circle" --then "81: a blue square" --frames 161 --nfe 4,8:2 --model far',
-    'anyflow sample -p "a red circle" --nfe 2 --model far --stream --out - | mpv -',
-)
-STEPS_PANEL = "Steps"
-CAUSAL_PANEL = "Causal models"
 
 log = logging.getLogger(__name__)
 
 
-PromptOption = Annotated[
-    list[str] | None,
-    typer.Option("--prompt", "-p", metavar="TEXT", show_default=False, help="What to show; repeatable."),
-]
-PromptsOption = Annotated[
-    Path | None,
-    typer.Option(metavar="FILE", show_default=False, help="Prompts: txt, csv, jsonl or parquet."),
-]
-StepsOption = Annotated[
-    str | None,
-    typer.Option(
-        metavar="N,N,...", show_default=False, rich_help_panel=STEPS_PANEL,
-        help="Step counts to compare, instead of the recipe's; 8:4:2 is 8 steps for the first chunk of a "
-        "causal model, 4 for its second, 2 for all others.",
-    ),
-]  # fmt: skip
-FramesOption = Annotated[
-    int | None,
-    typer.Option(
-        metavar="N", show_default=False,
-        help="Frames of each video, instead of the recipe's: 1, 5, 9, ... A causal model takes any number.",
-    ),
-]  # fmt: skip
-CountOption = Annotated[int, typer.Option(min=1, metavar="K", help="Seeds a prompt, counted on from --seed.")]
-TeacherOption = Annotated[
-    bool, typer.Option("--teacher", help="Sample the recipe's teacher, guided: two evaluations a step.")
-]
-ModelOption = Annotated[
-    str | None,
-    typer.Option(
-        metavar="ADDRESS", show_default=False,
-        help="A diffusers folder, a training run or checkpoint, a built-in or Hub name.",
-    ),
-]  # fmt: skip
-SamplerOption = Annotated[
-    Literal["flow-map", "euler", "consistency"] | None,
-    typer.Option(show_default=False, help="How to go from noise to video, if not as the model's kind asks."),
-]
-ImageOption = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="FILE", show_default=False, rich_help_panel=CAUSAL_PANEL,
-        help="A picture to be the first frame, scaled and cropped to the recipe's size.",
-    ),
-]  # fmt: skip
-VideoOption = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="FILE", show_default=False, rich_help_panel=CAUSAL_PANEL, help="A video to be continued."
-    ),
-]
-VideoFramesOption = Annotated[
-    int | None,
-    typer.Option(
-        min=1, metavar="N", show_default=False, rich_help_panel=CAUSAL_PANEL,
-        help="Its first frames that are kept, instead of half of what is made at most.",
-    ),
-]  # fmt: skip
-ThenOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="FRAME:TEXT", show_default=False, rich_help_panel=CAUSAL_PANEL,
-        help="A prompt that takes over from this frame on; repeatable.",
-    ),
-]  # fmt: skip
-StreamOption = Annotated[
-    bool,
-    typer.Option(
-        "--stream", rich_help_panel=CAUSAL_PANEL,
-        help="Write each chunk as it is finished, to a NAME.part.mp4 that plays while it grows; with --out - "
-        "to standard output, for a player.",
-    ),
-]  # fmt: skip
-PreviewOption = Annotated[
-    bool,
-    typer.Option("--preview", rich_help_panel=STEPS_PANEL, help="2 steps, to be made again with --refine."),
-]
-RefineOption = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="PATH", show_default=False, rich_help_panel=STEPS_PANEL,
-        help="Make the videos of a sampling (its directory, or one mp4) again from the same noise, at 32 "
-        "steps or what --nfe says.",
-    ),
-]  # fmt: skip
-BudgetOption = Annotated[
-    float | None,
-    typer.Option(
-        "--latency-budget", min=0, metavar="SECONDS", show_default=False, rich_help_panel=STEPS_PANEL,
-        help="As many steps as a video may take seconds, from the measured cost of a step.",
-    ),
-]  # fmt: skip
-OutOption = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="DIR", show_default=False, rich_help_panel=OUTPUT_PANEL,
-        help="A new directory, instead of the next number under runs/RECIPE/samples.",
-    ),
-]  # fmt: skip
-
-
 def sample(
-    prompt: PromptOption = None,
-    prompts: PromptsOption = None,
-    nfe: StepsOption = None,
-    preview: PreviewOption = False,
-    refine: RefineOption = None,
-    latency_budget: BudgetOption = None,
-    frames: FramesOption = None,
-    count: CountOption = 1,
-    teacher: TeacherOption = False,
-    model: ModelOption = None,
-    sampler: SamplerOption = None,
-    image: ImageOption = None,
-    video: VideoOption = None,
-    video_frames: VideoFramesOption = None,
-    then: ThenOption = None,
-    stream: StreamOption = False,
-    out: OutOption = None,
-    recipe: RecipeOption = DEFAULT_RECIPE,
-    assignments: SetOption = None,
-    runs: RunsOption = DEFAULT_RUNS,
-    seed: SeedOption = None,
-    dry_run: DryRunOption = False,
-    as_json: JsonOption = False,
-    debug: DebugOption = False,
+    prompt: options.PromptOption = None,
+    prompts: options.PromptsOption = None,
+    nfe: options.NfeScheduleOption = None,
+    preview: options.PreviewOption = False,
+    refine: options.RefineOption = None,
+    latency_budget: options.LatencyBudgetOption = None,
+    frames: options.FramesOption = None,
+    count: options.SeedCountOption = 1,
+    teacher: options.TeacherOption = False,
+    model: options.ModelOption = None,
+    sampler: options.SamplerOption = None,
+    image: options.ImageOption = None,
+    video: options.VideoOption = None,
+    video_frames: options.VideoFramesOption = None,
+    then: options.ThenOption = None,
+    stream: options.StreamOption = False,
+    out: options.OutOption = None,
+    recipe: options.RecipeOption = options.DEFAULT_RECIPE,
+    assignments: options.SetOption = None,
+    runs: options.RunsOption = options.DEFAULT_RUNS,
+    seed: options.SeedOption = None,
+    dry_run: options.DryRunOption = False,
+    as_json: options.JsonOption = False,
+    debug: options.DebugOption = False,
 ) -> None:
     """Make videos from prompts with an any-step model, at several step counts side by side.
 
@@ -188,8 +60,8 @@ def sample(
     """
     check_steps({"--nfe": nfe, "--preview": preview or None, "--latency-budget": latency_budget})
     if refine is None:
-        options = {"--frames": ("sample.frames", frames), "--seed": ("sample.seed", seed)}
-        settings = at_sampled_length(load_settings(recipe, assignments, options))
+        overrides = {"--frames": ("sample.frames", frames), "--seed": ("sample.seed", seed)}
+        settings = at_sampled_length(options.load_settings(recipe, assignments, overrides))
         usual = settings.sample.nfe if not teacher else (settings.sample.teacher_steps,)
         asked = SampleSettings(
             settings,
@@ -208,7 +80,9 @@ def sample(
             "--sampler": sampler, "--image": image, "--video": video, "--video-frames": video_frames,
             "--then": then, "--seed": seed,
         }  # fmt: skip
-        asked = settings_of_refine(refine, load_settings(recipe, assignments), repeated, read_steps(nfe))
+        asked = settings_of_refine(
+            refine, options.load_settings(recipe, assignments), repeated, read_steps(nfe)
+        )
     folder = _sample(
         asked, runs, out, latency_budget, teacher=teacher, stream=stream, dry_run=dry_run, as_json=as_json
     )

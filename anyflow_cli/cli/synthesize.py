@@ -4,28 +4,10 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-
-from anyflow_cli.cli.console import facts_table
-from anyflow_cli.cli.options import (
-    DEFAULT_RECIPE,
-    DEFAULT_RUNS,
-    OUTPUT_PANEL,
-    RECIPE_PANEL,
-    DebugOption,
-    DryRunOption,
-    JsonOption,
-    RecipeOption,
-    RunsOption,
-    SeedOption,
-    SetOption,
-    examples,
-    load_settings,
-    print_dry_run,
-    print_result,
-)
+from anyflow_cli.cli import options
+from anyflow_cli.cli.console import facts_table, print_dry_run, print_result
 from anyflow_cli.cli.progress import Progress
 from anyflow_cli.errors import AnyflowError, UsageError
 from anyflow_cli.runs.paths import RunPaths
@@ -35,72 +17,21 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-EXAMPLES = examples(
-    "anyflow synthesize",
-    "anyflow synthesize --prompts prompts.txt --out data/mine",
-    "anyflow synthesize --from-videos clips/ --out data/clips",
-    "anyflow synthesize --verify",
-    "torchrun --nproc-per-node 8 --no-python anyflow synthesize -r bidirectional1b --prompts prompts.txt",
-)
-
-
-PromptsOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--prompts", metavar="FILE", rich_help_panel=RECIPE_PANEL, show_default=False,
-        help="Prompts as txt, csv, jsonl or parquet; without it, captions of the shapes world.",
-    ),
-]  # fmt: skip
-CountOption = Annotated[
-    int | None,
-    typer.Option(
-        "--count", metavar="N", rich_help_panel=RECIPE_PANEL, show_default=False,
-        help="Videos to make; prompts are used over and over until there are so many.",
-    ),
-]  # fmt: skip
-VideosOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--from-videos", metavar="DIR", rich_help_panel=RECIPE_PANEL, show_default=False,
-        help="Encode real clips instead; captions in NAME.txt beside each, or captions.csv (file, caption).",
-    ),
-]  # fmt: skip
-PreviewsOption = Annotated[
-    bool | None,
-    typer.Option(
-        "--previews/--no-previews", rich_help_panel=RECIPE_PANEL, show_default=False,
-        help="Keep an mp4 of every video in the shards.",
-    ),
-]  # fmt: skip
-OutOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--out", metavar="DIR", rich_help_panel=OUTPUT_PANEL, show_default=False,
-        help="The data set's directory; without it, data in the recipe's runs.",
-    ),
-]  # fmt: skip
-VerifyOption = Annotated[
-    bool,
-    typer.Option(
-        "--verify", rich_help_panel=OUTPUT_PANEL, help="Check a finished data set: hashes, shapes, numbers."
-    ),
-]
-
 
 def synthesize(
-    recipe: RecipeOption = DEFAULT_RECIPE,
-    prompts: PromptsOption = None,
-    count: CountOption = None,
-    from_videos: VideosOption = None,
-    previews: PreviewsOption = None,
-    seed: SeedOption = None,
-    assignments: SetOption = None,
-    out: OutOption = None,
-    runs: RunsOption = DEFAULT_RUNS,
-    verify: VerifyOption = False,
-    dry_run: DryRunOption = False,
-    as_json: JsonOption = False,
-    debug: DebugOption = False,
+    recipe: options.RecipeOption = options.DEFAULT_RECIPE,
+    prompts: options.PromptsOption = None,
+    count: options.VideoCountOption = None,
+    from_videos: options.FromVideosOption = None,
+    previews: options.PreviewsOption = None,
+    seed: options.SeedOption = None,
+    assignments: options.SetOption = None,
+    out: options.OutOption = None,
+    runs: options.RunsOption = options.DEFAULT_RUNS,
+    verify: options.VerifyOption = False,
+    dry_run: options.DryRunOption = False,
+    as_json: options.JsonOption = False,
+    debug: options.DebugOption = False,
 ) -> None:
     """Make a data set: teacher videos from prompts, or real clips, as shards of latents.
 
@@ -108,13 +39,13 @@ def synthesize(
     """
     _refuse_together({"--from-videos": from_videos, "--prompts": prompts})
     _refuse_together({"--from-videos": from_videos, "--count": count})
-    options = {
+    overrides = {
         "--prompts": ("data.prompts", None if prompts is None else str(prompts)),
         "--count": ("synthesize.count", count),
         "--previews": ("synthesize.previews", previews),
         "--seed": ("synthesize.seed", seed),
     }
-    settings = load_settings(recipe, assignments, options)
+    settings = options.load_settings(recipe, assignments, overrides)
     directory = out or RunPaths(runs, settings.name).data
     if verify:
         return _verify(directory, as_json=as_json)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
-from anyflow_cli.cli.options import print_result
+from anyflow_cli.cli.console import print_result
 from anyflow_cli.cli.progress import Progress
 
 if TYPE_CHECKING:
