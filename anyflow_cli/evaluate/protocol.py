@@ -13,29 +13,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 import anyflow_cli
 from anyflow_cli.evaluate.suite import Assessment, Suite
-from anyflow_cli.model.causal import FAR, partition_for
-from anyflow_cli.model.config import CausalConfig
-from anyflow_cli.model.pipeline_io import read_config, resolve_pipeline
+from anyflow_cli.model.causal import partition_for
 from anyflow_cli.model.precision import resolve_precision
 from anyflow_cli.recipe.schema import Recipe, latent_frames
-from anyflow_cli.runs.open import (
-    LINEAGE,
-    ModelChoice,
-    is_checkpoint,
-    locate,
-    run_of,
-    trained_weights,
-    weight_files,
-)
+from anyflow_cli.runs.open import LINEAGE, ModelChoice, describe
 from anyflow_cli.sample.sampler import Method
 from anyflow_cli.utils.distributed import default_device
-from anyflow_cli.utils.files import file_sha256, json_sha256, read_json
+from anyflow_cli.utils.files import file_sha256, json_sha256
 
 PACKAGES = ("torch", "diffusers", "transformers", "numpy")
 SAMPLED: dict[Method | None, str] = {
@@ -146,46 +136,13 @@ def subject(choice: ModelChoice, recipe: Recipe, sampler: Method | None = None) 
 
     A plain Wan model is a teacher, unless it is sampled as the few-step student that it may be too.
     """
-    path = locate(choice.address)
-    look = _look_at_checkpoint if is_checkpoint(path) else _look_at_folder
-    found = look(path, recipe)
-    latents = latent_frames(recipe.model.frames)
-    partition = None if found.causal is None else partition_for(found.causal, latents)
-    weights = json_sha256(found.files)
-    teacher = not found.two_time and sampler in (None, "euler")
-    return Subject(choice.address, choice.why, teacher, weights, found.lineage, partition, sampler)
-
-
-class Look(NamedTuple):
-    """A model as far as its files tell: their hashes, its kind, where it comes from."""
-
-    files: list[Any]
-    two_time: bool
-    causal: CausalConfig | None
-    lineage: dict[str, Any]
-
-
-def _look_at_folder(path: Path, recipe: Recipe) -> Look:
-    """A pipeline folder, or a transformer that takes the rest from the recipe's teacher."""
-    whole = (path / "model_index.json").is_file()
-    folders = [path] if whole else [path, resolve_pipeline(recipe.model.teacher)]
-    lineage = path / LINEAGE
-    known = read_json(lineage) if lineage.is_file() else {}
-    config = read_config(path)
-    return Look([_folder_hash(folder) for folder in folders], config.two_time, config.causal, known)
-
-
-def _look_at_checkpoint(path: Path, recipe: Recipe) -> Look:
-    """What a run has trained so far, on the model it started from."""
-    run = run_of(path)
-    names = trained_weights(path).keys()
-    config = read_config(run.base)
-    two_time = config.two_time or any("delta_embedder" in name for name in names)
-    files = [*map(_file_hash, weight_files(path)), _folder_hash(run.base)]
-    causal, told = config.causal, run.recipe.model.causal
-    if told is not None and any(name.startswith(FAR) for name in names):
-        causal = CausalConfig.from_recipe(told)
-    return Look(files, two_time, causal, run.lineage | {"checkpoint": path.name})
+    info = describe(choice.address, recipe)
+    partition = None
+    if info.causal is not None:
+        partition = partition_for(info.causal, latent_frames(recipe.model.frames))
+    weights = json_sha256([_content_hash(source) for source in info.sources])
+    teacher = not info.two_time and sampler in (None, "euler")
+    return Subject(choice.address, choice.why, teacher, weights, info.lineage, partition, sampler)
 
 
 def variant(
@@ -240,9 +197,12 @@ def _model_card(one: Variant) -> dict[str, Any]:
     return {"address": of.address, "because": of.why, **one.settings, "lineage": of.lineage}
 
 
-def _folder_hash(folder: Path) -> list[list[str]]:
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in WEIGHTLESS]
-    return [[path.relative_to(folder).as_posix(), _file_hash(path)] for path in files]
+def _content_hash(source: Path) -> str | list[list[str]]:
+    """SHA-256 of a file, or of each file of a folder that its videos depend on."""
+    if source.is_file():
+        return _file_hash(source)
+    files = [path for path in sorted(source.rglob("*")) if path.is_file() and path.name not in WEIGHTLESS]
+    return [[path.relative_to(source).as_posix(), _file_hash(path)] for path in files]
 
 
 def _file_hash(path: Path) -> str:

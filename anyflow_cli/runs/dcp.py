@@ -42,15 +42,21 @@ def read(folder: Path, like: Mapping[str, Tensor] | None = None, part: str = "")
     With ``like``, all processes read together.
     """
     reader = FileSystemReader(folder / SHARDS)
-    found = {
-        key: _empty(entry, (like or {}).get(key))
-        for key, entry in reader.read_metadata().state_dict_metadata.items()
-        if key.startswith(part) and isinstance(entry, TensorStorageMetadata)
-    }
+    found = {key: _empty(entry, (like or {}).get(key)) for key, entry in _entries(reader, part).items()}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # that is meant
         load(found, storage_reader=reader, no_dist=like is None)
     return found
+
+
+def shard_keys(folder: Path, part: str = "") -> list[str]:
+    """Keys of the tensors that ``read`` returns, from the metadata alone."""
+    return list(_entries(FileSystemReader(folder / SHARDS), part))
+
+
+def _entries(reader: FileSystemReader, part: str) -> dict[str, TensorStorageMetadata]:
+    found = reader.read_metadata().state_dict_metadata.items()
+    return {key: e for key, e in found if key.startswith(part) and isinstance(e, TensorStorageMetadata)}
 
 
 def reason(error: BaseException) -> BaseException:

@@ -9,12 +9,14 @@ sampled and exported while its training goes on.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
@@ -25,10 +27,10 @@ from anyflow_cli.model.backbone import Backbone, LoraSize
 from anyflow_cli.model.causal import FAR, as_causal
 from anyflow_cli.model.config import CausalConfig
 from anyflow_cli.model.network import FlowMapTransformer, two_time_from
-from anyflow_cli.model.pipeline_io import load_network, read_shift, resolve_pipeline
+from anyflow_cli.model.pipeline_io import load_network, read_config, read_shift, resolve_pipeline
 from anyflow_cli.recipe.load import load_recorded_recipe
 from anyflow_cli.recipe.schema import Recipe
-from anyflow_cli.runs.dcp import SHARDS, reason
+from anyflow_cli.runs.dcp import SHARDS, reason, shard_keys
 from anyflow_cli.runs.dcp import read as read_shards
 from anyflow_cli.runs.paths import MODEL, RunPaths
 from anyflow_cli.utils.files import read_json
@@ -76,19 +78,86 @@ def find_model(recipe: Recipe, paths: RunPaths, address: str | None, *, teacher:
     )
 
 
-def open_model(address: str, recipe: Recipe, dtype: torch.dtype | None = torch.float32) -> OpenedModel:
-    """Open what ``address`` names, weights as ``dtype`` (None: as stored).
+@dataclass(frozen=True)
+class ModelInfo:
+    """A model as its files describe it, without the values of its weights.
 
-    A bare transformer takes encoder and VAE from the recipe's teacher.
+    Attributes:
+        path: Pipeline folder, transformer folder or checkpoint.
+        pipeline: Folder with the text encoder and the VAE; for a checkpoint also the weights it started from.
+        two_time: Whether the network takes two times, as any-step models do.
+        causal: Chunks and patches of a causal model; None for a bidirectional one.
+        lineage: Content of ``lineage.json``, empty where there is none.
+        sources: Files and folders that determine what the model samples.
+        run: Training run of a checkpoint; None for a model folder.
+    """
+
+    path: Path
+    pipeline: Path
+    two_time: bool
+    causal: CausalConfig | None
+    lineage: dict[str, Any]
+    sources: tuple[Path, ...]
+    run: TrainingRun | None = None
+
+    @property
+    def shift(self) -> float:
+        """Timestep shift the model was made for."""
+        return read_shift(self.pipeline) if self.run is None else self.run.recipe.model.shift
+
+
+def describe(address: str, recipe: Recipe) -> ModelInfo:
+    """Describe the model at ``address`` without loading its weights.
+
+    A bare transformer takes text encoder and VAE from the recipe's teacher.
     """
     path = locate(address)
     if is_checkpoint(path):
-        return _open_checkpoint(path, dtype)
-    whole = (path / "model_index.json").is_file()
-    pipeline = path if whole else resolve_pipeline(recipe.model.teacher)
-    lineage = path / LINEAGE
-    known = read_json(lineage) if lineage.is_file() else {}
-    return OpenedModel(load_network(path, dtype), pipeline, known, read_shift(pipeline))
+        return _describe_checkpoint(path)
+    is_pipeline = (path / "model_index.json").is_file()
+    pipeline = path if is_pipeline else resolve_pipeline(recipe.model.teacher)
+    lineage = read_json(path / LINEAGE) if (path / LINEAGE).is_file() else {}
+    config = read_config(path)
+    sources = (path,) if is_pipeline else (path, pipeline)
+    return ModelInfo(path, pipeline, config.two_time, config.causal, lineage, sources)
+
+
+def _describe_checkpoint(path: Path) -> ModelInfo:
+    """A checkpoint may add the second time or the chunks to the model its run started from."""
+    if not (path / MARKER).is_file():
+        raise UsageError(f"The checkpoint {path} is not complete.", "Use another one of the same run.")
+    run, names = run_of(path), trained_names(path)
+    config, chunks = read_config(run.base), run.recipe.model.causal
+    two_time = config.two_time or any("delta_embedder" in name for name in names)
+    causal = config.causal
+    if chunks is not None and any(name.startswith(FAR) for name in names):
+        causal = CausalConfig.from_recipe(chunks)
+    lineage = run.lineage | {"checkpoint": path.name}
+    return ModelInfo(path, run.base, two_time, causal, lineage, (*weight_files(path), run.base), run)
+
+
+def open_model(address: str, recipe: Recipe, dtype: torch.dtype | None = torch.float32) -> OpenedModel:
+    """Open the model at ``address``, with weights as ``dtype`` (None: as stored)."""
+    info = describe(address, recipe)
+    network = load_network(info.path if info.run is None else info.pipeline, dtype)
+    if info.run is not None:
+        network = _with_trained(network, info, info.run.recipe)
+    return OpenedModel(network, info.pipeline, info.lineage, info.shift)
+
+
+def _with_trained(network: FlowMapTransformer, info: ModelInfo, recipe: Recipe) -> FlowMapTransformer:
+    """The student of a checkpoint, adapters merged, on the network its run started from."""
+    weights = trained_weights(info.path)
+    if info.two_time and not network.config.two_time:
+        network = two_time_from(network, recipe.model.gate, recipe.model.conditioning)
+    if info.causal is not None and any(name.startswith(FAR) for name in weights):
+        network = as_causal(network, info.causal)
+    if recipe.model.lora is None:
+        network.load_state_dict(weights)
+        return network
+    backbone = Backbone(network, lora=LoraSize(recipe.model.lora.rank, recipe.model.lora.alpha))
+    backbone.load_state_dict_of("student", weights)
+    return backbone.merged("student")
 
 
 def locate(address: str) -> Path:
@@ -112,12 +181,28 @@ def last_checkpoint(path: Path) -> Path:
 
 def trained_weights(checkpoint: Path) -> dict[str, Tensor]:
     """The moving average of what a run trains: whole weights, or ``...lora_A.weight`` of its adapters."""
-    try:
-        read_state(checkpoint)
+    with _readable(checkpoint):
         if (checkpoint / SHARDS).is_dir():
             found = read_shards(checkpoint, part=f"{AVERAGE}/")
             return {key.partition("/")[2]: value for key, value in found.items()}
         return load_file(checkpoint / f"{AVERAGE}.safetensors")
+
+
+def trained_names(checkpoint: Path) -> list[str]:
+    """Names of ``trained_weights``, read from the headers alone."""
+    with _readable(checkpoint):
+        if (checkpoint / SHARDS).is_dir():
+            return [key.partition("/")[2] for key in shard_keys(checkpoint, part=f"{AVERAGE}/")]
+        with safe_open(checkpoint / f"{AVERAGE}.safetensors", framework="pt") as file:
+            return list(file.keys())
+
+
+@contextmanager
+def _readable(checkpoint: Path) -> Iterator[None]:
+    """Refuse a checkpoint of a newer version, and name one that turns out to be damaged."""
+    try:
+        read_state(checkpoint)
+        yield
     except (OSError, SafetensorError, ValueError, CheckpointException) as error:
         raise UsageError(
             f"The checkpoint {checkpoint} is damaged: {reason(error)}.", "Use another one of the same run."
@@ -157,22 +242,6 @@ def is_checkpoint(path: Path) -> bool:
     return (path / STATE).is_file()
 
 
-def _open_checkpoint(path: Path, dtype: torch.dtype | None) -> OpenedModel:
-    """The student of a training run at one of its checkpoints, adapters merged."""
-    if not (path / MARKER).is_file():
-        raise UsageError(f"The checkpoint {path} is not complete.", "Use another one of the same run.")
-    run = run_of(path)
-    weights = trained_weights(path)
-    network = load_network(run.base, dtype)
-    if any("delta_embedder" in name for name in weights) and not network.config.two_time:
-        network = two_time_from(network, run.recipe.model.gate, run.recipe.model.conditioning)
-    causal = run.recipe.model.causal
-    if any(name.startswith(FAR) for name in weights) and causal is not None:
-        network = as_causal(network, CausalConfig.from_recipe(causal))
-    network = _with(network, weights, run.recipe)
-    return OpenedModel(network, run.base, run.lineage | {"checkpoint": path.name}, run.recipe.model.shift)
-
-
 class TrainingRun(NamedTuple):
     """What the directory of a training run says: its recipe, its lineage, and what its weights stand on."""
 
@@ -192,16 +261,6 @@ def run_of(checkpoint: Path) -> TrainingRun:
             "Bring that model back, or work in the directory where the training was started.",
         )
     return TrainingRun(recipe_of(folder), lineage, base)
-
-
-def _with(network: FlowMapTransformer, weights: dict[str, Tensor], recipe: Recipe) -> FlowMapTransformer:
-    if recipe.model.lora is None:
-        network.load_state_dict(weights)
-        return network
-    size = LoraSize(recipe.model.lora.rank, recipe.model.lora.alpha)
-    backbone = Backbone(network, lora=size)
-    backbone.load_state_dict_of("student", weights)
-    return backbone.merged("student")
 
 
 def check_address(address: str) -> None:
