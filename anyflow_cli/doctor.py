@@ -224,11 +224,12 @@ def built_in_models() -> Finding:
     """The small models of the package, each weight file opened: a clone without LFS leaves stand-ins."""
     from safetensors import SafetensorError, safe_open
 
-    from anyflow_cli.model.pipeline_io import BUILT_IN, resolve_pipeline
+    from anyflow_cli.model.pipeline_io import BUILT_IN, pipeline_files, resolve_pipeline
 
     for name in BUILT_IN:
-        files = sorted(resolve_pipeline(name).rglob("*.safetensors"))
-        for file in files:
+        for file in pipeline_files(resolve_pipeline(name)).values():
+            if file.suffix != ".safetensors":
+                continue
             try:
                 with safe_open(file, framework="np") as opened:
                     opened.keys()

@@ -111,13 +111,13 @@ def test_a_missing_teacher_stops_a_run(tmp_path: Path) -> None:
 def test_a_stand_in_for_weights_stops_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from anyflow_cli.model import pipeline_io
 
-    for name in pipeline_io.BUILT_IN:
-        (tmp_path / name / "vae").mkdir(parents=True)
-        (tmp_path / name / "vae" / "m.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
-    monkeypatch.setattr(pipeline_io, "ASSETS", tmp_path)
+    assets = shutil.copytree(pipeline_io.ASSETS, tmp_path / "assets")
+    weights = assets / "tiny" / "text_encoder" / "model.safetensors"
+    weights.write_text("version https://git-lfs.github.com/spec/v1")
+    monkeypatch.setattr(pipeline_io, "ASSETS", assets)
     found = finding_of("built-in models", recipe(), tmp_path)
     assert found.state == "stop"
-    assert "m.safetensors is damaged" in found.text
+    assert "model.safetensors is damaged" in found.text
 
 
 def test_a_check_that_breaks_is_a_finding_and_the_others_go_on(

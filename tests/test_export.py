@@ -181,6 +181,13 @@ def test_a_checkpoint_becomes_a_folder_that_diffusers_opens(wan: Path, tmp_path:
     assert lineage["exported_from"] == str(tmp_path / "run")
 
 
+def test_a_built_in_model_exports_as_a_complete_folder(wan: Path, tmp_path: Path) -> None:
+    from diffusers import AnyFlowPipeline
+
+    made = export_model("tiny-anyflow", recipe_for(wan), "diffusers", tmp_path / "out")
+    assert AnyFlowPipeline.from_pretrained(made).vae.config.z_dim == 8
+
+
 @pytest.mark.parametrize("place", ["run", "run/adapter of a finished run"])
 def test_an_adapter_merges_in_peft_to_the_trained_network(wan: Path, tmp_path: Path, place: str) -> None:
     from diffusers import AnyFlowTransformer3DModel

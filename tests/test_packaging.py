@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -25,6 +26,15 @@ def test_the_wheel_holds_recipes_assets_and_licence(tmp_path: Path) -> None:
     ).stdout.split()
     assert set(tracked) <= names
     assert any(name.endswith("licenses/LICENSE") for name in names)
+    assert "anyflow_cli/py.typed" in names  # type checkers read the package's annotations only with it
+
+
+def test_no_large_file_ships_twice() -> None:
+    sizes: dict[str, list[str]] = {}
+    for path in (ROOT / "anyflow_cli").rglob("*"):
+        if path.is_file() and path.stat().st_size > 1024 and "__pycache__" not in path.parts:
+            sizes.setdefault(hashlib.sha256(path.read_bytes()).hexdigest(), []).append(path.name)
+    assert [names for names in sizes.values() if len(names) > 1] == []
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)

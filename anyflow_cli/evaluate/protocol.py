@@ -20,6 +20,7 @@ import torch
 import anyflow_cli
 from anyflow_cli.evaluate.suite import Assessment, Suite
 from anyflow_cli.model.causal import partition_for
+from anyflow_cli.model.pipeline_io import pipeline_files
 from anyflow_cli.model.precision import resolve_precision
 from anyflow_cli.recipe.schema import Recipe, latent_frames
 from anyflow_cli.runs.open import LINEAGE, ModelChoice, describe
@@ -201,8 +202,8 @@ def _content_hash(source: Path) -> str | list[list[str]]:
     """SHA-256 of a file, or of each file of a folder that its videos depend on."""
     if source.is_file():
         return _file_hash(source)
-    files = [path for path in sorted(source.rglob("*")) if path.is_file() and path.name not in WEIGHTLESS]
-    return [[path.relative_to(source).as_posix(), _file_hash(path)] for path in files]
+    files = pipeline_files(source).items()
+    return [[name, _file_hash(file)] for name, file in files if file.name not in WEIGHTLESS]
 
 
 def _file_hash(path: Path) -> str:

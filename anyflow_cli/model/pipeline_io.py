@@ -24,6 +24,7 @@ from anyflow_cli.utils.hub import is_hub_name
 
 BUILT_IN = ("tiny", "tiny-anyflow")
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
+FROZEN = ("vae", "text_encoder", "tokenizer")  # components that no training changes
 WEIGHTS = "diffusion_pytorch_model"
 SHARD_BYTES = 5_000_000_000
 PIPELINES = {WAN: "WanPipeline", ANYFLOW: "AnyFlowPipeline", ANYFLOW_FAR: "AnyFlowFARPipeline"}
@@ -74,14 +75,29 @@ def _from_hub(name: str) -> Path:
 
 
 def component(pipeline: Path, name: str) -> Path:
-    """The directory of one component of a pipeline folder."""
+    """The directory of one component of a pipeline folder.
+
+    The built-in models share one copy of their frozen components, stored in ``tiny``.
+    """
     path = pipeline / name
+    if name in FROZEN and pipeline.parent == ASSETS and not path.is_dir():
+        path = ASSETS / "tiny" / name
     if not path.is_dir():
         raise UsageError(
             f"{pipeline} has no {name} directory.",
             "Give a whole pipeline folder, with vae, text_encoder and tokenizer.",
         )
     return path
+
+
+def pipeline_files(pipeline: Path) -> dict[str, Path]:
+    """Files of a pipeline folder by their name in it, shared components of built-in models included."""
+    files = {file.relative_to(pipeline): file for file in pipeline.rglob("*")}
+    if pipeline.parent == ASSETS:
+        for name in FROZEN:
+            folder = component(pipeline, name)
+            files |= {file.relative_to(folder.parent): file for file in folder.rglob("*")}
+    return {name.as_posix(): files[name] for name in sorted(files) if files[name].is_file()}
 
 
 def transformer_folder(path: Path) -> Path:
@@ -191,7 +207,7 @@ def save_pipeline(
     assert not any(".lora_" in name for name in weights), "merge a role first: Backbone.merged"
     config, weights = folded(network.config, weights)
     with atomic_directory(target) as folder:
-        for name in ("vae", "text_encoder", "tokenizer"):
+        for name in FROZEN:
             link_tree(component(source_pipeline, name), folder / name)
         _write_scheduler(folder / "scheduler", source_pipeline, config, shift)
         write_transformer(folder / "transformer", config, weights, dtype)

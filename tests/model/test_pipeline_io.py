@@ -19,7 +19,10 @@ from anyflow_cli.model import pipeline_io
 from anyflow_cli.model.encoders import TextEncoder, VideoVAE
 from anyflow_cli.model.network import FlowMapTransformer, two_time_from
 from anyflow_cli.model.pipeline_io import (
+    FROZEN,
+    component,
     load_network,
+    pipeline_files,
     read_config,
     read_shift,
     resolve_pipeline,
@@ -96,6 +99,24 @@ def sampled(model: Path, z: torch.Tensor, steps: int) -> torch.Tensor:
 @pytest.mark.parametrize("name", ["tiny", "tiny-anyflow"])
 def test_what_ships_is_sampled_at_its_recipes_shift(name: str) -> None:
     assert read_shift(resolve_pipeline(name)) == load_recipe("tiny").model.shift
+
+
+def test_built_in_models_share_one_copy_of_what_training_does_not_change() -> None:
+    teacher, student = map(resolve_pipeline, pipeline_io.BUILT_IN)
+    files = pipeline_files(student)
+    for name in FROZEN:
+        assert component(student, name) == component(teacher, name)
+        assert files[f"{name}/config.json" if name != "tokenizer" else "tokenizer/tokenizer.json"].is_file()
+    assert list(files) == sorted(files, key=lambda name: name.split("/"))
+    assert component(student, "transformer") == student / "transformer"
+    with pytest.raises(UsageError, match="has no image_encoder directory"):
+        component(student, "image_encoder")
+
+
+def test_a_folder_elsewhere_borrows_no_components(tmp_path: Path) -> None:
+    (tmp_path / "tiny-anyflow").mkdir()
+    with pytest.raises(UsageError, match="has no vae directory"):
+        component(tmp_path / "tiny-anyflow", "vae")
 
 
 def test_a_saved_folder_reads_back_to_the_bit(wan_folder: Path, tmp_path: Path) -> None:
