@@ -99,16 +99,16 @@ class Both:
             model = Conditioned(self.ours, self.text, keys=self.ours.text_keys(self.text))
             cache = KeyCache(self.ours, self.partition, (self.args.height, self.args.width), self.args.batch)
             for chunk in self.chunks[:-2]:
-                cache.add(self.x[:, chunk.slice], model)
+                cache.append(self.x[:, chunk.slice], model)
             before = copy.copy(cache)
-            cache.add(self.x[:, self.chunks[-2].slice], model)
+            cache.append(self.x[:, self.chunks[-2].slice], model)
         z = self.noise[:, self.chunks[-1].slice]
 
         def step() -> Tensor:
-            return cache.next(model)(z, batch_time(T, z), batch_time(R, z))
+            return cache.next_velocity(model)(z, batch_time(T, z), batch_time(R, z))
 
         def keep() -> Tensor:
-            copy.copy(before).add(self.x[:, self.chunks[-2].slice], model)  # over the same memory
+            copy.copy(before).append(self.x[:, self.chunks[-2].slice], model)  # over the same memory
             return z
 
         return step, keep

@@ -1,17 +1,17 @@
-"""Algorithm 1: forward flow-map training, and the two objectives it is compared with.
+"""Algorithm 1: forward flow-map training, and the two objectives that it is compared with.
 
-``flow_map_loss`` is the algorithm; the functions above it are its equations. One network call with gradient
-and one without: the null branch of the guidance and both sides of the difference quotient share the latter,
-and the quotient is taken only where it counts, for samples with ``t > r``. Frames may have times of their
-own, (B, F); what then is weighted and reweighted one by one is a frame, else a sample. A sample with any
-``t > r`` is asked for its derivative in all frames.
+``flow_map_loss`` is the algorithm; the functions above it are its equations. It makes one network call with
+gradient and one without: the null branch of the guidance and both sides of the difference quotient share the
+latter, and only samples with ``t > r`` are in the quotient. Frames may have times of their own, (B, F);
+weights then apply per frame, else per sample. For a sample with any ``t > r`` the derivative is computed in
+all frames.
 
-Averages over ranks: each rank holds an equal slice of the global batch and the ranks' gradients are averaged,
-so a loss that is a mean over its slice needs no more. Only Eq. 7 mixes samples; it takes ``global_mean``,
+Means over ranks: each rank holds an equal slice of the global batch and gradients are averaged over ranks, so
+a loss that is a mean over its slice needs no reduction. Only Eq. 7 mixes samples; it takes ``global_mean``,
 which a trainer replaces by a reduction over its ranks.
 
-Shapes: B batch of this rank, F latent frames, C channels, H W latent height and width, I samples with t > r;
-``(B, ...)``: (B,) where frames share their times, (B, F) where each has its own.
+Shapes: B samples of this rank, F latent frames, C channels, H W latent height and width, I samples with t >
+r, G samples with guidance other than 1; ``(B, ...)`` is (B,) where frames share their times, else (B, F).
 """
 
 from __future__ import annotations
@@ -33,15 +33,14 @@ from anyflow_cli.flow.velocity import (
 )
 
 GlobalMean = Callable[[Tensor, Tensor], Tensor]
-"""Mean of values (B, ...) where mask (B, ...) holds, over all ranks; NaN where it holds for none."""
+"""Mean of values (B, ...) where mask (B, ...) is true, over all ranks; NaN where it is true nowhere."""
 
 
 @dataclass(frozen=True)
 class FlowMapLoss:
-    """The loss to descend, and the raw errors (no weight, no gradient) that tell how it is going.
+    """The loss to minimize, and the raw errors (unweighted, without gradient) to report.
 
-    Those with t == r and the others belong apart: Eq. 7 brings them to one level in the loss
-    alone.
+    Report errors of t == r and of t > r apart: Eq. 7 brings them to one scale in the loss only.
     """
 
     loss: Tensor  # ()
@@ -49,7 +48,7 @@ class FlowMapLoss:
 
 
 def interpolate(x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-    """Give the state at t on the straight path from data to noise: ``z_t = (1 - t) x + t eps``."""
+    """State at t on the straight path from data to noise (Alg. 1): ``z_t = (1 - t) x + t eps``."""
     t = per_frame(t, x)
     return (1 - t) * x + t * eps
 
@@ -60,24 +59,24 @@ def fuse_guidance(u_c: Tensor, u_null: Tensor, g: Tensor | float) -> Tensor:
 
 
 def difference_quotient(u_plus: Tensor, u_minus: Tensor, span: Tensor, g: Tensor | float) -> Tensor:
-    """Differentiate u along the path (Eq. 4, Alg. 1): ``(u+ - u-) / (2 d g)``, span (I, ...) = 2 d."""
+    """Derivative of u on the path (Eq. 4, Alg. 1): ``(u+ - u-) / (2 delta g)``, span = 2 delta (I, ...)."""
     return (u_plus - u_minus) / (per_frame(span, u_plus) * g)
 
 
 def adaptive_weights(loss: Tensor, boundary: Tensor, global_mean: GlobalMean) -> Tensor:
-    """Bring losses of t > r to the level of those of t = r (Eq. 7): w (B, ...) from losses (B, ...).
+    """Weights w (B, ...) that scale losses at t > r (B, ...) to the mean loss at t = r (Eq. 7).
 
-    No gradient. ``w = 1`` on the boundary, ``mean_boundary_loss / (loss + 1e-5)`` off it, of raw losses: w(t)
-    comes on top, else it would cancel. A global batch without a boundary sample has no level to follow and is
-    left as it is.
+    ``w = 1`` on the boundary (t = r), ``mean_boundary_loss / (loss + 1e-5)`` off it, without gradient. The
+    losses are raw: w(t) is applied afterwards, else it would cancel. In a global batch without a boundary
+    sample all weights are 1.
     """
     loss = loss.detach()
-    level = global_mean(loss, boundary)
-    return torch.where(boundary | level.isnan(), 1, level / (loss + 1e-5))
+    scale = global_mean(loss, boundary)
+    return torch.where(boundary | scale.isnan(), 1, scale / (loss + 1e-5))
 
 
 def local_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean of values (B, ...) where mask (B, ...) holds, for a process alone; NaN where it holds for none."""
+    """``GlobalMean`` of a single process: mean of values (B, ...) where mask (B, ...) is true."""
     return values[mask].mean()
 
 
@@ -96,22 +95,34 @@ def flow_map_loss(
     global_mean: GlobalMean = local_mean,
     null_mask: Tensor | None = None,
 ) -> FlowMapLoss:
-    """Algorithm 1 on data x and noise eps (B, F, C, H, W) at times t >= r, (B,) or (B, F).
+    """Forward flow-map training (Alg. 1; Eq. 3, 4, 6, 7).
 
-    ``null`` is the same network under the negative prompt; with guidance 1 it is not evaluated. ``null_mask``
-    (B,) names samples whose own condition was replaced by that prompt: for them ``u_c`` and ``u_null`` are
-    the same, there is nothing to guide, g is 1 and ``u_null`` is not asked for. Without the mask they would
-    be trained towards ``u = v - (t - r) / g du/dt``, which is no flow map.
+    With guidance 1 and no t > r in the slice, the call without gradient is skipped: ranks that must call the
+    network equally often (FSDP) then need such a sample each. With any other guidance all ranks make the same
+    two calls.
 
-    With guidance 1 and no t > r in the slice, the call without gradient is left out: ranks that must call
-    alike (FSDP) then have to see to it that each has such a sample. With any other guidance all make the same
-    two calls, though one may ask for nothing that is used.
+    Args:
+        model: The network under the prompts.
+        null: The same network under the negative prompt; not evaluated with guidance 1.
+        x: Data (B, F, C, H, W).
+        eps: Noise (B, F, C, H, W).
+        t: Start times of the jumps, (B,) or (B, F).
+        r: End times, r <= t, in the shape of t.
+        guidance: g of Eq. 6.
+        delta: Half the span of the difference quotient (Eq. 4).
+        weight: w(t), see ``times.loss_weight``.
+        adaptive: Whether to apply Eq. 7.
+        global_mean: Mean over all ranks, for Eq. 7.
+        null_mask: (B,) marks samples whose prompt was replaced by the negative one. For them ``u_c`` and
+            ``u_null`` agree, so g is 1 and ``u_null`` is not evaluated. Without the mask they would be
+            trained towards ``u = v - (t - r) / g du/dt``, which is not a flow map.
     """
     z = interpolate(x, eps, t)
     v = eps - x
-    g = _guidance_per_sample(guidance, null_mask, z)
-    asked, of_null = VelocityInputs(model, z, t, r), VelocityInputs(null, z, t, r)
-    u_null, du_dt = _null_and_derivative(asked, of_null if guidance != 1 else None, v, delta, g)
+    g = batch_time(guidance, z)
+    g = per_frame(g if null_mask is None else torch.where(null_mask, 1, g), z)
+    cond, uncond = VelocityInputs(model, z, t, r), VelocityInputs(null, z, t, r)
+    u_null, du_dt = _null_and_derivative(cond, uncond if guidance != 1 else None, v, delta, g)
 
     # Guidance-fused training (Eq. 6)
     u_c = model(z, t, r)
@@ -122,46 +133,40 @@ def flow_map_loss(
 
     # metric(u - sg(u_tgt)), with w(t) and Eq. 7
     error = (u - u_tgt).square().flatten(t.dim()).mean(-1)  # (B, ...)
-    level = adaptive_weights(error, t == r, global_mean) if adaptive else torch.ones_like(error)
-    return FlowMapLoss((weight(t) * level * error).mean(), error.detach())
-
-
-def _guidance_per_sample(guidance: float, null_mask: Tensor | None, z: Tensor) -> Tensor:
-    """Give g (B, 1, 1, 1, 1): the guidance, or 1 for samples under the null condition."""
-    g = batch_time(guidance, z)
-    return per_frame(g if null_mask is None else torch.where(null_mask, 1, g), z)
+    scale = adaptive_weights(error, t == r, global_mean) if adaptive else torch.ones_like(error)
+    return FlowMapLoss((weight(t) * scale * error).mean(), error.detach())
 
 
 @torch.no_grad()
 def _null_and_derivative(
-    asked: VelocityInputs, of_null: VelocityInputs | None, v: Tensor, delta: float, g: Tensor
+    cond: VelocityInputs, uncond: VelocityInputs | None, v: Tensor, delta: float, g: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Give what takes no gradient, u_null and du/dt, each (B, F, C, H, W), in one call of G + 2 I samples.
+    """Compute u_null and du/dt without gradient, (B, F, C, H, W) each, in one forward of G + 2I samples.
 
-    G is how many have g != 1; for the others u_null is 0, as it does not count.
+    Where g is 1, u_null has no effect and is 0.
 
-    Both sides of the quotient stay in [r, 1], where the model is trained, and are divided by the distance
-    they really have. With t in [r + d, 1 - d] that is 2 d, as in Alg. 1, and the error O(d^2). For t > 1 - d
-    the quotient leans to one side and the error is O(d); for t < r + d too, but there du/dt stands times t -
-    r < d.
+    Both sides of the quotient stay in [r, 1], where the model is trained, and are divided by their true
+    distance. For t in [r + delta, 1 - delta] that is 2 delta, as in Alg. 1, and the error is O(delta^2).
+    Beyond, the quotient is one-sided and the error O(delta); for t < r + delta Eq. 3 multiplies it by t - r <
+    delta.
     """
-    z, t, r = asked.z, asked.t, asked.r
+    z, t, r = cond.z, cond.t, cond.r
     inner = (t > r).reshape(len(t), -1).any(1).nonzero().squeeze(1)  # (I,)
     t_plus = (t + delta).clamp(max=1)
     t_minus = torch.maximum(t - delta, r)
     z_plus = z + per_frame(t_plus - t, z) * v
     z_minus = z - per_frame(t - t_minus, z) * v
 
-    plus = VelocityInputs(asked.model, z_plus, t_plus, r).take(inner)
-    minus = VelocityInputs(asked.model, z_minus, t_minus, r).take(inner)
-    if of_null is None:
+    plus = VelocityInputs(cond.model, z_plus, t_plus, r).select(inner)
+    minus = VelocityInputs(cond.model, z_minus, t_minus, r).select(inner)
+    if uncond is None:
         u_null, (u_plus, u_minus) = torch.zeros_like(z), evaluate_together(plus, minus)
     else:
         guided = (g.flatten() != 1).nonzero().squeeze(1)  # (G,)
         if len(guided) + len(inner) == 0:
-            guided = guided.new_zeros(1)  # the call is made all the same
-        answer, u_plus, u_minus = evaluate_together(of_null.take(guided), plus, minus)
-        u_null = torch.zeros_like(z).index_copy(0, guided, answer)
+            guided = guided.new_zeros(1)  # all ranks make the call
+        u_guided, u_plus, u_minus = evaluate_together(uncond.select(guided), plus, minus)
+        u_null = torch.zeros_like(z).index_copy(0, guided, u_guided)
     du_dt = difference_quotient(u_plus, u_minus, plus.t - minus.t, g[inner])
     return u_null, torch.zeros_like(z).index_copy(0, inner, du_dt)
 
@@ -169,7 +174,15 @@ def _null_and_derivative(
 def flow_matching_loss(
     model: Velocity, x: Tensor, eps: Tensor, t: Tensor, weight: TimeWeight = torch.ones_like
 ) -> Tensor:
-    """Regress u(z_t, t, t) onto v, for data x and noise eps (B, F, C, H, W) at t (B,) or (B, F)."""
+    """Flow matching, the case t = r of Eq. 3: ``w(t) |u(z_t, t, t) - v|^2``.
+
+    Args:
+        model: The network.
+        x: Data (B, F, C, H, W).
+        eps: Noise (B, F, C, H, W).
+        t: Times, (B,) or (B, F).
+        weight: w(t).
+    """
     z = interpolate(x, eps, t)
     error = model(z, t, t) - (eps - x)
     return (weight(per_frame(t, z)) * error.square()).mean()
@@ -178,12 +191,19 @@ def flow_matching_loss(
 def consistency_loss(
     model: Velocity, z: Tensor, t: Tensor, x: Tensor, weight: TimeWeight = torch.ones_like
 ) -> Tensor:
-    """Regress f(z_t, t, 0) onto x, the end of z's path: consistency ODE-init, the baseline of Table 2.
+    """Consistency ODE-init, the baseline of Table 2: ``w(t) |f(z_t, t, 0) - x|^2``.
 
-    z (B, F, C, H, W) is the state at t, (B,) or (B, F), of a path that ends in x. For the teacher's own path
-    that is ODE-init to the letter. With data that keep the teacher's video x and the noise eps it was made
-    from, ``interpolate(x, eps, t)`` is the path's chord: exact at t = 1 and t = 0, and one x for each z. With
-    fresh noise the best f is the mean of all x behind z, a denoiser and no consistency model.
+    On the teacher's own path that is ODE-init as published. With the teacher's video x and the noise eps that
+    it was sampled from, ``interpolate(x, eps, t)`` is the path's chord: exact at t = 0 and t = 1, and one x
+    for each z. With fresh noise the best f is the mean of all x behind z, a denoiser instead of a consistency
+    model.
+
+    Args:
+        model: The network.
+        z: States (B, F, C, H, W) of a path that ends in x.
+        t: Their times, (B,) or (B, F).
+        x: Ends of the paths (B, F, C, H, W).
+        weight: w(t).
     """
     error = flow_map(model, z, t, torch.zeros_like(t)) - x
     return (weight(per_frame(t, z)) * error.square()).mean()

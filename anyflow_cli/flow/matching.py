@@ -1,8 +1,8 @@
-"""Distribution matching (Eq. 5): what pulls the student's own samples towards the teacher's distribution.
+"""Distribution matching (Eq. 5): a gradient from the student's distribution towards the teacher's.
 
-The student's sample comes from ``simulation``; here it is noised again, the real score (the teacher, guided)
-and the fake score (trained on the student's samples) each predict the clean video, and their difference is
-the gradient. Differences of nearly equal predictions are taken in float64, whatever autocast gave.
+The student's sample (``simulation``) is noised again; the real score (the teacher, guided) and the fake score
+(trained on the student's samples) each predict the clean video, and the difference of the predictions is the
+gradient. Differences of nearly equal predictions are computed in float64, whatever type autocast gave.
 
 Shapes: B batch, F latent frames, C channels, H W latent height and width.
 """
@@ -17,10 +17,9 @@ from anyflow_cli.flow.velocity import Velocity, guided, per_frame
 
 
 def matching_gradient(x: Tensor, x0_fake: Tensor, x0_real: Tensor) -> Tensor:
-    """Give Eq. 5's gradient on x (B, F, C, H, W): ``(x0_fake - x0_real) / mean|x - x0_real|``.
+    """Gradient of Eq. 5 on x (B, F, C, H, W): ``(x0_fake - x0_real) / mean|x - x0_real|``, float64.
 
-    The mean is per sample. A sample whose mean is zero has no direction: its NaN, and infinities with it,
-    become 0.
+    The mean is per sample. NaN and infinities, as of a sample whose mean is zero, become 0.
     """
     x, x0_fake, x0_real = x.double(), x0_fake.double(), x0_real.double()
     distance = (x - x0_real).abs().flatten(1).mean(1)  # (B,)
@@ -29,7 +28,7 @@ def matching_gradient(x: Tensor, x0_fake: Tensor, x0_real: Tensor) -> Tensor:
 
 
 def predict_clean(model: Velocity, z: Tensor, t: Tensor) -> Tensor:
-    """Give the clean video a score sees in z (B, F, C, H, W) at t (B,): ``x0 = z - t v``, float64."""
+    """Clean video that a score predicts from z (B, F, C, H, W) at t (B,): ``x0 = z - t v``, float64."""
     return z.double() - per_frame(t, z).double() * model(z, t, t).double()
 
 
@@ -42,10 +41,16 @@ def distribution_matching_loss(
     eps: Tensor,
     guidance: float = 4.0,
 ) -> Tensor:
-    """Turn Eq. 5 into a loss, ``mse(x, sg(x - gradient))``, whose value is the gradient's mean square.
+    """Loss with the gradient of Eq. 5, ``mse(x, sg(x - gradient))``; its value is the gradient's mean square.
 
-    student_x, eps (B, F, C, H, W), t (B,). ``guidance`` is of the usual convention, ``x0_null + 4 (x0_c -
-    x0_null)``; the fake score is conditional only. Gradient reaches ``student_x`` alone.
+    Args:
+        student_x: The student's samples (B, F, C, H, W), the only input that receives gradient.
+        fake: Fake score; conditional only.
+        real: Real score under the prompts.
+        real_null: Real score under the negative prompt.
+        t: Times (B,) to noise the samples to.
+        eps: Noise (B, F, C, H, W).
+        guidance: Scale of the real score's guidance, ``x0_null + guidance (x0 - x0_null)``.
     """
     with torch.no_grad():
         z = interpolate(student_x, eps, t)
@@ -56,5 +61,5 @@ def distribution_matching_loss(
 
 
 def fake_score_loss(fake: Velocity, student_x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-    """Teach the fake score the student's samples (B, F, C, H, W) by flow matching; they get no gradient."""
+    """Flow-matching loss of the fake score on the student's samples (B, F, C, H, W), detached."""
     return flow_matching_loss(fake, student_x.detach(), eps, t)

@@ -1,7 +1,7 @@
-"""Starting noise that depends on its seed alone: not on the batch, the device or the rank that draws it.
+"""Gaussian noise that depends on its seed or generator only: not on the batch, the device or the rank.
 
-So a preview at 2 steps and the final at 32 start from the same noise, and a restarted synthesis makes the
-same bytes.
+So a 2-step preview and the 32-step final video start from the same noise, and a restarted synthesis writes
+the same bytes.
 
 Legend: B batch, F latent frames, C channels, H W latent height and width.
 """
@@ -13,13 +13,23 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+Generators = torch.Generator | Sequence[torch.Generator] | None
+"""One generator for the batch, or one per sample: then a sample's noise does not depend on its batch."""
+
 
 def noise(seed: int, shape: Sequence[int]) -> Tensor:
-    """Standard normal fp32 on the CPU, of the given shape, usually one sample's (F, C, H, W)."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(tuple(shape), generator=generator)
+    """Draw standard normal fp32 on the CPU in the given shape, usually (F, C, H, W) of one sample."""
+    return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed))
 
 
 def batch_noise(seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
-    """One draw a seed, (B, *shape): row b equals ``noise(seeds[b], shape)`` whatever else is in the batch."""
+    """Draw one sample per seed, (B, *shape): row b equals ``noise(seeds[b], shape)`` in any batch."""
     return torch.stack([noise(seed, shape) for seed in seeds])
+
+
+def noise_like(z: Tensor, generator: Generators) -> Tensor:
+    """Draw N(0, I) in the shape of z on the generator's device, so that a CPU generator serves any device."""
+    if isinstance(generator, Sequence):
+        return torch.stack([noise_like(sample, own) for sample, own in zip(z, generator, strict=True)])
+    device = z.device if generator is None else generator.device
+    return torch.randn(z.shape, generator=generator, device=device, dtype=z.dtype).to(z.device)

@@ -1,7 +1,8 @@
-"""Algorithm 2: backward simulation, how the student makes the samples it is trained on.
+"""Algorithm 2: backward simulation, which draws the student's own samples for on-policy distillation.
 
-``flow_map_rollout`` is the algorithm: any budget of N steps costs three jumps, and gradient runs through all
-of them. ``consistency_rollout`` is the baseline of Table 2. What becomes of a sample is in ``matching``.
+``flow_map_rollout`` is the algorithm: three jumps simulate one transition of any N-step sampler, and gradient
+flows through all of them. ``consistency_rollout`` is the baseline of Table 2. The loss on the sample is in
+``matching``.
 
 Shapes: B batch, F latent frames, C channels, H W latent height and width, N steps.
 """
@@ -14,31 +15,34 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from anyflow_cli.flow.noise import Generators
 from anyflow_cli.flow.samplers import consistency
 from anyflow_cli.flow.times import grid
-from anyflow_cli.flow.velocity import Generators, Velocity, batch_time, flow_map
+from anyflow_cli.flow.velocity import Velocity, batch_time, flow_map
 
 BUDGETS = (2, 4, 8, 16, 50)  # N of Alg. 2
 
 
 class SimulationSegment(NamedTuple):
-    """Step k of a sampling in N steps: the one whose transition is simulated as it is."""
+    """Step k of an N-step sampler: the transition that a rollout takes at its true length."""
 
     steps: int  # N
     k: int  # 0 .. N - 1
 
 
 def draw_segment(budgets: Sequence[int], generator: torch.Generator) -> SimulationSegment:
-    """Draw N from the budgets, then k from 0 .. N - 1: the same on all ranks if their generators are."""
+    """Draw N from the budgets, then k from 0 .. N - 1; equally seeded ranks draw the same."""
     steps = budgets[_below(len(budgets), generator)]
     return SimulationSegment(steps, _below(steps, generator))
 
 
 def flow_map_rollout(model: Velocity, noise: Tensor, steps: int, k: int, shift: float) -> Tensor:
-    """Algorithm 2: roll noise (B, F, C, H, W) out over 1 -> s_k -> s_{k+1} -> 0 of the shifted N-step grid.
+    """Roll noise (B, F, C, H, W) out over 1 -> s_k -> s_{k+1} -> 0 of the shifted N-step grid (Alg. 2).
 
-    All jumps carry gradient; one of zero length (first at k = 0, last at k = N - 1) is skipped. Returns x at
-    time 0.
+    All jumps carry gradient; a jump of zero length (the first at k = 0, the last at k = N - 1) is skipped.
+
+    Returns:
+        The sample x at time 0, (B, F, C, H, W).
     """
     times = grid(steps, shift).tolist()
     z = noise
@@ -48,24 +52,26 @@ def flow_map_rollout(model: Velocity, noise: Tensor, steps: int, k: int, shift: 
     return z
 
 
-def draw_exit_step(steps: int, generator: torch.Generator) -> int:
-    """Draw the step from 0 .. N - 1 at which a consistency rollout ends, the only one with gradient."""
-    return _below(steps, generator)
-
-
 def consistency_rollout(
     model: Velocity, noise: Tensor, times: Tensor, exit_step: int, generator: Generators
 ) -> Tensor:
-    """Consistency backward simulation: predict x at time 0, noise it to the next time, until the exit step.
+    """Consistency backward simulation: sample up to step ``exit_step``, then predict x with gradient.
 
-    noise (B, F, C, H, W), times (N + 1,) a grid. Steps before ``exit_step`` run without gradient. Returns the
-    prediction ``f(z, s_exit, 0)``.
+    Args:
+        model: The student.
+        noise: Initial noise (B, F, C, H, W).
+        times: Grid (N + 1,).
+        exit_step: Step 0 .. N - 1 that ends the rollout, the only one with gradient.
+        generator: Source of the fresh noise of the steps before it.
+
+    Returns:
+        The prediction ``f(z, s_exit, 0)``, (B, F, C, H, W).
     """
-    before = times[: exit_step + 1]
-    z = consistency(model, noise, before, generator=generator)
+    z = consistency(model, noise, times[: exit_step + 1], generator)
     t = float(times[exit_step])
     return flow_map(model, z, batch_time(t, z), batch_time(0.0, z))
 
 
 def _below(bound: int, generator: torch.Generator) -> int:
+    """Uniform integer from 0 .. bound - 1."""
     return int(torch.randint(bound, (), generator=generator, device=generator.device))

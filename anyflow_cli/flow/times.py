@@ -1,11 +1,10 @@
 """Flow times: shift, sampling grids, the times of a training batch and their weight w(t).
 
-Times live in [0, 1], 1 is noise and 0 is data. The shift is applied to the uniform grid of sampling **and**
-to times after they are drawn for training. The sampler of (t, r) draws the **global** batch: every rank draws
-all of it from an equally seeded generator and keeps its own slice, so the shares of the paper hold for any
-number of ranks.
+Times are in [0, 1]: 1 is noise, 0 is data. The shift applies to the uniform grid of sampling **and** to times
+drawn for training. ``sample_times`` draws for the **global** batch: every rank draws all of it from an
+equally seeded generator and keeps its own slice, so the paper's ratios hold for any number of ranks.
 
-Shapes: B global batch, N steps, K times of a sample.
+Shapes: B global batch, N steps, K times per sample.
 """
 
 from __future__ import annotations
@@ -25,70 +24,79 @@ TRAINING_TIMES = 1000  # the grid over which w(t) has mean 1
 
 @dataclass(frozen=True)
 class TimeRatios:
-    """Shares of the global batch with ``r = t`` (boundary) and with ``r = 0``; for the rest r is free."""
+    """Shares of the global batch with ``r = t`` (boundary) and ``r = 0``; the rest draws r (Sec. 4.2.1)."""
 
     boundary: float = 0.5
     to_zero: float = 0.25
 
     def __post_init__(self) -> None:
-        """Refuse shares that are negative or exceed the batch."""
+        """Refuse negative shares and a sum above 1."""
         if min(self.boundary, self.to_zero) < 0 or self.boundary + self.to_zero > 1:
-            raise ValueError(f"boundary={self.boundary} and to_zero={self.to_zero} are no shares of a batch")
+            raise ValueError(f"boundary={self.boundary} and to_zero={self.to_zero} are not shares of a batch")
 
 
 def shift(tau: Tensor, k: float) -> Tensor:
-    """Move times towards noise: ``s(tau) = k tau / (1 + (k - 1) tau)``; 0 and 1 stay exactly."""
+    """Shift times towards noise: ``s(tau) = k tau / (1 + (k - 1) tau)``; 0 and 1 are exact fixed points."""
     return k * tau / (1 + (k - 1) * tau)
 
 
 def grid(steps: int, k: float) -> Tensor:
-    """Give the shifted times 1 = s_0 > ... > s_N = 0 of a sampling in N steps, (N + 1,) fp32."""
+    """Shifted times 1 = s_0 > ... > s_N = 0 of an N-step sampler, (N + 1,) fp32."""
     return shift(torch.linspace(1, 0, steps + 1, dtype=torch.float64), k).float()
 
 
 def sample_times(
     count: int, k: float, ratios: TimeRatios, generator: torch.Generator, each: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Draw t >= r, each (B,) or, for ``each`` times a sample, (B, K), for ``count`` samples (Sec. 4.2.1).
+    """Draw t >= r for a global batch (Sec. 4.2.1).
 
-    ``t = max(a, b)`` and ``r = min(a, b)`` of uniform a, b; then ``r = t`` and ``r = 0`` for their shares,
-    the shift, and a random order. Boundary samples are those with ``t == r`` to the bit. A share that is no
-    whole number of samples is rounded up or down at random, so that it is right on average even for a batch
-    of one. A sample's times are drawn one by one, but it is of one kind: all its r are t, or 0, or free.
+    ``t = max(a, b)`` and ``r = min(a, b)`` of uniform a, b; then ``r = t`` and ``r = 0`` for their ratios,
+    the shift, and a random order. On the boundary ``t == r`` holds to the bit. A ratio that is not a whole
+    number of samples is rounded up or down at random, so that it is right on average even for a batch of one.
+
+    Args:
+        count: Samples B of the global batch.
+        k: Shift.
+        ratios: Shares with r = t and r = 0.
+        generator: Equally seeded on every rank.
+        each: Times K per sample; None for one. All times of a sample have the same kind of r.
+
+    Returns:
+        t and r, each (B,) or, with ``each``, (B, K).
     """
     shape = (count,) if each is None else (count, each)
     a, b = torch.rand(2, *shape, generator=generator, device=generator.device)
     t, r = torch.maximum(a, b), torch.minimum(a, b)
     offset = torch.rand((), generator=generator, device=generator.device, dtype=torch.float64)
-    place = (torch.arange(count, device=generator.device) + offset) / count
-    place = place if each is None else place.unsqueeze(1)
-    r = torch.where(place < ratios.boundary + ratios.to_zero, 0, r)
-    r = torch.where(place < ratios.boundary, t, r)
+    position = (torch.arange(count, device=generator.device) + offset) / count
+    position = position if each is None else position.unsqueeze(1)
+    r = torch.where(position < ratios.boundary + ratios.to_zero, 0, r)
+    r = torch.where(position < ratios.boundary, t, r)
     order = torch.randperm(count, generator=generator, device=generator.device)
     return shift(t, k)[order], shift(r, k)[order]
 
 
 def sample_logit_normal(count: int, k: float, generator: torch.Generator) -> Tensor:
-    """Draw ``t = s(sigmoid(N(0, 1)))``, (B,): flow matching and the fake score."""
+    """Draw ``t = s(sigmoid(N(0, 1)))``, (B,), for flow matching and the fake score."""
     return shift(torch.randn(count, generator=generator, device=generator.device).sigmoid(), k)
 
 
 def sample_uniform(
     count: int, k: float, generator: torch.Generator, t_min: float = 0.0, t_max: float = 1.0
 ) -> Tensor:
-    """Draw ``t = s(U(0, 1))`` held in [t_min, t_max], (B,): the re-noising of distribution matching."""
+    """Draw ``t = s(U(0, 1))`` clamped to [t_min, t_max], (B,), for distribution matching."""
     return shift(torch.rand(count, generator=generator, device=generator.device), k).clamp(t_min, t_max)
 
 
 def loss_weight(kind: WeightKind, k: float) -> TimeWeight:
-    """Give w(t) of Fig. 10 with mean 1 over the shifted grid of training times."""
+    """Weight w(t) of Fig. 10, scaled to mean 1 over the shifted grid of training times."""
     density = _DENSITIES[kind]
     mean = density(grid(TRAINING_TIMES, k)[:-1].double()).mean().item()
     return lambda t: density(t) / mean
 
 
 def _beta(t: Tensor) -> Tensor:
-    return t * (1 - t).sqrt()  # Beta(2, 1.5), not normalised
+    return t * (1 - t).sqrt()  # Beta(2, 1.5), not normalized
 
 
 def _normal(t: Tensor) -> Tensor:

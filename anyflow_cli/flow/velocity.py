@@ -1,15 +1,15 @@
-"""What a velocity model is: the one contract between this room and everything that predicts ``u``.
+"""Velocity models: the one contract between the mathematics in ``flow`` and everything that predicts ``u``.
 
-Here: the protocol, closed-form models, classifier-free guidance, and the flow map that follows from ``u``.
-Not here: networks (``anyflow_cli.model``). A model carries its condition with it, so whoever calls it may
-drop, repeat or concatenate samples (``take``, ``join``) and text, chunks and caches follow.
+The protocol, models from closed forms, classifier-free guidance, and the flow map that follows from ``u``.
+Networks are in ``anyflow_cli.model``. A model carries its condition, so that a caller may drop, repeat or
+concatenate samples (``select``, ``concat``) and text, chunks and caches follow.
 
-Shapes: B batch, F latent frames, C channels, H W latent height and width.
+Shapes: B batch, F latent frames, C channels, H W latent height and width, N selected samples.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, cast
 
@@ -17,94 +17,96 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-Generators = torch.Generator | Sequence[torch.Generator] | None
-"""One for the batch, or one for each sample: then a sample's noise does not depend on its batch."""
-
 
 class Velocity(Protocol):
-    """Average velocity ``u(z, t, r)`` over ``[r, t]``, with the condition of each of the B samples bound."""
+    """Average velocity ``u(z, t, r)`` over ``[r, t]``, with the conditions of B samples bound."""
 
     def __call__(self, z: Tensor, t: Tensor, r: Tensor) -> Tensor:
         """Predict u (B, F, C, H, W) of z (B, F, C, H, W) at times t, r (B,) or (B, F) in [0, 1], r <= t."""
 
-    def take(self, index: Tensor) -> Velocity:
-        """Bind the conditions of these samples only; index (N,) may repeat and reorder."""
+    def select(self, index: Tensor) -> Velocity:
+        """Bind the conditions of the samples ``index`` (N,) only; it may repeat and reorder."""
 
-    def join(self, *others: Velocity) -> Velocity:
-        """Bind the conditions of self and the others one after the other along the batch."""
+    def concat(self, *others: Velocity) -> Velocity:
+        """Bind the conditions of self and the others, concatenated along the batch."""
 
 
 @dataclass(frozen=True)
 class VelocityInputs:
-    """What a model is asked: u at states z (B, F, C, H, W) and times t, r, (B,) or (B, F)."""
+    """Inputs of one velocity evaluation: z (B, F, C, H, W), and t, r, (B,) or (B, F)."""
 
     model: Velocity
     z: Tensor
     t: Tensor
     r: Tensor
 
-    def take(self, index: Tensor) -> VelocityInputs:
-        """Ask for these samples only."""
-        return VelocityInputs(self.model.take(index), self.z[index], self.t[index], self.r[index])
+    def select(self, index: Tensor) -> VelocityInputs:
+        """Keep the samples ``index`` (N,)."""
+        return VelocityInputs(self.model.select(index), self.z[index], self.t[index], self.r[index])
 
 
-def evaluate_together(*queries: VelocityInputs) -> tuple[Tensor, ...]:
-    """Answer several queries to one network in one call; an answer has the shape and dtype of its z."""
-    z = torch.cat([query.z for query in queries])
+def evaluate_together(*inputs: VelocityInputs) -> tuple[Tensor, ...]:
+    """Evaluate one network on several inputs in one call; each result has the shape and dtype of its z.
+
+    Without any sample the network is not called.
+    """
+    z = torch.cat([each.z for each in inputs])
     if len(z) == 0:
-        return tuple(query.z for query in queries)
-    model = queries[0].model.join(*(query.model for query in queries[1:]))
-    u = model(z, torch.cat([query.t for query in queries]), torch.cat([query.r for query in queries]))
-    return torch.split(u.to(z.dtype), [len(query.z) for query in queries])
+        return tuple(each.z for each in inputs)
+    model = inputs[0].model.concat(*(each.model for each in inputs[1:]))
+    u = model(z, torch.cat([each.t for each in inputs]), torch.cat([each.r for each in inputs]))
+    return torch.split(u.to(z.dtype), [len(each.z) for each in inputs])
 
 
 @dataclass(frozen=True)
-class _Closed:
+class _Unconditional:
     function: Callable[[Tensor, Tensor, Tensor], Tensor]
 
     def __call__(self, z: Tensor, t: Tensor, r: Tensor) -> Tensor:
         return self.function(z, t, r)
 
-    def take(self, index: Tensor) -> Velocity:
+    def select(self, index: Tensor) -> Velocity:
         return self
 
-    def join(self, *others: Velocity) -> Velocity:
+    def concat(self, *others: Velocity) -> Velocity:
         return self
+
+
+def from_function(function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Velocity:
+    """Velocity model of a function of (z, t, r) that has no condition."""
+    return _Unconditional(function)
 
 
 @dataclass(frozen=True)
 class _Guided:
-    model: Velocity
-    null: Velocity
+    cond: Velocity
+    uncond: Velocity
     scale: float
 
     def __call__(self, z: Tensor, t: Tensor, r: Tensor) -> Tensor:
-        u, u_null = evaluate_together(VelocityInputs(self.model, z, t, r), VelocityInputs(self.null, z, t, r))
+        u, u_null = evaluate_together(
+            VelocityInputs(self.cond, z, t, r), VelocityInputs(self.uncond, z, t, r)
+        )
         return u_null + self.scale * (u - u_null)
 
-    def take(self, index: Tensor) -> Velocity:
-        return _Guided(self.model.take(index), self.null.take(index), self.scale)
+    def select(self, index: Tensor) -> Velocity:
+        return _Guided(self.cond.select(index), self.uncond.select(index), self.scale)
 
-    def join(self, *others: Velocity) -> Velocity:
+    def concat(self, *others: Velocity) -> Velocity:
         parts = cast("tuple[_Guided, ...]", others)
         assert all(part.scale == self.scale for part in parts)
-        model = self.model.join(*(part.model for part in parts))
-        null = self.null.join(*(part.null for part in parts))
-        return _Guided(model, null, self.scale)
+        cond = self.cond.concat(*(part.cond for part in parts))
+        uncond = self.uncond.concat(*(part.uncond for part in parts))
+        return _Guided(cond, uncond, self.scale)
 
 
-def from_function(function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Velocity:
-    """Make a function of (z, t, r) that has no condition a velocity model."""
-    return _Closed(function)
-
-
-def guided(model: Velocity, null: Velocity, scale: float) -> Velocity:
+def guided(cond: Velocity, uncond: Velocity, scale: float) -> Velocity:
     """Classifier-free guidance, ``u_null + scale (u - u_null)``, in one call of twice the batch."""
-    return _Guided(model, null, scale)
+    return _Guided(cond, uncond, scale)
 
 
 @dataclass(frozen=True)
-class _Recomputed:
+class _Checkpointed:
     model: Velocity
 
     def __call__(self, z: Tensor, t: Tensor, r: Tensor) -> Tensor:
@@ -112,24 +114,24 @@ class _Recomputed:
         assert isinstance(u, Tensor)
         return u
 
-    def take(self, index: Tensor) -> Velocity:
-        return _Recomputed(self.model.take(index))
+    def select(self, index: Tensor) -> Velocity:
+        return _Checkpointed(self.model.select(index))
 
-    def join(self, *others: Velocity) -> Velocity:
-        parts = cast("tuple[_Recomputed, ...]", others)
-        return _Recomputed(self.model.join(*(part.model for part in parts)))
+    def concat(self, *others: Velocity) -> Velocity:
+        parts = cast("tuple[_Checkpointed, ...]", others)
+        return _Checkpointed(self.model.concat(*(part.model for part in parts)))
 
 
 def checkpointed(model: Velocity) -> Velocity:
-    """The same velocity, evaluated again in the backward pass instead of keeping its graph until then.
+    """The same velocity, recomputed in the backward pass instead of keeping its graph until then.
 
-    A chain of jumps then holds one evaluation's graph at a time. Nothing random may be in the model.
+    A chain of jumps then holds the graph of one evaluation at a time. The model must be deterministic.
     """
-    return _Recomputed(model)
+    return _Checkpointed(model)
 
 
 def per_frame(t: Tensor, z: Tensor) -> Tensor:
-    """Bring times t (B,) or (B, F) to z's rank, (B, 1, 1, 1, 1) or (B, F, 1, 1, 1)."""
+    """Reshape times t (B,) or (B, F) to broadcast over z: (B, 1, 1, 1, 1) or (B, F, 1, 1, 1)."""
     return t.reshape(*t.shape, *(1,) * (z.ndim - t.ndim))
 
 
@@ -139,13 +141,5 @@ def flow_map(model: Velocity, z: Tensor, t: Tensor, r: Tensor) -> Tensor:
 
 
 def batch_time(t: float, z: Tensor) -> Tensor:
-    """Give one time to the whole batch of z (B, ...): (B,)."""
+    """Repeat one time for the batch of z (B, ...): (B,)."""
     return z.new_full((z.shape[0],), t)
-
-
-def noise_like(z: Tensor, generator: Generators) -> Tensor:
-    """Draw N(0, I) of z's shape where the generator lives: one of the CPU gives the same anywhere."""
-    if isinstance(generator, Sequence):
-        return torch.stack([noise_like(sample, own) for sample, own in zip(z, generator, strict=True)])
-    device = z.device if generator is None else generator.device
-    return torch.randn(z.shape, generator=generator, device=device, dtype=z.dtype).to(z.device)

@@ -33,12 +33,12 @@ class LayerKeys:
 
     layers: tuple[KeyValue, ...]
 
-    def take(self, index: Tensor) -> LayerKeys:
+    def select(self, index: Tensor) -> LayerKeys:
         """The samples ``index`` of the batch, repeated or dropped as it says."""
         return LayerKeys(tuple((key[index], value[index]) for key, value in self.layers))
 
     @staticmethod
-    def join(parts: Sequence[LayerKeys]) -> LayerKeys:
+    def concat(parts: Sequence[LayerKeys]) -> LayerKeys:
         """One batch after another."""
         layers = zip(*(part.layers for part in parts), strict=True)
         return LayerKeys(
@@ -136,7 +136,7 @@ def _write(cache: KeyValue, new: KeyValue, layout: Layout) -> None:
     """Put keys and values of the input where the layout wants them kept; the cache carries no gradient."""
     for stored, x in zip(cache, new, strict=True):
         for write in layout.writes:
-            stored[:, write.place] = x[:, write.tokens].detach()
+            stored[:, write.cache] = x[:, write.tokens].detach()
 
 
 class GeluLinear(nn.Module):

@@ -132,7 +132,7 @@ def teacher_forcing(
     asked = tuple(range(split, len(chunks) - given))
     copies = tuple(asked[-1] + 1 + i for i in range(len(window) - 1)) if clean else asked
     segments = [
-        Segment(chunk.first, chunk.frames, context[: i + 1], "compressed", read=False)
+        Segment(chunk.first, chunk.frames, context[: i + 1], "compressed", is_output=False)
         for i, chunk in enumerate(past)
     ]
     segments += [
@@ -141,7 +141,7 @@ def teacher_forcing(
     ]
     if clean:
         segments += [
-            Segment(chunk.first, chunk.frames, (*context, *copies[: i + 1]), read=False)
+            Segment(chunk.first, chunk.frames, (*context, *copies[: i + 1]), is_output=False)
             for i, chunk in enumerate(window[:-1])
         ]
     return causal_layout(config, segments, height, width)
@@ -163,7 +163,7 @@ class TeacherForced:
         self.layout = teacher_forcing(config, partition, height, width, noisy)
         self.window = slice(sum(partition[: -(noisy or full)]), None)
         self._copies = slice(sum(partition[:-full]), sum(partition[:-1]))
-        self._model = model.over(self.layout)
+        self._model = model.with_layout(self.layout)
         self._x = x
 
     def __call__(self, z: Tensor, t: Tensor, r: Tensor) -> Tensor:
@@ -172,14 +172,14 @@ class TeacherForced:
         tokens = torch.cat((context, z, copies), dim=1)
         return self._model(tokens, self._times(t, z), self._times(r, z))
 
-    def take(self, index: Tensor) -> TeacherForced:
+    def select(self, index: Tensor) -> TeacherForced:
         """The conditions of the samples ``index``, repeated or dropped as it says."""
-        return self._with(self._model.take(index), self._x[index])
+        return self._with(self._model.select(index), self._x[index])
 
-    def join(self, *others: Velocity) -> TeacherForced:
+    def concat(self, *others: Velocity) -> TeacherForced:
         """The conditions of several batches, one after another."""
         parts = cast("tuple[TeacherForced, ...]", others)
-        model = self._model.join(*(part._model for part in parts))
+        model = self._model.concat(*(part._model for part in parts))
         return self._with(model, torch.cat([self._x, *(part._x for part in parts)]))
 
     def _times(self, t: Tensor, z: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
-"""Sampling a causal model: chunk after chunk, each by any sampler over the cache of those before it.
+"""Sampling of a causal model: chunk after chunk, each by any sampler over the cache of the chunks before it.
 
-Legend: B batch, F latent frames, C channels, H W latent height and width.
+To a sampler, a chunk over its cache is a velocity like any other: ``flow`` knows nothing of chunks.
 
-``flow/`` knows nothing of chunks: to a sampler, a chunk under its cache is a velocity like any other.
+Legend: B batch, F latent frames, C channels, H W latent height and width, N steps.
 """
 
 from __future__ import annotations
@@ -13,15 +13,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from anyflow_cli.flow.noise import Generators
 from anyflow_cli.flow.samplers import Sampler
-from anyflow_cli.flow.velocity import Generators, Velocity, from_function
+from anyflow_cli.flow.velocity import Velocity, from_function
 from anyflow_cli.model.causal import check_partition, split_after
 from anyflow_cli.model.conditioned import Conditioned
-from anyflow_cli.model.kv_cache import KeyCache, Policy
+from anyflow_cli.model.kv_cache import KeyCache
 
 
 class Guidance(NamedTuple):
-    """Classifier-free guidance: the condition to move away from, and how far."""
+    """Classifier-free guidance: the negative condition and the scale."""
 
     null: Conditioned
     scale: float
@@ -37,17 +38,25 @@ def sample_chunks(
     *,
     given: Tensor | None = None,
     guidance: Guidance | None = None,
-    policy: Policy = "exact",
     remember: int | None = None,
     then: Mapping[int, Conditioned] | None = None,
     generator: Generators = None,
 ) -> Iterator[Tensor]:
-    """Give the chunks of a video (B, F, C, H, W) as they are finished, from its noise.
+    """Yield the chunks of a video (B, F, C, H, W) as they are finished.
 
-    ``grids``: the times of each sampled chunk in order; the last serves all that follow. ``given``: its first
-    frames (B, F', C, H, W), which come back as they are; a chunk that they end in is completed, see
-    ``split_after``. ``then``: conditions that take over from a frame on, where a chunk is made to begin; what
-    is encoded again after that, is so under the new one. ``remember``: see ``KeyCache``.
+    Args:
+        model: The network under its condition.
+        noise: Initial noise of the whole video (B, F, C, H, W).
+        partition: Latent frames per chunk; they sum to F.
+        sampler: Sampler of each chunk.
+        grids: Times (N + 1,) of each sampled chunk in order; the last grid serves all chunks that follow.
+        given: Conditioning frames (B, F', C, H, W), the first of the video; they are yielded unchanged, and
+            the rest of a chunk that they end in becomes a chunk of its own (``split_after``).
+        guidance: Negative condition and scale; None samples without guidance.
+        remember: Most compressed chunks to cache, see ``KeyCache``.
+        then: Conditions by the frame from which they replace ``model``; a chunk is split there. Cached chunks
+            that are encoded again later are encoded under the new condition.
+        generator: Noise of samplers that add fresh noise.
     """
     check_partition(partition, noise.shape[1])
     known = 0 if given is None else given.shape[1]
@@ -57,27 +66,27 @@ def sample_chunks(
     for border in (known, *conditions):
         chunks = split_after(chunks, border)
     size, batch = (noise.shape[-2], noise.shape[-1]), halves * len(noise)
-    cache = KeyCache(model.network, chunks, size, batch, policy=policy, remember=remember)
+    cache = KeyCache(model.network, chunks, size, batch, remember=remember)
     sampled = 0
     for chunk in cache.chunks:
         if chunk.first in conditions:
             model = conditions[chunk.first]
-            model = model if guidance is None else model.join(guidance.null)
+            model = model if guidance is None else model.concat(guidance.null)
         if given is not None and chunk.slice.stop <= known:
             x = given[:, chunk.slice]
         else:
-            velocity: Velocity = cache.next(model)
+            velocity: Velocity = cache.next_velocity(model)
             velocity = velocity if guidance is None else _guided(velocity, guidance.scale)
             times = grids[min(sampled, len(grids) - 1)]
-            x = sampler(velocity, noise[:, chunk.slice], times, generator=generator)
+            x = sampler(velocity, noise[:, chunk.slice], times, generator)
             sampled += 1
         yield x
         if chunk is not cache.chunks[-1]:
-            cache.add(torch.cat([x] * halves), model)
+            cache.append(torch.cat([x] * halves), model)
 
 
 def _guided(both: Velocity, scale: float) -> Velocity:
-    """Guidance over a cache that holds both conditions, one after the other, in one batch."""
+    """Guidance over a cache that holds both conditions, the negative one in the second half of the batch."""
 
     def velocity(z: Tensor, t: Tensor, r: Tensor) -> Tensor:
         u, u_null = both(*(torch.cat((x, x)) for x in (z, t, r))).chunk(2)

@@ -50,18 +50,18 @@ class Conditioned:
             velocity: Tensor = self.network(z, t, r, text, self._layout, self._cache)
             return velocity
 
-    def over(self, layout: Layout, cache: LayerKeys | None = None) -> Conditioned:
+    def with_layout(self, layout: Layout, cache: LayerKeys | None = None) -> Conditioned:
         """The same condition over another layout, and the cache that it names."""
         return Conditioned(self.network, self.text, self._scope, layout, self._shared_keys(), cache)
 
-    def take(self, index: Tensor) -> Conditioned:
+    def select(self, index: Tensor) -> Conditioned:
         """The condition of the samples ``index``, repeated or dropped as it says."""
         keys = self._shared_keys()
         return self._with(
-            self.text[index], keys and keys.take(index), self._cache and self._cache.take(index)
+            self.text[index], keys and keys.select(index), self._cache and self._cache.select(index)
         )
 
-    def join(self, *others: Velocity) -> Conditioned:
+    def concat(self, *others: Velocity) -> Conditioned:
         """The conditions of several batches, one after another; all run the same network in the same role."""
         if not others:
             return self
@@ -89,4 +89,4 @@ class Conditioned:
 
 def _joined(parts: list[LayerKeys | None]) -> LayerKeys | None:
     """One batch after another; None where a part has none."""
-    return LayerKeys.join([part for part in parts if part is not None]) if None not in parts else None
+    return LayerKeys.concat([part for part in parts if part is not None]) if None not in parts else None

@@ -1,21 +1,19 @@
-"""Keys and values of finished chunks, so that a causal model encodes its past once a chunk, not once a step.
+"""Key-value cache of finished chunks: a causal model encodes its past once per chunk, not once per step.
+
+Keys are stored after rotation, at ``t = r = 0``, in buffers that are allocated once, for the largest number
+of tokens that the partition ever needs: compressed chunks first, then those kept in full. When a chunk leaves
+the window of full chunks, it is encoded again, compressed, and so are the chunks still in the window, because
+they had attended to it in full. The result equals encoding the whole past anew, as the paper does, at a cost
+that does not grow with the past: compressed chunks attend to compressed chunks only and never change.
 
 Legend: B batch (guidance halves included), F latent frames, C channels, H W latent height and width, L
-tokens, E heads, d channels of a head.
-
-Keys are stored rotated, at ``t = r = 0``, in memory that is allocated once, for exactly the tokens that a
-partition ever needs: first the compressed chunks, then those in full. When a chunk leaves the window it is
-encoded again, compressed. Under ``exact`` what stays in the window is encoded again too, since it had seen
-that chunk in full. The result is that of encoding the whole past anew, as the paper does, at a cost that does
-not grow with the past: compressed chunks see compressed ones alone and never change. ``incremental`` leaves
-the window as it is.
+tokens, E heads, d channels per head.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -26,12 +24,10 @@ from anyflow_cli.model.conditioned import Conditioned
 from anyflow_cli.model.layout import Layout, Segment
 from anyflow_cli.model.network import FlowMapTransformer
 
-Policy = Literal["exact", "incremental"]
-
 
 @dataclass(frozen=True)
-class _Kept:
-    """Chunks ``[first, border)`` are kept compressed, ``[border, done)`` in full."""
+class _CacheState:
+    """Chunks ``[first, border)`` are cached compressed, ``[border, done)`` in full."""
 
     first: int
     border: int
@@ -39,12 +35,18 @@ class _Kept:
 
 
 class KeyCache:
-    """The finished chunks of a video of ``partition``, in the order in which they are added.
+    """Keys and values of the finished chunks of a video, appended in order.
 
-    ``size``: latent height and width. ``remember``: keep at most so many compressed chunks and forget the
-    oldest first (None: keep all). ``in_place=False``: each addition makes memory of its own, so that a graph
-    which was made over an earlier state, and recomputes its forward later, still finds that state. Make a
-    cache under the autocast that it will be used in.
+    Create it under the autocast context in which it will be used: that decides the type of its buffers.
+
+    Args:
+        network: The causal network.
+        partition: Latent frames per chunk.
+        size: Latent height and width.
+        batch: Number of samples, guidance halves included.
+        remember: Cache at most this many compressed chunks and drop the oldest first; None keeps all.
+        in_place: With False each ``append`` allocates new buffers, so that a graph built over an earlier
+            state, whose forward is recomputed later, still finds that state.
     """
 
     def __init__(
@@ -54,136 +56,131 @@ class KeyCache:
         size: tuple[int, int],
         batch: int,
         *,
-        policy: Policy = "exact",
         remember: int | None = None,
         in_place: bool = True,
     ) -> None:
-        self.policy = policy
         self.chunks = chunks_of(partition)
         self._config, self._size, self._in_place = network.config, size, in_place
-        self._full = causal_of(network.config).full_chunks - 1  # the chunk in the making is the last one
+        self._full = causal_of(network.config).full_chunks - 1  # the chunk being sampled is the last full one
         self._remember = remember
-        self._kept = _Kept(0, 0, 0)
-        self._window: list[Tensor] = []  # latents of the chunks kept in full
-        self._compressed_tokens = self._capacity_compressed()
-        self._memory = self._allocated(network, batch)
+        self._state = _CacheState(0, 0, 0)
+        self._window: list[Tensor] = []  # latents of the chunks cached in full
+        states = [self._state_after(done) for done in range(len(self.chunks))]
+        small, large = self._tokens(compressed=True), self._tokens(compressed=False)
+        self._compressed_tokens = max(self._frames(s.first, s.border) for s in states) * small
+        full_tokens = max(self._frames(s.border, s.done) for s in states) * large
+        self._memory = _allocate(network, batch, self._compressed_tokens + full_tokens)
 
     @property
     def bytes(self) -> int:
-        """Memory of all keys and values."""
+        """Size of all keys and values in bytes."""
         return sum(part.nbytes for layer in self._memory.layers for part in layer)
 
     @property
     def done(self) -> int:
-        """Number of chunks added."""
-        return self._kept.done
+        """Number of chunks appended so far."""
+        return self._state.done
 
-    def next(self, model: Conditioned) -> Conditioned:
-        """Velocity of the next chunk, which sees all that is kept."""
+    def next_velocity(self, model: Conditioned) -> Conditioned:
+        """Velocity of the next chunk, which attends to everything in the cache."""
         past = self._segments(())
         chunk = self.chunks[self.done]
         segment = Segment(chunk.first, chunk.frames, tuple(range(len(past) + 1)))
-        return model.over(self._layout([*past, segment]), self._memory)
+        return model.with_layout(self._layout([*past, segment]), self._memory)
 
     @torch.no_grad()
-    def add(self, x: Tensor, model: Conditioned) -> None:
-        """Keep the next chunk, now finished, as x (B, F, C, H, W), under its condition.
+    def append(self, x: Tensor, model: Conditioned) -> None:
+        """Encode the next chunk, finished as x (B, F, C, H, W), under its condition.
 
-        The last chunk of a video has no place: nothing comes after it.
+        The last chunk of a video is never appended: no later chunk attends to it.
         """
-        assert self.done + 1 < len(self.chunks), "the last chunk is not kept"
-        before, after = self._kept, self._after(self.done + 1)
-        leaving = range(before.border, after.border)
-        again = leaving and self.policy == "exact"
-        fresh = range(after.border if again else max(after.border, before.done), after.done)
+        assert self.done + 1 < len(self.chunks), "the last chunk is not cached"
+        before, after = self._state, self._state_after(self.done + 1)
+        latents = dict(zip(range(before.border, after.done), [*self._window, x.detach()], strict=True))
+        leaving = range(max(before.border, after.first), after.border)
+        changed = range(after.border if before.border < after.border else before.done, after.done)
         if not self._in_place:
             self._memory = LayerKeys(
                 tuple((key.clone(), value.clone()) for key, value in self._memory.layers)
             )
-        self._move(after, range(after.first, before.border), range(after.border, fresh.start))
-        self._kept = after
-        known = dict(zip(range(before.border, after.done), [*self._window, x.detach()], strict=True))
-        self._window = [known[i] for i in range(after.border, after.done)]
-        inputs = [i for i in (*leaving, *fresh) if i >= after.first]
+        self._move_compressed(after)
+        self._state = after
+        self._window = [latents[i] for i in range(after.border, after.done)]
+        inputs = [*leaving, *changed]
         if inputs:
-            self._encode(inputs, torch.cat([known[i] for i in inputs], dim=1), model)
+            self._encode(inputs, torch.cat([latents[i] for i in inputs], dim=1), model)
 
     @torch.no_grad()
-    def fill(self, x: Tensor, model: Conditioned) -> None:
-        """Keep the first chunks, x (B, F, C, H, W), encoded in one pass: ``exact``, for an empty cache."""
-        assert self.done == 0, "only an empty cache is filled"
+    def prefill(self, x: Tensor, model: Conditioned) -> None:
+        """Encode the first chunks, x (B, F, C, H, W), in one pass into an empty cache."""
+        assert self.done == 0, "only an empty cache can be prefilled"
         ends = [0, *(chunk.slice.stop for chunk in self.chunks)]
-        kept = self._kept = self._after(ends.index(x.shape[1]))
-        self._window = [x[:, chunk.slice].detach() for chunk in self.chunks[kept.border : kept.done]]
-        if kept.done:
-            self._encode(range(kept.first, kept.done), x[:, ends[kept.first] :], model)
+        state = self._state = self._state_after(ends.index(x.shape[1]))
+        self._window = [x[:, chunk.slice].detach() for chunk in self.chunks[state.border : state.done]]
+        if state.done:
+            self._encode(range(state.first, state.done), x[:, ends[state.first] :], model)
 
     def _encode(self, inputs: Sequence[int], z: Tensor, model: Conditioned) -> None:
-        """Compute the keys of these chunks over those of all others."""
+        """Write the keys of the chunks ``inputs``, z (B, F, C, H, W); the others are cached."""
         zero = z.new_zeros(len(z))
-        model.over(self._layout(self._segments(inputs)), self._memory)(z, zero, zero)
+        model.with_layout(self._layout(self._segments(inputs)), self._memory)(z, zero, zero)
 
-    def _after(self, done: int) -> _Kept:
-        """What is kept of ``done`` chunks."""
+    def _state_after(self, done: int) -> _CacheState:
+        """State of the cache once ``done`` chunks are finished."""
         border = max(done - self._full, 0)
-        return _Kept(0 if self._remember is None else max(border - self._remember, 0), border, done)
+        return _CacheState(0 if self._remember is None else max(border - self._remember, 0), border, done)
 
     def _segments(self, inputs: Sequence[int]) -> list[Segment]:
-        """All chunks that are kept, cached but for ``inputs``; each sees those before it and itself."""
-        kept = self._kept
-        segments = []
-        for i in range(kept.first, kept.done):
-            chunk, view = self.chunks[i], tuple(range(i - kept.first + 1))
-            segments.append(
-                Segment(
-                    chunk.first,
-                    chunk.frames,
-                    view,
-                    "compressed" if i < kept.border else "full",
-                    read=False,
-                    cached=i not in inputs,
-                    place=self._place(i, kept),
-                )
+        """One segment per chunk, attending to itself and those before it; all but ``inputs`` are cached."""
+        state = self._state
+        return [
+            Segment(
+                first=self.chunks[i].first,
+                frames=self.chunks[i].frames,
+                attends_to=tuple(range(i - state.first + 1)),
+                patch="compressed" if i < state.border else "full",
+                is_output=False,
+                cached=i not in inputs,
+                cache_offset=self._offset(i, state),
             )
-        return segments
+            for i in range(state.first, state.done)
+        ]
 
-    def _place(self, i: int, kept: _Kept) -> int:
-        """Where the keys of chunk ``i`` start: compressed ones in order, then those in full."""
-        if i < kept.border:
-            return self._frames(kept.first, i) * self._tokens(compressed=True)
-        return self._compressed_tokens + self._frames(kept.border, i) * self._tokens(compressed=False)
+    def _offset(self, i: int, state: _CacheState) -> int:
+        """Token at which the keys of chunk ``i`` start: compressed chunks in order, then those in full."""
+        if i < state.border:
+            return self._frames(state.first, i) * self._tokens(compressed=True)
+        return self._compressed_tokens + self._frames(state.border, i) * self._tokens(compressed=False)
 
-    def _move(self, after: _Kept, compressed: range, full: range) -> None:
-        """Bring what stays as it is to its place, before anything is written."""
-        for chunks, small in ((compressed, True), (full, False)):
-            old, new = ([self._place(i, kept) for i in chunks[:1]] for kept in (self._kept, after))
-            if old != new:
-                count = self._frames(chunks.start, chunks.stop) * self._tokens(compressed=small)
-                for stored in (part for layer in self._memory.layers for part in layer):
-                    stored[:, new[0] : new[0] + count] = stored[:, old[0] : old[0] + count].clone()
+    def _move_compressed(self, after: _CacheState) -> None:
+        """Shift the compressed chunks that stay to the front, over those that are dropped."""
+        staying = range(after.first, self._state.border)
+        if not staying or after.first == self._state.first:
+            return
+        old = self._offset(after.first, self._state)
+        count = self._frames(staying.start, staying.stop) * self._tokens(compressed=True)
+        for stored in (part for layer in self._memory.layers for part in layer):
+            stored[:, :count] = stored[:, old : old + count].clone()
 
     def _frames(self, start: int, stop: int) -> int:
+        """Latent frames of the chunks ``[start, stop)``."""
         return sum(chunk.frames for chunk in self.chunks[start:stop])
 
     def _tokens(self, *, compressed: bool) -> int:
-        """Tokens of a frame."""
+        """Tokens per frame."""
         patch = causal_of(self._config).compressed_patch if compressed else self._config.patch
         return (self._size[0] // patch[0]) * (self._size[1] // patch[1])
 
-    def _capacity_compressed(self) -> int:
-        states = [self._after(done) for done in range(len(self.chunks))]
-        return max(self._frames(kept.first, kept.border) for kept in states) * self._tokens(compressed=True)
-
-    def _allocated(self, network: FlowMapTransformer, batch: int) -> LayerKeys:
-        states = [self._after(done) for done in range(len(self.chunks))]
-        full = max(self._frames(kept.border, kept.done) for kept in states) * self._tokens(compressed=False)
-        config = network.config
-        shape = (batch, self._compressed_tokens + full, config.heads, config.head_dim)
-
-        def empty() -> Tensor:
-            return torch.empty(shape, dtype=network.compute_dtype, device=network.device)
-
-        return LayerKeys(tuple((empty(), empty()) for _ in range(config.layers)))
-
     def _layout(self, segments: Sequence[Segment]) -> Layout:
         return causal_layout(self._config, segments, *self._size)
+
+
+def _allocate(network: FlowMapTransformer, batch: int, tokens: int) -> LayerKeys:
+    """Uninitialized keys and values, (B, L, E, d) for each block."""
+    config = network.config
+    shape = (batch, tokens, config.heads, config.head_dim)
+
+    def empty() -> Tensor:
+        return torch.empty(shape, dtype=network.compute_dtype, device=network.device)
+
+    return LayerKeys(tuple((empty(), empty()) for _ in range(config.layers)))

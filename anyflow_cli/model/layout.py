@@ -26,19 +26,19 @@ Patch = Literal["full", "compressed"]
 class Segment:
     """Consecutive latent frames with one patch size and one view.
 
-    ``first`` is the position of its first frame in the video (rotary positions are absolute); ``sees`` are
-    the indices of the segments whose keys its queries attend to, ascending; ``read`` says whether its
-    velocity is an output. ``place`` is the cache's token at which its keys start: a ``cached`` segment has
-    them there and is no input, another one's are written there.
+    ``first`` is the position of its first frame in the video (rotary positions are absolute); ``attends_to``
+    are the indices of the segments whose keys its queries attend to, ascending; ``is_output`` says whether
+    its velocity is an output. ``cache_offset`` is the cache's token at which its keys start: a ``cached``
+    segment has them there and is no input, another one's are written there.
     """
 
     first: int
     frames: int
-    sees: tuple[int, ...]
+    attends_to: tuple[int, ...]
     patch: Patch = "full"
-    read: bool = True
+    is_output: bool = True
     cached: bool = False
-    place: int | None = None
+    cache_offset: int | None = None
 
 
 @dataclass(frozen=True)
@@ -65,10 +65,10 @@ class Group:
 
 @dataclass(frozen=True)
 class KeyWrite:
-    """Keys of the tokens ``tokens`` go to ``place`` in the cache."""
+    """Keys of the tokens ``tokens`` go to ``cache`` in the cache."""
 
     tokens: slice
-    place: slice
+    cache: slice
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ class Layout:
         """Query groups: neighbours that see the same keys attend in one call."""
         groups: list[Group] = []
         for segment, span in zip(self.inputs, self.spans, strict=True):
-            group = Group(span.tokens, *self._keys(segment.sees))
+            group = Group(span.tokens, *self._keys(segment.attends_to))
             if groups and (groups[-1].keys, groups[-1].cached) == (group.keys, group.cached):
                 group = replace(group, queries=_joined(groups.pop().queries, group.queries))
             groups.append(group)
@@ -150,21 +150,21 @@ class Layout:
     def writes(self) -> tuple[KeyWrite, ...]:
         """What goes into the cache."""
         return tuple(
-            KeyWrite(span.tokens, self._place(segment))
+            KeyWrite(span.tokens, self._cached(segment))
             for segment, span in zip(self.inputs, self.spans, strict=True)
-            if segment.place is not None
+            if segment.cache_offset is not None
         )
 
-    def _keys(self, sees: tuple[int, ...]) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
+    def _keys(self, attends_to: tuple[int, ...]) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
         """The seen segments as ranges of the input's tokens, and of the cache's."""
         own = dict(zip((i for i, s in enumerate(self.segments) if not s.cached), self.spans, strict=True))
-        seen = [own[i].tokens for i in sees if i in own]
-        cached = [self._place(self.segments[i]) for i in sees if i not in own]
+        seen = [own[i].tokens for i in attends_to if i in own]
+        cached = [self._cached(self.segments[i]) for i in attends_to if i not in own]
         return _merged(seen), _merged(cached)
 
-    def _place(self, segment: Segment) -> slice:
-        assert segment.place is not None, "a cached segment without a place"
-        return slice(segment.place, segment.place + self.tokens_of(segment))
+    def _cached(self, segment: Segment) -> slice:
+        assert segment.cache_offset is not None, "a cached segment without a place"
+        return slice(segment.cache_offset, segment.cache_offset + self.tokens_of(segment))
 
 
 def _merged(ranges: Iterable[slice]) -> tuple[slice, ...]:

@@ -1,8 +1,8 @@
-"""The LoRA adapters of one network: peft's layers, our own switch between them.
+"""LoRA adapters of one network: peft's layers, with a switch between them that affects the forward only.
 
-peft's ``set_adapter`` also decides what trains, so that a look at another adapter would freeze the one in
-training; and a checkpointed block is recomputed during the backward pass, when another adapter may be active.
-Here a switch changes the forward alone, and a recomputation runs under the adapter of its forward.
+peft's ``set_adapter`` also changes ``requires_grad``, so that evaluating another adapter would freeze the one
+in training. And a checkpointed block is recomputed in the backward pass, when another adapter may be active:
+here the recomputation runs under the adapter of its forward.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from anyflow_cli.model.network import Contexts, FlowMapTransformer
+from anyflow_cli.model.network import FlowMapTransformer
 
 BLOCKS = r"blocks\.\d+\.(attn1\.to_(q|k|v|out\.0)|ffn\.net\.(0\.proj|2))"
 TIMES = r"condition_embedder\.((time|delta)_embedder\.linear_[12]|delta_proj)"
@@ -25,46 +25,46 @@ TIMES = r"condition_embedder\.((time|delta)_embedder\.linear_[12]|delta_proj)"
 
 @dataclass(frozen=True)
 class LoraSize:
-    """Rank and alpha of the adapters; their output is scaled by ``alpha / rank``."""
+    """Rank and alpha of LoRA adapters; their output is scaled by ``alpha / rank``."""
 
     rank: int
     alpha: float
 
 
-class Adapters:
-    """Adapters of ``network`` by name; at most one is active, none at first. They come frozen.
+class LoraAdapters:
+    """Named LoRA adapters of one network; at most one is active, none at first. They are added frozen.
 
-    They are fp32: on a base of another type run them under autocast.
+    Their weights are fp32: run them under autocast on a base of another type.
     """
 
     def __init__(self, network: FlowMapTransformer) -> None:
         self.network = network.requires_grad_(False)
         self.active: str | None = None
         self._layers: list[tuple[str, Any]] = []
-        network.checkpoint_contexts = self._checkpoint_contexts
+        network.checkpoint_contexts = lambda: (nullcontext(), self.use(self.active))
 
     def add(self, name: str, size: LoraSize, *, adapt_times: bool) -> None:
-        """Add one that changes nothing yet, to self-attention, feed-forward and, if asked, time embedders."""
+        """Add an adapter that changes nothing yet, to self-attention, feed-forward and time embedders."""
         from peft import LoraConfig, inject_adapter_in_model
         from peft.tuners.lora import LoraLayer
 
         targets = f"({BLOCKS}|{TIMES})" if adapt_times else BLOCKS
         config = LoraConfig(r=size.rank, lora_alpha=size.alpha, target_modules=targets)
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several are meant
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several on purpose
             inject_adapter_in_model(config, self.network, adapter_name=name)
         modules = self.network.named_modules()
         self._layers = [(path, module) for path, module in modules if isinstance(module, LoraLayer)]
         for _, layer in self._layers:
-            # else each keeps an input of its own for its backward pass, though autocast undoes the cast
+            # else each layer saves its own copy of the input for backward, though autocast undoes the cast
             layer.cast_input_dtype_enabled = False
         for parameter in self.parameters(name).values():
-            parameter.data = parameter.data.float()  # peft gives it the base's type
+            parameter.data = parameter.data.float()  # peft uses the base's type
         self.network.requires_grad_(False)
         self.activate(self.active)
 
     def parameters(self, name: str) -> dict[str, nn.Parameter]:
-        """The adapter's weights under the network's names and ``.lora_A.weight`` or ``.lora_B.weight``."""
+        """The adapter's weights by name, ending in ``.lora_A.weight`` or ``.lora_B.weight``."""
         return {
             f"{path}.lora_{side}.weight": layer[name].weight
             for path, module in self._layers
@@ -73,23 +73,19 @@ class Adapters:
         }
 
     def activate(self, name: str | None) -> None:
-        """Choose the adapter of the forwards to come; None: the network without adapters."""
+        """Choose the adapter of later forwards; None runs the base network."""
         self.active = name
         for _, layer in self._layers:
             layer._active_adapter = [] if name is None else [name]
             layer._disable_adapters = name is None
 
-    def under(self, name: str | None) -> AbstractContextManager[None]:
-        """Run the network with this adapter inside the block, then with what was active before."""
-        return _Under(self, name)
-
-    def _checkpoint_contexts(self) -> Contexts:
-        """Around a checkpointed block: nothing in the forward, its adapter in the recomputation."""
-        return nullcontext(), _Under(self, self.active)
+    def use(self, name: str | None) -> AbstractContextManager[None]:
+        """Activate an adapter inside the block; afterwards what was active before."""
+        return _ActiveAdapter(self, name)
 
     @torch.no_grad()
     def merged(self, weights: Mapping[str, Tensor], name: str | None) -> dict[str, Tensor]:
-        """Weights of the network as a plain state dict; the adapter, if any, has been added in fp32."""
+        """Plain state dict of the network, with the adapter, if any, added in fp32."""
         plain = {
             key.replace(".base_layer.", "."): value for key, value in weights.items() if ".lora_" not in key
         }
@@ -100,12 +96,11 @@ class Adapters:
         return plain
 
 
-class _Under:
-    """A switch that can be entered again: a recomputation may run more than once."""
+class _ActiveAdapter:
+    """A reentrant switch: a recomputation may enter it more than once."""
 
-    def __init__(self, adapters: Adapters, name: str | None) -> None:
-        self._adapters = adapters
-        self._name = name
+    def __init__(self, adapters: LoraAdapters, name: str | None) -> None:
+        self._adapters, self._name = adapters, name
         self._before: list[str | None] = []
 
     def __enter__(self) -> None:

@@ -179,7 +179,7 @@ class FlowMapTransformer(nn.Module):
         texts = self._text_of_blocks(text)
         for number, (block, keys, cached) in enumerate(zip(self.blocks, texts, caches, strict=True)):
             h = self._run(number, block, h, keys, modulation, turns, layout, cached)
-        if not any(segment.read for segment in layout.inputs):  # a pass that only fills the cache
+        if not any(segment.is_output for segment in layout.inputs):  # a pass that only fills the cache
             return z[:, :0]
         return self._read(h, embedding, layout).to(z.dtype)
 
@@ -261,7 +261,7 @@ class FlowMapTransformer(nn.Module):
         parts = [
             self._unpatch(self.proj_out(x[:, span.tokens]), layout, segment)
             for segment, span in zip(layout.inputs, layout.spans, strict=True)
-            if segment.read
+            if segment.is_output
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 

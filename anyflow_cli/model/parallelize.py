@@ -1,22 +1,24 @@
-"""FSDP2: networks' weights, gradients and optimizer states divided among processes.
+"""What wraps a network for training, applied in this order: checkpointing, compilation, FSDP2.
 
-Blocks are the units that are gathered, used and let go; what is outside of blocks is one more. All roles of a
-network are in the same units, so a gathered block has every adapter, and a role decides which one it uses.
-Weights keep their own types (a bf16 base, fp32 adapters, fp32 times and norms); products run under autocast
-as they do unsharded, and gradients are reduced in fp32.
+Compilation: each block's ``forward`` is compiled instead of the module, so that what surrounds a block stays
+around it: FSDP2's hooks, which gather its weights, and checkpointing, which calls it again. Each combination
+of role, number of samples and token layout is compiled at its first call. Sizes are never symbolic: a
+recomputation must run the very code of its forward, and a later, more general version would also match.
 
-torch's ``fully_shard`` is called here, not accelerate's ``prepare``, which wraps one model with one optimizer
-and its parameters' single type, and does nothing on a CPU, where it could not be tested.
-
-Every process must call the networks alike, since each call gathers: ``flow/`` sees to that but where guidance
-is 1, which a recipe may not ask for together with sharding.
+FSDP2 shards weights, gradients and optimizer states over processes. A block is a unit that is gathered, used
+and freed; what is outside of blocks is one more unit. All roles of a network share its units. Weights keep
+their own types (a bf16 base, fp32 adapters, fp32 times and norms), products run under autocast as they do
+unsharded, and gradients are reduced in fp32. torch's ``fully_shard`` is called instead of accelerate's
+``prepare``, which wraps one model with one optimizer and one parameter type, and does nothing on a CPU, where
+it could not be tested. Each call of a network gathers, so all processes must call it equally often: ``flow``
+ensures that except with guidance 1, which a recipe may not combine with sharding.
 """
 
 from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -35,18 +37,51 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from anyflow_cli.model.network import FlowMapTransformer
 from anyflow_cli.recipe import schema
 
+COMPILED_VERSIONS = 128  # per block: roles, with and without gradient, times numbers of samples and layouts
+
+
+def parallelize(
+    networks: Sequence[FlowMapTransformer],
+    model: schema.ModelSection,
+    launch: schema.LaunchSection,
+    device: torch.device,
+) -> None:
+    """Prepare networks for training in place, as the recipe says, and move them to ``device``."""
+    for network in networks:
+        apply_checkpointing(network, model)
+        if model.compile:
+            apply_compile(network)
+    if launch.sharding != "none":
+        apply_fsdp(networks, launch, device)
+    else:
+        for network in networks:
+            network.to(device)
+
+
+def apply_checkpointing(network: FlowMapTransformer, model: schema.ModelSection) -> None:
+    """Recompute every n-th block in the backward pass, where the recipe asks for it."""
+    network.gradient_checkpointing = model.gradient_checkpointing
+    network.checkpoint_every_n_blocks = model.checkpoint_every_n_blocks
+
+
+def apply_compile(network: FlowMapTransformer) -> None:
+    """Compile each block at its first call. Call it before the network is sharded."""
+    torch._dynamo.config.recompile_limit = COMPILED_VERSIONS
+    for block in network.blocks:
+        block.forward = torch.compile(block.forward, dynamic=False)
+
 
 def apply_fsdp(
     networks: Iterable[FlowMapTransformer], launch: schema.LaunchSection, device: torch.device
 ) -> None:
-    """Divide networks in place; their weights move to ``device`` block by block."""
-    # A velocity may be a view; nobody writes into one.
+    """Shard networks in place; their weights move to ``device`` block by block."""
+    # A velocity may be a view; it is never written to.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     options: dict[str, Any] = {
         "mesh": _mesh(launch, device.type),
         "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32),
         "offload_policy": CPUOffloadPolicy() if launch.offload and device.type != "cpu" else OffloadPolicy(),
-        # the outermost unit too: sampling alone has no backward pass that would let go of it
+        # the outermost unit too: sampling has no backward pass that would free it
         "reshard_after_forward": True,
     }
     for network in networks:
@@ -57,8 +92,8 @@ def apply_fsdp(
 
 
 def _mesh(launch: schema.LaunchSection, kind: str) -> DeviceMesh:
-    """All processes in one group, or a group for each machine and replicas across machines."""
-    if not distributed.is_initialized():  # alone, for the sake of offloading
+    """One group of all processes, or one group per machine with replicas across machines."""
+    if not distributed.is_initialized():  # a single process, which shards only to offload
         distributed.init_process_group(store=HashStore(), rank=0, world_size=1)
     ranks = distributed.get_world_size()
     if launch.sharding == "full":
@@ -68,17 +103,17 @@ def _mesh(launch: schema.LaunchSection, kind: str) -> DeviceMesh:
 
 
 def full_tensor(value: Tensor) -> Tensor:
-    """A tensor as every process has it whole; one that is divided is gathered, by all processes together."""
+    """The full tensor; a sharded one is gathered, in which all processes must take part."""
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def local_tensor(value: Tensor) -> Tensor:
-    """What this process holds of a tensor."""
+    """This process's shard of a tensor."""
     return value.to_local() if isinstance(value, DTensor) else value
 
 
 def shard_like(value: Tensor, like: Tensor) -> Tensor:
-    """This process's part of a whole tensor, where ``like`` is divided."""
+    """Shard a full tensor as ``like`` is, if that is sharded."""
     if not isinstance(like, DTensor) or isinstance(value, DTensor):
         return value
     return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)

@@ -38,13 +38,13 @@ SMALL = 2  # channels of small latents, and numbers that stand for a sample's te
 class Bound(Protocol):
     """A condition as ``flow.Velocity`` has it, without the call."""
 
-    def take(self, index: Tensor) -> Any:
+    def select(self, index: Tensor) -> Any:
         """These samples only."""
 
-    def join(self, *others: Any) -> Any:
+    def concat(self, *others: Any) -> Any:
         """One batch after another."""
 
-    def over(self, layout: Layout, keys: LayerKeys | None) -> Any:
+    def with_layout(self, layout: Layout, keys: LayerKeys | None) -> Any:
         """Over a layout of small latents, and small keys where the layout has cached ones."""
 
 
@@ -89,22 +89,22 @@ class StandIn:
         backward = self.stage.evaluate(label, self.bound, wanted and z.requires_grad)
         frames = z.shape[1]
         if self.layout is not None:
-            frames = sum(segment.frames for segment in self.layout.inputs if segment.read)
+            frames = sum(segment.frames for segment in self.layout.inputs if segment.is_output)
         velocity: Tensor = _Evaluation.apply(z, anchor, frames, backward)  # type: ignore[no-untyped-call]
         return velocity
 
-    def over(self, layout: Layout, cache: LayerKeys | None = None) -> StandIn:
+    def with_layout(self, layout: Layout, cache: LayerKeys | None = None) -> StandIn:
         """As ``Conditioned.over``."""
-        return StandIn(self.stage, self.role, self.bound.over(layout, cache), layout)
+        return StandIn(self.stage, self.role, self.bound.with_layout(layout, cache), layout)
 
-    def take(self, index: Tensor) -> StandIn:
+    def select(self, index: Tensor) -> StandIn:
         """These samples only."""
-        return StandIn(self.stage, self.role, self.bound.take(index), self.layout)
+        return StandIn(self.stage, self.role, self.bound.select(index), self.layout)
 
-    def join(self, *others: Velocity) -> StandIn:
+    def concat(self, *others: Velocity) -> StandIn:
         """One batch after another."""
         bounds = [cast("StandIn", other).bound for other in others]
-        return StandIn(self.stage, self.role, self.bound.join(*bounds), self.layout)
+        return StandIn(self.stage, self.role, self.bound.concat(*bounds), self.layout)
 
 
 class _Evaluation(torch.autograd.Function):
@@ -148,13 +148,13 @@ def terms_of(setup: Setup, stage: Stage) -> list[tuple[Role, LossTerm]]:
 
 
 class _Unbound:
-    def take(self, index: Tensor) -> _Unbound:
+    def select(self, index: Tensor) -> _Unbound:
         return self
 
-    def join(self, *others: _Unbound) -> _Unbound:
+    def concat(self, *others: _Unbound) -> _Unbound:
         return self
 
-    def over(self, layout: Layout, keys: LayerKeys | None) -> _Unbound:
+    def with_layout(self, layout: Layout, keys: LayerKeys | None) -> _Unbound:
         return self
 
 

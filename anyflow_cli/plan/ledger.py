@@ -57,7 +57,7 @@ class Label(NamedTuple):
     @property
     def fills(self) -> bool:
         """Whether it gives no velocity, and only keeps the keys of what is finished."""
-        return self.layout is not None and not any(segment.read for segment in self.layout.inputs)
+        return self.layout is not None and not any(segment.is_output for segment in self.layout.inputs)
 
 
 BETWEEN = Label("", "between", 0, False)

@@ -161,7 +161,7 @@ class Rehearsal:
         for label in labels:
             bound = self.velocity(cast("Role", label.role), torch.zeros(label.samples)).bound
             if label.layout is not None:
-                bound = bound.over(label.layout, None)
+                bound = bound.with_layout(label.layout, None)
             self.evaluate(label, bound, into=label.with_gradient)()
         return self.ledger.segments
 
@@ -207,7 +207,7 @@ class Rehearsal:
 
     def keys(self, small: LayerKeys | None, layout: Layout, samples: int) -> LayerKeys | None:
         """Hollow keys for those that are counted as the small ones."""
-        places = [write.place for write in layout.writes]
+        places = [write.cache for write in layout.writes]
         places += [place for group in layout.groups for place in group.cached]
         if not places:
             return None
@@ -256,20 +256,20 @@ class _Text:
     def __init__(self, rehearsal: Rehearsal, conditioned: Conditioned, kept: object = None) -> None:
         self._rehearsal, self.conditioned, self.kept = rehearsal, conditioned, kept
 
-    def take(self, index: Tensor) -> _Text:
+    def select(self, index: Tensor) -> _Text:
         with self._rehearsal.running():
             hollow = torch.empty(index.shape, dtype=torch.int64)
-            return _Text(self._rehearsal, self.conditioned.take(hollow))
+            return _Text(self._rehearsal, self.conditioned.select(hollow))
 
-    def join(self, *others: _Text) -> _Text:
+    def concat(self, *others: _Text) -> _Text:
         with self._rehearsal.running():
-            return _Text(self._rehearsal, self.conditioned.join(*(other.conditioned for other in others)))
+            return _Text(self._rehearsal, self.conditioned.concat(*(other.conditioned for other in others)))
 
-    def over(self, layout: Layout, keys: LayerKeys | None) -> _Text:
+    def with_layout(self, layout: Layout, keys: LayerKeys | None) -> _Text:
         true = self._rehearsal.setup.true_layout(layout)
         hollow = self._rehearsal.keys(keys, true, len(self.conditioned.text))
         with self._rehearsal.running():
-            conditioned = self.conditioned.over(true, hollow)
+            conditioned = self.conditioned.with_layout(true, hollow)
         # a block that is computed again finds the keys that it saw
         kept = keys if self._rehearsal.network.gradient_checkpointing else None
         return _Text(self._rehearsal, conditioned, kept)

@@ -75,8 +75,8 @@ class Setup:
         """The layout of the true latents for one of small ones."""
 
         def moved(segment: Segment) -> Segment:
-            place = segment.place
-            return segment if place is None else replace(segment, place=place * self.small_tokens)
+            offset = segment.cache_offset
+            return segment if offset is None else replace(segment, cache_offset=offset * self.small_tokens)
 
         return replace(
             small,

@@ -139,8 +139,8 @@ def roll_out(
 
     def alone(past: Tensor, z: Tensor, number: int) -> Tensor:
         own = empty()
-        own.fill(past, model)
-        return simulate(own.next(model), z, number)
+        own.prefill(past, model)
+        return simulate(own.next_velocity(model), z, number)
 
     cache = None if recomputes else empty(in_place=in_place)
     made = given[:, :0]
@@ -151,10 +151,10 @@ def roll_out(
         elif cache is None:
             x = checkpoint(alone, made.detach(), z, number, use_reentrant=False, preserve_rng_state=False)
         else:
-            x = simulate(cache.next(model), z, number)
+            x = simulate(cache.next_velocity(model), z, number)
         made = torch.cat((made, x), dim=1)
         if cache is not None and number + 1 < len(chunks):
-            cache.add(x, model)
+            cache.append(x, model)
     return made
 
 

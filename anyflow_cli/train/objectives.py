@@ -284,7 +284,7 @@ class OnPolicyTerms:
         if settings.simulation == "flow-map":
             steps, k = simulation.draw_segment(settings.step_budgets, generator)
             return lambda model, noise, _: simulation.flow_map_rollout(model, noise, steps, k, self.shift)
-        exit_step = simulation.draw_exit_step(settings.consistency_steps, generator)
+        exit_step = int(torch.randint(settings.consistency_steps, (), generator=generator))
         grid = times.grid(settings.consistency_steps, self.shift)
 
         def consistency(model: Velocity, noise: Tensor, chunk: int) -> Tensor:

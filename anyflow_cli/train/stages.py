@@ -20,9 +20,9 @@ from anyflow_cli.errors import UsageError
 from anyflow_cli.model.adapter import load_adapter, save_adapter
 from anyflow_cli.model.backbone import Backbone, LoraSize, Role
 from anyflow_cli.model.causal import as_causal, check_partition
-from anyflow_cli.model.compiled import apply_compile
 from anyflow_cli.model.config import CausalConfig
 from anyflow_cli.model.network import FlowMapTransformer, two_time_from
+from anyflow_cli.model.parallelize import apply_compile
 from anyflow_cli.model.pipeline_io import resolve_pipeline, save_pipeline
 from anyflow_cli.model.precision import Precision, resolve_precision
 from anyflow_cli.recipe import schema

@@ -13,7 +13,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from anyflow_cli.errors import AnyflowError, UsageError
@@ -135,3 +135,34 @@ def flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def safe_child(folder: Path, name: str, *, follow_links: bool = True) -> Path:
+    """Path inside ``folder`` of a name that was read from a file: the border for every such name.
+
+    Args:
+        folder: Directory that the name must stay in.
+        name: Relative name, possibly with sub-directories.
+        follow_links: Accept symbolic links that lead out of the folder, as the Hub's cache has them. Pass
+            False before writing or deleting.
+
+    Raises:
+        UsageError: The name is empty, absolute, not a file name, or leads out of the folder.
+    """
+    parts = PurePosixPath(name).parts
+    legal = parts and not any(part in ("..", "/", "//") or not _is_file_name(part) for part in parts)
+    child = folder.joinpath(*parts) if legal else folder
+    if child == folder or not (follow_links or child.resolve().is_relative_to(folder.resolve())):
+        raise UsageError(
+            f"A file of {folder} names {ascii(name)[:200]}, which is not a file inside that directory.",
+            "Restore the directory from where it came from.",
+        )
+    return child
+
+
+def _is_file_name(part: str) -> bool:
+    """Whether a path component can exist on this system, and on others that separate paths differently."""
+    try:
+        return len(part.encode()) <= 255 and not set(part) & {"\\", "\0"} and part[1:2] != ":"
+    except UnicodeEncodeError:  # a lone surrogate
+        return False

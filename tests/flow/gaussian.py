@@ -39,10 +39,10 @@ class Gaussian:
         slope = ((t + r) * (1 + self.std**2) - 2 * self.std**2) / (self.scale(t) + self.scale(r))
         return slope / self.scale(t) * (z - (1 - t) * self.mean) - self.mean
 
-    def take(self, index: Tensor) -> Gaussian:
+    def select(self, index: Tensor) -> Gaussian:
         return self if len(self.mean) == 1 else Gaussian(self.mean[index], self.std)
 
-    def join(self, *others: Velocity) -> Gaussian:
+    def concat(self, *others: Velocity) -> Gaussian:
         parts = [self.mean, *(cast("Gaussian", other).mean for other in others)]
         return self if len(self.mean) == 1 else Gaussian(torch.cat(parts), self.std)
 
@@ -85,13 +85,13 @@ class Fused:
         u_c = self.guidance * self.data(z, t, r) + (1 - self.guidance) * t_mean * self.drift
         return torch.where(per_frame(self.is_null, z), t_null * self.drift, u_c)
 
-    def take(self, index: Tensor) -> Fused:
-        return Fused(self.data.take(index), self.is_null[index], self.guidance, self.drift)
+    def select(self, index: Tensor) -> Fused:
+        return Fused(self.data.select(index), self.is_null[index], self.guidance, self.drift)
 
-    def join(self, *others: Velocity) -> Fused:
+    def concat(self, *others: Velocity) -> Fused:
         parts = cast("tuple[Fused, ...]", others)
         is_null = torch.cat([self.is_null, *(part.is_null for part in parts)])
-        return Fused(self.data.join(*(part.data for part in parts)), is_null, self.guidance, self.drift)
+        return Fused(self.data.concat(*(part.data for part in parts)), is_null, self.guidance, self.drift)
 
 
 @dataclass(frozen=True)
@@ -105,11 +105,11 @@ class Watched:
         self.calls.append((len(z), t, r, torch.is_grad_enabled()))
         return self.model(z, t, r)
 
-    def take(self, index: Tensor) -> Watched:
-        return Watched(self.model.take(index), self.calls)
+    def select(self, index: Tensor) -> Watched:
+        return Watched(self.model.select(index), self.calls)
 
-    def join(self, *others: Velocity) -> Watched:
-        return Watched(self.model.join(*(cast("Watched", other).model for other in others)), self.calls)
+    def concat(self, *others: Velocity) -> Watched:
+        return Watched(self.model.concat(*(cast("Watched", other).model for other in others)), self.calls)
 
 
 @dataclass(frozen=True)
@@ -122,8 +122,8 @@ class Bent:
     def __call__(self, z: Tensor, t: Tensor, r: Tensor) -> Tensor:
         return self.bend(self.model, z, t, r)
 
-    def take(self, index: Tensor) -> Bent:
-        return Bent(self.model.take(index), self.bend)
+    def select(self, index: Tensor) -> Bent:
+        return Bent(self.model.select(index), self.bend)
 
-    def join(self, *others: Velocity) -> Bent:
-        return Bent(self.model.join(*(cast("Bent", other).model for other in others)), self.bend)
+    def concat(self, *others: Velocity) -> Bent:
+        return Bent(self.model.concat(*(cast("Bent", other).model for other in others)), self.bend)

@@ -159,7 +159,7 @@ WRONG_STUDENTS: dict[str, Callable[[Velocity, Tensor, Tensor, Tensor], Tensor]] 
     "v for u": lambda u, z, t, r: u(z, t, t),
     "without the shift": lambda u, z, t, r: u(z, shift(t, 1 / 5), shift(r, 1 / 5)),
     "frames for channels": lambda u, z, t, r: u(z.transpose(1, 2), t, r).transpose(1, 2),
-    "another sample's condition": lambda u, z, t, r: u.take(torch.arange(len(z)).roll(1))(z, t, r),
+    "another sample's condition": lambda u, z, t, r: u.select(torch.arange(len(z)).roll(1))(z, t, r),
 }
 
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from anyflow_cli.flow.noise import batch_noise, noise
+from anyflow_cli.flow.noise import batch_noise, noise, noise_like
 
 
 def test_noise_depends_on_its_seed_alone() -> None:
@@ -26,3 +26,17 @@ def test_noise_is_standard_normal() -> None:
     x = noise(0, (100_000,))
     assert abs(x.mean().item()) < 0.02
     assert abs(x.std().item() - 1) < 0.02
+
+
+def test_noise_like_follows_its_generator_in_the_shape_and_type_of_the_state() -> None:
+    z = torch.zeros(4, 3, 2, 4, 4, dtype=torch.float64)
+    first, second = (noise_like(z, torch.Generator().manual_seed(5)) for _ in range(2))
+    assert torch.equal(first, second)
+    assert (first.shape, first.dtype) == (z.shape, z.dtype)
+    assert not torch.equal(first, noise_like(z, torch.Generator().manual_seed(6)))
+
+
+def test_noise_of_one_generator_per_sample_does_not_depend_on_the_batch() -> None:
+    z = torch.zeros(2, 3, 2, 4, 4)
+    both = noise_like(z, [torch.Generator().manual_seed(seed) for seed in (5, 6)])
+    assert torch.equal(both[1:], noise_like(z[1:], [torch.Generator().manual_seed(6)]))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
 
 from anyflow_cli.flow.samplers import SAMPLERS, consistency, euler, flow_map_euler
 from anyflow_cli.flow.times import grid
@@ -84,15 +83,6 @@ def test_with_a_generator_each_a_sample_does_not_depend_on_its_batch() -> None:
     torch.testing.assert_close(together[1:], alone)
     with pytest.raises(ValueError, match="shorter"):
         consistency(DATA, NOISE, grid(4, K), generator=[generator(5)])
-
-
-@pytest.mark.parametrize("name", SAMPLERS)
-def test_each_step_is_reported_and_the_last_is_the_result(name: str) -> None:
-    seen: dict[int, Tensor] = {}
-    x = SAMPLERS[name](DATA, NOISE, grid(4, K), generator=generator(), on_step=seen.__setitem__)
-    assert list(seen) == [0, 1, 2, 3]
-    assert torch.equal(seen[3], x)
-    assert not torch.equal(seen[2], x)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)

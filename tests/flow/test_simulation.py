@@ -10,17 +10,17 @@ import torch
 from torch import Tensor
 
 from anyflow_cli.flow.losses import interpolate
+from anyflow_cli.flow.noise import noise_like
 from anyflow_cli.flow.samplers import flow_map_euler
 from anyflow_cli.flow.simulation import (
     BUDGETS,
     SimulationSegment,
     consistency_rollout,
-    draw_exit_step,
     draw_segment,
     flow_map_rollout,
 )
 from anyflow_cli.flow.times import grid
-from anyflow_cli.flow.velocity import Velocity, flow_map, noise_like
+from anyflow_cli.flow.velocity import Velocity, flow_map
 from tests.flow.gaussian import SHAPE, Bent, Gaussian, Watched, normal
 
 K = 5.0
@@ -101,14 +101,6 @@ def test_ranks_of_one_seed_draw_the_same() -> None:
     ranks = [torch.Generator().manual_seed(7) for _ in range(4)]
     for _ in range(5):
         assert len({draw_segment(BUDGETS, rank) for rank in ranks}) == 1
-        assert len({draw_exit_step(4, rank) for rank in ranks}) == 1
-
-
-def test_exit_steps_are_drawn_evenly() -> None:
-    generator = torch.Generator().manual_seed(0)
-    counts = Counter(draw_exit_step(4, generator) for _ in range(4000))
-    assert sorted(counts) == [0, 1, 2, 3]
-    assert min(counts.values()) > 850
 
 
 def test_a_consistency_rollout_projects_and_noises_until_its_exit() -> None:

@@ -12,7 +12,6 @@ from anyflow_cli.flow.velocity import (
     flow_map,
     from_function,
     guided,
-    noise_like,
     per_frame,
 )
 from tests.flow.gaussian import SHAPE, Gaussian, Watched, normal
@@ -48,7 +47,10 @@ def test_times_of_frames_go_to_frames() -> None:
 
 def test_queries_are_answered_together_as_alone() -> None:
     watched = Watched(Gaussian(normal(2, 4, *SHAPE)))
-    queries = VelocityInputs(watched, Z, T, R), VelocityInputs(watched, Z, T, R).take(torch.tensor([2, 0, 2]))
+    queries = (
+        VelocityInputs(watched, Z, T, R),
+        VelocityInputs(watched, Z, T, R).select(torch.tensor([2, 0, 2])),
+    )
     whole, some = evaluate_together(*queries)
     assert [batch for batch, *_ in watched.calls] == [7]
     torch.testing.assert_close(whole, MODEL(Z, T, R))
@@ -57,7 +59,7 @@ def test_queries_are_answered_together_as_alone() -> None:
 
 def test_queries_for_nobody_ask_nothing() -> None:
     watched = Watched(MODEL)
-    nobody = VelocityInputs(watched, Z, T, R).take(torch.tensor([], dtype=torch.long))
+    nobody = VelocityInputs(watched, Z, T, R).select(torch.tensor([], dtype=torch.long))
     assert [len(answer) for answer in evaluate_together(nobody, nobody)] == [0, 0]
     assert watched.calls == []
 
@@ -79,27 +81,22 @@ def test_guidance_is_an_extrapolation_from_the_null_branch_in_one_call() -> None
 def test_a_guided_model_keeps_the_contract() -> None:
     index = torch.tensor([3, 1])
     model = guided(MODEL, NULL, 4.0)
-    some = model.take(index)
+    some = model.select(index)
     torch.testing.assert_close(some(Z[index], T[index], T[index]), model(Z, T, T)[index])
-    got = some.join(model)(torch.cat([Z[index], Z]), torch.cat([T[index], T]), torch.cat([T[index], T]))
+    got = some.concat(model)(torch.cat([Z[index], Z]), torch.cat([T[index], T]), torch.cat([T[index], T]))
     torch.testing.assert_close(got, torch.cat([model(Z, T, T)[index], model(Z, T, T)]))
 
 
 def test_models_of_different_guidance_do_not_join() -> None:
     with pytest.raises(AssertionError):
-        guided(MODEL, NULL, 4.0).join(guided(MODEL, NULL, 3.0))
+        guided(MODEL, NULL, 4.0).concat(guided(MODEL, NULL, 3.0))
 
 
 def test_a_closed_model_serves_any_batch() -> None:
     model = from_function(lambda z, t, r: per_frame(t - r, z) * z)
-    joined = model.take(torch.tensor([0])).join(model)
+    joined = model.select(torch.tensor([0])).concat(model)
     torch.testing.assert_close(joined(Z, T, R), per_frame(T - R, Z) * Z)
 
 
-def test_noise_comes_from_the_generator_and_full_time_from_the_state() -> None:
-    first, second = (noise_like(Z, torch.Generator().manual_seed(5)) for _ in range(2))
-    assert torch.equal(first, second)
-    assert first.shape == Z.shape
-    assert first.dtype == Z.dtype
-    assert not torch.equal(first, noise_like(Z, torch.Generator().manual_seed(6)))
+def test_a_batch_time_is_one_time_per_sample() -> None:
     assert batch_time(0.25, Z).tolist() == [0.25] * 4

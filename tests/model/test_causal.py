@@ -129,7 +129,7 @@ def test_a_forced_velocity_carries_its_video() -> None:
     z, t, r = x.z[:, model.window], x.t[:, 0], x.r[:, 0]
     whole = model(z, t, r)
     order = torch.tensor([1, 0, 1])
-    joined = model.take(torch.tensor([1])).join(model.take(torch.tensor([0, 1])))
+    joined = model.select(torch.tensor([1])).concat(model.select(torch.tensor([0, 1])))
     assert distance(joined(z[order], t[order], r[order]), whole[order]) < 1e-6
 
 

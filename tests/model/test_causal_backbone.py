@@ -54,7 +54,7 @@ def test_the_other_roles_do_not_own_it_nor_change_with_it() -> None:
     made = trained()
     assert not [name for name in made.named_parameters_of("fake") if FAR in name]
     expected = network()(X.z, T, T, X.text)  # bidirectional: what the scores see
-    for role in ("fake", "base"):
+    for role in ("fake", "real"):
         torch.testing.assert_close(made.velocity(role, X.text)(X.z, T, T), expected, rtol=0, atol=0)
 
 

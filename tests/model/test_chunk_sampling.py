@@ -78,9 +78,9 @@ def test_steps_can_differ_from_chunk_to_chunk(network: FlowMapTransformer) -> No
     # One step is one jump over the clean past.
     model = Conditioned(network, TEXT)
     cache = KeyCache(network, PARTITION, (8, 8), 2)
-    cache.add(mixed[:, :1], model)
+    cache.append(mixed[:, :1], model)
     z = noise()[:, 1:3]
-    jump = flow_map(cache.next(model), z, batch_time(1, z), batch_time(0, z))
+    jump = flow_map(cache.next_velocity(model), z, batch_time(1, z), batch_time(0, z))
     torch.testing.assert_close(mixed[:, 1:3], jump, rtol=0, atol=0)
 
 
@@ -110,11 +110,11 @@ def test_guidance_is_that_of_two_models_side_by_side(network: FlowMapTransformer
     caches = [KeyCache(network, PARTITION, (8, 8), 2) for _ in range(2)]
     parts = []
     for chunk in caches[0].chunks:
-        velocity = guided(caches[0].next(model), caches[1].next(null), 3.0)
+        velocity = guided(caches[0].next_velocity(model), caches[1].next_velocity(null), 3.0)
         parts.append(flow_map_euler(velocity, noise()[:, chunk.slice], grid(2, SHIFT)))
         if chunk is not caches[0].chunks[-1]:
             for cache, condition in zip(caches, (model, null), strict=True):
-                cache.add(parts[-1], condition)
+                cache.append(parts[-1], condition)
     assert distance(x, torch.cat(parts, dim=1)) < 1e-5
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from anyflow_cli.model.compiled import apply_compile
+from anyflow_cli.model.parallelize import apply_compile
 from anyflow_cli.recipe import schema
 from anyflow_cli.train.stages import flowmap_inputs, train
 from anyflow_cli.train.trainer import Trainer, make_accelerator

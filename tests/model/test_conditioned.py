@@ -46,7 +46,7 @@ def test_take_and_join_carry_the_text(network: FlowMapTransformer, trained: bool
     whole = network(X.z, X.t, X.r, X.text)
     index = torch.tensor([2, 0, 2])
     model = Conditioned(network, X.text)
-    joined = model.take(index).join(model.take(torch.tensor([1])))
+    joined = model.select(index).concat(model.select(torch.tensor([1])))
     order = torch.tensor([2, 0, 2, 1])
     assert distance(joined(X.z[order], X.t[order], X.r[order]), whole[order]) < 1e-6
 
@@ -105,11 +105,11 @@ def test_the_scope_is_entered_for_every_use(network: FlowMapTransformer) -> None
         entered.append("out")
 
     model = Conditioned(network, X.text, scope)
-    model.take(torch.tensor([0]))(X.z[:1], X.t[:1], X.r[:1])
+    model.select(torch.tensor([0]))(X.z[:1], X.t[:1], X.r[:1])
     assert entered == ["in", "out", "in", "out"]  # for the keys, for the call
 
 
 def test_joining_two_networks_is_a_bug(network: FlowMapTransformer) -> None:
     other = ours(theirs("AnyFlowTransformer3DModel"))
     with pytest.raises(AssertionError, match="differ in network"):
-        Conditioned(network, X.text).join(Conditioned(other, X.text))
+        Conditioned(network, X.text).concat(Conditioned(other, X.text))

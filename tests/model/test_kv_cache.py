@@ -15,7 +15,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from anyflow_cli.flow.velocity import batch_time
 from anyflow_cli.model.causal import TeacherForced, chunks_of
 from anyflow_cli.model.conditioned import Conditioned
-from anyflow_cli.model.kv_cache import KeyCache, Policy
+from anyflow_cli.model.kv_cache import KeyCache
 from anyflow_cli.model.network import FlowMapTransformer
 from tests.model.helpers import distance, inputs, ours, theirs
 
@@ -43,9 +43,9 @@ def steps(cache: KeyCache, model: Conditioned, x: Tensor, noise: Tensor) -> list
     velocities = []
     for i, chunk in enumerate(cache.chunks):
         z = noise[:, chunk.slice]
-        velocities.append(cache.next(model)(z, batch_time(0.7, z), batch_time(0.2, z)))
+        velocities.append(cache.next_velocity(model)(z, batch_time(0.7, z), batch_time(0.2, z)))
         if i + 1 < len(cache.chunks):
-            cache.add(x[:, chunk.slice], model)
+            cache.append(x[:, chunk.slice], model)
     return velocities
 
 
@@ -75,26 +75,20 @@ def test_filling_at_once_leaves_what_adding_leaves(partition: tuple[int, ...], f
     added = KeyCache(network, partition, (8, 8), 2)
     for chunk in added.chunks:
         filled = KeyCache(network, partition, (8, 8), 2)
-        filled.fill(x[:, : chunk.slice.start], model)
+        filled.prefill(x[:, : chunk.slice.start], model)
         assert filled.done == added.done
-        both = [cache.next(model)(z[:, chunk.slice], *[batch_time(0.7, z)] * 2) for cache in (filled, added)]
+        both = [
+            cache.next_velocity(model)(z[:, chunk.slice], *[batch_time(0.7, z)] * 2)
+            for cache in (filled, added)
+        ]
         assert distance(*both) < 1e-5
         if chunk is not added.chunks[-1]:
-            added.add(x[:, chunk.slice], model)
+            added.append(x[:, chunk.slice], model)
 
 
-def test_incremental_is_exact_until_a_chunk_has_left_and_close_after() -> None:
-    network = ours(far(3))
-    x, noise, model = video(PARTITION), video(PARTITION).flip(1), model_of(network)
-    exact = steps(KeyCache(network, PARTITION, (8, 8), 2), model, x, noise)
-    quick = steps(KeyCache(network, PARTITION, (8, 8), 2, policy="incremental"), model, x, noise)
-    gaps = [distance(a, b) for a, b in zip(quick, exact, strict=True)]
-    assert max(gaps[:3]) < 1e-5  # the first chunk leaves before the fourth is made
-    assert 1e-5 < max(gaps[3:]) < 0.2
-
-
-@pytest.mark.parametrize("policy", ["exact", "incremental"])
-def test_it_encodes_what_its_policy_says(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_chunk_that_leaves_the_window_is_encoded_again_with_those_that_stay(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     network = ours(far(3))
     x, model = video(PARTITION), model_of(network)
     encoded: list[list[tuple[int, str]]] = []
@@ -106,22 +100,15 @@ def test_it_encodes_what_its_policy_says(policy: Policy, monkeypatch: pytest.Mon
         original(cache, inputs, z, condition)
 
     monkeypatch.setattr(KeyCache, "_encode", watched)
-    steps(KeyCache(network, PARTITION, (8, 8), 2, policy=policy), model, x, x)
+    steps(KeyCache(network, PARTITION, (8, 8), 2), model, x, x)
     first_two = [[(0, "full")], [(1, "full")]]
-    again = {
-        "exact": [
-            [(0, "compressed"), (1, "full"), (3, "full")],
-            [(1, "compressed"), (3, "full"), (4, "full")],
-        ],
-        "incremental": [[(0, "compressed"), (3, "full")], [(1, "compressed"), (4, "full")]],
-    }
-    assert encoded == first_two + again[policy]
+    then = [[(0, "compressed"), (1, "full"), (3, "full")], [(1, "compressed"), (3, "full"), (4, "full")]]
+    assert encoded == first_two + then
 
 
-@pytest.mark.parametrize("policy", ["exact", "incremental"])
-def test_memory_is_exactly_what_is_written(policy: Policy) -> None:
+def test_memory_is_exactly_what_is_written() -> None:
     network = ours(far(3))
-    cache = KeyCache(network, PARTITION, (8, 8), 2, policy=policy)
+    cache = KeyCache(network, PARTITION, (8, 8), 2)
     memory = [part for layer in cache._memory.layers for part in layer]
     for part in memory:
         part.fill_(torch.nan)
@@ -159,12 +146,12 @@ def test_a_graph_over_an_earlier_state_survives_later_additions(checkpointing: b
     network.gradient_checkpointing = checkpointing
     x, model = video(PARTITION), model_of(network)
     cache = KeyCache(network, PARTITION, (8, 8), 2, in_place=False)
-    cache.add(x[:, :1], model)
+    cache.append(x[:, :1], model)
     z = x[:, 1:3].clone().requires_grad_()
-    u = cache.next(model)(z, batch_time(0.5, z), batch_time(0.0, z))
+    u = cache.next_velocity(model)(z, batch_time(0.5, z), batch_time(0.0, z))
     (expected,) = torch.autograd.grad(u.square().sum(), z, retain_graph=True)
-    cache.add(x[:, 1:3], model)
-    cache.add(x[:, 3:4], model)
+    cache.append(x[:, 1:3], model)
+    cache.append(x[:, 3:4], model)
     (got,) = torch.autograd.grad(u.square().sum(), z)
     torch.testing.assert_close(got, expected, rtol=0, atol=0)
     assert expected.abs().max() > 0
@@ -174,11 +161,11 @@ def test_conditions_over_a_cache_can_be_taken_and_joined() -> None:
     network = ours(far(2))
     x, model = video(PARTITION), model_of(network)
     cache = KeyCache(network, PARTITION, (8, 8), 2)
-    cache.add(x[:, :1], model)
-    velocity, z = cache.next(model), x[:, 1:3]
+    cache.append(x[:, :1], model)
+    velocity, z = cache.next_velocity(model), x[:, 1:3]
     whole = velocity(z, batch_time(0.5, z), batch_time(0.1, z))
     order = torch.tensor([1, 0, 1])
-    joined = velocity.take(torch.tensor([1])).join(velocity.take(torch.tensor([0, 1])))
+    joined = velocity.select(torch.tensor([1])).concat(velocity.select(torch.tensor([0, 1])))
     z = z[order]
     assert distance(joined(z, batch_time(0.5, z), batch_time(0.1, z)), whole[order]) < 1e-6
 
@@ -218,7 +205,7 @@ def test_diffusers_own_step_lets_zero_keys_in(height: int, width: int, least: fl
     network = ours(reference)
     z = torch.randn(1, 1, 8, height, width, generator=torch.Generator().manual_seed(0))
     text = inputs(batch=1).text
-    mine = KeyCache(network, (1, 1), (height, width), 1).next(Conditioned(network, text))
+    mine = KeyCache(network, (1, 1), (height, width), 1).next_velocity(Conditioned(network, text))
     own = mine(z, batch_time(0.7, z), batch_time(0.2, z))
     gap = distance(their_step(reference, text, z), own)
     assert least <= gap < most

@@ -102,10 +102,10 @@ def test_one_time_a_sample_serves_every_segment() -> None:
 def test_cached_segments_are_no_input_and_their_tokens_are_in_the_cache() -> None:
     """4 tokens a compressed frame, 16 a full one."""
     past = (
-        Segment(0, 1, (0,), "compressed", cached=True, place=0),
-        Segment(3, 1, (1,), cached=True, place=40),
+        Segment(0, 1, (0,), "compressed", cached=True, cache_offset=0),
+        Segment(3, 1, (1,), cached=True, cache_offset=40),
     )
-    again = Segment(1, 2, (0, 2), "compressed", read=False, place=4)
+    again = Segment(1, 2, (0, 2), "compressed", is_output=False, cache_offset=4)
     layout = Layout((*past, again, Segment(4, 1, (0, 1, 2, 3))), 8, 8)
     assert layout.frames == 3
     assert [span.tokens for span in layout.spans] == [slice(0, 8), slice(8, 24)]
@@ -113,4 +113,4 @@ def test_cached_segments_are_no_input_and_their_tokens_are_in_the_cache() -> Non
         ((slice(0, 8),), (slice(0, 4),)),
         ((slice(0, 24),), (slice(0, 4), slice(40, 56))),
     ]
-    assert [(write.tokens, write.place) for write in layout.writes] == [(slice(0, 8), slice(4, 12))]
+    assert [(write.tokens, write.cache) for write in layout.writes] == [(slice(0, 8), slice(4, 12))]

@@ -162,7 +162,7 @@ def test_text_keys_can_be_made_once() -> None:
     keys = network.text_keys(x.text)
     torch.testing.assert_close(network(x.z, x.t, x.r, keys), network(x.z, x.t, x.r, x.text), rtol=0, atol=0)
     index = torch.tensor([1, 0, 1])
-    taken = network(x.z[index], x.t[index], x.r[index], keys.take(index))
+    taken = network(x.z[index], x.t[index], x.r[index], keys.select(index))
     assert distance(taken, network(x.z, x.t, x.r, x.text)[index]) < 1e-6
 
 

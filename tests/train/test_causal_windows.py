@@ -297,13 +297,13 @@ def test_cached_keys_carry_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     from anyflow_cli.model.kv_cache import KeyCache
 
     backbone, caches = roles(), []
-    add = KeyCache.add
+    append = KeyCache.append
 
     def noting(self: KeyCache, *arguments: Any) -> None:
-        add(self, *arguments)
+        append(self, *arguments)
         caches.append(self._memory)
 
-    monkeypatch.setattr(KeyCache, "add", noting)
+    monkeypatch.setattr(KeyCache, "append", noting)
     x = policy(backbone)._rollout(batch(), draws(), "rollout")
     assert x.requires_grad
     assert len(caches) == 3
