@@ -10,7 +10,8 @@ from anyflow_cli.errors import UsageError
 from anyflow_cli.utils.files import safe_child
 
 OUTSIDE = [
-    "", ".", "..", "/", "/etc/passwd", "//host/x", "../x", "a/../../x", "a/..", "C:\\x", "C:x", "..\\x", "a\0b",
+    "", ".", "..", "/", "/etc/passwd",
+    "//host/x", "../x", "a/../../x", "a/..", "C:\\x", "C:x", "..\\x", "a\0b",
     "\ud800", "x" * 256, "a/" + "\u00e9" * 128,
 ]  # fmt: skip
 
