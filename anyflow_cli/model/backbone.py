@@ -17,24 +17,51 @@ Legend: B batch, L text tokens, D text width.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from anyflow_cli.errors import UsageError
-from anyflow_cli.model.causal import FAR
+from anyflow_cli.model.causal import FAR, as_causal
 from anyflow_cli.model.conditioned import Conditioned
+from anyflow_cli.model.config import CausalConfig
 from anyflow_cli.model.lora import LoraAdapters, LoraSize
-from anyflow_cli.model.network import FlowMapTransformer, on_meta
+from anyflow_cli.model.network import FlowMapTransformer, on_meta, two_time_from
 from anyflow_cli.model.parallelize import shard_like
+from anyflow_cli.model.precision import Precision
+from anyflow_cli.recipe.schema import ModelSection
 
-__all__ = ["Backbone", "LoraSize", "Role"]
+__all__ = ["Backbone", "BackboneSources", "LoraSize", "Role"]
 
 Role = Literal["student", "real", "fake"]
+LoadNetwork = Callable[[Path, torch.dtype], FlowMapTransformer]
+
+
+@dataclass(frozen=True)
+class BackboneSources:
+    """Where the weights of a backbone come from.
+
+    Attributes:
+        network: Model that the student starts from; with LoRA, the base of its adapter.
+        roles: Roles that the backbone has.
+        two_time: Whether the student is a flow map. False keeps a teacher as it is, for its own tuning.
+        scores: Model of the real and fake score; None: ``network``.
+        student_adapter: Adapter that the student starts from; None: a new one, which changes nothing yet.
+        real_adapter: Adapter of a tuned teacher; None: the real score is the model itself.
+    """
+
+    network: Path
+    roles: tuple[Role, ...] = ("student",)
+    two_time: bool = True
+    scores: Path | None = None
+    student_adapter: Mapping[str, Tensor] | None = None
+    real_adapter: Mapping[str, Tensor] | None = None
 
 
 class Backbone(nn.Module):
@@ -78,6 +105,45 @@ class Backbone(nn.Module):
         self._scopes = {name: partial(self.role, name) for name in self._networks}
 
     # --- construction
+
+    @classmethod
+    def build(
+        cls,
+        model: ModelSection,
+        sources: BackboneSources,
+        load: LoadNetwork,
+        *,
+        precision: Precision = "fp32",
+        seed: int = 0,
+    ) -> Backbone:
+        """Build the backbone of a training stage.
+
+        Args:
+            model: Section of the recipe: LoRA or all weights, bidirectional or causal, how r conditions.
+            sources: Where the weights come from.
+            load: Opens a model in the given type. It may give weights on the meta device, which have shapes
+                but no values: then so are the backbone's, built inside ``torch.device("meta")``.
+            precision: Of the arithmetic. Weights that train are fp32; a frozen base is stored in this.
+            seed: Of new adapters.
+        """
+        lora = LoraSize(model.lora.rank, model.lora.alpha) if model.lora else None
+        dtype = torch.bfloat16 if lora is not None and precision == "bf16" else torch.float32
+        network = load(sources.network, dtype)
+        if sources.two_time and not network.config.two_time:
+            network = two_time_from(network, model.gate, model.conditioning)
+        if sources.two_time and model.causal is not None:
+            network = as_causal(network, CausalConfig.from_recipe(model.causal))
+        backbone = cls(
+            network,
+            sources.roles,
+            lora=lora,
+            teacher=None if sources.scores is None else load(sources.scores, dtype),
+            real_adapter=sources.real_adapter,
+            seed=seed,
+        )
+        if sources.student_adapter is not None:
+            backbone.load_state_dict_of("student", sources.student_adapter)
+        return backbone
 
     def _copy_networks(self, network: FlowMapTransformer, teacher: FlowMapTransformer | None) -> None:
         self.student = network.requires_grad_("student" in self.roles)

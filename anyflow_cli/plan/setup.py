@@ -6,21 +6,22 @@ Mirrors what ``train/stages.py`` builds from folders, without the folders: roles
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from anyflow_cli.model.backbone import Backbone, LoraSize, Role
-from anyflow_cli.model.causal import as_causal
+from anyflow_cli.model.backbone import Backbone, BackboneSources, LoraSize, Role
 from anyflow_cli.model.config import CausalConfig, NetworkConfig
 from anyflow_cli.model.layout import Layout, Segment
-from anyflow_cli.model.network import FlowMapTransformer, two_time_from
+from anyflow_cli.model.network import FlowMapTransformer
 from anyflow_cli.model.precision import Precision
 from anyflow_cli.recipe import schema
 from anyflow_cli.train import objectives
 
 Kind = Literal["flow-map", "flow-matching", "consistency-ode", "on-policy", "sampling", "synthesis"]
+TEACHER, SCORES = Path("teacher"), Path("scores")  # stand for folders
 ONE_TIME = ("flow-matching", "synthesis")  # kinds that run a teacher as it is
 
 
@@ -129,21 +130,23 @@ def backbone_on_meta(setup: Setup, depth: int) -> Backbone:
         replace(each, layers=each.layers - setup.depth + depth)
         for each in (setup.network, setup.scores or setup.network)
     )
+    networks = {TEACHER: config, SCORES: scores}
+
+    def load(path: Path, dtype: torch.dtype) -> FlowMapTransformer:
+        return _plain(networks[path], setup.stored)
+
+    on_policy = setup.kind == "on-policy"
+    apart = on_policy and (setup.lora is None or setup.separate)
     with torch.device("meta"):
-        network = _plain(config, setup.stored)
-        teacher = network if setup.scores is None else _plain(scores, setup.stored)
-        if setup.kind not in ONE_TIME and not config.two_time:
-            network = two_time_from(network, setup.model.gate, setup.model.conditioning)
-        if setup.kind not in ONE_TIME and setup.model.causal is not None:
-            network = as_causal(network, CausalConfig.from_recipe(setup.model.causal))
-        apart = setup.kind == "on-policy" and (setup.lora is None or setup.separate)
-        backbone = Backbone(
-            network,
+        sources = BackboneSources(
+            TEACHER,
             setup.roles,
-            lora=setup.lora,
-            teacher=teacher if apart else None,
-            real_adapter=None if apart or setup.kind != "on-policy" else _tuned_adapter(setup, config),
+            two_time=setup.kind not in ONE_TIME,
+            scores=SCORES if apart else None,
+            real_adapter=_tuned_adapter(setup, config) if on_policy and not apart else None,
         )
+        model = setup.model if setup.trains else setup.model.model_copy(update={"lora": None})
+        backbone = Backbone.build(model, sources, load, precision=setup.precision)
     for module in backbone.modules():
         if isinstance(module, FlowMapTransformer):
             module.gradient_checkpointing = setup.model.gradient_checkpointing

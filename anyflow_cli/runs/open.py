@@ -23,13 +23,13 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from anyflow_cli import __version__
 from anyflow_cli.errors import AnyflowError, UsageError
-from anyflow_cli.model.backbone import Backbone, LoraSize
-from anyflow_cli.model.causal import FAR, as_causal
+from anyflow_cli.model.backbone import Backbone, BackboneSources
+from anyflow_cli.model.causal import FAR
 from anyflow_cli.model.config import CausalConfig
-from anyflow_cli.model.network import FlowMapTransformer, two_time_from
+from anyflow_cli.model.network import FlowMapTransformer
 from anyflow_cli.model.pipeline_io import load_network, read_config, read_shift, resolve_pipeline
 from anyflow_cli.recipe.load import load_recorded_recipe
-from anyflow_cli.recipe.schema import Recipe
+from anyflow_cli.recipe.schema import ModelSection, Recipe
 from anyflow_cli.runs.dcp import SHARDS, reason, shard_keys
 from anyflow_cli.runs.dcp import read as read_shards
 from anyflow_cli.runs.paths import MODEL, RunPaths
@@ -139,25 +139,20 @@ def _describe_checkpoint(path: Path) -> ModelInfo:
 def open_model(address: str, recipe: Recipe, dtype: torch.dtype | None = torch.float32) -> OpenedModel:
     """Open the model at ``address``, with weights as ``dtype`` (None: as stored)."""
     info = describe(address, recipe)
-    network = load_network(info.path if info.run is None else info.pipeline, dtype)
-    if info.run is not None:
-        network = _with_trained(network, info, info.run.recipe)
+    if info.run is None:
+        network = load_network(info.path, dtype)
+    else:
+        network = _with_trained(info, info.run.recipe.model, dtype)
     return OpenedModel(network, info.pipeline, info.lineage, info.shift)
 
 
-def _with_trained(network: FlowMapTransformer, info: ModelInfo, recipe: Recipe) -> FlowMapTransformer:
+def _with_trained(info: ModelInfo, model: ModelSection, dtype: torch.dtype | None) -> FlowMapTransformer:
     """The student of a checkpoint, adapters merged, on the network its run started from."""
-    weights = trained_weights(info.path)
-    if info.two_time and not network.config.two_time:
-        network = two_time_from(network, recipe.model.gate, recipe.model.conditioning)
-    if info.causal is not None and any(name.startswith(FAR) for name in weights):
-        network = as_causal(network, info.causal)
-    if recipe.model.lora is None:
-        network.load_state_dict(weights)
-        return network
-    backbone = Backbone(network, lora=LoraSize(recipe.model.lora.rank, recipe.model.lora.alpha))
-    backbone.load_state_dict_of("student", weights)
-    return backbone.merged("student")
+    sources = BackboneSources(info.pipeline, two_time=info.two_time)
+    backbone = Backbone.build(model, sources, lambda path, _: load_network(path, dtype))
+    backbone.load_state_dict_of("student", trained_weights(info.path))
+    network = backbone.merged("student") if backbone.lora else backbone.network_of("student")
+    return network.requires_grad_(False)
 
 
 def locate(address: str) -> Path:

@@ -18,10 +18,9 @@ from anyflow_cli.data.dataset import Batches, LatentData
 from anyflow_cli.data.shards import read_manifest
 from anyflow_cli.errors import UsageError
 from anyflow_cli.model.adapter import load_adapter, save_adapter
-from anyflow_cli.model.backbone import Backbone, LoraSize, Role
-from anyflow_cli.model.causal import as_causal, check_partition
-from anyflow_cli.model.config import CausalConfig
-from anyflow_cli.model.network import FlowMapTransformer, two_time_from
+from anyflow_cli.model.backbone import Backbone, BackboneSources, LoraSize, Role
+from anyflow_cli.model.causal import check_partition
+from anyflow_cli.model.network import FlowMapTransformer
 from anyflow_cli.model.parallelize import apply_compile
 from anyflow_cli.model.pipeline_io import resolve_pipeline, save_pipeline
 from anyflow_cli.model.precision import Precision, resolve_precision
@@ -44,6 +43,7 @@ from anyflow_cli.train.validation import TrainingPart
 log = logging.getLogger(__name__)
 
 ModelRole = dict[str, torch.Tensor]
+ON_POLICY_ROLES: tuple[Role, ...] = ("student", "real", "fake")
 
 
 class Finished(NamedTuple):
@@ -126,45 +126,58 @@ def _stage_1_model(recipe: schema.Recipe, paths: RunPaths) -> Path:
 # --- networks
 
 
-def student_backbone(recipe: schema.Recipe, inputs: RunInputs, precision: Precision) -> Backbone:
-    """The student alone: of one time for the teacher's tuning, else of two."""
+def backbone_sources(recipe: schema.Recipe, inputs: RunInputs) -> BackboneSources:
+    """Where a stage's weights come from.
+
+    Stage 2 shares one base among all roles where its start and its real score are adapters of the teacher.
+    """
     start = inputs.parents.get("start") or inputs.parents["teacher"]
-    network = _load(start, recipe, precision)
-    if inputs.section == "finetune":
-        network = _any_step(network, start, recipe)
-    elif recipe.train_flowmap.objective == "flow-matching":
-        _require(network, start, two_time=False)
-    else:
-        network = _student_of(network, recipe)
-    return _backbone(recipe, network, ("student",), seed=_section(recipe, inputs).seed)
-
-
-def on_policy_backbone(recipe: schema.Recipe, inputs: RunInputs, precision: Precision) -> Backbone:
-    """Student, real and fake score: on one base where start and real score are adapters of the teacher."""
-    roles: tuple[Role, ...] = ("student", "real", "fake")
-    start, real, seed = inputs.parents["start"], inputs.parents["real score"], recipe.distill.seed
+    if inputs.section != "distill":
+        tunes_teacher = (inputs.section, recipe.train_flowmap.objective) == ("train_flowmap", "flow-matching")
+        return BackboneSources(start, two_time=not tunes_teacher)
+    real = inputs.parents["real score"]
     if inputs.base == start or is_checkpoint(start):
-        network = _any_step(_load(start, recipe, precision), start, recipe)
-        return _backbone(recipe, network, roles, teacher=_load(real, recipe, precision), seed=seed)
-    network = _student_of(_load(inputs.base, recipe, precision), recipe)
-    backbone = _backbone(recipe, network, roles, real_adapter=_adapter_of(recipe, real), seed=seed)
-    adapter = _adapter_of(recipe, start)
-    assert adapter is not None, "the base is the teacher only where the start is its adapter"
-    backbone.load_state_dict_of("student", adapter)
+        return BackboneSources(start, ON_POLICY_ROLES, scores=real)
+    return BackboneSources(
+        inputs.base,
+        ON_POLICY_ROLES,
+        student_adapter=_adapter_of(recipe, start),
+        real_adapter=_adapter_of(recipe, real),
+    )
+
+
+def load_backbone(recipe: schema.Recipe, inputs: RunInputs, precision: Precision) -> Backbone:
+    """The networks of a stage, from files."""
+    sources = backbone_sources(recipe, inputs)
+    must_be_any_step = inputs.section == "finetune" or sources.scores is not None
+
+    def load(path: Path, dtype: torch.dtype) -> FlowMapTransformer:
+        network = open_model(str(path), recipe, dtype).network
+        if path == sources.network and must_be_any_step:
+            _check_any_step(network, path, recipe)
+        elif path == sources.network and not sources.two_time and network.config.two_time:
+            raise UsageError(
+                f"{path} is an any-step model, not a teacher.", "Set model.teacher to a plain Wan."
+            )
+        return network
+
+    seed = _section(recipe, inputs).seed
+    backbone = Backbone.build(recipe.model, sources, load, precision=precision, seed=seed)
+    for network in backbone.networks():
+        network.gradient_checkpointing = recipe.model.gradient_checkpointing
+        network.checkpoint_every_n_blocks = recipe.model.checkpoint_every_n_blocks
+        if recipe.model.compile:
+            apply_compile(network)
     return backbone
 
 
-def _student_of(network: FlowMapTransformer, recipe: schema.Recipe) -> FlowMapTransformer:
-    """A flow-map network, causal where the recipe is, that starts as the teacher's."""
+def _check_any_step(network: FlowMapTransformer, path: Path, recipe: schema.Recipe) -> None:
+    """Refuse a model that is not any-step, or not of the recipe's kind."""
     if not network.config.two_time:
-        network = two_time_from(network, recipe.model.gate, recipe.model.conditioning)
-    causal = recipe.model.causal
-    return network if causal is None else as_causal(network, CausalConfig.from_recipe(causal))
-
-
-def _any_step(network: FlowMapTransformer, path: Path, recipe: schema.Recipe) -> FlowMapTransformer:
-    """The network of an any-step model, if it is of the recipe's kind; its chunks are the recipe's."""
-    _require(network, path, two_time=True)
+        raise UsageError(
+            f"{path} is a teacher, not an any-step model.",
+            "Give one that `anyflow train-flowmap` or `anyflow distill` made.",
+        )
     causal = recipe.model.causal
     if (network.config.causal is None) != (causal is None):
         kinds = ("bidirectional", "causal") if causal is not None else ("causal", "bidirectional")
@@ -172,35 +185,6 @@ def _any_step(network: FlowMapTransformer, path: Path, recipe: schema.Recipe) ->
             f"{path} is a {kinds[0]} model, and recipe {recipe.name} is {kinds[1]}.",
             "Use the recipe that the model was trained with, or one with the same model.causal.",
         )
-    return network if causal is None else as_causal(network, CausalConfig.from_recipe(causal))
-
-
-def _require(network: FlowMapTransformer, path: Path, *, two_time: bool) -> None:
-    if network.config.two_time and not two_time:
-        raise UsageError(f"{path} is an any-step model, not a teacher.", "Set model.teacher to a plain Wan.")
-    if two_time and not network.config.two_time:
-        raise UsageError(
-            f"{path} is a teacher, not an any-step model.",
-            "Give one that `anyflow train-flowmap` or `anyflow distill` made.",
-        )
-
-
-def _backbone(
-    recipe: schema.Recipe, network: FlowMapTransformer, roles: tuple[Role, ...], **options: Any
-) -> Backbone:
-    backbone = Backbone(network, roles, lora=_lora(recipe), **options)
-    for one in backbone.networks():
-        one.gradient_checkpointing = recipe.model.gradient_checkpointing
-        one.checkpoint_every_n_blocks = recipe.model.checkpoint_every_n_blocks
-        if recipe.model.compile:
-            apply_compile(one)
-    return backbone
-
-
-def _load(path: Path, recipe: schema.Recipe, precision: Precision) -> FlowMapTransformer:
-    """Weights that train are held in fp32; a base under adapters in the precision of the arithmetic."""
-    frozen = recipe.model.lora is not None and precision == "bf16"
-    return open_model(str(path), recipe, torch.bfloat16 if frozen else torch.float32).network
 
 
 def _lora(recipe: schema.Recipe) -> LoraSize | None:
@@ -228,8 +212,7 @@ def train(recipe: schema.Recipe, inputs: RunInputs, on_step: OnStep | None = Non
     tokens = recipe.model.max_text_tokens
     part = TrainingPart if inputs.section == "finetune" else LatentData
     data = part(inputs.data, tokens)
-    on_policy = inputs.section == "distill"
-    backbone = (on_policy_backbone if on_policy else student_backbone)(recipe, inputs, precision)
+    backbone = load_backbone(recipe, inputs, precision)
     _check_fit(recipe, backbone, data)
     preview, main = None, accelerator.is_main_process
     if (main or recipe.launch.sharding != "none") and settings.preview_every and settings.preview_prompts:

@@ -83,7 +83,7 @@ def test_a_directory_that_can_only_be_read_is_found_before_anything_is_loaded(
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
         mount_for_reading(patch, tmp_path)
-        patch.setattr("anyflow_cli.train.stages.student_backbone", None)  # to be called, it would be a bug
+        patch.setattr("anyflow_cli.train.stages.load_backbone", None)  # to be called, it would be a bug
         assert train(recipe, tmp_path / "runs", 2) == 1
     sentence, _ = said(capsys)
     assert f"Cannot write {run_in(tmp_path / 'runs')}/recipe.yaml: Read-only file system" in sentence

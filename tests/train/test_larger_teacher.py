@@ -20,7 +20,7 @@ from anyflow_cli.runs.lineage import RunInputs
 from anyflow_cli.runs.paths import RunPaths
 from anyflow_cli.train import objectives
 from anyflow_cli.train.rng import StepRng
-from anyflow_cli.train.stages import distill_inputs, flowmap_inputs, on_policy_backbone, train
+from anyflow_cli.train.stages import distill_inputs, flowmap_inputs, load_backbone, train
 from tests.tiny_pipeline import make_wan_folder
 from tests.train.stage import LORA, make_data, make_recipe, paths
 
@@ -55,7 +55,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def test_scores_are_of_the_larger_network_and_start_as_it(case: Case) -> None:
-    backbone = on_policy_backbone(case.recipe, case.inputs, "fp32")
+    backbone = load_backbone(case.recipe, case.inputs, "fp32")
     assert [len(backbone.network_of(role).blocks) for role in backbone.roles] == [2, 3, 3]
     batch = LatentData(case.inputs.data, 8).batch([0, 1])
     t = torch.tensor([0.3, 0.9])
@@ -67,7 +67,7 @@ def test_scores_are_of_the_larger_network_and_start_as_it(case: Case) -> None:
 
 
 def test_the_real_score_is_frozen_and_each_phase_moves_its_own_role(case: Case) -> None:
-    backbone = on_policy_backbone(case.recipe, case.inputs, "fp32")
+    backbone = load_backbone(case.recipe, case.inputs, "fp32")
     data = LatentData(case.inputs.data, 8)
     objective = objectives.on_policy(backbone, data.negative, case.recipe.distill, case.recipe.model.shift)
     for phase in objective.phases:

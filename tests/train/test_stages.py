@@ -21,8 +21,7 @@ from anyflow_cli.train.stages import (
     distill_inputs,
     finetune_inputs,
     flowmap_inputs,
-    on_policy_backbone,
-    student_backbone,
+    load_backbone,
     train,
 )
 from anyflow_cli.train.validation import TrainingPart, flow_map_error
@@ -97,7 +96,7 @@ def test_a_stage_moves_the_model_it_started_from(chain: Chain) -> None:
 
 def test_stage_2_shares_one_base_among_adapters(chain: Chain) -> None:
     inputs = distill_inputs(chain.recipe, chain.paths)
-    backbone = on_policy_backbone(chain.recipe, inputs, "fp32")
+    backbone = load_backbone(chain.recipe, inputs, "fp32")
     one = backbone.network_of("student") is backbone.network_of("fake") is backbone.network_of("real")
     assert one is (chain.recipe.model.lora is not None)
     assert (inputs.base == Path(chain.recipe.model.teacher)) is one
@@ -106,7 +105,7 @@ def test_stage_2_shares_one_base_among_adapters(chain: Chain) -> None:
 @torch.no_grad()
 def test_stage_2_begins_at_the_student_and_the_tuned_teacher(chain: Chain) -> None:
     inputs = distill_inputs(chain.recipe, chain.paths)
-    backbone = on_policy_backbone(chain.recipe, inputs, "fp32")
+    backbone = load_backbone(chain.recipe, inputs, "fp32")
     batch = LatentData(inputs.data, 8).batch([0, 1])
     t, r = torch.tensor([0.3, 0.9]), torch.tensor([0.1, 0.9])
     student, tuned = (load_network(stage.model) for stage in (chain.first, chain.teacher))
@@ -156,7 +155,7 @@ def test_finetuning_goes_on_from_a_checkpoint(chain: Chain, tmp_path: Path) -> N
             finetune_inputs(chain.recipe, paths(tmp_path), str(newest), data)
         return
     inputs = finetune_inputs(chain.recipe, paths(tmp_path), str(newest), data)
-    network = student_backbone(chain.recipe, inputs, "fp32").network_of("student")
+    network = load_backbone(chain.recipe, inputs, "fp32").network_of("student")
     finished = load_network(chain.second.model).state_dict()
     assert all(torch.equal(value, finished[name]) for name, value in network.state_dict().items())
 
