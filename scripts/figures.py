@@ -68,7 +68,7 @@ def given(args: argparse.Namespace) -> None:
     recipe = load_recipe(args.recipe)
     scenes = [WORLDS[recipe.data.world].scene(PROMPT_SEED + i) for i in range(PROMPTS)]
     sampler = VideoSampler.load(str(RunPaths(args.runs, recipe.name).stage_2("flow-map") / "model"), recipe)
-    sampler.begin(np.stack([render(scene, args.frames) for scene in scenes]))
+    sampler.condition_on(np.stack([render(scene, args.frames) for scene in scenes]))
     prompts = [scene.caption for scene in scenes]
     videos = [list(sampler.videos(prompts, _seeds(recipe), steps, PROMPTS)) for steps in STEPS]
     rows = [SheetRow(prompt, [column[i] for column in videos]) for i, prompt in enumerate(prompts)]

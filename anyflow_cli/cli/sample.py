@@ -132,7 +132,7 @@ def _sample(
     opened = VideoSampler.load(choice.address, settings, teacher=teacher, method=asked.method)
     if asked.preview is not None:
         asked.preview.check_model(opened)
-    opened.begin(asked.given and asked.given.pixels, asked.later)
+    opened.condition_on(asked.given and asked.given.pixels, asked.later)
     if stream or any(isinstance(each, tuple) for each in request.nfe):
         opened.require_causal()
     if budget is not None:

@@ -37,15 +37,15 @@ log = logging.getLogger(__name__)
 
 
 class Generator(Interface):
-    """What makes videos; ``sample.Sampler`` is one."""
+    """A source of videos, such as ``VideoSampler``."""
 
     @property
     def latency(self) -> tuple[float, float]:
-        """Seconds a video in the network and in the decoder, of the last sampling."""
+        """Mean seconds per video of the last call: in the network, and in the decoder."""
         ...
 
-    def begin(self, frames: VideoPixels) -> None:
-        """Let the videos that follow begin with frames (B, T, H, W, 3), each with its own."""
+    def condition_on(self, frames: VideoPixels) -> None:
+        """Start the next videos with given frames (B, T, H, W, 3), one set per video."""
         ...
 
     def videos(
@@ -198,7 +198,7 @@ def _scored(
     prompts, seeds = [item.prompt for item in items], [item.seed for item in items]
     images = suite.images(prompts, seeds)
     if images is not None:
-        generator.begin(np.stack(images)[:, None])
+        generator.condition_on(np.stack(images)[:, None])
     videos = list(generator.videos(prompts, seeds, one.steps, len(items)))
     network, decode = generator.latency
     scores = suite.score(videos, prompts, images)

@@ -17,9 +17,15 @@ Generators = torch.Generator | Sequence[torch.Generator] | None
 """One generator for the batch, or one per sample: then a sample's noise does not depend on its batch."""
 
 
+def noise_stream(seed: int, shape: Sequence[int]) -> tuple[Tensor, torch.Generator]:
+    """Draw a seed's starting noise, and return it with the generator that continues the seed's stream."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(tuple(shape), generator=generator), generator
+
+
 def noise(seed: int, shape: Sequence[int]) -> Tensor:
     """Draw standard normal fp32 on the CPU in the given shape, usually (F, C, H, W) of one sample."""
-    return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed))
+    return noise_stream(seed, shape)[0]
 
 
 def batch_noise(seeds: Sequence[int], shape: Sequence[int]) -> Tensor:

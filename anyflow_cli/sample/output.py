@@ -83,7 +83,7 @@ def write_samples(
 
     ``advance`` hears how many videos are written so far. ``stream``: let each video grow as it is made.
     """
-    for prompt in sampler.cut(request.prompts):
+    for prompt in sampler.truncated_prompts(request.prompts):
         log.warning("Only the first %d tokens are read of: %s", recipe.model.max_text_tokens, prompt)
     make = _streamed if stream else _written
     columns: list[list[Pixels]] = []
@@ -135,7 +135,7 @@ def _entries(sampler: VideoSampler, request: SampleRequest, nfe: Steps) -> list[
     """What the record says of each video of one step count."""
     count = nfe if isinstance(nfe, int) else list(nfe)
     label = steps_label(nfe, sampler)
-    marks = {seed: sampler.noise_mark(seed) for seed in request.seeds}
+    marks = {seed: sampler.noise_fingerprint(seed) for seed in request.seeds}
     return [
         {"file": file_name(number, prompt, seed, label), "prompt": prompt, "seed": seed, "nfe": count}
         | {"noise": marks[seed]}
@@ -231,7 +231,7 @@ def _record(sampler: VideoSampler, recipe: Recipe, choice: ModelChoice) -> dict[
         "model": {"address": choice.address, "why": choice.why, "lineage": sampler.lineage},
         "sampler": sampler.method,
         "guidance": sampler.guidance,
-        "then": [list(later) for later in sampler.then],
+        "then": [list(later) for later in sampler.prompt_switches],
         "precision": sampler.precision,
         "device": str(sampler.device),
         "machine": platform.machine(),

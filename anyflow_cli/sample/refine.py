@@ -71,7 +71,7 @@ class PreviousSample:
     def check_model(self, sampler: VideoSampler) -> None:
         """Refuse other noise than that of the preview; say where the model has changed."""
         for entry in self.entries:
-            if sampler.noise_mark(entry["seed"]) != entry["noise"]:
+            if sampler.noise_fingerprint(entry["seed"]) != entry["noise"]:
                 torch = self.record["versions"]["torch"]
                 raise AnyflowError(
                     f"Seed {entry['seed']} gives other noise here than under the preview's torch {torch}.",

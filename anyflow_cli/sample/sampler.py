@@ -1,13 +1,13 @@
-"""From prompts and seeds to videos, with any model of this family at any number of steps.
+"""From prompts, or their embeddings, and seeds to latents or pixels, with any model at any number of steps.
 
-``VideoSampler`` is the one way to sample outside training. An any-step model (two times) is solved by Euler
-over its flow map, one evaluation per step; a plain Wan model is a teacher and is solved by guided Euler, two
-evaluations per step. A causal model is sampled chunk by chunk, from conditioning frames where there are any,
-and can yield each chunk as soon as it is finished (``stream``). A video depends on its prompt, seed and step
-count, not on what it was batched with. ``runs/open.py`` finds and opens models; files are in ``output.py``.
+``VideoSampler`` is the only code that samples: for ``sample``, ``evaluate``, ``synthesize`` and previews. An
+any-step model (two times) is solved by Euler over its flow map, one evaluation per step; a plain Wan model is
+a teacher and is solved by guided Euler, two evaluations per step. A causal model is sampled chunk by chunk,
+optionally after conditioning frames, and can be streamed. A video depends on its prompt, seed and step count,
+not on the batch it was sampled in. ``runs/open.py`` finds and opens models; ``output.py`` writes files.
 
-Legend: B batch, F latent frames, C channels, H W latent height and width; a video is uint8 (T, height,
-width, 3).
+Legend: B batch, F latent frames, C channels, H W latent height and width, L text tokens, D text width; a
+video is uint8 (T, height, width, 3).
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from anyflow_cli.data.video import Pixels, from_pixels, to_pixels
 from anyflow_cli.errors import UsageError
-from anyflow_cli.flow.noise import batch_noise, noise
+from anyflow_cli.flow.noise import noise, noise_stream
 from anyflow_cli.flow.samplers import SAMPLERS
 from anyflow_cli.flow.times import grid
 from anyflow_cli.flow.velocity import Velocity, guided
@@ -34,61 +35,78 @@ from anyflow_cli.model.conditioned import Conditioned
 from anyflow_cli.model.encoders import TextEncoder, VideoVAE
 from anyflow_cli.model.network import FlowMapTransformer
 from anyflow_cli.model.precision import autocast, resolve_precision
-from anyflow_cli.recipe.schema import Recipe
+from anyflow_cli.recipe.schema import ModelSection, Recipe
 from anyflow_cli.runs.open import open_model
 
 Method = Literal["flow-map", "euler", "consistency"]
-Steps = int | tuple[int, ...]  # of each chunk that is sampled, in order; the last for all that follow
+Steps = int | tuple[int, ...]  # per sampled chunk, in order; the last count serves all remaining chunks
+Prompts = Sequence[str] | Tensor  # texts, or their embeddings (B, L, D), zero-padded
 
 log = logging.getLogger(__name__)
 
 
 class Latency(NamedTuple):
-    """Seconds a video took, on average: in the network, and in the VAE's decoder."""
+    """Mean seconds per video: in the network, and in the VAE's decoder."""
 
     network: float
     decode: float
 
 
 class PromptSwitch(NamedTuple):
-    """A prompt that takes over from a frame of the video on."""
+    """A prompt that replaces the previous one from a frame of the video onwards."""
 
     frame: int
     prompt: str
 
 
 class VideoSampler:
-    """A network with its text encoder and VAE, at the shapes and the shift of a recipe."""
+    """A network with the shape, shift and guidance to sample it at.
+
+    Args:
+        network: The network to evaluate, on the device to sample on.
+        model: Shift, precision, text limit and negative prompt.
+        latent_shape: (F, C, H, W) of each video.
+        method: How to solve from noise to video; by default what the network was trained for.
+        guidance: Scale of classifier-free guidance, which doubles the evaluations; None samples without.
+        encoder: Needed to sample prompts; not for embeddings.
+        vae: Needed for pixels and for conditioning frames; not for latents.
+        negative: Embedding (L, D) of the negative prompt, where it is already known.
+        bind: Binds embeddings (B, L, D) to the network, for one that several roles share.
+        streams: Starting noise, and the generator for later noise, of a seed and shape.
+        lineage: Where the network comes from, for records.
+    """
 
     def __init__(
         self,
         network: FlowMapTransformer,
-        encoder: TextEncoder,
-        vae: VideoVAE,
-        recipe: Recipe,
+        model: ModelSection,
+        latent_shape: tuple[int, ...],
         *,
         method: Method | None = None,
+        guidance: float | None = None,
+        encoder: TextEncoder | None = None,
+        vae: VideoVAE | None = None,
+        negative: Tensor | None = None,
+        bind: Callable[[Tensor], Conditioned] | None = None,
+        streams: Callable[[int, Sequence[int]], tuple[Tensor, torch.Generator]] = noise_stream,
         lineage: dict[str, Any] | None = None,
     ) -> None:
-        check_fit(network, encoder, vae)
-        two_time = network.config.two_time
-        if method == "flow-map" and not two_time:
+        self.method: Method = method or ("flow-map" if network.config.two_time else "euler")
+        if self.method == "flow-map" and not network.config.two_time:
             raise UsageError(
                 "The flow-map sampler needs an any-step model, and this one takes a single time.",
-                "Leave --sampler out: a plain Wan model is sampled as the teacher it is.",
+                "Omit --sampler: a plain Wan model is sampled as a teacher.",
             )
-        self.method: Method = method or ("flow-map" if two_time else "euler")
-        self.is_teacher = self.method == "euler" and not two_time
+        self.model, self.shape, self.guidance = model, latent_shape, guidance
         self.lineage = lineage or {}
-        self.model, self.guidance = recipe.model, recipe.sample.teacher_guidance if self.is_teacher else None
-        self.shape = vae.latent_shape(recipe.model.frames, recipe.model.height, recipe.model.width)
         self.device = network.device
-        self.precision = resolve_precision(recipe.model.precision, self.device)
-        self._network, self._encoder, self._vae = network.eval().requires_grad_(False), encoder, vae
-        self._null: Tensor | None = None
-        self._given: Tensor | None = None
-        self.then: Sequence[PromptSwitch] = ()
-        self._start_clock()
+        self.precision = resolve_precision(model.precision, self.device)
+        self.prompt_switches: Sequence[PromptSwitch] = ()
+        self._network, self._bind = network, bind or partial(Conditioned, network)
+        self._encoder, self._vae, self._streams = encoder, vae, streams
+        self._negative = None if negative is None else negative[None].to(self.device)
+        self._first_latents: Tensor | None = None
+        self._reset_clock()
 
     @classmethod
     def load(
@@ -100,86 +118,101 @@ class VideoSampler:
         method: Method | None = None,
         device: torch.device | str | None = None,
     ) -> VideoSampler:
-        """Open a model wherever it is (see ``addresses.open_model``), on the GPU where there is one."""
-        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        """Open a model by its address (see ``runs/open.py``), on the GPU if there is one."""
+        target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         opened = open_model(address, recipe)
-        if teacher and opened.network.config.two_time:
+        two_time = opened.network.config.two_time
+        if teacher and two_time:
             raise UsageError(
                 f"{address} is an any-step model, not a teacher.",
-                "Leave --teacher out, or name a plain Wan model.",
+                "Omit --teacher, or name a plain Wan model.",
             )
-        if opened.network.config.two_time and opened.shift != recipe.model.shift:
+        if two_time and opened.shift != recipe.model.shift:
             log.warning(
-                "%s was made for shift %g and is sampled at the recipe's %g (model.shift).",
+                "%s was trained at shift %g and is sampled at the recipe's %g (model.shift).",
                 address, opened.shift, recipe.model.shift,
             )  # fmt: skip
-        large = torch.bfloat16 if place.type == "cuda" else torch.float32  # UMT5-XXL is 22 GB in fp32
-        if place.type == "cuda" and resolve_precision(recipe.model.precision, place) == "bf16":
+        # UMT5-XXL takes 22 GB in fp32
+        text_dtype = torch.bfloat16 if target.type == "cuda" else torch.float32
+        if target.type == "cuda" and resolve_precision(recipe.model.precision, target) == "bf16":
             opened.network.store_as(torch.bfloat16)
-        encoder = TextEncoder.load(opened.pipeline, large, place)
-        vae = VideoVAE.load(opened.pipeline, place)
-        return cls(opened.network.to(place), encoder, vae, recipe, method=method, lineage=opened.lineage)
+        encoder = TextEncoder.load(opened.pipeline, text_dtype, target)
+        vae = VideoVAE.load(opened.pipeline, target)
+        check_fit(opened.network, encoder, vae)
+        is_teacher = not two_time and method in (None, "euler")
+        return cls(
+            opened.network.to(target).eval().requires_grad_(False),
+            recipe.model,
+            vae.latent_shape(recipe.model.frames, recipe.model.height, recipe.model.width),
+            method=method,
+            guidance=recipe.sample.teacher_guidance if is_teacher else None,
+            encoder=encoder,
+            vae=vae,
+            lineage=opened.lineage,
+        )
 
-    def begin(self, frames: Pixels | None = None, then: Sequence[PromptSwitch] = ()) -> None:
-        """Let every video begin with ``frames`` (T, height, width, 3), as many as the VAE takes together.
-
-        Frames of shape (B, T, height, width, 3) are those of the B videos of each batch that follows.
-        ``then``: prompts that take over from the first one, each from its frame on. Both need a causal model.
-        """
-        if frames is None and not then:
-            return
-        self.require_causal()
-        self.then = then
-        if frames is not None:
-            each = frames if frames.ndim == 5 else frames[None]
-            self._given = self._vae.encode(from_pixels(each)).to(self.device)
-            if self._given.shape[1] >= self.shape[0]:
-                raise UsageError(
-                    f"The {each.shape[1]} given frames leave nothing to sample of {self.model.frames}.",
-                    "Give fewer frames, or make more of them: --frames.",
-                )
+    @property
+    def is_causal(self) -> bool:
+        """Whether videos are sampled chunk by chunk."""
+        return self._network.config.causal is not None
 
     def require_causal(self) -> None:
         """Refuse what only a causal model can do."""
         if not self.is_causal:
             raise UsageError(
-                "The model is bidirectional: it makes all frames at once, from noise.",
-                "A causal (FAR) model can go on from frames, stream, and change prompt or steps on the way.",
+                "The model is bidirectional: it samples all frames at once, from noise.",
+                "Use a causal (FAR) model to continue frames, to stream, or to change prompt or steps on the "
+                "way.",
             )
 
-    @property
-    def is_causal(self) -> bool:
-        """Whether videos are made chunk after chunk."""
-        return self._network.config.causal is not None
+    def condition_on(self, frames: Pixels | None = None, switches: Sequence[PromptSwitch] = ()) -> None:
+        """Start the videos sampled from now on with given frames, and switch prompts on the way.
 
-    def videos(
-        self, prompts: Sequence[str], seeds: Sequence[int], nfe: Steps, batch: int = 1
-    ) -> Iterator[Pixels]:
-        """The video (T, height, width, 3) of each prompt and its seed, in order, at ``nfe`` steps."""
+        Args:
+            frames: First frames (T, height, width, 3) of every video, or (B, T, height, width, 3) of each
+                video of a batch; T is a number of frames that the VAE takes.
+            switches: Prompts that replace the first one.
+
+        Raises:
+            UsageError: The model is bidirectional, or no frame is left to sample.
+        """
+        if frames is None and not switches:
+            return
+        self.require_causal()
+        self.prompt_switches = switches
+        if frames is not None:
+            batch = frames if frames.ndim == 5 else frames[None]
+            self._first_latents = self.vae.encode(from_pixels(batch)).to(self.device)
+            if self._first_latents.shape[1] >= self.shape[0]:
+                raise UsageError(
+                    f"{batch.shape[1]} conditioning frames leave nothing to sample of {self.model.frames}.",
+                    "Condition on fewer frames, or sample more with --frames.",
+                )
+
+    def videos(self, prompts: Prompts, seeds: Sequence[int], nfe: Steps, batch: int = 1) -> Iterator[Pixels]:
+        """Sample one video (T, height, width, 3) per prompt and seed, in order, at ``nfe`` steps."""
         for latents in self.latents(prompts, seeds, nfe, batch):
             yield from self.decode(latents)
 
-    def latents(
-        self, prompts: Sequence[str], seeds: Sequence[int], nfe: Steps, batch: int = 1
-    ) -> Iterator[Tensor]:
-        """As ``videos``, still encoded: (B, F, C, H, W) for each batch in turn."""
+    def latents(self, prompts: Prompts, seeds: Sequence[int], nfe: Steps, batch: int = 1) -> Iterator[Tensor]:
+        """Sample latents (B, F, C, H, W), batch after batch."""
         if len(prompts) != len(seeds):
-            raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds; one seed a prompt is needed")
-        self._start_clock()
+            raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds; each prompt needs one seed")
+        self._reset_clock()
         for start in range(0, len(prompts), batch):
             part = slice(start, start + batch)
-            yield self._batch(prompts[part], seeds[part], nfe)
+            yield self._sample_batch(prompts[part], seeds[part], nfe)
 
     @torch.no_grad()
     def stream(self, prompt: str, seed: int, nfe: Steps) -> Iterator[Pixels]:
-        """A causal model's video in parts (T', height, width, 3), each as its chunk is finished.
+        """Sample a video with a causal model and yield each chunk's frames (T', height, width, 3).
 
-        The pixels are those of ``videos``.
+        A chunk is yielded as soon as it is decoded. Together they have the pixels of ``videos``.
         """
         self.require_causal()
-        self._start_clock()
-        decoding = self._vae.decoding()
-        for chunk in self._chunks([prompt], [seed], nfe):
+        self._reset_clock()
+        decoding = self.vae.decoding()
+        for chunk in self._sample_chunks([prompt], [seed], nfe):
             with self._timed("decode"):
                 pixels = to_pixels(decoding(chunk))[0]
             yield pixels
@@ -187,63 +220,75 @@ class VideoSampler:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Pixels:
-        """Latents (B, F, C, H, W) to videos (B, T, height, width, 3)."""
+        """Decode latents (B, F, C, H, W) to videos (B, T, height, width, 3)."""
         with self._timed("decode"):
-            return to_pixels(self._vae.decode(latents))
+            return to_pixels(self.vae.decode(latents))
 
-    def cut(self, prompts: Sequence[str]) -> list[str]:
-        """The prompts that are longer than the recipe's ``max_text_tokens`` and are read to there only."""
-        lengths = self._encoder.tokens(prompts)
-        return [p for p, n in zip(prompts, lengths, strict=True) if n > self.model.max_text_tokens]
+    def truncated_prompts(self, prompts: Sequence[str]) -> list[str]:
+        """Return the prompts with more tokens than ``model.max_text_tokens``, whose end is not read."""
+        counts = self.encoder.tokens(prompts)
+        return [p for p, n in zip(prompts, counts, strict=True) if n > self.model.max_text_tokens]
+
+    @property
+    def encoder(self) -> TextEncoder:
+        """The text encoder."""
+        assert self._encoder is not None, "this sampler takes embeddings"
+        return self._encoder
+
+    @property
+    def vae(self) -> VideoVAE:
+        """The VAE."""
+        assert self._vae is not None, "this sampler makes latents"
+        return self._vae
 
     @property
     def latency(self) -> Latency:
-        """Of the sampling that ran last."""
+        """Mean latency of the last call, per video."""
         count = max(self._count, 1)
         return Latency(self._spent["network"] / count, self._spent["decode"] / count)
 
-    def noise_mark(self, seed: int) -> str:
-        """A mark of the noise that a seed's video starts from; equal marks, equal noise."""
+    def noise_fingerprint(self, seed: int) -> str:
+        """A short hash of a seed's starting noise, to recognize it on another machine or torch."""
         return hashlib.sha256(noise(seed, self.shape).numpy().tobytes()).hexdigest()[:16]
 
     @torch.no_grad()
-    def _batch(self, prompts: Sequence[str], seeds: Sequence[int], nfe: Steps) -> Tensor:
+    def _sample_batch(self, prompts: Prompts, seeds: Sequence[int], nfe: Steps) -> Tensor:
         if self.is_causal:
-            latents = torch.cat(list(self._chunks(prompts, seeds, nfe)), dim=1)
+            latents = torch.cat(list(self._sample_chunks(prompts, seeds, nfe)), dim=1)
         else:
-            start, streams = self._noise(seeds)
+            start, generators = self._noise(seeds)
             with autocast(self.precision, self.device):
-                velocity = self._velocity(prompts)
+                velocity: Velocity = self._condition(prompts)
+                if self.guidance is not None:
+                    velocity = guided(velocity, self._null_condition(len(prompts)), self.guidance)
                 with self._timed("network"):
                     (times,) = self._grids(nfe)
-                    latents = SAMPLERS[self.method](velocity, start, times, generator=streams)
+                    latents = SAMPLERS[self.method](velocity, start, times, generator=generators)
         self._count += len(prompts)
         return latents
 
-    def _chunks(self, prompts: Sequence[str], seeds: Sequence[int], nfe: Steps) -> Iterator[Tensor]:
-        """A causal model's videos, chunk after chunk: (B, F', C, H, W)."""
-        start, streams = self._noise(seeds)
-        causal, frames = causal_of(self._network.config), self.shape[0]
+    def _sample_chunks(self, prompts: Prompts, seeds: Sequence[int], nfe: Steps) -> Iterator[Tensor]:
+        """Sample a causal model's videos chunk by chunk: (B, F', C, H, W)."""
+        start, generators = self._noise(seeds)
+        causal, frames, first = causal_of(self._network.config), self.shape[0], self._first_latents
         with autocast(self.precision, self.device):
-            model = Conditioned(self._network, self._text(prompts))
-            then = {
-                self._vae.latent_of(later.frame): Conditioned(
-                    self._network, self._text([later.prompt] * len(prompts))
-                )
-                for later in self.then
+            condition = self._condition(prompts)
+            later = {
+                self.vae.latent_of(switch.frame): self._condition([switch.prompt] * len(prompts))
+                for switch in self.prompt_switches
             }
         chunks = sample_chunks(
-            model,
+            condition,
             start,
             partition_for(causal, frames),
             SAMPLERS[self.method],
             self._grids(nfe),
-            given=None if self._given is None else self._given.expand(len(start), -1, -1, -1, -1),
+            given=first if first is None else first.expand(len(start), -1, -1, -1, -1),
             remember=remembered_for(causal, frames),
-            then=then,
-            generator=streams,
+            then=later,
+            generator=generators,
         )
-        while True:  # what a chunk's receiver does must not run under this autocast
+        while True:  # the caller's work on a chunk must not run under this autocast
             with autocast(self.precision, self.device), self._timed("network"):
                 chunk = next(chunks, None)
             if chunk is None:
@@ -251,8 +296,9 @@ class VideoSampler:
             yield chunk
 
     def _noise(self, seeds: Sequence[int]) -> tuple[Tensor, list[torch.Generator]]:
-        """Starting noise (B, F, C, H, W), and where the noise of later steps comes from."""
-        return batch_noise(seeds, self.shape).to(self.device), [self._stream(seed) for seed in seeds]
+        """Return starting noise (B, F, C, H, W), and per video the generator of noise for later steps."""
+        starts, generators = zip(*(self._streams(seed, self.shape) for seed in seeds), strict=True)
+        return torch.stack(starts).to(self.device), list(generators)
 
     def _grids(self, nfe: Steps) -> list[Tensor]:
         counts = (nfe,) if isinstance(nfe, int) else nfe
@@ -262,30 +308,24 @@ class VideoSampler:
             self.require_causal()
         return [grid(count, self.model.shift) for count in counts]
 
-    def _velocity(self, prompts: Sequence[str]) -> Velocity:
-        conditioned = Conditioned(self._network, self._text(prompts))
-        if self.guidance is None:
-            return conditioned
-        if self._null is None:
-            self._null = self._text([self.model.negative_prompt])
-        null = Conditioned(self._network, self._null.expand(len(prompts), -1, -1))
-        return guided(conditioned, null, self.guidance)
+    def _condition(self, prompts: Prompts) -> Conditioned:
+        if not isinstance(prompts, Tensor):
+            prompts = self.encoder.encode(prompts, self.model.max_text_tokens)
+        return self._bind(prompts.to(self.device))
 
-    def _text(self, prompts: Sequence[str]) -> Tensor:
-        return self._encoder.encode(prompts, self.model.max_text_tokens).to(self.device)
+    def _null_condition(self, count: int) -> Conditioned:
+        if self._negative is None:
+            self._negative = self.encoder.encode([self.model.negative_prompt], self.model.max_text_tokens).to(
+                self.device
+            )
+        return self._bind(self._negative.expand(count, -1, -1))
 
-    def _stream(self, seed: int) -> torch.Generator:
-        """Noise for the steps of one video: what follows its starting noise in its seed's stream."""
-        generator = torch.Generator().manual_seed(seed)
-        torch.randn(self.shape, generator=generator)
-        return generator
-
-    def _start_clock(self) -> None:
+    def _reset_clock(self) -> None:
         self._count, self._spent = 0, {"network": 0.0, "decode": 0.0}
 
     @contextmanager
     def _timed(self, part: str) -> Iterator[None]:
-        """Add the block's time to a part; without waiting for the device it would be booked elsewhere."""
+        """Add the block's seconds to a part; waits for the device, whose work would count elsewhere."""
         start = self._now()
         yield
         self._spent[part] += self._now() - start
@@ -297,15 +337,14 @@ class VideoSampler:
 
 
 def check_fit(network: FlowMapTransformer, encoder: TextEncoder, vae: VideoVAE) -> None:
-    """Refuse a network that was made for other latents or another text encoder."""
+    """Refuse a network trained on other latents or with another text encoder."""
     config = network.config
     hint = "Use the pipeline folder that this model was trained with."
     if config.in_channels != vae.channels:
         raise UsageError(
-            f"The model works on latents of {config.in_channels} channels, the VAE makes {vae.channels}.",
-            hint,
+            f"The model takes latents of {config.in_channels} channels; the VAE has {vae.channels}.", hint
         )
     if config.text_dim != encoder.dim:
         raise UsageError(
-            f"The model reads text of width {config.text_dim}, the encoder writes {encoder.dim}.", hint
+            f"The model takes text of width {config.text_dim}; the encoder has width {encoder.dim}.", hint
         )

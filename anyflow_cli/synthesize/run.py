@@ -48,14 +48,9 @@ from anyflow_cli.data.video import (
     write_mp4,
 )
 from anyflow_cli.errors import AnyflowError, UsageError
-from anyflow_cli.flow.noise import batch_noise
-from anyflow_cli.flow.samplers import euler
-from anyflow_cli.flow.times import grid
-from anyflow_cli.flow.velocity import guided
-from anyflow_cli.model.conditioned import Conditioned
 from anyflow_cli.model.encoders import TextEncoder, VideoVAE
 from anyflow_cli.model.pipeline_io import load_network, resolve_pipeline
-from anyflow_cli.model.precision import Precision, autocast
+from anyflow_cli.sample.sampler import VideoSampler
 from anyflow_cli.synthesize.job import SynthesisJob
 from anyflow_cli.synthesize.quality_checks import find_defect
 from anyflow_cli.synthesize.shard_locks import LOCK_FILE, ShardLocks
@@ -190,15 +185,18 @@ class TeacherSource:
     def __init__(self, job: SynthesisJob) -> None:
         device, folder = default_device(), resolve_pipeline(job.teacher)
         self._job = job
-        self._precision: Precision = "bf16" if job.stored == torch.bfloat16 else "fp32"
         self._encoders = Encoders(job, folder, device)
         self.negative = self._encoders.negative
-        self._network = load_network(folder, job.stored).to(device)
-        if self._network.config.two_time:
+        network = load_network(folder, job.stored).to(device)
+        if network.config.two_time:
             raise UsageError(
                 f"{job.teacher} is an any-step model, not a teacher.",
                 "Set synthesize.teacher or model.teacher to a plain Wan pipeline.",
             )
+        self._sampler = VideoSampler(
+            network, job.recipe.model, self._encoders.latent_shape, method="euler",
+            guidance=job.recipe.synthesize.guidance, negative=self._encoders.padded([self.negative])[0],
+        )  # fmt: skip
 
     def results(self, indices: range) -> Iterator[LatentSample | Rejection]:
         """Batch by batch; a shard in which nothing passes means that a setting is wrong."""
@@ -236,7 +234,8 @@ class TeacherSource:
     ) -> Iterator[LatentSample | Rejection]:
         recipe = self._job.recipe
         seeds = [seed_of(recipe.synthesize.seed, index, attempt) for index in indices]
-        latents = self._sample(texts, seeds)
+        padded = self._encoders.padded(texts)
+        (latents,) = self._sampler.latents(padded, seeds, recipe.synthesize.steps, len(seeds))
         videos = self._encoders.vae.decode(latents)
         for index, seed, text, x, video in zip(indices, seeds, texts, latents, videos, strict=True):
             reason = find_defect(x, video)
@@ -247,18 +246,6 @@ class TeacherSource:
                 what = "given up" if attempt + 1 == TRIES else "the next seed follows"
                 log.warning("Video %d from seed %d is %s; %s.", index, seed, reason, what)
                 yield Rejection(index, f"seed {seed}", reason)
-
-    def _sample(self, texts: list[Tensor], seeds: Sequence[int]) -> Tensor:
-        """Texts of (L, D) and a seed each -> latents (B, F, C, H, W)."""
-        recipe, device = self._job.recipe, self._network.device
-        padded = self._encoders.padded(texts)
-        null = self._encoders.padded([self.negative] * len(texts))
-        model = guided(
-            Conditioned(self._network, padded), Conditioned(self._network, null), recipe.synthesize.guidance
-        )
-        with autocast(self._precision, device):
-            z = batch_noise(seeds, self._encoders.latent_shape).to(device)
-            return euler(model, z, grid(recipe.synthesize.steps, recipe.model.shift))
 
 
 class VideoSource:

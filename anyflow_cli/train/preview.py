@@ -1,7 +1,7 @@
-"""Samples of a model in training, as one contact sheet a time: rows are captions, columns step counts.
+"""Samples of a model in training, as contact sheets: rows are captions, columns step counts.
 
-Each preview starts from the same noise and the same embedded captions, so that two sheets of a run differ by
-training alone. The first captions of the data set are taken: their embeddings are at hand.
+Each preview starts from the same noise and the same captions, the first of the data set with their stored
+embeddings, so two sheets of a run differ by training alone.
 
 Legend: B captions, F latent frames, C channels, H W latent height and width.
 """
@@ -10,35 +10,31 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from anyflow_cli.data.dataset import LatentData
 from anyflow_cli.data.video import to_pixels
-from anyflow_cli.flow.noise import batch_noise
-from anyflow_cli.flow.samplers import SAMPLERS
-from anyflow_cli.flow.times import grid
-from anyflow_cli.flow.velocity import Velocity, guided
+from anyflow_cli.flow.noise import noise
 from anyflow_cli.model.backbone import Backbone
-from anyflow_cli.model.chunk_sampling import sample_chunks
 from anyflow_cli.model.encoders import VideoVAE
-from anyflow_cli.model.precision import Precision, autocast
+from anyflow_cli.recipe.schema import ModelSection
+from anyflow_cli.sample.sampler import Method, VideoSampler
 from anyflow_cli.utils.contact_sheet import SheetRow, contact_sheet
 from anyflow_cli.utils.files import atomic_write
 
 
 @dataclass(frozen=True)
-class PreviewPlan:
-    """How to sample: a teacher is guided (``guidance`` above 1), a student is not."""
+class PreviewSettings:
+    """How the student is sampled for previews; ``guidance`` is for a teacher in tuning."""
 
-    sampler: Literal["flow-map", "euler", "consistency"]
+    method: Method
     nfe: Sequence[int]
-    guidance: float
-    shift: float
     captions: int
+    guidance: float | None = None
 
 
 def make_preview(
@@ -46,59 +42,47 @@ def make_preview(
     backbone: Backbone,
     data: LatentData,
     pipeline: Path,
-    plan: PreviewPlan,
-    precision: Precision,
+    settings: PreviewSettings,
+    model: ModelSection,
     writes: bool = True,
 ) -> Callable[[int], None]:
-    """Give a function of the step that writes ``previews/step-...png``; the VAE is loaded only for it.
+    """Return a function of the step that writes ``previews/step-...png``.
 
-    Where the network is sharded all processes have to sample, and one ``writes``.
+    Args:
+        directory: The run.
+        backbone: Its student is sampled.
+        data: Gives captions, embeddings and the shape of the latents.
+        pipeline: Folder of the VAE, which is loaded for each preview and then freed.
+        settings: Method, step counts, number of captions, guidance.
+        model: Shift and precision.
+        writes: Whether this process writes. All processes have to sample a sharded network.
     """
-    batch = data.batch(range(min(plan.captions, len(data))))
-    noise = batch_noise(range(len(batch.captions)), data.latent_shape)
+    batch = data.batch(range(min(settings.captions, len(data))))
+    seeds = range(len(batch.captions))
 
     @torch.no_grad()
     def preview(step: int) -> None:
-        device = backbone.network_of("student").device
-        sample = _sampling(backbone, data, batch.text.to(device), plan)
-        with autocast(precision, device):
-            # to the CPU: the average must not leave its place before the last weights were read
-            latents = [sample(noise.to(device), grid(nfe, plan.shift)).cpu() for nfe in plan.nfe]
+        sampler = VideoSampler(
+            backbone.network_of("student"), model, data.latent_shape,
+            method=settings.method, guidance=settings.guidance, negative=data.negative,
+            bind=partial(backbone.velocity, "student"), streams=_preview_streams,
+        )  # fmt: skip
+        # to the CPU: the average must not leave its place before the last weights were read
+        latents = [next(sampler.latents(batch.text, seeds, nfe, len(seeds))).cpu() for nfe in settings.nfe]
         if not writes:
             return
-        vae = VideoVAE.load(pipeline, device)
-        columns = [to_pixels(vae.decode(part)) for part in latents]
+        vae = VideoVAE.load(pipeline, sampler.device)
+        columns = [to_pixels(vae.decode(column)) for column in latents]
         rows = [
             SheetRow(caption, [column[i] for column in columns]) for i, caption in enumerate(batch.captions)
         ]
-        sheet = contact_sheet(
-            rows, [f"{nfe} step{'s' * (nfe > 1)}" for nfe in plan.nfe], title=f"step {step}"
-        )
+        headings = [f"{nfe} step{'s' * (nfe > 1)}" for nfe in settings.nfe]
         with atomic_write(directory / "previews" / f"step-{step:06d}.png") as temporary:
-            sheet.save(temporary, format="PNG")
+            contact_sheet(rows, headings, title=f"step {step}").save(temporary, format="PNG")
 
     return preview
 
 
-def _sampling(
-    backbone: Backbone, data: LatentData, text: Tensor, plan: PreviewPlan
-) -> Callable[[Tensor, Tensor], Tensor]:
-    """From noise (B, F, C, H, W) and a grid to videos: of a causal model chunk after chunk."""
-    model, sampler = backbone.velocity("student", text), SAMPLERS[plan.sampler]
-    causal = model.network.config.causal
-    if causal is not None:
-        partition = causal.partition
-        return lambda noise, times: torch.cat(
-            list(sample_chunks(model, noise, partition, sampler, [times], generator=_generators(len(noise)))),
-            dim=1,
-        )
-    velocity: Velocity = model
-    if plan.guidance != 1:
-        null = backbone.velocity("student", data.negative.to(text).expand_as(text))
-        velocity = guided(model, null, plan.guidance)
-    return lambda noise, times: sampler(velocity, noise, times, generator=_generators(len(noise)))
-
-
-def _generators(count: int) -> list[torch.Generator]:
-    """For samplers that draw on the way; the same at each preview."""
-    return [torch.Generator().manual_seed(seed + 1) for seed in range(count)]
+def _preview_streams(seed: int, shape: Sequence[int]) -> tuple[Tensor, torch.Generator]:
+    """Starting noise of a seed; later noise is the next seed's, as in the previews of all earlier runs."""
+    return noise(seed, shape), torch.Generator().manual_seed(seed + 1)

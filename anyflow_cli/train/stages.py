@@ -36,7 +36,7 @@ from anyflow_cli.runs.open import (
 )
 from anyflow_cli.runs.paths import MODEL, RunPaths
 from anyflow_cli.train import objectives
-from anyflow_cli.train.preview import PreviewPlan, make_preview
+from anyflow_cli.train.preview import PreviewSettings, make_preview
 from anyflow_cli.train.trainer import OnStep, Trainer, make_accelerator
 from anyflow_cli.train.validation import TrainingPart
 
@@ -216,8 +216,8 @@ def train(recipe: schema.Recipe, inputs: RunInputs, on_step: OnStep | None = Non
     _check_fit(recipe, backbone, data)
     preview, main = None, accelerator.is_main_process
     if (main or recipe.launch.sharding != "none") and settings.preview_every and settings.preview_prompts:
-        plan = _preview_plan(recipe, inputs)
-        preview = make_preview(inputs.directory, backbone, data, inputs.base, plan, precision, main)
+        how = _preview_settings(recipe, inputs)
+        preview = make_preview(inputs.directory, backbone, data, inputs.base, how, recipe.model, main)
     trainer = Trainer(
         inputs.directory,
         _objective(recipe, inputs, backbone, data),
@@ -297,15 +297,14 @@ def _check_sizes(network: FlowMapTransformer, name: str, data: LatentData, hint:
             raise UsageError(message, hint, everywhere=True)
 
 
-def _preview_plan(recipe: schema.Recipe, inputs: RunInputs) -> PreviewPlan:
-    count, shift = _section(recipe, inputs).preview_prompts, recipe.model.shift
-    student = PreviewPlan("flow-map", recipe.sample.nfe, 1.0, shift, count)
+def _preview_settings(recipe: schema.Recipe, inputs: RunInputs) -> PreviewSettings:
+    student = PreviewSettings("flow-map", recipe.sample.nfe, _section(recipe, inputs).preview_prompts)
     if inputs.section == "train_flowmap" and recipe.train_flowmap.objective == "flow-matching":
-        nfe, guidance = (recipe.sample.teacher_steps,), recipe.sample.teacher_guidance
-        return replace(student, sampler="euler", nfe=nfe, guidance=guidance)
+        nfe, scale = (recipe.sample.teacher_steps,), recipe.sample.teacher_guidance
+        return replace(student, method="euler", nfe=nfe, guidance=scale if scale != 1 else None)
     ode = inputs.section == "train_flowmap" and recipe.train_flowmap.objective == "consistency-ode"
     simulated = inputs.section == "distill" and recipe.distill.simulation == "consistency"
-    return replace(student, sampler="consistency") if ode or simulated else student
+    return replace(student, method="consistency") if ode or simulated else student
 
 
 def _save(recipe: schema.Recipe, inputs: RunInputs, trainer: Trainer, lineage: dict[str, Any]) -> None:

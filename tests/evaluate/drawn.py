@@ -45,7 +45,7 @@ class Drawn:
             self.asked.append((prompt, seed, nfe))
             yield drawn(CAPTIONED.get(prompt, 0), nfe)
 
-    def begin(self, frames: VideoPixels) -> None:
+    def condition_on(self, frames: VideoPixels) -> None:
         self.begun += [frame[0] for frame in frames]
 
     def open(self, of: Subject, recipe: Recipe) -> Drawn:

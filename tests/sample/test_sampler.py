@@ -111,7 +111,7 @@ def test_a_plain_wan_folder_is_a_teacher_and_gives_the_videos_of_diffusers(wan: 
         output_type="np",
     ).frames  # fmt: skip
     teacher = VideoSampler.load(str(wan), recipe_for(wan))
-    assert teacher.is_teacher
+    assert teacher.guidance == 4.0
     ours = np.stack(list(teacher.videos(PROMPTS[:1], [7], 3)))
     assert np.abs(ours / 255 - theirs).max() < 1 / 255
 
@@ -147,9 +147,14 @@ def test_the_three_samplers_differ(any_step: Path, wan: Path) -> None:
         assert largest_difference([videos[a]], [videos[b]]) > 1
 
 
-def test_consistency_noise_is_not_the_starting_noise_again(sampler: VideoSampler) -> None:
-    stream = sampler._stream(5)
-    assert not torch.equal(torch.randn(SHAPE, generator=stream), noise(5, SHAPE))
+def test_embeddings_give_the_latents_of_their_prompts(sampler: VideoSampler) -> None:
+    text = sampler.encoder.encode(PROMPTS[:2], 16)
+    for a, b in zip(
+        sampler.latents(text, [3, 4], 2, batch=2),
+        sampler.latents(PROMPTS[:2], [3, 4], 2, batch=2),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
 def test_guidance_changes_a_teachers_video(wan: Path) -> None:
@@ -206,8 +211,8 @@ def test_the_flow_map_sampler_refuses_a_single_time(wan: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "change", "message"),
     [
-        ("in_channels", {"in_channels": 16, "out_channels": 16}, "latents of 16 channels, the VAE makes 8"),
-        ("text_dim", {"text_dim": 64}, "text of width 64, the encoder writes 32"),
+        ("in_channels", {"in_channels": 16, "out_channels": 16}, "latents of 16 channels; the VAE has 8"),
+        ("text_dim", {"text_dim": 64}, "text of width 64; the encoder has width 32"),
     ],
 )
 def test_a_network_of_another_architecture_is_refused(
@@ -244,7 +249,7 @@ def test_a_causal_model_is_sampled_chunk_by_chunk_whatever_its_batch(causal: Pat
     assert alone[0].shape == (13, 64, 64, 3)
     assert largest_difference(alone, list(sampler.videos(PROMPTS[:3], seeds, 2, batch=3))) <= 1
     latents = next(sampler.latents(PROMPTS[:1], seeds[:1], 2))
-    model = Conditioned(sampler._network, sampler._text(PROMPTS[:1]))
+    model = Conditioned(sampler._network, sampler.encoder.encode(PROMPTS[:1], 16))
     times = grid(2, 3.0)
     chunks = sample_chunks(model, noise(3, sampler.shape)[None], (1, 2, 1), flow_map_euler, [times])
     torch.testing.assert_close(latents, torch.cat(list(chunks), dim=1), rtol=0, atol=0)
@@ -253,8 +258,8 @@ def test_a_causal_model_is_sampled_chunk_by_chunk_whatever_its_batch(causal: Pat
 def test_given_frames_begin_every_video(causal: Path) -> None:
     sampler, plain = causal_sampler(causal), causal_sampler(causal)
     frames = np.random.default_rng(0).integers(0, 256, (5, 64, 64, 3), np.uint8)
-    sampler.begin(frames)
-    given = sampler._vae.encode(from_pixels(frames)[None])
+    sampler.condition_on(frames)
+    given = sampler.vae.encode(from_pixels(frames)[None])
     latents = next(sampler.latents(PROMPTS[:2], [1, 2], 2, batch=2))
     torch.testing.assert_close(latents[:, :2], given.expand(2, -1, -1, -1, -1), rtol=0, atol=0)
     free = next(plain.latents(PROMPTS[:2], [1, 2], 2, batch=2))
@@ -264,10 +269,10 @@ def test_given_frames_begin_every_video(causal: Path) -> None:
 def test_each_video_of_a_batch_can_begin_with_frames_of_its_own(causal: Path) -> None:
     sampler = causal_sampler(causal)
     frames = np.random.default_rng(0).integers(0, 256, (2, 1, 64, 64, 3), np.uint8)
-    sampler.begin(frames)
+    sampler.condition_on(frames)
     together = next(sampler.latents(PROMPTS[:2], [1, 2], 2, batch=2))
     for number, own in enumerate(frames):
-        sampler.begin(own)
+        sampler.condition_on(own)
         alone = next(sampler.latents(PROMPTS[number : number + 1], [1 + number], 2))
         torch.testing.assert_close(together[number : number + 1], alone, rtol=1e-4, atol=1e-4)
 
@@ -284,7 +289,7 @@ def test_chunks_can_have_steps_of_their_own(causal: Path) -> None:
 def test_a_streamed_video_has_the_pixels_of_a_whole_one(causal: Path, given: int) -> None:
     sampler = causal_sampler(causal)
     if given:
-        sampler.begin(np.random.default_rng(0).integers(0, 256, (given, 64, 64, 3), np.uint8))
+        sampler.condition_on(np.random.default_rng(0).integers(0, 256, (given, 64, 64, 3), np.uint8))
     parts = list(sampler.stream(PROMPTS[0], 3, (3, 1)))
     assert [len(part) for part in parts] == ([1, 8, 4] if not given else [1, 4, 4, 4])
     whole = next(sampler.videos(PROMPTS[:1], [3], (3, 1)))
@@ -311,7 +316,7 @@ def test_a_later_prompt_takes_over_from_its_frame_on(causal: Path) -> None:
     videos = []
     for prompt in (PROMPTS[0], PROMPTS[1]):
         sampler = causal_sampler(causal)
-        sampler.begin(then=[PromptSwitch(5, prompt)])
+        sampler.condition_on(switches=[PromptSwitch(5, prompt)])
         videos.append(next(sampler.latents(PROMPTS[:1], [1], 2)))
     torch.testing.assert_close(videos[0][:, :2], videos[1][:, :2], rtol=0, atol=0)
     assert ((videos[0] - videos[1])[:, 2:].abs().amax((0, 2, 3, 4)) > 1e-3).all()
@@ -337,12 +342,12 @@ def test_beyond_the_trained_length_the_window_slides_in_the_memory_of_that_lengt
 
 def test_what_cannot_begin_a_video_is_said(causal: Path, sampler: VideoSampler) -> None:
     frames = np.zeros((13, 64, 64, 3), np.uint8)
-    with pytest.raises(UsageError, match="13 given frames leave nothing to sample"):
-        causal_sampler(causal).begin(frames)
+    with pytest.raises(UsageError, match="13 conditioning frames leave nothing to sample"):
+        causal_sampler(causal).condition_on(frames)
     with pytest.raises(UsageError, match="bidirectional"):
-        sampler.begin(frames)
+        sampler.condition_on(frames)
     with pytest.raises(UsageError, match="bidirectional"):
-        sampler.begin(then=[PromptSwitch(1, "a circle")])
+        sampler.condition_on(switches=[PromptSwitch(1, "a circle")])
     with pytest.raises(UsageError, match="bidirectional"):
         next(sampler.latents(PROMPTS[:1], [1], (2, 1)))
     with pytest.raises(UsageError, match="bidirectional"):
@@ -355,7 +360,7 @@ def test_another_shift_than_the_models_own_is_said(
     VideoSampler.load(str(any_step), recipe_for(wan))
     assert not caplog.messages
     VideoSampler.load(str(any_step), recipe_for(wan, shift=5.0))
-    assert "made for shift 3 and is sampled at the recipe's 5" in caplog.text
+    assert "trained at shift 3 and is sampled at the recipe's 5" in caplog.text
 
 
 def test_weights_that_do_not_fit_their_config_are_refused(wan: Path, tmp_path: Path) -> None:

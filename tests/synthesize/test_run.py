@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,13 @@ from anyflow_cli.data.shards import Rejection, read_manifest
 from anyflow_cli.data.verify import verify
 from anyflow_cli.data.video import from_pixels, write_mp4
 from anyflow_cli.errors import AnyflowError, UsageError
-from anyflow_cli.flow.noise import batch_noise, noise
+from anyflow_cli.flow.noise import noise
 from anyflow_cli.flow.times import grid
 from anyflow_cli.model.encoders import TextEncoder, VideoVAE
 from anyflow_cli.model.network import two_time_from
 from anyflow_cli.model.pipeline_io import load_network, save_pipeline
 from anyflow_cli.recipe.schema import DataSection, ModelSection, Recipe, SynthesizeSection
+from anyflow_cli.sample.sampler import VideoSampler
 from anyflow_cli.synthesize.job import prepare_synthesis
 from anyflow_cli.synthesize.run import SynthesisReport, run_synthesis, seed_of
 from tests.tiny_pipeline import make_wan_folder
@@ -230,12 +232,13 @@ def test_a_lost_index_is_written_again_without_the_models(
 def rejecting(seeds: dict[int, str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Have the checks turn down what was sampled from these seeds."""
     sampled: list[int] = []
+    latents = VideoSampler.latents
 
-    def recorded(chosen: list[int], shape: tuple[int, ...]) -> Tensor:
-        sampled.extend(chosen)
-        return batch_noise(chosen, shape)
+    def recorded(self: VideoSampler, prompts: Tensor, seeds: list[int], *rest: Any) -> Iterator[Tensor]:
+        sampled.extend(seeds)
+        return latents(self, prompts, seeds, *rest)
 
-    monkeypatch.setattr(synthesis, "batch_noise", recorded)
+    monkeypatch.setattr(VideoSampler, "latents", recorded)
     monkeypatch.setattr(synthesis, "find_defect", lambda latents, video: seeds.get(sampled.pop(0)))
 
 

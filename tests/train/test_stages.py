@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from anyflow_cli.data.dataset import LatentData
 from anyflow_cli.errors import UsageError
@@ -17,6 +19,7 @@ from anyflow_cli.recipe.schema import Recipe
 from anyflow_cli.runs import checkpoint
 from anyflow_cli.runs.open import open_model
 from anyflow_cli.runs.paths import RunPaths
+from anyflow_cli.sample.sampler import VideoSampler
 from anyflow_cli.train.stages import (
     distill_inputs,
     finetune_inputs,
@@ -25,6 +28,7 @@ from anyflow_cli.train.stages import (
     train,
 )
 from anyflow_cli.train.validation import TrainingPart, flow_map_error
+from anyflow_cli.utils.contact_sheet import SheetRow, contact_sheet
 from tests.tiny_pipeline import make_wan_folder
 from tests.train.stage import LORA, make_data, make_recipe, paths
 
@@ -160,11 +164,23 @@ def test_finetuning_goes_on_from_a_checkpoint(chain: Chain, tmp_path: Path) -> N
     assert all(torch.equal(value, finished[name]) for name, value in network.state_dict().items())
 
 
-def test_previews_are_written(wan: Path, data: Path, tmp_path: Path) -> None:
+def test_the_last_preview_shows_the_videos_of_the_finished_model(
+    wan: Path, data: Path, tmp_path: Path
+) -> None:
     recipe = make_recipe(wan, data, train_flowmap={"preview_every": 2, "preview_prompts": 2})
     inputs = flowmap_inputs(recipe, paths(tmp_path))
-    train(recipe, inputs)
-    assert [path.name for path in (inputs.directory / "previews").iterdir()] == ["step-000002.png"]
+    finished = train(recipe, inputs)
+    batch = LatentData(data, recipe.model.max_text_tokens).batch([0, 1])
+    sampler = VideoSampler.load(str(finished.model), recipe)
+    rows = [SheetRow(caption, list(videos)) for caption, videos in zip(
+        batch.captions,
+        zip(*(sampler.videos(batch.text, [0, 1], nfe, 2) for nfe in recipe.sample.nfe), strict=True),
+        strict=True,
+    )]  # fmt: skip
+    sheet = contact_sheet(rows, [f"{nfe} step{'s' * (nfe > 1)}" for nfe in recipe.sample.nfe], title="step 2")
+    (preview,) = (inputs.directory / "previews").iterdir()
+    assert preview.name == "step-000002.png"
+    assert np.array_equal(np.asarray(Image.open(preview)), np.asarray(sheet))
 
 
 @pytest.mark.parametrize("simulation", ["flow-map", "consistency"])
