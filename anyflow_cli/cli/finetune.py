@@ -85,7 +85,7 @@ def finetune(
 
 def _latents(settings: Recipe, paths: RunPaths, data: Path | None, *, dry_run: bool) -> Path | None:
     """The data set of latents: as given, or made of the videos; None if that is still to be done."""
-    from anyflow_cli.data.film import film
+    from anyflow_cli.data.clips import draw_clips
     from anyflow_cli.data.shards import MANIFEST, PROVENANCE
     from anyflow_cli.synthesize.job import prepare_synthesis
     from anyflow_cli.synthesize.run import run_synthesis
@@ -95,7 +95,7 @@ def _latents(settings: Recipe, paths: RunPaths, data: Path | None, *, dry_run: b
         if dry_run and not data.is_dir():
             return None
         if not dry_run and settings.finetune.world is not None:
-            film(data, settings.finetune.world, settings.finetune.clips)
+            draw_clips(data, settings.finetune.world, settings.finetune.clips)
     if (data / MANIFEST).exists() or (data / PROVENANCE).exists():
         return data
     out = paths.home / "finetune-data"

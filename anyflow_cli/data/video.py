@@ -1,9 +1,7 @@
 """Video files: real clips in, previews out. ffmpeg does the work: rates and codecs are its business.
 
 A clip from a user is fitted to the wanted frames, rate and size, and everything done to it is said; one that
-cannot be used is named with its reason, never dropped in silence. Captions stand beside the clips
-(``cat.mp4`` and ``cat.txt``) or in one table, ``captions.csv`` or ``captions.jsonl``, with columns ``file``
-and ``caption``.
+cannot be used is named with its reason, never dropped in silence. ``clips.py`` finds clips and captions.
 
 Legend: T frames, H W height and width in pixels; files hold uint8 (T, H, W, 3), models take float (T, 3, H,
 W) in [0, 1].
@@ -11,7 +9,6 @@ W) in [0, 1].
 
 from __future__ import annotations
 
-import logging
 import re
 import subprocess
 from collections.abc import Iterator
@@ -24,14 +21,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from anyflow_cli.data.prompts import COLUMNS, checked_text, read_rows, read_text, text_field
-from anyflow_cli.errors import AnyflowError, UsageError
+from anyflow_cli.errors import AnyflowError
 from anyflow_cli.utils.files import atomic_write
 
 Pixels = NDArray[np.uint8]
 
-ENDINGS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".gif")
-TABLES = ("captions.csv", "captions.jsonl")
 SQUARE = "scale='if(eq(sar,1),iw,2*round(iw*sar/2))':ih"  # pixels of old cameras are not
 DAMAGE = r"corrupt decoded frame|[Ee]rror while decoding[^,\n]*|Error submitting packet to decoder"
 HDR = ("smpte2084", "arib-std-b67")
@@ -40,19 +34,9 @@ PLAYED = ["-vf", "scale=out_color_matrix=bt709:out_range=tv", *BT709]
 PLAYED += ["-c:v", "libx264", "-pix_fmt", "yuv420p", "-crf", "14"]
 SAME_BYTES = ["-threads", "1", "-fflags", "+bitexact", "-flags:v", "+bitexact"]
 
-log = logging.getLogger(__name__)
-
 
 class UnusableClipError(AnyflowError):
     """One clip cannot become a sample; the message is the reason."""
-
-
-@dataclass(frozen=True)
-class ClipFile:
-    """A video to be read, and its caption where there is one."""
-
-    path: Path
-    caption: str | None
 
 
 @dataclass(frozen=True)
@@ -71,26 +55,6 @@ class Clip:
 
     pixels: Pixels
     changes: tuple[str, ...]
-
-
-def list_clips(directory: Path) -> list[ClipFile]:
-    """All videos under a directory by name, each with its caption or None."""
-    if not directory.is_dir():
-        what = "is a file, not a directory" if directory.exists() else "does not exist"
-        raise UsageError(f"The directory of videos {directory} {what}.", "Give a directory with video files.")
-    paths = sorted(
-        p for p in directory.rglob("*") if p.suffix.lower() in ENDINGS and not p.name.startswith(".")
-    )
-    if not paths:
-        raise UsageError(
-            f"{directory} holds no video ({', '.join(ENDINGS)}).", "Give a directory with video files."
-        )
-    table = _caption_table(directory)
-    for name in table.keys() - {path.relative_to(directory).as_posix() for path in paths}:
-        log.warning("The caption table of %s names %r, which is not there.", directory, name)
-    return [
-        ClipFile(path, table.get(path.relative_to(directory).as_posix()) or _beside(path)) for path in paths
-    ]
 
 
 def read_clip(path: Path, wanted: ClipFormat) -> Clip:
@@ -181,22 +145,6 @@ def to_pixels(video: Tensor) -> Pixels:
 def from_pixels(pixels: Pixels) -> Tensor:
     """Uint8 (..., T, H, W, 3) -> (..., T, 3, H, W) in [0, 1]."""
     return torch.from_numpy(pixels.copy()).movedim(-1, -3) / 255
-
-
-def _caption_table(directory: Path) -> dict[str, str]:
-    for table in (directory / name for name in TABLES):
-        if table.is_file():
-            return {
-                text_field(table, line, row, ("file",)): text_field(table, line, row, COLUMNS)
-                for line, row in read_rows(table)
-            }
-    return {}
-
-
-def _beside(path: Path) -> str | None:
-    file = path.with_suffix(".txt")
-    text = " ".join(read_text(file).split()) if file.is_file() else ""
-    return checked_text(str(file), text) or None
 
 
 def _changes(messages: str, wanted: ClipFormat) -> Iterator[str]:

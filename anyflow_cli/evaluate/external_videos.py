@@ -17,11 +17,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from anyflow_cli.data.clips import ClipFile, list_clips
 from anyflow_cli.data.video import (
-    ClipFile,
     ClipFormat,
     UnusableClipError,
-    list_clips,
     read_clip,
     unreadable,
 )

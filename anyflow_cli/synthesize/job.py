@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 import anyflow_cli
+from anyflow_cli.data.clips import ClipFile, list_clips
 from anyflow_cli.data.prompts import read_prompts, world_captions
 from anyflow_cli.data.shards import PROVENANCE, ShardRecord, read_record, shard_path, shard_ranges
-from anyflow_cli.data.video import ClipFile, list_clips
 from anyflow_cli.errors import UsageError
 from anyflow_cli.model.pipeline_io import resolve_pipeline
 from anyflow_cli.model.precision import resolve_precision

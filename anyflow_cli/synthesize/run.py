@@ -25,6 +25,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from anyflow_cli.data.clips import ClipFile
 from anyflow_cli.data.shard_index import index_path, write_index
 from anyflow_cli.data.shards import (
     MANIFEST,
@@ -39,7 +40,6 @@ from anyflow_cli.data.shards import (
     write_shard,
 )
 from anyflow_cli.data.video import (
-    ClipFile,
     ClipFormat,
     UnusableClipError,
     from_pixels,

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import logging
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,14 +15,12 @@ from anyflow_cli.data.video import (
     UnusableClipError,
     ffmpeg,
     from_pixels,
-    list_clips,
     read_clip,
     read_image,
     read_start,
     to_pixels,
     write_mp4,
 )
-from anyflow_cli.errors import UsageError
 
 
 def levels(frames: int, height: int = 32, width: int = 32) -> Pixels:
@@ -174,50 +171,6 @@ def test_pixels_and_tensors_are_inverse() -> None:
     assert np.array_equal(to_pixels(video), pixels)
     assert to_pixels(torch.full((2, 5, 3, 4, 4), 2.0)).shape == (2, 5, 4, 4, 3)
     assert to_pixels(torch.full((1, 3, 4, 4), 2.0)).min() == 255
-
-
-def test_captions_stand_beside_the_clips_or_in_a_table(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    (tmp_path / "sub").mkdir()
-    for name in ("b.mp4", "a.MOV", "sub/c.webm", "notes.pdf", ".hidden.mp4"):
-        (tmp_path / name).touch()
-    (tmp_path / "a.txt").write_text("  a red\ncircle ")
-    (tmp_path / "captions.csv").write_text('file,caption\nsub/c.webm,"a square, green"\ngone.mp4,x\n')
-    with caplog.at_level(logging.WARNING):
-        clips = list_clips(tmp_path)
-    assert [(clip.path.name, clip.caption) for clip in clips] == [
-        ("a.MOV", "a red circle"),
-        ("b.mp4", None),
-        ("c.webm", "a square, green"),
-    ]
-    assert "gone.mp4" in caplog.text
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "said"),
-    [
-        ("captions.csv", b"name,caption\na.mp4,x\n", "no column 'file'"),
-        ("captions.jsonl", b'{"file": "a.mp4", "caption": ""}\n', "no text for its caption"),
-        ("a.txt", b"x" * 2001, "2,001 characters"),
-        ("a.txt", b"\xff\xfe", "not UTF-8"),
-    ],
-)
-def test_bad_captions_are_refused(tmp_path: Path, name: str, content: bytes, said: str) -> None:
-    (tmp_path / "a.mp4").touch()
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(UsageError, match=said):
-        list_clips(tmp_path)
-
-
-def test_a_directory_without_videos_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="holds no video"):
-        list_clips(tmp_path)
-    with pytest.raises(UsageError, match="does not exist"):
-        list_clips(tmp_path / "absent")
-    (tmp_path / "clip.mp4").touch()
-    with pytest.raises(UsageError, match="is a file"):
-        list_clips(tmp_path / "clip.mp4")
 
 
 def test_a_picture_becomes_one_frame_of_the_wanted_size(tmp_path: Path) -> None:
