@@ -12,19 +12,23 @@ Legend: B batch, F latent frames, K noised chunks, C channels, H W latent height
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from anyflow_cli.flow.velocity import Velocity
-from anyflow_cli.model.causal import TeacherForced, chunks_of, split_after
+from anyflow_cli.model.backbone import Role
+from anyflow_cli.model.causal import TeacherForced, chunks_of, split_after, teacher_forcing
 from anyflow_cli.model.conditioned import Conditioned
+from anyflow_cli.model.config import NetworkConfig
 from anyflow_cli.model.kv_cache import KeyCache
+from anyflow_cli.model.layout import Layout
+from anyflow_cli.model.network import FlowMapTransformer
 from anyflow_cli.recipe import schema
 from anyflow_cli.train.rng import StepRng
 
@@ -67,6 +71,26 @@ Simulate = Callable[[Velocity, Tensor, int], Tensor]  # from a chunk's noise, an
 def whole_video(x: Tensor, draws: StepRng) -> TrainingWindow:
     """Whole videos, seen bidirectionally."""
     return TrainingWindow(x, lambda condition: condition, slice(None))
+
+
+class NetworkCall(NamedTuple):
+    """One forward pass of a role's network in a training step.
+
+    Attributes:
+        role: Role that the network runs in.
+        samples: Number of samples, B.
+        gradient: Whether its graph is needed in the backward pass.
+        layout: Token layout; None: whole videos, bidirectionally.
+        group: Calls of one group run again in the backward pass, together; None: the graph is kept.
+        cache: Number of the state of the key-value cache that the call reads or writes; None: no cache.
+    """
+
+    role: Role
+    samples: int
+    gradient: bool
+    layout: Layout | None = None
+    group: int | None = None
+    cache: int | None = None
 
 
 class Window(NamedTuple):
@@ -156,6 +180,76 @@ def roll_out(
         if cache is not None and number + 1 < len(chunks):
             cache.append(x, model)
     return made
+
+
+def rollout_calls(
+    simulated: Sequence[NetworkCall],
+    network: FlowMapTransformer,
+    partition: tuple[int, ...],
+    latent: tuple[int, int, int, int],
+    *,
+    known: int = 0,
+    recomputes: bool = False,
+    remember: int | None = None,
+) -> list[NetworkCall]:
+    """The network calls of ``roll_out``, in order.
+
+    Args:
+        simulated: The calls that generate one chunk.
+        network: The causal network; only its configuration counts.
+        partition: Latent frames of each chunk.
+        latent: Shape of a video's latents, (F, C, H, W).
+        known: Frames that are given and not generated.
+        recomputes: Whether each chunk runs again in the backward pass, over a cache of its own.
+        remember: As in ``KeyCache``.
+    """
+    probe = _LayoutProbe(replace(network.config, layers=0))  # caches without memory
+    model, chunks = cast("Conditioned", probe), split_after(partition, known)
+    empty = partial(KeyCache, model.network, chunks, latent[2:], 1, remember=remember)
+    copies = network.gradient_checkpointing and any(call.gradient for call in simulated)
+    cache, calls = empty(), list[NetworkCall]()
+    for number, chunk in enumerate(chunks_of(chunks)):
+        state = number if recomputes or copies else 0
+        keep = simulated[0]._replace(gradient=False, group=number if recomputes else None, cache=state)
+        if chunk.slice.stop > known:
+            if recomputes:
+                cache = empty()
+                cache.prefill(torch.empty(1, chunk.first, *latent[1:], device="meta"), model)
+                calls += [keep._replace(layout=probe.layout)] * (number > 0)
+            cache.next_velocity(model)
+            calls += [call._replace(layout=probe.layout, group=keep.group, cache=state) for call in simulated]
+        if not recomputes and number + 1 < len(chunks):
+            cache.append(torch.empty(1, chunk.frames, *latent[1:], device="meta"), model)
+            calls.append(keep._replace(layout=probe.layout, cache=state + copies))
+    return calls
+
+
+class _LayoutProbe:
+    """Stands for a conditioned network and its network, and notes the layout that a cache binds it to."""
+
+    compute_dtype, device = torch.float32, torch.device("meta")
+    layout: Layout | None = None
+
+    def __init__(self, config: NetworkConfig) -> None:
+        self.config = config
+
+    @property
+    def network(self) -> _LayoutProbe:
+        return self
+
+    def with_layout(self, layout: Layout, cache: object) -> Callable[..., None]:
+        self.layout = layout
+        return lambda *inputs: None
+
+
+def layout_of(
+    view: WindowOf, network: FlowMapTransformer, latent: tuple[int, int, int, int], draws: StepRng
+) -> tuple[Layout | None, int | None]:
+    """Token layout of a step's window, and times per sample; None and None for whole videos."""
+    if not isinstance(view, TeacherForcing):
+        return None, None
+    chunks, noisy = view.window(draws)
+    return teacher_forcing(network.config, chunks, *latent[2:], noisy), noisy
 
 
 def _chunks_within(partition: tuple[int, ...], frames: int) -> int:

@@ -12,7 +12,8 @@ at a time.
 A causal student trains on the windows of ``causal_windows.py``; teacher and scores are bidirectional.
 
 A term returns its mean loss over the micro batch and, for reports, (sum, count) pairs, which add up
-exactly over micro batches and processes.
+exactly over micro batches and processes. It also declares the network calls that it makes, from the same
+random draws (``network_calls``); ``anyflow plan`` computes FLOPs and memory from these.
 
 Legend: N global batch, B micro batch, F latent frames, C channels, H W latent height and width, L text
 tokens, D width.
@@ -23,7 +24,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -38,10 +39,37 @@ from anyflow_cli.model.conditioned import Conditioned
 from anyflow_cli.model.parallelize import local_tensor
 from anyflow_cli.recipe import schema
 from anyflow_cli.train import causal_windows
+from anyflow_cli.train.causal_windows import NetworkCall
 from anyflow_cli.train.rng import StepRng, stream_seed
 
 Sums = Mapping[str, Tensor]  # name -> (sum, count), (2,)
-LossTerm = Callable[[Batch, StepRng], tuple[Tensor, Sums]]
+LatentShape = tuple[int, int, int, int]  # F, C, H, W
+
+
+class LossTerm(Protocol):
+    """One loss of a phase, on a micro batch."""
+
+    def __call__(self, batch: Batch, draws: StepRng, /) -> tuple[Tensor, Sums]:
+        """Mean loss (), and what is reported of it."""
+
+    def network_calls(self, latent: LatentShape, draws: StepRng) -> list[NetworkCall]:
+        """The forward passes that ``__call__`` makes under these draws, in order."""
+
+
+@dataclass(frozen=True)
+class FunctionTerm:
+    """A loss function, and the function that declares its network calls, as one term."""
+
+    loss: Callable[[Batch, StepRng], tuple[Tensor, Sums]]
+    calls: Callable[[LatentShape, StepRng], list[NetworkCall]]
+
+    def __call__(self, batch: Batch, draws: StepRng, /) -> tuple[Tensor, Sums]:
+        """Evaluate the loss."""
+        return self.loss(batch, draws)
+
+    def network_calls(self, latent: LatentShape, draws: StepRng) -> list[NetworkCall]:
+        """Its declaration."""
+        return self.calls(latent, draws)
 
 
 @dataclass(frozen=True)
@@ -95,7 +123,7 @@ def on_policy(
 ) -> Objective:
     """Stage 2: Alg. 2 and, in the same update of the student, Alg. 1 on data; then the fake score."""
     policy = OnPolicyTerms(backbone, negative, settings, shift, causal)
-    student: tuple[LossTerm, ...] = (policy.matching,)
+    student: tuple[LossTerm, ...] = (FunctionTerm(policy.matching, policy.matching_calls),)
     if settings.joint:
         flow_map = FlowMapTerm(
             backbone, negative, settings.flow_map, shift, window_of(causal, settings.flow_map)
@@ -103,7 +131,8 @@ def on_policy(
         student += (weighted(flow_map, settings.joint_weight, "flow_map_"),)
     if causal is not None:
         student = tuple(TouchUnused(term, backbone) for term in student)
-    fake = Phase("fake", settings.fake_optimizer or settings.optimizer, (policy.fake_score,))
+    fake_score = FunctionTerm(policy.fake_score, policy.fake_score_calls)
+    fake = Phase("fake", settings.fake_optimizer or settings.optimizer, (fake_score,))
     return Objective(backbone, (Phase("student", settings.optimizer, student), fake))
 
 
@@ -131,10 +160,8 @@ class FlowMapTerm:
     def __call__(self, batch: Batch, draws: StepRng) -> tuple[Tensor, Sums]:
         """Loss of a micro batch; boundary samples first in the global batch, as ``GlobalMean`` needs them."""
         settings, view = self.settings, self.view(batch.latents, draws)
-        x, ratios = view.x, times.TimeRatios(settings.boundary, settings.to_zero)
-        t, r = times.sample_times(draws.count, self.shift, ratios, draws.generator("times"), view.each)
-        order = (t != r).reshape(len(t), -1).any(1).to(torch.uint8).argsort(stable=True)
-        t, r = view.by_frame(draws.local(t[order])), view.by_frame(draws.local(r[order]))
+        x = view.x
+        t, r = map(view.by_frame, self._times(draws, view.each))
         batch, dropped = drop_text(batch, self.negative, settings.text_dropout, draws)
         result = losses.flow_map_loss(
             view.bind(self.backbone.velocity("student", batch.text)),
@@ -154,6 +181,24 @@ class FlowMapTerm:
             "non_boundary": sums(result.errors, ~boundary),
         }
 
+    def network_calls(self, latent: LatentShape, draws: StepRng) -> list[NetworkCall]:
+        """Two calls: u_null and both sides of du/dt without gradient, G + 2I samples; then all B with it."""
+        layout, each = causal_windows.layout_of(self.view, self.backbone.network_of("student"), latent, draws)
+        t, r = self._times(draws, each)
+        inner = int((t != r).reshape(len(t), -1).any(1).sum())
+        guided = int((~dropped_text(self.settings.text_dropout, draws)).sum())
+        # with guidance an empty call takes one sample: every rank must call alike
+        samples = 2 * inner if self.settings.guidance == 1 else guided + 2 * inner or 1
+        call = NetworkCall("student", samples, gradient=False, layout=layout)
+        return [call] * (samples > 0) + [call._replace(samples=len(t), gradient=True)]
+
+    def _times(self, draws: StepRng, each: int | None) -> tuple[Tensor, Tensor]:
+        """Times t and r of the micro batch, (B,) or (B, K) for ``each`` = K times per sample."""
+        ratios = times.TimeRatios(self.settings.boundary, self.settings.to_zero)
+        t, r = times.sample_times(draws.count, self.shift, ratios, draws.generator("times"), each)
+        order = (t != r).reshape(len(t), -1).any(1).to(torch.uint8).argsort(stable=True)
+        return draws.local(t[order]), draws.local(r[order])
+
 
 @dataclass(frozen=True)
 class FlowMatchingTerm:
@@ -172,6 +217,10 @@ class FlowMatchingTerm:
         model = self.backbone.velocity("student", batch.text)
         loss = losses.flow_matching_loss(model, x, draws.noise("noise", x.shape[1:]).to(x), t)
         return loss, {"loss": sums(loss, len(x))}
+
+    def network_calls(self, latent: LatentShape, draws: StepRng) -> list[NetworkCall]:
+        """One call of whole videos."""
+        return [NetworkCall("student", len(draws.positions), gradient=True)]
 
 
 @dataclass(frozen=True)
@@ -205,6 +254,11 @@ class ConsistencyTerm:
         model = view.bind(self.backbone.velocity("student", batch.text))
         loss = losses.consistency_loss(model, z, t, view.x, weight)
         return loss, {"loss": sums(loss, len(videos))}
+
+    def network_calls(self, latent: LatentShape, draws: StepRng) -> list[NetworkCall]:
+        """One call of the window."""
+        layout, _ = causal_windows.layout_of(self.view, self.backbone.network_of("student"), latent, draws)
+        return [NetworkCall("student", len(draws.positions), gradient=True, layout=layout)]
 
 
 class OnPolicyTerms:
@@ -251,6 +305,12 @@ class OnPolicyTerms:
             **_vigour("data", batch.latents),
         }
 
+    def matching_calls(self, latent: LatentShape, draws: StepRng) -> list[NetworkCall]:
+        """A rollout with gradient, then both scores without; the real one is guided: 2B samples."""
+        count = len(draws.positions)
+        scores = NetworkCall("fake", count, gradient=False), NetworkCall("real", 2 * count, gradient=False)
+        return [*self._rollout_calls(latent, draws, "rollout", gradient=True), *scores]
+
     def fake_score(self, batch: Batch, draws: StepRng) -> tuple[Tensor, Sums]:
         """Flow matching of the fake score on the student's samples."""
         if self.settings.reuse_rollout:
@@ -263,6 +323,12 @@ class OnPolicyTerms:
         loss = matching.fake_score_loss(self.backbone.velocity("fake", batch.text), x, eps, t)
         return loss, {"fake": sums(loss, len(x))}
 
+    def fake_score_calls(self, latent: LatentShape, draws: StepRng) -> list[NetworkCall]:
+        """A rollout without gradient, unless one is reused, then the fake score with gradient."""
+        reused = self.settings.reuse_rollout
+        rollout = [] if reused else self._rollout_calls(latent, draws, "fake-rollout", gradient=False)
+        return [*rollout, NetworkCall("fake", len(draws.positions), gradient=True)]
+
     def _rollout(self, batch: Batch, draws: StepRng, stream: str) -> Tensor:
         """Samples of the student at time 0, (B, F, C, H, W)."""
         model = self.backbone.velocity("student", batch.text)
@@ -271,12 +337,39 @@ class OnPolicyTerms:
         recomputes = self.settings.recompute_rollout and torch.is_grad_enabled()
         if self.causal is None:
             return simulate(checkpointed(model) if recomputes else model, noise, 0)
-        share = self.settings.flow_map.conditioning_prob
-        known = causal_windows.given_frames(self.causal, share, draws.generator(f"{stream}-given"))
-        given = batch.latents[:, :known]
+        given = batch.latents[:, : self._conditioning_frames(draws, stream)]
         return causal_windows.roll_out(
             model, noise, self.causal.partition, simulate, given=given, recomputes=recomputes
         )
+
+    def _rollout_calls(
+        self, latent: LatentShape, draws: StepRng, stream: str, *, gradient: bool
+    ) -> list[NetworkCall]:
+        """The calls of ``_rollout``; of a consistency rollout only the last one has a gradient."""
+        settings, generator = self.settings, draws.generator(stream)
+        if settings.simulation == "flow-map":
+            steps, k = simulation.draw_segment(settings.step_budgets, generator)
+            jumps = [gradient] * ((k > 0) + 1 + (k < steps - 1))  # one of zero length is skipped
+        else:
+            exit_step = int(torch.randint(settings.consistency_steps, (), generator=generator))
+            jumps = [False] * exit_step + [gradient]
+        recomputes = settings.recompute_rollout and gradient
+        simulated = [NetworkCall("student", len(draws.positions), gradient=jump) for jump in jumps]
+        if self.causal is None:
+            return [
+                call._replace(group=number if recomputes and call.gradient else None)
+                for number, call in enumerate(simulated)
+            ]
+        return causal_windows.rollout_calls(
+            simulated, self.backbone.network_of("student"), self.causal.partition, latent,
+            known=self._conditioning_frames(draws, stream), recomputes=recomputes,
+        )  # fmt: skip
+
+    def _conditioning_frames(self, draws: StepRng, stream: str) -> int:
+        """How many frames of a causal rollout come from the data."""
+        assert self.causal is not None
+        share = self.settings.flow_map.conditioning_prob
+        return causal_windows.given_frames(self.causal, share, draws.generator(f"{stream}-given"))
 
     def _simulation(self, draws: StepRng, stream: str) -> causal_windows.Simulate:
         """From noise to time 0. What is drawn holds for every process, and for every chunk of a video."""
@@ -304,9 +397,18 @@ class WithProbability:
 
     def __call__(self, batch: Batch, draws: StepRng) -> tuple[Tensor, Sums]:
         """The term's loss, from draws of its own, or zero."""
+        own = self._own_draws(draws)
+        return (batch.latents.new_zeros(()), {}) if own is None else self.term(batch, own)
+
+    def network_calls(self, latent: LatentShape, draws: StepRng) -> list[NetworkCall]:
+        """The term's calls in the steps that have it, else none."""
+        own = self._own_draws(draws)
+        return [] if own is None else self.term.network_calls(latent, own)
+
+    def _own_draws(self, draws: StepRng) -> StepRng | None:
         if float(torch.rand((), generator=draws.generator(self.stream))) >= self.share:
-            return batch.latents.new_zeros(()), {}
-        return self.term(batch, replace(draws, seed=stream_seed(draws.seed, self.stream)))
+            return None
+        return replace(draws, seed=stream_seed(draws.seed, self.stream))
 
 
 @dataclass(frozen=True)
@@ -326,6 +428,10 @@ class TouchUnused:
         embedding = self.backbone.network_of("student").far_patch_embedding
         return loss + 0 * sum(local_tensor(weight).sum() for weight in embedding.parameters()), report
 
+    def network_calls(self, latent: LatentShape, draws: StepRng) -> list[NetworkCall]:
+        """The term's own."""
+        return self.term.network_calls(latent, draws)
+
 
 def weighted(term: LossTerm, weight: float, prefix: str) -> LossTerm:
     """The same loss times ``weight``; what it reports keeps its scale and gets a prefix."""
@@ -334,15 +440,19 @@ def weighted(term: LossTerm, weight: float, prefix: str) -> LossTerm:
         loss, report = term(batch, draws)
         return weight * loss, {prefix + name: value for name, value in report.items()}
 
-    return scaled
+    return FunctionTerm(scaled, term.network_calls)
 
 
 def drop_text(batch: Batch, negative: Tensor, share: float, draws: StepRng) -> tuple[Batch, Tensor]:
     """Replace the text of a ``share`` of the samples by the negative prompt's; which (B,) were replaced."""
-    chance = torch.rand(draws.count, generator=draws.generator("text-dropout"))
-    dropped = (draws.local(chance) < share).to(batch.text.device)
+    dropped = dropped_text(share, draws).to(batch.text.device)
     text = torch.where(dropped[:, None, None], negative.to(batch.text), batch.text)
     return replace(batch, text=text), dropped
+
+
+def dropped_text(share: float, draws: StepRng) -> Tensor:
+    """Which samples (B,) of a micro batch lose their text."""
+    return draws.local(torch.rand(draws.count, generator=draws.generator("text-dropout"))) < share
 
 
 def sums(values: Tensor, of: Tensor | int) -> Tensor:

@@ -18,7 +18,7 @@ from anyflow_cli.flow.noise import batch_noise
 from anyflow_cli.flow.simulation import BUDGETS
 from anyflow_cli.flow.times import shift
 from anyflow_cli.recipe import schema
-from anyflow_cli.train.objectives import FlowMapTerm, drop_text, sums, weighted
+from anyflow_cli.train.objectives import FlowMapTerm, FunctionTerm, drop_text, sums, weighted
 from anyflow_cli.train.rng import StepRng
 from tests.train import small
 from tests.train.small import Kind, RandomData, trainer
@@ -216,8 +216,10 @@ def test_tallies_add_up_over_micro_batches() -> None:
 
 
 def test_a_weight_scales_the_loss_and_not_the_report() -> None:
-    term = weighted(lambda batch, draws: (torch.tensor(2.0), {"loss": torch.tensor([2.0, 1.0])}), 0.5, "x_")
-    loss, report = term(batch(), StepRng(0, 1, 4, (0,)))
+    two = FunctionTerm(
+        lambda batch, draws: (torch.tensor(2.0), {"loss": torch.tensor([2.0, 1.0])}), lambda latent, draws: []
+    )
+    loss, report = weighted(two, 0.5, "x_")(batch(), StepRng(0, 1, 4, (0,)))
     assert loss.item() == 1.0
     assert report["x_loss"].tolist() == [2.0, 1.0]
 

@@ -1,0 +1,110 @@
+"""The network calls that an objective declares, against a recording of those that it makes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+
+from anyflow_cli.model.backbone import Backbone, Role
+from anyflow_cli.model.layout import Layout
+from anyflow_cli.plan.setup import Kind
+from anyflow_cli.recipe import schema
+from anyflow_cli.train.causal_windows import NetworkCall
+from anyflow_cli.train.rng import StepRng
+from tests.plan.small import CONFIG, backbone, batch, objective, setup
+
+STEPS = range(1, 7)  # enough that each kind of window, rollout and share occurs
+CAUSAL = schema.CausalSection(partition=(1, 2, 2, 2), full_chunks=2, bidirectional=0.5)
+SHORT = schema.CausalSection(partition=(1, 1, 2), full_chunks=3)
+MOSTLY_EMPTY = schema.FlowMapSection(
+    text_dropout=0.8, boundary=1.0, to_zero=0.0
+)  # often no sample for the call without gradient
+GIVEN = {"flow_map": schema.FlowMapSection(conditioning_prob=0.5)}
+
+Recorded = tuple[Role, int, bool, Layout | None]
+
+CASES: list[tuple[Kind, dict[str, Any]]] = [
+    ("flow-map", {}),
+    ("flow-map", {"lora": False, "flow_map": MOSTLY_EMPTY}),
+    ("flow-map", {"flow_map": schema.FlowMapSection(guidance=1.0, boundary=0.75)}),
+    ("flow-map", {"causal": CAUSAL}),
+    ("flow-map", {"causal": SHORT, "lora": False, "checkpointing": True, **GIVEN}),
+    ("flow-matching", {"checkpointing": True}),
+    ("consistency-ode", {"lora": False}),
+    ("consistency-ode", {"causal": CAUSAL}),
+    ("on-policy", {}),
+    ("on-policy", {"lora": False, "joint": False, "reuse_rollout": True}),
+    ("on-policy", {"recompute_rollout": True, "checkpointing": True}),
+    ("on-policy", {"simulation": "consistency", "recompute_rollout": True}),
+    ("on-policy", {"step_budgets": (1, 2), "lora": False}),
+    ("on-policy", {"causal": CAUSAL, **GIVEN}),
+    ("on-policy", {"causal": CAUSAL, "checkpointing": True, "lora": False}),
+    ("on-policy", {"causal": CAUSAL, "recompute_rollout": True, **GIVEN}),
+    ("on-policy", {"causal": SHORT, "simulation": "consistency", "recompute_rollout": True}),
+    ("on-policy", {"causal": SHORT, "simulation": "consistency", "reuse_rollout": True}),
+]  # fmt: skip
+
+
+class NotedScope:
+    """The scope of a role, which also notes that the role is active."""
+
+    def __init__(self, roles: Backbone, name: Role, active: list[Role]) -> None:
+        self.scope, self.name, self.active = roles.role(name), name, active
+
+    def __enter__(self) -> None:
+        self.active.append(self.name)
+        self.scope.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self.active.pop()
+        self.scope.__exit__(*error)
+
+
+def record(roles: Backbone) -> list[Recorded]:
+    """Role, samples, gradient and layout of each forward pass from now on."""
+    made: list[Recorded] = []
+    active: list[Role] = []
+
+    def note(network: Any, inputs: Any) -> None:  # before it runs: a recomputation ends early
+        z, layout = inputs[0], inputs[4]
+        made.append((active[-1], len(z), torch.is_grad_enabled(), layout))
+
+    for name in roles.roles:
+        roles._scopes[name] = partial(NotedScope, roles, name, active)  # type: ignore[assignment]
+    for network in roles.networks():
+        network.register_forward_pre_hook(note)
+    return made
+
+
+def forward(calls: Sequence[NetworkCall]) -> list[Recorded]:
+    return [(call.role, call.samples, call.gradient, call.layout) for call in calls]
+
+
+def recomputed(calls: Sequence[NetworkCall]) -> list[Recorded]:
+    """The calls that run again, the last group first."""
+    groups = dict.fromkeys(call.group for call in reversed(calls) if call.group is not None)
+    return [call for group in groups for call in forward([one for one in calls if one.group == group])]
+
+
+@pytest.mark.parametrize(("kind", "changes"), CASES)
+def test_the_declared_calls_are_those_that_run(kind: Kind, changes: dict[str, Any]) -> None:
+    wanted = setup(kind, global_batch=4, config=replace(CONFIG, layers=1), **changes)
+    roles = backbone(wanted)
+    terms = [term for phase in objective(wanted, roles).phases for term in phase.terms]
+    made = record(roles)
+    for step in STEPS:
+        draws = StepRng(0, step, 4, (1, 3))
+        for term in terms:
+            declared = term.network_calls(wanted.latent, draws)
+            made.clear()
+            loss, _ = term(batch(2, wanted.latent), draws)
+            assert made == forward(declared)
+            made.clear()
+            if loss.requires_grad:
+                loss.backward()  # type: ignore[no-untyped-call]
+            assert made == recomputed(declared)
