@@ -23,10 +23,9 @@ import torch
 from torch import Tensor
 
 from anyflow_cli.errors import UsageError
-from anyflow_cli.model.adapter import load_adapter, save_adapter
-from anyflow_cli.model.backbone import LoraSize
+from anyflow_cli.model.lora import LoraSize
 from anyflow_cli.model.network import FlowMapTransformer, folded
-from anyflow_cli.model.pipeline_io import save_pipeline
+from anyflow_cli.model.pipeline_io import load_adapter, save_adapter, save_pipeline
 from anyflow_cli.recipe.schema import Recipe
 from anyflow_cli.runs.open import is_checkpoint, locate, open_model, run_of, trained_weights
 from anyflow_cli.utils.files import atomic_write

@@ -21,8 +21,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from anyflow_cli.data.dataset import Batch
-from anyflow_cli.model.backbone import Backbone, LoraSize, Role
+from anyflow_cli.model.backbone import Backbone, Role
 from anyflow_cli.model.config import NetworkConfig
+from anyflow_cli.model.lora import LoraSize
 from anyflow_cli.model.network import FlowMapTransformer, two_time_from
 from anyflow_cli.model.precision import autocast
 from anyflow_cli.plan.hardware import this_machine

@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 
 from anyflow_cli.errors import UsageError
 from anyflow_cli.export import COMFYUI_PREFIX, export_model, original_name, write_comfyui, write_merged
-from anyflow_cli.model.backbone import Backbone, LoraSize
+from anyflow_cli.model.backbone import Backbone
 from anyflow_cli.model.config import NetworkConfig
+from anyflow_cli.model.lora import LoraSize
 from anyflow_cli.model.network import FlowMapTransformer, two_time_from
 from anyflow_cli.model.pipeline_io import load_network, save_pipeline
 from anyflow_cli.recipe.compare import dump

@@ -37,8 +37,6 @@ from anyflow_cli.model.parallelize import shard_like
 from anyflow_cli.model.precision import Precision
 from anyflow_cli.recipe.schema import ModelSection
 
-__all__ = ["Backbone", "BackboneSources", "LoraSize", "Role"]
-
 Role = Literal["student", "real", "fake"]
 LoadNetwork = Callable[[Path, torch.dtype], FlowMapTransformer]
 

@@ -11,13 +11,14 @@ import shutil
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from anyflow_cli.errors import AnyflowError, UsageError
 from anyflow_cli.model.config import ANYFLOW, ANYFLOW_FAR, WAN, NetworkConfig
+from anyflow_cli.model.lora import LoraSize
 from anyflow_cli.model.network import FlowMapTransformer, folded, on_meta
 from anyflow_cli.utils.files import atomic_directory, read_json, write_json
 from anyflow_cli.utils.hub import is_hub_name
@@ -28,6 +29,8 @@ FROZEN = ("vae", "text_encoder", "tokenizer")  # components that no training cha
 WEIGHTS = "diffusion_pytorch_model"
 SHARD_BYTES = 5_000_000_000
 PIPELINES = {WAN: "WanPipeline", ANYFLOW: "AnyFlowPipeline", ANYFLOW_FAR: "AnyFlowFARPipeline"}
+ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+ADAPTER_PREFIX = "base_model.model."
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
 
 
@@ -283,3 +286,58 @@ def link_or_copy(source: Path, target: Path) -> None:
         os.link(os.path.realpath(source), target)
     except OSError:
         shutil.copyfile(source, target)
+
+
+def save_adapter(folder: Path, weights: Mapping[str, Tensor], size: LoraSize, base: str) -> None:
+    """Write a LoRA adapter in PEFT's format, replacing an older one.
+
+    ``PeftModel.from_pretrained(transformer, folder)`` opens it on the diffusers class of its base. Modules
+    that were trained in full (a causal model's compressed patch embedding) are PEFT's ``modules_to_save``.
+
+    Args:
+        folder: Directory to write.
+        weights: Weights by name, as ``Backbone.state_dict_of`` has them.
+        size: Rank and alpha.
+        base: Address of the model that the adapter was trained on.
+    """
+    from peft import LoraConfig
+    from safetensors.torch import save_file
+
+    layers = sorted({name.rpartition(".lora_")[0] for name in weights if ".lora_" in name})
+    whole = sorted({name.rpartition(".")[0] for name in weights if ".lora_" not in name})
+    config = LoraConfig(
+        r=size.rank,
+        lora_alpha=size.alpha,
+        target_modules=layers,
+        modules_to_save=whole or None,
+        base_model_name_or_path=base,
+    )
+    stored = {ADAPTER_PREFIX + name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
+    with atomic_directory(folder) as partial:
+        config.save_pretrained(partial)
+        save_file(stored, partial / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+
+
+class Adapter(NamedTuple):
+    """A LoRA adapter: weights named as in ``Backbone.state_dict_of``, its size, and its base's address."""
+
+    weights: dict[str, Tensor]
+    size: LoraSize
+    base: str
+
+
+def load_adapter(folder: Path) -> Adapter:
+    """Read what ``save_adapter`` wrote."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    config = read_json(folder / ADAPTER_CONFIG)
+    try:
+        weights = load_file(folder / ADAPTER_WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise UsageError(
+            f"{folder / ADAPTER_WEIGHTS} cannot be read ({error}).", "Train it again."
+        ) from error
+    size = LoraSize(int(config["r"]), float(config["lora_alpha"]))
+    named = {name.removeprefix(ADAPTER_PREFIX): weight for name, weight in weights.items()}
+    return Adapter(named, size, str(config["base_model_name_or_path"]))

@@ -12,9 +12,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from anyflow_cli.model.backbone import Backbone, BackboneSources, LoraSize, Role
+from anyflow_cli.model.backbone import Backbone, BackboneSources, Role
 from anyflow_cli.model.config import CausalConfig, NetworkConfig
 from anyflow_cli.model.layout import Layout, Segment
+from anyflow_cli.model.lora import LoraSize
 from anyflow_cli.model.network import FlowMapTransformer
 from anyflow_cli.model.precision import Precision
 from anyflow_cli.recipe import schema

@@ -17,12 +17,12 @@ import torch
 from anyflow_cli.data.dataset import Batches, LatentData
 from anyflow_cli.data.shards import read_manifest
 from anyflow_cli.errors import UsageError
-from anyflow_cli.model.adapter import load_adapter, save_adapter
-from anyflow_cli.model.backbone import Backbone, BackboneSources, LoraSize, Role
+from anyflow_cli.model.backbone import Backbone, BackboneSources, Role
 from anyflow_cli.model.causal import check_partition
+from anyflow_cli.model.lora import LoraSize
 from anyflow_cli.model.network import FlowMapTransformer
-from anyflow_cli.model.parallelize import apply_compile
-from anyflow_cli.model.pipeline_io import resolve_pipeline, save_pipeline
+from anyflow_cli.model.parallelize import parallelize
+from anyflow_cli.model.pipeline_io import load_adapter, resolve_pipeline, save_adapter, save_pipeline
 from anyflow_cli.model.precision import Precision, resolve_precision
 from anyflow_cli.recipe import schema
 from anyflow_cli.runs.lineage import RunInputs, begin_run
@@ -162,13 +162,7 @@ def load_backbone(recipe: schema.Recipe, inputs: RunInputs, precision: Precision
         return network
 
     seed = _section(recipe, inputs).seed
-    backbone = Backbone.build(recipe.model, sources, load, precision=precision, seed=seed)
-    for network in backbone.networks():
-        network.gradient_checkpointing = recipe.model.gradient_checkpointing
-        network.checkpoint_every_n_blocks = recipe.model.checkpoint_every_n_blocks
-        if recipe.model.compile:
-            apply_compile(network)
-    return backbone
+    return Backbone.build(recipe.model, sources, load, precision=precision, seed=seed)
 
 
 def _check_any_step(network: FlowMapTransformer, path: Path, recipe: schema.Recipe) -> None:
@@ -214,6 +208,7 @@ def train(recipe: schema.Recipe, inputs: RunInputs, on_step: OnStep | None = Non
     data = part(inputs.data, tokens)
     backbone = load_backbone(recipe, inputs, precision)
     _check_fit(recipe, backbone, data)
+    parallelize(backbone.networks(), recipe.model, recipe.launch, accelerator.device)
     preview, main = None, accelerator.is_main_process
     if (main or recipe.launch.sharding != "none") and settings.preview_every and settings.preview_prompts:
         how = _preview_settings(recipe, inputs)

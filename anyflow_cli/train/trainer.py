@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from anyflow_cli.data.dataset import Batch
 from anyflow_cli.errors import AnyflowError, UsageError
-from anyflow_cli.model.parallelize import apply_fsdp, full_tensor, shard_like
+from anyflow_cli.model.parallelize import full_tensor, shard_like
 from anyflow_cli.model.precision import Precision, autocast
 from anyflow_cli.recipe import schema
 from anyflow_cli.runs import checkpoint, dcp
@@ -165,10 +165,6 @@ class Trainer:
         self.share = settings.global_batch // self.ranks
         self.micro = min(settings.micro_batch or self.share, self.share)
         self.divided = launch.sharding != "none"
-        if self.divided:
-            apply_fsdp(self.backbone.networks(), launch, accelerator.device)
-        else:
-            self.backbone.to(accelerator.device)
         self.phases = [
             PhaseState(phase, self.backbone.parameters_of(phase.role), accelerator, precision, self.divided)
             for phase in objective.phases

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from anyflow_cli.errors import UsageError
-from anyflow_cli.model.backbone import Backbone, LoraSize, Role
+from anyflow_cli.model.backbone import Backbone, Role
+from anyflow_cli.model.lora import LoraSize
 from anyflow_cli.model.network import FlowMapTransformer, two_time_from
 from anyflow_cli.model.precision import autocast
 from tests.model.helpers import distance, inputs, ours, theirs

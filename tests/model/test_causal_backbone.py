@@ -7,11 +7,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from anyflow_cli.model.adapter import load_adapter, save_adapter
-from anyflow_cli.model.backbone import Backbone, LoraSize, Role
+from anyflow_cli.model.backbone import Backbone, Role
 from anyflow_cli.model.causal import FAR, TeacherForced, causal_from
 from anyflow_cli.model.config import CausalConfig
+from anyflow_cli.model.lora import LoraSize
 from anyflow_cli.model.network import FlowMapTransformer, two_time_from
+from anyflow_cli.model.pipeline_io import load_adapter, save_adapter
 from anyflow_cli.model.precision import autocast
 from tests.model.helpers import distance, inputs, ours, theirs
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from anyflow_cli.model.parallelize import apply_compile
+from anyflow_cli.model.parallelize import parallelize
 from anyflow_cli.recipe import schema
 from anyflow_cli.train.stages import flowmap_inputs, train
 from anyflow_cli.train.trainer import Trainer, make_accelerator
@@ -38,13 +38,11 @@ def run(directory: Path, kind: Kind, lora: bool, launch: schema.LaunchSection | 
         training(steps=STEPS, global_batch=4, log_every=1, checkpoint_every=STEPS),
         backbone(kind, lora),
     )
-    for network in roles.networks():
-        network.gradient_checkpointing = True
-        if compiled:
-            apply_compile(network)
+    accelerator, launch = make_accelerator(), launch or schema.LaunchSection()
+    model = schema.ModelSection(gradient_checkpointing=True, compile=compiled)
+    parallelize(roles.networks(), model, launch, accelerator.device)
     Trainer(
-        directory, objective(kind, roles), RandomData(4), settings, accelerator=make_accelerator(),
-        launch=launch or schema.LaunchSection(),
+        directory, objective(kind, roles), RandomData(4), settings, accelerator=accelerator, launch=launch
     ).run()  # fmt: skip
 
 

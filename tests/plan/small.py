@@ -13,9 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from anyflow_cli.data.dataset import Batch
-from anyflow_cli.model.backbone import Backbone, LoraSize
+from anyflow_cli.model.backbone import Backbone
 from anyflow_cli.model.causal import as_causal
 from anyflow_cli.model.config import CausalConfig, NetworkConfig
+from anyflow_cli.model.lora import LoraSize
 from anyflow_cli.model.network import FlowMapTransformer, two_time_from
 from anyflow_cli.plan.setup import Kind, Setup
 from anyflow_cli.plan.steps import heaviest, sampled

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from anyflow_cli.data.shards import LatentSample, shard_path, write_shard
-from anyflow_cli.model.adapter import save_adapter
-from anyflow_cli.model.pipeline_io import save_pipeline
+from anyflow_cli.model.pipeline_io import save_adapter, save_pipeline
 from anyflow_cli.plan import disk
 from anyflow_cli.plan.hardware import parse_hardware
 from anyflow_cli.plan.setup import Setup

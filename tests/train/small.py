@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from anyflow_cli.data.dataset import Batch
-from anyflow_cli.model.backbone import Backbone, LoraSize, Role
+from anyflow_cli.model.backbone import Backbone, Role
 from anyflow_cli.model.causal import causal_from
 from anyflow_cli.model.config import CausalConfig, NetworkConfig
+from anyflow_cli.model.lora import LoraSize
 from anyflow_cli.model.network import FlowMapTransformer, two_time_from
+from anyflow_cli.model.parallelize import parallelize
 from anyflow_cli.recipe import schema
 from anyflow_cli.runs import checkpoint
 from anyflow_cli.train import objectives
@@ -93,11 +95,15 @@ def trainer(
     directory.mkdir(parents=True, exist_ok=True)
     run = training(**settings)
     roles = backbone(kind, lora)
-    for one in roles.networks():
-        one.gradient_checkpointing = checkpointing
+    accelerator, model = (
+        make_accelerator(causal=kind.startswith("causal")),
+        schema.ModelSection(gradient_checkpointing=checkpointing),
+    )
+    launch = (hooks or {}).get("launch", schema.LaunchSection())
+    parallelize(roles.networks(), model, launch, accelerator.device)
     return Trainer(
         directory, objective(kind, roles, **(changes or {})), source or RandomData(run.global_batch), run,
-        accelerator=make_accelerator(causal=kind.startswith("causal")), **(hooks or {}),
+        accelerator=accelerator, **(hooks or {}),
     )  # fmt: skip
 
 

@@ -18,9 +18,10 @@ from anyflow_cli.flow import simulation
 from anyflow_cli.flow.losses import interpolate
 from anyflow_cli.flow.times import TimeRatios, loss_weight, sample_times
 from anyflow_cli.flow.velocity import Velocity, batch_time, flow_map
-from anyflow_cli.model.backbone import Backbone, LoraSize
+from anyflow_cli.model.backbone import Backbone
 from anyflow_cli.model.causal import TeacherForced, causal_from, split_after
 from anyflow_cli.model.config import CausalConfig
+from anyflow_cli.model.lora import LoraSize
 from anyflow_cli.recipe import schema
 from anyflow_cli.train.causal_windows import TeacherForcing, TrainingWindow, Window, given_frames, roll_out
 from anyflow_cli.train.objectives import FlowMapTerm, OnPolicyTerms

@@ -13,8 +13,7 @@ from PIL import Image
 
 from anyflow_cli.data.dataset import LatentData
 from anyflow_cli.errors import UsageError
-from anyflow_cli.model.adapter import load_adapter
-from anyflow_cli.model.pipeline_io import load_network
+from anyflow_cli.model.pipeline_io import load_adapter, load_network
 from anyflow_cli.recipe.schema import Recipe
 from anyflow_cli.runs import checkpoint
 from anyflow_cli.runs.open import open_model
