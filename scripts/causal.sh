@@ -1,13 +1,17 @@
 #!/usr/bin/env bash
-# The causal result at tiny scale: data, both stages, the consistency baseline from the same start for as many steps,
-# scores of all at 1 to 32 steps beside the teacher's at 50 x 2, from a given picture too, and the figures: quality
-# chunk by chunk before and after stage 2 (from text, and with the first chunk given, where exposure bias shows by
-# itself), videos that go on from a picture and from a clip, a streamed video.
+# Train and evaluate the small causal model (recipe tiny-causal), and draw its figures. In order:
+#
+#   1. data, stage 1, stage 2
+#   2. the consistency baseline, from the same start and for as many steps as stage 2
+#   3. scores of all three at 1 to 32 steps, from text and from a given picture, with the teacher at 50x2
+#   4. a streamed video
+#   5. figures: quality chunk by chunk before and after stage 2, image-to-video and video-to-video sheets,
+#      and the progress of the streamed video
 #
 #   scripts/causal.sh [OPTIONS]    OPTIONS go to every command, e.g. --runs DIR, --set data.path=runs/tiny-long/data
 #
-# Each command continues what a stopped one left, so the script can simply be started again. The baseline of the paper's
-# Table 2 instead: `anyflow train-flowmap -r tiny-causal --objective consistency-ode`, then `distill` without --model.
+# After an interruption, run it again: every command continues where it stopped. For the baseline of the paper's
+# Table 2 run `anyflow train-flowmap -r tiny-causal --objective consistency-ode`, then `distill` without --model.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -37,7 +41,7 @@ run distill --simulation consistency --set distill.joint=false --model "$home/tr
 score() {
   run evaluate --model "$home/$1" --nfe 1,2,4,8,32 --out "$home/evaluate/$2" "${@:3}"
 }
-alone=(--set evaluate.teacher=false)  # the teacher is the same beside all of them
+alone=(--set evaluate.teacher=false)  # one set of teacher videos is enough
 score distill distill "$@"
 score train-flowmap train-flowmap "${alone[@]}" "$@"
 score distill-consistency distill-consistency --sampler consistency "${alone[@]}" "$@"

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# From nothing but Python and git to an any-step model: set up, then every command of the chain in its order.
+# Set up the environment, then run the whole chain of commands: from the teacher to an evaluated any-step model.
 #
 #   scripts/quickstart.sh [OPTIONS]    OPTIONS go to every command, e.g. --recipe tiny-long or --runs /data/runs
 #
-# Each command continues what a stopped one left, so the script can simply be started again.
+# After an interruption, run it again: every command continues where it stopped.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

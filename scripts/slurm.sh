@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# A training command on several machines under Slurm. Ten minutes before its time is up, or when it is preempted,
-# every process saves its state; the job is queued again and continues.
+# Run a training command on several machines under Slurm. Ten minutes before the time limit, or on preemption,
+# every process saves a checkpoint; the job is queued again and continues from it.
 #
 #   sbatch --nodes 4 --cpus-per-gpu 8 scripts/slurm.sh distill --recipe bidirectional14b --runs /shared/runs
 #
-#   PORT=29500          where the machines meet, on the first of them
+#   PORT=29500          port on the first machine, where the processes find each other
 #
-# /shared must be seen by all machines. Account, partition, time and CPUs are sbatch's own options.
+# All machines must see /shared. Set account, partition, time and CPUs with sbatch's own options.
 #SBATCH --job-name=anyflow
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -17,12 +17,12 @@
 set -uo pipefail
 
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=540  # seconds for the step at hand and its checkpoint
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=540  # seconds for the current step and its checkpoint
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
-asked=no
-# All processes but this script. srun itself is left alone: it would answer SIGTERM by killing them unsaved.
-trap 'asked=yes; scancel --signal=TERM "$SLURM_JOB_ID"' TERM
+stopping=no
+# scancel signals the tasks, not srun: on SIGTERM srun would kill the tasks before they save.
+trap 'stopping=yes; scancel --signal=TERM "$SLURM_JOB_ID"' TERM
 srun --kill-on-bad-exit=1 torchrun \
   --nnodes "$SLURM_NNODES" --nproc-per-node "${SLURM_GPUS_ON_NODE:-8}" \
   --rdzv-backend c10d --rdzv-endpoint "$first:${PORT:-29500}" \
@@ -31,8 +31,8 @@ srun --kill-on-bad-exit=1 torchrun \
 run=$!
 wait "$run"
 code=$?
-if [ "$asked" = yes ]; then
-  wait "$run" && exit 0  # the first wait ended with the signal; by now they have saved, or had just finished
+if [ "$stopping" = yes ]; then
+  wait "$run" && exit 0  # the signal ended the first wait; code 0: the training had just finished
   scontrol requeue "$SLURM_JOB_ID"
   exit 0
 fi
