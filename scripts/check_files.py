@@ -4,7 +4,7 @@
 
 Without arguments it checks every tracked file. It reports trailing whitespace, a missing or doubled newline
 at the end, merge conflict markers, YAML, TOML and JSON that do not parse, and files over 500 kB. The files
-below ``anyflow_cli/assets`` are written by other libraries and are not checked.
+below ``anyflow_cli/assets`` and ``tests/fixtures`` are written by programs and are not checked.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
-NOT_CHECKED = ("anyflow_cli/assets/", "docs/evaluate/tiny.html")
+NOT_CHECKED = ("anyflow_cli/assets/", "tests/fixtures/", "docs/evaluate/tiny.html")
 LARGEST = 500_000  # bytes
 CONFLICT = ("<<<<<<< ", ">>>>>>> ")
 PARSERS: dict[str, Callable[[str], Any]] = {
