@@ -1,4 +1,4 @@
-"""``scripts/slurm.sh`` with a stand-in for Slurm: what it starts, and when it queues again."""
+"""``scripts/slurm.sh`` with stand-ins for the Slurm commands: what it starts, and when it requeues."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "slurm.sh"
-# Slurm's own turns a SIGTERM into SIGKILL for its tasks.
+# The real srun turns SIGTERM into SIGKILL for its tasks.
 SRUN = """#!/bin/sh
 echo "$@" > "$OUT/run with"
 sh "$OUT/task" &
@@ -47,7 +47,7 @@ def start(tmp_path: Path, **environment: str) -> subprocess.Popen[bytes]:
 
 
 @pytest.mark.parametrize("code", [0, 3])
-def test_it_starts_torchrun_on_all_machines_and_ends_as_it_does(tmp_path: Path, code: int) -> None:
+def test_torchrun_starts_on_all_machines_and_its_exit_code_is_returned(tmp_path: Path, code: int) -> None:
     assert start(tmp_path, CODE=str(code)).wait(timeout=20) == code
     started = (tmp_path / "run with").read_text()
     assert "torchrun --nnodes 2 --nproc-per-node 8" in started
@@ -56,8 +56,8 @@ def test_it_starts_torchrun_on_all_machines_and_ends_as_it_does(tmp_path: Path, 
     assert not (tmp_path / "queued").exists()
 
 
-def ended_when_asked(tmp_path: Path, stopped: int) -> int:
-    """How the job ends whose processes end so once they were asked and have saved."""
+def exit_code_after_sigterm(tmp_path: Path, stopped: int) -> int:
+    """Exit code of a job that gets SIGTERM and whose tasks save, then exit with ``stopped``."""
     job = start(tmp_path, LONG="yes", STOPPED=str(stopped))
     while not (tmp_path / "started").exists():
         time.sleep(0.02)
@@ -65,12 +65,12 @@ def ended_when_asked(tmp_path: Path, stopped: int) -> int:
     return job.wait(timeout=20)
 
 
-def test_asked_to_end_it_waits_until_the_state_is_saved_and_queues_again(tmp_path: Path) -> None:
-    assert ended_when_asked(tmp_path, stopped=1) == 0
+def test_after_sigterm_the_job_waits_for_the_checkpoint_and_is_requeued(tmp_path: Path) -> None:
+    assert exit_code_after_sigterm(tmp_path, stopped=1) == 0
     assert (tmp_path / "saved").exists()
     assert (tmp_path / "queued").read_text().split() == ["requeue", "42"]
 
 
-def test_a_training_that_had_just_finished_is_not_queued_again(tmp_path: Path) -> None:
-    assert ended_when_asked(tmp_path, stopped=0) == 0
+def test_a_training_that_had_just_finished_is_not_requeued(tmp_path: Path) -> None:
+    assert exit_code_after_sigterm(tmp_path, stopped=0) == 0
     assert not (tmp_path / "queued").exists()

@@ -1,7 +1,7 @@
-"""A Wan pipeline folder with small random weights, for tests of any room; made in about a second.
+"""A Wan pipeline folder with small random weights, which any test can create in about a second.
 
-Not the model that ships with the package (``tiny``), which is trained. Sizes: latents of 8 channels, factors
-8 and 4, text of 32 channels; the transformer has 2 layers of 2 heads.
+It is not the trained model that ships with the package (``tiny``). Latents have 8 channels and the spatial
+and temporal factors 8 and 4; text has 32 channels; the transformer has 2 layers with 2 heads.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ SHIFT = 5.0
 
 
 def make_wan_folder(target: Path, seed: int = 0, **changes: Any) -> Path:
-    """Write the folder, its transformer in sizes of its own if given, and return it."""
+    """Write the folder and return it; ``changes`` are settings of the transformer."""
     from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 
     with torch.random.fork_rng(devices=[]):
@@ -36,14 +36,14 @@ def make_wan_folder(target: Path, seed: int = 0, **changes: Any) -> Path:
 
 
 def wan_transformer(**changes: Any) -> Any:
-    """Diffusers' own network in the folder's sizes, with weights large enough that every part matters."""
+    """The diffusers network of the folder, with weights large enough that every part matters."""
     from diffusers import WanTransformer3DModel
 
     return spread(WanTransformer3DModel(**sizes(**changes)))
 
 
 def sizes(**changes: Any) -> dict[str, Any]:
-    """Arguments of the diffusers transformer classes."""
+    """Arguments for the diffusers transformer classes."""
     return {
         "num_attention_heads": 2,
         "attention_head_dim": 16,
@@ -58,7 +58,7 @@ def sizes(**changes: Any) -> dict[str, Any]:
 
 
 def spread(network: Any) -> Any:
-    """Move norms and biases off their start at one and zero, where an error in them would not show."""
+    """Move norms and biases away from one and zero, where an error in them would not show."""
     with torch.no_grad():
         for parameter in network.parameters():
             if parameter.dim() == 1:

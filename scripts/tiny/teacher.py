@@ -2,10 +2,11 @@
 
     python scripts/tiny/teacher.py --pipeline build/untrained --data build/world --out build/teacher
 
-Flow matching on the data set of step 3. The optimizer is Muon for matrices and Adam for the rest: minutes
-count here, and a teacher trained from nothing is no part of the paper. ``--out`` becomes a Wan pipeline
-folder with the averaged weights. A later round starts from an earlier one's folder at a lower ``--peak``; the
-last one was mixed half and half with the weights it began with (``--keep 0.5``), which is better than either.
+Flow matching on the data set of step 3. The optimizer is Muon for matrices and Adam for the rest, because
+training time matters here and the paper does not cover training a teacher from nothing. ``--out`` becomes a
+Wan pipeline folder with the EMA weights. A later round starts from the folder of an earlier one, at a lower
+``--peak``. The last round was averaged half and half with its initial weights (``--keep 0.5``), which is
+better than either.
 
 Legend: B clips, F latent frames, C channels, H W latent height and width, L text tokens, D text width.
 """
@@ -30,20 +31,17 @@ from anyflow_cli.model.pipeline_io import load_network, write_transformer
 
 SHIFT = 3.0  # of the training times
 TEXT_TOKENS = 32
-LONG_TEXT = (
-    0.05,
-    512,
-)  # how often text is padded to the length that pipelines use if not told, so that both work
+LONG_TEXT = (0.05, 512)  # share of steps padded to the default length of pipelines, so that both lengths work
 TEXT_DROPOUT = 0.12
-# How often a step is on the first latent frames of more clips: Wan learns from images and from videos, and
-# a causal model begins with a frame that has no other beside it.
+# Share of steps on the first latent frames of more clips: Wan learns from images and videos, and a causal
+# model begins with a single frame.
 SHORTER = 0.4
 FRAMES = (1, 1, 1, 3, 5, 7)
 EMA = 0.998
 
 
 def optimizers(network: FlowMapTransformer) -> list[tuple[torch.optim.Optimizer, float]]:
-    """Muon for the blocks' matrices, Adam for all else, each with its peak learning rate."""
+    """Muon for the matrices of the blocks, AdamW for the rest, each with its peak learning rate."""
     matrices = [p for p in network.blocks.parameters() if p.ndim == 2]
     chosen = {id(p) for p in matrices}
     others = [p for p in network.parameters() if id(p) not in chosen]
@@ -52,24 +50,28 @@ def optimizers(network: FlowMapTransformer) -> list[tuple[torch.optim.Optimizer,
 
 
 def pad(text: Tensor, tokens: int) -> Tensor:
-    """Zero-pad (B, L, D) to so many tokens."""
+    """Zero-pad (B, L, D) to ``tokens`` tokens."""
     return torch.nn.functional.pad(text, (0, 0, 0, tokens - text.shape[1]))
 
 
 def main() -> None:
-    """Train, report, save."""
+    """Train, print progress, save."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--pipeline", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--peak", type=float, default=1.0, help="scale of the learning rates; less to go on")
+    parser.add_argument(
+        "--peak", type=float, default=1.0, help="scale of the learning rates; lower it to continue"
+    )
     parser.add_argument("--minutes", type=float, default=30, help="length of the schedule")
     parser.add_argument("--batch", type=int, default=48)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--keep", type=float, default=0.0, help="share of the first weights in the result")
+    parser.add_argument("--keep", type=float, default=0.0, help="share of the initial weights in the result")
     args = parser.parse_args()
+    if args.out.exists():
+        parser.error(f"{args.out} exists already")
     network = load_network(args.pipeline)
     network.requires_grad_(True).train()
     data = LatentData(args.data, TEXT_TOKENS)
@@ -119,7 +121,7 @@ def main() -> None:
 
 
 def save(pipeline: Path, target: Path, network: FlowMapTransformer, weights: dict[str, Tensor]) -> None:
-    """Write the pipeline folder with these weights."""
+    """Write the pipeline folder with these weights, over what an earlier call wrote."""
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(pipeline, target, ignore=shutil.ignore_patterns("transformer"))
     write_transformer(target / "transformer", network.config, weights)

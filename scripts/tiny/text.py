@@ -2,10 +2,11 @@
 
     python scripts/tiny/text.py --out build/tiny
 
-The tokenizer is trained on captions of the shapes worlds: their words are single tokens, and any other text
-falls back to bytes. The encoder is trained so that every token's output tells what the whole sentence says:
-from each position linear heads (thrown away afterwards) predict each attribute, or that it is not named.
-Sentences are worded and ordered in many ways, so that a user's wording is understood too.
+The tokenizer is trained on captions of the shapes worlds: each of their words is one token, and any other
+text falls back to bytes. The encoder is trained so that the output at every token describes the whole
+sentence: at each position, linear heads (discarded afterwards) predict every attribute, or that it is not
+named. The training sentences vary in wording and order, so that the encoder also understands a user's
+wording.
 
 Legend: B sentences, L tokens, D width.
 """
@@ -52,7 +53,7 @@ SUFFIXES = ("", "", "", "", ".", ", high quality", ", sharp and clean", " in a s
 
 
 def sentence(rng: random.Random, seed: int) -> str:
-    """A caption of one of the worlds, often worded in another way; one in twenty is empty."""
+    """A caption of one of the worlds, often rephrased; one in twenty is empty."""
     scene = WORLDS[rng.choice(("shapes", "shapes", "shapes-shifted"))].scene(seed)
     if rng.random() < 0.05:
         return ""
@@ -86,7 +87,7 @@ def make_tokenizer(rng: random.Random) -> PreTrainedTokenizerFast:
 
 
 def labels(sentences: list[str]) -> Tensor:
-    """Class of each attribute, 0 when it is not named, (B, 6)."""
+    """Class of each attribute, (B, 6); 0 if the sentence does not name it."""
     named = [parse_caption(text) for text in sentences]
     return torch.tensor(
         [
@@ -97,7 +98,7 @@ def labels(sentences: list[str]) -> Tensor:
 
 
 def main() -> None:
-    """Train, report, save."""
+    """Train, print progress, save."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -2,11 +2,11 @@
 
     python scripts/tiny/vae.py --out build/tiny/vae
 
-Spatial factor 8, temporal factor 4, 8 latent channels: a clip of 33x64x64 becomes 9x8x8. As in Wan 2.2's, the
-first factor of two is a rearrangement of pixels to channels, which makes it several times cheaper. Trained on
-clips of both shapes worlds by a weighted L1 loss, in which shapes, dots and above all edges count more than
-the plain background, plus a small KL term: single frames first, then cut-outs of whole length, for the caches
-of the causal convolutions reach far, then whole clips. Prints its PSNR on clips that it is not trained on.
+Spatial factor 8, temporal factor 4, 8 latent channels: a clip of 33x64x64 becomes 9x8x8. As in Wan 2.2, the
+first factor of two moves pixels to channels, which makes the network several times cheaper. The loss is a
+weighted L1 on clips of both shapes worlds, in which shapes, dots and above all edges weigh more than the
+plain background, plus a small KL term. Training goes from single frames to crops of full length (the caches
+of the causal convolutions reach far back) to whole clips. Prints the PSNR on clips outside the training set.
 
 Legend: B clips, T frames, H W pixels, C channels.
 """
@@ -47,26 +47,26 @@ CONFIG = {
 KL_WEIGHT = 1e-4
 FOREGROUND_WEIGHT = 3.0
 EDGE_WEIGHT = 6.0
-FIRST_FRAME_WEIGHT = 6.0  # it has a latent frame of its own, and is one of 33
+FIRST_FRAME_WEIGHT = 6.0  # one of 33 frames, but a whole latent frame
 
 
 @dataclass(frozen=True)
 class Pool:
-    """Scenes drawn once, three in four of the default world: pixels (N, T, H, W, 3) uint8."""
+    """A fixed set of rendered scenes, three in four from the default world: (N, T, H, W, 3) uint8."""
 
     scenes: list[Scene]
     pixels: Tensor
 
     @classmethod
     def draw(cls, first: int, count: int) -> Pool:
-        """The scenes with seeds from ``first`` on."""
+        """Render ``count`` scenes, with seeds from ``first`` on."""
         scenes = [
             WORLDS["shapes-shifted" if i % 4 == 3 else "shapes"].scene(i) for i in range(first, first + count)
         ]
         return cls(scenes, torch.stack([torch.from_numpy(render(scene)) for scene in scenes]))
 
     def batch(self, rng: np.random.Generator, count: int, frames: int, size: int) -> tuple[Tensor, Tensor]:
-        """Random clips (B, 3, T, H, W) in [-1, 1] and weights; small ones are cut around shape or dot."""
+        """Random clips (B, 3, T, H, W) in [-1, 1] and pixel weights; crops are placed on a shape or dot."""
         videos, weights = [], []
         for index in rng.integers(len(self.scenes), size=count):
             scene, begin = self.scenes[index], int(rng.integers(FRAMES - frames + 1))
@@ -81,14 +81,14 @@ class Pool:
 
 
 def edges(video: Tensor) -> Tensor:
-    """Where (T, H, W) the pixels of (3, T, H, W) differ from their neighbours, 0 to 1."""
+    """Edge strength (T, H, W) from 0 to 1 of a video (3, T, H, W)."""
     frames = video.transpose(0, 1)
     highest, lowest = (sign * F.max_pool2d(sign * frames, 3, stride=1, padding=1) for sign in (1, -1))
     return (3 * (highest - lowest).amax(1)).clamp(max=1)
 
 
 def corner(scene: Scene, frame: int, size: int, rng: np.random.Generator) -> tuple[int, int]:
-    """Left and top of a square that holds the shape's centre in this frame (half the time) or a dot."""
+    """Left and top of a crop that contains the center of the shape in this frame, or a dot (half each)."""
     shape = tuple(a + frame * b for a, b in zip(scene.start, scene.step, strict=True))
     points = shape if rng.random() < 0.5 else scene.dots[int(rng.integers(len(scene.dots)))]
     left, top = (int(np.clip(p - rng.uniform(3, size - 3), 0, HEIGHT - size)) for p in points)
@@ -96,13 +96,13 @@ def corner(scene: Scene, frame: int, size: int, rng: np.random.Generator) -> tup
 
 
 def planar_convolution(self: WanCausalConv3d, x: Tensor, cache_x: Tensor | None = None) -> Tensor:
-    """The causal convolution as one planar convolution over the temporal taps stacked as channels.
+    """Causal 3D convolution as one 2D convolution, with the temporal taps stacked as channels.
 
-    Equal to diffusers' to rounding, and two to three times as fast on a CPU at these widths.
+    Equals diffusers' version up to rounding and is two to three times as fast on a CPU at these widths.
     """
     taps, missing = list(range(self.kernel_size[0])), self._padding[4]
     if missing == 2 and x.shape[2] == 1:
-        taps, missing = [2], 0  # the two older taps would see zeros alone
+        taps, missing = [2], 0  # the two older taps would multiply zeros
     frames = F.pad(x, (0, 0, 0, 0, missing, 0)).transpose(1, 2)  # (B, T, C, H, W)
     stride = self.stride[0]
     length = (frames.shape[1] - len(taps)) // stride + 1
@@ -116,7 +116,7 @@ def planar_convolution(self: WanCausalConv3d, x: Tensor, cache_x: Tensor | None 
 
 
 def whole_resampling(self: WanResample, x: Tensor, *_: object) -> Tensor:
-    """Resample all frames at once: the first has no others in its latent frame and stays one in time."""
+    """Resample all frames at once; the first is a latent frame of its own and is not resampled in time."""
     if self.mode == "upsample3d" and x.shape[2] > 1:
         pairs = self.time_conv(x[:, :, 1:]).unflatten(1, (2, x.shape[1]))  # (B, 2, C, T - 1, H, W)
         x = torch.cat([x[:, :, :1], pairs.permute(0, 2, 3, 1, 4, 5).flatten(2, 3)], dim=2)
@@ -127,25 +127,25 @@ def whole_resampling(self: WanResample, x: Tensor, *_: object) -> Tensor:
 
 
 def encode(vae: AutoencoderKLWan, video: Tensor) -> Tensor:
-    """Mean and log variance (B, 2C, F, h, w) of the latents, all frames in one pass."""
+    """Encode all frames in one pass to the mean and log variance of the latents, (B, 2C, F, h, w)."""
     out: Tensor = vae.quant_conv(vae.encoder(patchify(video, PATCH)))
     return out
 
 
 def decode(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
-    """Pixels (B, 3, T, H, W), all frames in one pass; frame by frame through caches gives the same."""
+    """Decode all frames in one pass to pixels (B, 3, T, H, W), equal to decoding through caches."""
     out: Tensor = unpatchify(vae.decoder(vae.post_quant_conv(latents)), PATCH)
     return out
 
 
 def pass_all_frames_at_once() -> None:
-    """Let every Wan autoencoder of this process encode without caches: the same, several times as fast."""
+    """Patch the Wan autoencoder to encode without caches: same result, several times faster."""
     WanCausalConv3d.forward, WanResample.forward = planar_convolution, whole_resampling
     AutoencoderKLWan._encode = encode
 
 
 def reconstruct(vae: AutoencoderKLWan, video: Tensor, noisy: bool) -> tuple[Tensor, Tensor]:
-    """Decode a posterior sample (or its mean) of the clips; returns the pixels and the KL term."""
+    """Encode and decode clips, with or without posterior noise; returns the pixels and the KL term."""
     mean, log_variance = encode(vae, video).chunk(2, dim=1)
     log_variance = log_variance.clamp(-30, 20)
     latents = mean + torch.randn_like(mean) * (0.5 * log_variance).exp() if noisy else mean
@@ -155,7 +155,7 @@ def reconstruct(vae: AutoencoderKLWan, video: Tensor, noisy: bool) -> tuple[Tens
 
 @torch.no_grad()
 def psnr(vae: AutoencoderKLWan, pool: Pool, frames: int) -> tuple[float, float]:
-    """Peak signal to noise ratio in dB on fresh clips: over all pixels, and over shapes and dots alone."""
+    """Peak signal-to-noise ratio in dB over all pixels, and over the pixels of shapes and dots."""
     video, weight = pool.batch(np.random.default_rng(0), 6, frames, HEIGHT)
     error = (reconstruct(vae, video, noisy=False)[0].clamp(-1, 1) - video) ** 2
     weight[:, :, 0] /= FIRST_FRAME_WEIGHT
@@ -164,8 +164,8 @@ def psnr(vae: AutoencoderKLWan, pool: Pool, frames: int) -> tuple[float, float]:
 
 
 @torch.no_grad()
-def normalise(vae: AutoencoderKLWan, pool: Pool) -> None:
-    """Write the latents' mean and standard deviation into the configuration, where pipelines find them."""
+def normalize(vae: AutoencoderKLWan, pool: Pool) -> None:
+    """Store the mean and standard deviation of the latents in the configuration, as pipelines expect."""
     latents = torch.cat(
         [
             encode(vae, video.permute(3, 0, 1, 2)[None] / 127.5 - 1).chunk(2, dim=1)[0]
@@ -177,7 +177,7 @@ def normalise(vae: AutoencoderKLWan, pool: Pool) -> None:
 
 
 def untrained() -> AutoencoderKLWan:
-    """An autoencoder that starts as a plain chain of convolutions with little noise: steady at this width."""
+    """Initialize residual branches at zero and with little noise, which is stable at this width."""
     vae = AutoencoderKLWan(**CONFIG)
     vae.quant_conv.bias.data[LATENT_CHANNELS:] = -5.0
     for block in vae.modules():
@@ -186,8 +186,8 @@ def untrained() -> AutoencoderKLWan:
     return vae
 
 
-def leave_attention_out(vae: AutoencoderKLWan) -> None:
-    """Silence the attention in the middle: what is learned on cut-outs then holds for whole frames."""
+def disable_attention(vae: AutoencoderKLWan) -> None:
+    """Zero the attention in the middle, so that training on crops carries over to whole frames."""
     for block in vae.modules():
         if isinstance(block, WanAttentionBlock):
             torch.nn.init.zeros_(block.proj.weight)
@@ -196,9 +196,9 @@ def leave_attention_out(vae: AutoencoderKLWan) -> None:
 
 
 class Muon:
-    """Momentum whose step is orthogonalised (Jordan et al. 2024), for the kernels; Adam for biases and gains.
+    """Muon (Jordan et al. 2024), orthogonalized momentum, for the kernels; Adam for biases and gains.
 
-    In a first comparison on single frames it reached in 146 steps what Adam had not in several hundred.
+    In a first comparison on single frames, 146 steps got further than several hundred steps of Adam.
     """
 
     def __init__(self, vae: AutoencoderKLWan, lr: float, adam_lr: float) -> None:
@@ -215,7 +215,7 @@ class Muon:
     def step(self, scale: float) -> None:
         """One step at ``scale`` times the learning rates."""
         for kernel, momentum in zip(self.kernels, self.momenta, strict=True):
-            if kernel.grad is None:  # what joins frames has no part in single ones
+            if kernel.grad is None:  # temporal kernels have no gradient on single frames
                 continue
             momentum.lerp_(kernel.grad, 0.05)
             update = orthogonal(kernel.grad.lerp(momentum, 0.95).flatten(1))
@@ -226,7 +226,7 @@ class Muon:
 
 
 def orthogonal(matrix: Tensor) -> Tensor:
-    """Nearly the closest matrix with orthonormal rows or columns, by five Newton-Schulz iterations."""
+    """Approximate the closest matrix with orthonormal rows or columns, by five Newton-Schulz iterations."""
     wide = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
     x = wide / (wide.norm() + 1e-7)
     for _ in range(5):
@@ -238,7 +238,7 @@ def orthogonal(matrix: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Phase:
-    """A share of the training; ``scale`` is that of the learning rate at its start and end."""
+    """One part of the training; ``scale`` multiplies the learning rate at its start and end."""
 
     share: float
     clips: int
@@ -251,7 +251,7 @@ PHASES = (
     Phase(0.11, clips=48, frames=1, size=32, scale=(1.0, 0.8)),
     Phase(0.32, clips=5, frames=FRAMES, size=32, scale=(0.8, 0.5)),
     Phase(0.28, clips=2, frames=FRAMES, size=HEIGHT, scale=(0.5, 0.01)),
-    Phase(0.17, clips=8, frames=FRAMES, size=32, scale=(0.3, 0.15)),  # around shapes and dots once more
+    Phase(0.17, clips=8, frames=FRAMES, size=32, scale=(0.3, 0.15)),  # crops around shapes and dots again
     Phase(0.12, clips=2, frames=FRAMES, size=HEIGHT, scale=(0.15, 0.01)),
 )
 
@@ -259,7 +259,7 @@ PHASES = (
 def train(
     vae: AutoencoderKLWan, optimizer: Muon, phase: Phase, pool: Pool, fresh: Pool, minutes: float
 ) -> None:
-    """Train one phase of a training of so many minutes."""
+    """Train one phase of a training that takes ``minutes`` in total."""
     rng, begun = np.random.default_rng(phase.clips), time.monotonic()
     for step in itertools.count():
         done = (time.monotonic() - begun) / (60 * minutes * phase.share)
@@ -282,27 +282,27 @@ def train(
 
 
 def main() -> None:
-    """Train, report, save."""
+    """Train, print progress, save."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--start", type=Path, help="an autoencoder of this script to go on with")
-    parser.add_argument("--skip", type=int, default=0, help="phases that --start has behind it")
-    parser.add_argument("--peak", type=float, default=1.0, help="scale of the learning rates; less to go on")
+    parser.add_argument("--start", type=Path, help="continue with an autoencoder that this script made")
+    parser.add_argument("--skip", type=int, default=0, help="number of phases that --start has finished")
     parser.add_argument(
-        "--minutes", type=float, default=20, help="of three threads; sets the length of the schedule"
+        "--peak", type=float, default=1.0, help="scale of the learning rates; lower it to continue"
     )
+    parser.add_argument("--minutes", type=float, default=20, help="length of the schedule, on three threads")
     args = parser.parse_args()
     pass_all_frames_at_once()
     torch.manual_seed(0)
     vae = AutoencoderKLWan.from_pretrained(args.start) if args.start else untrained()
-    leave_attention_out(vae)
+    disable_attention(vae)
     optimizer = Muon(vae, lr=0.02 * args.peak, adam_lr=2e-3 * args.peak)
     pool, fresh = Pool.draw(0, 2000), Pool.draw(10**7, 24)
     for phase in PHASES[args.skip :]:
         train(vae, optimizer, phase, pool, fresh, args.minutes)
-        normalise(vae, fresh)
+        normalize(vae, fresh)
         vae.save_pretrained(args.out)
 
 

@@ -1,8 +1,8 @@
-"""Step 3 of 4 of the tiny assets: an untrained Wan pipeline folder and a data set of world latents.
+"""Step 3 of 4 of the tiny assets: an untrained Wan pipeline folder and a data set of encoded scenes.
 
     python scripts/tiny/world.py --parts build/tiny --pipeline build/untrained --data build/world
 
-``--parts`` holds what steps 1 and 2 made. The data set has the format of ``anyflow synthesize``.
+``--parts`` is the output of steps 1 and 2. The data set has the format of ``anyflow synthesize``.
 
 Legend: T frames, H W pixels, F latent frames, C channels.
 """
@@ -40,13 +40,14 @@ TRANSFORMER = {
     "ffn_dim": 512, "in_channels": 8, "out_channels": 8, "text_dim": 64, "freq_dim": 256,
     "cross_attn_norm": True, "qk_norm": "rms_norm_across_heads", "rope_max_seq_len": 1024,
 }  # fmt: skip
-SLOW_ENOUGH = 0.02  # radians per thousandth of t, up to which a time channel starts at full strength
+SLOW_ENOUGH = 0.02  # radians per thousandth of t: the fastest time channel that starts at full strength
 
 
 def untrained_transformer() -> WanTransformer3DModel:
-    """A Wan transformer whose fast time channels start small, so that it becomes smooth in t.
+    """A Wan transformer with small initial weights on the fast time channels, so that it is smooth in t.
 
-    The difference quotient of stage 1 looks 0.005 to either side, where the fastest turn by 5 radians.
+    The difference quotient of stage 1 evaluates 0.005 to either side, where the fastest channels turn by 5
+    radians.
     """
     torch.manual_seed(0)
     transformer = WanTransformer3DModel(**TRANSFORMER)
@@ -58,7 +59,7 @@ def untrained_transformer() -> WanTransformer3DModel:
 
 
 def write_pipeline(parts: Path, target: Path) -> None:
-    """Put the parts, an untrained transformer and a scheduler together as a Wan pipeline folder."""
+    """Write a Wan pipeline folder from the parts, an untrained transformer and a scheduler."""
     for part in ("vae", "text_encoder", "tokenizer"):
         shutil.copytree(parts / part, target / part)
     untrained_transformer().save_pretrained(target / "transformer")
@@ -77,7 +78,7 @@ def write_pipeline(parts: Path, target: Path) -> None:
 
 
 def samples(indices: range, vae: VideoVAE, text: TextEncoder) -> Iterator[LatentSample]:
-    """Clips of the default world, encoded."""
+    """Encode scenes of the default world."""
     for index in indices:
         scene = WORLDS["shapes"].scene(index)
         video = torch.from_numpy(render(scene)).permute(0, 3, 1, 2)[None] / 255  # (1, T, 3, H, W)
@@ -87,7 +88,7 @@ def samples(indices: range, vae: VideoVAE, text: TextEncoder) -> Iterator[Latent
 
 
 def write_part(pipeline: Path, target: Path, part: list[tuple[int, range]]) -> None:
-    """Encode and write some of the shards, in a process with one thread of its own."""
+    """Encode and write some of the shards, in a process with one thread."""
     torch.set_num_threads(1)
     pass_all_frames_at_once()
     vae, text = VideoVAE.load(pipeline), TextEncoder.load(pipeline)
@@ -98,7 +99,7 @@ def write_part(pipeline: Path, target: Path, part: list[tuple[int, range]]) -> N
 
 
 def write_data(pipeline: Path, target: Path, count: int, jobs: int) -> None:
-    """Encode ``count`` clips, shards dealt out to ``jobs`` processes, and write the manifest over all."""
+    """Encode ``count`` clips in ``jobs`` processes, shard by shard, and write the manifest."""
     target.mkdir(parents=True, exist_ok=True)
     shards = list(enumerate(shard_ranges(count, 128)))
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
@@ -114,7 +115,7 @@ def write_data(pipeline: Path, target: Path, count: int, jobs: int) -> None:
 
 
 def main() -> None:
-    """Write both."""
+    """Write the pipeline folder and the data set."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

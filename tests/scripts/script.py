@@ -1,4 +1,4 @@
-"""Scripts as modules."""
+"""Import the files below ``scripts/`` as modules."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 
 def load(path: str) -> ModuleType:
-    """The module of a file below ``scripts/``."""
+    """Import ``scripts/<path>``."""
     name = "scripts." + path.removesuffix(".py").replace("/", ".")
     spec = importlib.util.spec_from_file_location(name, SCRIPTS / path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up
+    sys.modules[name] = module  # dataclasses look up their module by name
     spec.loader.exec_module(module)
     return module

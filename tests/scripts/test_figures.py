@@ -1,4 +1,4 @@
-"""The figures that are drawn from what the commands left: every curve and every part is in them."""
+"""Figures drawn from the files of finished commands contain every curve and every part."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def figures() -> ModuleType:
 
 
 def finished(folder: Path, *, teacher: bool) -> Path:
-    """The results of an evaluation at 4 and 32 steps."""
+    """Write the results of an evaluation at 4 and 32 steps."""
     chunks = {"partition": [1, 2], "groups": {"quality": [90.0, 80.0]}, "dimensions": {}}
     entries = [{"steps": steps, "teacher": False, "chunks": chunks} for steps in (4, 32)]
     entries += [{"steps": 50, "teacher": True, "chunks": chunks}] * teacher
@@ -36,7 +36,7 @@ def drawn(figures: ModuleType, monkeypatch: pytest.MonkeyPatch, *words: object) 
     return Path(str(words[-1]))
 
 
-def test_quality_along_the_chunks_has_a_curve_an_evaluation_and_step_count_and_the_teacher_once(
+def test_each_evaluation_and_step_count_is_a_curve_and_the_teacher_appears_once(
     figures: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sides = [f"{name}={finished(tmp_path / name, teacher=True)}" for name in ("before", "after")]
@@ -52,11 +52,11 @@ def test_quality_along_the_chunks_has_a_curve_an_evaluation_and_step_count_and_t
     drawn(figures, monkeypatch, "along", *sides, "--steps", 4, 32, "--out", tmp_path / "new" / "along.png")
     steps = [f"{name}, {n} steps" for n in (4, 32) for name in ("before", "after")]
     assert list(seen) == [*steps, "teacher"]
-    assert colours_used == [2]  # curves of one evaluation share theirs
+    assert colours_used == [2]  # curves of the same evaluation share a color
     assert seen["teacher"] == ChunkCurves((1, 2), {"quality": [90.0, 80.0]}, {})  # type: ignore[dict-item]
 
 
-def test_a_streamed_sampling_is_drawn(
+def test_the_progress_of_a_streamed_video_is_drawn(
     figures: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     entry = {"nfe": [4, 2], "parts": [[0.5, 1], [1.5, 9]]}

@@ -1,4 +1,4 @@
-"""The autoencoder's training passes all frames at once; its users pass them frame by frame through caches."""
+"""The autoencoder trains on all frames at once and is used frame by frame through caches: both agree."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def script() -> ModuleType:
 
 
 @pytest.mark.parametrize("frames", [1, 5, 17])
-def test_one_pass_over_all_frames_equals_the_cached_one(
+def test_a_pass_over_all_frames_equals_the_cached_passes(
     script: ModuleType, frames: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(0)
