@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group, RenderableType
@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from anyflow_cli.recipe.schema import Recipe
+    from anyflow_cli.runs.resources import Resource
 
 from anyflow_cli.utils.distributed import is_main_process
 
@@ -87,16 +87,16 @@ def facts_table(values: Mapping[str, Any]) -> Table:
 
 
 def print_dry_run(
-    command: str, facts: Mapping[str, Any], *, as_json: bool, recipe: Recipe | None = None
+    command: str, facts: Mapping[str, Any], resources: Sequence[Resource] = (), *, as_json: bool
 ) -> None:
     """Print what ``--dry-run`` found: everything resolved and checked, nothing loaded or written.
 
-    With the ``recipe``, the plan ends with what the command costs on this machine.
+    What the command starts from may be missing; what is there and cannot be used is refused.
     """
-    if recipe is not None:
-        from anyflow_cli.plan.report import dry_run_facts
+    from anyflow_cli.runs.resources import check_usable
 
-        facts = {**facts, **dry_run_facts(recipe, command)}
+    check_usable(resources)
+    values = {"command": command, "dry_run": True, **facts, "needs": [one._asdict() for one in resources]}
     title = f"anyflow {command} would do this; nothing was loaded or written."
-    plan = Group(Text(title), facts_table(facts))
-    print_result({"command": command, "dry_run": True, **facts}, as_json=as_json, text=plan)
+    table = facts_table({**facts, **{f"needs {one.name}": one for one in resources}})
+    print_result(values, as_json=as_json, text=Group(Text(title), table))

@@ -36,18 +36,16 @@ def distill(
     settings = options.load_settings(recipe, assignments, overrides)
     paths = RunPaths(runs, settings.name)
     facts = {"simulation": settings.distill.simulation, "joint stage-1 loss": settings.distill.joint}
-    from anyflow_cli.plan.requirements import missing_facts
-
-    if dry_run and (missing := missing_facts(settings, paths, "distill")):
-        return print_dry_run("distill", facts | missing, as_json=as_json, recipe=settings)
     from anyflow_cli.runs.lineage import check_run
+    from anyflow_cli.runs.resources import inputs, is_ready
     from anyflow_cli.train.stages import distill_inputs
 
-    inputs = distill_inputs(settings, paths)
-    check_run(settings, inputs)
+    needs = inputs(settings, paths, "distill")
+    if dry_run and not is_ready(needs):
+        return print_dry_run("distill", facts, needs, as_json=as_json)
+    run_inputs = distill_inputs(settings, paths)
+    check_run(settings, run_inputs)
     if dry_run:
-        return print_dry_run(
-            "distill", facts | stage_facts(settings, inputs), as_json=as_json, recipe=settings
-        )
+        return print_dry_run("distill", facts | stage_facts(settings, run_inputs), needs, as_json=as_json)
     if not start_processes(settings.launch):
-        run_stage(settings, inputs, "distill", as_json=as_json)
+        run_stage(settings, run_inputs, "distill", as_json=as_json)

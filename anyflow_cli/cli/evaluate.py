@@ -72,8 +72,8 @@ def evaluate(
     from anyflow_cli.evaluate.external_videos import prepare_given
     from anyflow_cli.evaluate.registry import protocol_for
     from anyflow_cli.evaluate.run import prepare_evaluation
-    from anyflow_cli.runs.open import find_model
     from anyflow_cli.runs.paths import RunPaths
+    from anyflow_cli.runs.resources import find_model
 
     protocol = protocol_for(settings, prompts, limit)
     paths = RunPaths(runs, settings.name)

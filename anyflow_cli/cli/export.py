@@ -32,16 +32,17 @@ def export(
     settings = options.load_settings(recipe, assignments)
 
     from anyflow_cli import export as job
-    from anyflow_cli.runs.open import check_address, find_model
     from anyflow_cli.runs.paths import RunPaths
+    from anyflow_cli.runs.resources import Given, find_model, inputs, require
 
-    choice = find_model(settings, RunPaths(runs, settings.name), model)
+    paths = RunPaths(runs, settings.name)
+    choice, needs = find_model(settings, paths, model), inputs(settings, paths, "export", Given(model))
     log.info("Model: %s (%s)", *choice)
     target = job.destination(kind, out)
     if dry_run:
-        check_address(choice.address)
         facts = {"model": choice.address, "because": choice.why, "format": kind, "out": target}
-        return print_dry_run("export", facts, as_json=as_json)
+        return print_dry_run("export", facts, needs, as_json=as_json)
+    require(needs)
     made = job.export_model(choice.address, settings, kind, out, dtype)
     if kind == "comfyui":
         log.info("ComfyUI's own Wan nodes know no second time; this file needs a node that gives one.")

@@ -51,33 +51,31 @@ def finetune(
     }
     settings = options.load_settings(recipe, assignments, overrides)
     paths = RunPaths(runs, settings.name)
-    if data is None and settings.finetune.world is None:
-        raise UsageError("finetune needs videos.", "Name their directory with --data.")
     from anyflow_cli.runs.lineage import check_run
-    from anyflow_cli.runs.open import find_model
+    from anyflow_cli.runs.resources import Given, find_model, inputs, is_ready, require
     from anyflow_cli.train.stages import finetune_inputs
 
     choice = find_model(settings, paths, settings.finetune.init_from)
     log.info("Start: %s (%s)", *choice)
-    latents = _latents(settings, paths, data, dry_run=dry_run)
+    needs = inputs(settings, paths, "finetune", Given(data=data))
+    if not dry_run:
+        require(needs)
+    latents = _latents(settings, paths, data, dry_run=dry_run) if is_ready(needs) else None
     if latents is None:
         facts = {
             "start": choice.address,
-            "videos": data or f"clips of {settings.finetune.world}",
             "latents": paths.home / "finetune-data",
         }
-        return print_dry_run(
-            "finetune", facts | {"result": paths.finetune / "model"}, as_json=as_json, recipe=settings
-        )
-    inputs = finetune_inputs(settings, paths, choice.address, latents)
-    check_run(settings, inputs)
+        return print_dry_run("finetune", facts | {"result": paths.finetune / "model"}, needs, as_json=as_json)
+    run_inputs = finetune_inputs(settings, paths, choice.address, latents)
+    check_run(settings, run_inputs)
     if dry_run:
-        return print_dry_run("finetune", stage_facts(settings, inputs), as_json=as_json, recipe=settings)
+        return print_dry_run("finetune", stage_facts(settings, run_inputs), needs, as_json=as_json)
     if start_processes(settings.launch):
         return None
-    finished = train_stage(settings, inputs, "finetune")
+    finished = train_stage(settings, run_inputs, "finetune")
     if is_main_process():
-        values = stage_result(finished, inputs)
+        values = stage_result(finished, run_inputs)
         compared = _compare(settings, paths, choice, finished.model, latents)
         shown = facts_table(values | {name: _in_words(part) for name, part in compared.items()})
         print_result(values | compared, as_json=as_json, text=shown)

@@ -102,14 +102,15 @@ def _sample(
     as_json: bool,
 ) -> Path | None:
     """Sample; gives the directory where the files are."""
-    from anyflow_cli.runs.open import check_address, find_model
     from anyflow_cli.runs.paths import RunPaths
+    from anyflow_cli.runs.resources import Given, find_model, inputs, require
     from anyflow_cli.sample.output import SampleRequest, check_directory, make_directory, write_samples
 
     settings = asked.settings
     paths = RunPaths(runs, settings.name)
     choice = find_model(settings, paths, asked.model, teacher=teacher)
     log.info("Model: %s (%s)", *choice)
+    needs = inputs(settings, paths, "sample", Given(choice.address, prompts=True))
     steps = tuple(dict.fromkeys(asked.steps)) if budget is None else (1,)
     request = SampleRequest(asked.prompts, asked.seeds, steps, asked.given)
     total = len(request.pairs) * len(request.nfe)
@@ -118,12 +119,12 @@ def _sample(
     else:
         check_directory(out)
     if dry_run:
-        check_address(choice.address)
         shown = request.nfe if budget is None else f"what {budget:g} s allow"
         facts = {"model": choice.address, "because": choice.why, "prompts": len(asked.prompts), "nfe": shown}
         facts |= {"seeds": list(request.seeds), "videos": total, "out": out or paths.samples}
-        print_dry_run("sample", facts, as_json=as_json, recipe=settings)
+        print_dry_run("sample", facts, needs, as_json=as_json)
         return None
+    require(needs)
 
     from anyflow_cli.sample.latency_budget import steps_within
     from anyflow_cli.sample.sampler import VideoSampler

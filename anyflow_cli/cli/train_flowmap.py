@@ -38,24 +38,24 @@ def train_flowmap(
     }
     settings = options.load_settings(recipe, assignments, overrides)
     paths = RunPaths(runs, settings.name)
-    from anyflow_cli.plan.requirements import missing_facts
-
-    if dry_run and (missing := missing_facts(settings, paths, "train-flowmap")):
-        return print_dry_run("train-flowmap", _facts(settings) | missing, as_json=as_json, recipe=settings)
     from anyflow_cli.runs.lineage import check_run
+    from anyflow_cli.runs.resources import inputs, is_ready
     from anyflow_cli.train.stages import flowmap_inputs
 
-    inputs = flowmap_inputs(settings, paths)
-    check_run(settings, inputs)
+    needs = inputs(settings, paths, "train-flowmap")
+    if dry_run and not is_ready(needs):
+        return print_dry_run("train-flowmap", _facts(settings), needs, as_json=as_json)
+    run_inputs = flowmap_inputs(settings, paths)
+    check_run(settings, run_inputs)
     if dry_run:
         return print_dry_run(
             "train-flowmap",
-            _facts(settings) | stage_facts(settings, inputs),
+            _facts(settings) | stage_facts(settings, run_inputs),
+            needs,
             as_json=as_json,
-            recipe=settings,
         )
     if not start_processes(settings.launch):
-        run_stage(settings, inputs, "train-flowmap", as_json=as_json)
+        run_stage(settings, run_inputs, "train-flowmap", as_json=as_json)
 
 
 def _facts(recipe: Recipe) -> dict[str, Any]:

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 from anyflow_cli.plan import disk, stages
 from anyflow_cli.plan.advice import Advice, advise
 from anyflow_cli.plan.hardware import RESERVE, Hardware
-from anyflow_cli.plan.requirements import Requirement, requirements_of
 from anyflow_cli.plan.stages import Stage, Target, target_of
 from anyflow_cli.plan.steps import RoleSize
 from anyflow_cli.recipe.schema import Recipe
 from anyflow_cli.runs.paths import RunPaths
+from anyflow_cli.runs.resources import Resource, inputs
 
 
 class Builder(NamedTuple):
@@ -61,7 +61,7 @@ class Plan:
     target: Target
     stages: Mapping[str, Planned]
     disk: Mapping[str, int]
-    needs: Mapping[str, Sequence[Requirement]]
+    needs: Mapping[str, Sequence[Resource]]
 
     @property
     def roles(self) -> Mapping[str, RoleSize]:
@@ -73,7 +73,7 @@ def plan(recipe: Recipe, cluster: Hardware, paths: RunPaths) -> Plan:
     """Plan the chain of a recipe, whose runs are in ``paths``."""
     target = target_of(recipe, cluster)
     planned = {name: plan_stage(target, name) for name in chain_of(recipe)}
-    needs = {name: requirements_of(recipe, paths, name) for name in COMMANDS}
+    needs = {name: inputs(recipe, paths, name) for name in COMMANDS}
     return Plan(target, planned, _disk(target, planned), needs)
 
 

@@ -7,24 +7,15 @@ the autoencoder are the same in all of them. Parameter counts follow from the si
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from anyflow_cli.errors import UsageError
 from anyflow_cli.model.config import NetworkConfig
+from anyflow_cli.model.known_models import KNOWN_MODELS
 from anyflow_cli.model.pipeline_io import BUILT_IN, component, read_config, resolve_pipeline
 from anyflow_cli.utils.files import read_json
-
-WAN_1B = NetworkConfig(heads=12, head_dim=128, layers=30, ffn_dim=8960)
-WAN_14B = NetworkConfig(heads=40, head_dim=128, layers=40, ffn_dim=13824)
-
-KNOWN = {
-    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": WAN_1B,
-    "Wan-AI/Wan2.1-T2V-14B-Diffusers": WAN_14B,
-    "nvidia/AnyFlow-Wan2.1-T2V-1.3B-Diffusers": replace(WAN_1B, two_time=True),
-    "nvidia/AnyFlow-Wan2.1-T2V-14B-Diffusers": replace(WAN_14B, two_time=True),
-}
 
 
 @dataclass(frozen=True)
@@ -64,14 +55,14 @@ class Pipeline:
 
 def pipeline_of(address: str) -> Pipeline:
     """The sizes of the model at ``address``; nothing is fetched."""
-    if address in KNOWN:
-        return Pipeline(KNOWN[address])
+    if address in KNOWN_MODELS:
+        return Pipeline(KNOWN_MODELS[address].network)
     folder = Path(address).expanduser()
     if address in BUILT_IN or folder.is_dir():
         return _read(resolve_pipeline(address))
     raise UsageError(
         f"The sizes of {address} are not known without its files.",
-        f"Name a local folder, or one of {', '.join(KNOWN)}.",
+        f"Name a local folder, or one of {', '.join(KNOWN_MODELS)}.",
     )
 
 

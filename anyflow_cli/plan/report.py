@@ -7,12 +7,10 @@ from collections.abc import Sequence
 from rich.table import Table
 from rich.text import Text
 
-from anyflow_cli.errors import UsageError
-from anyflow_cli.plan.estimate import BUILDERS, Plan, Planned
-from anyflow_cli.plan.hardware import GIB, RESERVE, Hardware, this_machine
+from anyflow_cli.plan.estimate import Plan, Planned
+from anyflow_cli.plan.hardware import GIB, RESERVE
 from anyflow_cli.plan.setup import Setup
-from anyflow_cli.plan.stages import TUNING, Stage, activations, target_of
-from anyflow_cli.recipe.schema import Recipe
+from anyflow_cli.plan.stages import Stage, activations
 
 PARTS = ("weights", "gradients", "optimizer", "average", "data", "cache", "activations")
 LONG = {"average": "moving average", "data": "batch", "cache": "cache of keys"}
@@ -27,26 +25,6 @@ def as_table(plan: Plan) -> Table:
     for block in blocks:
         whole.add_row(block(plan))
     return whole
-
-
-def dry_run_facts(recipe: Recipe, command: str, cluster: Hardware | None = None) -> dict[str, str]:
-    """The last lines of a command's ``--dry-run``: what its stage costs on this machine, in words.
-
-    Nothing where that cannot be planned (a model whose sizes are not known): a dry run must not fail for it.
-    """
-    cluster = cluster or this_machine()
-    tunes = command == "train-flowmap" and recipe.train_flowmap.objective == TUNING
-    try:
-        stage = BUILDERS["tune" if tunes else command].build(target_of(recipe, cluster))
-    except UsageError:
-        return {}
-    facts = {"peak memory": f"{_memory_of(stage.peak.total)} ({stage.peak.name})"}
-    if stage.peak.total > cluster.usable:
-        facts["peak memory"] += f", more than this machine has: see anyflow plan -r {recipe.name}"
-    if stage.work.seconds is not None:
-        each, whole = _duration(stage.work.seconds), _duration(3600 * (stage.work.hours or 0))
-        facts["time"] = f"about {each} each, {whole} in all"
-    return facts
 
 
 def _head(plan: Plan) -> Text:
@@ -121,7 +99,7 @@ def _needs(plan: Plan) -> Table:
     table = _table("Needs", "command", "", "")
     for command, needs in plan.needs.items():
         for number, need in enumerate(needs):
-            table.add_row(command if number == 0 else "", need.what, Text(str(need)))
+            table.add_row(command if number == 0 else "", need.name, Text(str(need)))
     table.columns[1].justify = table.columns[2].justify = "left"
     table.columns[2].overflow = "fold"
     return table

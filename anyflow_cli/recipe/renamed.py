@@ -13,7 +13,7 @@ OPTIMIZERS = (*((stage, "optimizer") for stage in TRAINING), ("distill", "fake_o
 
 # section -> old key -> new key; sections by their new names
 RENAMED: dict[tuple[str, ...], dict[str, str]] = {
-    ("model",): {"checkpointed_every": "checkpoint_every_n_blocks"},
+    ("model",): {"checkpointed_every": "checkpoint_every_n_blocks", "shipped": "pretrained_any_step"},
     ("launch",): {"checkpoints_wait": "async_checkpoint"},
     **{(name,): {"batch": "batch_size"} for name in ("synthesize", "sample", "evaluate")},
     **{(stage,): {"batch": "global_batch", "optimiser": "optimizer"} for stage in TRAINING},

@@ -92,8 +92,8 @@ class ModelSection(Section):
     """The pretrained model, the shape of its videos, and what becomes trainable."""
 
     teacher: str = Field("tiny", description="Pipeline folder, Hub name, or the name of a built-in model.")
-    shipped: str | None = Field(
-        None, description="Built-in any-step model used until the user has trained one."
+    pretrained_any_step: str | None = Field(
+        None, description="Any-step model that is used until one is trained: a folder, Hub or built-in name."
     )
     lora: LoraSection | None = Field(
         None, description="Adapters on one frozen base; null trains all weights."
@@ -321,7 +321,8 @@ class FinetuneSection(TrainingSection):
     steps: Count = 1000
     flow_map: FlowMapSection = FlowMapSection()
     init_from: str | None = Field(
-        None, description="Any-step model to start from; null: what `distill` left, else the shipped one."
+        None,
+        description="Any-step model to start from; null: the furthest trained, else the pretrained one.",
     )
     world: WorldName | None = Field(None, description="Draw clips of this world when no --data is given.")
     clips: Count = Field(256, description="Clips to draw of that world.")

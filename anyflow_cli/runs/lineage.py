@@ -33,7 +33,7 @@ from anyflow_cli.utils.files import atomic_write, read_json, write_json
 HARMLESS = (
     "steps", "micro_batch", "checkpoint_every", "keep_checkpoints", "log_every", "preview_every",
     "preview_prompts", "tensorboard", "trackers", "gradient_checkpointing",
-    "checkpoint_every_n_blocks", "compile", "recompute_rollout", "shipped",
+    "checkpoint_every_n_blocks", "compile", "recompute_rollout", "pretrained_any_step",
     "fps", "precision",
 )  # fmt: skip
 OTHER = "Use another --runs directory or recipe name, or go back to the settings of {path}."

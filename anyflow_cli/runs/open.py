@@ -32,9 +32,8 @@ from anyflow_cli.recipe.load import load_recorded_recipe
 from anyflow_cli.recipe.schema import ModelSection, Recipe
 from anyflow_cli.runs.dcp import SHARDS, reason, shard_keys
 from anyflow_cli.runs.dcp import read as read_shards
-from anyflow_cli.runs.paths import MODEL, RunPaths
+from anyflow_cli.runs.paths import MODEL
 from anyflow_cli.utils.files import read_json
-from anyflow_cli.utils.hub import is_hub_name
 
 RECIPE, LINEAGE = "recipe.yaml", "lineage.json"  # of a training run; train/run.py writes them
 AVERAGE, STATE, MARKER = "ema", "state.json", "COMPLETE"  # of a checkpoint; train/checkpoint.py writes them
@@ -57,25 +56,6 @@ class OpenedModel:
     pipeline: Path
     lineage: dict[str, Any]
     shift: float
-
-
-def find_model(recipe: Recipe, paths: RunPaths, address: str | None, *, teacher: bool = False) -> ModelChoice:
-    """The model a command was given, else the furthest one trained here, else the one that ships."""
-    if address is not None:
-        return ModelChoice(address, "given with --model")
-    if teacher:
-        return ModelChoice(recipe.model.teacher, f"the teacher of recipe {recipe.name}")
-    trained = paths.any_step_model()
-    if trained is not None:
-        return ModelChoice(str(trained), f"the furthest model trained with recipe {recipe.name}")
-    if recipe.model.shipped is not None:
-        return ModelChoice(
-            recipe.model.shipped, f"shipped with anyflow, since {paths.home} holds no trained one"
-        )
-    raise UsageError(
-        f"Recipe {recipe.name} has no any-step model yet: {paths.stage_1() / MODEL} does not exist.",
-        f"Train one with `anyflow train-flowmap -r {recipe.name}`, name one with --model, or use --teacher.",
-    )
 
 
 @dataclass(frozen=True)
@@ -258,7 +238,10 @@ def run_of(checkpoint: Path) -> TrainingRun:
     return TrainingRun(recipe_of(folder), lineage, base)
 
 
-def check_address(address: str) -> None:
-    """Refuse an address that leads nowhere; a name of the Hub is not asked for, since that would fetch it."""
-    if not is_hub_name(address):
-        resolve_pipeline(address)
+def check_model(address: str) -> None:
+    """Refuse an address that leads to no usable model; only headers of its files are read."""
+    path = locate(address)
+    if is_checkpoint(path):
+        _describe_checkpoint(path)
+    else:
+        read_config(path)

@@ -8,6 +8,7 @@ folder. A stage finds what the stage before it left in the recipe's runs.
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -25,6 +26,7 @@ from anyflow_cli.model.parallelize import parallelize
 from anyflow_cli.model.pipeline_io import load_adapter, resolve_pipeline, save_adapter, save_pipeline
 from anyflow_cli.model.precision import Precision, resolve_precision
 from anyflow_cli.recipe import schema
+from anyflow_cli.runs import resources
 from anyflow_cli.runs.lineage import RunInputs, begin_run
 from anyflow_cli.runs.open import (
     is_checkpoint,
@@ -59,25 +61,21 @@ class Finished(NamedTuple):
 
 def flowmap_inputs(recipe: schema.Recipe, paths: RunPaths) -> RunInputs:
     """Stage 1, its baselines, and the tuning of the teacher (by ``train_flowmap.objective``)."""
-    data = _data(recipe, paths)  # first: it is found missing before a teacher is fetched
-    teacher = resolve_pipeline(recipe.model.teacher)
+    found = resources.require(resources.inputs(recipe, paths, "train-flowmap"))
+    data, teacher = _data(found), resolve_pipeline(found["teacher"])
     directory = paths.stage_1(recipe.train_flowmap.objective)
     return RunInputs(directory, "train_flowmap", data, {"teacher": teacher}, teacher)
 
 
 def distill_inputs(recipe: schema.Recipe, paths: RunPaths) -> RunInputs:
-    """Stage 2: from what stage 1 left, towards the tuned teacher if there is one."""
-    settings = recipe.distill
-    data = _data(recipe, paths)
-    start = locate(settings.init_from) if settings.init_from else _stage_1_model(recipe, paths)
-    teacher = resolve_pipeline(recipe.model.teacher)
-    tuned = paths.stage_1("flow-matching") / MODEL
-    found = tuned if tuned.is_dir() else teacher
-    real = locate(settings.real_score) if settings.real_score else found
+    """Stage 2: from the stage-1 model, towards the tuned teacher if there is one."""
+    found = resources.require(resources.inputs(recipe, paths, "distill"))
+    data, start, teacher = _data(found), locate(found["stage-1 model"]), resolve_pipeline(found["teacher"])
+    real = locate(found["tuned teacher"]) if "tuned teacher" in found else teacher
     parents = {"start": start, "real score": real, "teacher": teacher}
     shared = _adapter_of(recipe, start) and (real == teacher or _adapter_of(recipe, real))
     base = teacher if shared else _base_of(recipe, start)
-    return RunInputs(paths.stage_2(settings.simulation), "distill", data, parents, base)
+    return RunInputs(paths.stage_2(recipe.distill.simulation), "distill", data, parents, base)
 
 
 def finetune_inputs(recipe: schema.Recipe, paths: RunPaths, start: str, data: Path) -> RunInputs:
@@ -99,28 +97,11 @@ def _base_of(recipe: schema.Recipe, start: Path) -> Path:
     return run_of(start).base
 
 
-def _data(recipe: schema.Recipe, paths: RunPaths) -> str | Path:
-    data = recipe.data.path or paths.data
-    if "://" not in str(data) and not Path(data).exists():
-        raise UsageError(
-            f"There is no data set at {data}.", f"Make it with `anyflow synthesize -r {recipe.name}`."
-        )
-    read_manifest(data)
-    return data
-
-
-def _stage_1_model(recipe: schema.Recipe, paths: RunPaths) -> Path:
-    """Consistency simulation starts from its own ODE-init where that was trained."""
-    ode = paths.stage_1("consistency-ode") / MODEL
-    if recipe.distill.simulation == "consistency" and ode.is_dir():
-        return ode
-    model = paths.stage_1() / MODEL
-    if not model.is_dir():
-        raise UsageError(
-            f"There is no stage-1 model at {model}.",
-            f"Train it with `anyflow train-flowmap -r {recipe.name}`, or name one as distill.init_from.",
-        )
-    return model
+def _data(found: Mapping[str, str]) -> str | Path:
+    """The data set, whose manifest is read before a teacher is downloaded."""
+    address = found["data set"]
+    read_manifest(address)
+    return address if "://" in address else Path(address)
 
 
 # --- networks

@@ -11,8 +11,9 @@ def is_hub_name(address: str) -> bool:
     return looks_like_one and not Path(address).exists()
 
 
-def is_cached(name: str, file: str = "model_index.json") -> bool:
-    """Whether a file of a Hub repository lies in the local cache; nothing is fetched."""
+def cached_snapshot(name: str, file: str = "model_index.json") -> Path | None:
+    """Find the folder of a Hub repository in the local cache, by one of its files; nothing is downloaded."""
     from huggingface_hub import try_to_load_from_cache
 
-    return isinstance(try_to_load_from_cache(name, file), str)
+    found = try_to_load_from_cache(name, file)
+    return Path(found).parent if isinstance(found, str) else None

@@ -28,7 +28,7 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def arguments(root: Path, teacher: Path, model: Path) -> list[str]:
     values = {
-        "model.teacher": teacher, "model.shipped": model, "model.precision": "fp32",
+        "model.teacher": teacher, "model.pretrained_any_step": model, "model.precision": "fp32",
         "sample.teacher_steps": 3, "evaluate.prompts": 8, "evaluate.nfe": "[1,2]",
     }  # fmt: skip
     settings = [part for key, value in values.items() for part in ("--set", f"{key}={value}")]
@@ -42,7 +42,7 @@ def test_scores_are_shown_and_a_report_is_written(
     shown = capsys.readouterr()
     assert "suite shapes, 8 prompts, one video a prompt" in shown.out
     assert "teacher 3x2" in shown.out
-    assert f"Model: {tmp_path / 'any'} (shipped with anyflow" in shown.err
+    assert f"Model: {tmp_path / 'any'} (the recipe's pretrained model" in shown.err
     out = tmp_path / "runs" / "tiny" / "evaluate"
     assert (out / "report.html").stat().st_size > 50_000
     assert {path.name for path in out.iterdir() if path.is_file()} == {

@@ -49,7 +49,7 @@ def test_a_dry_run_writes_nothing(model: Path, tmp_path: Path, capsys: Run) -> N
     [
         (["--model", "no/where/at/all"], "There is no model at no/where/at/all."),
         (["--format", "onnx"], "--format"),
-        (["--set", "model.shipped=null"], "has no any-step model yet"),
+        (["--set", "model.pretrained_any_step=null"], "There is no any-step model at"),
     ],
 )
 def test_wrong_use_ends_with_2(tmp_path: Path, capsys: Run, given: list[str], message: str) -> None:

@@ -42,4 +42,6 @@ def test_a_plan_says_that_nothing_was_done(capsys: Capture) -> None:
     assert "nothing was loaded or written" in shown
     assert "steps  4" in shown
     print_dry_run("distill", {"steps": 4}, as_json=True)
-    assert json.loads(capsys.readouterr().out) == {"command": "distill", "dry_run": True, "steps": 4}
+    assert json.loads(capsys.readouterr().out) == {
+        "command": "distill", "dry_run": True, "steps": 4, "needs": [],
+    }  # fmt: skip

@@ -65,8 +65,8 @@ def test_values_agree_with_one_another(recipe: Path, capsys: pytest.CaptureFixtu
         found["stages"]["distill"]["activations"]["without checkpointing"]
         > (found["stages"]["distill"]["activations"]["with checkpointing"])
     )
-    places = {need["what"]: need["state"] for need in found["needs"]["synthesize"]}
-    assert places == {"prompts": "missing", "teacher": "there"}
+    states = {need["name"]: need["state"] for need in found["needs"]["synthesize"]}
+    assert states == {"prompt file": "missing", "teacher": "ready"}
 
 
 def test_people_see_every_stage_and_what_would_help(
@@ -101,9 +101,9 @@ def test_a_dry_run_names_what_is_missing_and_fetches_nothing(
     """The teacher is on the Hub, and neither data nor models are there: the dry run says so and ends well."""
     hub = "model.teacher=Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
     assert main([command, "-r", str(recipe), "--set", hub, "--dry-run", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert "fetched at the start" in found["needs teacher"]
-    assert "missing (anyflow synthesize -r small)" in found["needs data"]
+    needs = {need["name"]: need for need in json.loads(capsys.readouterr().out)["needs"]}
+    assert needs["teacher"]["state"] == "to download"
+    assert needs["data set"]["how_to_get_it"] == "run `anyflow synthesize -r small`"
     if command == "distill":
-        assert "missing (anyflow train-flowmap -r small)" in found["needs start"]
-        assert "not needed" in found["needs real score"]
+        assert needs["stage-1 model"]["how_to_get_it"] == "run `anyflow train-flowmap -r small`"
+        assert needs["tuned teacher"]["state"] == "optional"

@@ -34,7 +34,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def small(models: Path, tmp_path: Path) -> list[str]:
     """The command with the default recipe made small."""
     values = {
-        "model.teacher": models / "wan", "model.shipped": models / "any", "model.precision": "fp32",
+        "model.teacher": models / "wan", "model.pretrained_any_step": models / "any",
+        "model.precision": "fp32",
         "model.height": 32, "model.width": 32, "model.frames": 5, "sample.teacher_steps": 3,
     }  # fmt: skip
     settings = [part for key, value in values.items() for part in ("--set", f"{key}={value}")]
@@ -76,7 +77,7 @@ def test_a_second_sampling_leaves_the_first_alone(small: list[str], tmp_path: Pa
 
 def test_the_model_used_is_said(small: list[str], models: Path, tmp_path: Path, capsys: Run) -> None:
     assert app.main([*small, "-p", "a circle", "--dry-run"]) == 0
-    assert f"Model: {models / 'any'} (shipped with anyflow" in capsys.readouterr().err
+    assert f"Model: {models / 'any'} (the recipe's pretrained model" in capsys.readouterr().err
     trained = tmp_path / "runs" / "tiny" / "distill" / "model"
     save_pipeline(trained, load_network(models / "any"), models / "wan", {})
     assert app.main([*small, "-p", "a circle", "--nfe", "1"]) == 0

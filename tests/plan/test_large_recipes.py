@@ -84,6 +84,9 @@ def test_a_causal_recipe_is_its_sibling_but_for_what_is_documented(number: int) 
     assert {key for key, _ in rows} | {"model.causal"} == set(different)
     for key, value in rows:
         found = flat(recipe)[key]
+        if key == "model.pretrained_any_step":
+            assert found.startswith(value.removesuffix("..."))
+            continue
         assert json.loads(value) == (list(found) if isinstance(found, tuple) else found)
 
 
@@ -93,7 +96,6 @@ def test_a_dry_run_says_what_is_needed_where_nothing_is(
     name: str, verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("anyflow_cli.plan.report.dry_run_facts", lambda recipe, command: {})  # takes its time
     Path("prompts.txt").write_text("a cat")
     assert main([verb, "-r", name, "--dry-run", "--json"]) == 0
     told = str(json.loads(capsys.readouterr().out))
@@ -110,7 +112,7 @@ def test_every_line_names_its_source(name: str) -> None:
     lines = [line for line in path.read_text("utf-8").splitlines() if not line.startswith("#")]
     marked = [line for line in lines if " # " in line]
     bare = [line for line in lines if ":" in line and " # " not in line]
-    assert {line.index(" # ") for line in marked} == {51}
+    assert all(line.index(" # ") == max(51, len(line.partition(" #")[0].rstrip())) for line in marked)
     assert all(any(source in line.split(" # ")[1] for source in SOURCES) for line in marked)
     sections = r"^( *)(\w+:( &flow_map)?|flow_map: \*flow_map|(extends|description): .*)$"
     assert [line for line in bare if not re.match(sections, line)] == []

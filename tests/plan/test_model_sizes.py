@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from anyflow_cli.errors import UsageError
-from anyflow_cli.plan.model_sizes import KNOWN, TextSizes, pipeline_of
+from anyflow_cli.model.known_models import KNOWN_MODELS
+from anyflow_cli.plan.model_sizes import TextSizes, pipeline_of
 from anyflow_cli.plan.setup import Setup
 from anyflow_cli.plan.steps import roles_of
 from anyflow_cli.recipe import schema
@@ -22,7 +23,7 @@ UMT5_XXL = 5_680_910_336
 
 @pytest.mark.parametrize("address", PUBLISHED)
 def test_parameters_are_the_published_ones(address: str) -> None:
-    network = KNOWN[address]
+    network = KNOWN_MODELS[address].network
     text = (512, network.text_dim)
     wan = Setup("synthesis", network, schema.ModelSection(), None, (21, 16, 60, 104), text, "bf16", 1, True)
     assert roles_of(wan)["student"].parameters == PUBLISHED[address]
@@ -34,7 +35,7 @@ def test_the_sizes_are_those_of_the_diffusers_class(address: str) -> None:
     import torch
     from diffusers import WanTransformer3DModel
 
-    network = KNOWN[address]
+    network = KNOWN_MODELS[address].network
     sizes = {"num_attention_heads": network.heads, "attention_head_dim": 128, "ffn_dim": network.ffn_dim}
     with torch.device("meta"):
         one, two = (

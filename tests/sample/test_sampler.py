@@ -29,8 +29,7 @@ from anyflow_cli.model.network import two_time_from
 from anyflow_cli.model.pipeline_io import load_network, save_pipeline
 from anyflow_cli.recipe.schema import ModelSection, Recipe
 from anyflow_cli.recipe.schema import SampleSection as SampleSection
-from anyflow_cli.runs.open import ModelChoice, find_model, open_model
-from anyflow_cli.runs.paths import RunPaths
+from anyflow_cli.runs.open import ModelChoice, open_model
 from anyflow_cli.sample.output import SampleRequest, file_name, make_directory, write_samples
 from anyflow_cli.sample.sampler import PromptSwitch, VideoSampler
 from tests.tiny_pipeline import make_wan_folder
@@ -173,24 +172,6 @@ def test_videos_have_the_recipes_shape_and_latency_is_recorded(sampler: VideoSam
 
 
 # --- which model
-
-
-def test_the_model_given_comes_before_the_trained_before_the_shipped(wan: Path, tmp_path: Path) -> None:
-    recipe = recipe_for(wan, shipped="tiny-anyflow")
-    paths = RunPaths(tmp_path, "test")
-    assert find_model(recipe, paths, None).address == "tiny-anyflow"
-    for folder in (paths.stage_1(), paths.stage_2()):
-        (folder / "model").mkdir(parents=True)
-        assert find_model(recipe, paths, None).address == str(folder / "model")
-    assert find_model(recipe, paths, "mine").address == "mine"
-    assert find_model(recipe, paths, None, teacher=True).address == str(wan)
-
-
-def test_no_model_names_the_command_that_makes_one(wan: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="no any-step model yet") as error:
-        find_model(recipe_for(wan), RunPaths(tmp_path, "test"), None)
-    assert error.value.hint is not None
-    assert "train-flowmap -r test" in error.value.hint
 
 
 def test_a_bare_transformer_borrows_the_teachers_encoders(any_step: Path, wan: Path) -> None:

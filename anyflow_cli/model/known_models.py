@@ -1,0 +1,50 @@
+"""Facts about published models that are needed before their files are downloaded.
+
+Sizes of the networks: the ``config.json`` files of the repositories on the Hugging Face Hub. Download sizes:
+the transformer (fp32 for Wan, bf16 for AnyFlow), the UMT5-XXL encoder and the VAE (both fp32).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import NamedTuple
+
+from anyflow_cli.model.config import CausalConfig, NetworkConfig
+
+APACHE = "Apache-2.0"
+NON_COMMERCIAL = "NVIDIA, non-commercial use only"
+
+_WAN_1B = NetworkConfig(heads=12, head_dim=128, layers=30, ffn_dim=8960)
+_WAN_14B = NetworkConfig(heads=40, head_dim=128, layers=40, ffn_dim=13824)
+
+
+class KnownModel(NamedTuple):
+    """A published pipeline.
+
+    Attributes:
+        network: Sizes of its transformer.
+        license: License of its weights.
+        download: Size of its files in GB (10^9 bytes).
+    """
+
+    network: NetworkConfig
+    license: str
+    download: int
+
+
+KNOWN_MODELS = {
+    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": KnownModel(_WAN_1B, APACHE, 29),
+    "Wan-AI/Wan2.1-T2V-14B-Diffusers": KnownModel(_WAN_14B, APACHE, 80),
+    "nvidia/AnyFlow-Wan2.1-T2V-1.3B-Diffusers": KnownModel(
+        replace(_WAN_1B, two_time=True), NON_COMMERCIAL, 26
+    ),
+    "nvidia/AnyFlow-Wan2.1-T2V-14B-Diffusers": KnownModel(
+        replace(_WAN_14B, two_time=True), NON_COMMERCIAL, 52
+    ),
+    "nvidia/AnyFlow-FAR-Wan2.1-1.3B-Diffusers": KnownModel(
+        replace(_WAN_1B, two_time=True, causal=CausalConfig()), NON_COMMERCIAL, 26
+    ),
+    "nvidia/AnyFlow-FAR-Wan2.1-14B-Diffusers": KnownModel(
+        replace(_WAN_14B, two_time=True, causal=CausalConfig()), NON_COMMERCIAL, 52
+    ),
+}

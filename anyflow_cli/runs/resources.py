@@ -1,0 +1,266 @@
+"""What a command starts from: models, data and prompts, whether each is there, and how to get it.
+
+One list serves the command itself, its dry run, ``plan`` and ``doctor``. Nothing is loaded, downloaded or
+written to make it, so it works on a machine that has none of the files.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from anyflow_cli.data.shards import MANIFEST, PROVENANCE, read_manifest
+from anyflow_cli.errors import AnyflowError, UsageError
+from anyflow_cli.model.known_models import KNOWN_MODELS
+from anyflow_cli.model.pipeline_io import BUILT_IN
+from anyflow_cli.recipe.schema import Recipe
+from anyflow_cli.runs.open import ModelChoice, check_model
+from anyflow_cli.runs.paths import MODEL, RunPaths
+from anyflow_cli.utils.hub import cached_snapshot, is_hub_name
+
+State = Literal["ready", "to download", "missing", "optional", "unusable"]
+UNTRAINED = "not trained yet"
+TUNE = "anyflow train-flowmap --objective flow-matching"
+
+
+class Resource(NamedTuple):
+    """Something a command reads before it starts.
+
+    Attributes:
+        name: Its part in the command, e.g. teacher or data set.
+        place: Path or address.
+        state: ``missing`` and ``unusable`` stop the command; ``optional`` is missing and may be.
+        how_to_get_it: The next step; empty where there is nothing to do.
+        problem: For ``unusable``, what is wrong, as a sentence.
+    """
+
+    name: str
+    place: str
+    state: State
+    how_to_get_it: str = ""
+    problem: str = ""
+
+    def __str__(self) -> str:
+        """Place, state, problem and next step in one line."""
+        return "; ".join(filter(None, (f"{self.place}: {self.state}", self.problem, self.how_to_get_it)))
+
+
+class Given(NamedTuple):
+    """What the command line names outside the recipe.
+
+    Attributes:
+        model: Address of ``--model``, where that does not set a recipe key.
+        data: Directory of videos or latents (``--data``, ``--from-videos``, ``--videos``).
+        prompts: Whether prompts are given, so that those of the recipe are not read.
+    """
+
+    model: str | None = None
+    data: Path | None = None
+    prompts: bool = False
+
+
+NOTHING = Given()
+
+
+def inputs(recipe: Recipe, paths: RunPaths, command: str, given: Given = NOTHING) -> list[Resource]:
+    """List everything a command reads before it starts; a verb that reads nothing has an empty list."""
+    find = _INPUTS.get(command)
+    return find(recipe, paths, given) if find else []
+
+
+def require(resources: Iterable[Resource]) -> dict[str, str]:
+    """Return the place of each resource by name, without optional ones; refuse if a command cannot start."""
+    found = [resource for resource in resources if resource.state != "optional"]
+    blocking = [resource for resource in found if resource.state in ("missing", "unusable")]
+    if not blocking:
+        return {resource.name: resource.place for resource in found}
+    sentences = [one.problem or f"There is no {one.name} at {one.place}." for one in blocking]
+    hint = ", then ".join(dict.fromkeys(one.how_to_get_it for one in blocking if one.how_to_get_it))
+    raise UsageError(" ".join(dict.fromkeys(sentences)), f"{hint[:1].upper()}{hint[1:]}.")
+
+
+def is_ready(resources: Iterable[Resource]) -> bool:
+    """Whether everything a command starts from is on this machine."""
+    return all(resource.state in ("ready", "optional") for resource in resources)
+
+
+def can_start(resources: Iterable[Resource]) -> bool:
+    """Whether a command could start, if need be with a download."""
+    return all(resource.state not in ("missing", "unusable") for resource in resources)
+
+
+def check_usable(resources: Iterable[Resource]) -> None:
+    """Refuse what is there and cannot be used; a dry run accepts what is still missing."""
+    require(resource for resource in resources if resource.state == "unusable")
+
+
+def find_model(recipe: Recipe, paths: RunPaths, address: str | None, *, teacher: bool = False) -> ModelChoice:
+    """Choose the model: the given one, else the furthest one trained here, else the pretrained one.
+
+    Without any of these, the choice is the place where ``train-flowmap`` will put its model.
+    """
+    if address is not None:
+        return ModelChoice(address, "given with --model")
+    if teacher:
+        return ModelChoice(recipe.model.teacher, f"the teacher of recipe {recipe.name}")
+    trained = paths.any_step_model()
+    if trained is not None:
+        return ModelChoice(str(trained), f"the furthest model trained with recipe {recipe.name}")
+    pretrained = recipe.model.pretrained_any_step
+    if pretrained is None:
+        return ModelChoice(str(paths.stage_1() / MODEL), UNTRAINED)
+    why = f"the recipe's pretrained model; {paths.home} has no trained one"
+    known = KNOWN_MODELS.get(pretrained)
+    return ModelChoice(pretrained, why if known is None else f"{why}; license: {known.license}")
+
+
+# --- by command
+
+
+def _synthesize(recipe: Recipe, paths: RunPaths, given: Given) -> list[Resource]:
+    if given.data is not None:  # real videos are encoded, which takes the model's own VAE and text encoder
+        return [_videos(given.data), _model("teacher", recipe.model.teacher)]
+    teacher = _model("teacher", recipe.synthesize.teacher or recipe.model.teacher)
+    return [*_prompts(recipe), teacher]
+
+
+def _train(recipe: Recipe, paths: RunPaths, given: Given) -> list[Resource]:
+    latents = _latents(recipe.data.path or str(paths.data), recipe)
+    return [latents, _model("teacher", recipe.model.teacher)]
+
+
+def _distill(recipe: Recipe, paths: RunPaths, given: Given) -> list[Resource]:
+    settings = recipe.distill
+    ode = paths.stage_1("consistency-ode") / MODEL
+    from_ode = settings.simulation == "consistency" and ode.is_dir()
+    start = _trained(
+        recipe,
+        "stage-1 model",
+        settings.init_from,
+        ode if from_ode else paths.stage_1() / MODEL,
+        "anyflow train-flowmap",
+    )
+    tuned = paths.stage_1("flow-matching") / MODEL
+    real = _trained(recipe, "tuned teacher", settings.real_score, tuned, TUNE)
+    if real.state == "missing":
+        how = f"`{TUNE} -r {recipe.name}` makes it; without it the teacher is the real score"
+        real = real._replace(state="optional", how_to_get_it=how)
+    return [*_train(recipe, paths, given), start, real]
+
+
+def _finetune(recipe: Recipe, paths: RunPaths, given: Given) -> list[Resource]:
+    start, data = _any_step(recipe, paths, Given(recipe.finetune.init_from)), given.data
+    if data is not None and ((data / MANIFEST).exists() or (data / PROVENANCE).exists()):
+        return [*start, _latents(str(data), recipe)]
+    if data is not None:
+        videos = _videos(data)
+    elif recipe.finetune.world is not None:
+        videos = Resource("videos", f"clips of the world '{recipe.finetune.world}'", "ready")
+    else:
+        how = "name a directory of videos with --data DIR"
+        videos = Resource("videos", "--data", "missing", how, "finetune needs videos.")
+    return [*start, videos, _model("teacher", recipe.model.teacher)]  # whose VAE and text encoder encode them
+
+
+def _sample(recipe: Recipe, paths: RunPaths, given: Given) -> list[Resource]:
+    return [*_any_step(recipe, paths, given), *([] if given.prompts else _prompts(recipe))]
+
+
+def _evaluate(recipe: Recipe, paths: RunPaths, given: Given) -> list[Resource]:
+    if given.data is not None:
+        return [_videos(given.data)]
+    beside = recipe.evaluate.teacher and recipe.evaluate.task == "t2v"
+    teacher = [_model("teacher", recipe.model.teacher)] if beside else []
+    return [*_any_step(recipe, paths, given), *teacher]
+
+
+def _any_step(recipe: Recipe, paths: RunPaths, given: Given) -> list[Resource]:
+    choice = find_model(recipe, paths, given.model)
+    if choice.why == UNTRAINED:
+        how = f"run `anyflow train-flowmap -r {recipe.name}`, or name a model with --model"
+        return [Resource("any-step model", choice.address, "missing", how)]
+    return [_model("any-step model", choice.address)]
+
+
+_INPUTS: dict[str, Callable[[Recipe, RunPaths, Given], list[Resource]]] = {
+    "synthesize": _synthesize,
+    "train-flowmap": _train,
+    "distill": _distill,
+    "finetune": _finetune,
+    "sample": _sample,
+    "evaluate": _evaluate,
+    "export": _any_step,
+}
+
+
+# --- by kind
+
+
+def _model(name: str, address: str) -> Resource:
+    """A model at an address that the user or the recipe names."""
+    on_hub = address not in BUILT_IN and is_hub_name(address)
+    snapshot = cached_snapshot(address) if on_hub else None
+    if on_hub and snapshot is None:
+        return _on_hub(name, address)
+    try:
+        check_model(str(snapshot or address))
+    except AnyflowError as error:
+        if on_hub:  # an interrupted download, which the command completes
+            return _on_hub(name, address)
+        return _unusable(name, address, error)
+    return Resource(name, address, "ready", "part of anyflow" if address in BUILT_IN else "")
+
+
+def _on_hub(name: str, address: str) -> Resource:
+    """A model that is not, or not completely, in the Hub's local cache."""
+    if os.environ.get("HF_HUB_OFFLINE", "0").lower() not in ("", "0", "false"):
+        how = f"unset HF_HUB_OFFLINE, or copy the folder of `hf download {address}` here and name its path"
+        return Resource(name, address, "missing", how, f"{address} is not in the cache, and the Hub is off.")
+    known = KNOWN_MODELS.get(address)
+    facts = f"about {known.download} GB, license: {known.license}; " if known else ""
+    return Resource(name, address, "to download", f"{facts}`hf download {address}` downloads it beforehand")
+
+
+def _trained(recipe: Recipe, name: str, given: str | None, place: Path, command: str) -> Resource:
+    """A model that the recipe names, else the one that a command leaves."""
+    if given is not None or place.is_dir():
+        return _model(name, given or str(place))
+    return Resource(name, str(place), "missing", f"run `{command} -r {recipe.name}`")
+
+
+def _latents(address: str, recipe: Recipe) -> Resource:
+    """A data set of latents."""
+    if "://" in address:
+        return Resource("data set", address, "ready", "read over the network while training")
+    if not (Path(address) / MANIFEST).is_file():
+        begun = " to complete it" if (Path(address) / PROVENANCE).exists() else ""
+        return Resource("data set", address, "missing", f"run `anyflow synthesize -r {recipe.name}`{begun}")
+    try:
+        read_manifest(address)
+    except AnyflowError as error:
+        return _unusable("data set", address, error)
+    return Resource("data set", address, "ready")
+
+
+def _prompts(recipe: Recipe) -> list[Resource]:
+    """The recipe's file of prompts, if it has one."""
+    file = recipe.data.prompts
+    if file is None:
+        return []
+    if Path(file).expanduser().is_file():
+        return [Resource("prompt file", file, "ready")]
+    return [Resource("prompt file", file, "missing", "give a file with one prompt per line, --prompts FILE")]
+
+
+def _videos(directory: Path) -> Resource:
+    if directory.is_dir():
+        return Resource("videos", str(directory), "ready")
+    problem = f"{directory} is not a directory."
+    return Resource("videos", str(directory), "unusable", "name a directory of videos", problem)
+
+
+def _unusable(name: str, place: str, error: AnyflowError) -> Resource:
+    hint = (error.hint or "choose another one").rstrip(".")
+    return Resource(name, place, "unusable", f"{hint[0].lower()}{hint[1:]}", error.message)
