@@ -8,10 +8,15 @@ represent exactly is refused here, before a weight is read.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BaseModel, Field
+from pydantic_core import to_json
 
 from anyflow_cli.errors import UsageError
+from anyflow_cli.utils.records import parse_record, read_bytes
 
 if TYPE_CHECKING:
     from anyflow_cli.recipe import schema
@@ -23,25 +28,66 @@ ANYFLOW = "AnyFlowTransformer3DModel"
 ANYFLOW_FAR = "AnyFlowFARTransformer3DModel"
 CLASSES = (WAN, ANYFLOW, ANYFLOW_FAR)
 QK_NORM = "rms_norm_across_heads"
+FETCH = "Fetch or save the model again."
+
+Size = Annotated[int, Field(ge=1, le=1 << 20)]
+Even = Annotated[int, Field(ge=2, le=1 << 16, multiple_of=2)]
+PatchSize = tuple[
+    Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1, le=64)], Annotated[int, Field(ge=1, le=64)]
+]
+
+
+class TransformerConfig(BaseModel):
+    """``config.json`` of a diffusers transformer: the fields that this network depends on."""
+
+    class_name: str = Field(WAN, alias="_class_name")
+    num_attention_heads: Size = 40
+    attention_head_dim: Even = 128
+    num_layers: Annotated[int, Field(ge=1, le=1000)] = 40
+    ffn_dim: Size = 13824
+    in_channels: Size = 16
+    out_channels: Size | None = 16
+    text_dim: Size = 4096
+    freq_dim: Even = 256
+    patch_size: PatchSize = (1, 2, 2)
+    cross_attn_norm: bool = True
+    eps: Annotated[float, Field(gt=0, lt=1)] = 1e-6
+    rope_max_seq_len: Size = 1024
+    qk_norm: str | None = QK_NORM
+    image_dim: int | None = None
+    added_kv_proj_dim: int | None = None
+    gate_value: Annotated[float, Field(ge=0, le=1)] = 0.25
+    deltatime_type: str = "r"
+    compressed_patch_size: PatchSize = (1, 4, 4)
+    full_chunk_limit: Size = 3
+    chunk_partition: Annotated[tuple[Size, ...], Field(min_length=1, max_length=100_000)] | None = None
 
 
 @dataclass(frozen=True)
 class CausalConfig:
-    """What a causal (FAR) network adds: a second patch size for the past, and how frames fall into chunks."""
+    """Extra configuration of a causal (FAR) network.
+
+    Attributes:
+        compressed_patch: Patch height and width of compressed chunks.
+        full_chunks: How many of the last chunks have full patches.
+        partition: Latent frames per chunk.
+        is_stated: Whether the model's files state the partition; older folders do not, then it is a default.
+    """
 
     compressed_patch: tuple[int, int] = (4, 4)
     full_chunks: int = 3
     partition: tuple[int, ...] = (1, 3, 3, 3, 3, 3, 3, 2)
+    is_stated: bool = field(default=True, compare=False)
 
     @classmethod
     def from_recipe(cls, settings: schema.CausalSection) -> CausalConfig:
-        """The architecture that a recipe asks for."""
+        """The causal architecture of a recipe."""
         return cls(settings.compressed_patch, settings.full_chunks, settings.partition)
 
 
 @dataclass(frozen=True)
 class NetworkConfig:
-    """Sizes and time conditioning. The second time enters as ``r`` or ``t - r`` (``delta``)."""
+    """Sizes and time conditioning; the second time enters as ``r`` or ``t - r`` (``delta``)."""
 
     heads: int
     head_dim: int
@@ -68,45 +114,53 @@ class NetworkConfig:
 
     @property
     def class_name(self) -> str:
-        """The diffusers class whose configuration and parameter names these are."""
+        """Diffusers class with this configuration and these parameter names."""
         if not self.two_time:
             return WAN
         return ANYFLOW if self.causal is None else ANYFLOW_FAR
 
     @classmethod
+    def read(cls, path: Path) -> NetworkConfig:
+        """Read a ``config.json``.
+
+        Raises:
+            UsageError: It is damaged, or describes a network that would be computed differently.
+        """
+        config = parse_record(read_bytes(path, FETCH), TransformerConfig, str(path), FETCH)
+        return cls._from_transformer(config)
+
+    @classmethod
     def from_diffusers(cls, config: Mapping[str, Any]) -> NetworkConfig:
-        """Read a ``config.json``; refuse what this network would compute differently."""
-        name = config.get("_class_name", WAN)
-        if name not in CLASSES:
-            raise UsageError(
-                f"The transformer is a {name}, which anyflow cannot run.", f"Use one of {', '.join(CLASSES)}."
-            )
+        """Convert the configuration of a diffusers class, as ``read`` does."""
+        content = to_json(dict(config))
+        return cls._from_transformer(parse_record(content, TransformerConfig, "The configuration", FETCH))
+
+    @classmethod
+    def _from_transformer(cls, config: TransformerConfig) -> NetworkConfig:
         _refuse_unsupported(config)
-        two_time = name != WAN
+        two_time = config.class_name != WAN
         return cls(
-            heads=_number(config, "num_attention_heads", 40),
-            head_dim=_number(config, "attention_head_dim", 128),
-            layers=_number(config, "num_layers", 40),
-            ffn_dim=_number(config, "ffn_dim", 13824),
-            in_channels=_number(config, "in_channels", 16),
-            out_channels=_number(
-                config, "out_channels" if config.get("out_channels", 16) else "in_channels", 16
-            ),
-            text_dim=_number(config, "text_dim", 4096),
-            freq_dim=_number(config, "freq_dim", 256),
-            patch=_spatial(config.get("patch_size", (1, 2, 2))),
-            cross_attn_norm=bool(config.get("cross_attn_norm", True)),
-            eps=float(config.get("eps", 1e-6)),
-            rope_max_seq_len=_number(config, "rope_max_seq_len", 1024),
+            heads=config.num_attention_heads,
+            head_dim=config.attention_head_dim,
+            layers=config.num_layers,
+            ffn_dim=config.ffn_dim,
+            in_channels=config.in_channels,
+            out_channels=config.out_channels or config.in_channels,
+            text_dim=config.text_dim,
+            freq_dim=config.freq_dim,
+            patch=config.patch_size[1:],
+            cross_attn_norm=config.cross_attn_norm,
+            eps=config.eps,
+            rope_max_seq_len=config.rope_max_seq_len,
             two_time=two_time,
-            gate=float(config.get("gate_value", 0.25)) if two_time else cls.gate,
-            delta=config.get("deltatime_type", "r") if two_time else "r",
-            causal=_causal(config) if name == ANYFLOW_FAR else None,
+            gate=config.gate_value if two_time else cls.gate,
+            delta="t-r" if two_time and config.deltatime_type == "t-r" else "r",
+            causal=_causal(config) if config.class_name == ANYFLOW_FAR else None,
         )
 
     def to_diffusers(self) -> dict[str, Any]:
-        """The ``config.json`` of ``class_name``. Zero-init networks are folded first (``network.folded``)."""
-        assert self.conditioning == "interpolate", "fold a zero-init network before writing it"
+        """The ``config.json`` of ``class_name``; fold a zero-init network first (``network.folded``)."""
+        assert self.conditioning == "interpolate", "a zero-init network was not folded"
         config: dict[str, Any] = {
             "_class_name": self.class_name,
             "patch_size": [1, *self.patch],
@@ -136,48 +190,51 @@ class NetworkConfig:
         return config
 
 
-def _causal(config: Mapping[str, Any]) -> CausalConfig:
-    return CausalConfig(
-        compressed_patch=_spatial(config.get("compressed_patch_size", (1, 4, 4))),
-        full_chunks=_number(config, "full_chunk_limit", 3),
-        partition=tuple(int(n) for n in config.get("chunk_partition", CausalConfig.partition)),
-    )
-
-
-def _number(config: Mapping[str, Any], key: str, default: int) -> int:
-    value = config.get(key, default)
-    if not isinstance(value, int) or value < 1:
+def _causal(config: TransformerConfig) -> CausalConfig:
+    patch, full = config.compressed_patch_size[1:], config.patch_size[1:]
+    if any(small % large for small, large in zip(patch, full, strict=True)):
         raise UsageError(
-            f"The transformer's config.json says {key} is {value!r}, which is no size.",
-            "Fetch or save it again.",
+            f"The transformer's compressed patches of {patch[0]}x{patch[1]} are not made of whole patches of "
+            f"{full[0]}x{full[1]}.",
+            FETCH,
         )
-    return value
+    stated = config.chunk_partition
+    partition = CausalConfig.partition if stated is None else stated
+    return CausalConfig(patch, config.full_chunk_limit, partition, is_stated=stated is not None)
 
 
-def _spatial(patch: Any) -> tuple[int, int]:
-    """Height and width of a ``(1, height, width)`` patch: a token never spans two latent frames."""
-    frames, height, width = (int(n) for n in patch)
-    if frames != 1:
+def _refuse_unsupported(config: TransformerConfig) -> None:
+    if config.class_name == "WanModel":
         raise UsageError(
-            f"The transformer's patches span {frames} latent frames; anyflow needs patches within one frame.",
-            "Use a model whose patch_size starts with 1, as every Wan 2 model's does.",
+            "The model is in Wan's original layout, which anyflow does not read.",
+            "Use the same model in the diffusers layout, such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers.",
         )
-    return height, width
-
-
-def _refuse_unsupported(config: Mapping[str, Any]) -> None:
-    if config.get("image_dim") is not None or config.get("added_kv_proj_dim") is not None:
+    if config.class_name not in CLASSES:
+        raise UsageError(
+            f"The transformer is a {config.class_name!a}, which anyflow cannot run.",
+            f"Use one of {', '.join(CLASSES)}.",
+        )
+    for name, patch in (
+        ("patch_size", config.patch_size),
+        ("compressed_patch_size", config.compressed_patch_size),
+    ):
+        if patch[0] != 1:  # a token never spans two latent frames
+            raise UsageError(
+                f"The transformer's {name} spans {patch[0]} latent frames instead of one.",
+                "Use a model whose patch_size starts with 1, as that of every Wan 2 model does.",
+            )
+    if config.image_dim is not None or config.added_kv_proj_dim is not None:
         raise UsageError(
             "The transformer takes image embeddings (an image-to-video Wan), which anyflow does not train.",
             "Use the text-to-video model of the same family.",
         )
-    if config.get("deltatime_type", "r") not in ("r", "t-r"):
+    if config.deltatime_type not in ("r", "t-r"):
         raise UsageError(
-            f"The transformer's second time is {config['deltatime_type']!r}; anyflow knows r and t-r.",
+            f"The transformer's second time is {config.deltatime_type!a}; anyflow supports r and t-r.",
             "Use a model that diffusers can run.",
         )
-    if config.get("qk_norm", QK_NORM) != QK_NORM:
+    if config.qk_norm != QK_NORM:
         raise UsageError(
-            f"The transformer normalises queries and keys by {config['qk_norm']!r}, not across heads.",
+            f"The transformer normalizes queries and keys by {config.qk_norm!a}, not across heads.",
             "Use a Wan 2 model.",
         )

@@ -1,37 +1,74 @@
-"""Pipeline folders in the layout of diffusers: finding, reading and writing them.
+"""Pipeline folders in diffusers' layout and LoRA adapters in PEFT's: finding, reading and writing them.
 
-A pipeline folder holds ``model_index.json`` and one directory a component. Only JSON and safetensors are
-read. What is written appears whole or not at all: it is made beside its place and renamed.
+A pipeline folder holds ``model_index.json`` and one directory per component. Only JSON and safetensors are
+read. A folder is written under a temporary name and then renamed, so that it is complete or absent.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
+from pydantic import BaseModel, Field
 from torch import Tensor
 
 from anyflow_cli.errors import AnyflowError, UsageError
 from anyflow_cli.model.config import ANYFLOW, ANYFLOW_FAR, WAN, NetworkConfig
 from anyflow_cli.model.lora import LoraSize
 from anyflow_cli.model.network import FlowMapTransformer, folded, on_meta
-from anyflow_cli.utils.files import atomic_directory, read_json, write_json
+from anyflow_cli.model.weights_io import (
+    FETCH,
+    TRANSFORMER_STEM,
+    check_names_and_shapes,
+    read_tensors,
+    read_weights,
+    shown,
+)
+from anyflow_cli.utils.files import atomic_directory, write_json
 from anyflow_cli.utils.hub import is_hub_name
+from anyflow_cli.utils.records import read_record
 
+INDEX = "model_index.json"
 BUILT_IN = ("tiny", "tiny-anyflow")
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 FROZEN = ("vae", "text_encoder", "tokenizer")  # components that no training changes
-WEIGHTS = "diffusion_pytorch_model"
 SHARD_BYTES = 5_000_000_000
 PIPELINES = {WAN: "WanPipeline", ANYFLOW: "AnyFlowPipeline", ANYFLOW_FAR: "AnyFlowFARPipeline"}
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 ADAPTER_PREFIX = "base_model.model."
+Class = tuple[str | None, str | None]  # library and class; nulls for a component that the pipeline lacks
+Positive = Annotated[float, Field(gt=0, lt=1e6)]
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
+
+
+class PipelineIndex(BaseModel):
+    """``model_index.json``: the class of every component, in the order of the file."""
+
+    text_encoder: Class
+    tokenizer: Class
+    vae: Class
+    scheduler: Class
+    transformer_2: Class | None = None
+
+
+class SchedulerConfig(BaseModel):
+    """``scheduler_config.json``: the timestep shift, under whichever name its class has for it."""
+
+    flow_shift: Positive | None = None
+    shift: Positive | None = None
+
+
+class AdapterConfig(BaseModel):
+    """``adapter_config.json`` of PEFT."""
+
+    r: Annotated[int, Field(ge=1, le=1 << 16)]
+    lora_alpha: Positive
+    base_model_name_or_path: str
 
 
 def resolve_pipeline(address: str) -> Path:
@@ -105,11 +142,11 @@ def pipeline_files(pipeline: Path) -> dict[str, Path]:
 
 def transformer_folder(path: Path) -> Path:
     """The transformer's directory of a pipeline folder, or ``path`` itself if it is one."""
-    if (path / "model_index.json").is_file():
-        second = read_json(path / "model_index.json").get("transformer_2")
-        if second and second[0] is not None:
+    if (path / INDEX).is_file():
+        second = read_record(path / INDEX, PipelineIndex, FETCH).transformer_2
+        if second is not None and second[0] is not None:
             raise UsageError(
-                f"{path} has two transformers (a Wan 2.2 expert pair), which anyflow cannot distil.",
+                f"{path} has two transformers (a Wan 2.2 expert pair), which anyflow cannot distill.",
                 "Use a model with one transformer, such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers.",
             )
         return component(path, "transformer")
@@ -123,7 +160,7 @@ def transformer_folder(path: Path) -> Path:
 
 def read_config(path: Path) -> NetworkConfig:
     """Sizes of the network in a pipeline or transformer folder."""
-    return NetworkConfig.from_diffusers(read_json(transformer_folder(path) / "config.json"))
+    return NetworkConfig.read(transformer_folder(path) / "config.json")
 
 
 def load_network(path: Path, dtype: torch.dtype | None = torch.float32) -> FlowMapTransformer:
@@ -131,61 +168,16 @@ def load_network(path: Path, dtype: torch.dtype | None = torch.float32) -> FlowM
     folder = transformer_folder(path)
     network = on_meta(read_config(folder))
     weights = read_weights(folder)
-    _check_names_and_shapes(network.state_dict(), weights, folder)
+    check_names_and_shapes(shapes_of(network.state_dict()), shapes_of(weights), folder)
     network.load_state_dict(weights, assign=True)
     if dtype is not None:
         network.store_as(dtype)
     return network.requires_grad_(False)
 
 
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a component: one safetensors file, or the shards of an index."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    weights: dict[str, Tensor] = {}
-    for file in _weight_files(folder):
-        try:
-            weights |= load_file(file)
-        except FileNotFoundError:
-            raise UsageError(
-                f"{file} is missing, though the index names it.", "Fetch the model again."
-            ) from None
-        except SafetensorError as error:
-            raise UsageError(f"{file} is damaged ({error}).", "Fetch or save the model again.") from error
-    return weights
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    index = folder / f"{WEIGHTS}.safetensors.index.json"
-    if index.is_file():
-        return [folder / name for name in sorted(set(read_json(index).get("weight_map", {}).values()))]
-    single = folder / f"{WEIGHTS}.safetensors"
-    if single.is_file():
-        return [single]
-    raise UsageError(
-        f"{folder} holds no {WEIGHTS}.safetensors.",
-        "Convert the weights to safetensors; other formats are not read.",
-    )
-
-
-def _check_names_and_shapes(
-    expected: Mapping[str, Tensor], found: Mapping[str, Tensor], folder: Path
-) -> None:
-    hint = "The weights and config.json belong to different models; fetch or save the folder again."
-    for name, tensor in expected.items():
-        if name not in found:
-            raise UsageError(f"The weights of {folder} lack {name}.", hint)
-        if found[name].shape != tensor.shape:
-            wanted, got = tuple(tensor.shape), tuple(found[name].shape)
-            raise UsageError(
-                f"The weights of {folder} hold {name} as {got}; config.json says {wanted}.", hint
-            )
-    for name in found:
-        if name not in expected:
-            raise UsageError(
-                f"The weights of {folder} hold {name}, which is no part of this architecture.", hint
-            )
+def shapes_of(weights: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor, by name."""
+    return {name: tuple(tensor.shape) for name, tensor in weights.items()}
 
 
 def save_pipeline(
@@ -214,7 +206,7 @@ def save_pipeline(
             link_tree(component(source_pipeline, name), folder / name)
         _write_scheduler(folder / "scheduler", source_pipeline, config, shift)
         write_transformer(folder / "transformer", config, weights, dtype)
-        write_json(folder / "model_index.json", _model_index(config, source_pipeline))
+        write_json(folder / INDEX, _model_index(config, source_pipeline))
         write_json(folder / "lineage.json", dict(lineage))
     return target
 
@@ -229,13 +221,13 @@ def write_transformer(
     folder.mkdir(parents=True)
     write_json(folder / "config.json", config.to_diffusers() | {"_diffusers_version": version("diffusers")})
     stored = {name: tensor.to(device="cpu", dtype=dtype).contiguous() for name, tensor in weights.items()}
-    pattern = WEIGHTS + "{suffix}.safetensors"
+    pattern = TRANSFORMER_STEM + "{suffix}.safetensors"
     split = split_torch_state_dict_into_shards(stored, filename_pattern=pattern, max_shard_size=SHARD_BYTES)
     for file, names in split.filename_to_tensors.items():
         save_file({name: stored[name] for name in names}, folder / file, metadata={"format": "pt"})
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        write_json(folder / f"{WEIGHTS}.safetensors.index.json", index)
+        write_json(folder / f"{TRANSFORMER_STEM}.safetensors.index.json", index)
 
 
 def _write_scheduler(folder: Path, source: Path, config: NetworkConfig, shift: float | None) -> None:
@@ -253,15 +245,16 @@ def _write_scheduler(folder: Path, source: Path, config: NetworkConfig, shift: f
 
 
 def read_shift(pipeline: Path) -> float:
-    """The shift of a pipeline's scheduler, under whichever name its class has for it."""
-    scheduler = read_json(component(pipeline, "scheduler") / "scheduler_config.json")
-    return float(scheduler.get("flow_shift") or scheduler.get("shift") or 1.0)
+    """Timestep shift of a pipeline's scheduler; 1 where its class has none."""
+    file = component(pipeline, "scheduler") / "scheduler_config.json"
+    scheduler = read_record(file, SchedulerConfig, FETCH)
+    return scheduler.flow_shift or scheduler.shift or 1.0
 
 
 def _model_index(config: NetworkConfig, source: Path) -> dict[str, Any]:
-    index = read_json(source / "model_index.json")
-    scheduler = ["diffusers", "FlowMapEulerDiscreteScheduler"] if config.two_time else index["scheduler"]
-    components = {name: index[name] for name in ("text_encoder", "tokenizer", "vae")}
+    index = read_record(source / INDEX, PipelineIndex, FETCH)
+    scheduler = ("diffusers", "FlowMapEulerDiscreteScheduler") if config.two_time else index.scheduler
+    components = {name: getattr(index, name) for name in ("text_encoder", "tokenizer", "vae")}
     return {
         "_class_name": PIPELINES[config.class_name],
         "_diffusers_version": version("diffusers"),
@@ -327,17 +320,29 @@ class Adapter(NamedTuple):
 
 
 def load_adapter(folder: Path) -> Adapter:
-    """Read what ``save_adapter`` wrote."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    """Read a LoRA adapter in PEFT's format.
 
-    config = read_json(folder / ADAPTER_CONFIG)
-    try:
-        weights = load_file(folder / ADAPTER_WEIGHTS)
-    except (OSError, SafetensorError) as error:
-        raise UsageError(
-            f"{folder / ADAPTER_WEIGHTS} cannot be read ({error}).", "Train it again."
-        ) from error
-    size = LoraSize(int(config["r"]), float(config["lora_alpha"]))
-    named = {name.removeprefix(ADAPTER_PREFIX): weight for name, weight in weights.items()}
-    return Adapter(named, size, str(config["base_model_name_or_path"]))
+    Raises:
+        UsageError: It is damaged, or its weights are not pairs of the rank that its configuration states.
+    """
+    config = read_record(folder / ADAPTER_CONFIG, AdapterConfig, FETCH)
+    file = folder / ADAPTER_WEIGHTS
+    weights = {name.removeprefix(ADAPTER_PREFIX): weight for name, weight in read_tensors(file).items()}
+    for problem in adapter_problems(shapes_of(weights), config.r):
+        raise UsageError(f"{file} is not an adapter of rank {config.r}: {problem}.", FETCH)
+    return Adapter(weights, LoraSize(config.r, config.lora_alpha), config.base_model_name_or_path)
+
+
+def adapter_problems(shapes: Mapping[str, tuple[int, ...]], rank: int) -> Iterator[str]:
+    """In words, what is wrong with the weights of an adapter, by name in ``Backbone.state_dict_of``."""
+    if not any(".lora_" in name for name in shapes):
+        yield "it holds no LoRA weights"
+    for name, shape in shapes.items():
+        layer, found, side = name.rpartition(".lora_")
+        if not found:
+            continue
+        other = f"{layer}.lora_{'B' if side.startswith('A') else 'A'}.weight"
+        if side not in ("A.weight", "B.weight") or other not in shapes:
+            yield f"{shown(name)} is not one of a pair"
+        elif len(shape) != 2 or shape[0 if side == "A.weight" else 1] != rank:
+            yield f"{shown(name)} has shape {shape}"

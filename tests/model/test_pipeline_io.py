@@ -181,7 +181,7 @@ def test_sharded_weights_are_written_and_read(
     assert same(load_network(target), network)
     AnyFlowTransformer3DModel.from_pretrained(target / "transformer")
     (sorted((target / "transformer").glob("*.safetensors"))[1]).unlink()
-    with pytest.raises(UsageError, match="missing, though the index names it"):
+    with pytest.raises(UsageError, match=r"00002-of-.* is missing"):
         load_network(target)
 
 
@@ -217,12 +217,12 @@ BROKEN = {
     "truncated": (lambda p: os.truncate(p / WEIGHT_FILE, 5000), "is damaged"),
     "empty file": (lambda p: os.truncate(p / WEIGHT_FILE, 0), "is damaged"),
     "no config": (lambda p: (p / "config.json").unlink(), "is not a model folder"),
-    "bad config": (lambda p: (p / "config.json").write_text("{"), "is not valid JSON"),
-    "config of a list": (lambda p: (p / "config.json").write_text("[]"), "does not hold a JSON object"),
+    "bad config": (lambda p: (p / "config.json").write_text("{"), "Invalid JSON"),
+    "config of a list": (lambda p: (p / "config.json").write_text("[]"), "config.json is damaged"),
     "other class": (rewrite("config.json", _class_name="CogVideoXTransformer3DModel"), "CogVideoX"),
-    "more layers": (rewrite("config.json", num_layers=3), "lack blocks.2"),
-    "fewer layers": (rewrite("config.json", num_layers=1), "blocks.1.* is no part of this architecture"),
-    "wider": (rewrite("config.json", ffn_dim=48), r"as \(64, 32\); config.json says \(48, 32\)"),
+    "more layers": (rewrite("config.json", num_layers=3), "blocks.2.* missing"),
+    "fewer layers": (rewrite("config.json", num_layers=1), "blocks.1.* unexpected"),
+    "wider": (rewrite("config.json", ffn_dim=48), r"has shape \(64, 32\) instead of \(48, 32\)"),
     "size that is no number": (rewrite("config.json", num_layers="two"), "num_layers"),
 }
 
@@ -294,7 +294,7 @@ def test_a_full_disk_leaves_nothing_behind(
 
     monkeypatch.setattr(os, "link", full)
     monkeypatch.setattr(*where, full)
-    with pytest.raises(AnyflowError, match="the disk is full"):
+    with pytest.raises(AnyflowError, match=r"Cannot write .*: No space left on device"):
         save_pipeline(tmp_path / "model", flow_map(wan_folder), wan_folder, {})
     assert list(tmp_path.iterdir()) == []
 

@@ -1,0 +1,175 @@
+"""Checks of model folders and adapters from their headers: names, shapes and sizes, without loading a weight.
+
+For ``anyflow doctor`` and ``--dry-run``, which say what is wrong before a command starts. Whatever loads a
+folder refuses the same problems by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from anyflow_cli.errors import AnyflowError, UsageError
+from anyflow_cli.model.network import on_meta
+from anyflow_cli.model.pipeline_io import (
+    ADAPTER_CONFIG,
+    ADAPTER_PREFIX,
+    ADAPTER_WEIGHTS,
+    INDEX,
+    AdapterConfig,
+    adapter_problems,
+    component,
+    read_config,
+    read_shift,
+    shapes_of,
+    transformer_folder,
+)
+from anyflow_cli.model.weights_io import (
+    FETCH,
+    TEXT_ENCODER_STEM,
+    TRANSFORMER_STEM,
+    differences,
+    read_header,
+    read_headers,
+)
+from anyflow_cli.utils.records import read_record
+
+Size = Annotated[int, Field(ge=1, le=1 << 20)]
+Shapes = dict[str, tuple[int, ...]]
+TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
+
+
+class TextEncoderConfig(BaseModel):
+    """``config.json`` of a UMT5 encoder."""
+
+    vocab_size: Size = 250112
+    d_model: Size = 512
+    d_kv: Size = 64
+    d_ff: Size = 1024
+    num_layers: Annotated[int, Field(ge=1, le=1000)] = 8
+    num_heads: Size = 6
+    relative_attention_num_buckets: Size = 32
+
+
+class VaeConfig(BaseModel):
+    """``config.json`` of a Wan VAE; what is not named here goes to diffusers' class as it is."""
+
+    model_config = ConfigDict(extra="allow")
+
+    class_name: str = Field("AutoencoderKLWan", alias="_class_name")
+    base_dim: Size = 96
+    z_dim: Size = 16
+    num_res_blocks: Annotated[int, Field(ge=1, le=100)] = 2
+
+
+def check_folder(path: Path) -> list[str]:
+    """Problems of a pipeline folder, transformer folder or LoRA adapter, in words; empty if it is sound.
+
+    Opens the header of every weight file and compares names, types and shapes with the configurations. Values
+    are not read, and nothing is fetched.
+    """
+    if (path / ADAPTER_CONFIG).is_file():
+        return _problems([lambda: _check_adapter(path)])
+    checks: list[Callable[[], Iterator[str]]] = [lambda: _check_transformer(path)]
+    if (path / INDEX).is_file():
+        checks += [
+            lambda: _check_scheduler(path),
+            lambda: _check_text_encoder(path),
+            lambda: _check_tokenizer(path),
+            lambda: _check_vae(path),
+        ]
+    return _problems(checks)
+
+
+def _problems(checks: list[Callable[[], Iterator[str]]]) -> list[str]:
+    """All problems; one that ends a check early does not end the others."""
+    found: list[str] = []
+    for check in checks:
+        try:
+            found.extend(check())
+        except AnyflowError as error:
+            found.append(error.message)
+    return list(dict.fromkeys(found))
+
+
+def _check_transformer(path: Path) -> Iterator[str]:
+    folder = transformer_folder(path)
+    expected = shapes_of(on_meta(read_config(path)).state_dict())
+    yield from _compare(folder, TRANSFORMER_STEM, expected)
+
+
+def _check_scheduler(path: Path) -> Iterator[str]:
+    read_shift(path)
+    yield from ()
+
+
+def _check_text_encoder(path: Path) -> Iterator[str]:
+    folder = component(path, "text_encoder")
+    config = read_record(folder / "config.json", TextEncoderConfig, FETCH)
+    yield from _compare(
+        folder, TEXT_ENCODER_STEM, umt5_shapes(config), optional="encoder.embed_tokens.weight"
+    )
+
+
+def _check_tokenizer(path: Path) -> Iterator[str]:
+    folder = component(path, "tokenizer")
+    if not any((folder / name).is_file() and (folder / name).stat().st_size for name in TOKENIZER_FILES):
+        yield f"{folder} holds none of {' and '.join(TOKENIZER_FILES)}"
+
+
+def _check_vae(path: Path) -> Iterator[str]:
+    import torch
+    from diffusers import AutoencoderKLWan
+
+    folder = component(path, "vae")
+    config = read_record(folder / "config.json", VaeConfig, FETCH).model_dump()
+    class_name = config.pop("class_name")
+    if class_name != "AutoencoderKLWan":
+        raise UsageError(f"The VAE of {path} is a {class_name!a}, not an AutoencoderKLWan.", FETCH)
+    try:
+        with torch.device("meta"):
+            expected = shapes_of(AutoencoderKLWan.from_config(config).state_dict())
+    except Exception as error:  # whatever a wrong value leads to in diffusers' constructor
+        raise UsageError(f"{folder / 'config.json'} does not describe a VAE ({error}).", FETCH) from error
+    yield from _compare(folder, TRANSFORMER_STEM, expected)
+
+
+def _check_adapter(path: Path) -> Iterator[str]:
+    config = read_record(path / ADAPTER_CONFIG, AdapterConfig, FETCH)
+    header = read_header(path / ADAPTER_WEIGHTS)
+    shapes = {name.removeprefix(ADAPTER_PREFIX): info.shape for name, info in header.items()}
+    for problem in adapter_problems(shapes, config.r):
+        yield f"{path / ADAPTER_WEIGHTS} is not an adapter of rank {config.r}: {problem}"
+
+
+def _compare(
+    folder: Path, stem: str, expected: Mapping[str, tuple[int, ...]], optional: str = ""
+) -> Iterator[str]:
+    found = {name: info.shape for name, info in read_headers(folder, stem).items() if name != optional}
+    for problem in differences(expected, found):
+        yield f"The weights of {folder} do not fit config.json: {problem}"
+
+
+def umt5_shapes(config: TextEncoderConfig) -> Shapes:
+    """Shapes of a UMT5 encoder's weights, by name; ``encoder.embed_tokens`` is another name of ``shared``."""
+    dim, inner = config.d_model, config.num_heads * config.d_kv
+    shapes: Shapes = {"shared.weight": (config.vocab_size, dim), "encoder.final_layer_norm.weight": (dim,)}
+    for i in range(config.num_layers):
+        attention, feed_forward = (f"encoder.block.{i}.layer.{part}" for part in (0, 1))
+        shapes |= {f"{attention}.SelfAttention.{name}.weight": (inner, dim) for name in "qkv"}
+        shapes |= {
+            f"{attention}.SelfAttention.o.weight": (dim, inner),
+            f"{attention}.SelfAttention.relative_attention_bias.weight": (
+                config.relative_attention_num_buckets,
+                config.num_heads,
+            ),
+            f"{attention}.layer_norm.weight": (dim,),
+            f"{feed_forward}.DenseReluDense.wi_0.weight": (config.d_ff, dim),
+            f"{feed_forward}.DenseReluDense.wi_1.weight": (config.d_ff, dim),
+            f"{feed_forward}.DenseReluDense.wo.weight": (dim, config.d_ff),
+            f"{feed_forward}.layer_norm.weight": (dim,),
+        }
+    return shapes
