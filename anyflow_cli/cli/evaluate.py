@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from anyflow_cli.evaluate.protocol import Protocol
     from anyflow_cli.evaluate.results import Evaluation
     from anyflow_cli.recipe.schema import Recipe
+    from anyflow_cli.runs.open import ModelChoice
 
 MEGABYTE = 1e6
 
@@ -73,7 +74,7 @@ def evaluate(
     from anyflow_cli.evaluate.registry import protocol_for
     from anyflow_cli.evaluate.run import prepare_evaluation
     from anyflow_cli.runs.paths import RunPaths
-    from anyflow_cli.runs.resources import find_model
+    from anyflow_cli.runs.resources import Given, find_model, inputs, is_ready, require
 
     protocol = protocol_for(settings, prompts, limit)
     paths = RunPaths(runs, settings.name)
@@ -86,13 +87,19 @@ def evaluate(
         _refuse_beside(
             "--videos", {"--model": model, "--sampler": sampler, "--nfe": nfe, "--nproc": processes}
         )
+        needs = inputs(settings, paths, "evaluate", Given(data=videos))
+        require(needs)
         job = prepare_given(settings, protocol, videos, directory)
     else:
-        choice = find_model(settings, paths, model)
+        choice, needs = find_model(settings, paths, model), inputs(settings, paths, "evaluate", Given(model))
         log.info("Model: %s (%s)", *choice)
+        if dry_run and not is_ready(needs):
+            facts = _planned_facts(settings, protocol, choice, directory)
+            return print_dry_run("evaluate", facts, needs, as_json=as_json)
+        require(needs)
         job = prepare_evaluation(settings, protocol, choice, directory)
     if dry_run:
-        return print_dry_run("evaluate", _facts(job), as_json=as_json)
+        return print_dry_run("evaluate", _facts(job), needs, as_json=as_json)
     if start_processes(settings.launch):
         return None
     evaluation = _run(job)
@@ -103,6 +110,23 @@ def evaluate(
         _export(job, evaluation, export)
     _tidy(job, prune=prune)
     _judge(evaluation, fail_below)
+
+
+def _planned_facts(settings: Recipe, protocol: Protocol, choice: ModelChoice, out: Path) -> dict[str, object]:
+    """What would be evaluated, where a model is not on this machine yet."""
+    counts = tuple(dict.fromkeys(settings.evaluate.nfe))
+    beside = settings.evaluate.teacher and settings.evaluate.task == "t2v"
+    return {
+        "suite": protocol.suite.name,
+        "comparable": not protocol.deviations,
+        "prompts": len(protocol.prompts),
+        "model": choice.address,
+        "because": choice.why,
+        "nfe": counts,
+        "teacher": settings.model.teacher if beside else "not evaluated",
+        "videos": len(protocol.items) * (len(counts) + beside),
+        "out": out,
+    }
 
 
 def _facts(job: EvaluationJob) -> dict[str, object]:

@@ -65,7 +65,7 @@ def sample(
         usual = settings.sample.nfe if not teacher else (settings.sample.teacher_steps,)
         asked = SampleSettings(
             settings,
-            read_prompts_of(settings, prompt, prompts),
+            read_prompts_of(settings, prompt, prompts, allow_missing=dry_run),
             list(range(settings.sample.seed, settings.sample.seed + count)),
             read_steps(nfe, preview=preview) or usual,
             read_prompt_switches(then, settings.model.frames),
@@ -110,7 +110,12 @@ def _sample(
     paths = RunPaths(runs, settings.name)
     choice = find_model(settings, paths, asked.model, teacher=teacher)
     log.info("Model: %s (%s)", *choice)
-    needs = inputs(settings, paths, "sample", Given(choice.address, prompts=True))
+    needs = inputs(
+        settings,
+        paths,
+        "sample",
+        Given(settings.model.teacher if teacher else asked.model, prompts=bool(asked.prompts)),
+    )
     steps = tuple(dict.fromkeys(asked.steps)) if budget is None else (1,)
     request = SampleRequest(asked.prompts, asked.seeds, steps, asked.given)
     total = len(request.pairs) * len(request.nfe)

@@ -156,8 +156,13 @@ def read_conditioning_frames(
     return ConditioningFrames(clip.pixels[:whole], "image" if video is None else "video", path)
 
 
-def read_prompts_of(settings: Recipe, given: list[str] | None, file: Path | None) -> list[str]:
-    """The prompts of the command line and of the file; without any, a few of the recipe's own."""
+def read_prompts_of(
+    settings: Recipe, given: list[str] | None, file: Path | None, *, allow_missing: bool = False
+) -> list[str]:
+    """Read the prompts of the command line and of a file; without any, take a few of the recipe.
+
+    With ``allow_missing``, a recipe's file that does not exist has no prompts.
+    """
     from anyflow_cli.data.prompts import checked_text, read_prompts, world_captions
 
     texts = [checked_text("--prompt", text.strip()) for text in given or ()]
@@ -169,6 +174,8 @@ def read_prompts_of(settings: Recipe, given: list[str] | None, file: Path | None
         return texts
     log.info("No prompt was given; these are the first %d of recipe %s.", WITHOUT_PROMPTS, settings.name)
     if settings.data.prompts is not None:
+        if allow_missing and not Path(settings.data.prompts).expanduser().is_file():
+            return []
         return read_prompts(settings.data.prompts)[:WITHOUT_PROMPTS]
     return world_captions(settings.data.world, WITHOUT_PROMPTS, settings.sample.seed)
 
