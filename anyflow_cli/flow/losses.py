@@ -2,7 +2,8 @@
 
 ``flow_map_loss`` is the algorithm; the functions above it are its equations. It makes one network call with
 gradient and one without: the null branch of the guidance and both sides of the difference quotient share the
-latter, and only samples with ``t > r`` are in the quotient. Frames may have times of their own, (B, F);
+latter, and only samples with ``t > r`` are in the quotient. On the guided path the null branch is a call of
+its own, since the quotient moves along what it gives. Frames may have times of their own, (B, F);
 weights then apply per frame, else per sample. For a sample with any ``t > r`` the derivative is computed in
 all frames.
 
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -34,6 +36,12 @@ from anyflow_cli.flow.velocity import (
 
 GlobalMean = Callable[[Tensor, Tensor], Tensor]
 """Mean of values (B, ...) where mask (B, ...) is true, over all ranks; NaN where it is true nowhere."""
+
+LossScale = Literal["raw", "weighted"]
+"""The loss that Eq. 7 levels: the raw error, or the error times w(t)."""
+
+GuidancePath = Literal["data", "guided"]
+"""The path of du/dt under guidance: the data's, as in Alg. 1, or that of the guided velocity."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +100,8 @@ def flow_map_loss(
     delta: float = 0.005,
     weight: TimeWeight = torch.ones_like,
     adaptive: bool = True,
+    loss_scale: LossScale = "raw",
+    guidance_path: GuidancePath = "data",
     global_mean: GlobalMean = local_mean,
     null_mask: Tensor | None = None,
 ) -> FlowMapLoss:
@@ -112,6 +122,10 @@ def flow_map_loss(
         delta: Half the span of the difference quotient (Eq. 4).
         weight: w(t), see ``times.loss_weight``.
         adaptive: Whether to apply Eq. 7.
+        loss_scale: What Eq. 7 levels. With ``weighted``, as in the published code, w(t) cancels for t > r.
+        guidance_path: ``data`` is Alg. 1. ``guided`` takes u_null at (t, t) and du/dt along the guided
+            velocity ``w = g v + (1 - g) u_null``: the jumps then compose to the flow of w for every g. Both
+            agree for g = 1 and on the boundary.
         global_mean: Mean over all ranks, for Eq. 7.
         null_mask: (B,) marks samples whose prompt was replaced by the negative one. For them ``u_c`` and
             ``u_null`` agree, so g is 1 and ``u_null`` is not evaluated. Without the mask they would be
@@ -122,7 +136,14 @@ def flow_map_loss(
     g = batch_time(guidance, z)
     g = per_frame(g if null_mask is None else torch.where(null_mask, 1, g), z)
     cond, uncond = VelocityInputs(model, z, t, r), VelocityInputs(null, z, t, r)
-    u_null, du_dt = _null_and_derivative(cond, uncond if guidance != 1 else None, v, delta, g)
+    if guidance_path == "guided" and guidance != 1:
+        u_null = _null(VelocityInputs(null, z, t, t), g)
+        if bool((t == r).all()):
+            with torch.no_grad():
+                evaluate_together(cond.select(t.new_zeros(1, dtype=torch.long)))  # all ranks make the call
+        _, du_dt = _null_and_derivative(cond, None, g * v + (1 - g) * u_null, delta, g)
+    else:
+        u_null, du_dt = _null_and_derivative(cond, uncond if guidance != 1 else None, v, delta, g)
 
     # Guidance-fused training (Eq. 6)
     u_c = model(z, t, r)
@@ -133,8 +154,19 @@ def flow_map_loss(
 
     # metric(u - sg(u_tgt)), with w(t) and Eq. 7
     error = (u - u_tgt).square().flatten(t.dim()).mean(-1)  # (B, ...)
-    scale = adaptive_weights(error, t == r, global_mean) if adaptive else torch.ones_like(error)
+    leveled = error if loss_scale == "raw" else weight(t) * error
+    scale = adaptive_weights(leveled, t == r, global_mean) if adaptive else torch.ones_like(error)
     return FlowMapLoss((weight(t) * scale * error).mean(), error.detach())
+
+
+@torch.no_grad()
+def _null(uncond: VelocityInputs, g: Tensor) -> Tensor:
+    """Compute u_null (B, F, C, H, W) without gradient where g is not 1; 0 elsewhere."""
+    guided = (g.flatten() != 1).nonzero().squeeze(1)  # (G,)
+    if len(guided) == 0:
+        guided = guided.new_zeros(1)  # all ranks make the call
+    (u_guided,) = evaluate_together(uncond.select(guided))
+    return torch.zeros_like(uncond.z).index_copy(0, guided, u_guided)
 
 
 @torch.no_grad()

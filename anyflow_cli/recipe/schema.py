@@ -243,7 +243,16 @@ class FlowMapSection(Section):
     guidance: Positive = 3.0  # g of Eq. 6
     delta: Positive = 0.005  # of Eq. 4
     weight: Literal["beta", "uniform", "normal"] = "beta"  # w(t), Fig. 10
+    guidance_path: Literal["data", "guided"] = Field(
+        "data",
+        description="Path of du/dt under guidance: the data's, as in Alg. 1, or that of the guided velocity,"
+        " on which jumps compose for any guidance.",
+    )
     adaptive: bool = True  # Eq. 7
+    loss_scale: Literal["raw", "weighted"] = Field(
+        "raw",
+        description="Loss that Eq. 7 levels: the raw error, or (the published code) the error times w(t).",
+    )
     boundary: Fraction = 0.5  # share of the global batch with r = t
     to_zero: Fraction = 0.25  # share of the global batch with r = 0
     text_dropout: Fraction = 0.1

@@ -171,6 +171,8 @@ class FlowMapTerm:
             delta=settings.delta,
             weight=times.loss_weight(settings.weight, self.shift),
             adaptive=settings.adaptive,
+            loss_scale=settings.loss_scale,
+            guidance_path=settings.guidance_path,
             global_mean=draws.global_mean,
             null_mask=dropped,
         )  # fmt: skip
@@ -182,15 +184,20 @@ class FlowMapTerm:
         }
 
     def network_calls(self, latent: LatentShape, draws: StepRng) -> list[NetworkCall]:
-        """Two calls: u_null and both sides of du/dt without gradient, G + 2I samples; then all B with it."""
+        """Calls of ``losses.flow_map_loss``: u_null (G samples) and du/dt (2I), then all B with gradient."""
         layout, each = causal_windows.layout_of(self.view, self.backbone.network_of("student"), latent, draws)
         t, r = self._times(draws, each)
         inner = int((t != r).reshape(len(t), -1).any(1).sum())
         guided = int((~dropped_text(self.settings.text_dropout, draws)).sum())
         # with guidance an empty call takes one sample: every rank must call alike
-        samples = 2 * inner if self.settings.guidance == 1 else guided + 2 * inner or 1
-        call = NetworkCall("student", samples, gradient=False, layout=layout)
-        return [call] * (samples > 0) + [call._replace(samples=len(t), gradient=True)]
+        if self.settings.guidance == 1:
+            without_gradient = [2 * inner]
+        elif self.settings.guidance_path == "guided":
+            without_gradient = [guided or 1, 2 * inner or 1]
+        else:
+            without_gradient = [guided + 2 * inner or 1]
+        call = NetworkCall("student", len(t), gradient=True, layout=layout)
+        return [call._replace(samples=n, gradient=False) for n in without_gradient if n] + [call]
 
     def _times(self, draws: StepRng, each: int | None) -> tuple[Tensor, Tensor]:
         """Times t and r of the micro batch, (B,) or (B, K) for ``each`` = K times per sample."""

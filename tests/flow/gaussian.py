@@ -10,7 +10,7 @@ caught by its size.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import cast
 
 import torch
@@ -92,6 +92,60 @@ class Fused:
         parts = cast("tuple[Fused, ...]", others)
         is_null = torch.cat([self.is_null, *(part.is_null for part in parts)])
         return Fused(self.data.concat(*(part.data for part in parts)), is_null, self.guidance, self.drift)
+
+
+@dataclass(frozen=True)
+class GuidedFlow:
+    """The exact flow map of a guided ODE, ``dz/dt = w = g v + (1 - g) v_null``, and its null branch.
+
+    The flow map is integrated by Runge-Kutta steps.
+    """
+
+    data: Gaussian
+    null: Gaussian
+    is_null: Tensor  # (B,)
+    guidance: float
+    steps: int = 64
+
+    def velocity(self, z: Tensor, t: Tensor) -> Tensor:
+        """Give w(z, t)."""
+        return self.guidance * self.data(z, t, t) + (1 - self.guidance) * self.null(z, t, t)
+
+    def flow(self, z: Tensor, t: Tensor, r: Tensor) -> Tensor:
+        """Give f(z, t, r)."""
+        h = (r - t) / self.steps
+        step = per_frame(h, z)
+        for number in range(self.steps):
+            at = t + number * h
+            k1 = self.velocity(z, at)
+            k2 = self.velocity(z + step / 2 * k1, at + h / 2)
+            k3 = self.velocity(z + step / 2 * k2, at + h / 2)
+            k4 = self.velocity(z + step * k3, at + h)
+            z = z + step / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
+        return z
+
+    def __call__(self, z: Tensor, t: Tensor, r: Tensor) -> Tensor:
+        span = per_frame(t - r, z)
+        mean = (z - self.flow(z, t, r)) / torch.where(span == 0, 1, span)
+        u_c = torch.where(span == 0, self.velocity(z, t), mean)
+        return torch.where(per_frame(self.is_null, z), self.null(z, t, r), u_c)
+
+    def select(self, index: Tensor) -> GuidedFlow:
+        return replace(
+            self,
+            data=self.data.select(index),
+            null=self.null.select(index),
+            is_null=self.is_null[index],
+        )
+
+    def concat(self, *others: Velocity) -> GuidedFlow:
+        parts = cast("tuple[GuidedFlow, ...]", others)
+        return replace(
+            self,
+            data=self.data.concat(*(part.data for part in parts)),
+            null=self.null.concat(*(part.null for part in parts)),
+            is_null=torch.cat([self.is_null, *(part.is_null for part in parts)]),
+        )
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from anyflow_cli.flow.losses import (
 )
 from anyflow_cli.flow.times import TimeRatios, loss_weight, sample_times, shift
 from anyflow_cli.flow.velocity import Velocity, flow_map, per_frame
-from tests.flow.gaussian import SHAPE, Bent, Fused, Gaussian, Watched, normal
+from tests.flow.gaussian import SHAPE, Bent, Fused, Gaussian, GuidedFlow, Watched, normal
 
 B = 8
 DATA = Gaussian(normal(0, B, *SHAPE))
@@ -133,6 +133,62 @@ def test_real_pairs_pull_nowhere_at_the_exact_student(monkeypatch: pytest.Monkey
     assert pull() < 0.04
     monkeypatch.setattr(losses, "difference_quotient", lambda *a: -difference_quotient(*a))
     assert pull() > 0.2
+
+
+# Guidance along the guided path
+
+
+def guided_flow(guidance: float) -> tuple[GuidedFlow, GuidedFlow]:
+    """The flow map of the guided ODE, and its null branch."""
+    null = Gaussian(normal(4, 1, *SHAPE), 1.1)
+    no, yes = torch.zeros(B, dtype=torch.bool), torch.ones(B, dtype=torch.bool)
+    return GuidedFlow(DATA, null, no, guidance), GuidedFlow(DATA, null, yes, guidance)
+
+
+@pytest.mark.parametrize("guidance", [1.5, 3.0])
+def test_the_flow_map_of_the_guided_ode_has_no_loss_on_the_guided_path(guidance: float) -> None:
+    """On the data's path, as Alg. 1 has it, that flow map has a loss wherever t > r."""
+    fine, finer, as_published = (
+        Step().loss(*guided_flow(guidance), guidance=guidance, delta=delta, guidance_path=path).errors
+        for delta, path in ((0.01, "guided"), (0.005, "guided"), (0.005, "data"))
+    )
+    assert finer.max() < 1e-3 * as_published[:-1].max()
+    check_falls([fine[:-1], finer[:-1]], 16)
+    assert as_published[:-1].min() > 10 * finer.max()
+
+
+def test_only_the_guided_path_leads_to_jumps_that_compose() -> None:
+    middle = (INSIDE + BELOW) / 2
+    (guided, _), (fused, _) = guided_flow(2.0), exact(2.0)
+
+    def gap(model: Velocity) -> float:
+        halfway = flow_map(model, Z, INSIDE, middle)
+        two = flow_map(model, halfway, middle, BELOW)
+        return (two - flow_map(model, Z, INSIDE, BELOW)).abs().max().item()
+
+    assert gap(guided) < 1e-6
+    assert gap(fused) > 0.05
+
+
+def test_both_paths_agree_without_guidance_and_on_the_boundary() -> None:
+    data, guided = (Step().loss(guidance=1.0, guidance_path=path).errors for path in ("data", "guided"))
+    torch.testing.assert_close(data, guided, rtol=0, atol=0)
+    data, guided = (
+        Step(INSIDE, INSIDE).loss(*guided_flow(3.0), guidance=3.0, guidance_path=path).errors
+        for path in ("data", "guided")
+    )
+    torch.testing.assert_close(data, guided)
+
+
+def test_the_guided_path_takes_one_more_call_of_the_same_samples() -> None:
+    calls: list[Any] = []
+    models = (Watched(model, calls) for model in exact(3.0))
+    Step().loss(*models, guidance_path="guided", null_mask=torch.arange(B) < 3)
+    assert [(batch, gradient) for batch, _, _, gradient in calls] == [(5, False), (2 * 7, False), (8, True)]
+    calls.clear()  # a rank without a sample for a call makes it with one: sharded ranks wait for one another
+    models = (Watched(model, calls) for model in exact(3.0))
+    Step(INSIDE, INSIDE).loss(*models, guidance_path="guided", null_mask=torch.ones(B, dtype=torch.bool))
+    assert [(batch, gradient) for batch, _, _, gradient in calls] == [(1, False), (1, False), (8, True)]
 
 
 # The wrong algorithms and the wrong students
@@ -268,6 +324,18 @@ def test_the_loss_is_weighted_by_time_and_level_and_its_parts_are_raw() -> None:
     assert not raw.requires_grad
     level = Step().loss(student, null, weight=weight).loss.detach()
     torch.testing.assert_close(level, (weight(INSIDE) * raw[-1]).mean(), rtol=1e-3, atol=0)
+
+
+def test_the_weighted_scale_is_that_of_the_published_code() -> None:
+    """Its loss is mean(s w e), s = mean_boundary(w e) / (w e + 1e-5) for t > r, so that w(t) cancels."""
+    weight = loss_weight("beta", 5.0)
+    models = [Bent(model, lambda u, z, t, r: u(z, t, r) + 0.3 * z) for model in exact(3.0)]
+    raw, weighted = (Step().loss(*models, weight=weight, loss_scale=scale) for scale in ("raw", "weighted"))
+    w, e, boundary = weight(INSIDE), weighted.errors, INSIDE == BELOW
+    s = torch.where(boundary, 1, (w * e)[boundary].mean() / (w * e + 1e-5))
+    assert weighted.loss.item() == pytest.approx((s * w * e).mean().item(), rel=1e-9)
+    assert weighted.loss.item() == pytest.approx((w * e)[boundary].mean().item(), rel=1e-3)
+    assert raw.loss.item() != pytest.approx(weighted.loss.item(), rel=1e-2)
 
 
 def test_a_batch_without_boundary_is_not_adapted() -> None:

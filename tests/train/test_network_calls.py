@@ -32,6 +32,8 @@ CASES: list[tuple[Kind, dict[str, Any]]] = [
     ("flow-map", {}),
     ("flow-map", {"lora": False, "flow_map": MOSTLY_EMPTY}),
     ("flow-map", {"flow_map": schema.FlowMapSection(guidance=1.0, boundary=0.75)}),
+    ("flow-map", {"flow_map": schema.FlowMapSection(guidance_path="guided")}),
+    ("flow-map", {"flow_map": MOSTLY_EMPTY.model_copy(update={"guidance_path": "guided"})}),
     ("flow-map", {"causal": CAUSAL}),
     ("flow-map", {"causal": SHORT, "lora": False, "checkpointing": True, **GIVEN}),
     ("flow-matching", {"checkpointing": True}),
