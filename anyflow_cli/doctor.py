@@ -1,9 +1,7 @@
-"""What of this machine and environment would stop a run, found before a run is started.
+"""What on this machine would stop a run: versions, devices, disk, memory, models.
 
-Each check looks at one thing and gives a ``Finding``: fine, worth knowing, or in the way, with the next
-step. Checks stand alone: a broken torch does not hide a full disk, and a check that breaks is itself a
-finding. Nothing is downloaded and nothing is left behind. What a run will *cost* is not asked here; that is
-``plan``.
+Each check is one function from the recipe or a path to a ``Finding``. A check that fails is itself a finding.
+Nothing is downloaded and nothing is left behind. The cost of a run is the subject of ``plan``.
 """
 
 from __future__ import annotations
@@ -23,7 +21,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Literal
 
-from anyflow_cli.errors import AnyflowError, UsageError
+from anyflow_cli.errors import AnyflowError
 from anyflow_cli.recipe.schema import Recipe
 
 if TYPE_CHECKING:
@@ -37,7 +35,7 @@ State = Literal["ok", "note", "stop"]
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing looked at: ``stop`` is in the way of a run, ``note`` is worth knowing."""
+    """Result of one check: ``stop`` prevents a run, ``note`` is worth knowing."""
 
     name: str
     state: State
@@ -46,7 +44,7 @@ class Finding:
 
 
 def examine(recipe: Recipe, runs: Path) -> Iterator[Finding]:
-    """Look at everything a run of ``recipe`` under ``runs`` stands on, cheapest first."""
+    """Check everything a run of ``recipe`` under ``runs`` depends on, cheapest first."""
     checks: list[tuple[str, Callable[[], Finding]]] = [
         ("python", python),
         ("packages", packages),
@@ -58,16 +56,16 @@ def examine(recipe: Recipe, runs: Path) -> Iterator[Finding]:
         ("runs directory", lambda: writable(runs)),
         ("video files", check_ffmpeg),
         ("built-in models", built_in_models),
-        ("teacher", lambda: teacher(recipe)),
         ("precision", lambda: precision(recipe)),
         ("vbench", lambda: vbench(recipe)),
     ]
     for name, check in checks:
         yield _guarded(name, check)
+    yield from models_and_data(recipe, runs)
 
 
 def _guarded(name: str, check: Callable[[], Finding]) -> Finding:
-    """A check that cannot be carried out is a finding: environments break in ways no one listed."""
+    """Run a check; one that fails is a finding, since environments break in ways that no list covers."""
     try:
         return check()
     except AnyflowError as error:
@@ -238,36 +236,20 @@ def built_in_models() -> Finding:
     return Finding("built-in models", "ok", ", ".join(BUILT_IN))
 
 
-def teacher(recipe: Recipe) -> Finding:
-    """Whether the recipe's teacher is here already; nothing is fetched."""
-    from anyflow_cli.model.pipeline_io import BUILT_IN, read_config, resolve_pipeline
+def models_and_data(recipe: Recipe, runs: Path) -> Iterator[Finding]:
+    """Check what the commands of the recipe start from, each path or address once."""
+    from anyflow_cli.runs.paths import RunPaths
+    from anyflow_cli.runs.resources import Resource, inputs
 
-    address = recipe.model.teacher
-    if address in BUILT_IN or Path(address).expanduser().exists():
-        config = read_config(resolve_pipeline(address))
-        text = f"{address}: {config.layers} layers of width {config.dim}"
-        return Finding("teacher", "ok", text)
-    place = _cached(address)
-    if place is not None:
-        return Finding("teacher", "ok", f"{address} is in the cache, {place}")
-    if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
-        hint = "unset HF_HUB_OFFLINE, or give a local folder with --set model.teacher=..."
-        return Finding("teacher", "stop", f"{address} is not in the cache and the Hub is switched off", hint)
-    hint = f"fetch it ahead of time with `hf download {address}`"
-    return Finding("teacher", "note", f"{address} will be fetched from the Hugging Face Hub when used", hint)
-
-
-def _cached(name: str) -> str | None:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return str(snapshot_download(name, local_files_only=True))
-    except LocalEntryNotFoundError:
-        return None
-    except HFValidationError as error:
-        hint = "Set model.teacher to a folder or a Hub name."
-        raise UsageError(f"There is no model at {name}.", hint) from error
+    states: dict[str, State] = {"ready": "ok", "optional": "ok", "unusable": "stop"}
+    found: dict[str, Resource] = {}
+    for command in ("synthesize", "train-flowmap", "distill", "sample"):
+        for resource in inputs(recipe, RunPaths(runs, recipe.name), command):
+            found.setdefault(resource.place, resource)
+    for place, resource in found.items():
+        state = states.get(resource.state, "stop" if resource.problem else "note")
+        text = resource.problem or f"{place}: {resource.state}"
+        yield Finding(resource.name, state, text, resource.how_to_get_it or None)
 
 
 def precision(recipe: Recipe) -> Finding:

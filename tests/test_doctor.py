@@ -31,7 +31,7 @@ def finding_of(name: str, recipe: Recipe, runs: Path) -> Finding:
 
 def test_every_check_gives_one_finding_and_every_obstacle_a_next_step(tmp_path: Path) -> None:
     findings = list(examine(recipe(), tmp_path / "runs"))
-    assert len({finding.name for finding in findings}) == len(findings) == 13
+    assert len({(finding.name, finding.text) for finding in findings}) == len(findings) == 16
     assert all(finding.hint for finding in findings if finding.state == "stop")
     assert not (tmp_path / "runs").exists()
 
@@ -94,14 +94,18 @@ def test_more_threads_than_cores_is_worth_knowing(monkeypatch: pytest.MonkeyPatc
     assert doctor.processors().hint == "export OMP_NUM_THREADS=1"
 
 
-def test_a_teacher_on_the_disk_is_read_and_one_of_the_hub_is_not_fetched(
+def test_the_recipes_models_and_data_are_checked_and_nothing_is_downloaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     folder = make_wan_folder(tmp_path / "wan")
-    assert doctor.teacher(recipe(str(folder))).text == f"{folder}: 2 layers of width 32"
-    assert doctor.teacher(recipe("someone/model")).state == "note"
+    assert finding_of("teacher", recipe(str(folder)), tmp_path).state == "ok"
+    assert finding_of("teacher", recipe("someone/model"), tmp_path).state == "note"
+    data = finding_of("data set", recipe(), tmp_path)
+    assert (data.state, data.hint) == ("note", "run `anyflow synthesize -r test`")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert doctor.teacher(recipe("someone/model")).state == "stop"
+    assert finding_of("teacher", recipe("someone/model"), tmp_path).state == "stop"
 
 
 def test_a_missing_teacher_stops_a_run(tmp_path: Path) -> None:

@@ -110,12 +110,8 @@ def _sample(
     paths = RunPaths(runs, settings.name)
     choice = find_model(settings, paths, asked.model, teacher=teacher)
     log.info("Model: %s (%s)", *choice)
-    needs = inputs(
-        settings,
-        paths,
-        "sample",
-        Given(settings.model.teacher if teacher else asked.model, prompts=bool(asked.prompts)),
-    )
+    named = settings.model.teacher if teacher else asked.model
+    needs = inputs(settings, paths, "sample", Given(named, prompts=bool(asked.prompts)))
     steps = tuple(dict.fromkeys(asked.steps)) if budget is None else (1,)
     request = SampleRequest(asked.prompts, asked.seeds, steps, asked.given)
     total = len(request.pairs) * len(request.nfe)
