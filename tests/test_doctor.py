@@ -1,4 +1,4 @@
-"""The doctor: each obstacle is named with its next step, and one obstacle hides no other."""
+"""`doctor` names every obstacle with its next step, and one obstacle hides no other."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def finding_of(name: str, recipe: Recipe, runs: Path) -> Finding:
     return next(finding for finding in examine(recipe, runs) if finding.name == name)
 
 
-def test_every_check_gives_one_finding_and_every_obstacle_a_next_step(tmp_path: Path) -> None:
+def test_every_check_gives_one_finding_and_every_obstacle_has_a_hint(tmp_path: Path) -> None:
     findings = list(examine(recipe(), tmp_path / "runs"))
     assert len({(finding.name, finding.text) for finding in findings}) == len(findings) == 16
     assert all(finding.hint for finding in findings if finding.state == "stop")
@@ -40,7 +40,7 @@ def test_this_environment_can_run(tmp_path: Path) -> None:
     states = {finding.name: finding.state for finding in examine(recipe(), tmp_path)}
     for name in ("python", "torch", "disk", "runs directory", "video files", "precision"):
         assert states[name] == "ok", name
-    assert states["devices"] != "stop"  # a note where torch is built for GPUs and there is none
+    assert states["devices"] != "stop"  # a note if torch is built for GPUs and there is none
 
 
 def test_a_full_disk_stops_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,14 +53,14 @@ def test_little_memory_stops_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
     assert doctor.memory().state == "stop"
 
 
-def test_a_containers_limit_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    told = {
+def test_the_limits_of_a_container_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {
         "/proc/meminfo": "MemTotal: 64000000 kB\nMemAvailable: 32000000 kB",
         "/sys/fs/cgroup/memory.max": str(3 * 2**30),
         "/sys/fs/cgroup/memory.current": str(2**30),
         "/sys/fs/cgroup/cpu.max": "150000 100000",
     }
-    monkeypatch.setattr(doctor, "_read", lambda path: told[path])
+    monkeypatch.setattr(doctor, "_read", lambda path: files[path])
     assert doctor.free_memory() == 2 * 2**30
     assert doctor.usable_cores() == 1
 
@@ -88,13 +88,13 @@ def test_a_version_out_of_range_stops_a_run(monkeypatch: pytest.MonkeyPatch) -> 
     assert "pytest" not in found.text
 
 
-def test_more_threads_than_cores_is_worth_knowing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_threads_than_cores_gives_a_hint(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "usable_cores", lambda: 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
     assert doctor.processors().hint == "export OMP_NUM_THREADS=1"
 
 
-def test_the_recipes_models_and_data_are_checked_and_nothing_is_downloaded(
+def test_models_and_data_of_the_recipe_are_checked_and_nothing_is_downloaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
@@ -112,7 +112,9 @@ def test_a_missing_teacher_stops_a_run(tmp_path: Path) -> None:
     assert finding_of("teacher", recipe(str(tmp_path / "no" / "model")), tmp_path).state == "stop"
 
 
-def test_a_stand_in_for_weights_stops_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_git_lfs_pointer_instead_of_weights_stops_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from anyflow_cli.model import pipeline_io
 
     assets = shutil.copytree(pipeline_io.ASSETS, tmp_path / "assets")
@@ -124,7 +126,7 @@ def test_a_stand_in_for_weights_stops_a_run(tmp_path: Path, monkeypatch: pytest.
     assert "model.safetensors is damaged" in found.text
 
 
-def test_a_check_that_breaks_is_a_finding_and_the_others_go_on(
+def test_a_check_that_raises_is_a_finding_and_the_others_still_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken() -> Finding:
@@ -137,7 +139,7 @@ def test_a_check_that_breaks_is_a_finding_and_the_others_go_on(
     assert found["disk"].state == "ok"
 
 
-def test_bf16_that_is_slower_is_worth_knowing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bf16_slower_than_fp32_gives_a_hint(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "_matmul_seconds", lambda dtype: 2.0 if dtype == torch.bfloat16 else 1.0)
     found = doctor.precision(recipe(precision="bf16"))
     assert found.state == "note"

@@ -1,4 +1,4 @@
-"""Exports: what each format holds is the model, by the reader that the format is for."""
+"""Every export format gives back the exported model, read by the library that the format is for."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def network() -> FlowMapTransformer:
     return FlowMapTransformer(SMALL)
 
 
-def test_original_names_are_undone_by_the_converter_of_diffusers(network: FlowMapTransformer) -> None:
+def test_the_converter_of_diffusers_reverses_the_original_names(network: FlowMapTransformer) -> None:
     from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 
     names = [name for name in network.state_dict() if "delta" not in name]
@@ -43,7 +43,7 @@ def test_original_names_are_undone_by_the_converter_of_diffusers(network: FlowMa
     assert sorted(convert_wan_transformer_to_diffusers(original)) == sorted(names)
 
 
-def test_original_names_are_wans_own() -> None:
+def test_the_original_names_are_those_of_wan() -> None:
     assert original_name("blocks.11.attn2.to_out.0.bias") == "blocks.11.cross_attn.o.bias"
     assert original_name("blocks.0.attn1.norm_q.weight") == "blocks.0.self_attn.norm_q.weight"
     assert original_name("blocks.3.norm2.weight") == "blocks.3.norm3.weight"
@@ -52,7 +52,7 @@ def test_original_names_are_wans_own() -> None:
     assert original_name("condition_embedder.delta_embedder.linear_2.bias") == "delta_embedding.2.bias"
 
 
-def test_comfyui_file_holds_every_weight_under_its_prefix(
+def test_a_comfyui_file_has_every_weight_under_its_prefix(
     network: FlowMapTransformer, tmp_path: Path
 ) -> None:
     write_comfyui(tmp_path / "m.safetensors", network, {}, None)
@@ -62,7 +62,7 @@ def test_comfyui_file_holds_every_weight_under_its_prefix(
     assert all(torch.equal(stored[name], weight) for name, weight in expected.items())
 
 
-def test_merged_file_builds_the_class_of_diffusers_from_its_own_metadata(
+def test_the_metadata_of_a_merged_file_builds_the_diffusers_class(
     network: FlowMapTransformer, tmp_path: Path
 ) -> None:
     from diffusers import AnyFlowTransformer3DModel
@@ -86,7 +86,9 @@ def test_merged_file_builds_the_class_of_diffusers_from_its_own_metadata(
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
-def test_weights_are_stored_as_asked(network: FlowMapTransformer, tmp_path: Path, dtype: str) -> None:
+def test_weights_are_stored_in_the_requested_dtype(
+    network: FlowMapTransformer, tmp_path: Path, dtype: str
+) -> None:
     write_merged(tmp_path / "m.safetensors", network, {}, dtype)
     kinds = {w.dtype for w in load_file(tmp_path / "m.safetensors").values()}
     assert kinds == {{"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]}
@@ -106,7 +108,7 @@ def recipe_for(wan: Path, lora: bool = False) -> Recipe:
 
 
 def make_run(folder: Path, wan: Path, lora: bool) -> FlowMapTransformer:
-    """A run with one checkpoint, as a training leaves it, and the network that its average is."""
+    """Write a training run with one checkpoint; returns the network with its EMA weights."""
     recipe = recipe_for(wan, lora)
     size = LoraSize(4, 8) if lora else None
     backbone = Backbone(two_time_from(load_network(wan)), lora=size)
@@ -130,7 +132,7 @@ def assert_same(network: FlowMapTransformer, other: FlowMapTransformer) -> None:
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-def test_a_checkpoint_is_the_average_of_its_run(wan: Path, tmp_path: Path, lora: bool) -> None:
+def test_a_checkpoint_opens_with_the_ema_weights_of_its_run(wan: Path, tmp_path: Path, lora: bool) -> None:
     expected = make_run(tmp_path / "run", wan, lora)
     for address in ("run", "run/checkpoints/step-000007"):
         opened = open_model(str(tmp_path / address), recipe_for(wan))
@@ -140,7 +142,7 @@ def test_a_checkpoint_is_the_average_of_its_run(wan: Path, tmp_path: Path, lora:
         assert opened.lineage["checkpoint"] == "step-000007"
 
 
-def test_a_finished_run_is_its_model(wan: Path, tmp_path: Path) -> None:
+def test_a_finished_run_opens_as_its_model(wan: Path, tmp_path: Path) -> None:
     make_run(tmp_path / "run", wan, lora=False)
     model = two_time_from(load_network(wan))
     save_pipeline(tmp_path / "run" / "model", model, wan, {"steps": 9})
@@ -149,7 +151,7 @@ def test_a_finished_run_is_its_model(wan: Path, tmp_path: Path) -> None:
     assert_same(opened.network, model)
 
 
-def test_a_run_without_a_checkpoint_says_so(wan: Path, tmp_path: Path) -> None:
+def test_a_run_without_a_checkpoint_is_refused(wan: Path, tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(dump(recipe_for(wan)))
     with pytest.raises(UsageError, match="neither a finished model nor a checkpoint"):
         open_model(str(tmp_path), recipe_for(wan))
@@ -162,14 +164,14 @@ def test_an_incomplete_checkpoint_is_refused(wan: Path, tmp_path: Path) -> None:
         open_model(str(tmp_path / "checkpoints" / "step-000007"), recipe_for(wan))
 
 
-def test_a_checkpoint_whose_start_is_gone_says_so(wan: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_without_its_base_model_is_refused(wan: Path, tmp_path: Path) -> None:
     make_run(tmp_path, wan, lora=False)
     (tmp_path / "lineage.json").write_text(json.dumps({"base": str(tmp_path / "gone")}))
     with pytest.raises(UsageError, match=r"continues \S+/gone, which is not there"):
         open_model(str(tmp_path), recipe_for(wan))
 
 
-def test_a_checkpoint_becomes_a_folder_that_diffusers_opens(wan: Path, tmp_path: Path) -> None:
+def test_diffusers_opens_the_folder_of_an_exported_checkpoint(wan: Path, tmp_path: Path) -> None:
     from diffusers import AnyFlowPipeline
 
     expected = make_run(tmp_path / "run", wan, lora=True)
@@ -190,7 +192,9 @@ def test_a_built_in_model_exports_as_a_complete_folder(wan: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("place", ["run", "run/adapter of a finished run"])
-def test_an_adapter_merges_in_peft_to_the_trained_network(wan: Path, tmp_path: Path, place: str) -> None:
+def test_peft_merges_an_exported_adapter_to_the_trained_network(
+    wan: Path, tmp_path: Path, place: str
+) -> None:
     from diffusers import AnyFlowTransformer3DModel
     from peft import PeftModel
 
@@ -208,7 +212,7 @@ def test_an_adapter_merges_in_peft_to_the_trained_network(wan: Path, tmp_path: P
     assert json.loads((made / "adapter_config.json").read_text())["base_model_name_or_path"] == str(wan)
 
 
-def test_a_model_trained_whole_has_no_adapter(wan: Path, tmp_path: Path) -> None:
+def test_a_model_trained_without_lora_has_no_adapter(wan: Path, tmp_path: Path) -> None:
     make_run(tmp_path / "run", wan, lora=False)
     for address in (tmp_path / "run", wan):
         with pytest.raises(UsageError, match="has no adapter"):
@@ -216,7 +220,7 @@ def test_a_model_trained_whole_has_no_adapter(wan: Path, tmp_path: Path) -> None
     assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_keeps_the_type_of_its_weights(wan: Path, tmp_path: Path) -> None:
+def test_an_exported_folder_keeps_the_dtype_of_its_weights(wan: Path, tmp_path: Path) -> None:
     recipe = recipe_for(wan)
     half = export_model(str(wan), recipe, "diffusers", tmp_path / "half", "bf16")
     kept = export_model(str(half), recipe, "merged", tmp_path / "kept.safetensors")
@@ -224,7 +228,7 @@ def test_a_folder_keeps_the_type_of_its_weights(wan: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("kind", ["diffusers", "merged", "comfyui", "adapter"])
-def test_nothing_is_written_over(wan: Path, tmp_path: Path, kind: str) -> None:
+def test_existing_files_are_not_overwritten(wan: Path, tmp_path: Path, kind: str) -> None:
     for name in ("taken", "file.safetensors"):
         (tmp_path / name).write_text("mine")
     out = tmp_path / ("file.safetensors" if kind in ("merged", "comfyui") else "taken")
@@ -234,10 +238,10 @@ def test_nothing_is_written_over(wan: Path, tmp_path: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("lora", ["null", "{rank: 4, alpha: 8}"], ids=["full", "lora"])
-def test_the_last_checkpoint_of_a_run_is_its_finished_model(
+def test_the_last_checkpoint_of_a_run_equals_its_finished_model(
     wan: Path, tmp_path: Path, lora: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Both stages by their commands: with adapters, stage 2 stands on the teacher and not on its start."""
+    """Both stages through their commands; with LoRA, the base of stage 2 is the teacher, not its start."""
     from anyflow_cli.cli import app
 
     recipe = tmp_path / "small.yaml"
