@@ -13,6 +13,7 @@ from anyflow_cli.recipe.renamed import RENAMED
 from anyflow_cli.recipe.schema import Recipe
 
 ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "anyflow_cli"
 GUIDES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
 PAGES = [*sorted(ROOT.glob("docs/*.md")), *(ROOT / name for name in GUIDES)]
 TO_WRAP = ("recipes", "training", "vbench")
@@ -64,6 +65,12 @@ def test_lines_are_at_most_110_columns_long(page: Path) -> None:
     assert [line for line in kept if len(line) > 110] == []
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_source_file_on_a_page_exists(page: Path) -> None:
+    named = set(re.findall(r"`([a-z_0-9]+/[\w./]+\.(?:py|sh|yaml))`", text_of(page)))
+    assert {name for name in named if not any((top / name).is_file() for top in (ROOT, PACKAGE))} == set()
+
+
 def test_the_changelog_names_every_renamed_key() -> None:
     changelog = text_of(ROOT / "CHANGELOG.md")
     for old, new in (pair for keys in RENAMED.values() for pair in keys.items()):
@@ -71,7 +78,7 @@ def test_the_changelog_names_every_renamed_key() -> None:
 
 
 def test_every_environment_variable_that_is_read_is_documented() -> None:
-    source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "anyflow_cli").rglob("*.py"))
+    source = "".join(path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py"))
     read = set(re.findall(r"""environ(?:\.get\(|\.setdefault\(|\[)"([A-Z_]+)""", source)) - VBENCH_WORKER
     page = text_of(ROOT / "docs/troubleshooting.md")
     assert {name for name in read if f"`{name}`" not in page} == set()
