@@ -29,7 +29,7 @@ from anyflow_cli.evaluate.shapes.suite import PROMPT_SEED, ShapesSuite
 from anyflow_cli.recipe.load import load_recipe
 from anyflow_cli.recipe.schema import Recipe
 from anyflow_cli.runs.paths import RunPaths
-from anyflow_cli.sample.output import GIVEN, SAMPLES_JSON
+from anyflow_cli.sample.output import BORDER_NOTE, SAMPLES_JSON
 from anyflow_cli.sample.sampler import VideoSampler
 from anyflow_cli.utils.contact_sheet import SheetRow, contact_sheet
 
@@ -73,7 +73,9 @@ def given(args: argparse.Namespace) -> None:
     videos = [list(sampler.videos(prompts, _seeds(recipe), steps, PROMPTS)) for steps in STEPS]
     rows = [SheetRow(prompt, [column[i] for column in videos]) for i, prompt in enumerate(prompts)]
     headings = [f"{steps} step{'s' * (steps > 1)}" for steps in STEPS]
-    contact_sheet(rows, headings, frames=5, given=args.frames, note=GIVEN).save(args.out, optimize=True)
+    contact_sheet(rows, headings, frames=5, bordered=args.frames, note=BORDER_NOTE).save(
+        args.out, optimize=True
+    )
 
 
 def along(args: argparse.Namespace) -> None:

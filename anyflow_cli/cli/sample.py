@@ -1,4 +1,4 @@
-"""``anyflow sample``: videos from prompts, at one or several step counts side by side."""
+"""``anyflow sample``: videos from prompts, at one or several step counts."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from anyflow_cli.cli import options
 from anyflow_cli.cli.console import print_dry_run, print_result
 from anyflow_cli.cli.progress import Progress
 from anyflow_cli.cli.sample_options import (
-    SampleSettings,
+    SampleOptions,
     check_stdout,
-    check_steps,
+    options_of_refine,
+    read_all_prompts,
     read_conditioning_frames,
     read_prompt_switches,
-    read_prompts_of,
     read_steps,
-    settings_of_refine,
+    refuse_together,
 )
 
 if TYPE_CHECKING:
@@ -54,44 +54,47 @@ def sample(
     as_json: options.JsonOption = False,
     debug: options.DebugOption = False,
 ) -> None:
-    """Make videos from prompts with an any-step model, at several step counts side by side.
+    """Sample videos from prompts with an any-step model, at several step counts side by side.
 
     Without --model, the furthest model trained with the recipe is used, else the one that ships.
     """
-    check_steps({"--nfe": nfe, "--preview": preview or None, "--latency-budget": latency_budget})
+    refuse_together(
+        {"--nfe": nfe, "--preview": preview or None, "--latency-budget": latency_budget},
+        "how many steps to take",
+    )
     if refine is None:
         overrides = {"--frames": ("sample.frames", frames), "--seed": ("sample.seed", seed)}
-        settings = at_sampled_length(options.load_settings(recipe, assignments, overrides))
-        usual = settings.sample.nfe if not teacher else (settings.sample.teacher_steps,)
-        asked = SampleSettings(
+        settings = with_sampled_length(options.load_settings(recipe, assignments, overrides))
+        default = (settings.sample.teacher_steps,) if teacher else settings.sample.nfe
+        chosen = SampleOptions(
             settings,
-            read_prompts_of(settings, prompt, prompts, allow_missing=dry_run),
+            read_all_prompts(settings, prompt, prompts, allow_missing=dry_run),
             list(range(settings.sample.seed, settings.sample.seed + count)),
-            read_steps(nfe, preview=preview) or usual,
+            read_steps(nfe, preview=preview) or default,
             read_prompt_switches(then, settings.model.frames),
             read_conditioning_frames(settings, image, video, video_frames),
             model,
             sampler,
         )
     else:
-        repeated = {
+        recorded = {
             "--prompt": prompt, "--prompts": prompts, "--preview": preview or None, "--frames": frames,
             "--count": None if count == 1 else count, "--teacher": teacher or None, "--model": model,
             "--sampler": sampler, "--image": image, "--video": video, "--video-frames": video_frames,
             "--then": then, "--seed": seed,
         }  # fmt: skip
-        asked = settings_of_refine(
-            refine, options.load_settings(recipe, assignments), repeated, read_steps(nfe)
+        chosen = options_of_refine(
+            refine, options.load_settings(recipe, assignments), recorded, read_steps(nfe)
         )
     folder = _sample(
-        asked, runs, out, latency_budget, teacher=teacher, stream=stream, dry_run=dry_run, as_json=as_json
+        chosen, runs, out, latency_budget, teacher=teacher, stream=stream, dry_run=dry_run, as_json=as_json
     )
     if preview and folder is not None:
-        log.info("From the same noise at more steps: anyflow sample --refine %s", folder)
+        log.info("To sample from the same noise at more steps: anyflow sample --refine %s", folder)
 
 
 def _sample(
-    asked: SampleSettings,
+    chosen: SampleOptions,
     runs: Path,
     out: Path | None,
     budget: float | None,
@@ -101,27 +104,27 @@ def _sample(
     dry_run: bool,
     as_json: bool,
 ) -> Path | None:
-    """Sample; gives the directory where the files are."""
+    """Sample and write the files; return their directory, None if there is none."""
     from anyflow_cli.runs.paths import RunPaths
     from anyflow_cli.runs.resources import Given, find_model, inputs, require
     from anyflow_cli.sample.output import SampleRequest, check_directory, make_directory, write_samples
 
-    settings = asked.settings
+    settings = chosen.recipe
     paths = RunPaths(runs, settings.name)
-    choice = find_model(settings, paths, asked.model, teacher=teacher)
+    choice = find_model(settings, paths, chosen.model, teacher=teacher)
     log.info("Model: %s (%s)", *choice)
-    named = settings.model.teacher if teacher else asked.model
-    needs = inputs(settings, paths, "sample", Given(named, prompts=bool(asked.prompts)))
-    steps = tuple(dict.fromkeys(asked.steps)) if budget is None else (1,)
-    request = SampleRequest(asked.prompts, asked.seeds, steps, asked.given)
+    named = settings.model.teacher if teacher else chosen.model
+    needs = inputs(settings, paths, "sample", Given(named, prompts=bool(chosen.prompts)))
+    steps = tuple(dict.fromkeys(chosen.steps)) if budget is None else (1,)
+    request = SampleRequest(chosen.prompts, chosen.seeds, steps, chosen.frames)
     total = len(request.pairs) * len(request.nfe)
     if to_stdout := out == Path("-"):
         check_stdout(total, stream=stream, as_json=as_json)
     else:
         check_directory(out)
     if dry_run:
-        shown = request.nfe if budget is None else f"what {budget:g} s allow"
-        facts = {"model": choice.address, "because": choice.why, "prompts": len(asked.prompts), "nfe": shown}
+        shown = request.nfe if budget is None else f"as many as fit into {budget:g} s"
+        facts = {"model": choice.address, "because": choice.why, "prompts": len(chosen.prompts), "nfe": shown}
         facts |= {"seeds": list(request.seeds), "videos": total, "out": out or paths.samples}
         print_dry_run("sample", facts, needs, as_json=as_json)
         return None
@@ -131,17 +134,17 @@ def _sample(
     from anyflow_cli.sample.sampler import VideoSampler
     from anyflow_cli.sample.streaming import stream_to_stdout
 
-    opened = VideoSampler.load(choice.address, settings, teacher=teacher, method=asked.method)
-    if asked.preview is not None:
-        asked.preview.check_model(opened)
-    opened.condition_on(asked.given and asked.given.pixels, asked.later)
-    if stream or any(isinstance(each, tuple) for each in request.nfe):
+    opened = VideoSampler.load(choice.address, settings, teacher=teacher, method=chosen.method)
+    if chosen.previous is not None:
+        chosen.previous.check_model(opened)
+    opened.condition_on(chosen.frames and chosen.frames.pixels, chosen.switches)
+    if stream or any(isinstance(schedule, tuple) for schedule in request.nfe):
         opened.require_causal()
     if budget is not None:
-        request = replace(request, nfe=(steps_within(budget, opened, asked.prompts[0]),))
+        request = replace(request, nfe=(steps_within(budget, opened, chosen.prompts[0]),))
     if to_stdout:
-        pace = stream_to_stdout(opened, request.prompts[0], request.seeds[0], request.nfe[0])
-        log.info("%s.", pace.said(settings.model.fps).capitalize())
+        timing = stream_to_stdout(opened, request.prompts[0], request.seeds[0], request.nfe[0])
+        log.info("%s.", timing.summary(settings.model.fps).capitalize())
         return None
     folder = make_directory(out, paths.samples)
     with Progress("sample", total, "videos") as progress:
@@ -151,7 +154,7 @@ def _sample(
     return folder
 
 
-def at_sampled_length(recipe: Recipe) -> Recipe:
-    """The recipe for videos of ``sample.frames``; a causal model goes on beyond its trained length."""
+def with_sampled_length(recipe: Recipe) -> Recipe:
+    """Return the recipe with ``sample.frames`` as its length, which a causal model need not be trained at."""
     frames = recipe.sample.frames or recipe.model.frames
     return recipe.model_copy(update={"model": recipe.model.model_copy(update={"frames": frames})})

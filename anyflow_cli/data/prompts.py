@@ -1,15 +1,15 @@
-"""Prompts from a file (txt, csv, jsonl, parquet) or from the captions of a world.
+"""Prompts and captions from files: tables (csv, jsonl, parquet) and text, or the captions of a shapes world.
 
-Everything a prompt file can get wrong is refused here in one sentence that names the file and, where there is
-one, the line. Prompts stay data: nothing downstream may turn one into a path. Repeated prompts are kept,
-since each row has a seed of its own, but their number is said.
+Files are read row by row, and a row that cannot be used raises an error that names file and line; callers
+decide whether to refuse the file or to leave the row out. Text is UTF-8; another encoding is named, never
+guessed. Prompts are data: nothing turns one into a path.
 """
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
-import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,32 +17,53 @@ from typing import Any
 
 from anyflow_cli.data.shapes_world import WORLDS
 from anyflow_cli.errors import UsageError
+from anyflow_cli.utils.records import parse_record
 
-MAX_LENGTH = 2000
-COLUMNS = ("prompt", "caption", "text")
-FORMATS = "one prompt a line (.txt), or a column 'prompt', 'caption' or 'text' (.csv, .jsonl, .parquet)"
+MAX_LENGTH = 2000  # characters
+MAX_ROWS = 10_000_000
+MAX_TEXT_BYTES = 1 << 28
+TEXT_COLUMNS = ("prompt", "caption", "text")
+FILE_COLUMNS = ("file", "file_name", "video")  # ours, Hugging Face's, and that of other trainers
+FORMATS = "one prompt per line (.txt), or a column 'prompt', 'caption' or 'text' (.csv, .jsonl, .parquet)"
+ESCAPED_BYTES = ("\udc80", "\udcff")  # how bytes that are not UTF-8 are decoded
+ENCODING_MARKS = {
+    codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16",
+}  # fmt: skip
 
 log = logging.getLogger(__name__)
 
-PromptRow = Mapping[Any, Any]
-PromptRows = Iterator[tuple[int, PromptRow]]  # line (in a parquet table: row) number from 1, and its columns
+TableRow = Mapping[Any, Any]
+TableRows = Iterator[tuple[int, TableRow]]  # line (parquet: row) number from 1, and its columns
 
 
 def read_prompts(path: str | Path) -> list[str]:
-    """All prompts of a file in order. Blank lines of a txt file are skipped; repeats are kept and counted."""
+    """Read all prompts of a file in order; blank lines of a txt file are skipped, repeats kept and counted.
+
+    Raises:
+        UsageError: The file is unreadable, or rows are unusable; names the first and counts the others.
+    """
     path = Path(path)
     if not path.is_file():
-        what = "is a directory" if path.is_dir() else "does not exist"
+        what = "is not a regular file" if path.exists() else "does not exist"
         raise UsageError(f"The prompt file {path} {what}.", f"Give a file with {FORMATS}.")
-    prompts = [text_field(path, line, row, COLUMNS) for line, row in read_rows(path)]
+    prompts: list[str] = []
+    problems: list[UsageError] = []
+    for line, row in read_rows(path):
+        try:
+            prompts.append(text_field(path, line, row, TEXT_COLUMNS))
+        except UsageError as error:
+            problems.append(error)
+    if problems:
+        more = f" {len(problems) - 1} more lines of it are unusable too." if len(problems) > 1 else ""
+        raise UsageError(problems[0].message + more, problems[0].hint)
     if not prompts:
-        raise UsageError(f"The prompt file {path} holds no prompt.", f"Write {FORMATS}.")
+        raise UsageError(f"The prompt file {path} contains no prompts.", f"Write {FORMATS}.")
     repeated = len(prompts) - len(set(prompts))
     if repeated:
         log.warning(
-            "%s repeats %d of its %d prompts; each is used, with a seed of its own.",
-            path, repeated, len(prompts),
-        )  # fmt: skip
+            "%s repeats %d of its %d prompts; each is used, with its own seed.", path, repeated, len(prompts)
+        )
     return prompts
 
 
@@ -51,64 +72,91 @@ def world_captions(world: str, count: int, seed: int = 0) -> list[str]:
     return [WORLDS[world].scene(seed + index).caption for index in range(count)]
 
 
-def read_rows(path: Path) -> PromptRows:
-    """The rows of a table by its ending; a line of a txt file is a row with the column 'prompt'."""
+def read_rows(path: Path) -> TableRows:
+    """Yield the rows of a table by its suffix; a line of a txt file is a row with the column 'prompt'."""
     reader = READERS.get(path.suffix.lower())
     if reader is None:
-        raise UsageError(f"The file {path} has the unknown ending '{path.suffix}'.", f"Rename it: {FORMATS}.")
+        raise UsageError(f"The file {path} has the unknown suffix '{path.suffix}'.", f"Rename it: {FORMATS}.")
     return reader(path)
 
 
-def text_field(path: Path, line: int, row: PromptRow, columns: Sequence[str]) -> str:
-    """The text in the first of ``columns`` that the row has, refused when it is no usable text."""
+def text_field(
+    path: Path, line: int, row: TableRow, columns: Sequence[str], max_length: int | None = MAX_LENGTH
+) -> str:
+    """Return the text in the first of ``columns`` that the row has; refuse a row without usable text."""
     column = next((name for name in columns if name in row), None)
     if column is None:
         found = ", ".join(f"'{name}'" for name in row if name is not None) or "none"
         wanted = " or ".join(f"'{name}'" for name in columns)
         raise UsageError(
-            f"Line {line} of {path} has no column {wanted} (found: {found}).", "Name the column so."
+            f"Line {line} of {path} has no column {wanted} (found: {found}).", "Rename the column."
         )
     value = row[column]
     if not isinstance(value, str) or not value.strip():
         raise UsageError(
-            f"Line {line} of {path} has no text for its {column}.", "Fill it in or remove the line."
+            f"Line {line} of {path} has no text in its column '{column}'.", "Fill it in or remove the line."
         )
-    return checked_text(f"line {line} of {path}", value.strip())
+    return check_text(value.strip(), f"Line {line} of {path}", max_length)
 
 
-def checked_text(where: str, text: str) -> str:
-    """The text itself, unless it is too long or holds control characters."""
-    if len(text) > MAX_LENGTH:
+def check_text(text: str, source: str, max_length: int | None = MAX_LENGTH) -> str:
+    """Return a text that can be a prompt; refuse one that is too long, not Unicode, or not printable.
+
+    Args:
+        text: The text.
+        source: Where it is from, at the start of the message.
+        max_length: Most characters; None for any number.
+    """
+    if max_length is not None and len(text) > max_length:
         raise UsageError(
-            f"The text in {where} has {len(text):,} characters, more than {MAX_LENGTH:,}.",
-            "Shorten it: text encoders read about 500 tokens and would ignore the rest unsaid.",
+            f"{source} has {len(text):,} characters, more than {max_length:,}.",
+            "Shorten it: text encoders read about 500 tokens and ignore the rest.",
         )
-    if any(ord(c) < 32 and c not in "\n\r\t" for c in text):
-        raise UsageError(f"The text in {where} contains control characters.", "Remove them.")
+    if any(ESCAPED_BYTES[0] <= c <= ESCAPED_BYTES[1] for c in text):
+        raise UsageError(f"{source} is {_encoding(text)}, not UTF-8.", "Save the file as UTF-8.")
+    if any((ord(c) < 32 and c not in "\n\r\t") or "\ud800" <= c <= "\udfff" for c in text):
+        raise UsageError(f"{source} contains control characters or lone surrogates.", "Remove them.")
     return text
 
 
-def read_text(path: Path) -> str:
-    """A text file as UTF-8, or a message that says what it is instead."""
-    raw = path.read_bytes()
-    if b"\0" in raw:
-        raise UsageError(f"The file {path} is binary, not text.", f"Give a file with {FORMATS}.")
+def _encoding(text: str) -> str:
+    """Name the likely encoding of text with escaped bytes."""
     try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise UsageError(
-            f"Line {line} of {path} is not UTF-8.", "Save the file as UTF-8 and run again."
-        ) from error
+        text.encode("utf-8", "surrogateescape").decode("cp1252")
+    except UnicodeDecodeError:
+        return "in an unknown encoding"
+    return "probably cp1252"
 
 
-def _txt(path: Path) -> PromptRows:
+def read_text(path: Path) -> str:
+    """Read a text file; bytes that are not UTF-8 become surrogates, which ``check_text`` refuses.
+
+    Raises:
+        UsageError: The file is too large, binary, or UTF-16 or UTF-32.
+    """
+    if path.stat().st_size > MAX_TEXT_BYTES:
+        raise UsageError(f"{path} is larger than {MAX_TEXT_BYTES >> 20} MiB.", "Split it.")
+    raw = path.read_bytes()
+    encoding = next((name for mark, name in ENCODING_MARKS.items() if raw.startswith(mark)), None)
+    if encoding is None and b"\0" in raw:
+        even, odd = raw[:4096:2], raw[1:4096:2]
+        if not (even.isascii() and odd.isascii() and max(even.count(0), odd.count(0)) == len(odd)):
+            raise UsageError(f"{path} is binary, not text.", f"Give a file with {FORMATS}.")
+        encoding = "UTF-16"
+    if encoding is not None:
+        raise UsageError(f"{path} is {encoding}, not UTF-8.", "Save the file as UTF-8.")
+    if raw.count(b"\n") > MAX_ROWS:
+        raise UsageError(f"{path} has more than {MAX_ROWS:,} lines.", "Split it.")
+    return raw.decode("utf-8-sig", "surrogateescape")
+
+
+def _txt(path: Path) -> TableRows:
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if line.strip():
             yield number, {"prompt": line}
 
 
-def _csv(path: Path) -> PromptRows:
+def _csv(path: Path) -> TableRows:
     reader = csv.DictReader(io.StringIO(read_text(path), newline=""))
     try:
         for row in reader:
@@ -119,22 +167,17 @@ def _csv(path: Path) -> PromptRows:
         ) from error
 
 
-def _jsonl(path: Path) -> PromptRows:
-    for number, line in _txt(path):
-        try:
-            row = json.loads(line["prompt"])
-        except json.JSONDecodeError as error:
-            raise UsageError(
-                f"Line {number} of {path} is not JSON: {error.msg}.", "Write one object a line."
-            ) from error
-        if not isinstance(row, dict):
-            raise UsageError(
-                f"Line {number} of {path} is not a JSON object.", 'Write {"prompt": "..."} a line.'
-            )
-        yield number, row
+def _jsonl(path: Path) -> TableRows:
+    for number, row in _txt(path):
+        source = f"Line {number} of {path}"
+        line = check_text(row["prompt"].strip(), source, None).encode()
+        yield (
+            number,
+            parse_record(line, dict[str, Any], source, 'Write one object per line, {"prompt": "..."}.'),
+        )
 
 
-def _parquet(path: Path) -> PromptRows:
+def _parquet(path: Path) -> TableRows:
     try:
         import pyarrow.parquet as parquet
     except ImportError as error:
@@ -142,13 +185,24 @@ def _parquet(path: Path) -> PromptRows:
             f"Reading {path} needs pyarrow.", "pip install pyarrow, or export a csv or jsonl."
         ) from error
     try:
-        rows = parquet.read_table(path).to_pylist()
-    except (OSError, ValueError) as error:  # pyarrow's ArrowInvalid is a ValueError
-        raise UsageError(f"The file {path} cannot be read as parquet.", "Export it again.") from error
-    yield from enumerate(rows, 1)
+        table = parquet.ParquetFile(path)
+        if table.metadata.num_rows > MAX_ROWS:
+            raise UsageError(f"{path} has more than {MAX_ROWS:,} rows.", "Split it.")
+        columns = [
+            field.name for field in table.schema_arrow if str(field.type) in ("string", "large_string")
+        ]
+        columns = [name for name in columns if name in (*FILE_COLUMNS, *TEXT_COLUMNS)]
+        rows = [row for batch in table.iter_batches(columns=columns) for row in batch.to_pylist()]
+    except UsageError:
+        raise
+    except Exception as error:  # a decoder of foreign bytes can raise anything
+        reason = str(error).strip().partition("\n")[0].rstrip(".")
+        raise UsageError(f"{path} cannot be read as parquet: {reason}.", "Export it again.") from error
+    others = dict.fromkeys(table.schema_arrow.names)  # without text
+    yield from ((number, others | row) for number, row in enumerate(rows, 1))
 
 
-READERS: dict[str, Callable[[Path], PromptRows]] = {
+READERS: dict[str, Callable[[Path], TableRows]] = {
     ".txt": _txt,
     ".csv": _csv,
     ".jsonl": _jsonl,

@@ -21,8 +21,8 @@ from anyflow_cli.data.clips import ClipFile, list_clips
 from anyflow_cli.data.video import (
     ClipFormat,
     UnusableClipError,
+    decoding_error,
     read_clip,
-    unreadable,
 )
 from anyflow_cli.errors import UsageError
 from anyflow_cli.evaluate.generate import EvaluationJob
@@ -142,7 +142,7 @@ def _place(clip: ClipFile, by_text: Mapping[str, str], prompts: Collection[str])
 def _broken(paths: Iterable[Path]) -> dict[Path, str]:
     listed = list(paths)
     with ThreadPoolExecutor(READERS) as pool:
-        return {path: why for path, why in zip(listed, pool.map(unreadable, listed), strict=True) if why}
+        return {path: why for path, why in zip(listed, pool.map(decoding_error, listed), strict=True) if why}
 
 
 def _score(job: EvaluationJob, item: Item, path: Path) -> VideoScore:

@@ -1,7 +1,7 @@
-"""A causal model's video while it is made: each finished chunk is decoded, encoded and written at once.
+"""Streaming of a causal model's video: each finished chunk is decoded, encoded and written at once.
 
-The clock starts when the prompt is read, with the model already open, and stops for the first frame when its
-bytes are written: what a viewer waits.
+Times start when the prompt is read, with the model already open. The first frame counts when its bytes are
+written: a viewer waits that long.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from anyflow_cli.data.video import Pixels
 from anyflow_cli.errors import AnyflowError
 from anyflow_cli.sample.fragmented_mp4 import Fragments
 from anyflow_cli.sample.sampler import Steps, VideoSampler
-from anyflow_cli.utils.contact_sheet import picked
+from anyflow_cli.utils.contact_sheet import spaced_frames
 
 STDOUT = 1
 
 
-class Pace(NamedTuple):
-    """When each part of a video was written: seconds, and the frames that were there by then."""
+class StreamTiming(NamedTuple):
+    """Per part of a video: seconds until it was written, and the frames written by then."""
 
     seconds: tuple[float, ...]
     frames: tuple[int, ...]
@@ -35,45 +35,44 @@ class Pace(NamedTuple):
 
     @property
     def rate(self) -> float:
-        """Frames a second."""
+        """Frames per second."""
         return self.frames[-1] / self.seconds[-1]
 
-    def said(self, fps: int) -> str:
-        """The figures in words; at what rate the video plays tells whether a viewer has to wait."""
+    def summary(self, fps: int) -> str:
+        """The figures in words, with the rate at which the video plays."""
         return (
             f"first frame after {self.first:.2f} s, {self.frames[-1]} frames in {self.seconds[-1]:.2f} s, "
-            f"{self.rate:.1f} a second (plays at {fps})"
+            f"{self.rate:.1f} per second (plays at {fps})"
         )
 
 
 def stream_video(
-    sampler: VideoSampler, prompt: str, seed: int, nfe: Steps, *takers: Callable[[Pixels], None]
-) -> Pace:
-    """Make a video and give each part to all of ``takers``."""
+    sampler: VideoSampler, prompt: str, seed: int, nfe: Steps, *consumers: Callable[[Pixels], None]
+) -> StreamTiming:
+    """Sample a video and pass each part to all ``consumers``."""
     start = time.perf_counter()
     seconds: list[float] = []
     frames: list[int] = []
     for pixels in sampler.stream(prompt, seed, nfe):
-        for take in takers:
-            take(pixels)
+        for consume in consumers:
+            consume(pixels)
         frames.append(sum(frames[-1:]) + len(pixels))
         seconds.append(time.perf_counter() - start)
-    return Pace(tuple(seconds), tuple(frames))
+    return StreamTiming(tuple(seconds), tuple(frames))
 
 
-class Shown:
-    """What ``sheets.pick_frames`` picks, of a video that comes in parts."""
+class FramePicker:
+    """Keeps the frames that a contact sheet shows, of a video that arrives in parts."""
 
     def __init__(self, frames: int, count: int) -> None:
-        self._wanted = set(picked(frames, min(count, frames)))
-        self._passed = 0
+        self._wanted = set(spaced_frames(frames, min(count, frames)))
+        self._seen = 0
         self._kept: list[Pixels] = []
 
-    def pass_by(self, pixels: Pixels) -> None:
-        """Keep what is wanted of the next part."""
-        wanted = [i for i in range(len(pixels)) if self._passed + i in self._wanted]
-        self._kept.append(pixels[wanted])
-        self._passed += len(pixels)
+    def add(self, pixels: Pixels) -> None:
+        """Look at the next part."""
+        self._kept.append(pixels[[i for i in range(len(pixels)) if self._seen + i in self._wanted]])
+        self._seen += len(pixels)
 
     @property
     def frames(self) -> Pixels:
@@ -81,19 +80,19 @@ class Shown:
         return np.concatenate(self._kept)
 
 
-def stream_to_stdout(sampler: VideoSampler, prompt: str, seed: int, nfe: Steps) -> Pace:
-    """Send the growing mp4 to standard output, for a player."""
+def stream_to_stdout(sampler: VideoSampler, prompt: str, seed: int, nfe: Steps) -> StreamTiming:
+    """Write the growing mp4 to standard output, for a player."""
     fragments = Fragments(sampler.model.fps)
     with open(os.dup(STDOUT), "wb", buffering=0) as out:
 
         def write(pixels: Pixels) -> None:
-            rest = memoryview(fragments.next(pixels))
-            while rest:  # a pipe may take less than all
+            rest = memoryview(fragments.encode(pixels))
+            while rest:  # a pipe may accept only part of it
                 rest = rest[out.write(rest) or 0 :]
 
         try:
             return stream_video(sampler, prompt, seed, nfe, write)
         except BrokenPipeError as error:
             raise AnyflowError(
-                "The reader of the stream went away before its end.", "Keep the player open."
+                "The player closed the stream before its end.", "Keep the player open."
             ) from error

@@ -1,9 +1,9 @@
-"""Contact sheets: a grid of videos as one picture that can be read in a README.
+"""Contact sheets: a grid of videos as one picture, readable in a README.
 
 Columns are what is compared (step counts, models), rows what they share (a prompt, a seed). Each cell shows
-a few frames of its video, first and last included: side by side, or one below the other where a single row
-would make the sheet too flat. Small videos are enlarged by whole factors without smoothing, so that what is
-seen is what was made. No model and no file knowledge here: arrays in, a picture out.
+a few frames of its video, first and last included: side by side, or stacked where a single row would make the
+sheet too flat. Small videos are enlarged by whole factors without smoothing, so the sheet shows their own
+pixels. Arrays in, a picture out: nothing here reads files or models.
 
 Legend: a video is uint8 (T, H, W, 3).
 """
@@ -25,27 +25,27 @@ Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 FRAME_SIDE = (112, 240)  # longer side of a frame, in pixels: enlarged to the first, reduced to the second
 MARGIN, GAP, SEAM = 24, 16, 2  # around the sheet, between cells, between the frames of a cell
-BORDER = 4  # of the line inside a frame that was given
+BORDER = 4  # width of the line inside a bordered frame
 TITLE, LABEL, NOTE = 20, 15, 12  # font sizes
 
 
 @dataclass(frozen=True)
 class SheetTheme:
-    """Colours of a sheet; both are neutral, so that the videos' own colours are judged rightly."""
+    """Colors of a sheet, neutral so that they do not shift how the videos' colors look."""
 
     paper: SheetColor
     ink: SheetColor
     faint: SheetColor
-    given: SheetColor
+    border: SheetColor
 
 
-LIGHT_SHEET = SheetTheme(paper=(250, 250, 249), ink=(34, 34, 38), faint=(120, 120, 126), given=(226, 0, 122))
-DARK_SHEET = SheetTheme(paper=(24, 25, 28), ink=(232, 232, 234), faint=(150, 151, 158), given=(255, 92, 172))
+LIGHT_SHEET = SheetTheme(paper=(250, 250, 249), ink=(34, 34, 38), faint=(120, 120, 126), border=(226, 0, 122))
+DARK_SHEET = SheetTheme(paper=(24, 25, 28), ink=(232, 232, 234), faint=(150, 151, 158), border=(255, 92, 172))
 
 
 @dataclass(frozen=True)
 class SheetRow:
-    """One row: what its videos share, and a video for each column."""
+    """One row: what its videos share, and one video per column."""
 
     label: str
     videos: Sequence[SheetVideo]
@@ -53,25 +53,25 @@ class SheetRow:
 
 @dataclass(frozen=True)
 class _Geometry:
-    """Sizes in pixels that every cell has in common."""
+    """Sizes in pixels, the same for every cell."""
 
     frame: tuple[int, int]
     frames: int
-    down: bool
-    given: int
+    stacked: bool
+    bordered: int
 
     @property
     def cell(self) -> tuple[int, int]:
         width, height = self.frame
         run = self.frames - 1
-        if self.down:
+        if self.stacked:
             return width, height * self.frames + SEAM * run
         return width * self.frames + SEAM * run, height
 
     def corner(self, index: int) -> tuple[int, int]:
-        """Where frame ``index`` starts inside its cell."""
+        """Upper left corner of frame ``index`` inside its cell."""
         width, height = self.frame
-        return (0, index * (height + SEAM)) if self.down else (index * (width + SEAM), 0)
+        return (0, index * (height + SEAM)) if self.stacked else (index * (width + SEAM), 0)
 
 
 def contact_sheet(
@@ -81,19 +81,25 @@ def contact_sheet(
     title: str = "",
     note: str = "",
     frames: int | None = None,
-    down: bool | None = None,
-    given: int = 0,
+    stacked: bool | None = None,
+    bordered: int = 0,
     theme: SheetTheme = LIGHT_SHEET,
 ) -> Image.Image:
-    """Draw ``rows`` under the headings ``columns``; every row holds one video a column.
+    """Draw a contact sheet.
 
-    ``frames`` is how many of each video are shown (by default five, or three where the sheet would grow too
-    wide); ``down`` stacks them vertically, which is the default for a single row. The first ``given`` frames
-    of each video, as far as they are shown, get a coloured border.
+    Args:
+        rows: Labels and videos, one video per column.
+        columns: Headings.
+        title: Text above the rows.
+        note: Text below the rows.
+        frames: Frames shown per video; by default five, or three where the sheet would become too wide.
+        stacked: Show the frames of a video one below the other; the default for a single row.
+        bordered: First frames of each video that get a colored border, as far as they are shown.
+        theme: Colors.
     """
     if not rows or any(len(row.videos) != len(columns) for row in rows):
-        raise ValueError(f"a contact sheet needs rows of {len(columns)} videos each, one a column")
-    geometry = _geometry(rows, len(columns), frames, down, given)
+        raise ValueError(f"a contact sheet needs rows of {len(columns)} videos each, one per column")
+    geometry = _geometry(rows, len(columns), frames, stacked, bordered)
     width, height = geometry.cell
     body = max(len(columns) * (width + GAP) - GAP, 360)
     page = Image.new("RGB", (body + 2 * MARGIN, _height(rows, title, note, body, height)), theme.paper)
@@ -111,28 +117,28 @@ def contact_sheet(
 
 
 def pick_frames(video: SheetVideo, count: int) -> SheetVideo:
-    """``count`` frames at even distances with both ends: (T, H, W, 3) -> (count, H, W, 3)."""
-    return np.take(video, picked(len(video), count), axis=0)
+    """Take evenly spaced frames, both ends included: (T, H, W, 3) -> (count, H, W, 3)."""
+    return np.take(video, spaced_frames(len(video), count), axis=0)
 
 
-def picked(frames: int, count: int) -> list[int]:
-    """The numbers of ``count`` of so many frames, at even distances with both ends."""
+def spaced_frames(frames: int, count: int) -> list[int]:
+    """Numbers of ``count`` evenly spaced frames out of ``frames``, both ends included."""
     numbers: list[int] = np.linspace(0, frames - 1, count).round().astype(int).tolist()
     return numbers
 
 
 def _geometry(
-    rows: Sequence[SheetRow], columns: int, frames: int | None, down: bool | None, given: int
+    rows: Sequence[SheetRow], columns: int, frames: int | None, stacked: bool | None, bordered: int
 ) -> _Geometry:
     frame = _frame_size(rows[0].videos[0])
-    stacked = down if down is not None else len(rows) == 1 and columns > 1
+    stacked = len(rows) == 1 and columns > 1 if stacked is None else stacked
     wanted = frames or (5 if stacked or columns * 5 * frame[0] <= 1800 else 3)
     shown = min(wanted, min(len(video) for row in rows for video in row.videos))
-    return _Geometry(frame, shown, stacked, given)
+    return _Geometry(frame, shown, stacked, bordered)
 
 
 def _frame_size(video: SheetVideo) -> tuple[int, int]:
-    """Size on the sheet as (width, height): a whole factor up, or any factor down."""
+    """(width, height) of a frame on the sheet: enlarged by a whole factor, or reduced by any."""
     height, width = video.shape[1:3]
     smallest, largest = FRAME_SIDE
     longest = max(height, width)
@@ -151,14 +157,14 @@ def _paste(
     theme: SheetTheme,
 ) -> None:
     width, height = geometry.frame
-    for index, number in enumerate(picked(len(video), geometry.frames)):
+    for index, number in enumerate(spaced_frames(len(video), geometry.frames)):
         frame = video[number]
         filter_ = Image.Resampling.NEAREST if frame.shape[1] <= width else Image.Resampling.LANCZOS
         left, top = (a + b for a, b in zip(at, geometry.corner(index), strict=True))
         page.paste(Image.fromarray(frame).resize(geometry.frame, filter_), (left, top))
-        if number < geometry.given:
+        if number < geometry.bordered:
             box = (left, top, left + width - 1, top + height - 1)
-            draw.rectangle(box, outline=theme.given, width=BORDER)
+            draw.rectangle(box, outline=theme.border, width=BORDER)
 
 
 def _height(rows: Sequence[SheetRow], title: str, note: str, body: int, cell: int) -> int:
@@ -172,7 +178,7 @@ def _height(rows: Sequence[SheetRow], title: str, note: str, body: int, cell: in
 def _text(
     draw: ImageDraw.ImageDraw, y: int, text: str, width: int, size: int, fill: SheetColor, *, after: int
 ) -> int:
-    """Write wrapped lines from ``y`` on and give back where the next thing may start."""
+    """Write wrapped lines from ``y`` on; return the y below them."""
     for line in _wrap(text, width, size):
         draw.text((MARGIN, y), line, fill=fill, font=_font(size))
         y += _line(size)
@@ -180,7 +186,7 @@ def _text(
 
 
 def _wrap(text: str, width: int, size: int, limit: int = 3) -> list[str]:
-    """Lines no wider than ``width``, at most ``limit``: a prompt of any length leaves a readable sheet."""
+    """Split a text of any length into at most ``limit`` lines, none wider than ``width``."""
     lines: list[str] = []
     for word in "".join(c if c.isprintable() else " " for c in text[:1000]).split():
         joined = f"{lines[-1]} {word}" if lines else word
@@ -195,7 +201,7 @@ def _wrap(text: str, width: int, size: int, limit: int = 3) -> list[str]:
 
 
 def _fit(text: str, width: int, size: int) -> str:
-    """Cut one line to ``width`` pixels, with an ellipsis."""
+    """Truncate one line to ``width`` pixels, with an ellipsis."""
     if _width(text, size) <= width:
         return text
     longest = bisect_left(range(len(text)), True, key=lambda n: _width(text[:n] + "...", size) > width) - 1

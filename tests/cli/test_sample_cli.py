@@ -116,7 +116,7 @@ WRONG = {
     "no steps": (["-p", "a", "--nfe", "0"], "--nfe"),
     "steps that are no numbers": (
         ["-p", "a", "--nfe", "4,x"],
-        "--nfe takes step counts from 1 on such as 1,4,32, not '4,x'",
+        "--nfe takes step counts of 1 and more such as 1,4,32, not '4,x'",
     ),
     "no step counts": (["-p", "a", "--nfe", ""], "--nfe"),
     "a chunk without steps": (["-p", "a", "--nfe", "8:0"], "--nfe"),
@@ -135,8 +135,8 @@ WRONG = {
     "an unknown sampler": (["-p", "a", "--sampler", "heun"], "--sampler"),
     "steps twice": (["-p", "a", "--nfe", "4", "--preview"], "--nfe and --preview both say how many steps"),
     "a preview in a time": (["-p", "a", "--preview", "--latency-budget", "3"], "both say how many steps"),
-    "a refinement of another prompt": (["-p", "a", "--refine", "x"], "Leave --prompt out"),
-    "a refinement with another seed": (["--seed", "1", "--refine", "x"], "Leave --seed out"),
+    "a refinement of another prompt": (["-p", "a", "--refine", "x"], "Omit --prompt"),
+    "a refinement with another seed": (["--seed", "1", "--refine", "x"], "Omit --seed"),
     "a recipe key": (["-p", "a", "--set", "sample.nfee=4"], "sample.nfe"),
 }
 
@@ -160,7 +160,7 @@ def test_a_used_directory_is_left_alone(small: list[str], tmp_path: Path, capsys
     (mine / "thesis.txt").write_text("years of work")
     for extra in ([], ["--dry-run"]):
         assert app.main([*small, "-p", "a", "--out", str(mine), *extra]) == 2
-        assert "holds files already" in capsys.readouterr().err
+        assert "already contains files" in capsys.readouterr().err
     assert files(mine) == {"thesis.txt"}
 
 
@@ -216,9 +216,9 @@ def damaged(preview: dict[str, Any], **changes: object) -> str:
 def test_what_is_no_preview_is_not_refined(small: list[str], tmp_path: Path, capsys: Run) -> None:
     preview = sampled([*small, "-p", "a circle", "--preview"], capsys)
     for given, code, message in (
-        (str(tmp_path), 2, "is no sampling"),
-        (str(tmp_path / "none.mp4"), 2, "is no sampling"),
-        (str(Path(preview["out"]) / "sheet.png"), 2, "does not say how sheet.png was made"),
+        (str(tmp_path), 2, "is not a directory of samples"),
+        (str(tmp_path / "none.mp4"), 2, "is not a directory of samples"),
+        (str(Path(preview["out"]) / "sheet.png"), 2, "does not say how sheet.png was sampled"),
         (damaged(preview, noise="other"), 1, "Seed 0 gives other noise here"),
     ):
         assert app.main(["sample", "--refine", given, "--runs", small[-1]]) == code
@@ -231,7 +231,7 @@ def test_a_budget_picks_the_steps(small: list[str], capsys: Run) -> None:
     assert app.main([*small, "-p", "a circle", "--latency-budget", "1000", "--json"]) == 0
     captured = capsys.readouterr()
     assert json.loads(captured.out)["samples"][0]["nfe"] == 50
-    assert "50 steps, " in captured.err
+    assert "50 steps take " in captured.err
     assert app.main([*small, "-p", "a circle", "--latency-budget", "1e-6"]) == 1
     assert "more than the 1e-06 s allowed" in capsys.readouterr().err
 
@@ -293,7 +293,7 @@ def test_a_picture_begins_a_video(far: list[str], tmp_path: Path, capsys: Run) -
     assert result["samples"][0]["file"].endswith("-steps3-1.mp4")
     assert "first.png: scaled and cropped from 48x64 to 32x32." in captured.err
     with Image.open(Path(result["out"]) / "sheet.png") as sheet:
-        assert LIGHT_SHEET.given in {
+        assert LIGHT_SHEET.border in {
             colour for _, colour in sheet.getcolors(sheet.width * sheet.height) or ()
         }
 
@@ -306,7 +306,7 @@ def test_a_video_is_continued(far: list[str], tmp_path: Path, capsys: Run) -> No
     )
     captured = capsys.readouterr()
     assert json.loads(captured.out)["given"]["frames"] == 5
-    assert "5 of 6 frames kept, from the start on" in captured.err
+    assert "first 5 of 6 frames used" in captured.err
 
 
 def test_a_continued_video_is_refined_with_its_frames_and_its_prompts(
@@ -323,7 +323,7 @@ def test_a_continued_video_is_refined_with_its_frames_and_its_prompts(
     assert videos[0] == videos[1]
     picture(image, height=64)
     assert app.main(again) == 1
-    assert "first.png is not what it was" in capsys.readouterr().err
+    assert "first.png has changed" in capsys.readouterr().err
 
 
 def test_a_causal_recipe_goes_on_beyond_its_trained_length(
@@ -380,7 +380,7 @@ def test_a_player_that_goes_away_is_one_sentence(
     os.close(reading)
     monkeypatch.setattr("anyflow_cli.sample.streaming.STDOUT", writing)
     assert app.main([*far, "--stream", "--out", "-"]) == 1
-    assert "The reader of the stream went away" in capfd.readouterr().err
+    assert "The player closed the stream" in capfd.readouterr().err
     os.close(writing)
 
 
@@ -392,23 +392,23 @@ def test_a_video_shorter_than_asked_for_is_said_and_continued(
     assert app.main([*far, "--video", str(clip), "--video-frames", "5", "--json"]) == 0
     captured = capsys.readouterr()
     assert json.loads(captured.out)["given"]["frames"] == 1
-    assert "there are 2 frames of the 5 asked for" in captured.err
+    assert "has 2 frames, fewer than the 5 requested" in captured.err
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (["--image", "{picture}", "--video", "{picture}"], "not with both"),
-        (["--image", "{missing}"], "is no file"),
+        (["--image", "{picture}", "--video", "{picture}"], "both say what a video starts with"),
+        (["--image", "{missing}"], "is not a file"),
         (["--image", "{text}"], "unreadable"),
         (["--video", "{text}"], "unreadable"),
-        (["--video-frames", "5"], "there is none"),
+        (["--video-frames", "5"], "needs --video"),
         (["--image", "{picture}", "--model", "{bidirectional}"], "bidirectional"),
         (["--nfe", "2:1", "--model", "{bidirectional}"], "bidirectional"),
         (["--then", "5: a square", "--model", "{bidirectional}"], "bidirectional"),
         (["--stream", "--model", "{bidirectional}"], "bidirectional"),
         (["--stream", "--out", "-", "--model", "{bidirectional}"], "bidirectional"),
-        (["--out", "-"], "--out - takes a video as it is made"),
+        (["--out", "-"], "--out - needs --stream"),
         (["--stream", "--out", "-", "--count", "2"], "Standard output cannot take 2 videos"),
         (["--stream", "--out", "-", "--json"], "cannot take a video and JSON"),
     ],

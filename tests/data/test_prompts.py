@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from anyflow_cli.data.prompts import MAX_LENGTH, read_prompts, world_captions
+from anyflow_cli.data.prompts import MAX_LENGTH, check_text, read_prompts, world_captions
 from anyflow_cli.data.shapes_world import WORLDS
 from anyflow_cli.errors import UsageError
 
@@ -19,19 +19,27 @@ FILES = {
     "lines.jsonl": "\n".join(json.dumps({"text": p, "id": 0}) for p in PROMPTS) + "\n",
 }
 BAD = {
-    "empty.txt": (b"", "holds no prompt"),
-    "blank.txt": (b"\n  \n", "holds no prompt"),
+    "empty.txt": (b"", "contains no prompts"),
+    "blank.txt": (b"\n  \n", "contains no prompts"),
     "picture.txt": (b"\x89PNG\r\n\0\0\0", "is binary"),
     "latin.txt": ("a\nb\nein Dreieck über".encode("latin-1"), "Line 3 of"),
-    "long.txt": (b"short\n\n" + b"x" * 5000, "line 3 of"),
+    "long.txt": (b"short\n\n" + b"x" * 5000, "Line 3 of"),
     "bell.txt": (b"ring\x07", "control characters"),
-    "words.doc": (b"a red circle", "unknown ending '.doc'"),
+    "words.doc": (b"a red circle", "unknown suffix '.doc'"),
     "columns.csv": (b"a,b\n1,2\n", "found: 'a', 'b'"),
     "hole.csv": (b'prompt\na\n""\n', "Line 3 of"),
     "short.csv": (b"id,prompt\n1,a\n2\n", "Line 3 of"),
     "broken.jsonl": (b'{"prompt": "a"}\n{"prompt": \n', "Line 2 of"),
-    "list.jsonl": (b"[1, 2]\n", "not a JSON object"),
+    "list.jsonl": (b"[1, 2]\n", "Line 1 of"),
     "number.jsonl": (b'{"prompt": 5}\n', "Line 1 of"),
+    "utf-16.txt": ("a circle".encode("utf-16"), "is UTF-16, not UTF-8"),
+    "unmarked.csv": ("prompt\na circle\n".encode("utf-16-le"), "is UTF-16, not UTF-8"),
+    "cp1252.csv": ("prompt\na\nüber\n".encode("cp1252"), "is probably cp1252, not UTF-8"),
+    "two.jsonl": (b'{"prompt": 5}\n{"prompt": "a"}\n{"prompt": ""}\n', "1 more lines of it are unusable too"),
+    "surrogate.jsonl": (b'{"prompt": "\\ud800"}\n', "Line 1 of"),
+    "deep.jsonl": (b"[" * 100_000, "Line 1 of"),
+    "digits.jsonl": (b'{"prompt": ' + b"9" * 5000 + b"}\n", "Line 1 of"),
+    "columns.parquet": (b"PAR1" + bytes(64) + b"PAR1", "cannot be read as parquet"),
     "column.jsonl": (b'{"prompt": "a"}\n{"title": "a"}\n', "Line 2 of"),
 }
 
@@ -47,6 +55,33 @@ def test_parquet(tmp_path: Path) -> None:
     parquet = pytest.importorskip("pyarrow.parquet")
     parquet.write_table(pyarrow.table({"prompt": PROMPTS, "id": [1, 2, 3]}), tmp_path / "t.parquet")
     assert read_prompts(tmp_path / "t.parquet") == PROMPTS
+
+
+def test_a_parquet_column_of_another_type_is_named(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    years = pyarrow.array([10**15], pyarrow.timestamp("ms"))  # beyond what Python's datetime holds
+    parquet.write_table(pyarrow.table({"prompt": years}), tmp_path / "t.parquet")
+    with pytest.raises(UsageError, match=r"t\.parquet has no text in its column 'prompt'"):
+        read_prompts(tmp_path / "t.parquet")
+
+
+def test_too_many_lines_and_too_many_bytes_are_refused_unread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with (tmp_path / "sparse.txt").open("wb") as file:
+        file.truncate(1 << 40)
+    (tmp_path / "lines.txt").write_bytes(b"\n" * 100)
+    monkeypatch.setattr("anyflow_cli.data.prompts.MAX_ROWS", 99)
+    for name in ("sparse.txt", "lines.txt"):
+        with pytest.raises(UsageError, match=r"is larger than 256 MiB|more than 99 lines"):
+            read_prompts(tmp_path / name)
+
+
+@pytest.mark.parametrize("text", ["a\0b", "a\x1b[31mb", "a\ud800b"])
+def test_text_that_is_not_printable_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match=r"--prompt contains control characters or lone surrogates"):
+        check_text(text, "--prompt")
 
 
 def test_parquet_without_its_library_says_what_to_install(
@@ -76,7 +111,7 @@ def test_bad_files_are_named_in_one_sentence_with_a_hint(tmp_path: Path, name: s
 
 @pytest.mark.parametrize("name", ["absent.txt", "."])
 def test_what_is_no_file(tmp_path: Path, name: str) -> None:
-    with pytest.raises(UsageError, match=r"does not exist|is a directory"):
+    with pytest.raises(UsageError, match=r"does not exist|is not a regular file"):
         read_prompts(tmp_path / name)
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,14 +14,18 @@ from anyflow_cli.data.video import (
     ClipFormat,
     Pixels,
     UnusableClipError,
+    decoding_error,
     ffmpeg,
     from_pixels,
+    raw_video_input,
     read_clip,
     read_image,
     read_start,
+    require_ffmpeg,
     to_pixels,
     write_mp4,
 )
+from anyflow_cli.errors import UsageError
 
 
 def levels(frames: int, height: int = 32, width: int = 32) -> Pixels:
@@ -62,7 +67,7 @@ def test_time_is_resampled_to_the_nearest_frame(tmp_path: Path, fps: int, expect
     assert all(abs(a - b) <= (fps != 16) for a, b in zip(found, expected, strict=True)), found
     assert np.diff(found).sum() in range(expected[-1] - 1, expected[-1] + 2)
     assert any("resampled from 16 to" in change for change in clip.changes) == (fps != 16)
-    assert "cut after 4 frames" in clip.changes
+    assert f"first 4 frames used ({4 / fps / 0.75:.0%} of 0.8 s)" in clip.changes
 
 
 def test_size_is_scaled_and_the_centre_kept(tmp_path: Path) -> None:
@@ -91,7 +96,7 @@ def test_a_clip_that_lies_on_its_side_is_turned(tmp_path: Path) -> None:
     assert made.returncode == 0, made.stderr.decode()
     flat, upright = (read_clip(path, ClipFormat(5, 16, *size)) for path, size in
                      ((plain, (32, 64)), (turned, (64, 32))))  # fmt: skip
-    assert upright.changes == ("turned upright", "cut after 5 frames")
+    assert upright.changes == ("turned upright", "first 5 frames used (16% of 2.0 s)")
     assert np.abs(np.rot90(flat.pixels, 1, (1, 2)).astype(int) - upright.pixels).mean() < 3
     assert "scaled from 64x32 to 128x64" in read_clip(turned, ClipFormat(5, 16, 128, 64)).changes
 
@@ -139,14 +144,128 @@ def test_a_damaged_clip_is_named_not_made_up(tmp_path: Path) -> None:
 def test_a_file_of_sound_alone_is_named(tmp_path: Path) -> None:
     made = ffmpeg(["-f", "lavfi", "-i", "sine=duration=1", str(tmp_path / "sound.mp4")])
     assert made.returncode == 0
-    with pytest.raises(UnusableClipError, match="there is no video in it"):
+    with pytest.raises(UnusableClipError, match="it has no video stream"):
         read_clip(tmp_path / "sound.mp4", ClipFormat(9, 16, 32, 32))
 
 
-def test_hdr_is_said(tmp_path: Path) -> None:
-    colours = "-vf setparams=color_primaries=bt2020:color_trc=smpte2084:colorspace=bt2020nc"
-    path = encoded(tmp_path / "hdr.mp4", f"{colours} -c:v libx264 -pix_fmt yuv420p10le")
-    assert "HDR colours taken as they are" in read_clip(path, ClipFormat(5, 16, 32, 64)).changes
+@pytest.mark.parametrize(("curve", "name"), [("smpte2084", "PQ"), ("arib-std-b67", "HLG")])
+def test_hdr_is_tone_mapped(tmp_path: Path, curve: str, name: str) -> None:
+    tags = f"setparams=color_primaries=bt2020:color_trc={curve}:colorspace=bt2020nc:range=tv"
+    gray = f"-f lavfi -i color=gray:size=64x32:rate=16:duration=1 -vf format=yuv420p10le,{tags}"
+    path = tmp_path / "hdr.mp4"
+    assert ffmpeg([*gray.split(), "-c:v", "libx264", str(path)]).returncode == 0
+    clip = read_clip(path, ClipFormat(5, 16, 32, 64))
+    assert f"HDR ({name}) tone-mapped" in clip.changes
+    assert np.ptp(clip.pixels.mean((0, 1, 2))) < 3
+    assert 100 < float(clip.pixels.mean()) < 200
+
+
+def test_a_gif_at_the_nearest_rate_it_can_state_keeps_its_frames(tmp_path: Path) -> None:
+    """GIF times are hundredths of a second: 16 fps becomes 0.06 s per frame, 16.67 fps."""
+    to_gif = [*raw_video_input(levels(33), 100 / 6), "-lavfi", PALETTE, str(tmp_path / "clip.gif")]
+    assert ffmpeg(to_gif, levels(33).tobytes()).returncode == 0
+    clip = read_clip(tmp_path / "clip.gif", ClipFormat(33, 16, 32, 32))
+    assert "played at 16 instead of 16.67 fps" in clip.changes
+    assert numbers(clip.pixels) == list(range(33))
+
+
+PALETTE = "split[a][b];[a]palettegen[p];[b][p]paletteuse=dither=none"
+
+
+def combing(pixels: Pixels) -> float:
+    """How much rows differ from the mean of their neighbors."""
+    rows = pixels.astype(float)
+    return float(np.abs(rows[:, 1:-1] - (rows[:, :-2] + rows[:, 2:]) / 2).mean())
+
+
+def test_fields_are_deinterlaced(tmp_path: Path) -> None:
+    fields = "-vf tinterlace=interleave_top,fieldorder=tff -flags +ilme+ildct -c:v libx264 -qp 8"
+    path = encoded(tmp_path / "fields.mp4", f"{fields} -pix_fmt yuv420p", "320x240")
+    clip = read_clip(path, ClipFormat(5, 8, 240, 320))
+    plain = read_clip(
+        encoded(tmp_path / "plain.mp4", "-c:v libx264 -qp 8 -pix_fmt yuv420p", "320x240"),
+        ClipFormat(5, 8, 240, 320),
+    )
+    assert clip.changes[0] == "deinterlaced"
+    assert combing(clip.pixels) < 1.3 * combing(plain.pixels)
+
+
+@pytest.mark.parametrize(("size", "matrix"), [("1280x720", "bt709"), ("640x480", "smpte170m")])
+def test_colors_without_a_tag_are_read_by_their_size(tmp_path: Path, size: str, matrix: str) -> None:
+    red = f"-f lavfi -i color=red:size={size}:rate=16:duration=0.5".split()
+    matrixed = f"scale=out_color_matrix={matrix}:out_range=tv,format=yuv420p,setparams=colorspace=unknown"
+    path = tmp_path / "red.mp4"
+    assert ffmpeg([*red, "-vf", matrixed, "-c:v", "libx264", str(path)]).returncode == 0
+    pixels = read_clip(path, ClipFormat(5, 16, 32, 32)).pixels
+    np.testing.assert_allclose(pixels.mean((0, 1, 2)), [255, 0, 0], atol=4)
+
+
+@pytest.mark.parametrize("name", ["clip.mov", "clip.webm", "clip.gif"])
+def test_transparent_parts_turn_white(tmp_path: Path, name: str) -> None:
+    """The right half is transparent; below it red is hidden."""
+    rgba = np.zeros((5, 32, 64, 4), np.uint8)
+    rgba[..., 0] = 200
+    rgba[:, :, :32, 3] = 255
+    codec = {
+        "clip.mov": "-c:v png",
+        "clip.webm": "-c:v libvpx-vp9 -pix_fmt yuva420p -lossless 1",
+        "clip.gif": f"-lavfi {PALETTE}",
+    }
+    source = ["-f", "rawvideo", "-pix_fmt", "rgba", "-s", "64x32", "-r", "20", "-i", "-"]
+    made = ffmpeg([*source, *codec[name].split(), str(tmp_path / name)], rgba.tobytes())
+    assert made.returncode == 0, made.stderr.decode()
+    clip = read_clip(tmp_path / name, ClipFormat(5, 20, 32, 64))
+    assert "transparent parts on white" in clip.changes
+    np.testing.assert_allclose(clip.pixels[:, :, 36:].mean((0, 1, 2)), [255] * 3, atol=2)
+    np.testing.assert_allclose(clip.pixels[:, :, :28].mean((0, 1, 2)), [200, 0, 0], atol=6)
+
+
+@pytest.mark.parametrize("suffix", [".mpg", ".ts", ".m4v", ".wmv", ".flv", ".avi", ".mkv", ".ogv"])
+def test_containers(tmp_path: Path, suffix: str) -> None:
+    made = ffmpeg(
+        ["-f", "lavfi", "-i", "testsrc2=size=64x32:rate=25:duration=1", str(tmp_path / f"clip{suffix}")]
+    )
+    assert made.returncode == 0, made.stderr.decode()
+    assert read_clip(tmp_path / f"clip{suffix}", ClipFormat(9, 16, 32, 64)).pixels.shape == (9, 32, 64, 3)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "ffconcat version 1.0\nfile secret.mp4\n",
+        "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nsecret.mp4\n#EXT-X-ENDLIST\n",
+    ],
+)
+def test_a_playlist_opens_no_other_file(tmp_path: Path, content: str) -> None:
+    write_mp4(tmp_path / "secret.mp4", levels(9), 16)
+    (tmp_path / "clip.mp4").write_text(content)
+    with pytest.raises(UnusableClipError, match="unreadable"):
+        read_clip(tmp_path / "clip.mp4", ClipFormat(5, 16, 32, 32))
+    assert decoding_error(tmp_path / "clip.mp4") is not None
+
+
+@pytest.mark.parametrize("how", ["missing", "failing", "silent"])
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda path: require_ffmpeg(),
+        lambda path: read_clip(path, ClipFormat(5, 16, 32, 32)),
+        lambda path: write_mp4(path.with_name("new.mp4"), levels(5), 16),
+    ],
+    ids=["required", "read", "written"],
+)
+def test_a_broken_ffmpeg_is_not_blamed_on_a_clip(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, use: Callable[[Path], object], how: str
+) -> None:
+    write_mp4(tmp_path / "clip.mp4", levels(5), 16)
+    exe = tmp_path / "ffmpeg"
+    if how != "missing":
+        exe.write_text(f"#!/bin/sh\nexit {int(how == 'failing')}\n")
+        exe.chmod(0o755)
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(exe))
+    with pytest.raises(UsageError, match="ffmpeg") as error:
+        use(tmp_path / "clip.mp4")
+    assert "IMAGEIO_FFMPEG_EXE" in str(error.value.hint)
 
 
 def test_too_short_and_unreadable_clips_are_named(tmp_path: Path) -> None:

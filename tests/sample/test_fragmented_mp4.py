@@ -15,7 +15,7 @@ import pytest
 from anyflow_cli.data.shapes_world import WORLDS, render
 from anyflow_cli.data.video import ClipFormat, Pixels, read_start, write_mp4
 from anyflow_cli.errors import AnyflowError
-from anyflow_cli.sample.fragmented_mp4 import Fragments, _boxes, _encoded, growing
+from anyflow_cli.sample.fragmented_mp4 import Fragments, _boxes, _encode_alone, growing_mp4
 
 PARTS = (1, 12, 12, 8)
 
@@ -41,7 +41,7 @@ def test_every_part_can_be_seen_when_it_is_written_and_the_name_appears_at_the_e
     video: Pixels, tmp_path: Path
 ) -> None:
     path, part = tmp_path / "clip.mp4", tmp_path / "clip.part.mp4"
-    with growing(path, 16) as write:
+    with growing_mp4(path, 16) as write:
         for i, pixels in enumerate(parts(video)):
             write(pixels)
             assert not path.exists()
@@ -54,7 +54,7 @@ def test_every_part_can_be_seen_when_it_is_written_and_the_name_appears_at_the_e
 
 def test_it_shows_what_one_encoding_shows(video: Pixels, tmp_path: Path) -> None:
     write_mp4(tmp_path / "whole.mp4", video, 16)
-    with growing(tmp_path / "grown.mp4", 16) as write:
+    with growing_mp4(tmp_path / "grown.mp4", 16) as write:
         for pixels in parts(video):
             write(pixels)
     whole, grown = (read(tmp_path / f"{name}.mp4") for name in ("whole", "grown"))
@@ -65,7 +65,7 @@ def test_it_shows_what_one_encoding_shows(video: Pixels, tmp_path: Path) -> None
 @pytest.mark.parametrize("fps", [8, 24])
 def test_frames_follow_one_another_at_the_videos_rate(video: Pixels, tmp_path: Path, fps: int) -> None:
     fragments = Fragments(fps)
-    (tmp_path / "clip.mp4").write_bytes(b"".join(fragments.next(pixels) for pixels in parts(video)))
+    (tmp_path / "clip.mp4").write_bytes(b"".join(fragments.encode(pixels) for pixels in parts(video)))
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", str(tmp_path / "clip.mp4")]
     command += ["-fps_mode", "passthrough", "-f", "framehash", "-"]
     result = subprocess.run(command, capture_output=True, check=True, text=True)
@@ -76,23 +76,23 @@ def test_frames_follow_one_another_at_the_videos_rate(video: Pixels, tmp_path: P
 
 
 def test_the_head_is_that_of_every_part(video: Pixels) -> None:
-    heads = [dict(_boxes(_encoded(pixels, 16)))[b"moov"] for pixels in parts(video)]
+    heads = [dict(_boxes(_encode_alone(pixels, 16)))[b"moov"] for pixels in parts(video)]
     assert len(set(heads)) == 1
 
 
 def test_a_long_part_is_one_fragment(video: Pixels) -> None:
     long = np.concatenate([video] * 10)
-    assert Fragments(16).next(long).count(b"moof") == 1
+    assert Fragments(16).encode(long).count(b"moof") == 1
 
 
 def test_equal_pixels_give_equal_bytes(video: Pixels) -> None:
-    first, second = (Fragments(16).next(video) for _ in range(2))
+    first, second = (Fragments(16).encode(video) for _ in range(2))
     assert first == second
 
 
 def test_an_error_leaves_what_can_be_played(video: Pixels, tmp_path: Path) -> None:
     def fail() -> None:
-        with growing(tmp_path / "clip.mp4", 16) as write:
+        with growing_mp4(tmp_path / "clip.mp4", 16) as write:
             write(video[:13])
             raise RuntimeError
 
@@ -107,8 +107,8 @@ def test_a_kill_leaves_what_can_be_played(tmp_path: Path) -> None:
         import os, signal
         from pathlib import Path
         import numpy as np
-        from anyflow_cli.sample.fragmented_mp4 import growing
-        with growing(Path({str(tmp_path / "clip.mp4")!r}), 16) as write:
+        from anyflow_cli.sample.fragmented_mp4 import growing_mp4
+        with growing_mp4(Path({str(tmp_path / "clip.mp4")!r}), 16) as write:
             write(np.zeros((5, 64, 64, 3), np.uint8))
             os.kill(os.getpid(), signal.SIGKILL)
     """
@@ -120,5 +120,5 @@ def test_a_kill_leaves_what_can_be_played(tmp_path: Path) -> None:
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(AnyflowError, match="Cannot write"), growing(tmp_path / "file" / "clip.mp4", 16):
+    with pytest.raises(AnyflowError, match="Cannot write"), growing_mp4(tmp_path / "file" / "clip.mp4", 16):
         pass

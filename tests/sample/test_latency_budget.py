@@ -11,7 +11,7 @@ import pytest
 from anyflow_cli.errors import AnyflowError
 from anyflow_cli.recipe.schema import ModelSection
 from anyflow_cli.sample import latency_budget
-from anyflow_cli.sample.latency_budget import MOST_STEPS, SamplingCost, measure_cost, steps_within
+from anyflow_cli.sample.latency_budget import MAX_STEPS, SamplingCost, measure_cost, steps_within
 from anyflow_cli.sample.sampler import Latency, VideoSampler
 
 
@@ -69,13 +69,13 @@ def test_what_slows_single_videos_does_not_count() -> None:
     assert measure_cost(slow(), "a circle") == SamplingCost(0.25, 1.0)
 
 
-@pytest.mark.parametrize(("seconds", "steps"), [(1.25, 1), (1.49, 1), (1.5, 2), (3.0, 8), (1000, MOST_STEPS)])
+@pytest.mark.parametrize(("seconds", "steps"), [(1.25, 1), (1.49, 1), (1.5, 2), (3.0, 8), (1000, MAX_STEPS)])
 def test_the_most_steps_that_fit_are_taken_and_said(
     seconds: float, steps: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
     assert steps_within(seconds, slow(), "a circle") == steps
-    assert f"A step takes 0.250 s and a video 1.000 s beside its steps: {steps} steps" in caplog.text
+    assert f"A step takes 0.250 s, everything else 1.000 s: {steps} steps" in caplog.text
 
 
 def test_a_budget_that_no_step_fits_is_refused() -> None:

@@ -414,6 +414,6 @@ def test_directories_are_numbered_and_a_used_one_is_refused(tmp_path: Path) -> N
     mine = tmp_path / "mine"
     assert make_directory(mine, tmp_path) == mine
     (mine / "video.mp4").write_text("kept")
-    with pytest.raises(UsageError, match="holds files already"):
+    with pytest.raises(UsageError, match="already contains files"):
         make_directory(mine, tmp_path)
     assert (mine / "video.mp4").read_text() == "kept"

@@ -68,8 +68,8 @@ def test_columns_stand_side_by_side_and_a_single_row_stacks_its_frames() -> None
 
 @pytest.mark.parametrize(("given", "bordered"), [(0, 0), (1, 1), (4, 1), (5, 2), (9, 3)])
 def test_shown_frames_that_were_given_have_a_border(given: int, bordered: int) -> None:
-    page = np.asarray(contact_sheet([SheetRow("", [ramp(200)])], [""], frames=3, given=given))
-    border = (page == LIGHT_SHEET.given).all(-1)
+    page = np.asarray(contact_sheet([SheetRow("", [ramp(200)])], [""], frames=3, bordered=given))
+    border = (page == LIGHT_SHEET.border).all(-1)
     marked = [(page[..., 1] == number)[..., None] & (page[..., :1] == 200) for number in (0, 4, 8)]
     assert border.sum() == bordered * (128**2 - 120**2)
     assert [int(each.sum()) for each in marked] == [(120 if i < bordered else 128) ** 2 for i in range(3)]
