@@ -23,14 +23,14 @@ from typing import TYPE_CHECKING, Literal
 
 from anyflow_cli.errors import AnyflowError
 from anyflow_cli.recipe.schema import Recipe
+from anyflow_cli.utils.units import GIB
 
 if TYPE_CHECKING:
     import torch
 
 DISTRIBUTION = "anyflow"
-GIB = 2**30
 LEAST_DISK, LEAST_MEMORY = 1 * GIB, 2 * GIB  # what recipe `tiny` needs, with room to spare
-State = Literal["ok", "note", "stop"]
+FindingState = Literal["ok", "note", "stop"]
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Finding:
     """Result of one check: ``stop`` prevents a run, ``note`` is worth knowing."""
 
     name: str
-    state: State
+    state: FindingState
     text: str
     hint: str | None = None
 
@@ -241,7 +241,7 @@ def models_and_data(recipe: Recipe, runs: Path) -> Iterator[Finding]:
     from anyflow_cli.runs.paths import RunPaths
     from anyflow_cli.runs.resources import Resource, inputs
 
-    states: dict[str, State] = {"ready": "ok", "optional": "ok", "unusable": "stop"}
+    states: dict[str, FindingState] = {"ready": "ok", "optional": "ok", "unusable": "stop"}
     found: dict[str, Resource] = {}
     for command in ("synthesize", "train-flowmap", "distill", "sample"):
         for resource in inputs(recipe, RunPaths(runs, recipe.name), command):

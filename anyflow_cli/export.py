@@ -36,7 +36,7 @@ COMFYUI_PREFIX = "model.diffusion_model."
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # diffusers' names -> original Wan 2.1, the inverse of diffusers' convert_wan_transformer_to_diffusers.
-NAMES: tuple[tuple[str, str], ...] = (
+COMFYUI_NAMES: tuple[tuple[str, str], ...] = (
     (r"^condition_embedder\.(time|text)_embedder\.linear_1\.", r"\1_embedding.0."),
     (r"^condition_embedder\.(time|text)_embedder\.linear_2\.", r"\1_embedding.2."),
     (r"^condition_embedder\.delta_embedder\.linear_1\.",       r"delta_embedding.0."),  # ours
@@ -99,7 +99,7 @@ def _write_adapter(target: Path, address: str) -> None:
 
 def original_name(name: str) -> str:
     """The name of a parameter in the original Wan code."""
-    for pattern, replacement in NAMES:
+    for pattern, replacement in COMFYUI_NAMES:
         name = re.sub(pattern, replacement, name)
     return name
 

@@ -17,10 +17,11 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator, Mapping
 
-from anyflow_cli.plan.hardware import GIB, parse_hardware
+from anyflow_cli.plan.hardware import parse_hardware
 from anyflow_cli.plan.stages import Stage, stage_two, target_of
 from anyflow_cli.plan.steps import BASE
 from anyflow_cli.recipe.load import load_recipe
+from anyflow_cli.utils.units import GIB
 
 ALONE = ["launch.sharding=none", "launch.offload=false", "distill.preview_every=0"]
 PARTS = ("weights", "gradients", "optimizer", "average", "data", "activations")

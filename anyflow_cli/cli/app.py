@@ -113,7 +113,7 @@ app = typer.Typer(
 )
 for _verb in VERBS:
     app.command(_verb.name, epilog=_verb.examples, rich_help_panel=_verb.panel)(_verb.function)
-app.add_typer(recipes.app, name="recipes", rich_help_panel=AROUND)
+app.add_typer(recipes.recipes_app, name="recipes", rich_help_panel=AROUND)
 
 
 def _version(wanted: bool) -> None:

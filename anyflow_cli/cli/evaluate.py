@@ -12,6 +12,7 @@ from anyflow_cli.cli.console import print_dry_run, print_result
 from anyflow_cli.cli.launch import start_processes
 from anyflow_cli.cli.progress import Progress, in_words
 from anyflow_cli.errors import AnyflowError, UsageError
+from anyflow_cli.runs.paths import RunPaths
 from anyflow_cli.utils.distributed import is_main_process
 
 if TYPE_CHECKING:
@@ -73,8 +74,7 @@ def evaluate(
     from anyflow_cli.evaluate.external_videos import prepare_given
     from anyflow_cli.evaluate.registry import protocol_for
     from anyflow_cli.evaluate.run import prepare_evaluation
-    from anyflow_cli.runs.paths import RunPaths
-    from anyflow_cli.runs.resources import Given, find_model, inputs, is_ready, require
+    from anyflow_cli.runs.resources import Given, find_model, inputs, is_ready, require_inputs
 
     protocol = protocol_for(settings, prompts, limit)
     paths = RunPaths(runs, settings.name)
@@ -88,7 +88,7 @@ def evaluate(
             "--videos", {"--model": model, "--sampler": sampler, "--nfe": nfe, "--nproc": processes}
         )
         needs = inputs(settings, paths, "evaluate", Given(data=videos))
-        require(needs)
+        require_inputs(needs)
         job = prepare_given(settings, protocol, videos, directory)
     else:
         choice, needs = find_model(settings, paths, model), inputs(settings, paths, "evaluate", Given(model))
@@ -96,14 +96,13 @@ def evaluate(
         if dry_run and not is_ready(needs):
             facts = _planned_facts(settings, protocol, choice, directory)
             return print_dry_run("evaluate", facts, needs, as_json=as_json)
-        require(needs)
+        require_inputs(needs)
         job = prepare_evaluation(settings, protocol, choice, directory)
     if dry_run:
         return print_dry_run("evaluate", _facts(job), needs, as_json=as_json)
     if start_processes(settings.launch):
         return None
-    evaluation = _run(job)
-    if evaluation is None:
+    if (evaluation := _run(job)) is None:
         return None
     _show(job, evaluation, as_json=as_json)
     if export is not None:

@@ -33,7 +33,7 @@ def export(
 
     from anyflow_cli import export as job
     from anyflow_cli.runs.paths import RunPaths
-    from anyflow_cli.runs.resources import Given, find_model, inputs, require
+    from anyflow_cli.runs.resources import Given, find_model, inputs, require_inputs
 
     paths = RunPaths(runs, settings.name)
     choice, needs = find_model(settings, paths, model), inputs(settings, paths, "export", Given(model))
@@ -42,7 +42,7 @@ def export(
     if dry_run:
         facts = {"model": choice.address, "because": choice.why, "format": kind, "out": target}
         return print_dry_run("export", facts, needs, as_json=as_json)
-    require(needs)
+    require_inputs(needs)
     made = job.export_model(choice.address, settings, kind, out, dtype)
     if kind == "comfyui":
         log.info("ComfyUI's own Wan nodes know no second time; this file needs a node that gives one.")

@@ -52,14 +52,14 @@ def finetune(
     settings = options.load_settings(recipe, assignments, overrides)
     paths = RunPaths(runs, settings.name)
     from anyflow_cli.runs.lineage import check_run
-    from anyflow_cli.runs.resources import Given, find_model, inputs, is_ready, require
+    from anyflow_cli.runs.resources import Given, find_model, inputs, is_ready, require_inputs
     from anyflow_cli.train.stages import finetune_inputs
 
     choice = find_model(settings, paths, settings.finetune.init_from)
     log.info("Start: %s (%s)", *choice)
     needs = inputs(settings, paths, "finetune", Given(data=data))
     if not dry_run:
-        require(needs)
+        require_inputs(needs)
     latents = _latents(settings, paths, data, dry_run=dry_run) if is_ready(needs) else None
     if latents is None:
         facts = {

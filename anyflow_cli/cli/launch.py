@@ -19,7 +19,7 @@ from anyflow_cli.utils.distributed import is_launched
 if TYPE_CHECKING:
     from anyflow_cli.recipe.schema import LaunchSection
 
-PATIENCE = 600  # seconds that processes asked to stop have for their step and their checkpoint
+SHUTDOWN_SECONDS = 600  # seconds that processes asked to stop have for their step and their checkpoint
 AGAIN = "Start the same command again: it continues from the last checkpoint."
 
 command_line: ContextVar[Sequence[str]] = ContextVar("command_line")  # arguments; ``app.main`` sets them
@@ -48,7 +48,7 @@ def _run(count: int, arguments: Sequence[str]) -> None:
     from torch.distributed.run import parse_args, run
 
     os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // count, 1)))
-    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(PATIENCE))
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SHUTDOWN_SECONDS))
     logging.getLogger("torch.distributed.elastic").setLevel(
         logging.CRITICAL
     )  # each process speaks for itself

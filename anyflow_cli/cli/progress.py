@@ -16,9 +16,9 @@ from rich.progress import Progress as RichProgress
 
 from anyflow_cli.cli.console import stderr
 from anyflow_cli.utils.distributed import is_main_process
+from anyflow_cli.utils.units import GIB
 
 QUIET = 15.0  # seconds between plain lines
-GIB = 2**30
 
 
 class Progress:

@@ -11,16 +11,16 @@ from anyflow_cli.cli import options
 from anyflow_cli.cli.console import print_result
 from anyflow_cli.errors import UsageError
 
-app = typer.Typer(help="List, show, copy and check recipes.", rich_markup_mode="rich")
+recipes_app = typer.Typer(help="List, show, copy and check recipes.", rich_markup_mode="rich")
 
 
-@app.callback(invoke_without_command=True)
+@recipes_app.callback(invoke_without_command=True)
 def _list_if_alone(context: typer.Context) -> None:
     if context.invoked_subcommand is None:
         list_recipes()
 
 
-@app.command("list", epilog=options.examples("anyflow recipes list"))
+@recipes_app.command("list", epilog=options.examples("anyflow recipes list"))
 def list_recipes(as_json: options.JsonOption = False, debug: options.DebugOption = False) -> None:
     """Show the names of the shipped recipes and what each is for."""
     from anyflow_cli.recipe.load import recipe_names
@@ -29,7 +29,7 @@ def list_recipes(as_json: options.JsonOption = False, debug: options.DebugOption
     print_result(found, as_json=as_json)
 
 
-@app.command(
+@recipes_app.command(
     "show",
     epilog=options.examples("anyflow recipes show tiny", "anyflow recipes show tiny --set distill.steps=9"),
 )
@@ -46,7 +46,7 @@ def show(
     print_result(settings.model_dump(mode="json"), as_json=as_json, text=dump(settings).rstrip())
 
 
-@app.command("copy", epilog=options.examples("anyflow recipes copy tiny mine.yaml"))
+@recipes_app.command("copy", epilog=options.examples("anyflow recipes copy tiny mine.yaml"))
 def copy(
     recipe: options.RecipeArgument,
     target: Annotated[Path, typer.Argument(metavar="FILE", help="The YAML file to make; never overwritten.")],
@@ -69,7 +69,7 @@ def copy(
     print_result({"recipe": target}, as_json=as_json, text=str(target))
 
 
-@app.command(
+@recipes_app.command(
     "validate",
     epilog=options.examples("anyflow recipes validate mine.yaml", "anyflow recipes validate tiny tiny-long"),
 )

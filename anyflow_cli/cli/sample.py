@@ -106,7 +106,7 @@ def _sample(
 ) -> Path | None:
     """Sample and write the files; return their directory, None if there is none."""
     from anyflow_cli.runs.paths import RunPaths
-    from anyflow_cli.runs.resources import Given, find_model, inputs, require
+    from anyflow_cli.runs.resources import Given, find_model, inputs, require_inputs
     from anyflow_cli.sample.output import SampleRequest, check_directory, make_directory, write_samples
 
     settings = chosen.recipe
@@ -128,7 +128,7 @@ def _sample(
         facts |= {"seeds": list(request.seeds), "videos": total, "out": out or paths.samples}
         print_dry_run("sample", facts, needs, as_json=as_json)
         return None
-    require(needs)
+    require_inputs(needs)
 
     from anyflow_cli.sample.latency_budget import steps_within
     from anyflow_cli.sample.sampler import VideoSampler

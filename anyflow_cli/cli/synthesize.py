@@ -50,13 +50,13 @@ def synthesize(
     directory = out or paths.data
     if verify:
         return _verify(directory, as_json=as_json)
-    from anyflow_cli.runs.resources import Given, can_start, inputs, require
+    from anyflow_cli.runs.resources import Given, can_start, inputs, require_inputs
     from anyflow_cli.synthesize.job import prepare_synthesis
 
     needs = inputs(settings, paths, "synthesize", Given(data=from_videos))
     if dry_run and prompts is None and not can_start(needs):
         return print_dry_run("synthesize", {"data": directory}, needs, as_json=as_json)
-    require(needs)
+    require_inputs(needs)
     job = prepare_synthesis(settings, directory, from_videos)
     if dry_run:
         return print_dry_run("synthesize", _facts(job), needs, as_json=as_json)

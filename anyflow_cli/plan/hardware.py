@@ -10,8 +10,8 @@ import re
 from dataclasses import dataclass
 
 from anyflow_cli.errors import UsageError
+from anyflow_cli.utils.units import GIB
 
-GIB = 2**30
 RESERVE = 3 * GIB
 UTILISATION = 0.4
 

@@ -8,9 +8,10 @@ from rich.table import Table
 from rich.text import Text
 
 from anyflow_cli.plan.estimate import Plan, Planned
-from anyflow_cli.plan.hardware import GIB, RESERVE
+from anyflow_cli.plan.hardware import RESERVE
 from anyflow_cli.plan.setup import Setup
 from anyflow_cli.plan.stages import Stage, activations
+from anyflow_cli.utils.units import GIB
 
 PARTS = ("weights", "gradients", "optimizer", "average", "data", "cache", "activations")
 LONG = {"average": "moving average", "data": "batch", "cache": "cache of keys"}

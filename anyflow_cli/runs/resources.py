@@ -20,7 +20,7 @@ from anyflow_cli.runs.open import ModelChoice, check_model
 from anyflow_cli.runs.paths import MODEL, RunPaths
 from anyflow_cli.utils.hub import cached_snapshot, is_hub_name
 
-State = Literal["ready", "to download", "missing", "optional", "unusable"]
+ResourceState = Literal["ready", "to download", "missing", "optional", "unusable"]
 UNTRAINED = "not trained yet"
 TUNE = "anyflow train-flowmap --objective flow-matching"
 
@@ -38,7 +38,7 @@ class Resource(NamedTuple):
 
     name: str
     place: str
-    state: State
+    state: ResourceState
     how_to_get_it: str = ""
     problem: str = ""
 
@@ -70,7 +70,7 @@ def inputs(recipe: Recipe, paths: RunPaths, command: str, given: Given = NOTHING
     return find(recipe, paths, given) if find else []
 
 
-def require(resources: Iterable[Resource]) -> dict[str, str]:
+def require_inputs(resources: Iterable[Resource]) -> dict[str, str]:
     """Return the place of each resource by name, without optional ones; refuse if a command cannot start."""
     found = [resource for resource in resources if resource.state != "optional"]
     blocking = [resource for resource in found if resource.state in ("missing", "unusable")]
@@ -93,7 +93,7 @@ def can_start(resources: Iterable[Resource]) -> bool:
 
 def check_usable(resources: Iterable[Resource]) -> None:
     """Refuse what is there and cannot be used; a dry run accepts what is still missing."""
-    require(resource for resource in resources if resource.state == "unusable")
+    require_inputs(resource for resource in resources if resource.state == "unusable")
 
 
 def find_model(recipe: Recipe, paths: RunPaths, address: str | None, *, teacher: bool = False) -> ModelChoice:

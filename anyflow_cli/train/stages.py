@@ -61,7 +61,7 @@ class Finished(NamedTuple):
 
 def flowmap_inputs(recipe: schema.Recipe, paths: RunPaths) -> RunInputs:
     """Stage 1, its baselines, and the tuning of the teacher (by ``train_flowmap.objective``)."""
-    found = resources.require(resources.inputs(recipe, paths, "train-flowmap"))
+    found = resources.require_inputs(resources.inputs(recipe, paths, "train-flowmap"))
     data, teacher = _data(found), resolve_pipeline(found["teacher"])
     directory = paths.stage_1(recipe.train_flowmap.objective)
     return RunInputs(directory, "train_flowmap", data, {"teacher": teacher}, teacher)
@@ -69,7 +69,7 @@ def flowmap_inputs(recipe: schema.Recipe, paths: RunPaths) -> RunInputs:
 
 def distill_inputs(recipe: schema.Recipe, paths: RunPaths) -> RunInputs:
     """Stage 2: from the stage-1 model, towards the tuned teacher if there is one."""
-    found = resources.require(resources.inputs(recipe, paths, "distill"))
+    found = resources.require_inputs(resources.inputs(recipe, paths, "distill"))
     data, start, teacher = _data(found), locate(found["stage-1 model"]), resolve_pipeline(found["teacher"])
     real = locate(found["tuned teacher"]) if "tuned teacher" in found else teacher
     parents = {"start": start, "real score": real, "teacher": teacher}

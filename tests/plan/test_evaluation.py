@@ -10,8 +10,9 @@ import pytest
 from anyflow_cli.cli import app
 from anyflow_cli.evaluate.run import run_evaluation
 from anyflow_cli.plan.evaluation import evaluation_seconds
-from anyflow_cli.plan.hardware import GIB, Hardware
+from anyflow_cli.plan.hardware import Hardware
 from anyflow_cli.plan.stages import evaluation, target_of
+from anyflow_cli.utils.units import GIB
 from tests.evaluate.drawn import Drawn, make_job
 
 GPU = Hardware(1, 80 * GIB, peak=1e12, utilisation=0.5)

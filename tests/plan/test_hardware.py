@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from anyflow_cli.errors import UsageError
-from anyflow_cli.plan.hardware import GIB, RESERVE, Hardware, parse_hardware, this_machine
+from anyflow_cli.plan.hardware import RESERVE, Hardware, parse_hardware, this_machine
+from anyflow_cli.utils.units import GIB
 
 
 @pytest.mark.parametrize(

@@ -15,12 +15,13 @@ from anyflow_cli.model.kv_cache import KeyCache
 from anyflow_cli.model.network import FlowMapTransformer
 from anyflow_cli.plan import stages
 from anyflow_cli.plan.estimate import chain_of
-from anyflow_cli.plan.hardware import GIB, Hardware, parse_hardware
+from anyflow_cli.plan.hardware import Hardware, parse_hardware
 from anyflow_cli.plan.sampling import FRAMES, _decoding, decoding, sampling_of
 from anyflow_cli.plan.setup import Kind
 from anyflow_cli.plan.stages import Target, target_of
 from anyflow_cli.plan.steps import BASE, RoleSize, roles_of
 from anyflow_cli.recipe import schema
+from anyflow_cli.utils.units import GIB
 from tests.plan.small import Live
 from tests.tiny_pipeline import make_wan_folder
 

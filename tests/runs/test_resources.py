@@ -17,7 +17,7 @@ from anyflow_cli.recipe.schema import (
     SynthesizeSection,
 )
 from anyflow_cli.runs.paths import RunPaths
-from anyflow_cli.runs.resources import Given, find_model, inputs, is_ready, require
+from anyflow_cli.runs.resources import Given, find_model, inputs, is_ready, require_inputs
 from tests.tiny_pipeline import make_wan_folder
 
 MANIFEST = """{
@@ -55,7 +55,7 @@ def test_stage_1_needs_a_data_set_and_names_the_command_that_makes_it(paths: Run
     data = inputs(recipe, paths, "train-flowmap")[0]
     assert str(data) == f"{paths.data}: missing; run `anyflow synthesize -r t`"
     with pytest.raises(UsageError, match=f"^There is no data set at {paths.data}\\.$") as error:
-        require([data])
+        require_inputs([data])
     assert error.value.hint == "Run `anyflow synthesize -r t`."
 
 
@@ -79,7 +79,7 @@ def test_stage_2_names_everything_that_is_missing_at_once(paths: RunPaths, folde
     found = inputs(recipe, paths, "distill")
     assert states(recipe, paths, "distill")["stage-1 model"] == "missing"
     with pytest.raises(UsageError) as error:
-        require(found)
+        require_inputs(found)
     assert error.value.message.count("There is no") == 2
     assert error.value.hint == "Run `anyflow synthesize -r t`, then run `anyflow train-flowmap -r t`."
     put(folder, paths.stage_1() / "model")
@@ -128,7 +128,7 @@ def test_finetune_needs_videos_or_a_world(paths: RunPaths) -> None:
     found = inputs(Recipe(name="t", model=model), paths, "finetune")
     assert [one.state for one in found] == ["ready", "missing", "ready"]
     with pytest.raises(UsageError, match=r"^finetune needs videos\.$"):
-        require(found)
+        require_inputs(found)
     world = Recipe(name="t", model=model, finetune=FinetuneSection(world="shapes-shifted"))
     assert is_ready(inputs(world, paths, "finetune"))
 
@@ -149,7 +149,7 @@ def test_without_any_model_the_way_to_one_is_named(paths: RunPaths) -> None:
     with pytest.raises(
         UsageError, match=f"^There is no any-step model at {paths.stage_1() / 'model'}"
     ) as error:
-        require(inputs(Recipe(name="t"), paths, "sample"))
+        require_inputs(inputs(Recipe(name="t"), paths, "sample"))
     assert error.value.hint == "Run `anyflow train-flowmap -r t`, or name a model with --model."
 
 
