@@ -219,20 +219,13 @@ def check_ffmpeg() -> Finding:
 
 
 def built_in_models() -> Finding:
-    """The small models of the package, each weight file opened: a clone without LFS leaves stand-ins."""
-    from safetensors import SafetensorError, safe_open
+    """The small models of the package, by the headers of their files: a clone without LFS has stand-ins."""
+    from anyflow_cli.model.folder_check import check_folder
+    from anyflow_cli.model.pipeline_io import BUILT_IN, resolve_pipeline
 
-    from anyflow_cli.model.pipeline_io import BUILT_IN, pipeline_files, resolve_pipeline
-
-    for name in BUILT_IN:
-        for file in pipeline_files(resolve_pipeline(name)).values():
-            if file.suffix != ".safetensors":
-                continue
-            try:
-                with safe_open(file, framework="np") as opened:
-                    opened.keys()
-            except (OSError, SafetensorError) as error:
-                return Finding("built-in models", "stop", f"{file} is damaged: {error}", "reinstall anyflow")
+    problems = [problem for name in BUILT_IN for problem in check_folder(resolve_pipeline(name))]
+    if problems:
+        return Finding("built-in models", "stop", problems[0], "reinstall anyflow")
     return Finding("built-in models", "ok", ", ".join(BUILT_IN))
 
 

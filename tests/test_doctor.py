@@ -123,7 +123,7 @@ def test_a_git_lfs_pointer_instead_of_weights_stops_a_run(
     monkeypatch.setattr(pipeline_io, "ASSETS", assets)
     found = finding_of("built-in models", recipe(), tmp_path)
     assert found.state == "stop"
-    assert "model.safetensors is damaged" in found.text
+    assert "model.safetensors is a Git LFS pointer" in found.text
 
 
 def test_a_check_that_raises_is_a_finding_and_the_others_still_run(

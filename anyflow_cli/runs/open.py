@@ -26,8 +26,15 @@ from anyflow_cli.errors import AnyflowError, UsageError
 from anyflow_cli.model.backbone import Backbone, BackboneSources
 from anyflow_cli.model.causal import FAR
 from anyflow_cli.model.config import CausalConfig
+from anyflow_cli.model.folder_check import check_folder
 from anyflow_cli.model.network import FlowMapTransformer
-from anyflow_cli.model.pipeline_io import load_network, read_config, read_shift, resolve_pipeline
+from anyflow_cli.model.pipeline_io import (
+    ADAPTER_CONFIG,
+    load_network,
+    read_config,
+    read_shift,
+    resolve_pipeline,
+)
 from anyflow_cli.recipe.load import load_recorded_recipe
 from anyflow_cli.recipe.schema import ModelSection, Recipe
 from anyflow_cli.runs.dcp import SHARDS, reason, shard_keys
@@ -84,6 +91,17 @@ class ModelInfo:
     def shift(self) -> float:
         """Timestep shift the model was made for."""
         return read_shift(self.pipeline) if self.run is None else self.run.recipe.model.shift
+
+
+def model_problems(address: str) -> list[str]:
+    """List what is wrong with the model at ``address``, by the headers of its files; empty if it is sound."""
+    path = locate(address)
+    if is_checkpoint(path):
+        _describe_checkpoint(path)
+        return []
+    if (path / ADAPTER_CONFIG).is_file():
+        return [f"{path} is a LoRA adapter, not a model; the model it belongs to is beside it"]
+    return check_folder(path)
 
 
 def describe(address: str, recipe: Recipe) -> ModelInfo:
@@ -236,12 +254,3 @@ def run_of(checkpoint: Path) -> TrainingRun:
             "Bring that model back, or work in the directory where the training was started.",
         )
     return TrainingRun(recipe_of(folder), lineage, base)
-
-
-def check_model(address: str) -> None:
-    """Refuse an address that leads to no usable model; only headers of its files are read."""
-    path = locate(address)
-    if is_checkpoint(path):
-        _describe_checkpoint(path)
-    else:
-        read_config(path)

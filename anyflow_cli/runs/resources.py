@@ -16,7 +16,7 @@ from anyflow_cli.errors import AnyflowError, UsageError
 from anyflow_cli.model.known_models import KNOWN_MODELS
 from anyflow_cli.model.pipeline_io import BUILT_IN
 from anyflow_cli.recipe.schema import Recipe
-from anyflow_cli.runs.open import ModelChoice, check_model
+from anyflow_cli.runs.open import ModelChoice, model_problems
 from anyflow_cli.runs.paths import MODEL, RunPaths
 from anyflow_cli.utils.hub import cached_snapshot, is_hub_name
 
@@ -204,13 +204,20 @@ def _model(name: str, address: str) -> Resource:
     snapshot = cached_snapshot(address) if on_hub else None
     if on_hub and snapshot is None:
         return _on_hub(name, address)
+    if address in BUILT_IN:
+        return Resource(name, address, "ready", "part of anyflow")
     try:
-        check_model(str(snapshot or address))
+        problems = model_problems(str(snapshot or address))
     except AnyflowError as error:
-        if on_hub:  # an interrupted download, which the command completes
-            return _on_hub(name, address)
         return _unusable(name, address, error)
-    return Resource(name, address, "ready", "part of anyflow" if address in BUILT_IN else "")
+    if problems and on_hub:  # an interrupted download, which the command completes
+        return _on_hub(name, address)
+    if problems:
+        more = f" (and {len(problems) - 1} more problems)" if len(problems) > 1 else ""
+        return Resource(
+            name, address, "unusable", "fetch or save the model again", f"{problems[0].rstrip('.')}{more}."
+        )
+    return Resource(name, address, "ready")
 
 
 def _on_hub(name: str, address: str) -> Resource:
