@@ -5,9 +5,9 @@
 
 An iteration is forward and backward passes of all its terms on one batch, without the optimizer; blocks are
 recomputed in the backward pass, as the large recipes do, unless --no-checkpointing is given. The table gives
-the mean over steps (the draws of a step decide its calls), the ratios to plain flow matching, in time (on a
-CPU processor time, which other work lengthens less) and in counted operations, and on a GPU the share of its
-peak that these make (recomputation counts as work).
+the mean over steps (the random numbers of a step decide its calls), the ratios to plain flow matching, in
+time (on a CPU processor time, which other work lengthens less) and in counted operations, and on a GPU the
+share of its peak that these make (recomputation counts as work).
 """
 
 from __future__ import annotations
@@ -152,11 +152,11 @@ def _runs(
 
     def iteration(objective: objectives.Objective) -> Callable[[int], None]:
         def run(step: int) -> None:
-            draws = StepRng(0, step, count, tuple(range(count)))
+            rng = StepRng(0, step, count, tuple(range(count)))
             for phase in objective.phases:
                 for term in phase.terms:
                     with autocast("bf16" if gpu else "fp32", kind):
-                        loss, _ = term(batch, draws)
+                        loss, _ = term(batch, rng)
                     torch.autograd.backward(loss)
                 for parameter in backbone.parameters_of(phase.role):
                     parameter.grad = None

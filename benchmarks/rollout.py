@@ -75,10 +75,10 @@ def three_jumps(recipe: Recipe) -> StepRng:
     step = 0
     while True:
         step += 1
-        draws = StepRng(0, step, SAMPLES, tuple(range(SAMPLES)))
-        steps, k = draw_segment(recipe.distill.step_budgets, draws.generator("rollout"))
+        rng = StepRng(0, step, SAMPLES, tuple(range(SAMPLES)))
+        steps, k = draw_segment(recipe.distill.step_budgets, rng.generator("rollout"))
         if 0 < k < steps - 1:
-            return draws
+            return rng
 
 
 if __name__ == "__main__":

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 from anyflow_cli.cli import options
-from anyflow_cli.cli.console import print_dry_run
-from anyflow_cli.cli.launch import start_processes
-from anyflow_cli.cli.train import run_stage, stage_facts
-from anyflow_cli.runs.paths import RunPaths
+from anyflow_cli.cli.train import TrainingCommand, run_training
 
 
 def distill(
@@ -26,26 +23,12 @@ def distill(
 
     The same command continues a run that was stopped, from its newest checkpoint.
     """
-    overrides = {
-        "--simulation": ("distill.simulation", simulation),
-        "--model": ("distill.init_from", model),
-        "--steps": ("distill.steps", steps),
-        "--seed": ("distill.seed", seed),
-        "--nproc": ("launch.processes", processes),
-    }
-    settings = options.load_settings(recipe, assignments, overrides)
-    paths = RunPaths(runs, settings.name)
-    facts = {"simulation": settings.distill.simulation, "joint stage-1 loss": settings.distill.joint}
-    from anyflow_cli.runs.lineage import check_run
-    from anyflow_cli.runs.resources import inputs, is_ready
-    from anyflow_cli.train.stages import distill_inputs
-
-    needs = inputs(settings, paths, "distill")
-    if dry_run and not is_ready(needs):
-        return print_dry_run("distill", facts, needs, as_json=as_json)
-    run_inputs = distill_inputs(settings, paths)
-    check_run(settings, run_inputs)
-    if dry_run:
-        return print_dry_run("distill", facts | stage_facts(settings, run_inputs), needs, as_json=as_json)
-    if not start_processes(settings.launch):
-        run_stage(settings, run_inputs, "distill", as_json=as_json)
+    run_training(
+        TrainingCommand(
+            "distill", recipe, assignments, runs, steps, seed, processes, dry_run, as_json,
+            overrides={
+                "--simulation": ("distill.simulation", simulation), "--model": ("distill.init_from", model),
+            },
+            shown={"simulation": "simulation", "joint": "joint stage-1 loss"},
+        )
+    )  # fmt: skip

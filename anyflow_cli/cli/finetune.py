@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from anyflow_cli.cli import options
-from anyflow_cli.cli.console import facts_table, print_dry_run, print_result
-from anyflow_cli.cli.launch import start_processes
 from anyflow_cli.cli.progress import Progress
-from anyflow_cli.cli.train import stage_facts, stage_result, train_stage
+from anyflow_cli.cli.train import TrainingCommand, run_training
 from anyflow_cli.errors import UsageError
 from anyflow_cli.runs.paths import RunPaths
-from anyflow_cli.utils.distributed import is_main_process, world_size
+from anyflow_cli.utils.distributed import world_size
 
 if TYPE_CHECKING:
     from anyflow_cli.recipe.schema import Recipe
+    from anyflow_cli.runs.lineage import RunInputs
     from anyflow_cli.runs.open import ModelChoice
+    from anyflow_cli.train.prepare import TrainingResult
 
 STEPS = (4, 32)  # at which a model is scored before and after
 LOOKED_AT = 64  # captions that decide whether the built-in suite can score
@@ -43,48 +44,21 @@ def finetune(
     Says how 4 and 32 steps fare before and after: by score where the built-in suite can judge the captions,
     else by the flow-map error on clips held out. The same command continues a run that was stopped.
     """
-    overrides = {
-        "--model": ("finetune.init_from", model),
-        "--steps": ("finetune.steps", steps),
-        "--seed": ("finetune.seed", seed),
-        "--nproc": ("launch.processes", processes),
-    }
-    settings = options.load_settings(recipe, assignments, overrides)
-    paths = RunPaths(runs, settings.name)
-    from anyflow_cli.runs.lineage import check_run
-    from anyflow_cli.runs.resources import Given, find_model, inputs, is_ready, require_inputs
-    from anyflow_cli.train.stages import finetune_inputs
-
-    choice = find_model(settings, paths, settings.finetune.init_from)
-    log.info("Start: %s (%s)", *choice)
-    needs = inputs(settings, paths, "finetune", Given(data=data))
-    if not dry_run:
-        require_inputs(needs)
-    latents = _latents(settings, paths, data, dry_run=dry_run) if is_ready(needs) else None
-    if latents is None:
-        facts = {
-            "start": choice.address,
-            "latents": paths.home / "finetune-data",
-        }
-        return print_dry_run("finetune", facts | {"result": paths.finetune / "model"}, needs, as_json=as_json)
-    run_inputs = finetune_inputs(settings, paths, choice.address, latents)
-    check_run(settings, run_inputs)
-    if dry_run:
-        return print_dry_run("finetune", stage_facts(settings, run_inputs), needs, as_json=as_json)
-    if start_processes(settings.launch):
-        return None
-    finished = train_stage(settings, run_inputs, "finetune")
-    if is_main_process():
-        values = stage_result(finished, run_inputs)
-        compared = _compare(settings, paths, choice, finished.model, latents)
-        shown = facts_table(values | {name: _in_words(part) for name, part in compared.items()})
-        print_result(values | compared, as_json=as_json, text=shown)
+    run_training(
+        TrainingCommand(
+            "finetune", recipe, assignments, runs, steps, seed, processes, dry_run, as_json,
+            overrides={"--model": ("finetune.init_from", model)},
+            data=data,
+            encode=partial(_encode_videos, data),
+            compare=_compare,
+        )
+    )  # fmt: skip
 
 
-def _latents(settings: Recipe, paths: RunPaths, data: Path | None, *, dry_run: bool) -> Path | None:
-    """The data set of latents: as given, or made of the videos; None if that is still to be done."""
+def _encode_videos(data: Path | None, recipe: Recipe, paths: RunPaths, dry_run: bool) -> Path | None:
+    """Encode videos, by default clips of the recipe's world; in a dry run None unless all are encoded."""
     from anyflow_cli.data.clips import draw_clips
-    from anyflow_cli.data.shards import MANIFEST, PROVENANCE
+    from anyflow_cli.data.shards import MANIFEST
     from anyflow_cli.synthesize.job import prepare_synthesis
     from anyflow_cli.synthesize.run import run_synthesis
 
@@ -92,12 +66,10 @@ def _latents(settings: Recipe, paths: RunPaths, data: Path | None, *, dry_run: b
         data = paths.home / "finetune-clips"
         if dry_run and not data.is_dir():
             return None
-        if not dry_run and settings.finetune.world is not None:
-            draw_clips(data, settings.finetune.world, settings.finetune.clips)
-    if (data / MANIFEST).exists() or (data / PROVENANCE).exists():
-        return data
+        if not dry_run and recipe.finetune.world is not None:
+            draw_clips(data, recipe.finetune.world, recipe.finetune.clips)
     out = paths.home / "finetune-data"
-    job = prepare_synthesis(settings, out, data)
+    job = prepare_synthesis(recipe, out, data)
     todo = job.videos_left()
     if not todo and (out / MANIFEST).exists():
         return out
@@ -115,16 +87,19 @@ def _latents(settings: Recipe, paths: RunPaths, data: Path | None, *, dry_run: b
 
 
 def _compare(
-    settings: Recipe, paths: RunPaths, before: ModelChoice, after: Path, latents: Path
+    recipe: Recipe, paths: RunPaths, inputs: RunInputs, finished: TrainingResult
 ) -> dict[str, dict[str, Any]]:
     """Scores or errors of the model before and after."""
     from anyflow_cli.runs.open import ModelChoice
+    from anyflow_cli.runs.resources import find_model
 
-    both = {"before": before, "after": ModelChoice(str(after), "fine-tuned")}
-    world = _world_of(settings, latents)
+    before = find_model(recipe, paths, recipe.finetune.init_from)
+    models = {"before": before, "after": ModelChoice(str(finished.model), "fine-tuned")}
+    latents = Path(inputs.data)
+    world = _world_of(recipe, latents)
     if world is None:
-        return {name: _error(choice, settings, latents) for name, choice in both.items()}
-    return {name: _scores(choice, settings, paths, world) for name, choice in both.items()}
+        return {name: _error(choice, recipe, latents) for name, choice in models.items()}
+    return {name: _scores(choice, recipe, paths, world) for name, choice in models.items()}
 
 
 def _world_of(settings: Recipe, latents: Path) -> str | None:
@@ -166,8 +141,3 @@ def _error(choice: ModelChoice, settings: Recipe, latents: Path) -> dict[str, An
 
     found = flow_map_error(open_model(choice.address, settings).network, settings, latents)
     return {"flow-map error": found.error, "clips": found.clips, "held out": found.unseen}
-
-
-def _in_words(values: dict[str, Any]) -> str:
-    shown = {name: f"{v:.4g}" if isinstance(v, float) else v for name, v in values.items() if v is not None}
-    return ", ".join(f"{name} {value}" for name, value in shown.items()) or "not told"

@@ -1,69 +1,151 @@
-"""What the training verbs share: what they announce, the progress they show, the result they print."""
+"""``run_training``: everything that the three training verbs do beyond their options."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from anyflow_cli.cli.console import print_result
+from anyflow_cli.cli import options
+from anyflow_cli.cli.console import facts_table, print_dry_run, print_result
+from anyflow_cli.cli.launch import start_processes
 from anyflow_cli.cli.progress import Progress
+from anyflow_cli.runs.paths import RunPaths
+from anyflow_cli.utils.distributed import is_main_process
 
 if TYPE_CHECKING:
     from anyflow_cli.recipe.schema import Recipe, TrainingSection
     from anyflow_cli.runs.lineage import RunInputs
-    from anyflow_cli.train.stages import Finished
+    from anyflow_cli.train.prepare import TrainingResult
 
 log = logging.getLogger(__name__)
 
-SHOWN = ("loss", "matching", "flow_map_loss", "fake")  # figures beside the bar; all are in metrics.jsonl
+SHOWN = ("loss", "matching", "flow_map_loss", "fake")  # values beside the bar; all are in metrics.jsonl
+
+# Encodes the videos of a command as a data set; in a dry run None, unless they are already encoded.
+EncodeVideos = Callable[["Recipe", RunPaths, bool], Path | None]
+# Scores a finished model against the one it started from; returns tables by name.
+CompareModels = Callable[["Recipe", RunPaths, "RunInputs", "TrainingResult"], Mapping[str, Mapping[str, Any]]]
 
 
-def stage_facts(recipe: Recipe, inputs: RunInputs) -> dict[str, Any]:
-    """What a stage would do, for ``--dry-run``."""
+@dataclass(frozen=True)
+class TrainingCommand:
+    """A training verb with its options.
+
+    Attributes:
+        section: Section of the recipe, which names the stage.
+        recipe: Value of ``--recipe``.
+        assignments: Values of ``--set``.
+        runs: Directory of all runs.
+        steps: Value of ``--steps``.
+        seed: Value of ``--seed``.
+        processes: Value of ``--nproc``.
+        dry_run: Whether to check everything and train nothing.
+        as_json: Whether to print the result as JSON.
+        overrides: Options of this verb alone, each with the key that it sets.
+        shown: Keys of the section that a dry run shows first, by their labels.
+        data: Value of ``--data``.
+        encode: Encodes videos, for a verb that takes them.
+        compare: Compares the models before and after, where the verb does.
+    """
+
+    section: str
+    recipe: str
+    assignments: Iterable[str] | None
+    runs: Path
+    steps: int | None
+    seed: int | None
+    processes: int | None
+    dry_run: bool
+    as_json: bool
+    overrides: Mapping[str, tuple[str, Any]] = field(default_factory=dict)
+    shown: Mapping[str, str] = field(default_factory=dict)
+    data: Path | None = None
+    encode: EncodeVideos | None = None
+    compare: CompareModels | None = None
+
+    @property
+    def verb(self) -> str:
+        """Name of the command."""
+        return self.section.replace("_", "-")
+
+    def load_recipe(self) -> Recipe:
+        """The recipe with all overrides."""
+        common = {
+            "--steps": (f"{self.section}.steps", self.steps),
+            "--seed": (f"{self.section}.seed", self.seed),
+            "--nproc": ("launch.processes", self.processes),
+        }
+        return options.load_settings(self.recipe, self.assignments, {**self.overrides, **common})
+
+
+def run_training(command: TrainingCommand) -> None:
+    """Run a training command: find its inputs, train or continue, save the model, print where it is.
+
+    A dry run stops after the checks. With ``--nproc`` this process only starts the others.
+    """
+    recipe = command.load_recipe()
+    paths = RunPaths(command.runs, recipe.name)
+    settings: TrainingSection = getattr(recipe, command.section)
+    facts = {label: getattr(settings, key) for key, label in command.shown.items()}
+    from anyflow_cli.runs import resources
     from anyflow_cli.runs.checkpoint import newest
+    from anyflow_cli.runs.lineage import check_run
+    from anyflow_cli.train.prepare import prepare_training
+    from anyflow_cli.train.stages import STAGES
 
-    settings: TrainingSection = getattr(recipe, inputs.section)
-    lora = recipe.model.lora
-    return {
-        **{name: str(path) for name, path in inputs.parents.items()},
-        "data": inputs.data,
-        "trains": f"LoRA of rank {lora.rank}" if lora else "all weights",
-        "steps": settings.steps,
-        "global batch": settings.global_batch,
-        "learning rate": settings.optimizer.lr,
-        "continues from": newest(inputs.directory / "checkpoints") or "the start",
-        "result": inputs.finished,
-    }
-
-
-def train_stage(recipe: Recipe, inputs: RunInputs, label: str) -> Finished:
-    """Run a stage under a progress bar, saying first what it is made from."""
-    from anyflow_cli.runs.checkpoint import newest
-    from anyflow_cli.train.stages import train
-
-    settings: TrainingSection = getattr(recipe, inputs.section)
-    for name, path in inputs.parents.items():
-        log.info("%s: %s", name, path)
-    log.info("data: %s", inputs.data)
+    needs = resources.inputs(recipe, paths, command.verb, resources.Given(data=command.data))
+    found = {} if command.dry_run and not resources.is_ready(needs) else resources.require_inputs(needs)
+    if found and "data set" not in found:
+        assert command.encode is not None, "a verb that takes videos encodes them"
+        latents = command.encode(recipe, paths, command.dry_run)
+        found = {} if latents is None else found | {"data set": str(latents)}
+    stage = STAGES[command.section]
+    if not found:
+        facts |= {"result": stage.directory(recipe, paths) / "model"}
+        return print_dry_run(command.verb, facts, needs, as_json=command.as_json)
+    inputs = stage.inputs(recipe, paths, found)
+    check_run(recipe, inputs)
     checkpoint = newest(inputs.directory / "checkpoints")
+    sources = {**inputs.parents, "data": inputs.data}
+    if command.dry_run:
+        lora = recipe.model.lora
+        facts |= {name: str(path) for name, path in sources.items()} | {
+            "trains": f"LoRA of rank {lora.rank}" if lora else "all weights",
+            "steps": settings.steps,
+            "global batch": settings.global_batch,
+            "learning rate": settings.optimizer.lr,
+            "continues from": checkpoint or "the start",
+            "result": inputs.finished,
+        }
+        return print_dry_run(command.verb, facts, needs, as_json=command.as_json)
+    if start_processes(recipe.launch):
+        return None
+    for name, path in sources.items():
+        log.info("%s: %s", name, path)
     if checkpoint is not None:
         log.info("continues from %s", checkpoint)
-    with Progress(label, settings.steps) as progress:
-        return train(
+    with Progress(command.verb, settings.steps) as progress:
+        training = prepare_training(
             recipe,
             inputs,
             lambda step, values: progress.update(step, {k: v for k, v in values.items() if k in SHOWN}),
         )
-
-
-def run_stage(recipe: Recipe, inputs: RunInputs, label: str, *, as_json: bool) -> None:
-    """Run a stage and print where its model is."""
-    print_result(stage_result(train_stage(recipe, inputs, label), inputs), as_json=as_json)
-
-
-def stage_result(finished: Finished, inputs: RunInputs) -> dict[str, Any]:
-    """The result of a training command."""
+        training.trainer.run()
+        finished = training.save_result()
+    if not is_main_process():
+        return None
     values: dict[str, Any] = {"model": finished.model, "steps": finished.steps}
     if finished.adapter is not None:
         values["adapter"] = finished.adapter
-    return values | {"metrics": inputs.directory / "metrics.jsonl", "previews": inputs.directory / "previews"}
+    values |= {"metrics": inputs.directory / "metrics.jsonl", "previews": inputs.directory / "previews"}
+    compared = command.compare(recipe, paths, inputs, finished) if command.compare else {}
+    shown = facts_table(values | {name: _in_words(part) for name, part in compared.items()})
+    print_result(values | dict(compared), as_json=command.as_json, text=shown)
+
+
+def _in_words(values: Mapping[str, Any]) -> str:
+    shown = {name: f"{v:.4g}" if isinstance(v, float) else v for name, v in values.items() if v is not None}
+    return ", ".join(f"{name} {value}" for name, value in shown.items()) or "unknown"

@@ -64,7 +64,7 @@ def writing(directory: Path, step: int) -> Iterator[Path]:
         words = reason.strerror if isinstance(reason, OSError) else reason
         raise AnyflowError(
             f"The checkpoint of step {step} could not be written to {directory}: {words}.",
-            "Free space or rights there, then start the same command again: it goes on from the last one.",
+            "Free space or fix the permissions there, then start the same command again: it continues.",
             everywhere=isinstance(error, CheckpointException),
         ) from error
 

@@ -68,7 +68,7 @@ WindowOf = Callable[[Tensor, StepRng], TrainingWindow]
 Simulate = Callable[[Velocity, Tensor, int], Tensor]  # from a chunk's noise, and its number, to time 0
 
 
-def whole_video(x: Tensor, draws: StepRng) -> TrainingWindow:
+def whole_video(x: Tensor, rng: StepRng) -> TrainingWindow:
     """Whole videos, seen bidirectionally."""
     return TrainingWindow(x, lambda condition: condition, slice(None))
 
@@ -110,17 +110,17 @@ class TeacherForcing:
     settings: schema.CausalSection
     given: float = 0.0
 
-    def __call__(self, x: Tensor, draws: StepRng) -> TrainingWindow:
+    def __call__(self, x: Tensor, rng: StepRng) -> TrainingWindow:
         """View of the videos x (B, F, C, H, W) in the window that the step draws."""
-        chunks, noisy = self.window(draws)
+        chunks, noisy = self.window(rng)
         frames = slice(sum(chunks[:-noisy]), sum(chunks))
         bind = partial(TeacherForced, x=x[:, : frames.stop], partition=chunks, noisy=noisy)
         return TrainingWindow(x[:, frames], bind, frames, chunks[-noisy:])
 
-    def window(self, draws: StepRng) -> Window:
+    def window(self, rng: StepRng) -> Window:
         """The same for every micro batch of a step, on every process."""
-        full, generator = self.settings.full_chunks, draws.generator("window")
-        known = given_frames(self.settings, self.given, draws.generator("given"))
+        full, generator = self.settings.full_chunks, rng.generator("window")
+        known = given_frames(self.settings, self.given, rng.generator("given"))
         chunks = split_after(self.settings.partition, known)
         if known:
             begun = _chunks_within(chunks, known)
@@ -243,12 +243,12 @@ class _LayoutProbe:
 
 
 def layout_of(
-    view: WindowOf, network: FlowMapTransformer, latent: tuple[int, int, int, int], draws: StepRng
+    view: WindowOf, network: FlowMapTransformer, latent: tuple[int, int, int, int], rng: StepRng
 ) -> tuple[Layout | None, int | None]:
     """Token layout of a step's window, and times per sample; None and None for whole videos."""
     if not isinstance(view, TeacherForcing):
         return None, None
-    chunks, noisy = view.window(draws)
+    chunks, noisy = view.window(rng)
     return teacher_forcing(network.config, chunks, *latent[2:], noisy), noisy
 
 

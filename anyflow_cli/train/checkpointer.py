@@ -1,13 +1,13 @@
-"""When the checkpoints of a run are written and made whole: by the main process, or each process its part.
+"""When checkpoints are written and completed: by the main process, or sharded by all of them.
 
-Parts can be written while training goes on. Such a checkpoint is made whole as soon as all of it is on the
-disk, at the latest before the next one begins and at the end; a kill before that leaves the one before it.
+A sharded checkpoint can be written in the background while training continues. It is completed once all of
+it is on the disk, at the latest before the next one begins or the run ends; a kill before that leaves the
+previous checkpoint.
 """
 
 from __future__ import annotations
 
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,30 +18,32 @@ from anyflow_cli.runs import checkpoint, dcp
 from anyflow_cli.runs.checkpoint import CheckpointState
 
 
-class _Open(NamedTuple):
-    """A checkpoint that is still being written."""
+class _Pending(NamedTuple):
+    """A checkpoint that is being written."""
 
-    state: CheckpointState  # its tensors are not those being written: they train on
+    state: CheckpointState  # its tensors continue to train; copies of them are being written
     writing: Future[Any]
 
 
-@dataclass
 class Checkpointer:
-    """``divided``: the state is sharded. ``waits``: training stands still until a checkpoint is whole."""
+    """Writes the checkpoints of a run and keeps the newest ``keep``.
 
-    directory: Path
-    keep: int
-    accelerator: Any
-    divided: bool
-    waits: bool
-    _open: _Open | None = field(default=None, init=False)
-    _group: Any = field(default=None, init=False)
+    With ``blocking`` training waits until a sharded checkpoint is complete.
+    """
+
+    def __init__(
+        self, directory: Path, keep: int, accelerator: Any, *, sharded: bool, blocking: bool
+    ) -> None:
+        self.directory, self.keep, self.accelerator = directory, keep, accelerator
+        self.sharded, self.blocking = sharded, blocking
+        self._pending: _Pending | None = None
+        self._group: Any = None
 
     def save(self, state: CheckpointState) -> None:
-        """Write a checkpoint of all processes, or begin to."""
+        """Write a checkpoint of all processes, or start to; every process calls this."""
         self.finish()
         main = self.accelerator.is_main_process
-        if not self.divided:
+        if not self.sharded:
             if main:
                 checkpoint.save(self.directory, state, self.keep)
             self.accelerator.wait_for_everyone()
@@ -50,29 +52,33 @@ class Checkpointer:
             if main:
                 checkpoint.begin(partial)
             self.accelerator.wait_for_everyone()
-            tensors = dcp.flattened(state.tensors, state.optimizers)
-            if self.waits:
+            tensors: dict[str, Any] = dict(dcp.flattened(state.tensors, state.optimizers))
+            if self.blocking:
                 save(tensors, checkpoint_id=partial / dcp.SHARDS)
                 self._commit(partial, state)
-            else:
-                self._open = _Open(state, self._begin_writing(tensors, partial))
+                return
+            if self._group is None:  # beside the training's own collectives, and on the CPU
+                self._group = distributed.new_group(backend="gloo")
+            writing = async_save(tensors, checkpoint_id=partial / dcp.SHARDS, process_group=self._group)
+            assert isinstance(writing, Future)
+            self._pending = _Pending(state, writing)
 
     def poll(self) -> None:
-        """Make the open checkpoint whole if all of it is on the disk; the main process can tell."""
-        if self._open is not None and self.accelerator.is_main_process and self._open.writing.done():
-            self._close()
+        """Complete the pending checkpoint if all of it is on the disk, which the main process knows."""
+        if self._pending is not None and self.accelerator.is_main_process and self._pending.writing.done():
+            self._complete()
 
     def finish(self) -> None:
-        """Wait until nothing is open, all processes together."""
-        if self.divided and not self.waits:
-            self._close()
+        """Wait until no checkpoint is pending; every process calls this."""
+        if self.sharded and not self.blocking:
+            self._complete()
             self.accelerator.wait_for_everyone()
 
-    def _close(self) -> None:
-        if self._open is None:
+    def _complete(self) -> None:
+        if self._pending is None:
             return
-        state, writing = self._open
-        self._open = None
+        state, writing = self._pending
+        self._pending = None
         with checkpoint.writing(self.directory, state.step) as partial:
             writing.result()
             self._commit(partial, state)
@@ -80,13 +86,5 @@ class Checkpointer:
     def _commit(self, partial: Path, state: CheckpointState) -> None:
         if self.accelerator.is_main_process:
             checkpoint.commit(partial, state, self.keep)
-        if self.waits:
+        if self.blocking:
             self.accelerator.wait_for_everyone()
-
-    def _begin_writing(self, tensors: dict[str, Any], partial: Path) -> Future[Any]:
-        """The writing threads talk among themselves, beside the training's own messages and on the CPU."""
-        if self._group is None:
-            self._group = distributed.new_group(backend="gloo")
-        future = async_save(tensors, checkpoint_id=partial / dcp.SHARDS, process_group=self._group)
-        assert isinstance(future, Future)
-        return future

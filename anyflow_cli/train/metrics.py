@@ -1,102 +1,162 @@
-"""What a run reports: ``metrics.jsonl``, one JSON object a logged step, TensorBoard and trackers beside it.
+"""What a run reports: ``metrics.jsonl`` with one JSON object per row, TensorBoard, and experiment trackers.
 
-A row holds the mean of each value over the steps since the row before. The open sums travel in the
-checkpoint, and on resume rows written after the checkpoint are cut off, so that an interrupted run leaves
-the same file as an undisturbed one, the fields ``seconds`` and ``memory`` aside.
+A row holds the mean of each value over the steps since the previous row. The open sums are part of the
+checkpoint, and on resume the rows after the checkpoint are dropped, so an interrupted run leaves the same
+file as an undisturbed one except for ``seconds`` and ``memory``. TensorBoard hides such rows too; Weights &
+Biases and trackio keep them.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import resource
 import sys
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from anyflow_cli.train.board import Board
+from anyflow_cli.errors import UsageError
 from anyflow_cli.utils.files import atomic_write, disk_errors
 
-Log = Callable[[Mapping[str, Any], int], None]
+if TYPE_CHECKING:
+    from torch.utils.tensorboard.writer import SummaryWriter
+
+TrackerLog = Callable[[Mapping[str, Any], int], None]
+PROJECT = "anyflow"  # at the trackers
 
 
 class Metrics:
-    """Sums values step by step and writes a row every ``every`` steps. Only the main process writes."""
+    """Sums values over steps and writes a row every ``every`` steps; only the main process ``writes``."""
 
     def __init__(
-        self, directory: Path, every: int, *, writes: bool, tensorboard: bool, log: Log | None = None
+        self, directory: Path, every: int, *, writes: bool, tensorboard: bool, log: TrackerLog | None = None
     ) -> None:
-        self.path, self.every, self.writes = directory / "metrics.jsonl", every, writes
-        self.log = log
-        self.sums: dict[str, tuple[float, int]] = {}  # of the steps since the last row, and how many had it
+        self.path, self.every, self.writes, self.log = directory / "metrics.jsonl", every, writes, log
+        self.sums: dict[str, tuple[float, int]] = {}  # since the last row: sum, and steps that had the value
         self.steps = 0
         self.since = time.perf_counter()
-        self.board_directory = directory / "tensorboard" if tensorboard and writes else None
-        self.board: Board | None = None
+        self.tensorboard_directory = directory / "tensorboard" if tensorboard and writes else None
+        self.tensorboard: SummaryWriter | None = None
 
     def add(self, step: int, values: Mapping[str, float]) -> dict[str, Any] | None:
-        """Take in a step's values; the row, when this step closes one."""
+        """Add a step's values; return the row if this step ends one."""
         for name, value in values.items():
             total, count = self.sums.get(name, (0.0, 0))
             self.sums[name] = total + value, count + 1
         self.steps += 1
-        return self._close(step) if step % self.every == 0 else None
-
-    def resume(self, step: int, extra: Mapping[str, Any]) -> None:
-        """Continue after ``step``: take up the open sums, drop rows that this run will write again."""
-        self.sums = {name: (total, count) for name, (total, count) in extra["sums"].items()}
-        self.steps = extra["steps"]
-        self._cut(step)
-
-    def restart(self) -> None:
-        """Begin at step 0: whatever an earlier start wrote before its first checkpoint goes."""
-        self._cut(0)
-
-    def _cut(self, step: int) -> None:
-        if self.board_directory is not None:
-            with disk_errors(self.board_directory):
-                self.board = Board(self.board_directory, step)
-        if self.writes and self.path.exists():
-            lines = self.path.read_text().splitlines(keepends=True)
-            with atomic_write(self.path) as temporary:
-                temporary.write_text("".join(line for line in lines if _written_by(line, step)))
+        return self._end_row(step) if step % self.every == 0 else None
 
     def state(self) -> dict[str, Any]:
         """The open sums, for the checkpoint."""
         return {"sums": dict(self.sums), "steps": self.steps}
 
-    def _close(self, step: int) -> dict[str, Any]:
+    def resume(self, step: int, state: Mapping[str, Any]) -> None:
+        """Continue after ``step`` from the open sums of a checkpoint."""
+        self.sums = {name: (total, count) for name, (total, count) in state["sums"].items()}
+        self.steps = state["steps"]
+        self._drop_rows_after(step)
+
+    def restart(self) -> None:
+        """Begin at step 0: drop the rows of an earlier start that saved no checkpoint."""
+        self._drop_rows_after(0)
+
+    def close(self) -> None:
+        """Close TensorBoard's file."""
+        if self.tensorboard is not None:
+            with suppress(OSError):  # raised before: each row was flushed
+                self.tensorboard.close()
+            self.tensorboard = None
+
+    def _drop_rows_after(self, step: int) -> None:
+        if self.tensorboard_directory is not None:
+            self.close()
+            with disk_errors(self.tensorboard_directory):
+                self.tensorboard = _open_tensorboard(self.tensorboard_directory, step)
+        if self.writes and self.path.exists():
+            lines = self.path.read_text().splitlines(keepends=True)
+            with atomic_write(self.path) as temporary:
+                temporary.write_text("".join(line for line in lines if _is_until(line, step)))
+
+    def _end_row(self, step: int) -> dict[str, Any]:
         means = {name: total / count for name, (total, count) in self.sums.items()}
         now = time.perf_counter()
         seconds = round((now - self.since) / self.steps, 4)
         row: dict[str, Any] = {"step": step, **means, "seconds": seconds, "memory": peak_memory()}
         self.sums, self.steps, self.since = {}, 0, now
         if self.writes:
-            self._write(row)
+            with disk_errors(self.path), self.path.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            if self.log is not None:
+                self.log(row, step)
+        if self.tensorboard is not None:
+            with disk_errors(Path(self.tensorboard.log_dir)):
+                for name, value in row.items():
+                    self.tensorboard.add_scalar(name, value, step)
+                self.tensorboard.flush()
         return row
 
-    def _write(self, row: dict[str, Any]) -> None:
-        with disk_errors(self.path), self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        if self.log is not None:
-            self.log(row, row["step"])
-        if self.board is not None:
-            with disk_errors(self.board.path):
-                self.board.add(row, row["step"])
+
+def _open_tensorboard(directory: Path, step: int) -> SummaryWriter:
+    """A new file of events that hides the rows after ``step`` in the files of earlier starts."""
+    from torch.utils.tensorboard.writer import SummaryWriter
+
+    report = threading.excepthook
+
+    def report_unless_raised(failure: threading.ExceptHookArgs) -> None:
+        """TensorBoard's thread prints no traceback: ``flush`` raises its disk errors in the main thread."""
+        if not type(failure.thread).__module__.startswith("tensorboard."):
+            report(failure)
+
+    threading.excepthook = report_unless_raised
+    return SummaryWriter(str(directory), purge_step=step + 1)
 
 
 def peak_memory() -> int:
-    """Peak bytes so far: of the GPU where there is one, else of the process."""
+    """Peak bytes so far: of the GPU if there is one, else of the process."""
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _written_by(line: str, step: int) -> bool:
+def start_trackers(
+    accelerator: Any, names: Sequence[str], directory: Path, config: Mapping[str, Any]
+) -> None:
+    """Start or continue the run at Weights & Biases or trackio; ``accelerator.log`` then reaches them.
+
+    A run keeps its identity there over restarts, since it is derived from the directory.
+    """
+    for name in names:
+        if find_spec(name) is None:
+            hint = f"Install it (pip install {name}), or remove it from trackers."
+            raise UsageError(f"The tracker {name} is not installed.", hint, everywhere=True)
+    title = f"{directory.parent.name}-{directory.name}"
+    identity = hashlib.blake2b(str(directory.resolve()).encode(), digest_size=8).hexdigest()
+    accelerator.log_with = list(names)
+    accelerator.init_trackers(
+        PROJECT,
+        dict(config),
+        init_kwargs={
+            "wandb": {"name": title, "id": identity, "resume": "allow", "dir": str(directory)},
+            "trackio": {"name": f"{title}-{identity}", "resume": "allow"},
+        },
+    )
+
+
+def finish_trackers(accelerator: Any) -> None:
+    """Send what is still to be sent."""
+    for tracker in accelerator.trackers:
+        tracker.finish()
+
+
+def _is_until(line: str, step: int) -> bool:
     try:
         return bool(json.loads(line)["step"] <= step)
     except json.JSONDecodeError:  # the last line of a killed run may be torn

@@ -49,11 +49,11 @@ LatentShape = tuple[int, int, int, int]  # F, C, H, W
 class LossTerm(Protocol):
     """One loss of a phase, on a micro batch."""
 
-    def __call__(self, batch: Batch, draws: StepRng, /) -> tuple[Tensor, Sums]:
+    def __call__(self, batch: Batch, rng: StepRng, /) -> tuple[Tensor, Sums]:
         """Mean loss (), and what is reported of it."""
 
-    def network_calls(self, latent: LatentShape, draws: StepRng) -> list[NetworkCall]:
-        """The forward passes that ``__call__`` makes under these draws, in order."""
+    def network_calls(self, latent: LatentShape, rng: StepRng) -> list[NetworkCall]:
+        """The forward passes that ``__call__`` makes under these rng, in order."""
 
 
 @dataclass(frozen=True)
@@ -63,13 +63,13 @@ class FunctionTerm:
     loss: Callable[[Batch, StepRng], tuple[Tensor, Sums]]
     calls: Callable[[LatentShape, StepRng], list[NetworkCall]]
 
-    def __call__(self, batch: Batch, draws: StepRng, /) -> tuple[Tensor, Sums]:
+    def __call__(self, batch: Batch, rng: StepRng, /) -> tuple[Tensor, Sums]:
         """Evaluate the loss."""
-        return self.loss(batch, draws)
+        return self.loss(batch, rng)
 
-    def network_calls(self, latent: LatentShape, draws: StepRng) -> list[NetworkCall]:
+    def network_calls(self, latent: LatentShape, rng: StepRng) -> list[NetworkCall]:
         """Its declaration."""
-        return self.calls(latent, draws)
+        return self.calls(latent, rng)
 
 
 @dataclass(frozen=True)
@@ -157,23 +157,23 @@ class FlowMapTerm:
     shift: float
     view: causal_windows.WindowOf = causal_windows.whole_video
 
-    def __call__(self, batch: Batch, draws: StepRng) -> tuple[Tensor, Sums]:
+    def __call__(self, batch: Batch, rng: StepRng) -> tuple[Tensor, Sums]:
         """Loss of a micro batch; boundary samples first in the global batch, as ``GlobalMean`` needs them."""
-        settings, view = self.settings, self.view(batch.latents, draws)
+        settings, view = self.settings, self.view(batch.latents, rng)
         x = view.x
-        t, r = map(view.by_frame, self._times(draws, view.each))
-        batch, dropped = drop_text(batch, self.negative, settings.text_dropout, draws)
+        t, r = map(view.by_frame, self._times(rng, view.each))
+        batch, dropped = drop_text(batch, self.negative, settings.text_dropout, rng)
         result = losses.flow_map_loss(
             view.bind(self.backbone.velocity("student", batch.text)),
             view.bind(_null(self.backbone, "student", self.negative, batch)),
-            x, draws.noise("noise", x.shape[1:]).to(x), t, r,
+            x, rng.noise("noise", x.shape[1:]).to(x), t, r,
             guidance=settings.guidance,
             delta=settings.delta,
             weight=times.loss_weight(settings.weight, self.shift),
             adaptive=settings.adaptive,
             loss_scale=settings.loss_scale,
             guidance_path=settings.guidance_path,
-            global_mean=draws.global_mean,
+            global_mean=rng.global_mean,
             null_mask=dropped,
         )  # fmt: skip
         boundary = t == r
@@ -183,12 +183,12 @@ class FlowMapTerm:
             "non_boundary": sums(result.errors, ~boundary),
         }
 
-    def network_calls(self, latent: LatentShape, draws: StepRng) -> list[NetworkCall]:
+    def network_calls(self, latent: LatentShape, rng: StepRng) -> list[NetworkCall]:
         """Calls of ``losses.flow_map_loss``: u_null (G samples) and du/dt (2I), then all B with gradient."""
-        layout, each = causal_windows.layout_of(self.view, self.backbone.network_of("student"), latent, draws)
-        t, r = self._times(draws, each)
+        layout, each = causal_windows.layout_of(self.view, self.backbone.network_of("student"), latent, rng)
+        t, r = self._times(rng, each)
         inner = int((t != r).reshape(len(t), -1).any(1).sum())
-        guided = int((~dropped_text(self.settings.text_dropout, draws)).sum())
+        guided = int((~dropped_text(self.settings.text_dropout, rng)).sum())
         # with guidance an empty call takes one sample: every rank must call alike
         if self.settings.guidance == 1:
             without_gradient = [2 * inner]
@@ -199,12 +199,12 @@ class FlowMapTerm:
         call = NetworkCall("student", len(t), gradient=True, layout=layout)
         return [call._replace(samples=n, gradient=False) for n in without_gradient if n] + [call]
 
-    def _times(self, draws: StepRng, each: int | None) -> tuple[Tensor, Tensor]:
+    def _times(self, rng: StepRng, each: int | None) -> tuple[Tensor, Tensor]:
         """Times t and r of the micro batch, (B,) or (B, K) for ``each`` = K times per sample."""
         ratios = times.TimeRatios(self.settings.boundary, self.settings.to_zero)
-        t, r = times.sample_times(draws.count, self.shift, ratios, draws.generator("times"), each)
+        t, r = times.sample_times(rng.count, self.shift, ratios, rng.generator("times"), each)
         order = (t != r).reshape(len(t), -1).any(1).to(torch.uint8).argsort(stable=True)
-        return draws.local(t[order]), draws.local(r[order])
+        return rng.local(t[order]), rng.local(r[order])
 
 
 @dataclass(frozen=True)
@@ -216,18 +216,18 @@ class FlowMatchingTerm:
     text_dropout: float
     shift: float
 
-    def __call__(self, batch: Batch, draws: StepRng) -> tuple[Tensor, Sums]:
+    def __call__(self, batch: Batch, rng: StepRng) -> tuple[Tensor, Sums]:
         """Loss of a micro batch."""
         x = batch.latents
-        t = draws.local(times.sample_logit_normal(draws.count, self.shift, draws.generator("times"))).to(x)
-        batch, _ = drop_text(batch, self.negative, self.text_dropout, draws)
+        t = rng.local(times.sample_logit_normal(rng.count, self.shift, rng.generator("times"))).to(x)
+        batch, _ = drop_text(batch, self.negative, self.text_dropout, rng)
         model = self.backbone.velocity("student", batch.text)
-        loss = losses.flow_matching_loss(model, x, draws.noise("noise", x.shape[1:]).to(x), t)
+        loss = losses.flow_matching_loss(model, x, rng.noise("noise", x.shape[1:]).to(x), t)
         return loss, {"loss": sums(loss, len(x))}
 
-    def network_calls(self, latent: LatentShape, draws: StepRng) -> list[NetworkCall]:
+    def network_calls(self, latent: LatentShape, rng: StepRng) -> list[NetworkCall]:
         """One call of whole videos."""
-        return [NetworkCall("student", len(draws.positions), gradient=True)]
+        return [NetworkCall("student", len(rng.positions), gradient=True)]
 
 
 @dataclass(frozen=True)
@@ -243,18 +243,18 @@ class ConsistencyTerm:
     shift: float
     view: causal_windows.WindowOf = causal_windows.whole_video
 
-    def __call__(self, batch: Batch, draws: StepRng) -> tuple[Tensor, Sums]:
+    def __call__(self, batch: Batch, rng: StepRng) -> tuple[Tensor, Sums]:
         """Loss of a micro batch."""
-        videos, view = batch.latents, self.view(batch.latents, draws)
+        videos, view = batch.latents, self.view(batch.latents, rng)
         seeds = [seed for seed in batch.seeds if seed is not None]
         if len(seeds) < len(videos):
             raise UsageError(
                 "consistency-ode needs the noise each video was made from, and the data set has real clips.",
                 "Train it on what `anyflow synthesize` made with the teacher.",
             )
-        shape = (draws.count,) if view.each is None else (draws.count, view.each)
-        t = times.sample_uniform(math.prod(shape), self.shift, draws.generator("times")).reshape(shape)
-        t = view.by_frame(draws.local(t))
+        shape = (rng.count,) if view.each is None else (rng.count, view.each)
+        t = times.sample_uniform(math.prod(shape), self.shift, rng.generator("times")).reshape(shape)
+        t = view.by_frame(rng.local(t))
         eps = view.of(batch_noise(seeds, videos.shape[1:]).to(videos))
         z = losses.interpolate(view.x, eps, t)
         weight = times.loss_weight(self.settings.weight, self.shift)
@@ -262,10 +262,10 @@ class ConsistencyTerm:
         loss = losses.consistency_loss(model, z, t, view.x, weight)
         return loss, {"loss": sums(loss, len(videos))}
 
-    def network_calls(self, latent: LatentShape, draws: StepRng) -> list[NetworkCall]:
+    def network_calls(self, latent: LatentShape, rng: StepRng) -> list[NetworkCall]:
         """One call of the window."""
-        layout, _ = causal_windows.layout_of(self.view, self.backbone.network_of("student"), latent, draws)
-        return [NetworkCall("student", len(draws.positions), gradient=True, layout=layout)]
+        layout, _ = causal_windows.layout_of(self.view, self.backbone.network_of("student"), latent, rng)
+        return [NetworkCall("student", len(rng.positions), gradient=True, layout=layout)]
 
 
 class OnPolicyTerms:
@@ -288,22 +288,22 @@ class OnPolicyTerms:
         self.causal = causal
         self._rollouts: dict[tuple[int, ...], Tensor] = {}  # of this step, by positions of a micro batch
 
-    def matching(self, batch: Batch, draws: StepRng) -> tuple[Tensor, Sums]:
+    def matching(self, batch: Batch, rng: StepRng) -> tuple[Tensor, Sums]:
         """Distribution matching (Eq. 5) on a rollout with gradient."""
         settings = self.settings
-        x = self._rollout(batch, draws, "rollout")
+        x = self._rollout(batch, rng, "rollout")
         if settings.reuse_rollout:
-            self._rollouts[draws.positions] = x.detach()
+            self._rollouts[rng.positions] = x.detach()
         t = times.sample_uniform(
-            draws.count, self.score_shift, draws.generator("matching-times"), settings.t_min, settings.t_max
+            rng.count, self.score_shift, rng.generator("matching-times"), settings.t_min, settings.t_max
         )
         loss = matching.distribution_matching_loss(
             x,
             self.backbone.velocity("fake", batch.text),
             self.backbone.velocity("real", batch.text),
             _null(self.backbone, "real", self.negative, batch),
-            draws.local(t).to(x),
-            draws.noise("matching-noise", x.shape[1:]).to(x),
+            rng.local(t).to(x),
+            rng.noise("matching-noise", x.shape[1:]).to(x),
             settings.real_guidance,
         )
         return loss, {
@@ -312,48 +312,48 @@ class OnPolicyTerms:
             **_vigour("data", batch.latents),
         }
 
-    def matching_calls(self, latent: LatentShape, draws: StepRng) -> list[NetworkCall]:
+    def matching_calls(self, latent: LatentShape, rng: StepRng) -> list[NetworkCall]:
         """A rollout with gradient, then both scores without; the real one is guided: 2B samples."""
-        count = len(draws.positions)
+        count = len(rng.positions)
         scores = NetworkCall("fake", count, gradient=False), NetworkCall("real", 2 * count, gradient=False)
-        return [*self._rollout_calls(latent, draws, "rollout", gradient=True), *scores]
+        return [*self._rollout_calls(latent, rng, "rollout", gradient=True), *scores]
 
-    def fake_score(self, batch: Batch, draws: StepRng) -> tuple[Tensor, Sums]:
+    def fake_score(self, batch: Batch, rng: StepRng) -> tuple[Tensor, Sums]:
         """Flow matching of the fake score on the student's samples."""
         if self.settings.reuse_rollout:
-            x = self._rollouts.pop(draws.positions)
+            x = self._rollouts.pop(rng.positions)
         else:
             with torch.no_grad():
-                x = self._rollout(batch, draws, "fake-rollout")
-        t = times.sample_logit_normal(draws.count, self.score_shift, draws.generator("fake-times"))
-        eps, t = draws.noise("fake-noise", x.shape[1:]).to(x), draws.local(t).to(x)
+                x = self._rollout(batch, rng, "fake-rollout")
+        t = times.sample_logit_normal(rng.count, self.score_shift, rng.generator("fake-times"))
+        eps, t = rng.noise("fake-noise", x.shape[1:]).to(x), rng.local(t).to(x)
         loss = matching.fake_score_loss(self.backbone.velocity("fake", batch.text), x, eps, t)
         return loss, {"fake": sums(loss, len(x))}
 
-    def fake_score_calls(self, latent: LatentShape, draws: StepRng) -> list[NetworkCall]:
+    def fake_score_calls(self, latent: LatentShape, rng: StepRng) -> list[NetworkCall]:
         """A rollout without gradient, unless one is reused, then the fake score with gradient."""
         reused = self.settings.reuse_rollout
-        rollout = [] if reused else self._rollout_calls(latent, draws, "fake-rollout", gradient=False)
-        return [*rollout, NetworkCall("fake", len(draws.positions), gradient=True)]
+        rollout = [] if reused else self._rollout_calls(latent, rng, "fake-rollout", gradient=False)
+        return [*rollout, NetworkCall("fake", len(rng.positions), gradient=True)]
 
-    def _rollout(self, batch: Batch, draws: StepRng, stream: str) -> Tensor:
+    def _rollout(self, batch: Batch, rng: StepRng, stream: str) -> Tensor:
         """Samples of the student at time 0, (B, F, C, H, W)."""
         model = self.backbone.velocity("student", batch.text)
-        noise = draws.noise(f"{stream}-start", batch.latents.shape[1:]).to(batch.latents)
-        simulate = self._simulation(draws, stream)
+        noise = rng.noise(f"{stream}-start", batch.latents.shape[1:]).to(batch.latents)
+        simulate = self._simulation(rng, stream)
         recomputes = self.settings.recompute_rollout and torch.is_grad_enabled()
         if self.causal is None:
             return simulate(checkpointed(model) if recomputes else model, noise, 0)
-        given = batch.latents[:, : self._conditioning_frames(draws, stream)]
+        given = batch.latents[:, : self._conditioning_frames(rng, stream)]
         return causal_windows.roll_out(
             model, noise, self.causal.partition, simulate, given=given, recomputes=recomputes
         )
 
     def _rollout_calls(
-        self, latent: LatentShape, draws: StepRng, stream: str, *, gradient: bool
+        self, latent: LatentShape, rng: StepRng, stream: str, *, gradient: bool
     ) -> list[NetworkCall]:
         """The calls of ``_rollout``; of a consistency rollout only the last one has a gradient."""
-        settings, generator = self.settings, draws.generator(stream)
+        settings, generator = self.settings, rng.generator(stream)
         if settings.simulation == "flow-map":
             steps, k = simulation.draw_segment(settings.step_budgets, generator)
             jumps = [gradient] * ((k > 0) + 1 + (k < steps - 1))  # one of zero length is skipped
@@ -361,7 +361,7 @@ class OnPolicyTerms:
             exit_step = int(torch.randint(settings.consistency_steps, (), generator=generator))
             jumps = [False] * exit_step + [gradient]
         recomputes = settings.recompute_rollout and gradient
-        simulated = [NetworkCall("student", len(draws.positions), gradient=jump) for jump in jumps]
+        simulated = [NetworkCall("student", len(rng.positions), gradient=jump) for jump in jumps]
         if self.causal is None:
             return [
                 call._replace(group=number if recomputes and call.gradient else None)
@@ -369,18 +369,18 @@ class OnPolicyTerms:
             ]
         return causal_windows.rollout_calls(
             simulated, self.backbone.network_of("student"), self.causal.partition, latent,
-            known=self._conditioning_frames(draws, stream), recomputes=recomputes,
+            known=self._conditioning_frames(rng, stream), recomputes=recomputes,
         )  # fmt: skip
 
-    def _conditioning_frames(self, draws: StepRng, stream: str) -> int:
+    def _conditioning_frames(self, rng: StepRng, stream: str) -> int:
         """How many frames of a causal rollout come from the data."""
         assert self.causal is not None
         share = self.settings.flow_map.conditioning_prob
-        return causal_windows.given_frames(self.causal, share, draws.generator(f"{stream}-given"))
+        return causal_windows.given_frames(self.causal, share, rng.generator(f"{stream}-given"))
 
-    def _simulation(self, draws: StepRng, stream: str) -> causal_windows.Simulate:
+    def _simulation(self, rng: StepRng, stream: str) -> causal_windows.Simulate:
         """From noise to time 0. What is drawn holds for every process, and for every chunk of a video."""
-        settings, generator = self.settings, draws.generator(stream)
+        settings, generator = self.settings, rng.generator(stream)
         if settings.simulation == "flow-map":
             steps, k = simulation.draw_segment(settings.step_budgets, generator)
             return lambda model, noise, _: simulation.flow_map_rollout(model, noise, steps, k, self.shift)
@@ -388,7 +388,7 @@ class OnPolicyTerms:
         grid = times.grid(settings.consistency_steps, self.shift)
 
         def consistency(model: Velocity, noise: Tensor, chunk: int) -> Tensor:
-            streams = draws.generators(f"{stream}-noise-{chunk}")  # fresh ones: a chunk may be made again
+            streams = rng.generators(f"{stream}-noise-{chunk}")  # fresh ones: a chunk may be made again
             return simulation.consistency_rollout(model, noise, grid, exit_step, streams)
 
         return consistency
@@ -402,20 +402,20 @@ class WithProbability:
     share: float
     stream: str
 
-    def __call__(self, batch: Batch, draws: StepRng) -> tuple[Tensor, Sums]:
+    def __call__(self, batch: Batch, rng: StepRng) -> tuple[Tensor, Sums]:
         """The term's loss, from draws of its own, or zero."""
-        own = self._own_draws(draws)
+        own = self._own_rng(rng)
         return (batch.latents.new_zeros(()), {}) if own is None else self.term(batch, own)
 
-    def network_calls(self, latent: LatentShape, draws: StepRng) -> list[NetworkCall]:
+    def network_calls(self, latent: LatentShape, rng: StepRng) -> list[NetworkCall]:
         """The term's calls in the steps that have it, else none."""
-        own = self._own_draws(draws)
+        own = self._own_rng(rng)
         return [] if own is None else self.term.network_calls(latent, own)
 
-    def _own_draws(self, draws: StepRng) -> StepRng | None:
-        if float(torch.rand((), generator=draws.generator(self.stream))) >= self.share:
+    def _own_rng(self, rng: StepRng) -> StepRng | None:
+        if float(torch.rand((), generator=rng.generator(self.stream))) >= self.share:
             return None
-        return replace(draws, seed=stream_seed(draws.seed, self.stream))
+        return replace(rng, seed=stream_seed(rng.seed, self.stream))
 
 
 @dataclass(frozen=True)
@@ -429,37 +429,37 @@ class TouchUnused:
     term: LossTerm
     backbone: Backbone
 
-    def __call__(self, batch: Batch, draws: StepRng) -> tuple[Tensor, Sums]:
+    def __call__(self, batch: Batch, rng: StepRng) -> tuple[Tensor, Sums]:
         """The same loss."""
-        loss, report = self.term(batch, draws)
+        loss, report = self.term(batch, rng)
         embedding = self.backbone.network_of("student").far_patch_embedding
         return loss + 0 * sum(local_tensor(weight).sum() for weight in embedding.parameters()), report
 
-    def network_calls(self, latent: LatentShape, draws: StepRng) -> list[NetworkCall]:
+    def network_calls(self, latent: LatentShape, rng: StepRng) -> list[NetworkCall]:
         """The term's own."""
-        return self.term.network_calls(latent, draws)
+        return self.term.network_calls(latent, rng)
 
 
 def weighted(term: LossTerm, weight: float, prefix: str) -> LossTerm:
     """The same loss times ``weight``; what it reports keeps its scale and gets a prefix."""
 
-    def scaled(batch: Batch, draws: StepRng) -> tuple[Tensor, Sums]:
-        loss, report = term(batch, draws)
+    def scaled(batch: Batch, rng: StepRng) -> tuple[Tensor, Sums]:
+        loss, report = term(batch, rng)
         return weight * loss, {prefix + name: value for name, value in report.items()}
 
     return FunctionTerm(scaled, term.network_calls)
 
 
-def drop_text(batch: Batch, negative: Tensor, share: float, draws: StepRng) -> tuple[Batch, Tensor]:
+def drop_text(batch: Batch, negative: Tensor, share: float, rng: StepRng) -> tuple[Batch, Tensor]:
     """Replace the text of a ``share`` of the samples by the negative prompt's; which (B,) were replaced."""
-    dropped = dropped_text(share, draws).to(batch.text.device)
+    dropped = dropped_text(share, rng).to(batch.text.device)
     text = torch.where(dropped[:, None, None], negative.to(batch.text), batch.text)
     return replace(batch, text=text), dropped
 
 
-def dropped_text(share: float, draws: StepRng) -> Tensor:
+def dropped_text(share: float, rng: StepRng) -> Tensor:
     """Which samples (B,) of a micro batch lose their text."""
-    return draws.local(torch.rand(draws.count, generator=draws.generator("text-dropout"))) < share
+    return rng.local(torch.rand(rng.count, generator=rng.generator("text-dropout"))) < share
 
 
 def sums(values: Tensor, of: Tensor | int) -> Tensor:

@@ -6,6 +6,7 @@ Nothing is lost by it: the same command goes on when the cause is gone.
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import shutil
@@ -69,13 +70,15 @@ def mount_for_reading(patch: pytest.MonkeyPatch, directory: Path) -> None:
 
 def refuse_writing(patch: pytest.MonkeyPatch, below: Path) -> None:
     """What is there can be read, and nothing be added, as once a disk is remounted so."""
-    opened = Path.open
+    opened = io.open
     refused = only_reading(below, opened)
 
-    def chosen(path: Path, mode: str = "r", *rest: Any, **options: Any) -> Any:
+    def chosen(path: Any, mode: str = "r", *rest: Any, **options: Any) -> Any:
+        if isinstance(path, bytes):
+            path = os.fsdecode(path)
         return (refused if set(mode) & set("aw") else opened)(path, mode, *rest, **options)
 
-    patch.setattr(Path, "open", chosen)
+    patch.setattr("io.open", chosen)
 
 
 def test_a_directory_that_can_only_be_read_is_found_before_anything_is_loaded(
@@ -83,7 +86,7 @@ def test_a_directory_that_can_only_be_read_is_found_before_anything_is_loaded(
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
         mount_for_reading(patch, tmp_path)
-        patch.setattr("anyflow_cli.train.stages.load_backbone", None)  # to be called, it would be a bug
+        patch.setattr("anyflow_cli.train.prepare.load_backbone", None)  # to be called, it would be a bug
         assert train(recipe, tmp_path / "runs", 2) == 1
     sentence, _ = said(capsys)
     assert f"Cannot write {run_in(tmp_path / 'runs')}/recipe.yaml: Read-only file system" in sentence
@@ -98,7 +101,7 @@ def test_a_run_that_can_only_be_read_is_kept_and_goes_on_later(
         assert train(recipe, begun.parents[1], 3) == 1
     sentence, hint = said(capsys)
     assert sentence == f"error: Cannot write {begun}/metrics.jsonl: Read-only file system."
-    assert "rights" in hint
+    assert "permissions" in hint
     assert train(recipe, begun.parents[1], 3) == 0
     same_run(begun, three_steps)
 
@@ -115,7 +118,7 @@ def test_a_disk_that_becomes_read_only_within_a_run_keeps_what_was_reported(
     sentence, hint = said(capsys)
     assert sentence.endswith(": Read-only file system.")
     assert str(begun / last) in sentence
-    assert "rights" in hint
+    assert "permissions" in hint
     assert train(recipe, begun.parents[1], 3) == 0
     same_run(begun, three_steps)
 

@@ -15,12 +15,11 @@ import torch
 
 from anyflow_cli.model.parallelize import parallelize
 from anyflow_cli.recipe import schema
-from anyflow_cli.train.stages import flowmap_inputs, train
 from anyflow_cli.train.trainer import Trainer, make_accelerator
 from tests.tiny_pipeline import make_wan_folder
 from tests.train.ranks import start
 from tests.train.small import Kind, RandomData, backbone, objective, rows, training
-from tests.train.stage import LORA, make_data, make_recipe, paths
+from tests.train.stage import LORA, inputs_of, make_data, make_recipe, paths, train
 
 # Both are torch's own, raised while it traces.
 pytestmark = [
@@ -100,8 +99,8 @@ def test_the_recipe_says_whether(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(torch, "compile", note)
     teacher, data = make_wan_folder(tmp_path / "wan"), make_data(tmp_path / "data")
     recipe = make_recipe(teacher, data, model={"lora": LORA})
-    train(recipe, flowmap_inputs(recipe, paths(tmp_path)))
+    train(recipe, inputs_of("train-flowmap", recipe, paths(tmp_path)))
     assert not made
     compiled = make_recipe(teacher, data, model={"lora": LORA, "compile": True}, train_flowmap={"steps": 3})
-    assert train(compiled, flowmap_inputs(compiled, paths(tmp_path))).steps == 3
+    assert train(compiled, inputs_of("train-flowmap", compiled, paths(tmp_path))).steps == 3
     assert len(made) == 2  # blocks

@@ -157,13 +157,13 @@ def measured_peak(wanted: Setup, directory: Path) -> int:
     for run.step in (1, *sorted({2, 3, *(draws.step for draws in heaviest_of(wanted))} - {1})):
         states = [
             value
-            for phase in run.phases
+            for phase in run.optimizers
             for state in phase.optimizer.state.values()
             for value in state.values()
         ]
         there = [*run.backbone.parameters(), *run.ema.shadow.values(), samples.latents, samples.text, *states]
         live = Live(there)
         with live:
-            run._train_step(samples)
+            run.train_step(samples)
         most = max(most, live.peak if run.step > 1 else 0)
     return most

@@ -47,8 +47,8 @@ def test_a_data_set_takes_what_its_shards_take(tmp_path: Path) -> None:
 def test_checkpoints_take_what_the_trainer_saves(lora: bool, tmp_path: Path) -> None:
     wanted = setup("flow-matching", lora=lora)
     run = trainer(wanted, tmp_path)
-    for phase in run.phases:
-        for parameter in phase.parameters:
+    for phase in run.optimizers:
+        for parameter in phase.weights:
             parameter.grad = torch.zeros_like(parameter)
         phase.update(1)
     saved = checkpoint.save(tmp_path / "checkpoints", run.state(), keep=2)

@@ -10,7 +10,11 @@ import torch
 
 from anyflow_cli.data.shards import LatentSample, shard_path, write_manifest, write_negative, write_shard
 from anyflow_cli.recipe.schema import Recipe
+from anyflow_cli.runs.lineage import RunInputs
 from anyflow_cli.runs.paths import RunPaths
+from anyflow_cli.runs.resources import Given, inputs, require_inputs
+from anyflow_cli.train.prepare import TrainingResult, prepare_training
+from anyflow_cli.train.stages import STAGES
 from tests.tiny_pipeline import CHANNELS, TEXT_DIM
 
 LORA = {"rank": 4, "alpha": 4.0}
@@ -61,6 +65,19 @@ def make_recipe(teacher: Path, data: str | Path, /, **sections: Any) -> Recipe:
     for section, values in sections.items():
         content[section] = content.get(section, {}) | values
     return Recipe.model_validate(content)
+
+
+def inputs_of(verb: str, recipe: Recipe, place: RunPaths, data: Path | None = None) -> RunInputs:
+    """What a training command would start from; raises what it would."""
+    found = require_inputs(inputs(recipe, place, verb, Given(data=data)))
+    return STAGES[verb.replace("-", "_")].inputs(recipe, place, found)
+
+
+def train(recipe: Recipe, inputs: RunInputs) -> TrainingResult:
+    """Run a stage to its end."""
+    training = prepare_training(recipe, inputs)
+    training.trainer.run()
+    return training.save_result()
 
 
 def paths(directory: Path) -> RunPaths:

@@ -48,7 +48,7 @@ def videos(count: int = 2, seed: int = 0) -> Tensor:
     return torch.randn(count, *SHAPE, generator=torch.Generator().manual_seed(seed))
 
 
-def draws(step: int = 1, count: int = 2, **options: Any) -> StepRng:
+def rng_of(step: int = 1, count: int = 2, **options: Any) -> StepRng:
     return StepRng(0, step, count, tuple(range(count)), **options)
 
 
@@ -62,7 +62,7 @@ def batch(count: int = 2, seed: int = 0) -> Batch:
 
 def test_half_of_the_steps_see_chunks_in_full_alone_and_half_any_number() -> None:
     view = TeacherForcing(PAPER)
-    windows = Counter(view.window(draws(step)) for step in range(3000))
+    windows = Counter(view.window(rng_of(step)) for step in range(3000))
     assert {(len(partition), noisy) for partition, noisy in windows} == {(n, 3) for n in range(3, 9)}
     assert all(partition == PAPER.partition[: len(partition)] for partition, _ in windows)
     shares = {len(partition): count / 3000 for (partition, _), count in windows.items()}
@@ -81,8 +81,8 @@ def test_given_frames_are_seen_clean_and_the_rest_is_noised() -> None:
     view = TeacherForcing(PAPER, given=1.0)
     images = 0
     for step in range(500):
-        known = given_frames(PAPER, 1.0, draws(step).generator("given"))
-        partition, noisy = view.window(draws(step))
+        known = given_frames(PAPER, 1.0, rng_of(step).generator("given"))
+        partition, noisy = view.window(rng_of(step))
         assert partition == split_after(PAPER.partition, known)[: len(partition)]
         assert 1 <= noisy <= 3
         assert sum(partition[:-noisy]) >= known
@@ -92,12 +92,12 @@ def test_given_frames_are_seen_clean_and_the_rest_is_noised() -> None:
 
 def test_a_video_shorter_than_the_window_is_noised_whole() -> None:
     short = schema.CausalSection(partition=(1, 2), full_chunks=3)
-    assert TeacherForcing(short).window(draws()) == Window((1, 2), 2)
+    assert TeacherForcing(short).window(rng_of()) == Window((1, 2), 2)
     assert given_frames(schema.CausalSection(partition=(3,)), 1.0, torch.Generator()) == 0
 
 
 def test_each_chunk_has_times_of_its_own() -> None:
-    view = TeacherForcing(CAUSAL)(videos(), draws())
+    view = TeacherForcing(CAUSAL)(videos(), rng_of())
     assert view.each == 2
     assert view.chunks is not None
     times = view.by_frame(torch.rand(2, 2))
@@ -160,20 +160,20 @@ def test_the_loss_is_alg_1_under_teacher_forcing(step: int) -> None:
     backbone, data = roles(), batch(4)
     settings = schema.FlowMapSection(text_dropout=0.0)
     term = FlowMapTerm(backbone, NEGATIVE, settings, SHIFT, TeacherForcing(CAUSAL))
-    loss, report = term(data, draws(step, 4))
-    expected = direct_loss(backbone, data.latents, data.text, draws(step, 4), 3.0, 0.005)
+    loss, report = term(data, rng_of(step, 4))
+    expected = direct_loss(backbone, data.latents, data.text, rng_of(step, 4), 3.0, 0.005)
     torch.testing.assert_close(loss, expected, rtol=2e-4, atol=1e-6)
     parameters = backbone.parameters_of("student")
     ours, theirs = (torch.autograd.grad(x, parameters, allow_unused=True) for x in (loss, expected))
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
-    window = TeacherForcing(CAUSAL).window(draws(step))
+    window = TeacherForcing(CAUSAL).window(rng_of(step))
     frames = sum(window.partition[-window.noisy :])
     assert report["boundary"][1] + report["non_boundary"][1] == 4 * frames
 
 
 def test_some_of_those_steps_have_compressed_context_and_some_none() -> None:
-    lengths = {len(TeacherForcing(CAUSAL).window(draws(step, 4)).partition) for step in (1, 2, 3, 4, 5)}
+    lengths = {len(TeacherForcing(CAUSAL).window(rng_of(step, 4)).partition) for step in (1, 2, 3, 4, 5)}
     assert 2 in lengths
     assert len(lengths) > 1
 
@@ -197,12 +197,12 @@ def test_a_later_chunk_never_changes_an_earlier_chunks_loss(
     backbone, view = roles(), TeacherForcing(CAUSAL, given)
     term = FlowMapTerm(backbone, NEGATIVE, schema.FlowMapSection(text_dropout=0.0), SHIFT, view)
     for step in range(1, 5):
-        seen = view(videos(), draws(step))
+        seen = view(videos(), rng_of(step))
         for changed in range(SHAPE[0]):
             data = batch()
-            term(data, draws(step))
+            term(data, rng_of(step))
             data.latents[:, changed] += 1
-            term(data, draws(step))
+            term(data, rng_of(step))
             before, after = found[-2:]
             last = _untouched(seen, changed)
             torch.testing.assert_close(after[:, :last], before[:, :last], rtol=0, atol=0)
@@ -241,11 +241,11 @@ def test_every_chunk_is_made_by_three_jumps_over_the_clean_past() -> None:
     backbone, data = Backbone(network), batch()
     terms = OnPolicyTerms(backbone, NEGATIVE, schema.DistillSection(), SHIFT, causal)
     for step in range(1, 4):
-        x = terms._rollout(data, draws(step), "rollout")
+        x = terms._rollout(data, rng_of(step), "rollout")
         steps, k = simulation.draw_segment(
-            schema.DistillSection().step_budgets, draws(step).generator("rollout")
+            schema.DistillSection().step_budgets, rng_of(step).generator("rollout")
         )
-        noise, made = draws(step).noise("rollout-start", SHAPE), torch.zeros(2, 0, *SHAPE[1:])
+        noise, made = rng_of(step).noise("rollout-start", SHAPE), torch.zeros(2, 0, *SHAPE[1:])
         for i, frames in enumerate(causal.partition):
             start = sum(causal.partition[:i])
             z = noise[:, start : start + frames]
@@ -305,14 +305,14 @@ def test_cached_keys_carry_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
         caches.append(self._memory)
 
     monkeypatch.setattr(KeyCache, "append", noting)
-    x = policy(backbone)._rollout(batch(), draws(), "rollout")
+    x = policy(backbone)._rollout(batch(), rng_of(), "rollout")
     assert x.requires_grad
     assert len(caches) == 3
     assert not any(part.requires_grad for memory in caches for layer in memory.layers for part in layer)
 
 
 def matching_gradients(backbone: Backbone, **changes: Any) -> list[Tensor]:
-    loss, _ = policy(backbone, **changes).matching(batch(), draws(3))
+    loss, _ = policy(backbone, **changes).matching(batch(), rng_of(3))
     parameters = backbone.parameters_of("student")
     found = torch.autograd.grad(loss, parameters, allow_unused=True)
     return [torch.zeros(1) if gradient is None else gradient for gradient in found]
@@ -352,7 +352,7 @@ def test_recomputing_holds_no_more_for_more_chunks() -> None:
             terms = OnPolicyTerms(Backbone(network), NEGATIVE, settings, SHIFT, causal)
             latents = torch.zeros(2, len(partition), 4, 8, 8)
             with saved_bytes() as saved:
-                terms._rollout(replace(batch(), latents=latents), draws(), "rollout")
+                terms._rollout(replace(batch(), latents=latents), rng_of(), "rollout")
             held[recomputes, len(partition)] = saved[0]
     assert held[False, 8] > 1.9 * held[False, 4]
     assert held[True, 8] < 0.05 * held[False, 8]
@@ -375,23 +375,23 @@ def test_a_rollout_continues_what_is_given() -> None:
     backbone, data = roles(), batch()
     terms = policy(backbone, flow_map={"conditioning_prob": 1.0})
     for step in range(1, 4):
-        known = given_frames(CAUSAL, 1.0, draws(step).generator("rollout-given"))
-        x = terms._rollout(data, draws(step), "rollout")
+        known = given_frames(CAUSAL, 1.0, rng_of(step).generator("rollout-given"))
+        x = terms._rollout(data, rng_of(step), "rollout")
         torch.testing.assert_close(x[:, :known], data.latents[:, :known], rtol=0, atol=0)
         assert x[:, known:].grad_fn is not None
         other = batch()
         other.latents[:, known:] += 1  # what is not given is not seen
-        torch.testing.assert_close(terms._rollout(other, draws(step), "rollout"), x, rtol=0, atol=0)
+        torch.testing.assert_close(terms._rollout(other, rng_of(step), "rollout"), x, rtol=0, atol=0)
         other.latents[:, 0] += 1
-        assert not torch.allclose(terms._rollout(other, draws(step), "rollout")[:, known:], x[:, known:])
+        assert not torch.allclose(terms._rollout(other, rng_of(step), "rollout")[:, known:], x[:, known:])
 
 
 def test_consistency_simulation_ends_every_chunk_at_one_step() -> None:
     """Self-Forcing's way: the prediction at the exit step is the chunk, and the past of those after it."""
     backbone, data = roles(), batch()
     terms = policy(backbone, simulation="consistency", consistency_steps=1)
-    x = terms._rollout(data, draws(), "rollout")
-    model, noise = backbone.velocity("student", data.text), draws().noise("rollout-start", SHAPE)
+    x = terms._rollout(data, rng_of(), "rollout")
+    model, noise = backbone.velocity("student", data.text), rng_of().noise("rollout-start", SHAPE)
     expected = roll_out(
         model, noise, CAUSAL.partition,
         lambda model, z, _: flow_map(model, z, batch_time(1.0, z), batch_time(0.0, z)),
@@ -410,7 +410,7 @@ def test_the_scores_see_the_whole_video_bidirectionally(monkeypatch: pytest.Monk
         return forward(self, z, t, r, text, layout, *rest)
 
     monkeypatch.setattr(type(network), "forward", noting)
-    policy(backbone).matching(batch(), draws())
+    policy(backbone).matching(batch(), rng_of())
     assert layouts[-2:] == [(None, SHAPE[0])] * 2  # fake; then real, guided in one batch
     assert sum(layout is None for layout, _ in layouts) == 2
     assert CONFIG.causal is None

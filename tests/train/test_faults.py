@@ -20,7 +20,7 @@ import torch
 from anyflow_cli.cli.errors import failure_of
 from anyflow_cli.recipe import schema
 from anyflow_cli.runs import checkpoint
-from anyflow_cli.train.trainer import PhaseState, Trainer
+from anyflow_cli.train.trainer import RoleOptimizer, Trainer
 from tests.train.ranks import start
 from tests.train.small import same_run, trainer
 from tests.train.test_ranks import same_training
@@ -74,7 +74,7 @@ def scenes(directory: Path) -> None:
     home = directory / "died"
     make(home, True, STEPS - 1).run()
     if rank == 1:
-        PhaseState.update = lambda *_: os._exit(DIED)  # type: ignore[method-assign]
+        RoleOptimizer.update = lambda *_: os._exit(DIED)  # type: ignore[method-assign]
     began = time.monotonic()
     try:
         make(home, True, STEPS).run()

@@ -19,10 +19,10 @@ from anyflow_cli.runs import checkpoint
 from anyflow_cli.runs.lineage import RunInputs
 from anyflow_cli.runs.paths import RunPaths
 from anyflow_cli.train import objectives
+from anyflow_cli.train.prepare import load_backbone
 from anyflow_cli.train.rng import StepRng
-from anyflow_cli.train.stages import distill_inputs, flowmap_inputs, load_backbone, train
 from tests.tiny_pipeline import make_wan_folder
-from tests.train.stage import LORA, make_data, make_recipe, paths
+from tests.train.stage import LORA, inputs_of, make_data, make_recipe, paths, train
 
 LARGER = {"num_attention_heads": 3, "num_layers": 3, "ffn_dim": 96}
 
@@ -40,7 +40,7 @@ class Case(NamedTuple):
 def with_real_score(recipe: Recipe, place: RunPaths, real: Path) -> tuple[Recipe, RunInputs]:
     settings = recipe.distill.model_copy(update={"real_score": str(real)})
     changed = recipe.model_copy(update={"distill": settings})
-    return changed, distill_inputs(changed, place)
+    return changed, inputs_of("distill", changed, place)
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["full", "lora"])
@@ -50,7 +50,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     large = make_wan_folder(directory / "large", 1, **LARGER)
     place = paths(directory)
     recipe = make_recipe(teacher, data, model={"lora": LORA if request.param else None})
-    train(recipe, flowmap_inputs(recipe, place))
+    train(recipe, inputs_of("train-flowmap", recipe, place))
     return Case(*with_real_score(recipe, place, large), large)
 
 

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import io
 import json
-import threading
+import os
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from anyflow_cli.errors import AnyflowError
 from anyflow_cli.train.metrics import Metrics
+
+
+@pytest.fixture(autouse=True)
+def seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorBoard orders its files by the second of their start; here each file has one of its own."""
+    clock = SimpleNamespace(time=map(float, count(1)).__next__)
+    monkeypatch.setattr("tensorboard.summary.writer.event_file_writer.time", clock)
 
 
 def metrics(directory: Path, every: int = 2) -> Metrics:
@@ -89,21 +99,22 @@ def test_tensorboard_hides_the_rows_that_a_resumed_run_writes_again(tmp_path: Pa
     assert shown(tmp_path) == [(1, 1.0), (2, 1.0), (3, 7.0)]
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "tensorboard/events.out.tfevents"])
-def test_a_full_disk_names_the_file_and_starts_no_thread_that_could_tell_it_otherwise(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+@pytest.mark.parametrize("name", ["metrics.jsonl", "tensorboard"])
+def test_a_full_disk_names_the_file_without_a_traceback_of_tensorboards_thread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
-    threads = threading.active_count()
     run = Metrics(tmp_path, 1, writes=True, tensorboard=True)
     begin(run)
     fill_disk(monkeypatch, tmp_path / name)
-    with pytest.raises(AnyflowError, match=rf"Cannot write .*{name}.*: No space left on device\.") as error:
+    with pytest.raises(AnyflowError, match=rf"Cannot write .*{name}: No space left on device\.") as error:
         run.add(2, {"loss": 1.0})
-    assert "what was complete before still is" in (error.value.hint or "")
-    assert threading.active_count() == threads
+    assert "finished files are intact" in (error.value.hint or "")
+    run.close()
+    assert "Traceback" not in capsys.readouterr().err
     again = Metrics(tmp_path, 1, writes=True, tensorboard=True)
     with pytest.raises(AnyflowError, match=r"Cannot write .*: No space left on device\."):
         begin(again)
+    again.close()
 
 
 def begin(run: Metrics) -> None:
@@ -113,13 +124,14 @@ def begin(run: Metrics) -> None:
 
 def fill_disk(patch: pytest.MonkeyPatch, start: Path) -> None:
     """Appending to a file whose path starts so fails as Linux's always full device does."""
-    opened = Path.open
+    opened = io.open
 
-    def full(path: Path, mode: str = "r", *rest: Any, **options: Any) -> Any:
-        is_full = "a" in mode and str(path).startswith(str(start))
-        return opened(Path("/dev/full") if is_full else path, mode, *rest, **options)
+    def full(path: Any, mode: str = "r", *rest: Any, **options: Any) -> Any:
+        name = os.fsdecode(path) if isinstance(path, (str, bytes, Path)) else ""
+        is_full = set(mode) & set("aw") and name.startswith(str(start))
+        return opened("/dev/full" if is_full else path, mode, *rest, **options)
 
-    patch.setattr(Path, "open", full)
+    patch.setattr("io.open", full)
 
 
 def shown(directory: Path) -> list[tuple[int, float]]:

@@ -100,11 +100,11 @@ def test_the_declared_calls_are_those_that_run(kind: Kind, changes: dict[str, An
     terms = [term for phase in objective(wanted, roles).phases for term in phase.terms]
     made = record(roles)
     for step in STEPS:
-        draws = StepRng(0, step, 4, (1, 3))
+        rng = StepRng(0, step, 4, (1, 3))
         for term in terms:
-            declared = term.network_calls(wanted.latent, draws)
+            declared = term.network_calls(wanted.latent, rng)
             made.clear()
-            loss, _ = term(batch(2, wanted.latent), draws)
+            loss, _ = term(batch(2, wanted.latent), rng)
             assert made == forward(declared)
             made.clear()
             if loss.requires_grad:

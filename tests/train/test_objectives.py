@@ -31,9 +31,20 @@ def batch(count: int = 4) -> Batch:
 
 
 def gradients(run: Any, phase: int, of: str) -> list[Tensor | None]:
-    run.step = 1
-    run._accumulate(run.phases[phase], batch(run.settings.global_batch))
+    run.step, role = 1, run.optimizers[phase]
+    with patch.object(run, "optimizers", [role]), patch.object(role, "update", lambda step: 0.0):
+        run.train_step(batch(run.settings.global_batch))
     return [parameter.grad for parameter in run.backbone.parameters_of(of)]
+
+
+def reported_sums(run: Any, samples: Batch) -> dict[str, tuple[float, float]]:
+    """Sum and count of what the first role reports of a step."""
+    run.step = 1
+    with patch.object(run, "_reduce", wraps=run._reduce) as reduce:
+        values = run.train_step(samples)
+    names = [name for name in values if not name.endswith("_gradient")]
+    numbers = reduce.call_args.args[0].tolist()
+    return {name: (numbers[2 * i], numbers[2 * i + 1]) for i, name in enumerate(names)}
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
@@ -63,7 +74,7 @@ def test_gradients_reach_the_role_of_the_phase_alone(
     student = gradients(run, 0, "student")
     assert all(gradient is not None for gradient in student)
     assert all(parameter.grad is None for parameter in run.backbone.parameters_of("fake"))
-    run.phases[0].optimizer.zero_grad()
+    run.optimizers[0].optimizer.zero_grad()
     fake = gradients(run, 1, "fake")
     assert any(gradient is not None and gradient.abs().sum() > 0 for gradient in fake)
     assert all(parameter.grad is None for parameter in run.backbone.parameters_of("student"))
@@ -91,16 +102,16 @@ def test_the_fake_score_moves_and_the_real_one_stands(tmp_path: Path, lora: bool
 
 def test_matching_has_nothing_to_say_while_the_scores_agree_without_guidance(tmp_path: Path) -> None:
     run = trainer(tmp_path, "on-policy", changes={"joint": False, "real_guidance": 1.0})
-    loss, _ = run.phases[0].terms[0](batch(), StepRng(0, 1, 4, (0, 1, 2, 3)))
+    loss, _ = run.optimizers[0].terms[0](batch(), StepRng(0, 1, 4, (0, 1, 2, 3)))
     assert loss.item() == pytest.approx(0, abs=1e-10)
 
 
 def test_the_joint_loss_is_alg_1_on_the_data_times_its_weight(tmp_path: Path) -> None:
     run = trainer(tmp_path, "on-policy", changes={"joint_weight": 0.25})
-    draws = StepRng(0, 1, 4, (0, 1, 2, 3))
+    rng = StepRng(0, 1, 4, (0, 1, 2, 3))
     alone = FlowMapTerm(run.backbone, small.NEGATIVE, schema.FlowMapSection(), 5.0)
-    joint, report = run.phases[0].terms[1](batch(), draws)
-    fresh = replace(draws, global_mean=type(draws.global_mean)(lambda values: values))
+    joint, report = run.optimizers[0].terms[1](batch(), rng)
+    fresh = replace(rng, global_mean=type(rng.global_mean)(lambda values: values))
     loss, _ = alone(batch(), fresh)
     assert joint.item() == pytest.approx(0.25 * loss.item(), rel=1e-6)
     assert report["flow_map_loss"][0] / 4 == pytest.approx(loss.item(), rel=1e-6)
@@ -112,16 +123,16 @@ def test_the_fake_score_learns_from_fresh_samples_or_those_of_the_step(tmp_path:
     asked: list[int] = []
     student = run.backbone.network_of("student")
     student.register_forward_hook(lambda *_: asked.append(1))
-    draws = StepRng(0, 1, 4, (0, 1, 2, 3))
-    run.phases[0].terms[0](batch(), draws)
+    rng = StepRng(0, 1, 4, (0, 1, 2, 3))
+    run.optimizers[0].terms[0](batch(), rng)
     of_student = len(asked)
     assert 1 <= of_student <= 3
-    run.phases[1].terms[0](batch(), draws)
+    run.optimizers[1].terms[0](batch(), rng)
     assert (len(asked) == of_student) is reuse
 
 
 def test_the_scores_have_a_shift_of_their_own(tmp_path: Path) -> None:
-    """The same draws, unshifted; t_max holds a few of the matching times."""
+    """The same rng, unshifted; t_max holds a few of the matching times."""
 
     def of_scores(name: str, score_shift: float | None) -> tuple[Tensor, Tensor]:
         run = trainer(tmp_path / name, "on-policy", changes={"score_shift": score_shift})
@@ -131,7 +142,7 @@ def test_the_scores_have_a_shift_of_their_own(tmp_path: Path) -> None:
             ) as on_x,
             patch.object(matching, "fake_score_loss", wraps=matching.fake_score_loss) as on_fake,
         ):
-            for phase in run.phases:
+            for phase in run.optimizers:
                 phase.terms[0](batch(), StepRng(0, 1, 4, (0, 1, 2, 3)))
         return on_x.call_args.args[4], on_fake.call_args.args[3]
 
@@ -166,21 +177,20 @@ def test_micro_batches_give_the_gradient_of_the_whole(
 ) -> None:
     """Equal up to the order of fp32 sums: the means over the global batch are exact, Eq. 7's too."""
     both = [trainer(tmp_path / str(m), kind, lora=lora, global_batch=6, micro_batch=m) for m in (micro, 6)]
-    for phase in range(len(both[0].phases)):
-        cut, whole = (gradients(run, phase, run.phases[phase].name) for run in both)
+    for phase in range(len(both[0].optimizers)):
+        cut, whole = (gradients(run, phase, run.optimizers[phase].name) for run in both)
         scale = max(float(gradient.abs().max()) for gradient in whole if gradient is not None)
         for a, b in zip(cut, whole, strict=True):
             torch.testing.assert_close(a, b, rtol=2e-4, atol=2e-5 * scale)
         for run in both:
-            run.phases[phase].optimizer.zero_grad()
+            run.optimizers[phase].optimizer.zero_grad()
 
 
 def test_reports_do_not_depend_on_the_micro_batch(tmp_path: Path) -> None:
     reports = []
     for micro in (1, 4):
         run = trainer(tmp_path / str(micro), "flow-map", micro_batch=micro)
-        run.step = 1
-        reports.append(run._accumulate(run.phases[0], batch()))
+        reports.append(reported_sums(run, batch()))
     one, four = reports
     assert one["boundary"][1] == four["boundary"][1] == 2
     for name in ("loss", "boundary", "non_boundary"):
@@ -189,8 +199,7 @@ def test_reports_do_not_depend_on_the_micro_batch(tmp_path: Path) -> None:
 
 def test_shares_of_times_hold_for_the_global_batch(tmp_path: Path) -> None:
     run = trainer(tmp_path, "flow-map", global_batch=8, micro_batch=2)
-    run.step = 1
-    report = run._accumulate(run.phases[0], batch(8))
+    report = reported_sums(run, batch(8))
     assert (report["boundary"][1], report["non_boundary"][1]) == (4, 4)
 
 
@@ -217,7 +226,7 @@ def test_tallies_add_up_over_micro_batches() -> None:
 
 def test_a_weight_scales_the_loss_and_not_the_report() -> None:
     two = FunctionTerm(
-        lambda batch, draws: (torch.tensor(2.0), {"loss": torch.tensor([2.0, 1.0])}), lambda latent, draws: []
+        lambda batch, rng: (torch.tensor(2.0), {"loss": torch.tensor([2.0, 1.0])}), lambda latent, rng: []
     )
     loss, report = weighted(two, 0.5, "x_")(batch(), StepRng(0, 1, 4, (0,)))
     assert loss.item() == 1.0

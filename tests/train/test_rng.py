@@ -10,35 +10,35 @@ from anyflow_cli.train.rng import BoundaryMean, StepRng
 SHAPE = (2, 3)
 
 
-def draws(positions: tuple[int, ...], seed: int = 0, step: int = 1) -> StepRng:
+def rng(positions: tuple[int, ...], seed: int = 0, step: int = 1) -> StepRng:
     return StepRng(seed, step, 8, positions)
 
 
 def test_a_sample_draws_the_same_noise_in_any_micro_batch() -> None:
-    whole = draws(tuple(range(8))).noise("noise", SHAPE)
-    assert torch.equal(draws((5, 2)).noise("noise", SHAPE), whole[[5, 2]])
+    whole = rng(tuple(range(8))).noise("noise", SHAPE)
+    assert torch.equal(rng((5, 2)).noise("noise", SHAPE), whole[[5, 2]])
 
 
 def test_a_shared_draw_is_cut_by_position() -> None:
-    values = torch.rand(8, generator=draws((0,)).generator("times"))
-    again = torch.rand(8, generator=draws((3,)).generator("times"))
-    assert torch.equal(draws((3, 6)).local(again), values[[3, 6]])
+    values = torch.rand(8, generator=rng((0,)).generator("times"))
+    again = torch.rand(8, generator=rng((3,)).generator("times"))
+    assert torch.equal(rng((3, 6)).local(again), values[[3, 6]])
 
 
 @pytest.mark.parametrize("other", [{"seed": 1}, {"step": 2}])
 def test_noise_changes_with_seed_and_step(other: dict[str, int]) -> None:
-    first, second = draws((0,)), draws((0,), **other)
+    first, second = rng((0,)), rng((0,), **other)
     assert not torch.equal(first.noise("a", SHAPE), second.noise("a", SHAPE))
 
 
 def test_noise_changes_with_stream_and_position() -> None:
-    noise = draws((0, 1)).noise("a", SHAPE)
+    noise = rng((0, 1)).noise("a", SHAPE)
     assert not torch.equal(noise[0], noise[1])
-    assert not torch.equal(noise, draws((0, 1)).noise("b", SHAPE))
+    assert not torch.equal(noise, rng((0, 1)).noise("b", SHAPE))
 
 
 def test_streams_of_generators_differ_by_sample() -> None:
-    first, second = (torch.rand(4, generator=generator) for generator in draws((0, 1)).generators("a"))
+    first, second = (torch.rand(4, generator=generator) for generator in rng((0, 1)).generators("a"))
     assert not torch.equal(first, second)
 
 

@@ -19,17 +19,11 @@ from anyflow_cli.runs import checkpoint
 from anyflow_cli.runs.open import open_model
 from anyflow_cli.runs.paths import RunPaths
 from anyflow_cli.sample.sampler import VideoSampler
-from anyflow_cli.train.stages import (
-    distill_inputs,
-    finetune_inputs,
-    flowmap_inputs,
-    load_backbone,
-    train,
-)
+from anyflow_cli.train.prepare import load_backbone
 from anyflow_cli.train.validation import TrainingPart, flow_map_error
 from anyflow_cli.utils.contact_sheet import SheetRow, contact_sheet
 from tests.tiny_pipeline import make_wan_folder
-from tests.train.stage import LORA, make_data, make_recipe, paths
+from tests.train.stage import LORA, inputs_of, make_data, make_recipe, paths, train
 
 
 @pytest.fixture(scope="module")
@@ -50,11 +44,10 @@ class Chain:
         model = {"lora": LORA if lora else None}
         self.tuning = make_recipe(wan, data, model=model, train_flowmap={"objective": "flow-matching"})
         self.recipe = make_recipe(wan, data, model=model)
-        self.teacher = train(self.tuning, flowmap_inputs(self.tuning, self.paths))
-        self.first = train(self.recipe, flowmap_inputs(self.recipe, self.paths))
-        self.second = train(self.recipe, distill_inputs(self.recipe, self.paths))
-        start = str(self.second.model)
-        self.third = train(self.recipe, finetune_inputs(self.recipe, self.paths, start, data))
+        self.teacher = train(self.tuning, inputs_of("train-flowmap", self.tuning, self.paths))
+        self.first = train(self.recipe, inputs_of("train-flowmap", self.recipe, self.paths))
+        self.second = train(self.recipe, inputs_of("distill", self.recipe, self.paths))
+        self.third = train(self.recipe, inputs_of("finetune", self.recipe, self.paths, data))
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["full", "lora"])
@@ -70,7 +63,7 @@ def test_each_stage_leaves_its_model_where_the_next_looks(chain: Chain) -> None:
     assert chain.first.model == home / "train-flowmap" / "model"
     assert chain.second.model == home / "distill" / "model"
     assert chain.third.model == home / "finetune" / "model"
-    inputs = distill_inputs(chain.recipe, chain.paths)
+    inputs = inputs_of("distill", chain.recipe, chain.paths)
     assert inputs.parents["start"] == chain.first.model
     assert inputs.parents["real score"] == chain.teacher.model
 
@@ -98,7 +91,7 @@ def test_a_stage_moves_the_model_it_started_from(chain: Chain) -> None:
 
 
 def test_stage_2_shares_one_base_among_adapters(chain: Chain) -> None:
-    inputs = distill_inputs(chain.recipe, chain.paths)
+    inputs = inputs_of("distill", chain.recipe, chain.paths)
     backbone = load_backbone(chain.recipe, inputs, "fp32")
     one = backbone.network_of("student") is backbone.network_of("fake") is backbone.network_of("real")
     assert one is (chain.recipe.model.lora is not None)
@@ -107,7 +100,7 @@ def test_stage_2_shares_one_base_among_adapters(chain: Chain) -> None:
 
 @torch.no_grad()
 def test_stage_2_begins_at_the_student_and_the_tuned_teacher(chain: Chain) -> None:
-    inputs = distill_inputs(chain.recipe, chain.paths)
+    inputs = inputs_of("distill", chain.recipe, chain.paths)
     backbone = load_backbone(chain.recipe, inputs, "fp32")
     batch = LatentData(inputs.data, 8).batch([0, 1])
     t, r = torch.tensor([0.3, 0.9]), torch.tensor([0.1, 0.9])
@@ -133,7 +126,7 @@ def test_adapters_are_left_beside_the_model(chain: Chain) -> None:
 
 def test_a_finished_stage_started_again_changes_nothing(chain: Chain) -> None:
     before = load_network(chain.first.model).state_dict()
-    again = train(chain.recipe, flowmap_inputs(chain.recipe, chain.paths))
+    again = train(chain.recipe, inputs_of("train-flowmap", chain.recipe, chain.paths))
     after = load_network(again.model).state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
 
@@ -142,23 +135,25 @@ def test_training_again_before_a_later_stage_is_noticed(chain: Chain, tmp_path: 
     """A run must not go on from a start that is no longer what it was."""
     other = paths(tmp_path)
     recipe = chain.recipe
-    train(recipe, flowmap_inputs(recipe, other))
-    train(recipe, distill_inputs(recipe, other))
+    train(recipe, inputs_of("train-flowmap", recipe, other))
+    train(recipe, inputs_of("distill", recipe, other))
     longer = recipe.model_copy(update={"train_flowmap": recipe.train_flowmap.model_copy(update={"steps": 3})})
-    train(longer, flowmap_inputs(longer, other))
+    train(longer, inputs_of("train-flowmap", longer, other))
     with pytest.raises(UsageError, match="another start"):
-        train(longer, distill_inputs(longer, other))
+        train(longer, inputs_of("distill", longer, other))
 
 
 def test_finetuning_goes_on_from_a_checkpoint(chain: Chain, tmp_path: Path) -> None:
     newest = checkpoint.newest(chain.second.model.parent / "checkpoints")
     data = Path(chain.recipe.data.path or "")
+    finetune = chain.recipe.finetune.model_copy(update={"init_from": str(newest)})
+    recipe = chain.recipe.model_copy(update={"finetune": finetune})
     if chain.recipe.model.lora is not None:
         with pytest.raises(UsageError, match="Adapters cannot be trained on the checkpoint"):
-            finetune_inputs(chain.recipe, paths(tmp_path), str(newest), data)
+            inputs_of("finetune", recipe, paths(tmp_path), data)
         return
-    inputs = finetune_inputs(chain.recipe, paths(tmp_path), str(newest), data)
-    network = load_backbone(chain.recipe, inputs, "fp32").network_of("student")
+    inputs = inputs_of("finetune", recipe, paths(tmp_path), data)
+    network = load_backbone(recipe, inputs, "fp32").network_of("student")
     finished = load_network(chain.second.model).state_dict()
     assert all(torch.equal(value, finished[name]) for name, value in network.state_dict().items())
 
@@ -167,7 +162,7 @@ def test_the_last_preview_shows_the_videos_of_the_finished_model(
     wan: Path, data: Path, tmp_path: Path
 ) -> None:
     recipe = make_recipe(wan, data, train_flowmap={"preview_every": 2, "preview_prompts": 2})
-    inputs = flowmap_inputs(recipe, paths(tmp_path))
+    inputs = inputs_of("train-flowmap", recipe, paths(tmp_path))
     finished = train(recipe, inputs)
     batch = LatentData(data, recipe.model.max_text_tokens).batch([0, 1])
     sampler = VideoSampler.load(str(finished.model), recipe)
@@ -188,14 +183,14 @@ def test_without_stage_1_the_command_that_makes_it_is_named(
 ) -> None:
     recipe = make_recipe(wan, data, distill={"simulation": simulation})
     with pytest.raises(UsageError, match="no stage-1 model") as error:
-        distill_inputs(recipe, paths(tmp_path))
+        inputs_of("distill", recipe, paths(tmp_path))
     assert "anyflow train-flowmap -r test" in str(error.value.hint)
 
 
 def test_without_data_the_command_that_makes_them_is_named(wan: Path, tmp_path: Path) -> None:
     recipe = make_recipe(wan, tmp_path / "absent")
     with pytest.raises(UsageError, match="no data set at") as error:
-        flowmap_inputs(recipe, paths(tmp_path))
+        inputs_of("train-flowmap", recipe, paths(tmp_path))
     assert "anyflow synthesize -r test" in str(error.value.hint)
 
 
@@ -203,10 +198,10 @@ def test_consistency_simulation_prefers_its_own_start(wan: Path, data: Path, tmp
     recipe, there = make_recipe(wan, data, distill={"simulation": "consistency"}), paths(tmp_path)
     (there.stage_1() / "model").parent.mkdir(parents=True)
     (there.stage_1() / "model").symlink_to(wan)
-    assert distill_inputs(recipe, there).parents["start"] == there.stage_1() / "model"
+    assert inputs_of("distill", recipe, there).parents["start"] == there.stage_1() / "model"
     (there.stage_1("consistency-ode")).mkdir(parents=True)
     (there.stage_1("consistency-ode") / "model").symlink_to(wan)
-    assert distill_inputs(recipe, there).parents["start"] == there.stage_1("consistency-ode") / "model"
+    assert inputs_of("distill", recipe, there).parents["start"] == there.stage_1("consistency-ode") / "model"
 
 
 @pytest.mark.parametrize(
@@ -216,21 +211,21 @@ def test_consistency_simulation_prefers_its_own_start(wan: Path, data: Path, tmp
 def test_a_start_of_the_wrong_kind_is_refused(
     wan: Path, data: Path, tmp_path: Path, changes: dict[str, Any], words: str
 ) -> None:
-    recipe = make_recipe(wan, data)
+    recipe = make_recipe(wan, data, finetune={"init_from": str(wan)})
     if changes:
-        inputs = finetune_inputs(recipe, paths(tmp_path), str(wan), data)
+        inputs = inputs_of("finetune", recipe, paths(tmp_path), data)
         with pytest.raises(UsageError, match=words):
             train(recipe, inputs)
     else:
         recipe = make_recipe(wan, data, distill={"init_from": str(wan)})
         with pytest.raises(UsageError, match="is a teacher, not an any-step model"):
-            train(recipe, distill_inputs(recipe, paths(tmp_path)))
+            train(recipe, inputs_of("distill", recipe, paths(tmp_path)))
 
 
 def test_data_for_another_model_are_refused(wan: Path, tmp_path: Path) -> None:
     recipe = make_recipe(wan, make_data(tmp_path / "data", channels=4))
     with pytest.raises(UsageError, match="latents of 4 channels; the model takes 8"):
-        train(recipe, flowmap_inputs(recipe, paths(tmp_path)))
+        train(recipe, inputs_of("train-flowmap", recipe, paths(tmp_path)))
 
 
 def test_a_tenth_is_held_out(tmp_path: Path) -> None:
@@ -256,11 +251,11 @@ def test_runs_of_several_recipes_do_not_meet(tmp_path: Path) -> None:
 def test_precision_is_kept(wan: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run begun in one arithmetic does not silently go on in another."""
     recipe = make_recipe(wan, data)
-    train(recipe, flowmap_inputs(recipe, paths(tmp_path)))
+    train(recipe, inputs_of("train-flowmap", recipe, paths(tmp_path)))
     auto = _with_precision(recipe, "auto")
-    monkeypatch.setattr("anyflow_cli.train.stages.resolve_precision", lambda *_: "bf16")
+    monkeypatch.setattr("anyflow_cli.train.prepare.resolve_precision", lambda *_: "bf16")
     with pytest.raises(UsageError, match="began in fp32"):
-        train(auto, flowmap_inputs(auto, paths(tmp_path)))
+        train(auto, inputs_of("train-flowmap", auto, paths(tmp_path)))
 
 
 def _with_precision(recipe: Recipe, precision: str) -> Recipe:
