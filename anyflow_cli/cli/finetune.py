@@ -63,12 +63,12 @@ def _encode_videos(data: Path | None, recipe: Recipe, paths: RunPaths, dry_run: 
     from anyflow_cli.synthesize.run import run_synthesis
 
     if data is None:
-        data = paths.home / "finetune-clips"
+        data = paths.finetune_clips
         if dry_run and not data.is_dir():
             return None
         if not dry_run and recipe.finetune.world is not None:
             draw_clips(data, recipe.finetune.world, recipe.finetune.clips)
-    out = paths.home / "finetune-data"
+    out = paths.finetune_data
     job = prepare_synthesis(recipe, out, data)
     todo = job.videos_left()
     if not todo and (out / MANIFEST).exists():

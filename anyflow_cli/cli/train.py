@@ -104,6 +104,7 @@ def run_training(command: TrainingCommand) -> None:
         found = {} if latents is None else found | {"data set": str(latents)}
     stage = STAGES[command.section]
     if not found:
+        facts |= {"latents": paths.finetune_data} if command.encode else {}
         facts |= {"result": stage.directory(recipe, paths) / "model"}
         return print_dry_run(command.verb, facts, needs, as_json=command.as_json)
     inputs = stage.inputs(recipe, paths, found)

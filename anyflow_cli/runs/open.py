@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from anyflow_cli import __version__
-from anyflow_cli.errors import AnyflowError, UsageError
+from anyflow_cli.errors import UsageError
 from anyflow_cli.model.backbone import Backbone, BackboneSources
 from anyflow_cli.model.causal import FAR
 from anyflow_cli.model.config import CausalConfig
@@ -206,7 +206,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     """What a checkpoint says of itself, if this program can read it."""
     record: dict[str, Any] = json.loads((checkpoint / STATE).read_text())
     if record["format"] > CHECKPOINT_FORMAT:
-        raise AnyflowError(f"{checkpoint} was written by a newer anyflow.", UPDATE, everywhere=True)
+        raise UsageError(f"{checkpoint} was written by a newer anyflow.", UPDATE, everywhere=True)
     return record
 
 

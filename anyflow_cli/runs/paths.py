@@ -41,6 +41,16 @@ class RunPaths:
         return self.home / "finetune"
 
     @property
+    def finetune_clips(self) -> Path:
+        """Clips that ``finetune`` draws where it is given no videos."""
+        return self.home / "finetune-clips"
+
+    @property
+    def finetune_data(self) -> Path:
+        """Data set of the videos that ``finetune`` encoded."""
+        return self.home / "finetune-data"
+
+    @property
     def samples(self) -> Path:
         """Videos and contact sheets of ``sample``."""
         return self.home / "samples"
