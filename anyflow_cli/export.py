@@ -119,7 +119,9 @@ def write_comfyui(
     """One safetensors file with the original names under ComfyUI's prefix."""
     config, weights = folded(network.config, dict(network.state_dict()))
     renamed = {COMFYUI_PREFIX + original_name(name): weight for name, weight in weights.items()}
-    _write(path, renamed, {"gate": str(config.gate), "lineage": json.dumps(lineage)}, dtype)
+    # What shapes do not tell. The key "config" would change how ComfyUI detects the model.
+    facts = {"gate": str(config.gate), "delta": config.delta, "head_dim": str(config.head_dim)}
+    _write(path, renamed, facts | {"lineage": json.dumps(lineage)}, dtype)
 
 
 def _write(path: Path, weights: Mapping[str, Tensor], metadata: dict[str, str], dtype: str | None) -> None:

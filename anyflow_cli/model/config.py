@@ -1,7 +1,8 @@
 """Sizes of the network, read from and written as the configuration of the diffusers classes.
 
 Three classes share one architecture: ``WanTransformer3DModel`` (one time), ``AnyFlowTransformer3DModel`` (two
-times) and ``AnyFlowFARTransformer3DModel`` (two times, causal). A configuration that this network cannot
+times) and ``AnyFlowFARTransformer3DModel`` (two times, causal). The AnyFlow authors' own class,
+``FAR_Wan_Transformer3DModel``, is each of them by its flags. A configuration that this network cannot
 represent exactly is refused here, before a weight is read.
 """
 
@@ -27,6 +28,7 @@ WAN = "WanTransformer3DModel"
 ANYFLOW = "AnyFlowTransformer3DModel"
 ANYFLOW_FAR = "AnyFlowFARTransformer3DModel"
 CLASSES = (WAN, ANYFLOW, ANYFLOW_FAR)
+NVLABS = "FAR_Wan_Transformer3DModel"  # the authors' own class, for all kinds
 QK_NORM = "rms_norm_across_heads"
 FETCH = "Fetch or save the model again."
 
@@ -61,6 +63,8 @@ class TransformerConfig(BaseModel):
     compressed_patch_size: PatchSize = (1, 4, 4)
     full_chunk_limit: Size = 3
     chunk_partition: Annotated[tuple[Size, ...], Field(min_length=1, max_length=100_000)] | None = None
+    init_flowmap_model: bool = False  # of the authors' own class
+    init_far_model: bool = False  # of the authors' own class
 
 
 @dataclass(frozen=True)
@@ -137,6 +141,8 @@ class NetworkConfig:
 
     @classmethod
     def _from_transformer(cls, config: TransformerConfig) -> NetworkConfig:
+        if config.class_name == NVLABS:
+            config = _as_diffusers(config)
         _refuse_unsupported(config)
         two_time = config.class_name != WAN
         return cls(
@@ -190,6 +196,18 @@ class NetworkConfig:
         return config
 
 
+def _as_diffusers(config: TransformerConfig) -> TransformerConfig:
+    """The class of diffusers that the authors' own class is with these flags. Its default gate is 0."""
+    if config.init_far_model and not config.init_flowmap_model:
+        raise UsageError(
+            "The transformer is a causal model with one time, which anyflow cannot run.",
+            "Use an AnyFlow model, or the Wan model that it was made from.",
+        )
+    name = ANYFLOW_FAR if config.init_far_model else ANYFLOW if config.init_flowmap_model else WAN
+    gate = config.gate_value if "gate_value" in config.model_fields_set else 0.0
+    return config.model_copy(update={"class_name": name, "gate_value": gate})
+
+
 def _causal(config: TransformerConfig) -> CausalConfig:
     patch, full = config.compressed_patch_size[1:], config.patch_size[1:]
     if any(small % large for small, large in zip(patch, full, strict=True)):
@@ -204,11 +222,6 @@ def _causal(config: TransformerConfig) -> CausalConfig:
 
 
 def _refuse_unsupported(config: TransformerConfig) -> None:
-    if config.class_name == "WanModel":
-        raise UsageError(
-            "The model is in Wan's original layout, which anyflow does not read.",
-            "Use the same model in the diffusers layout, such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers.",
-        )
     if config.class_name not in CLASSES:
         raise UsageError(
             f"The transformer is a {config.class_name!a}, which anyflow cannot run.",

@@ -13,6 +13,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field
 
 from anyflow_cli.errors import AnyflowError, UsageError
+from anyflow_cli.model.layouts.transformer import open_transformer
 from anyflow_cli.model.network import on_meta
 from anyflow_cli.model.pipeline_io import (
     ADAPTER_CONFIG,
@@ -22,10 +23,8 @@ from anyflow_cli.model.pipeline_io import (
     AdapterConfig,
     adapter_problems,
     component,
-    read_config,
     read_shift,
     shapes_of,
-    transformer_folder,
 )
 from anyflow_cli.model.weights_io import (
     FETCH,
@@ -96,9 +95,10 @@ def _problems(checks: list[Callable[[], Iterator[str]]]) -> list[str]:
 
 
 def _check_transformer(path: Path) -> Iterator[str]:
-    folder = transformer_folder(path)
-    expected = shapes_of(on_meta(read_config(path)).state_dict())
-    yield from _compare(folder, TRANSFORMER_STEM, expected)
+    transformer = open_transformer(path)
+    expected = shapes_of(on_meta(transformer.config).state_dict())
+    for problem in differences(expected, transformer.tensors.shapes):
+        yield f"The weights of {transformer.path} do not fit config.json: {problem}"
 
 
 def _check_scheduler(path: Path) -> Iterator[str]:

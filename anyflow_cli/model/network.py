@@ -206,8 +206,7 @@ class FlowMapTransformer(nn.Module):
     def store_as(self, dtype: torch.dtype) -> FlowMapTransformer:
         """Hold the weights as ``dtype``, less the small ones of times and norms, which stay fp32."""
         for name, parameter in self.named_parameters():
-            keep = any(part in name for part in FP32_PARTS)
-            parameter.data = parameter.data.to(torch.float32 if keep else dtype)
+            parameter.data = parameter.data.to(torch.float32 if kept_in_fp32(name) else dtype)
         return self
 
     @property
@@ -275,6 +274,11 @@ class FlowMapTransformer(nn.Module):
 def _by_frame(t: Tensor) -> Tensor:
     """(B,) or (B, F) to (B, 1) or (B, F): one column where all frames share their time."""
     return t.unsqueeze(1) if t.dim() == 1 else t
+
+
+def kept_in_fp32(name: str) -> bool:
+    """Whether ``store_as`` leaves a parameter in fp32."""
+    return any(part in name for part in FP32_PARTS)
 
 
 def on_meta(config: NetworkConfig) -> FlowMapTransformer:

@@ -19,16 +19,10 @@ from torch import Tensor
 
 from anyflow_cli.errors import AnyflowError, UsageError
 from anyflow_cli.model.config import ANYFLOW, ANYFLOW_FAR, WAN, NetworkConfig
+from anyflow_cli.model.layouts.transformer import open_transformer
 from anyflow_cli.model.lora import LoraSize
-from anyflow_cli.model.network import FlowMapTransformer, folded, on_meta
-from anyflow_cli.model.weights_io import (
-    FETCH,
-    TRANSFORMER_STEM,
-    check_names_and_shapes,
-    read_tensors,
-    read_weights,
-    shown,
-)
+from anyflow_cli.model.network import FlowMapTransformer, folded
+from anyflow_cli.model.weights_io import FETCH, TRANSFORMER_STEM, read_tensors, shown
 from anyflow_cli.utils.files import atomic_directory, write_json
 from anyflow_cli.utils.hub import is_hub_name
 from anyflow_cli.utils.records import read_record
@@ -53,7 +47,6 @@ class PipelineIndex(BaseModel):
     tokenizer: Class
     vae: Class
     scheduler: Class
-    transformer_2: Class | None = None
 
 
 class SchedulerConfig(BaseModel):
@@ -72,16 +65,12 @@ class AdapterConfig(BaseModel):
 
 
 def resolve_pipeline(address: str) -> Path:
-    """The folder that ``address`` names: a built-in model, a directory, or a model of the Hub."""
+    """Find the folder or file that ``address`` names: a built-in model, a path, or a model of the Hub."""
     if address in BUILT_IN:
         return _built_in(address)
     path = Path(address).expanduser()
-    if address and path.is_dir():
-        return path
     if address and path.exists():
-        raise UsageError(
-            f"{address} is a file, not a model folder.", "Give the directory that holds model_index.json."
-        )
+        return path
     if is_hub_name(address):
         return _from_hub(address)
     raise UsageError(
@@ -140,39 +129,17 @@ def pipeline_files(pipeline: Path) -> dict[str, Path]:
     return {name.as_posix(): files[name] for name in sorted(files) if files[name].is_file()}
 
 
-def transformer_folder(path: Path) -> Path:
-    """The transformer's directory of a pipeline folder, or ``path`` itself if it is one."""
-    if (path / INDEX).is_file():
-        second = read_record(path / INDEX, PipelineIndex, FETCH).transformer_2
-        if second is not None and second[0] is not None:
-            raise UsageError(
-                f"{path} has two transformers (a Wan 2.2 expert pair), which anyflow cannot distill.",
-                "Use a model with one transformer, such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers.",
-            )
-        return component(path, "transformer")
-    if (path / "config.json").is_file():
-        return path
-    raise UsageError(
-        f"{path} is not a model folder: it holds neither model_index.json nor config.json.",
-        "Give a diffusers pipeline folder, or its transformer directory.",
-    )
-
-
 def read_config(path: Path) -> NetworkConfig:
-    """Sizes of the network in a pipeline or transformer folder."""
-    return NetworkConfig.read(transformer_folder(path) / "config.json")
+    """Read the sizes of the network of a pipeline folder, transformer folder or file."""
+    return open_transformer(path).config
 
 
 def load_network(path: Path, dtype: torch.dtype | None = torch.float32) -> FlowMapTransformer:
-    """The network of a pipeline or transformer folder, frozen; weights as ``dtype`` (None: as stored)."""
-    folder = transformer_folder(path)
-    network = on_meta(read_config(folder))
-    weights = read_weights(folder)
-    check_names_and_shapes(shapes_of(network.state_dict()), shapes_of(weights), folder)
-    network.load_state_dict(weights, assign=True)
-    if dtype is not None:
-        network.store_as(dtype)
-    return network.requires_grad_(False)
+    """Load the network of a pipeline folder, transformer folder or file, frozen; weights as ``dtype``.
+
+    With None weights stay as stored.
+    """
+    return open_transformer(path).load(dtype)
 
 
 def shapes_of(weights: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:

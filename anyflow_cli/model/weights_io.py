@@ -58,7 +58,7 @@ def weight_files(folder: Path, stem: str = TRANSFORMER_STEM) -> list[Path]:
         return [single]
     raise UsageError(
         f"{folder} holds no {stem}.safetensors.",
-        "Convert the weights to safetensors; other formats are not read.",
+        "Name the file of its weights, or convert them to safetensors.",
     )
 
 
@@ -91,15 +91,6 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
         }
 
 
-def read_weights(folder: Path, stem: str = TRANSFORMER_STEM) -> dict[str, Tensor]:
-    """All tensors of a component, on the CPU and as stored."""
-    weights: dict[str, Tensor] = {}
-    files = sorted({info.file for info in read_headers(folder, stem).values()})
-    for file in files:
-        weights |= read_tensors(file)
-    return weights
-
-
 def read_tensors(file: Path) -> dict[str, Tensor]:
     """All tensors of a safetensors file, on the CPU and as stored; a value that is not finite is refused."""
     with opened(file) as handle:
@@ -124,18 +115,22 @@ def check_finite(weights: Mapping[str, Tensor], source: str) -> None:
 
 
 def check_names_and_shapes(
-    expected: Mapping[str, Sequence[int]], found: Mapping[str, Sequence[int]], folder: Path
+    expected: Mapping[str, Sequence[int]],
+    found: Mapping[str, Sequence[int]],
+    place: Path,
+    reference: str = "config.json",
 ) -> None:
     """Refuse tensors that are missing, of another shape or not part of the architecture.
 
     Args:
-        expected: Shape of every tensor that ``config.json`` asks for, by name.
+        expected: Shape of every tensor of the architecture, by name.
         found: Shape of every tensor in the files, by name.
-        folder: Component, for the message.
+        place: Folder or file, for the message.
+        reference: What states the sizes, for the message.
     """
     for problem in differences(expected, found):
         raise UsageError(
-            f"The weights of {folder} do not fit config.json: {problem}.",
+            f"The weights of {place} do not fit {reference}: {problem}.",
             "They belong to different models, or were saved in part. " + FETCH,
         )
 

@@ -23,7 +23,7 @@ import anyflow_cli
 from anyflow_cli.data.shards import MANIFEST
 from anyflow_cli.data.storage import Storage
 from anyflow_cli.errors import UsageError
-from anyflow_cli.model.pipeline_io import transformer_folder
+from anyflow_cli.model.layouts.transformer import open_transformer
 from anyflow_cli.recipe.compare import differing_keys, dump, flat
 from anyflow_cli.recipe.schema import Recipe
 from anyflow_cli.runs.dcp import SHARDS
@@ -131,14 +131,23 @@ def fingerprints(inputs: RunInputs) -> dict[str, dict[str, str]]:
 def model_fingerprint(model: Path) -> str:
     """Tells models apart without reading all of them: config, names, sizes and the ends of the weights."""
     digest = hashlib.sha256()
-    state = is_checkpoint(model)
-    folder = model if state else transformer_folder(model)
-    for file in sorted([*folder.glob("*.safetensors"), *folder.glob(f"{SHARDS}/*.distcp")]):
+    weights, config = _identifying_files(model)
+    for file in weights:
         size = file.stat().st_size
         digest.update(json.dumps([file.name, size]).encode())
         with file.open("rb") as handle:
             for start in (0, max(size - (1 << 20), 0)):
                 handle.seek(start)
                 digest.update(handle.read(1 << 20))
-    digest.update((folder / (STATE if state else "config.json")).read_bytes())
+    if config is not None:
+        digest.update(config.read_bytes())
     return digest.hexdigest()
+
+
+def _identifying_files(model: Path) -> tuple[list[Path], Path | None]:
+    """The files with a model's weights, and the one with its sizes or step."""
+    if is_checkpoint(model):
+        weights = [*model.glob("*.safetensors"), *model.glob(f"{SHARDS}/*.distcp")]
+        return sorted(weights), model / STATE
+    transformer = open_transformer(model)
+    return sorted(transformer.weight_files), transformer.config_file

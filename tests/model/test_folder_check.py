@@ -73,7 +73,7 @@ PROBLEMS: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "another VAE": (config("vae", _class_name="AutoencoderKL"), ["'AutoencoderKL', not an AutoencoderKLWan"]),
     "wider VAE": (config("vae", base_dim=16), ["vae do not fit config.json"]),
     "odd VAE": (config("vae", dim_mult="x"), ["does not describe a VAE"]),
-    "original Wan": (config("transformer", _class_name="WanModel"), ["Wan's original layout"]),
+    "original Wan": (config("transformer", _class_name="WanModel"), ["'WanModel', which anyflow cannot run"]),
     "shift": (
         lambda p: (p / "scheduler/scheduler_config.json").write_text('{"shift": "x"}'),
         ["scheduler_config.json is damaged: shift"],

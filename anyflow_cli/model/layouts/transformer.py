@@ -1,0 +1,375 @@
+"""A Wan or AnyFlow transformer in any layout, opened as this package's network.
+
+=========================  ==========================================================================
+diffusers                  a folder with ``config.json``, or one file with the names of diffusers
+original Wan               a folder of Wan's own release, or one file with its names
+wrapped                    either names behind a prefix (ComfyUI, rCM, Self-Forcing, FSDP), or one
+                           entry of a pickled training state
+quantized                  either names with fp8 or int8 weights
+=========================  ==========================================================================
+
+Sizes come from ``config.json`` where there is one, else from the shapes of the tensors. Weights are read one
+at a time into the type in which they are used.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel
+from torch import Tensor, nn
+
+from anyflow_cli.errors import UsageError
+from anyflow_cli.model.config import ANYFLOW, ANYFLOW_FAR, CLASSES, NVLABS, WAN, NetworkConfig, Size
+from anyflow_cli.model.layouts.families import refuse_foreign, refuse_type
+from anyflow_cli.model.layouts.names import TRANSFORMER_NAMES
+from anyflow_cli.model.layouts.quantized import dequantized, is_quantization, scale_names
+from anyflow_cli.model.layouts.tensor_files import QUANTIZED_TYPES, WEIGHT_SUFFIXES, TensorFiles
+from anyflow_cli.model.network import FlowMapTransformer, kept_in_fp32, on_meta
+from anyflow_cli.model.weights_io import (
+    FETCH,
+    TensorInfo,
+    check_finite,
+    check_names_and_shapes,
+    weight_files,
+)
+from anyflow_cli.utils.records import parse_record, read_bytes, read_record
+
+log = logging.getLogger(__name__)
+
+HEAD_DIM = 128  # of every published Wan
+WRAPPER_PARTS = re.compile(r"(^|(?<=\.))(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
+# Prefix of the names in a file, and who writes it.
+PREFIXES = {
+    "": "", "model.diffusion_model.": "ComfyUI checkpoint", "diffusion_model.": "ComfyUI", "net.": "rCM",
+    "model.": "Self-Forcing family", "model.model.": "wrapped twice", "module.": "DataParallel",
+    "transformer.": "pipeline", "generator.": "generator",
+}  # fmt: skip
+ANCHORS = {"head.modulation": "original Wan", "condition_embedder.time_proj.weight": "diffusers"}
+# What training left that the network does without: heads of a classifier and a GAN, registers, step counters,
+# the gate of sparse attention (the weights also run dense), a norm that diffusers ignores, too.
+UNUSED_PARTS = re.compile(
+    r"^(_cls_pred_branch|_register_tokens|_gan_ca_blocks)\b|^accum_|\.to_gate_compress\.|\.norm_added_q\.|^freqs$"
+)
+EXPERT_PAIR = "has two transformers (a Wan 2.2 expert pair), which anyflow cannot distill."
+
+
+@dataclass(frozen=True)
+class TransformerFiles:
+    """A transformer on disk.
+
+    Attributes:
+        path: Folder or file.
+        weight_files: The files with its tensors.
+        stated: Sizes that a ``config.json`` states; None: only the tensors know them.
+        config_file: That file.
+    """
+
+    path: Path
+    weight_files: tuple[Path, ...]
+    stated: NetworkConfig | None = None
+    config_file: Path | None = None
+
+    @cached_property
+    def config(self) -> NetworkConfig:
+        """Sizes and kind of the network.
+
+        Raises:
+            UsageError: The network takes more than noise, as image-to-video models do.
+        """
+        config = self.stated or inferred_config(self.tensors)
+        if config.in_channels != config.out_channels:
+            raise UsageError(
+                f"{self.path} is an image-to-video model: it takes {config.in_channels} channels, of which "
+                f"{config.out_channels} are noise.",
+                "Use the text-to-video model of the same family.",
+            )
+        return config
+
+    @cached_property
+    def tensors(self) -> NamedWeights:
+        """Its tensors under our names; only headers are read."""
+        return NamedWeights.of(TensorFiles.open(self.weight_files), self.path)
+
+    def load(self, dtype: torch.dtype | None = torch.float32) -> FlowMapTransformer:
+        """Load the network, frozen.
+
+        Args:
+            dtype: Type of the weights; None: as stored, and bf16 where they are quantized.
+        """
+        network, source = on_meta(self.config), self.tensors
+        expected = {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
+        check_names_and_shapes(
+            expected, source.shapes, self.path, "config.json" if self.stated else "each other"
+        )
+        for name in expected:
+            value = source.read(name)
+            check_finite({name: value}, str(self.path))
+            if dtype is None:
+                target = torch.bfloat16 if source.stored(name).dtype in QUANTIZED_TYPES else value.dtype
+            else:
+                target = torch.float32 if kept_in_fp32(name) else dtype
+            path, _, last = name.rpartition(".")
+            parameter = nn.Parameter(value.to(target), requires_grad=False)
+            setattr(network.get_submodule(path), last, parameter)
+        return network
+
+
+@dataclass(frozen=True)
+class NamedWeights:
+    """Tensors under the names of our network.
+
+    Attributes:
+        files: Where they are.
+        stored_names: Our name of each tensor with its name in the files.
+        scales: Our name of each scaled weight with the stored name of its scale.
+        layout: The layout in words.
+    """
+
+    files: TensorFiles
+    stored_names: Mapping[str, str]
+    scales: Mapping[str, str]
+    layout: str
+
+    @classmethod
+    def of(cls, files: TensorFiles, place: Path) -> NamedWeights:
+        """Find the layout of a transformer by its names.
+
+        Raises:
+            UsageError: It is another model, or none.
+        """
+        refuse_foreign(files.tensors, place)
+        bare = {WRAPPER_PARTS.sub("", name): name for name in files.tensors}
+        prefix, anchor = _prefix_of(bare, place)
+        original = ANCHORS[anchor] == "original Wan"
+        named: dict[str, str] = {}
+        for name, stored in bare.items():
+            inner = name.removeprefix(prefix)
+            if not name.startswith(prefix) or is_quantization(inner) or UNUSED_PARTS.search(inner):
+                continue
+            named[TRANSFORMER_NAMES.from_original(inner) if original else inner] = stored
+        if any(".to_gate_compress." in name for name in bare):
+            log.warning("%s was trained with sparse attention; it runs with full attention here.", place)
+        scale_of = scale_names(files)
+        scales = {name: scale_of[stored] for name, stored in named.items() if stored in scale_of}
+        return cls(files, named, scales, _layout_in_words(ANCHORS[anchor], prefix, files, named, scales))
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every tensor in our network, by name."""
+        return {name: self.shape(name) for name in self.stored_names}
+
+    def stored(self, name: str) -> TensorInfo:
+        """Description of a tensor in its file."""
+        return self.files.tensors[self.stored_names[name]]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor in our network. rCM stores the patch embedding as a linear layer."""
+        shape = self.stored(name).shape
+        if name == "patch_embedding.weight" and len(shape) == 2:
+            return (shape[0], shape[1] // 4, 1, 2, 2)
+        return shape
+
+    def read(self, name: str) -> Tensor:
+        """Load one tensor; quantized ones become fp32."""
+        scale = self.scales.get(name)
+        weight = dequantized(
+            self.files.read(self.stored_names[name]), None if scale is None else self.files.read(scale)
+        )
+        return weight.reshape(self.shape(name))
+
+
+def _prefix_of(names: Iterable[str], place: Path) -> tuple[str, str]:
+    """What precedes the names of the network, and the name that shows it."""
+    for name in names:
+        for anchor in ANCHORS:
+            prefix = name.removesuffix(anchor)
+            if name.endswith(anchor) and prefix in PREFIXES:
+                return prefix, anchor
+    raise UsageError(
+        f"{place} holds no Wan transformer.{_what_it_is(names)}", "Name a file of transformer weights."
+    )
+
+
+def _what_it_is(names: Iterable[str]) -> str:
+    joined = "\n".join(names)
+    for pattern, what in (
+        (r"lora_|\.diff(_b)?$", "It is a LoRA file: pass it with --lora."),
+        (r"^decoder\.middle\.0\.residual", "It is a Wan VAE."),
+        (r"^(encoder\.block\.0|blocks\.0\.pos_embedding)\.", "It is a text encoder."),
+    ):
+        if re.search(pattern, joined, re.MULTILINE):
+            return f" {what}"
+    return ""
+
+
+def _layout_in_words(
+    base: str, prefix: str, files: TensorFiles, named: Mapping[str, str], scales: Mapping[str, str]
+) -> str:
+    words = [f"{base} names"]
+    if prefix:
+        words.append(f"under {prefix} ({PREFIXES[prefix]})")
+    if files.wrapper:
+        words.append(f"in the entry {files.wrapper}")
+    quantized = {files.tensors[stored].dtype for stored in named.values()} & QUANTIZED_TYPES.keys()
+    words += [f"{'scaled' if scales else 'plain'} {dtype}" for dtype in sorted(quantized)]
+    return ", ".join(words)
+
+
+# --- finding files
+
+
+class ExpertPair(BaseModel):
+    """``model_index.json``: the second transformer of Wan 2.2; nulls or absent elsewhere."""
+
+    transformer_2: tuple[str | None, str | None] | None = None
+
+
+def open_transformer(path: Path) -> TransformerFiles:
+    """Find the transformer in a pipeline folder, a transformer folder, an original folder, or a file.
+
+    Raises:
+        UsageError: There is none, or it is another architecture; the message names it.
+    """
+    if path.is_file():
+        return _open_file(path)
+    if (path / "model_index.json").is_file():
+        return _open_folder(_transformer_of(path))
+    if (path / "high_noise_model").is_dir():
+        hint = f"Name one of them, {path / 'low_noise_model'}, or a model with one transformer."
+        raise UsageError(f"{path} {EXPERT_PAIR}", hint)
+    return _open_folder(path)
+
+
+def _open_file(path: Path) -> TransformerFiles:
+    if path.suffix == ".gguf":
+        raise UsageError(
+            f"{path} is a GGUF file, which anyflow does not read.",
+            "Use the same model as safetensors in bf16, fp16 or fp8.",
+        )
+    if path.suffix not in WEIGHT_SUFFIXES:
+        raise UsageError(
+            f"{path} is a file, but not of model weights.",
+            f"Give a directory with model_index.json, or a file of {', '.join(WEIGHT_SUFFIXES)}.",
+        )
+    return TransformerFiles(path, (path,))
+
+
+def _transformer_of(pipeline: Path) -> Path:
+    second = read_record(pipeline / "model_index.json", ExpertPair, FETCH).transformer_2
+    if second is not None and second[0] is not None:
+        hint = "Use a model with one transformer, such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers."
+        raise UsageError(f"{pipeline} {EXPERT_PAIR}", hint)
+    if not (pipeline / "transformer").is_dir():
+        raise UsageError(
+            f"{pipeline} has no transformer directory.",
+            "Give a whole pipeline folder, with transformer, vae, text_encoder and tokenizer.",
+        )
+    return pipeline / "transformer"
+
+
+def _open_folder(path: Path) -> TransformerFiles:
+    config_file = path / "config.json"
+    if config_file.is_file():
+        return TransformerFiles(path, tuple(weight_files(path)), _stated_config(config_file), config_file)
+    files = sorted(file for file in path.iterdir() if file.suffix in WEIGHT_SUFFIXES)
+    if len(files) == 1:
+        return TransformerFiles(path, (files[0],))
+    hint = "Give a diffusers pipeline folder, or its transformer directory."
+    if files:
+        hint = f"Name one of its files ({', '.join(file.name for file in files[:4])})."
+    raise UsageError(
+        f"{path} is not a model folder: it holds neither model_index.json nor config.json.", hint
+    )
+
+
+# --- sizes
+
+
+class OriginalConfig(BaseModel):
+    """``config.json`` of Wan's own folders."""
+
+    dim: Size
+    num_heads: Size
+    num_layers: Size
+    ffn_dim: Size
+    in_dim: Size = 16
+    out_dim: Size = 16
+    text_dim: Size = 4096
+    freq_dim: Size = 256
+    eps: float = 1e-6
+    model_type: str = "t2v"
+
+
+def _stated_config(file: Path) -> NetworkConfig:
+    """The sizes in a ``config.json`` of diffusers or of an original folder."""
+    content = read_bytes(file, FETCH)
+    if b'"num_heads"' not in content:
+        return NetworkConfig.read(file)
+    stated = parse_record(content, OriginalConfig, str(file), FETCH)
+    refuse_type(stated.model_type, file.parent)
+    return NetworkConfig(
+        heads=stated.num_heads,
+        head_dim=stated.dim // stated.num_heads,
+        layers=stated.num_layers,
+        ffn_dim=stated.ffn_dim,
+        in_channels=stated.in_dim,
+        out_channels=stated.out_dim,
+        text_dim=stated.text_dim,
+        freq_dim=stated.freq_dim,
+        eps=stated.eps,
+    )
+
+
+def inferred_config(weights: NamedWeights) -> NetworkConfig:
+    """The sizes of a network, from the shapes of its tensors and what the file's header adds.
+
+    A header may state what shapes cannot: the configuration of diffusers, or the gate of the second time.
+    """
+    metadata, place = weights.files.metadata, weights.files.files[0]
+    stated = json.loads(metadata.get("config", "{}"))
+    if stated.get("_class_name") in (*CLASSES, NVLABS):
+        return NetworkConfig.from_diffusers(stated)
+
+    def size(name: str, axis: int) -> int:
+        if name not in weights.stored_names:
+            raise UsageError(f"The weights of {place} lack {name}.", FETCH)
+        return weights.shape(name)[axis]
+
+    dim, head_dim = size("patch_embedding.weight", 0), int(metadata.get("head_dim", HEAD_DIM))
+    if dim % head_dim:
+        raise UsageError(
+            f"{place} is {dim} wide, not a multiple of {head_dim}, the size of Wan's heads.",
+            "Put its config.json beside it, in a directory with nothing else, and name the directory.",
+        )
+    patch = (size("patch_embedding.weight", 3), size("patch_embedding.weight", 4))
+    blocks = {int(name.split(".")[1]) for name in weights.stored_names if name.startswith("blocks.")}
+    far = "far_patch_embedding.weight"
+    causal = far in weights.stored_names
+    two_time = any("delta_embedder" in name for name in weights.stored_names)
+    return NetworkConfig.from_diffusers(
+        {
+            "_class_name": ANYFLOW_FAR if causal else ANYFLOW if two_time else WAN,
+            "num_attention_heads": dim // head_dim,
+            "attention_head_dim": head_dim,
+            "num_layers": 1 + max(blocks, default=-1),
+            "ffn_dim": size("blocks.0.ffn.net.0.proj.weight", 0),
+            "in_channels": size("patch_embedding.weight", 1),
+            "out_channels": size("proj_out.weight", 0) // math.prod(patch),
+            "text_dim": size("condition_embedder.text_embedder.linear_1.weight", 1),
+            "freq_dim": size("condition_embedder.time_embedder.linear_1.weight", 1),
+            "patch_size": (1, *patch),
+            "cross_attn_norm": "blocks.0.norm2.weight" in weights.stored_names,
+            "gate_value": float(metadata.get("gate", NetworkConfig.gate)),
+            "deltatime_type": metadata.get("delta", NetworkConfig.delta),
+            **({"compressed_patch_size": (1, size(far, 3), size(far, 4))} if causal else {}),
+        }
+    )
