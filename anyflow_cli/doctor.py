@@ -265,9 +265,9 @@ def precision(recipe: Recipe) -> Finding:
 
 def vbench(recipe: Recipe) -> Finding:
     """VBench's environment and weights; only the suites of that name need them."""
-    from anyflow_cli.evaluate.vbench.state import state_of
+    from anyflow_cli.evaluate.vbench.environment import environment_report
 
-    return Finding("vbench", "ok", state_of(recipe.evaluate.vbench))
+    return Finding("vbench", "ok", environment_report(recipe.evaluate.vbench))
 
 
 def _matmul_seconds(dtype: torch.dtype, size: int = 512, tries: int = 5) -> float:

@@ -24,8 +24,8 @@ from matplotlib.figure import Figure
 from anyflow_cli.data.shapes_world import WORLDS, render
 from anyflow_cli.evaluate.per_chunk import ChunkCurves
 from anyflow_cli.evaluate.report.figures import LIGHT_FIGURE, chunks_png
-from anyflow_cli.evaluate.results import RESULTS
 from anyflow_cli.evaluate.shapes.suite import PROMPT_SEED, ShapesSuite
+from anyflow_cli.evaluate.store import RESULTS
 from anyflow_cli.recipe.load import load_recipe
 from anyflow_cli.recipe.schema import Recipe
 from anyflow_cli.runs.paths import RunPaths
@@ -94,7 +94,7 @@ def along(args: argparse.Namespace) -> None:
     teachers = [entry for entries in found.values() for entry in entries if entry["teacher"]]
     if teachers:
         curves["teacher"] = _along(teachers[0])
-    args.out.write_bytes(chunks_png(curves, colours=len(found)))
+    args.out.write_bytes(chunks_png(curves, colors=len(found)))
 
 
 def stream(args: argparse.Namespace) -> None:

@@ -36,9 +36,9 @@ def doctor(
     from anyflow_cli.doctor import examine, vbench
 
     if fix is not None:
-        from anyflow_cli.evaluate.vbench.environment import make, place
+        from anyflow_cli.evaluate.vbench.environment import create_environment, environment_directory
 
-        make(place(settings.evaluate.vbench.environment), python)
+        create_environment(environment_directory(settings.evaluate.vbench.environment), python)
     findings = list(examine(settings, runs)) if fix is None else [vbench(settings)]
     stopped = any(finding.state == "stop" for finding in findings)
     values = {"ready": not stopped, "findings": [asdict(finding) for finding in findings]}

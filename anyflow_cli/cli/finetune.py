@@ -129,7 +129,7 @@ def _scores(choice: ModelChoice, settings: Recipe, paths: RunPaths, world: str) 
     recipe = settings.model_copy(update={"evaluate": wanted, "data": data})
     job = prepare_evaluation(recipe, protocol_for(recipe), choice, paths.evaluate)
     with Progress("score", job.videos, "videos") as progress:
-        result = run_evaluation(job, advance=progress.update)
+        result = run_evaluation(job, on_progress=progress.update)
     if missing := result.measured[0].result.missing:
         log.warning("No prompt asks for %s, so there is no Total: set evaluate.prompts higher.", missing[0])
     return {f"total at {one.steps} steps": one.result.total for one in result.measured}

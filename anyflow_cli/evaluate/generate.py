@@ -1,15 +1,17 @@
-"""The making of an evaluation's videos: those that are missing, by one process or by several.
+"""Sampling and scoring of the videos an evaluation lacks, by one process or several.
 
-Items are dealt out by their place in the protocol, so processes need not talk: each writes a file of scores
-of its own, and the first one waits until every video is there. What a process finished before it was killed
-stays; damaged files are found by size and hash and are made again.
+Videos are assigned to processes by their position in the protocol, so processes need no communication: each
+appends to a records file of its own, and the first one waits until all videos are there. Videos finished
+before a kill are kept; damaged ones are detected by size and hash and sampled again.
 """
 
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import logging
+import os
+import shutil
+import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,22 +23,23 @@ import numpy as np
 
 from anyflow_cli.data.video import write_mp4
 from anyflow_cli.errors import AnyflowError, UsageError
-from anyflow_cli.evaluate.protocol import Item, Protocol, Subject, Variant
-from anyflow_cli.evaluate.store import VIDEOS, Scored, Store, digest_of
+from anyflow_cli.evaluate.protocol import EvaluatedModel, Protocol, Variant, VideoRequest
+from anyflow_cli.evaluate.store import VariantStore, VideoRecord, size_and_digest, video_name
 from anyflow_cli.evaluate.suite import VideoPixels
 from anyflow_cli.recipe.schema import Recipe
 from anyflow_cli.utils.distributed import rank, world_size
 
-Advance = Callable[[int], None]  # called with the number of videos finished so far
+OnProgress = Callable[[int], None]  # called with the number of finished videos
 
 LOCK = ".lock"
-LOOK_EVERY = 2.0  # seconds between looks at what other processes have finished
-PATIENCE = 1800.0  # seconds without a new video after which other processes count as lost
+POLL_SECONDS = 2.0  # between looks at what other processes have finished
+STALL_SECONDS = 1800.0  # without a new video, after which other processes count as lost
+BITS_PER_PIXEL = 0.25  # of an mp4 at preview quality, to estimate sizes before there are any
 
 log = logging.getLogger(__name__)
 
 
-class Generator(Interface):
+class VideoGenerator(Interface):
     """A source of videos, such as ``VideoSampler``."""
 
     @property
@@ -51,11 +54,11 @@ class Generator(Interface):
     def videos(
         self, prompts: Sequence[str], seeds: Sequence[int], nfe: int, batch: int
     ) -> Iterator[VideoPixels]:
-        """Videos (T, H, W, 3) in the order of the prompts."""
+        """Sample a video (T, H, W, 3) for each prompt, in order."""
         ...
 
 
-Open = Callable[[Subject, Recipe], Generator]
+OpenModel = Callable[[EvaluatedModel, Recipe], VideoGenerator]
 
 
 @dataclass(frozen=True)
@@ -67,159 +70,242 @@ class WorkShare:
 
     @classmethod
     def of_process(cls) -> WorkShare:
-        """As torchrun, accelerate launch or plain RANK and WORLD_SIZE say."""
+        """The share of this process, by RANK and WORLD_SIZE."""
         return cls(rank(), world_size())
 
 
-ALONE = WorkShare()
+SINGLE_PROCESS = WorkShare()
 
 
 @dataclass(frozen=True)
 class EvaluationJob:
-    """What is to be evaluated, looked at but not loaded."""
+    """An evaluation whose models are described but not loaded.
+
+    Attributes:
+        recipe: Recipe with the sizes and settings of sampling.
+        protocol: Prompts, seeds and suite.
+        variants: Models and step counts.
+        out: Directory of the evaluation.
+        external: Files generated elsewhere, which are scored instead of sampling any.
+    """
 
     recipe: Recipe
     protocol: Protocol
     variants: tuple[Variant, ...]
     out: Path
-    given: Mapping[Item, Path] | None = None  # files made elsewhere; nothing is sampled then
+    external: Mapping[VideoRequest, Path] | None = None
 
     @property
     def videos(self) -> int:
-        """How many there are to be in all."""
-        return len(self.protocol.items) * len(self.variants)
+        """Number of videos in all."""
+        return len(self.protocol.requests) * len(self.variants)
 
     @property
     def partition(self) -> tuple[int, ...] | None:
-        """Chunks of the model in question; its teacher's videos are told by the same ones."""
-        return self.variants[0].subject.partition
+        """Chunks of the evaluated model, by which its teacher is scored too."""
+        return self.variants[0].model.partition
 
-    def store(self, one: Variant) -> Store:
-        """Where its videos and scores lie."""
-        return Store(self.out / one.key)
+    def store(self, one: Variant) -> VariantStore:
+        """The directory of a variant."""
+        return VariantStore(self.out / one.key)
 
-    def missing(self, one: Variant, share: WorkShare = ALONE) -> list[Item]:
-        """Its videos that are still to be made, by this process."""
-        done = self.store(one).read()
-        mine = self.protocol.items[share.rank :: share.world]
-        return [item for item in mine if (item.prompt, item.seed) not in done]
+    def path(self, one: Variant, request: VideoRequest) -> Path:
+        """The file of a video; never taken from a record."""
+        if self.external is not None:
+            return self.external[request]
+        return self.out / one.key / video_name(request)
+
+    def finished(self, one: Variant) -> dict[VideoRequest, VideoRecord]:
+        """Records of the videos of a variant whose files are there, at the recorded size."""
+        records = self.store(one).records()
+        found = {}
+        for request in self.protocol.requests:
+            record, path = records.get((request.prompt, request.seed)), self.path(one, request)
+            if record is not None and path.is_file() and path.stat().st_size == record.size:
+                found[request] = record
+        return found
+
+    def missing(self, one: Variant, share: WorkShare = SINGLE_PROCESS) -> list[VideoRequest]:
+        """Videos of a variant that this process has to sample."""
+        done = self.finished(one)
+        return [
+            request for request in self.protocol.requests[share.rank :: share.world] if request not in done
+        ]
 
     def done(self) -> int:
-        """How many videos are finished, whoever made them."""
-        return self.videos - sum(len(self.missing(one)) for one in self.variants)
+        """Number of finished videos, by any process."""
+        return sum(len(self.finished(one)) for one in self.variants)
 
 
 @contextmanager
-def alone_in(out: Path) -> Iterator[None]:
-    """Keep a second evaluation out of a directory."""
+def exclusive(out: Path) -> Iterator[None]:
+    """Lock the directory of an evaluation against a second one; the lock of a dead process is void."""
     out.mkdir(parents=True, exist_ok=True)
-    with (out / LOCK).open("a") as handle:
+    with (out / LOCK).open("a+") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
+            handle.seek(0)
             raise UsageError(
-                f"Another evaluation is running in {out}.", "Wait for it to end, or use another --out."
+                f"Another evaluation is running in {out} ({handle.read().strip() or 'unknown process'}).",
+                "Wait for it to end, or use another --out.",
             ) from error
+        handle.truncate(0)
+        handle.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        handle.flush()
         yield
 
 
-def make_videos(job: EvaluationJob, open_model: Open, advance: Advance, share: WorkShare = ALONE) -> None:
+def generate_videos(
+    job: EvaluationJob,
+    open_model: OpenModel,
+    on_progress: OnProgress,
+    share: WorkShare = SINGLE_PROCESS,
+) -> None:
     """Sample and score this process's missing videos, one model at a time."""
-    _drop_damaged(job, share)
-    tally = _Tally(job, advance, share)
-    opened: tuple[Subject, Generator] | None = None
     for one in job.variants:
-        items = job.missing(one, share)
-        if items and (opened is None or opened[0] is not one.subject):
-            log.info("Loading %s, %s.", one.subject.address, one.subject.why)
-            opened = (one.subject, open_model(one.subject, job.recipe))
-        for start in range(0, len(items), job.recipe.evaluate.batch_size):
+        job.store(one).create(one)
+    _remove_damaged(job, share)
+    counter = _ProgressCounter(job, on_progress, share)
+    opened: tuple[EvaluatedModel, VideoGenerator] | None = None
+    batch_size = job.recipe.evaluate.batch_size
+    for one in job.variants:
+        requests = job.missing(one, share)
+        if requests and (opened is None or opened[0] is not one.model):
+            log.info("Loading %s (%s).", one.model.address, one.model.reason)
+            opened = (one.model, open_model(one.model, job.recipe))
+        for start in range(0, len(requests), batch_size):
             assert opened is not None
-            part = items[start : start + job.recipe.evaluate.batch_size]
-            for record in _scored(job, one, opened[1], part):
+            batch = requests[start : start + batch_size]
+            for record in _sampled(job, one, opened[1], batch):
                 job.store(one).append(record, share.rank)
-            tally.count(len(part))
+            counter.add(len(batch))
 
 
-def wait_for_others(job: EvaluationJob, advance: Advance) -> None:
-    """Return when every video is there, whoever makes it."""
+def wait_for_others(job: EvaluationJob, on_progress: OnProgress) -> None:
+    """Return once all videos are there, whichever process samples them."""
     done, since = job.done(), time.monotonic()
     while done < job.videos:
-        if time.monotonic() - since > PATIENCE:
+        if time.monotonic() - since > STALL_SECONDS:
             raise AnyflowError(
-                f"{job.videos - done} videos of other processes are missing, and none has come for "
-                f"{PATIENCE / 60:.0f} minutes.",
-                "See what the other processes said, and start the same command again.",
+                f"{job.videos - done} videos of other processes are missing, and none was finished in the "
+                f"last {STALL_SECONDS / 60:.0f} minutes.",
+                "Check the output of the other processes, and start the same command again.",
             )
-        time.sleep(LOOK_EVERY)
+        time.sleep(POLL_SECONDS)
         now = job.done()
         if now > done:
             done, since = now, time.monotonic()
-            advance(done)
+            on_progress(done)
 
 
-class _Tally:
-    """Counts finished videos: its own as they come, those of other processes now and then."""
+class _ProgressCounter:
+    """Counts finished videos: this process's at once, those of others every few seconds."""
 
-    def __init__(self, job: EvaluationJob, advance: Advance, share: WorkShare) -> None:
-        self._job, self._advance, self._several = job, advance, share.world > 1
-        self._done, self._looked = job.done(), time.monotonic()
-        advance(self._done)
+    def __init__(self, job: EvaluationJob, on_progress: OnProgress, share: WorkShare) -> None:
+        self._job, self._on_progress, self._several = job, on_progress, share.world > 1
+        self._done, self._polled = job.done(), time.monotonic()
+        on_progress(self._done)
 
-    def count(self, videos: int) -> None:
+    def add(self, videos: int) -> None:
         self._done += videos
-        if self._several and time.monotonic() - self._looked > LOOK_EVERY:
-            self._done, self._looked = self._job.done(), time.monotonic()
-        self._advance(self._done)
+        if self._several and time.monotonic() - self._polled > POLL_SECONDS:
+            self._done, self._polled = self._job.done(), time.monotonic()
+        self._on_progress(self._done)
 
 
-def _drop_damaged(job: EvaluationJob, share: WorkShare) -> None:
-    """Remove files of this process's share that are not as they were written, so that they are made again."""
+def _remove_damaged(job: EvaluationJob, share: WorkShare) -> None:
+    """Delete this process's videos that differ from their record, so that they are sampled again."""
     damaged = 0
     for one in job.variants:
         store = job.store(one)
-        store.mend(share.rank)
-        done = store.records()
-        for item in job.protocol.items[share.rank :: share.world]:
-            record = done.get((item.prompt, item.seed))
-            if record and not store.is_whole(record):
-                (store.directory / record.file).unlink(missing_ok=True)
+        store.drop_partial_line(share.rank)
+        records = store.records()
+        for request in job.protocol.requests[share.rank :: share.world]:
+            record, path = records.get((request.prompt, request.seed)), job.path(one, request)
+            is_whole = record and path.is_file() and size_and_digest(path) == (record.size, record.digest)
+            if record and not is_whole:
+                store.remove_video(request)
                 damaged += 1
     if damaged:
-        many = "s are" if damaged > 1 else " is"
-        log.warning("%d video%s not as written any more and will be made again.", damaged, many)
+        log.warning("%d damaged video%s will be sampled again.", damaged, "s" * (damaged > 1))
 
 
-def _scored(
-    job: EvaluationJob, one: Variant, generator: Generator, items: Sequence[Item]
-) -> Iterator[Scored]:
-    """One batch: sample; then, one by one, keep as mp4 and score from the raw pixels."""
-    suite, store = job.protocol.suite, job.store(one)
-    prompts, seeds = [item.prompt for item in items], [item.seed for item in items]
+def _sampled(
+    job: EvaluationJob, one: Variant, generator: VideoGenerator, requests: Sequence[VideoRequest]
+) -> Iterator[VideoRecord]:
+    """Sample one batch, then write each video as mp4 and score it from its pixels."""
+    suite = job.protocol.suite
+    prompts, seeds = [request.prompt for request in requests], [request.seed for request in requests]
     images = suite.images(prompts, seeds)
     if images is not None:
         generator.condition_on(np.stack(images)[:, None])
-    videos = list(generator.videos(prompts, seeds, one.steps, len(items)))
+    videos = list(generator.videos(prompts, seeds, one.steps, len(requests)))
     network, decode = generator.latency
     scores = suite.score(videos, prompts, images)
-    for item, video, score in zip(items, videos, scores, strict=True):
-        path = store.directory / file_of(item)
+    for request, video, score in zip(requests, videos, scores, strict=True):
+        path = job.path(one, request)
         write_mp4(path, video, job.recipe.model.fps)
-        size, digest = digest_of(path)
-        yield Scored(
-            item.prompt,
-            item.seed,
-            file_of(item),
-            size,
-            digest,
-            network,
-            decode,
-            len(items),
-            score,
-            time.time(),
+        yield VideoRecord(
+            request.prompt,
+            request.seed,
+            video_name(request),
+            *size_and_digest(path),
+            network=network,
+            decode=decode,
+            batch=len(requests),
+            score=score,
+            made=time.time(),
         )
 
 
-def file_of(item: Item) -> str:
-    """A name made of a hash: a prompt is data and names no path."""
-    return f"{VIDEOS}/{hashlib.sha256(item.prompt.encode()).hexdigest()[:12]}-{item.seed}.mp4"
+# -- what is left to do --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class EvaluationCost:
+    """Videos still to sample, their bytes, and the seconds they take where finished videos tell."""
+
+    videos: int
+    size: float
+    seconds: float | None
+
+
+def remaining_cost(job: EvaluationJob, processes: int = 1) -> EvaluationCost:
+    """Estimate disk space and time of the missing videos from the finished ones."""
+    missing = {one.key: len(job.missing(one)) for one in job.variants}
+    records = {one.key: list(job.store(one).records().values()) for one in job.variants}
+    sizes = [float(record.size) for known in records.values() for record in known]
+    model, total = job.recipe.model, sum(missing.values())
+    guess = model.frames * model.height * model.width * BITS_PER_PIXEL / 8
+    seconds = [missing[one.key] * _seconds_per_video(one, job.variants, records) for one in job.variants]
+    return EvaluationCost(
+        videos=total,
+        size=total * float(np.mean(sizes or [guess])),
+        seconds=sum(seconds) / processes if sizes else None,
+    )
+
+
+def _seconds_per_video(
+    one: Variant, variants: Sequence[Variant], records: Mapping[str, list[VideoRecord]]
+) -> float:
+    """Median of the variant's own records, else another variant's scaled by network evaluations."""
+    like = next((other for other in (one, *variants) if records[other.key]), None)
+    if like is None:
+        return 0.0
+    network, decode = (
+        float(np.median([getattr(record, part) for record in records[like.key]]))
+        for part in ("network", "decode")
+    )
+    return network * one.evaluations / like.evaluations + decode
+
+
+def check_free_space(out: Path, needed: float) -> None:
+    """Raise a UsageError if the disk has less than ``needed`` bytes free."""
+    place = next(path for path in (out, *out.resolve().parents) if path.exists())
+    free = shutil.disk_usage(place).free
+    if needed > free:
+        raise UsageError(
+            f"The videos need about {needed / 1e6:.0f} MB, but {place} has {free / 1e6:.0f} MB free.",
+            "Free space, use another --out, or evaluate fewer prompts with --limit.",
+        )

@@ -1,8 +1,8 @@
-"""How quality changes along a video: scores of a model chunk by chunk, which is where exposure bias shows.
+"""Scores of a model chunk by chunk, which shows how quality changes along a video.
 
-A causal model goes on from its own chunks; what it gets wrong adds up, and later chunks are worse. Suites
-score pieces of one latent frame each; a chunk's score is the mean over its pieces and all videos, so any
-model can be held against any partition.
+A causal model conditions each chunk on its own earlier ones, so its errors accumulate (exposure bias). Suites
+score the frames of each latent frame; the score of a chunk is the mean over its latent frames and all videos.
+Any model can thus be scored by any partition.
 
 Legend: V videos, F latent frames.
 """
@@ -19,19 +19,26 @@ from anyflow_cli.evaluate.suite import Dimension, Suite, VideoScore
 
 @dataclass(frozen=True)
 class ChunkCurves:
-    """Scores of each chunk, 0..100, first to last, by group of dimensions."""
+    """Scores of each chunk, 0..100, in order.
 
-    partition: tuple[int, ...]  # latent frames of each chunk
+    Attributes:
+        partition: Latent frames of each chunk.
+        groups: Weighted mean of a group's dimensions.
+        dimensions: Scores the groups are made of.
+    """
+
+    partition: tuple[int, ...]
     groups: dict[str, tuple[float, ...]]
-    dimensions: dict[str, tuple[float, ...]]  # what each group is the weighted mean of
+    dimensions: dict[str, tuple[float, ...]]
 
 
 def chunk_curves(
     suite: Suite, scores: Sequence[VideoScore], partition: tuple[int, ...] | None
 ) -> ChunkCurves | None:
-    """Chunks of a model's videos (None: each latent frame by itself); None where the suite scores no pieces.
+    """Average the scores of latent frames over chunks and videos; None where the suite has no such scores.
 
-    A group has only the dimensions that every piece of every chunk was scored for.
+    Without a partition each latent frame is a chunk. A group includes only the dimensions that have a score
+    at every latent frame.
     """
     pieces = [score.pieces for score in scores if score.pieces]
     if not pieces:
@@ -52,7 +59,7 @@ def chunk_curves(
 def _by_chunk(
     videos: Sequence[tuple[dict[str, float], ...]], dimension: Dimension, sizes: Sequence[int]
 ) -> tuple[float, ...] | None:
-    """Mean of one dimension over the pieces of each chunk; None if some latent frame was never scored."""
+    """Mean of one dimension over each chunk; None if some latent frame has no score in any video."""
     raw = np.array([[piece.get(dimension.name, np.nan) for piece in video] for video in videos])  # (V, F)
     known = ~np.isnan(raw)
     if not known.any(0).all():

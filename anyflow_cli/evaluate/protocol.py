@@ -1,26 +1,26 @@
-"""What exactly is measured: model, prompts, seeds, sampler; and the card that stands beside every score.
+"""What an evaluation measures (models, prompts, seeds, samplers), and the protocol card beside every score.
 
-A *variant* is one model at one number of steps. Its key is a hash of everything that decides its videos and
-their scores, so results are found again by what they are: a teacher scored once serves every later student,
-and a model that was trained further never meets the scores of its former self. Prompts are not in the key:
-each video stands for itself, by prompt and seed.
+A *variant* is one model at one step count. Its key is a hash of everything that determines its videos and
+scores except prompt and seed, and names its directory. Results are thus reused exactly where they still hold:
+a teacher scored once serves every student, and a model trained further gets a new directory. Prompt and seed
+identify the videos within it.
 """
 
 from __future__ import annotations
 
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel, ConfigDict
 
 import anyflow_cli
 from anyflow_cli.evaluate.suite import Assessment, Suite
 from anyflow_cli.model.causal import partition_for
-from anyflow_cli.model.pipeline_io import pipeline_files
 from anyflow_cli.model.precision import resolve_precision
 from anyflow_cli.recipe.schema import Recipe, latent_frames
 from anyflow_cli.runs.open import LINEAGE, ModelChoice, describe
@@ -28,31 +28,74 @@ from anyflow_cli.sample.sampler import Method
 from anyflow_cli.utils.distributed import default_device
 from anyflow_cli.utils.files import file_sha256, json_sha256
 
-PACKAGES = ("torch", "diffusers", "transformers", "numpy")
-SAMPLED: dict[Method | None, str] = {
+CARD_PACKAGES = ("torch", "diffusers", "transformers", "numpy")
+SAMPLER_NAMES: dict[Method | None, str] = {
     None: "flow-map Euler", "flow-map": "flow-map Euler", "euler": "Euler", "consistency": "consistency"
 }  # fmt: skip
-WEIGHTLESS = (LINEAGE, "README.md", ".gitattributes")  # files that no video depends on
-MORE_SEEDS = 10**6  # where those of further videos of a prompt begin, far from all others
-BLOB = 64  # letters of a SHA-256, as the Hub's cache names large files
+WEIGHTLESS = (LINEAGE, "README.md", ".gitattributes")  # files that do not affect the videos
+EXTRA_SEEDS = 10**6  # first seed of videos beyond ``Protocol.samples``, far from all others
+DIGEST_LENGTH = 64  # of a SHA-256 in hexadecimal, by which the Hub's cache names large files
+
+# Keys as 0.1 wrote them -> keys now, in ``results.json`` and in the settings behind a variant's key.
+RENAMED_KEYS = {
+    "suite version": "suite_version",
+    "prompt set": "prompt_set",
+    "samples a prompt": "samples_per_prompt",
+    "full info": "full_info",
+    "prompts sampled with": "sampled_prompts",
+    "videos a prompt of temporal flickering": "flickering_samples",
+    "dimensions asked for": "dimensions_requested",
+    "because": "reason",
+    "negative prompt": "negative_prompt",
+    "text tokens": "text_tokens",
+    "dimensions run": "dimensions_run",
+    "static filter": "static_filter",
+    "share of teacher": "share_of_teacher",
+    "with decoding": "with_decoding",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Item:
-    """One video to make."""
+class VideoRequest:
+    """One video to sample; ``number`` is that of its prompt, from 0."""
 
     prompt: str
     seed: int
-    number: int  # of the prompt, from 0
+    number: int
+
+
+@dataclass(frozen=True)
+class VBenchNotes:
+    """VBench's part of the protocol card.
+
+    Attributes:
+        full_info: SHA-256 of the benchmark's list of prompts.
+        sampled_prompts: Source of the prompts the videos are sampled with.
+        flickering_samples: Videos per prompt of temporal flickering.
+        dimensions_requested: Dimensions named in the recipe, or ``all``.
+    """
+
+    full_info: str
+    sampled_prompts: str
+    flickering_samples: int
+    dimensions_requested: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """The questions: prompts, videos a prompt, first seed; and in what it is not the suite's own.
+    """Prompts, seeds and videos per prompt, and how they differ from the suite's own protocol.
 
-    ``numbers``: the place of each prompt in the suite's whole set; None: they are its first. ``more``: how
-    many videos the prompts of these numbers have instead, where that is more. ``titles``: the suite's own
-    prompts, where others are sampled with. ``skipped``: seeds of videos that are not there.
+    Attributes:
+        suite: Suite that scores the videos.
+        prompts: Text that each video is sampled with.
+        samples: Videos per prompt.
+        seed: First seed.
+        deviations: Differences from the suite's protocol; any makes the result not comparable.
+        numbers: Number of each prompt in the suite; None where they are its first ones.
+        more_samples: Prompt number -> videos, for prompts with more than ``samples``.
+        notes: Further entries of the protocol card.
+        titles: The suite's prompts, where videos are sampled with longer versions of them.
+        skipped: Seeds without a video.
     """
 
     suite: Suite
@@ -61,81 +104,119 @@ class Protocol:
     seed: int
     deviations: tuple[str, ...] = ()
     numbers: tuple[int, ...] | None = None
-    more: Mapping[int, int] = field(default_factory=dict)
-    notes: Mapping[str, Any] = field(default_factory=dict)  # for the card
+    more_samples: Mapping[int, int] = field(default_factory=dict)
+    notes: VBenchNotes | None = None
     titles: tuple[str, ...] | None = None
     skipped: frozenset[int] = frozenset()
 
     @property
-    def own_prompts(self) -> dict[int, str]:
-        """The suite's own by their numbers, whatever is sampled with."""
+    def suite_prompts(self) -> dict[int, str]:
+        """The suite's prompts by number, whatever the videos are sampled with."""
         return dict(zip(self._numbers, self.titles or self.prompts, strict=True))
 
     @property
-    def items(self) -> list[Item]:
-        """All videos of one variant, prompt by prompt; seeds run on over the whole set and its samples."""
+    def requests(self) -> list[VideoRequest]:
+        """All videos of one variant, prompt by prompt."""
         everything = [
-            Item(prompt, self._seed(number, k), number)
+            VideoRequest(prompt, self._seed(number, k), number)
             for number, prompt in zip(self._numbers, self.prompts, strict=True)
-            for k in range(max(self.samples, self.more.get(number, 0)))
+            for k in range(max(self.samples, self.more_samples.get(number, 0)))
         ]
-        return [item for item in everything if item.seed not in self.skipped]
+        return [request for request in everything if request.seed not in self.skipped]
 
     @property
     def _numbers(self) -> Sequence[int]:
         return self.numbers or range(len(self.prompts))
 
     def _seed(self, number: int, k: int) -> int:
+        """A seed depends on the prompt's number in the suite, so that a subset keeps its videos."""
         if k < self.samples:
             return self.seed + number * self.samples + k
-        return self.seed + MORE_SEEDS + number * max(self.more.values()) + k
+        return self.seed + EXTRA_SEEDS + number * max(self.more_samples.values()) + k
 
 
 @dataclass(frozen=True)
-class Subject:
-    """A model as it lies on the disk."""
+class EvaluatedModel:
+    """A model on disk, described but not loaded.
+
+    Attributes:
+        address: Path or name it was found by.
+        reason: Why it was chosen.
+        teacher: Whether it is a plain Wan model with guidance, at two evaluations per step.
+        weights: Hash of its files.
+        lineage: Content of ``lineage.json``.
+        partition: Latent frames of each chunk; None for a bidirectional model.
+        sampler: Requested sampler; None for that of its kind.
+    """
 
     address: str
-    why: str
-    teacher: bool  # a plain Wan model, guided: two evaluations a step
-    weights: str  # hash of its files
+    reason: str
+    teacher: bool
+    weights: str
     lineage: dict[str, Any]
-    partition: tuple[int, ...] | None = None  # latent frames of its chunks; None: all at once
-    sampler: Method | None = None  # None: by its kind
+    partition: tuple[int, ...] | None = None
+    sampler: Method | None = None
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """Everything besides prompt and seed that determines videos and scores of a variant."""
+
+    suite: str
+    suite_version: int
+    weights: str
+    steps: int
+    sampler: str
+    guidance: float | None
+    negative_prompt: str | None
+    shift: float
+    size: tuple[int, int, int]  # frames, height, width
+    text_tokens: int
+    precision: str
+
+
+@dataclass(frozen=True)
+class ExternalSettings:
+    """The same for videos that were generated elsewhere."""
+
+    suite: str
+    suite_version: int
+    videos: str  # their directory
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One model at one number of steps, on one machine's arithmetic."""
+    """One model at one step count; ``steps`` is 0 for videos that were generated elsewhere."""
 
-    subject: Subject
-    steps: int  # 0: its videos were made elsewhere
-    settings: dict[str, Any]  # all that decides its videos and scores, besides prompt and seed
-    reference: bool = False  # the teacher, beside the model in question
+    model: EvaluatedModel
+    steps: int
+    settings: SamplingSettings | ExternalSettings
+    reference: bool = False  # the teacher beside the evaluated model
 
     @property
     def label(self) -> str:
         """Steps as the literature writes them: ``4``, or ``50x2`` for a guided teacher."""
         if not self.steps:
             return "given"
-        return f"{self.steps}x2" if self.subject.teacher else str(self.steps)
+        return f"{self.steps}x2" if self.model.teacher else str(self.steps)
 
     @property
     def evaluations(self) -> int:
-        """Calls of the network for one video."""
-        return self.steps * 2 if self.subject.teacher else self.steps
+        """Network evaluations per video."""
+        return self.steps * 2 if self.model.teacher else self.steps
 
     @property
     def key(self) -> str:
-        """A name for its directory."""
-        kind = "teacher" if self.subject.teacher else "model"
-        return f"{kind}-{self.label}-{json_sha256(self.settings)[:12]}"
+        """Name of its directory; hashed with the keys of 0.1, so that earlier results are found."""
+        old = {new: key for key, new in RENAMED_KEYS.items()}
+        digest = json_sha256({old.get(key, key): value for key, value in asdict(self.settings).items()})
+        return f"{'teacher' if self.model.teacher else 'model'}-{self.label}-{digest[:12]}"
 
 
-def subject(choice: ModelChoice, recipe: Recipe, sampler: Method | None = None) -> Subject:
-    """Look at a model or checkpoint without loading it.
+def evaluated_model(choice: ModelChoice, recipe: Recipe, sampler: Method | None = None) -> EvaluatedModel:
+    """Describe and hash a model or checkpoint without loading it.
 
-    A plain Wan model is a teacher, unless it is sampled as the few-step student that it may be too.
+    A plain Wan model is a teacher, unless it is sampled as a few-step student (``sampler``).
     """
     info = describe(choice.address, recipe)
     partition = None
@@ -143,75 +224,138 @@ def subject(choice: ModelChoice, recipe: Recipe, sampler: Method | None = None) 
         partition = partition_for(info.causal, latent_frames(recipe.model.frames))
     weights = json_sha256([_content_hash(source) for source in info.sources])
     teacher = not info.two_time and sampler in (None, "euler")
-    return Subject(choice.address, choice.why, teacher, weights, info.lineage, partition, sampler)
+    return EvaluatedModel(choice.address, choice.why, teacher, weights, info.lineage, partition, sampler)
 
 
 def variant(
-    of: Subject, steps: int, protocol: Protocol, recipe: Recipe, *, reference: bool = False
+    of: EvaluatedModel, steps: int, protocol: Protocol, recipe: Recipe, *, reference: bool = False
 ) -> Variant:
-    """A subject at a number of steps under a protocol."""
+    """A model at a step count under a protocol."""
     model = recipe.model
-    settings = {
-        "suite": protocol.suite.name, "suite version": protocol.suite.version, "weights": of.weights,
-        "steps": steps, "sampler": "guided Euler" if of.teacher else SAMPLED[of.sampler],
-        "guidance": recipe.sample.teacher_guidance if of.teacher else None,
-        "negative prompt": model.negative_prompt if of.teacher else None,
-        "shift": model.shift, "size": [model.frames, model.height, model.width],
-        "text tokens": model.max_text_tokens,
-        "precision": resolve_precision(model.precision, default_device()),
-    }  # fmt: skip
+    settings = SamplingSettings(
+        suite=protocol.suite.name,
+        suite_version=protocol.suite.version,
+        weights=of.weights,
+        steps=steps,
+        sampler="guided Euler" if of.teacher else SAMPLER_NAMES[of.sampler],
+        guidance=recipe.sample.teacher_guidance if of.teacher else None,
+        negative_prompt=model.negative_prompt if of.teacher else None,
+        shift=model.shift,
+        size=(model.frames, model.height, model.width),
+        text_tokens=model.max_text_tokens,
+        precision=resolve_precision(model.precision, default_device()),
+    )
     return Variant(of, steps, settings, reference)
 
 
-def card(
+class ModelCard(BaseModel):
+    """One variant on the protocol card: its settings, its model, and notes of the suite."""
+
+    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
+
+    address: str
+    reason: str
+    suite: str
+    suite_version: int
+    lineage: dict[str, Any]
+    weights: str | dict[str, str] = ""  # 0.1 put VBench's weights here, in place of the model's hash
+    steps: int | None = None
+    sampler: str | None = None
+    guidance: float | None = None
+    negative_prompt: str | None = None
+    shift: float | None = None
+    size: tuple[int, int, int] | None = None
+    text_tokens: int | None = None
+    precision: str | None = None
+    videos: str | None = None
+    dimensions_run: tuple[str, ...] | None = None
+    static_filter: bool | None = None
+    vbench: dict[str, str] | None = None
+    vbench_weights: dict[str, str] | None = None
+
+
+class ProtocolCard(BaseModel):
+    """Everything needed to repeat the numbers, or to see why other numbers differ."""
+
+    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
+
+    suite: str
+    suite_version: int
+    dimensions: tuple[str, ...]
+    comparable: bool
+    deviations: tuple[str, ...]
+    prompts: int
+    prompt_set: str  # SHA-256
+    samples_per_prompt: int
+    videos: int
+    seeds: tuple[int, int]  # smallest and largest; one per video, the same for every model
+    fps: int
+    recipe: str
+    models: dict[str, ModelCard]  # by the variant's key
+    versions: dict[str, str]
+    machine: str
+    full_info: str | None = None
+    sampled_prompts: str | None = None
+    flickering_samples: int | None = None
+    dimensions_requested: tuple[str, ...] | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values for ``results.json``, without the fields that do not apply."""
+        return self.model_dump(mode="json", exclude_unset=True)
+
+
+def protocol_card(
     protocol: Protocol, variants: Sequence[Variant], recipe: Recipe, assessments: Sequence[Assessment]
-) -> dict[str, Any]:
-    """Everything a stranger needs to repeat the numbers, or to see why theirs differ."""
-    seeds = [item.seed for item in protocol.items]
+) -> ProtocolCard:
+    """Write the card of a finished evaluation."""
+    seeds = [request.seed for request in protocol.requests]
     found = (deviation for assessment in assessments for deviation in assessment.deviations)
-    deviations = list(dict.fromkeys([*protocol.deviations, *found]))
-    return {
-        "suite": protocol.suite.name,
-        "suite version": protocol.suite.version,
-        "dimensions": [dimension.name for dimension in protocol.suite.dimensions],
-        "comparable": not deviations,
-        "deviations": deviations,
-        "prompts": len(protocol.prompts),
-        "prompt set": json_sha256(list(protocol.prompts)),
-        "samples a prompt": protocol.samples,
-        "videos": len(seeds),
-        "seeds": [min(seeds), max(seeds)],  # one a video, the same for every model
-        **protocol.notes,
-        "fps": recipe.model.fps,
-        "recipe": recipe.name,
-        "models": {
-            one.key: _model_card(one) | assessment.notes
+    deviations = tuple(dict.fromkeys([*protocol.deviations, *found]))
+    return ProtocolCard(
+        suite=protocol.suite.name,
+        suite_version=protocol.suite.version,
+        dimensions=tuple(dimension.name for dimension in protocol.suite.dimensions),
+        comparable=not deviations,
+        deviations=deviations,
+        prompts=len(protocol.prompts),
+        prompt_set=json_sha256(list(protocol.prompts)),
+        samples_per_prompt=protocol.samples,
+        videos=len(seeds),
+        seeds=(min(seeds), max(seeds)),
+        **({} if protocol.notes is None else asdict(protocol.notes)),
+        fps=recipe.model.fps,
+        recipe=recipe.name,
+        models={
+            one.key: _model_card(one, assessment)
             for one, assessment in zip(variants, assessments, strict=True)
         },
-        "versions": {"anyflow": anyflow_cli.__version__} | {name: version(name) for name in PACKAGES},
-        "machine": f"{platform.machine()}, {_device_name()}, {torch.get_num_threads()} threads",
-    }
+        versions={"anyflow": anyflow_cli.__version__} | {name: version(name) for name in CARD_PACKAGES},
+        machine=f"{platform.machine()}, {_device_name()}, {torch.get_num_threads()} threads",
+    )
 
 
-def _model_card(one: Variant) -> dict[str, Any]:
-    of = one.subject
-    return {"address": of.address, "because": of.why, **one.settings, "lineage": of.lineage}
+def _model_card(one: Variant, assessment: Assessment) -> ModelCard:
+    return ModelCard(
+        address=one.model.address,
+        reason=one.model.reason,
+        lineage=one.model.lineage,
+        **asdict(one.settings),
+        **({} if assessment.notes is None else asdict(assessment.notes)),
+    )
 
 
 def _content_hash(source: Path) -> str | list[list[str]]:
-    """SHA-256 of a file, or of each file of a folder that its videos depend on."""
+    """SHA-256 of a file, or of each file of a folder that affects the videos."""
     if source.is_file():
         return _file_hash(source)
-    files = pipeline_files(source).items()
-    return [[name, _file_hash(file)] for name, file in files if file.name not in WEIGHTLESS]
+    files = [path for path in sorted(source.rglob("*")) if path.is_file() and path.name not in WEIGHTLESS]
+    return [[path.relative_to(source).as_posix(), _file_hash(path)] for path in files]
 
 
 def _file_hash(path: Path) -> str:
-    """SHA-256 of a file; the Hub's cache names large files by it, which saves reading them."""
+    """SHA-256 of a file, which the Hub's cache uses as the name of large files; those need no reading."""
     name = path.resolve().name
-    if path.is_symlink() and len(name) == BLOB:
-        return name
-    return file_sha256(path)
+    return name if path.is_symlink() and len(name) == DIGEST_LENGTH else file_sha256(path)
 
 
 def _device_name() -> str:

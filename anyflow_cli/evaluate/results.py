@@ -1,74 +1,93 @@
-"""What an evaluation found, as plain values: what the table, the plot, the page and the JSON are made of."""
+"""Results of an evaluation as plain values, from which tables, figures, the page and JSON are made."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, Field
 
 from anyflow_cli.evaluate.bootstrap import Interval, Trend
 from anyflow_cli.evaluate.per_chunk import ChunkCurves
-from anyflow_cli.evaluate.store import Scored
+from anyflow_cli.evaluate.protocol import RENAMED_KEYS, ProtocolCard
+from anyflow_cli.evaluate.store import VARIANT_NAME, VideoRecord
 from anyflow_cli.evaluate.suite import SuiteResult
 from anyflow_cli.evaluate.vbench.published import published
+from anyflow_cli.utils.records import read_record
 
 NOT_COMPARABLE = "not comparable"
-RESULTS = "results.json"
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One model at one number of steps."""
+    """Results of one variant.
+
+    Attributes:
+        key: Name of the variant's directory.
+        label: Steps as the literature writes them, ``4`` or ``50x2``.
+        reference: Whether this is the teacher beside the evaluated model.
+        address: Path or name of the model.
+        steps: Step count; 0 for videos generated elsewhere.
+        evaluations: Network evaluations per video.
+        result: Scores.
+        interval: Confidence interval of Total.
+        network_seconds: Median seconds per video in the network.
+        decode_seconds: Median seconds per video in the decoder.
+        batch: Batch size behind these times.
+        records: One per video, in the order of the protocol.
+        files: The videos, likewise.
+        chunks: Scores chunk by chunk, where the suite has them.
+    """
 
     key: str
-    label: str  # 4, or 50x2
-    guided: bool  # a plain Wan model, two evaluations a step
-    reference: bool  # the teacher beside the model in question
+    label: str
+    reference: bool
     address: str
     steps: int
     evaluations: int
     result: SuiteResult
-    interval: Interval | None  # of Total
-    network_seconds: float  # median over videos
+    interval: Interval | None
+    network_seconds: float
     decode_seconds: float
-    batch: int  # videos at once, of the timed ones
-    directory: Path
-    scored: tuple[Scored, ...]  # in the order of the protocol
-    along: ChunkCurves | None  # chunk by chunk, where the suite tells
+    batch: int
+    records: tuple[VideoRecord, ...]
+    files: tuple[Path, ...]
+    chunks: ChunkCurves | None
 
     @property
     def seconds(self) -> float:
-        """A video, decoded."""
+        """Seconds per video, decoding included."""
         return self.network_seconds + self.decode_seconds
 
     @property
     def title(self) -> str:
-        """As a column is headed."""
+        """Heading of its column."""
         if self.reference:
             return f"teacher {self.label}"
         if not self.steps:
-            return "given videos"
+            return "external videos"
         return f"{self.label} step{'' if self.steps == 1 else 's'}"
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """All variants under one protocol."""
+    """Results of all variants under one protocol; ``partition`` are the chunks of the evaluated model."""
 
-    card: dict[str, Any]
+    card: ProtocolCard
     measured: tuple[Measured, ...]
     trend: Trend | None
     prompts: tuple[str, ...]
-    partition: tuple[int, ...] | None  # latent frames of the model's chunks; None: it has none
+    partition: tuple[int, ...] | None
 
     @property
     def is_timed(self) -> bool:
-        """Whether the videos were made here, at known step counts."""
+        """Whether the videos were sampled here, at known step counts."""
         return all(m.steps for m in self.measured)
 
     @property
     def models(self) -> list[Measured]:
-        """The model's own step counts, ascending."""
+        """The evaluated model by ascending step count."""
         return sorted((m for m in self.measured if not m.reference), key=lambda m: m.steps)
 
     @property
@@ -78,36 +97,36 @@ class Evaluation:
 
     @property
     def columns(self) -> list[Measured]:
-        """As tables show them: the teacher last."""
+        """In the order of tables: the model, then the teacher."""
         return [*self.models, *([self.teacher] if self.teacher else [])]
 
     @property
     def curves(self) -> dict[str, ChunkCurves]:
-        """Chunk by chunk, by the head of the column; empty where the model has no chunks."""
+        """Scores chunk by chunk, by column title; empty for a bidirectional model."""
         if self.partition is None:
             return {}
-        return {one.title: one.along for one in self.columns if one.along is not None}
+        return {one.title: one.chunks for one in self.columns if one.chunks is not None}
 
     def as_json(self) -> dict[str, Any]:
-        """For ``results.json`` and ``--json``; scores of single videos stay in their own files."""
-        suite = self.card["suite"]
+        """Content of ``results.json`` and ``--json``; scores of single videos are in files of their own."""
+        suite = self.card.suite
         return {
-            "card": self.card,
-            "scores": [_summary(m, self.teacher) for m in self.measured],
-            "published": [row.as_json(suite) for row in published(suite)],
+            "card": self.card.as_json(),
+            "scores": [_entry(m, self.teacher) for m in self.measured],
+            "published": [row.as_json() for row in published(suite)],
             "trend": None if self.trend is None else asdict(self.trend),
             "partition": self.partition,
         }
 
 
 def share_of_teacher(one: Measured, teacher: Measured | None) -> float | None:
-    """Total over the teacher's Total."""
+    """Total divided by the teacher's Total."""
     if teacher is None or one is teacher or one.result.total is None or not teacher.result.total:
         return None
     return one.result.total / teacher.result.total
 
 
-def _summary(one: Measured, teacher: Measured | None) -> dict[str, Any]:
+def _entry(one: Measured, teacher: Measured | None) -> dict[str, Any]:
     result = asdict(one.result)
     return {
         "model": one.address,
@@ -116,13 +135,35 @@ def _summary(one: Measured, teacher: Measured | None) -> dict[str, Any]:
         "evaluations": one.evaluations,
         "total": result["total"],
         **result["groups"],
-        **{name: result[name] for name in ("correct", "distance")},
+        "correct": result["correct"],
+        "distance": result["distance"],
         "interval": None if one.interval is None else [one.interval.low, one.interval.high],
-        "share of teacher": share_of_teacher(one, teacher),
+        "share_of_teacher": share_of_teacher(one, teacher),
         "dimensions": result["dimensions"],
         "missing": result["reasons"],
         "videos": result["videos"],
-        "seconds": {"network": one.network_seconds, "with decoding": one.seconds, "batch": one.batch},
-        "chunks": None if one.along is None else asdict(one.along),
+        "seconds": {"network": one.network_seconds, "with_decoding": one.seconds, "batch": one.batch},
+        "chunks": None if one.chunks is None else asdict(one.chunks),
         "directory": one.key,
     }
+
+
+class ResultsEntry(BaseModel):
+    """What a comparison needs of one variant in ``results.json``."""
+
+    teacher: bool
+    steps: int
+    directory: Annotated[str, Field(pattern=f"^(?:{VARIANT_NAME.pattern})$")]
+
+
+class ResultsFile(BaseModel):
+    """What a comparison needs of ``results.json``."""
+
+    card: ProtocolCard
+    scores: list[ResultsEntry]
+    partition: tuple[int, ...] | None = None
+
+
+def read_results(path: Path) -> ResultsFile:
+    """Read ``results.json`` of this or an earlier version."""
+    return read_record(path, ResultsFile, "Evaluate again.", RENAMED_KEYS)

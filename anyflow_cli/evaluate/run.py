@@ -1,37 +1,53 @@
-"""``run_evaluation``: sample and score a suite with a model at each step count, and with its teacher.
+"""Running an evaluation: a model at each step count, beside its teacher, then scores, reports and verdicts.
 
-Every variant has a directory under ``runs/<recipe>/evaluate``; what lies there complete is not made again,
-whether from a run that was killed or from an earlier model's. A model is loaded only if videos are missing.
+Each variant has a directory below ``runs/<recipe>/evaluate``. What is complete there is not generated again,
+whether from an interrupted run or from an earlier model; a model is loaded only if videos are missing.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from anyflow_cli.errors import UsageError
-from anyflow_cli.evaluate.bootstrap import Doubles, interval, totals, trend
+from anyflow_cli.errors import AnyflowError, UsageError
+from anyflow_cli.evaluate.bootstrap import Draws, draw_totals, interval, trend
+from anyflow_cli.evaluate.compare import Comparison, compare, is_finished, read_side, side_of
 from anyflow_cli.evaluate.external_videos import score_external_videos
 from anyflow_cli.evaluate.generate import (
-    ALONE,
-    Advance,
+    SINGLE_PROCESS,
     EvaluationJob,
-    Generator,
-    Open,
+    OnProgress,
+    OpenModel,
+    VideoGenerator,
     WorkShare,
-    alone_in,
-    make_videos,
+    check_free_space,
+    exclusive,
+    generate_videos,
+    remaining_cost,
     wait_for_others,
 )
 from anyflow_cli.evaluate.per_chunk import chunk_curves
-from anyflow_cli.evaluate.protocol import Protocol, Subject, Variant, card, subject, variant
+from anyflow_cli.evaluate.protocol import (
+    EvaluatedModel,
+    Protocol,
+    Variant,
+    evaluated_model,
+    protocol_card,
+    variant,
+)
 from anyflow_cli.evaluate.results import Evaluation, Measured
-from anyflow_cli.evaluate.store import Scored
+from anyflow_cli.evaluate.store import (
+    EvaluationDirectory,
+    OtherVariants,
+    VideoRecord,
+    other_variants,
+    remove_variants,
+)
 from anyflow_cli.evaluate.suite import Assessment, SuiteClip, VideoScore, result_of
 from anyflow_cli.recipe.schema import Recipe
 from anyflow_cli.runs.open import ModelChoice
@@ -42,52 +58,158 @@ log = logging.getLogger(__name__)
 
 
 def prepare_evaluation(recipe: Recipe, protocol: Protocol, choice: ModelChoice, out: Path) -> EvaluationJob:
-    """Settle the variants: the model at each of the recipe's step counts, then its teacher at its own."""
+    """Choose the variants: the model at each of the recipe's step counts, and its teacher."""
     protocol.suite.check(recipe.model)
-    of = subject(choice, recipe, recipe.evaluate.sampler)
+    of = evaluated_model(choice, recipe, recipe.evaluate.sampler)
     conditioned = "i2v" in protocol.suite.groups
     if conditioned and of.partition is None:
         raise UsageError(
-            f"{choice.address} is bidirectional: it makes all frames at once and begins with no picture.",
-            "Give a causal (FAR) model with --model, or leave --task i2v out.",
+            f"{choice.address} is bidirectional: it samples all frames at once and cannot continue an image.",
+            "Give a causal (FAR) model with --model, or omit --task i2v.",
         )
     variants = [variant(of, steps, protocol, recipe) for steps in dict.fromkeys(recipe.evaluate.nfe)]
     if conditioned and recipe.evaluate.teacher:
-        log.info("No teacher beside it: %s takes text alone.", recipe.model.teacher)
+        log.info("The teacher is omitted: %s is not conditioned on images.", recipe.model.teacher)
     elif recipe.evaluate.teacher:
-        teacher = subject(ModelChoice(recipe.model.teacher, f"the teacher of recipe {recipe.name}"), recipe)
-        beside = variant(teacher, recipe.sample.teacher_steps, protocol, recipe, reference=True)
+        teacher = ModelChoice(recipe.model.teacher, f"the teacher of recipe {recipe.name}")
+        steps = recipe.sample.teacher_steps
+        beside = variant(evaluated_model(teacher, recipe), steps, protocol, recipe, reference=True)
         variants += [beside] if beside.key not in {one.key for one in variants} else []
     return EvaluationJob(recipe, protocol, tuple(variants), out)
 
 
 def run_evaluation(
     job: EvaluationJob,
-    open_model: Open | None = None,
-    advance: Advance = lambda done: None,
-    share: WorkShare = ALONE,
+    open_model: OpenModel | None = None,
+    on_progress: OnProgress = lambda done: None,
+    share: WorkShare = SINGLE_PROCESS,
 ) -> Evaluation:
-    """Make what is missing, then sum up; of several processes the others call ``help_make``."""
-    with alone_in(job.out):
-        if job.given is not None:
-            score_external_videos(job)
-        else:
-            make_videos(job, open_model or _open, advance, share)
-            wait_for_others(job, advance)
-        return _summed(job)
+    """Generate what is missing and score it, in the first of several processes."""
+    with exclusive(job.out):
+        return _run(job, open_model, on_progress, share)
 
 
-def help_make(job: EvaluationJob, share: WorkShare, open_model: Open | None = None) -> None:
-    """Make this process's share of the videos, for the first one to sum up."""
-    make_videos(job, open_model or _open, lambda done: None, share)
+def generate_share(job: EvaluationJob, share: WorkShare, open_model: OpenModel | None = None) -> None:
+    """Generate this process's share of the videos, in the other processes."""
+    generate_videos(job, open_model or _open_sampler, lambda done: None, share)
 
 
-def _summed(job: EvaluationJob) -> Evaluation:
-    judged = [_judged(job, one) for one in job.variants]
-    draws = [_draws(job, assessment.scores) for _, assessment in judged]
+@dataclass(frozen=True)
+class FinishedEvaluation:
+    """Results, the files written, and the variants of other models beside them."""
+
+    evaluation: Evaluation
+    files: dict[str, Path]
+    exported: list[Path]
+    others: OtherVariants
+
+
+def evaluate_and_report(
+    job: EvaluationJob,
+    *,
+    share: WorkShare = SINGLE_PROCESS,
+    on_progress: OnProgress = lambda done: None,
+    export: Path | None = None,
+    prune: bool = False,
+) -> FinishedEvaluation | None:
+    """Evaluate and write the reports; None in all processes but the first.
+
+    Args:
+        job: What to evaluate.
+        share: Which of several processes this is.
+        on_progress: Called with the number of finished videos.
+        export: Directory for VBench's leaderboard.
+        prune: Delete variants of other models or settings.
+    """
+    from anyflow_cli.evaluate.report.page import write_results
+    from anyflow_cli.evaluate.vbench.leaderboard import check_export, export_leaderboard
+
+    if share.rank:
+        generate_share(job, share)
+        return None
+    if export is not None:
+        check_export(export)
+    if job.external is None:
+        check_free_space(job.out, remaining_cost(job, share.world).size)
+    EvaluationDirectory(job.out).check()
+    with exclusive(job.out):
+        evaluation = _run(job, None, on_progress, share)
+        files = write_results(evaluation, job.protocol.suite, job.out)
+        exported = [] if export is None else export_leaderboard(job, evaluation, export)
+        others = other_variants(job.out, job.variants)
+        if prune:
+            remove_variants(others.removable)
+    return FinishedEvaluation(evaluation, files, exported, others)
+
+
+def check_total(evaluation: Evaluation, least: float) -> None:
+    """Raise an AnyflowError where Total is below ``least`` at any step count of the model.
+
+    Raises:
+        UsageError: There is no Total to compare.
+    """
+    low: list[str] = []
+    for one in evaluation.models:
+        if one.result.total is None:
+            raise UsageError(
+                f"--fail-below needs a Total, and there is none without {', '.join(one.result.missing)}.",
+                "Evaluate more prompts.",
+            )
+        if one.result.total < least:
+            low.append(f"{one.result.total:.1f} at {one.title}")
+    if low:
+        raise AnyflowError(f"Total is {', '.join(low)}: below {least:g}.")
+
+
+def prepare_comparison(
+    recipe: Recipe, protocol: Protocol, addresses: Sequence[str], out: Path
+) -> dict[str, EvaluationJob]:
+    """Jobs for those of two addresses that are models; the others are finished evaluations."""
+    alone = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"teacher": False})})
+    return {
+        address: prepare_evaluation(alone, protocol, ModelChoice(address, "named with --compare"), out)
+        for address in addresses
+        if not is_finished(address)
+    }
+
+
+def compare_and_report(
+    protocol: Protocol, addresses: tuple[str, str], evaluated: Mapping[str, Evaluation], out: Path
+) -> tuple[Comparison, dict[str, Path]]:
+    """Compare two models and write the comparison.
+
+    Args:
+        protocol: Protocol of both.
+        addresses: The two models or finished evaluations.
+        evaluated: Those that were just evaluated.
+        out: Directory of the comparison.
+    """
+    from anyflow_cli.evaluate.report.page import write_comparison
+
+    first, second = (
+        side_of(address, evaluated[address])
+        if address in evaluated
+        else read_side(Path(address).expanduser())
+        for address in addresses
+    )
+    comparison = compare(protocol.suite, first, second)
+    with exclusive(out):
+        return comparison, write_comparison(comparison, out)
+
+
+def _run(
+    job: EvaluationJob, open_model: OpenModel | None, on_progress: OnProgress, share: WorkShare
+) -> Evaluation:
+    if job.external is not None:
+        score_external_videos(job)
+    else:
+        generate_videos(job, open_model or _open_sampler, on_progress, share)
+        wait_for_others(job, on_progress)
+    assessed = [_assess(job, one) for one in job.variants]
+    draws = [_draw_totals(job, assessment.scores) for _, assessment in assessed]
     measured = tuple(
-        _measured(job, one, scored, assessment, drawn)
-        for one, (scored, assessment), drawn in zip(job.variants, judged, draws, strict=True)
+        _measure(job, one, records, assessment, drawn)
+        for one, (records, assessment), drawn in zip(job.variants, assessed, draws, strict=True)
     )
     by_steps = {
         m.steps: (m.result.total, drawn)
@@ -95,7 +217,9 @@ def _summed(job: EvaluationJob) -> Evaluation:
         if not m.reference and m.result.total is not None and drawn is not None
     }
     return Evaluation(
-        card=card(job.protocol, job.variants, job.recipe, [assessment for _, assessment in judged]),
+        card=protocol_card(
+            job.protocol, job.variants, job.recipe, [assessment for _, assessment in assessed]
+        ),
         measured=measured,
         trend=trend(by_steps),
         prompts=job.protocol.prompts,
@@ -103,51 +227,52 @@ def _summed(job: EvaluationJob) -> Evaluation:
     )
 
 
-def _judged(job: EvaluationJob, one: Variant) -> tuple[list[Scored], Assessment]:
-    """The suite's word on all videos of a variant, and their records with the scores it gave."""
-    store, items = job.store(one), job.protocol.items
-    done = store.read()
-    records = [done[item.prompt, item.seed] for item in items]
+def _assess(job: EvaluationJob, one: Variant) -> tuple[list[VideoRecord], Assessment]:
+    """Let the suite score a variant's videos; return the records with these scores."""
+    store, done = job.store(one), job.finished(one)
+    records = [done[request] for request in job.protocol.requests]
     clips = [
-        SuiteClip(item.number, store.directory / record.file, record.score)
-        for item, record in zip(items, records, strict=True)
+        SuiteClip(request.number, job.path(one, request), record.score)
+        for request, record in zip(job.protocol.requests, records, strict=True)
     ]
     assessment = job.protocol.suite.assess(clips, store.directory)
-    pairs = zip(records, assessment.scores, strict=True)
-    judged = [replace(record, score=score) for record, score in pairs]
-    for record, before in zip(judged, records, strict=True):
-        if record != before:  # what a suite says of finished files is for later comparisons too
+    scored = [replace(record, score=score) for record, score in zip(records, assessment.scores, strict=True)]
+    for record, before in zip(scored, records, strict=True):
+        if record != before:  # a later comparison needs the scores of finished files too
             store.append(replace(record, made=time.time()))
-    return judged, assessment
+    return scored, assessment
 
 
-def _draws(job: EvaluationJob, scores: Sequence[VideoScore]) -> Doubles | None:
-    return totals(job.protocol.suite, scores, [item.number for item in job.protocol.items])
+def _draw_totals(job: EvaluationJob, scores: Sequence[VideoScore]) -> Draws | None:
+    return draw_totals(job.protocol.suite, scores, [request.number for request in job.protocol.requests])
 
 
-def _measured(
-    job: EvaluationJob, one: Variant, scored: Sequence[Scored], assessment: Assessment, draws: Doubles | None
+def _measure(
+    job: EvaluationJob,
+    one: Variant,
+    records: Sequence[VideoRecord],
+    assessment: Assessment,
+    draws: Draws | None,
 ) -> Measured:
     return Measured(
         key=one.key,
         label=one.label,
-        guided=one.subject.teacher,
         reference=one.reference,
-        address=one.subject.address,
+        address=one.model.address,
         steps=one.steps,
         evaluations=one.evaluations,
         result=result_of(job.protocol.suite, assessment),
         interval=None if draws is None else interval(draws),
-        network_seconds=float(np.median([record.network for record in scored])),
-        decode_seconds=float(np.median([record.decode for record in scored])),
-        batch=scored[0].batch,
-        directory=job.store(one).directory,
-        scored=tuple(scored),
-        along=chunk_curves(job.protocol.suite, [record.score for record in scored], job.partition),
+        network_seconds=float(np.median([record.network for record in records])),
+        decode_seconds=float(np.median([record.decode for record in records])),
+        batch=records[0].batch,
+        records=tuple(records),
+        files=tuple(job.path(one, request) for request in job.protocol.requests),
+        chunks=chunk_curves(job.protocol.suite, [record.score for record in records], job.partition),
     )
 
 
-def _open(of: Subject, recipe: Recipe) -> Generator:
+def _open_sampler(of: EvaluatedModel, recipe: Recipe) -> VideoGenerator:
     return VideoSampler.load(
         of.address, recipe, teacher=of.teacher, method=of.sampler, device=default_device()
     )

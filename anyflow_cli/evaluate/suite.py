@@ -1,9 +1,9 @@
-"""What a suite of scores is, and how scores of videos become scores of a model.
+"""Interface of a benchmark suite, and the arithmetic from scores of videos to the score of a model.
 
-Sums are VBench's: a dimension is brought to 0..1 by its own range, unclamped; a group (Quality, Semantic,
-I2V) is a weighted mean of its dimensions, and Total one of the groups. A dimension that nothing was scored
-for leaves its group and the Total empty, with its name, rather than counting as zero. All reported scores run
-from 0 to 100.
+The arithmetic is VBench's: each dimension is normalized by its own range, without clamping; a group (Quality,
+Semantic, I2V) is a weighted mean of its dimensions, and Total a weighted mean of the groups. A dimension
+without any score leaves its group and Total empty instead of counting as zero. Reported scores run from 0 to
+100.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,14 +20,14 @@ from anyflow_cli.recipe.schema import ModelSection
 
 VideoPixels = NDArray[np.uint8]  # (T, H, W, 3)
 Image = NDArray[np.uint8]  # (H, W, 3)
-TEXT_TO_VIDEO = {"quality": 4.0, "semantic": 1.0}  # weights of VBench's groups in its Total
-IMAGE_TO_VIDEO = {"quality": 1.0, "i2v": 1.0}  # and of VBench-I2V's
-NOT_TOLD = "no prompt tells of it"
+TEXT_TO_VIDEO = {"quality": 4.0, "semantic": 1.0}  # weights of the groups in VBench's Total
+IMAGE_TO_VIDEO = {"quality": 1.0, "i2v": 1.0}  # the same of VBench-I2V
+NO_PROMPT = "no prompt names it"
 
 
 @dataclass(frozen=True)
 class Dimension:
-    """One thing a suite measures; ``low`` and ``high`` are the raw scores that count as 0 and 1."""
+    """One quality that a suite measures; ``low`` and ``high`` are the raw scores that map to 0 and 1."""
 
     name: str
     group: str
@@ -38,12 +38,14 @@ class Dimension:
 
 @dataclass(frozen=True)
 class VideoScore:
-    """Raw scores of one video, only for the dimensions that apply to it.
+    """Raw scores of one video, for the dimensions that apply to it.
 
-    ``right``: attribute -> whether the video shows what its prompt names. ``features``: the video's place in
-    the feature space of the Fréchet distance. ``notes``: measurements behind the scores, for looking into a
-    result. ``pieces``: raw scores of each latent frame's own frames, first to last, where the suite gives
-    any; they tell how quality changes along the video.
+    Attributes:
+        scores: Raw score of each dimension.
+        right: Attribute named by the prompt -> whether the video shows it.
+        features: Point in the feature space of the Fréchet distance.
+        notes: Measurements behind the scores.
+        pieces: Raw scores of the frames of each latent frame, in order; empty where the suite has none.
     """
 
     scores: dict[str, float]
@@ -55,7 +57,7 @@ class VideoScore:
 
 @dataclass(frozen=True)
 class SuiteClip:
-    """A finished video, and what its suite saw of it while it was made."""
+    """A finished video file with the score it got while it was generated."""
 
     number: int  # of its prompt
     path: Path
@@ -63,19 +65,37 @@ class SuiteClip:
 
 
 @dataclass(frozen=True)
+class ScoringNotes:
+    """VBench's part of a model's card: what was run, in which environment, with which weights."""
+
+    dimensions_run: tuple[str, ...]
+    static_filter: bool
+    vbench: dict[str, str]  # versions of packages
+    vbench_weights: dict[str, str]  # SHA-256 by file
+
+
+@dataclass(frozen=True)
 class Assessment:
-    """All videos of a variant judged: each by itself, and each dimension over those that it applies to."""
+    """Scores of all videos of a model at one step count.
+
+    Attributes:
+        scores: One per video.
+        raw: Raw score of each dimension over the videos it applies to.
+        missing: Dimension without a score -> the reason.
+        notes: Further entries of the model's card.
+        deviations: Differences from the suite's own protocol that only scoring revealed.
+    """
 
     scores: list[VideoScore]
     raw: dict[str, float]
-    missing: dict[str, str] = field(default_factory=dict)  # dimensions without a score, and why
-    notes: dict[str, Any] = field(default_factory=dict)  # for the protocol card
+    missing: dict[str, str] = field(default_factory=dict)
+    notes: ScoringNotes | None = None
     deviations: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
-class Sums:
-    """Dimensions, groups and their Total, 0..100; None where a dimension of it is missing."""
+class ScoreSummary:
+    """Dimensions, groups and Total, 0..100; a group or Total with a missing dimension is None."""
 
     dimensions: dict[str, float]
     groups: dict[str, float | None]
@@ -84,37 +104,37 @@ class Sums:
 
 
 @dataclass(frozen=True)
-class SuiteResult(Sums):
-    """Scores of one model at one step count."""
+class SuiteResult(ScoreSummary):
+    """Summary of one model at one step count."""
 
     suite: str
     videos: int
-    correct: float | None  # percent of videos in which every named attribute is right
+    correct: float | None  # percentage of videos that show every attribute their prompt names
     distance: float | None  # Fréchet distance to fresh clips of the world
-    reasons: dict[str, str] = field(default_factory=dict)  # why a dimension is missing
+    reasons: dict[str, str] = field(default_factory=dict)  # of missing dimensions
 
 
 class Suite(Protocol):
-    """A set of prompts with a way to score what a model makes of them."""
+    """A set of prompts and a way to score the videos generated from them."""
 
     @property
     def name(self) -> str:
-        """As the command line spells it."""
+        """Name on the command line."""
         ...
 
     @property
     def version(self) -> int:
-        """Goes up whenever a score of an unchanged video could change; older scores are then not reused."""
+        """Version of the scores: raised whenever the score of an unchanged video could change."""
         ...
 
     @property
     def from_files(self) -> bool:
-        """Whether it reads finished files, rather than the pixels of ``score``."""
+        """Whether the suite scores finished files in ``assess`` rather than pixels in ``score``."""
         ...
 
     @property
     def dimensions(self) -> tuple[Dimension, ...]:
-        """All it can measure, in the order of reports."""
+        """All dimensions, in the order of reports."""
         ...
 
     @property
@@ -123,55 +143,55 @@ class Suite(Protocol):
         ...
 
     def check(self, model: ModelSection) -> None:
-        """Refuse a model whose videos it cannot score."""
+        """Raise a UsageError for a model whose videos the suite cannot score."""
         ...
 
     def prompts(self, count: int) -> list[str]:
-        """The first ``count`` prompts of its own set; always the same."""
+        """Return the first ``count`` prompts of the suite; always the same ones."""
         ...
 
     def images(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image] | None:
-        """The picture that each video is to begin with; None where text is all that is given."""
+        """Return the conditioning image of each video; None for text-to-video."""
         ...
 
     def score(
         self, videos: Sequence[VideoPixels], prompts: Sequence[str], images: Sequence[Image] | None = None
     ) -> list[VideoScore]:
-        """Score finished videos, in order."""
+        """Score the pixels of videos, in order."""
         ...
 
     def assess(self, clips: Sequence[SuiteClip], directory: Path) -> Assessment:
-        """Judge all videos of a variant; ``directory`` is the variant's, for what is worth keeping."""
+        """Score all videos of a model at one step count; ``directory`` is for intermediate results."""
         ...
 
     def distance(self, features: Sequence[Sequence[float]]) -> float | None:
-        """Fréchet distance of these videos to the suite's reference; None where it has none."""
+        """Return the Fréchet distance to the suite's reference set; None where there is none."""
         ...
 
 
-def summarise(suite: Suite, scores: Sequence[VideoScore]) -> SuiteResult:
-    """The scores of a model from those of its videos alone."""
+def summarize(suite: Suite, scores: Sequence[VideoScore]) -> SuiteResult:
+    """Summarize scores of videos, for suites that score pixels."""
     return result_of(suite, mean_of_videos(scores))
 
 
 def result_of(suite: Suite, assessment: Assessment) -> SuiteResult:
-    """The scores of a model from its suite's judgement."""
+    """Summarize an assessment."""
     scores = assessment.scores
-    sums = sum_up(suite.dimensions, suite.groups, assessment.raw)
-    judged = [all(s.right.values()) for s in scores if s.right]
+    summary = compute_summary(suite.dimensions, suite.groups, assessment.raw)
+    correct = [all(s.right.values()) for s in scores if s.right]
     features = [s.features for s in scores if s.features]
     return SuiteResult(
-        **vars(sums),
+        **vars(summary),
         suite=suite.name,
         videos=len(scores),
-        correct=100 * float(np.mean(judged)) if judged else None,
+        correct=100 * float(np.mean(correct)) if correct else None,
         distance=suite.distance(features) if features else None,
-        reasons={name: assessment.missing.get(name, NOT_TOLD) for name in sums.missing},
+        reasons={name: assessment.missing.get(name, NO_PROMPT) for name in summary.missing},
     )
 
 
 def mean_of_videos(scores: Sequence[VideoScore]) -> Assessment:
-    """A dimension is the mean over the videos that it applies to."""
+    """Average each dimension over the videos it applies to."""
     known: dict[str, list[float]] = {}
     for score in scores:
         for name, value in score.scores.items():
@@ -179,16 +199,18 @@ def mean_of_videos(scores: Sequence[VideoScore]) -> Assessment:
     return Assessment(list(scores), {name: float(np.mean(values)) for name, values in known.items()})
 
 
-def sum_up(dimensions: Sequence[Dimension], groups: Mapping[str, float], raw: Mapping[str, float]) -> Sums:
-    """From raw scores of dimensions to Total."""
+def compute_summary(
+    dimensions: Sequence[Dimension], groups: Mapping[str, float], raw: Mapping[str, float]
+) -> ScoreSummary:
+    """Compute normalized dimensions, groups and Total from raw scores."""
     known = {d.name: 100 * (raw[d.name] - d.low) / (d.high - d.low) for d in dimensions if d.name in raw}
     means = {group: _group_mean([d for d in dimensions if d.group == group], known) for group in groups}
     missing = tuple(d.name for d in dimensions if d.name not in raw)
-    return Sums(known, means, total_score(means, groups), missing)
+    return ScoreSummary(known, means, total_score(means, groups), missing)
 
 
 def total_score(means: Mapping[str, float | None], groups: Mapping[str, float]) -> float | None:
-    """The weighted mean of the groups; None where one of them is."""
+    """Weighted mean of the groups; None where a group is missing."""
     weighed = [weight * mean for name, weight in groups.items() if (mean := means[name]) is not None]
     return sum(weighed) / sum(groups.values()) if len(weighed) == len(groups) else None
 

@@ -31,7 +31,7 @@ def evaluation_seconds(
 
 def _operations(target: Target, one: Variant) -> float:
     """Of one video; a teacher makes all frames at once."""
-    if one.subject.teacher:
+    if one.model.teacher:
         model = target.recipe.model.model_copy(update={"causal": None})
         target = replace(target, recipe=target.recipe.model_copy(update={"model": model}))
-    return evaluation(target, one.steps, is_guided=one.subject.teacher).work.operations
+    return evaluation(target, one.steps, is_guided=one.model.teacher).work.operations

@@ -16,6 +16,7 @@ from pydantic_core import ErrorDetails, from_json, to_json
 
 from anyflow_cli.errors import UsageError
 
+BOM = b"\xef\xbb\xbf"  # which some editors put before UTF-8
 MAX_BYTES = 1 << 29  # of a JSON file; larger ones are not written by anyflow
 RESTORE = "Restore the file, or remove it if it is not needed."
 Record = TypeVar("Record")
@@ -55,8 +56,10 @@ def parse_record(
     """Parse JSON as ``schema``; ``source`` names the file, or the line of a file, in an error."""
     try:
         if renamed:
-            content = to_json(_with_new_keys(from_json(content), renamed))
-        record: Record = _adapter(cast("Hashable", schema)).validate_json(content, strict=True)
+            content = to_json(_with_new_keys(from_json(content.removeprefix(BOM)), renamed))
+        record: Record = _adapter(cast("Hashable", schema)).validate_json(
+            content.removeprefix(BOM), strict=True
+        )
         return record
     except ValidationError as error:
         raise UsageError(f"{source} is damaged: {_first(error.errors(include_url=False))}.", hint) from error

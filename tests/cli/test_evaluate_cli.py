@@ -1,4 +1,4 @@
-"""``anyflow evaluate`` as its users see it; videos are drawn, except where the whole path is the point."""
+"""``anyflow evaluate`` as a user runs it; videos are rendered, except in the end-to-end test."""
 
 from __future__ import annotations
 
@@ -11,19 +11,27 @@ from anyflow_cli.cli import app
 from anyflow_cli.evaluate import run
 from anyflow_cli.model.network import two_time_from
 from anyflow_cli.model.pipeline_io import load_network, save_pipeline
-from tests.evaluate.drawn import Drawn, make_folder
+from tests.evaluate.drawn import Drawn
 from tests.tiny_pipeline import make_wan_folder
 
 Capture = pytest.CaptureFixture[str]
 
 
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A teacher and two any-step models with random weights."""
+    root = tmp_path_factory.mktemp("models")
+    wan = make_wan_folder(root / "wan")
+    save_pipeline(root / "any", two_time_from(load_network(wan)), wan, {})
+    save_pipeline(root / "other", two_time_from(load_network(make_wan_folder(root / "wan-1", 1))), wan, {})
+    return root
+
+
 @pytest.fixture
-def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The command with models that draw."""
-    monkeypatch.setattr(run, "_open", Drawn().open)
-    make_folder(tmp_path / "wan", b"old")
-    make_folder(tmp_path / "any", b"new", "AnyFlow")
-    return arguments(tmp_path, tmp_path / "wan", tmp_path / "any")
+def command(tmp_path: Path, models: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The command with models that render their videos."""
+    monkeypatch.setattr(run, "_open_sampler", Drawn().open)
+    return arguments(tmp_path, models / "wan", models / "any")
 
 
 def arguments(root: Path, teacher: Path, model: Path) -> list[str]:
@@ -36,21 +44,22 @@ def arguments(root: Path, teacher: Path, model: Path) -> list[str]:
 
 
 def test_scores_are_shown_and_a_report_is_written(
-    command: list[str], tmp_path: Path, capsys: Capture
+    command: list[str], models: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     assert app.main(command) == 0
     shown = capsys.readouterr()
-    assert "suite shapes, 8 prompts, one video a prompt" in shown.out
+    assert "suite shapes, 8 prompts, one video per prompt" in shown.out
     assert "teacher 3x2" in shown.out
-    assert f"Model: {tmp_path / 'any'} (the recipe's pretrained model" in shown.err
+    assert f"Model: {models / 'any'} (the recipe's pretrained model" in shown.err
     out = tmp_path / "runs" / "tiny" / "evaluate"
     assert (out / "report.html").stat().st_size > 50_000
     assert {path.name for path in out.iterdir() if path.is_file()} == {
-        ".lock", "report.html", "results.json", "scores.md", "scores.png", "scores.tex",
+        ".anyflow-evaluation.json", ".lock", "report.html", "results.json",
+        "scores.md", "scores.png", "scores.tex",
     }  # fmt: skip
 
 
-def test_json_is_the_result_alone(command: list[str], capsys: Capture) -> None:
+def test_json_prints_only_the_result(command: list[str], capsys: Capture) -> None:
     assert app.main([*command, "--nfe", "4", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert [entry["steps"] for entry in found["scores"]] == [4, 3]
@@ -61,11 +70,11 @@ def test_json_is_the_result_alone(command: list[str], capsys: Capture) -> None:
 def test_a_dry_run_counts_and_writes_nothing(command: list[str], tmp_path: Path, capsys: Capture) -> None:
     assert app.main([*command, "--dry-run", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
-    assert (facts["videos"], facts["to make"], facts["comparable"]) == (24, 24, True)
+    assert (facts["videos"], facts["to sample"], facts["comparable"]) == (24, 24, True)
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_limit_is_marked(command: list[str], capsys: Capture) -> None:
+def test_a_limit_is_a_deviation(command: list[str], capsys: Capture) -> None:
     assert app.main([*command, "--limit", "3", "--json"]) == 0
     card = json.loads(capsys.readouterr().out)["card"]
     assert card["comparable"] is False
@@ -74,36 +83,36 @@ def test_a_limit_is_marked(command: list[str], capsys: Capture) -> None:
     assert json.loads(capsys.readouterr().out)["comparable"] is True
 
 
-def test_own_prompts_are_marked(command: list[str], tmp_path: Path, capsys: Capture) -> None:
+def test_own_prompts_are_a_deviation(command: list[str], tmp_path: Path, capsys: Capture) -> None:
     (tmp_path / "mine.txt").write_text("a small red circle\na <b>blue</b> square\n")
     assert app.main([*command, "--prompts", str(tmp_path / "mine.txt"), "--nfe", "2"]) == 0
     shown = capsys.readouterr()
     assert "not comparable (own prompts from" in shown.out
-    assert "No Total, since these are missing: " in shown.out
+    assert "There is no Total, because some dimensions are missing: " in shown.out
 
 
-def test_fail_below_is_for_machines(command: list[str], tmp_path: Path, capsys: Capture) -> None:
+def test_fail_below_sets_the_exit_code(command: list[str], tmp_path: Path, capsys: Capture) -> None:
     (tmp_path / "one.txt").write_text("a small red circle\n")
     assert app.main([*command, "--fail-below", "10"]) == 0
     assert app.main([*command, "--fail-below", "95"]) == 1
     assert "below 95" in capsys.readouterr().err
     assert app.main([*command, "--fail-below", "10", "--prompts", str(tmp_path / "one.txt")]) == 2
-    assert "there is no Total for --fail-below to judge" in capsys.readouterr().err
+    assert "--fail-below needs a Total" in capsys.readouterr().err
 
 
-def test_every_step_count_that_is_too_low_is_named(command: list[str], capsys: Capture) -> None:
+def test_each_step_count_with_a_low_total_is_named(command: list[str], capsys: Capture) -> None:
     assert app.main([*command, "--fail-below", "99.5"]) == 1
     shown = capsys.readouterr().err
     assert "at 1 step, " in shown
     assert "at 2 steps: below 99.5." in shown
 
 
-def test_older_variants_are_said_and_pruned_on_request(
+def test_variants_of_other_settings_are_reported_and_pruned_on_request(
     command: list[str], tmp_path: Path, capsys: Capture
 ) -> None:
     assert app.main([*command, "--nfe", "2"]) == 0
     assert app.main([*command, "--nfe", "1"]) == 0
-    assert "1 variants of earlier models or settings" in capsys.readouterr().err
+    assert "1 variants of other models or settings" in capsys.readouterr().err
     out = tmp_path / "runs" / "tiny" / "evaluate"
     (out / "mine").mkdir()
     assert app.main([*command, "--nfe", "1", "--prune"]) == 0
@@ -112,25 +121,24 @@ def test_older_variants_are_said_and_pruned_on_request(
     assert left == ["mine", "model-1", "teacher-3x2"]
 
 
-def test_two_models_are_compared(command: list[str], tmp_path: Path, capsys: Capture) -> None:
-    make_folder(tmp_path / "other", b"newer", "AnyFlow")
+def test_two_models_are_compared(command: list[str], models: Path, tmp_path: Path, capsys: Capture) -> None:
     finished = tmp_path / "finished"
     assert app.main([*command, "--out", str(finished)]) == 0
     capsys.readouterr()
-    both = [str(finished), str(tmp_path / "other")]
+    both = [str(finished), str(models / "other")]
     assert app.main([*command, "--compare", *both, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["names"] == both
     assert [one["finding"] for one in found["differences"]] == ["no difference"] * 2
     assert Path(found["files"]["comparison.json"]).is_file()
     assert app.main([*command, "--compare", *both, "--dry-run", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)[both[1]]["to make"] == 0
+    assert json.loads(capsys.readouterr().out)[both[1]]["to sample"] == 0
     assert app.main([*command, "--compare", *both, "--model", both[1]]) == 2
-    assert "--model cannot be used together with --compare" in capsys.readouterr().err
+    assert "--model cannot be combined with --compare" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    ("wrong", "said"),
+    ("wrong", "message"),
     [
         (["--nfe", "0"], "--nfe"),
         (["--nfe", "four"], "--nfe takes step counts"),
@@ -143,32 +151,32 @@ def test_two_models_are_compared(command: list[str], tmp_path: Path, capsys: Cap
         (["--set", "evaluate.prompt=3"], "prompts"),
     ],
 )
-def test_wrong_use_is_named_and_writes_nothing(
-    command: list[str], tmp_path: Path, capsys: Capture, wrong: list[str], said: str
+def test_wrong_use_is_named_and_nothing_is_written(
+    command: list[str], tmp_path: Path, capsys: Capture, wrong: list[str], message: str
 ) -> None:
     assert app.main([*command, *wrong]) == 2
     shown = capsys.readouterr()
-    assert said in shown.err
+    assert message in shown.err
     assert not shown.out
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_model_of_other_clips_is_refused_before_it_is_loaded(command: list[str], capsys: Capture) -> None:
+def test_a_model_of_another_size_is_refused_before_it_is_loaded(command: list[str], capsys: Capture) -> None:
     assert app.main([*command, "--set", "model.height=480"]) == 2
     shown = capsys.readouterr().err
-    assert "The suite shapes scores 33 frames of 64x64" in shown.replace("\n", " ")
+    assert "The suite shapes scores videos of 33 frames at 64x64" in shown.replace("\n", " ")
     assert "hint:" in shown
 
 
 @pytest.mark.slow
-def test_models_with_random_weights_go_the_whole_way(tmp_path: Path, capsys: Capture) -> None:
-    wan = make_wan_folder(tmp_path / "wan")
-    save_pipeline(tmp_path / "any", two_time_from(load_network(wan)), wan, {})
-    command = [*arguments(tmp_path, wan, tmp_path / "any"), "--limit", "2", "--json"]
+def test_models_with_random_weights_are_evaluated_end_to_end(
+    tmp_path: Path, models: Path, capsys: Capture
+) -> None:
+    command = [*arguments(tmp_path, models / "wan", models / "any"), "--limit", "2", "--json"]
     assert app.main(command) == 0
     found = json.loads(capsys.readouterr().out)
     assert [entry["evaluations"] for entry in found["scores"]] == [1, 2, 6]
     assert all(entry["quality"] < 40 for entry in found["scores"])
     assert all(
-        0 < entry["seconds"]["network"] < entry["seconds"]["with decoding"] for entry in found["scores"]
+        0 < entry["seconds"]["network"] < entry["seconds"]["with_decoding"] for entry in found["scores"]
     )

@@ -1,4 +1,4 @@
-"""Ways to spoil clips of the shapes world, each the kind of fault that one dimension is there to see."""
+"""Defects of clips of the shapes world, each of the kind that one dimension measures."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SCENES = [WORLD.scene(seed) for seed in range(16)]
 
 
 def redrawn(**changes: Any) -> Damage:
-    """The scene drawn with other attributes; a value may be a function of the scene."""
+    """Render the scene with other attributes; a value may be a function of the scene."""
 
     def draw(scene: Scene) -> RgbPixels:
         values = {name: value(scene) if callable(value) else value for name, value in changes.items()}
@@ -37,7 +37,7 @@ def redrawn(**changes: Any) -> Damage:
 
 
 def levels(change: Callable[[NDArray[np.float64], np.random.Generator], NDArray[np.float64]]) -> Damage:
-    """The clip with its levels changed."""
+    """Change the levels of the clip."""
 
     def spoil(scene: Scene) -> RgbPixels:
         changed = change(render(scene).astype(np.float64), np.random.default_rng(0))
@@ -59,18 +59,18 @@ def blurred(video: NDArray[np.float64], sigma: float) -> NDArray[np.float64]:
 
 
 def blurred_by(sigma: float, video: NDArray[np.float64], rng: np.random.Generator) -> NDArray[np.float64]:
-    """As ``levels`` calls it."""
+    """Blur with the signature that ``levels`` expects."""
     return blurred(video, sigma)
 
 
 def saturated(video: NDArray[np.float64], strength: float) -> NDArray[np.float64]:
-    """Colours further from gray."""
+    """Increase the saturation."""
     gray = video.mean(-1, keepdims=True)
     return np.asarray(gray + strength * (video - gray))
 
 
 def other_pace(scene: Scene) -> RgbPixels:
-    """The same way at the other speed, around the middle of the frame so that it stays inside."""
+    """The same direction at the other speed, through the center so that the shape stays inside."""
     slow, quick = SPEEDS["slowly"], SPEEDS["quickly"]
     factor = quick / slow if scene.speed == "slowly" else slow / quick
     step = (scene.step[0] * factor, scene.step[1] * factor)
@@ -78,7 +78,7 @@ def other_pace(scene: Scene) -> RgbPixels:
 
 
 def jittered(scene: Scene) -> RgbPixels:
-    """The shape trembles about its path; all else is as it should be."""
+    """Jitter the shape around its path."""
     rng = np.random.default_rng(0)
     frames = []
     for time in range(FRAMES):
@@ -88,13 +88,13 @@ def jittered(scene: Scene) -> RgbPixels:
 
 
 def vanishing(scene: Scene) -> RgbPixels:
-    """No shape in the second half."""
+    """Remove the shape in the second half."""
     half = FRAMES // 2
     return np.concatenate([render(scene)[:half], render(replace(scene, radius=0.01))[half:]])
 
 
 def after(values: tuple[str, ...] | dict[str, Any], value: str) -> str:
-    """The next value, in a circle."""
+    """The next value, cyclically."""
     names = tuple(values)
     return names[(names.index(value) + 1) % len(names)]
 
@@ -114,10 +114,10 @@ ghost = levels(lambda v, _: 0.6 * v + 0.4 * np.roll(v, 12, axis=2))
 
 
 def frozen(scene: Scene) -> RgbPixels:
-    """One frame for the whole clip."""
+    """Repeat one frame."""
     return np.repeat(render(scene)[16:17], FRAMES, axis=0)
 
 
 def reversed_motion(scene: Scene) -> RgbPixels:
-    """Played backwards."""
+    """Reverse the clip."""
     return np.ascontiguousarray(render(scene)[::-1])

@@ -1,4 +1,4 @@
-"""A generator that draws instead of denoising: the more steps, the less it blurs; and folders to name."""
+"""A generator that renders instead of denoising, with less blur at more steps; and model folders."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from anyflow_cli.data.shapes_world import WORLDS
 from anyflow_cli.evaluate.generate import EvaluationJob
-from anyflow_cli.evaluate.protocol import Protocol, Subject
+from anyflow_cli.evaluate.protocol import EvaluatedModel, Protocol
 from anyflow_cli.evaluate.run import prepare_evaluation
 from anyflow_cli.evaluate.shapes.suite import PROMPT_SEED, ShapesSuite
 from anyflow_cli.evaluate.suite import VideoPixels
@@ -19,21 +19,22 @@ from anyflow_cli.runs.open import ModelChoice
 from tests.evaluate import damage
 from tests.tiny_pipeline import sizes
 
+COMPONENTS = ("transformer", "text_encoder", "tokenizer", "vae", "scheduler")
 BLUR = {1: 1.0, 2: 0.7, 4: 0.4}  # sigma by steps; none at other numbers
 CAPTIONED = {WORLDS["shapes"].scene(PROMPT_SEED + n).caption: n for n in range(64)}
 
 
 class KilledError(Exception):
-    """Stands for a SIGKILL in the middle of a job."""
+    """A stand-in for SIGKILL in the middle of a job."""
 
 
 @dataclass
 class Drawn:
-    """Draws the scene a caption was made from; remembers what was asked; dies after ``lives`` videos."""
+    """Renders the scene of a caption, records the requests, and dies after ``lives`` videos."""
 
     lives: int = 1000
     asked: list[tuple[str, int, int]] = field(default_factory=list)
-    begun: list[VideoPixels] = field(default_factory=list)
+    conditions: list[VideoPixels] = field(default_factory=list)
     latency: tuple[float, float] = (0.5, 0.25)
 
     def videos(
@@ -46,23 +47,24 @@ class Drawn:
             yield drawn(CAPTIONED.get(prompt, 0), nfe)
 
     def condition_on(self, frames: VideoPixels) -> None:
-        self.begun += [frame[0] for frame in frames]
+        self.conditions += [frame[0] for frame in frames]
 
-    def open(self, of: Subject, recipe: Recipe) -> Drawn:
+    def open(self, of: EvaluatedModel, recipe: Recipe) -> Drawn:
         return self
 
 
 @lru_cache(maxsize=64)
 def drawn(number: int, nfe: int) -> VideoPixels:
-    """The scene of the suite's prompt of this number, as sharp as the steps allow."""
+    """The scene of the suite's prompt of this number, blurred depending on the steps."""
     draw = damage.levels(partial(damage.blurred_by, BLUR.get(nfe, 0.05)))
     return draw(WORLDS["shapes"].scene(PROMPT_SEED + number))
 
 
 def make_folder(path: Path, weights: bytes, kind: str = "Wan") -> Path:
-    """A model folder that can be looked at, if not loaded."""
+    """A model folder that can be described but not loaded."""
     (path / "transformer").mkdir(parents=True)
-    (path / "model_index.json").write_text(json.dumps({"_class_name": f"{kind}Pipeline"}))
+    index = {"_class_name": f"{kind}Pipeline", **{key: ["diffusers", "Some"] for key in COMPONENTS}}
+    (path / "model_index.json").write_text(json.dumps(index))
     config = {"_class_name": f"{kind}Transformer3DModel", **sizes()}
     if kind == "AnyFlowFAR":
         config |= {"chunk_partition": [1, 3, 3, 2], "full_chunk_limit": 3, "compressed_patch_size": [1, 4, 4]}
@@ -81,7 +83,7 @@ def make_job(
     task: Task = "t2v",
     kind: str = "AnyFlow",
 ) -> EvaluationJob:
-    """A job under ``root`` whose model and teacher are both there."""
+    """A job below ``root`` with a model and a teacher."""
     for name, weights, made in (("teacher", b"old", "Wan"), ("model", b"new", kind)):
         if not (root / name).exists():
             make_folder(root / name, weights, made)

@@ -1,4 +1,4 @@
-"""Two models against each other: paired by prompt, over what both have, from evaluations new or finished."""
+"""Comparison of two models: paired by prompt, over common videos, from new or finished evaluations."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.evaluate.drawn import Drawn, make_job
 from tests.evaluate.test_suite import Toy
 
 RNG = np.random.default_rng(0)
-PROMPT = RNG.normal(0.7, 0.1, 64)  # prompts differ far more than the two models do
+PROMPT = RNG.normal(0.7, 0.1, 64)  # prompts differ far more than the two models
 NOISE = RNG.normal(0, 0.02, (2, 64))
 
 
@@ -32,7 +32,7 @@ def side(name: str, values: np.ndarray, steps: int = 4) -> Side:
     ("gain", "finding"),
     [(0.03, "better"), (-0.03, "worse"), (0.0, "no difference"), (0.001, "no difference")],
 )
-def test_a_finding_needs_more_than_noise(gain: float, finding: str) -> None:
+def test_a_finding_requires_more_than_noise(gain: float, finding: str) -> None:
     first, second = side("a", PROMPT + NOISE[0]), side("b", PROMPT + gain + NOISE[1])
     (found,) = compare(Toy(), first, second).differences
     assert found.finding == finding
@@ -42,7 +42,7 @@ def test_a_finding_needs_more_than_noise(gain: float, finding: str) -> None:
     assert found.interval.high - found.interval.low < 5  # far narrower than that of either Total
 
 
-def test_it_is_antisymmetric_and_nothing_against_oneself() -> None:
+def test_it_is_antisymmetric_and_zero_against_itself() -> None:
     first, second = side("a", PROMPT + NOISE[0]), side("b", PROMPT + NOISE[1])
     (there,), (back,) = (compare(Toy(), *pair).differences for pair in ((first, second), (second, first)))
     assert there.change == pytest.approx(-(back.change or 0))
@@ -50,7 +50,7 @@ def test_it_is_antisymmetric_and_nothing_against_oneself() -> None:
     assert (same.change, same.interval and same.interval.low) == (0, 0)
 
 
-def test_only_videos_that_both_have_count() -> None:
+def test_only_common_videos_count() -> None:
     first = side("a", PROMPT)
     some = {key: score for key, score in first.by_steps[4].items() if key[1] < 20}
     second = Side("b", "toy", 1, {4: some, 8: some}, None)
@@ -58,26 +58,26 @@ def test_only_videos_that_both_have_count() -> None:
     assert (found.steps, found.videos, found.change) == (4, 20, 0)
 
 
-def test_a_handful_of_prompts_gives_a_change_and_no_finding() -> None:
+def test_few_prompts_give_a_change_but_no_finding() -> None:
     (found,) = compare(Toy(), side("a", PROMPT[:4]), side("b", PROMPT[:4] + 0.1)).differences
     assert found.change == pytest.approx(100 * 0.1 / 0.4 / 1.5 * 0.8)
-    assert (found.interval, found.finding) == (None, "too few prompts to tell")
+    assert (found.interval, found.finding) == (None, "too few prompts")
 
 
 @pytest.mark.parametrize(
-    ("second", "said"),
+    ("second", "message"),
     [
-        (lambda: side("b", PROMPT, steps=8), "no video of the same prompt, seed and step count"),
-        (lambda: Side("b", "vbench", 1, {}, None), "scored by vbench 1, and not by toy 1"),
-        (lambda: Side("b", "toy", 2, {}, None), "scored by toy 2, and not by toy 1"),
+        (lambda: side("b", PROMPT, steps=8), "no video with the same prompt, seed and step count"),
+        (lambda: Side("b", "vbench", 1, {}, None), "scored with vbench 1, not with toy 1"),
+        (lambda: Side("b", "toy", 2, {}, None), "scored with toy 2, not with toy 1"),
     ],
 )
-def test_what_cannot_be_compared_is_said(second: Callable[[], Side], said: str) -> None:
-    with pytest.raises(UsageError, match=said):
+def test_sides_that_cannot_be_compared_are_refused(second: Callable[[], Side], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
         compare(Toy(), side("a", PROMPT), second())
 
 
-def test_a_finished_evaluation_is_read_as_it_was_made(tmp_path: Path) -> None:
+def test_a_finished_evaluation_is_read_as_it_was_written(tmp_path: Path) -> None:
     job = make_job(tmp_path, nfe=(1,), prompts=5, teacher=False)
     found = run_evaluation(job, Drawn().open)
     assert not is_finished(str(job.out))
@@ -92,7 +92,7 @@ def test_a_finished_evaluation_is_read_as_it_was_made(tmp_path: Path) -> None:
     assert sorted(write_comparison(result, tmp_path)) == ["comparison.json", "comparison.png"]
 
 
-def test_chunks_of_both_are_those_of_the_one_that_has_any() -> None:
+def test_both_sides_use_the_chunks_of_the_causal_one() -> None:
     piece = VideoScore({"steady": 0.7}, pieces=({"steady": 0.9}, {"steady": 0.7}, {"steady": 0.5}))
     causal, plain = (
         Side(name, "toy", 1, {4: {("a", 1): piece}}, p) for name, p in (("a", (1, 2)), ("b", None))
@@ -102,13 +102,13 @@ def test_chunks_of_both_are_those_of_the_one_that_has_any() -> None:
             assert side[4].groups["quality"] == pytest.approx((100, 25))
 
 
-def test_results_of_another_version_are_said(tmp_path: Path) -> None:
+def test_a_results_file_with_missing_fields_is_named(tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text('{"card": {}, "scores": []}')
-    with pytest.raises(UsageError, match="not what this version of anyflow writes"):
+    with pytest.raises(UsageError, match=r"results\.json is damaged: card\.suite: Field required"):
         read_side(tmp_path)
 
 
-def test_what_is_not_comparable_stays_so_in_a_comparison(tmp_path: Path) -> None:
+def test_a_deviation_of_either_side_is_kept_in_a_comparison(tmp_path: Path) -> None:
     job = make_job(tmp_path, prompts=5, teacher=False)
     quick = replace(job, protocol=replace(job.protocol, deviations=("only the first 5 of 12 prompts",)))
     found = run_evaluation(quick, Drawn().open)
@@ -117,7 +117,7 @@ def test_what_is_not_comparable_stays_so_in_a_comparison(tmp_path: Path) -> None
     for marked in (side_of("b", found), read_side(quick.out)):
         result = compare(job.protocol.suite, whole, marked)
         assert result.as_json()["comparable"] is False
-        assert comparison_table(result).caption == (
+        assert str(comparison_table(result).caption) == (
             "not comparable with other results: only the first 5 of 12 prompts"
         )
     assert compare(job.protocol.suite, whole, whole).as_json()["comparable"] is True

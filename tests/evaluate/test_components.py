@@ -30,7 +30,7 @@ def test_labels_are_those_of_a_flood_fill(density: float) -> None:
         assert {(int(i), int(j)) for i, j in np.argwhere(labels == number)} == flood(mask, int(y), int(x))
 
 
-def test_the_heaviest_part_wins_not_the_widest() -> None:
+def test_the_component_with_the_largest_weight_is_kept_not_the_widest() -> None:
     mask = np.zeros((2, 8, 8), bool)
     mask[:, 1, 1:7] = True  # six light pixels
     mask[:, 4:6, 2] = True  # two heavy ones
@@ -41,9 +41,9 @@ def test_the_heaviest_part_wins_not_the_widest() -> None:
     assert largest[1].sum() == 2
 
 
-def test_parts_of_neighbouring_frames_stay_apart() -> None:
+def test_components_of_adjacent_frames_stay_separate() -> None:
     mask = np.zeros((2, 4, 4), bool)
-    mask[0, 3, :] = True  # touches the first row of frame 1 only in memory
+    mask[0, 3, :] = True  # adjacent to the first row of frame 1 only in memory
     mask[1, 0, :2] = True
     mask[1, 2:, :] = True
     largest = largest_component(mask, mask.astype(np.float32))
@@ -51,6 +51,6 @@ def test_parts_of_neighbouring_frames_stay_apart() -> None:
     assert largest[1, 2:].all()
 
 
-def test_an_empty_mask_has_no_part() -> None:
+def test_an_empty_mask_has_no_component() -> None:
     assert not largest_component(np.zeros((2, 4, 4), bool), np.zeros((2, 4, 4), np.float32)).any()
     assert not component_labels(np.zeros((4, 4), bool)).any()

@@ -1,4 +1,4 @@
-"""The page, the figure and the table: whole, self-contained, honest, and safe with any prompt."""
+"""Page, figures and tables: complete, self-contained, and safe with any prompt."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Evaluation:
 
 
 class Page(HTMLParser):
-    """Collects what a browser would see."""
+    """Collects the tags and the text that a browser would show."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ def shown(evaluation: Evaluation, width: int = 200) -> str:
     return captured.get()
 
 
-def test_the_page_holds_everything_and_fetches_nothing(found: Evaluation) -> None:
+def test_the_page_is_complete_and_loads_nothing(found: Evaluation) -> None:
     text = render_page(found, SUITE)
     parsed = Page(text)
     sources = [attrs[key] for _, attrs in parsed.tags for key in ("src", "srcset", "href") if key in attrs]
@@ -85,24 +85,24 @@ def test_the_page_holds_everything_and_fetches_nothing(found: Evaluation) -> Non
 
 def test_a_prompt_is_never_markup(hostile: Evaluation) -> None:
     parsed = Page(render_page(hostile, SUITE))
-    assert sum(tag == "script" for tag, _ in parsed.tags) == 1  # our own
+    assert sum(tag == "script" for tag, _ in parsed.tags) == 1  # the page's own
     assert HOSTILE in parsed.text
     labels = [attrs["aria-label"] for tag, attrs in parsed.tags if tag == "video"]
     assert labels[0] == f"2 steps: {HOSTILE}"
 
 
-def test_what_is_not_comparable_says_so_everywhere(hostile: Evaluation, found: Evaluation) -> None:
+def test_a_result_that_is_not_comparable_is_marked_everywhere(hostile: Evaluation, found: Evaluation) -> None:
     assert "Not comparable" in render_page(hostile, SUITE)
     assert "not comparable (own prompts)" in shown(hostile)
     assert hostile.as_json()["card"]["comparable"] is False
     assert "ot comparable" not in render_page(found, SUITE) + shown(found)
 
 
-def test_no_total_is_made_up(hostile: Evaluation) -> None:
+def test_a_missing_dimension_leaves_no_total(hostile: Evaluation) -> None:
     summary = hostile.as_json()["scores"][0]
     assert summary["total"] is None
     assert "direction" in summary["missing"]
-    assert "No Total, since these are missing: " in shown(hostile)
+    assert "There is no Total, because some dimensions are missing: " in shown(hostile)
     assert summary["quality"] is not None
 
 
@@ -117,33 +117,40 @@ def test_the_table_shows_every_number(found: Evaluation) -> None:
     assert "improves" in text
 
 
-def test_the_files_are_whole_and_replaced(found: Evaluation, tmp_path: Path) -> None:
+def test_the_files_are_complete_and_replaced(found: Evaluation, tmp_path: Path) -> None:
     paths = write_results(found, SUITE, tmp_path)
     write_results(found, SUITE, tmp_path)
     content = json.loads(paths["results.json"].read_text())
     assert [entry["evaluations"] for entry in content["scores"]] == [1, 2, 10]
-    assert content["scores"][0]["share of teacher"] == pytest.approx(
+    assert content["scores"][0]["share_of_teacher"] == pytest.approx(
         content["scores"][0]["total"] / content["scores"][2]["total"]
     )
-    assert content["scores"][2]["share of teacher"] is None
+    assert content["scores"][2]["share_of_teacher"] is None
     assert content["trend"]["verdict"] == "improves"
     assert paths["scores.png"].read_bytes().startswith(b"\x89PNG")
-    names = ["report.html", "results.json", "scores.md", "scores.png", "scores.tex"]
+    names = [
+        ".anyflow-evaluation.json",
+        "report.html",
+        "results.json",
+        "scores.md",
+        "scores.png",
+        "scores.tex",
+    ]
     assert sorted(path.name for path in tmp_path.iterdir()) == names
 
 
-def test_the_page_stops_at_a_size_and_says_so(found: Evaluation, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(page_module, "MOST_BYTES", 1)
+def test_the_page_embeds_videos_up_to_a_size(found: Evaluation, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page_module, "VIDEO_BYTES", 1)
     text = render_page(found, SUITE)
     assert sum(tag == "video" for tag, _ in Page(text).tags) == 3
     assert "1 of 5 shown." in text
 
 
-def test_the_figure_is_drawn_without_a_teacher_or_a_total(hostile: Evaluation) -> None:
+def test_the_figure_is_drawn_without_teacher_or_total(hostile: Evaluation) -> None:
     assert scores_png(hostile, DARK_FIGURE).startswith(b"\x89PNG")
 
 
-def test_the_tables_hold_every_number(found: Evaluation) -> None:
+def test_the_tables_have_every_number(found: Evaluation) -> None:
     plain, paper = markdown(found), latex(found)
     rows = [line for line in plain.splitlines() if line.startswith("|")]
     assert {line.count("|") for line in rows} == {len(found.columns) + 2}
@@ -153,11 +160,11 @@ def test_the_tables_hold_every_number(found: Evaluation) -> None:
             assert f" {value:.1f} " in paper
     body = [line for line in paper.splitlines() if line.endswith("\\\\")]
     assert {line.count("&") for line in body} == {len(found.columns)}
-    assert "all as named, \\%" in paper
+    assert "all attributes correct, \\%" in paper
     assert "improves" in plain
 
 
-def test_a_causal_model_is_shown_along_its_chunks(tmp_path: Path, found: Evaluation) -> None:
+def test_a_causal_model_is_scored_along_its_chunks(tmp_path: Path, found: Evaluation) -> None:
     causal = run_evaluation(make_job(tmp_path, nfe=(2,), prompts=1, kind="AnyFlowFAR"), Drawn().open)
     assert {title: one.partition for title, one in causal.curves.items()} == {
         "2 steps": (1, 3, 3, 2),
@@ -172,17 +179,17 @@ def test_a_causal_model_is_shown_along_its_chunks(tmp_path: Path, found: Evaluat
     assert causal.as_json()["partition"] == (1, 3, 3, 2)
 
 
-def test_what_others_published_stands_beside_a_result_of_their_benchmark(found: Evaluation) -> None:
+def test_published_results_are_shown_beside_a_result_on_the_same_benchmark(found: Evaluation) -> None:
     assert found.as_json()["published"] == []
-    beside = replace(found, card=found.card | {"suite": "vbench-i2v"})
+    beside = replace(found, card=found.card.model_copy(update={"suite": "vbench-i2v"}))
     rows = beside.as_json()["published"]
     assert len(rows) == 7
     assert rows[-1] == {
         "model": "AnyFlow-FAR-Wan2.1-14B", "nfe": "4", "total": 87.87, "quality": 80.39, "i2v": 95.35,
-        "re-evaluated": True, "adds up": True,
+        "re_evaluated": True,
     }  # fmt: skip
     assert "| AnyFlow-FAR-Wan2.1-14B, 4 | 87.87 | 80.39 | 95.35 |" in markdown(beside)
-    assert "MAGI-1, 32x2, as its authors report" in shown(beside)
+    assert "MAGI-1, 32x2, as reported by its authors" in shown(beside)
     assert "87.87" in Page(render_page(beside, SUITE)).text
-    doubtful = shown(replace(found, card=found.card | {"suite": "vbench"}))
-    assert "HunyuanVideo, 50x2, as its authors report, does not add up in print" in doubtful
+    doubtful = shown(replace(found, card=found.card.model_copy(update={"suite": "vbench"})))
+    assert "HunyuanVideo, 50x2, as reported by its authors, does not add up in print" in doubtful

@@ -1,4 +1,4 @@
-"""The suite on clips of the world, whole and spoiled: each fault is seen where it belongs."""
+"""The suite on intact and damaged clips of the world: each defect lowers its own dimension."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ PROMPTS = [scene.full_caption for scene in SCENES]
 
 
 @lru_cache(maxsize=32)
-def scored(spoil: Damage) -> SuiteResult:
-    return score_videos([spoil(scene) for scene in SCENES], PROMPTS)
+def scored(damage_of: Damage) -> SuiteResult:
+    return score_videos([damage_of(scene) for scene in SCENES], PROMPTS)
 
 
 @pytest.mark.parametrize("world", list(WORLDS))
-def test_clips_of_the_world_score_near_the_top(world: str) -> None:
+def test_clips_of_the_world_score_close_to_100(world: str) -> None:
     scenes = [WORLDS[world].scene(seed) for seed in range(32)]
     result = score_videos([render(s) for s in scenes], [s.caption for s in scenes], world)
     assert not result.missing
@@ -37,9 +37,9 @@ def test_clips_of_the_world_score_near_the_top(world: str) -> None:
     assert result.correct == 100
 
 
-# What each fault must cost, in points of its own dimensions; every other dimension keeps at least 90.
-FAULTS: dict[str, tuple[Damage, dict[str, float], set[str]]] = {
-    # fault                         its own dimensions: at most           may suffer with them
+# Upper bounds that each defect must reach in its own dimensions; all others keep at least 90.
+DEFECTS: dict[str, tuple[Damage, dict[str, float], set[str]]] = {
+    # defect                        its own dimensions: at most           may drop with them
     "shape":      (damage.wrong_shape,      {"shape": 5},                         set()),
     "colour":     (damage.wrong_colour,     {"colour": 5},                        set()),
     "size":       (damage.wrong_size,       {"size": 5},                          set()),
@@ -62,39 +62,39 @@ FAULTS: dict[str, tuple[Damage, dict[str, float], set[str]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_costs_its_own_dimension(fault: str) -> None:
-    spoil, own, with_it = FAULTS[fault]
-    result = scored(spoil)
+@pytest.mark.parametrize("defect", DEFECTS)
+def test_a_defect_lowers_its_own_dimension(defect: str) -> None:
+    damage_of, own, with_it = DEFECTS[defect]
+    result = scored(damage_of)
     for name, most in own.items():
         assert result.dimensions[name] <= most, (name, result.dimensions)
     others = set(NAMES) - set(own) - with_it
     assert {n: result.dimensions[n] for n in others if result.dimensions[n] < 90} == {}
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_costs_total(fault: str) -> None:
-    total = scored(FAULTS[fault][0]).total
+@pytest.mark.parametrize("defect", DEFECTS)
+def test_a_defect_lowers_total(defect: str) -> None:
+    total = scored(DEFECTS[defect][0]).total
     assert total is not None
     assert total < 97.5
 
 
-def test_more_of_a_fault_costs_more() -> None:
+def test_a_stronger_defect_lowers_scores_more() -> None:
     steps = [damage.levels(partial(damage.blurred_by, sigma)) for sigma in (0.4, 0.7, 1.2)]
-    scores = [score_videos([fault(s) for s in SCENES[:6]], PROMPTS[:6]).dimensions for fault in steps]
+    scores = [score_videos([defect(s) for s in SCENES[:6]], PROMPTS[:6]).dimensions for defect in steps]
     for name in ("sharpness", "details"):
         assert scores[0][name] > scores[1][name] + 10 > scores[2][name] + 20
 
 
 @pytest.mark.parametrize("level", [0, 255])
-def test_an_empty_picture_is_worth_nothing(level: int) -> None:
+def test_a_uniform_clip_scores_zero(level: int) -> None:
     empty = np.full((FRAMES, HEIGHT, WIDTH, 3), level, np.uint8)
     result = score_videos([empty] * len(PROMPTS), PROMPTS)
     assert result.groups["quality"] == 0
     assert result.correct == 0
 
 
-def test_random_pixels_are_worth_next_to_nothing() -> None:
+def test_random_pixels_score_close_to_zero() -> None:
     rng = np.random.default_rng(0)
     static = [rng.integers(0, 256, (FRAMES, HEIGHT, WIDTH, 3), np.uint8) for _ in PROMPTS]
     result = score_videos(static, PROMPTS)
@@ -102,19 +102,19 @@ def test_random_pixels_are_worth_next_to_nothing() -> None:
     assert result.total < 10
 
 
-def test_only_what_the_prompt_names_is_judged() -> None:
+def test_only_attributes_named_by_the_prompt_are_scored() -> None:
     score = score_video(render(SCENES[0]), f"a {SCENES[0].colour} {SCENES[0].shape}")
     assert set(score.right) == {"colour", "shape"}
     assert "size" not in score.scores
     assert "sharpness" in score.scores
 
 
-def test_a_video_is_correct_only_if_all_it_names_is_right() -> None:
+def test_a_video_is_correct_only_if_all_named_attributes_are_right() -> None:
     spoiled = [damage.wrong_colour(SCENES[0]), *(render(scene) for scene in SCENES[1:4])]
     assert score_videos(spoiled, PROMPTS[:4]).correct == 75
 
 
-def test_prompts_are_fixed_and_unlike_each_other() -> None:
+def test_prompts_are_fixed_and_varied() -> None:
     suite = ShapesSuite()
     assert suite.prompts(64)[:16] == suite.prompts(16)
     assert len(set(suite.prompts(64))) > 55
@@ -128,14 +128,14 @@ def test_prompts_are_fixed_and_unlike_each_other() -> None:
         np.zeros((5, HEIGHT, WIDTH, 3), np.uint8),
     ],
 )
-def test_another_kind_of_clip_is_refused_by_name(video: NDArray[Any]) -> None:
+def test_a_clip_of_another_shape_or_type_is_refused(video: NDArray[Any]) -> None:
     with pytest.raises(UsageError, match=r"shape \(33, 64, 64, 3\)") as error:
         score_video(video, "a red circle")
     assert error.value.hint
 
 
 def test_counts_must_agree() -> None:
-    with pytest.raises(UsageError, match="1 videos for 2 prompts"):
+    with pytest.raises(UsageError, match="1 videos but 2 prompts"):
         score_videos([render(SCENES[0])], PROMPTS[:2])
 
 

@@ -1,4 +1,4 @@
-"""Sums of a suite: VBench's arithmetic, and nothing invented for what was not measured."""
+"""Scores of a model from scores of videos: VBench's arithmetic, without values for what was not measured."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from anyflow_cli.evaluate.suite import (
     VideoPixels,
     VideoScore,
     mean_of_videos,
-    summarise,
+    summarize,
 )
 from anyflow_cli.recipe.schema import ModelSection
 
@@ -55,8 +55,8 @@ class Toy:
         return float(len(features))
 
 
-def test_dimensions_are_normalised_then_weighted() -> None:
-    result = summarise(Toy(), [VideoScore({"steady": 0.7, "lively": 1.0, "named": 0.25})])
+def test_dimensions_are_normalized_then_weighted() -> None:
+    result = summarize(Toy(), [VideoScore({"steady": 0.7, "lively": 1.0, "named": 0.25})])
     assert result.dimensions == pytest.approx({"steady": 50, "lively": 100, "named": 25})
     assert result.groups["quality"] == pytest.approx((50 + 0.5 * 100) / 1.5)
     assert result.groups["semantic"] == pytest.approx(25)
@@ -68,30 +68,30 @@ def test_a_dimension_is_the_mean_of_the_videos_it_applies_to() -> None:
         VideoScore({"steady": 0.9, "lively": 1.0, "named": 1.0}),
         VideoScore({"steady": 0.7, "lively": 0.0}),
     ]
-    result = summarise(Toy(), scores)
+    result = summarize(Toy(), scores)
     assert result.dimensions == pytest.approx({"steady": 75, "lively": 50, "named": 100})
     assert result.videos == 2
 
 
-def test_no_total_without_a_dimension_and_its_name_is_given() -> None:
-    result = summarise(Toy(), [VideoScore({"steady": 0.7, "lively": 1.0})])
+def test_a_missing_dimension_is_named_and_leaves_no_total() -> None:
+    result = summarize(Toy(), [VideoScore({"steady": 0.7, "lively": 1.0})])
     assert result.missing == ("named",)
     assert result.groups["semantic"] is None
     assert result.total is None
     assert result.groups["quality"] is not None
 
 
-def test_correct_counts_only_videos_with_something_to_be_right_about() -> None:
+def test_correct_counts_only_videos_whose_prompt_names_an_attribute() -> None:
     scores = [
         VideoScore({}, {"colour": True, "shape": True}),
         VideoScore({}, {"colour": True, "shape": False}),
         VideoScore({}, {}),
     ]
-    assert summarise(Toy(), scores).correct == 50
-    assert summarise(Toy(), scores[2:]).correct is None
+    assert summarize(Toy(), scores).correct == 50
+    assert summarize(Toy(), scores[2:]).correct is None
 
 
-def test_the_distance_is_over_all_videos_that_have_features() -> None:
+def test_the_distance_uses_all_videos_with_features() -> None:
     scores = [VideoScore({}, features=(1.0,)), VideoScore({}, features=(2.0,)), VideoScore({})]
-    assert summarise(Toy(), scores).distance == 2
-    assert summarise(Toy(), scores[2:]).distance is None
+    assert summarize(Toy(), scores).distance == 2
+    assert summarize(Toy(), scores[2:]).distance is None

@@ -43,4 +43,4 @@ def test_a_dry_run_says_it(
     assert "not known before the first videos" in capsys.readouterr().out
     monkeypatch.setattr("anyflow_cli.plan.evaluation.this_machine", lambda: GPU)
     assert app.main(command) == 0
-    assert "s without decoding, by the GPUs' peak" in capsys.readouterr().out
+    assert "s without decoding, at the GPUs' peak" in capsys.readouterr().out

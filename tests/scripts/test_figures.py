@@ -41,18 +41,18 @@ def test_each_evaluation_and_step_count_is_a_curve_and_the_teacher_appears_once(
 ) -> None:
     sides = [f"{name}={finished(tmp_path / name, teacher=True)}" for name in ("before", "after")]
     seen: dict[str, ChunkCurves] = {}
-    colours_used: list[int] = []
+    colors_used: list[int] = []
 
-    def draw(curves: dict[str, ChunkCurves], colours: int) -> bytes:
+    def draw(curves: dict[str, ChunkCurves], colors: int) -> bytes:
         seen.update(curves)
-        colours_used.append(colours)
+        colors_used.append(colors)
         return b""
 
     monkeypatch.setattr(figures, "chunks_png", draw)
     drawn(figures, monkeypatch, "along", *sides, "--steps", 4, 32, "--out", tmp_path / "new" / "along.png")
     steps = [f"{name}, {n} steps" for n in (4, 32) for name in ("before", "after")]
     assert list(seen) == [*steps, "teacher"]
-    assert colours_used == [2]  # curves of the same evaluation share a color
+    assert colors_used == [2]  # curves of one evaluation share theirs
     assert seen["teacher"] == ChunkCurves((1, 2), {"quality": [90.0, 80.0]}, {})  # type: ignore[dict-item]
 
 

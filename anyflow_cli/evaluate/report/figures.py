@@ -1,6 +1,6 @@
-"""The figures of an evaluation: scores and latency against steps, and scores against chunks.
+"""Figures of an evaluation: scores and latency over network evaluations, and scores over chunks.
 
-The teacher is a dashed line in the first; the second has one line a step count and model.
+The teacher is a dashed line in the first; the second has one line per model and step count.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ STYLES = ("-", "--", ":")
 
 @dataclass(frozen=True)
 class FigureTheme:
-    """Colours; the lines are told apart by marker too."""
+    """Colors of a figure; lines differ in marker too."""
 
     paper: str
     ink: str
@@ -36,7 +36,7 @@ DARK_FIGURE = FigureTheme("#14181f", "#e6e9ef", "#3a4250", ("#6cb2ff", "#ff9d5c"
 
 
 def scores_png(evaluation: Evaluation, theme: FigureTheme = LIGHT_FIGURE) -> bytes:
-    """Draw the figure."""
+    """Draw scores and latency over network evaluations."""
     figure = Figure(figsize=(9, 3.8), dpi=150, facecolor=theme.paper, layout="constrained")
     left, right = figure.subplots(1, 2)
     _draw_scores(left, evaluation, theme)
@@ -44,33 +44,33 @@ def scores_png(evaluation: Evaluation, theme: FigureTheme = LIGHT_FIGURE) -> byt
     steps = sorted({m.evaluations for m in evaluation.models})
     for axes in (left, right):
         axes.set_xscale("log", base=2)
-        _dress(axes, steps, "network evaluations a video", theme)
-    if not evaluation.card["comparable"]:
-        figure.suptitle(
-            f"{NOT_COMPARABLE}: {'; '.join(evaluation.card['deviations'])}", color=theme.ink, size=9
-        )
+        _dress(axes, steps, "network evaluations per video", theme)
+    if not evaluation.card.comparable:
+        figure.suptitle(f"{NOT_COMPARABLE}: {'; '.join(evaluation.card.deviations)}", color=theme.ink, size=9)
     return _png(figure)
 
 
 def chunks_png(
-    curves: Mapping[str, ChunkCurves], theme: FigureTheme = LIGHT_FIGURE, colours: int = len(MARKERS)
+    curves: Mapping[str, ChunkCurves], theme: FigureTheme = LIGHT_FIGURE, colors: int = len(MARKERS)
 ) -> bytes:
-    """Draw the groups of scores against the number of the chunk; ``curves`` by what they are headed.
+    """Draw the groups of scores over the index of the chunk.
 
-    The first ``colours`` curves (at most three) differ in colour and marker, those that follow repeat them in
-    another style.
+    Args:
+        curves: Scores chunk by chunk, by label.
+        theme: Colors.
+        colors: How many curves, at most three, differ in color and marker; later ones repeat them dashed.
     """
-    cycle = min(colours, len(MARKERS))
+    cycle = min(colors, len(MARKERS))
     names = list(next(iter(curves.values())).groups)
     figure = Figure(figsize=(4.5 * len(names), 3.8), dpi=150, facecolor=theme.paper, layout="constrained")
     for number, name in enumerate(names):
         axes = figure.add_subplot(1, len(names), number + 1)
         for i, (label, curve) in enumerate(curves.items()):
             values = curve.groups[name]
-            colour, marker = theme.lines[i % cycle], MARKERS[i % cycle]
+            color, marker = theme.lines[i % cycle], MARKERS[i % cycle]
             style = STYLES[i // cycle % len(STYLES)]
-            axes.plot(values, marker=marker, ls=style, color=colour, ms=5, label=label)
-        axes.set_title(f"{group_title(name)}, of stills (0 to 100)")
+            axes.plot(values, marker=marker, ls=style, color=color, ms=5, label=label)
+        axes.set_title(f"{group_title(name)}, single frames (0 to 100)")
         most = max(len(curve.partition) for curve in curves.values())
         _dress(axes, range(most), "chunk", theme)
     axes.legend(frameon=False, labelcolor=theme.ink, fontsize=8)
@@ -85,15 +85,15 @@ def _png(figure: Figure) -> bytes:
 
 def _draw_scores(axes: Axes, evaluation: Evaluation, theme: FigureTheme) -> None:
     names = ("total", *evaluation.measured[0].result.groups)
-    for name, colour, marker in zip(names, theme.lines, MARKERS, strict=True):
+    for name, color, marker in zip(names, theme.lines, MARKERS, strict=True):
         known = [(m.evaluations, _score(m, name)) for m in evaluation.models]
         points = [(x, y) for x, y in known if y is not None]
         if points:
-            axes.plot(*zip(*points, strict=True), marker + "-", color=colour, label=group_title(name), ms=5)
+            axes.plot(*zip(*points, strict=True), marker + "-", color=color, label=group_title(name), ms=5)
         teacher = evaluation.teacher
         if teacher and (value := _score(teacher, name)) is not None:
             label = f"teacher {teacher.label}" if name == "total" else None
-            axes.axhline(value, color=colour, ls="--", lw=1.2, alpha=0.9, label=label)
+            axes.axhline(value, color=color, ls="--", lw=1.2, alpha=0.9, label=label)
     _draw_interval(axes, evaluation.models, theme)
     axes.set_title("score (0 to 100)")
     if axes.get_legend_handles_labels()[0]:
@@ -101,7 +101,6 @@ def _draw_scores(axes: Axes, evaluation: Evaluation, theme: FigureTheme) -> None
 
 
 def _score(one: Measured, name: str) -> float | None:
-    """Total, or the mean of a group."""
     return one.result.total if name == "total" else one.result.groups[name]
 
 
@@ -118,12 +117,12 @@ def _draw_latency(axes: Axes, evaluation: Evaluation, theme: FigureTheme) -> Non
     decoded = [m.seconds for m in evaluation.models]
     axes.plot(steps, decoded, "o-", color=theme.lines[0], ms=5, label="with decoding")
     network = [m.network_seconds for m in evaluation.models]
-    axes.plot(steps, network, "s:", color=theme.lines[1], ms=5, label="network alone")
+    axes.plot(steps, network, "s:", color=theme.lines[1], ms=5, label="network only")
     if evaluation.teacher:
         label = f"teacher {evaluation.teacher.label}"
         axes.axhline(evaluation.teacher.seconds, color=theme.lines[0], ls="--", lw=1.2, label=label)
     axes.set_yscale("log")
-    axes.set_title("seconds a video")
+    axes.set_title("seconds per video")
     axes.legend(frameon=False, labelcolor=theme.ink, fontsize=8)
 
 

@@ -1,7 +1,7 @@
-"""Connected components of many small masks at once, without a loop over pixels or frames.
+"""Connected components of a stack of small masks, without a loop over pixels or frames.
 
-Each row of a mask is cut into runs; runs that touch vertically are joined by passing on the smallest label.
-Doing all frames in one pass costs about a millisecond a clip, where a labelling of pixels would cost ten.
+Rows of a mask are split into runs of set pixels; runs that touch vertically are merged by propagating the
+smallest label. One pass over all frames takes about a millisecond per clip.
 
 Legend: T frames, H W height and width in pixels, N runs over all rows of all frames.
 """
@@ -20,7 +20,7 @@ Mask = NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class Runs:
-    """Horizontal runs in a stack of masks: row of T*H, first column, column after the last; each (N,)."""
+    """Horizontal runs of set pixels in a stack of masks: row in T*H, first column, end column; each (N,)."""
 
     row: Ints
     first: Ints
@@ -28,7 +28,7 @@ class Runs:
 
 
 def largest_component(mask: Mask, weight: Floats) -> Mask:
-    """In each frame, the 4-connected part of ``mask`` with the largest sum of ``weight``; all (T, H, W)."""
+    """Keep the 4-connected component of each frame with the largest sum of ``weight``; all (T, H, W)."""
     if not mask.any():
         return np.zeros_like(mask)
     runs = _runs(mask)
@@ -42,7 +42,7 @@ def largest_component(mask: Mask, weight: Floats) -> Mask:
 
 
 def component_labels(mask: Mask) -> Ints:
-    """Number of the component of each pixel in one frame, 1 and up, 0 outside; (H, W)."""
+    """Label the components of one mask (H, W) from 1 on, with 0 outside."""
     labels = np.zeros(mask.shape, np.intp)
     if mask.any():
         runs = _runs(mask[None])
@@ -63,7 +63,7 @@ def _runs(mask: Mask) -> Runs:
 
 
 def _joined(runs: Runs, height: int) -> Ints:
-    """A label for each run, equal where runs are connected; (N,)."""
+    """Label of each run, equal for connected runs; (N,)."""
     upper, lower = _touching(runs, height)
     labels = np.arange(len(runs.row))
     while True:
@@ -78,12 +78,12 @@ def _joined(runs: Runs, height: int) -> Ints:
 
 
 def _touching(runs: Runs, height: int) -> tuple[Ints, Ints]:
-    """Pairs of runs in neighbouring rows of one frame that share a column."""
+    """Pairs of runs in adjacent rows of one frame that share a column."""
     pitch = int(runs.after.max()) + 2
     below = (runs.row + 1) * pitch
     low = np.searchsorted(runs.row * pitch + runs.after, below + runs.first, side="right")
     high = np.searchsorted(runs.row * pitch + runs.first, below + runs.after, side="left")
-    high[runs.row % height == height - 1] = 0  # the last row of a frame does not touch the next frame
+    high[runs.row % height == height - 1] = 0  # the last row of a frame is not adjacent to the next frame
     count = np.maximum(high - low, 0)
     upper = np.repeat(np.arange(len(count)), count)
     lower = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count) + np.repeat(low, count)

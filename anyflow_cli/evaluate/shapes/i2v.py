@@ -1,7 +1,7 @@
-"""A clip against the picture it was to begin with: is it that picture, and does it go on from there?
+"""Scores of a clip relative to its conditioning image: whether it starts with the image and continues it.
 
-The picture is observed as a clip of one frame; every frame of the video is then held to it. Limits stand in
-the table of ``score.py``.
+The image is measured as a clip of one frame, and every frame of the video is compared with it. The limits are
+in the table of ``score.py``.
 
 Legend: T frames, H W height and width.
 """
@@ -28,7 +28,7 @@ I2V_DIMENSIONS = (
 
 
 def image_for(world: str, prompt: str, seed: int) -> Image:
-    """Frame 0 (H, W, 3) of a clip that shows what the prompt names; fixed by prompt and seed."""
+    """Render frame 0 (H, W, 3) of a clip with the attributes of a prompt, determined by prompt and seed."""
     drawn = int.from_bytes(hashlib.sha256(f"{seed} {prompt}".encode()).digest()[:8], "big")
     frame: Image = render(WORLDS[world].scene(drawn, parse_caption(prompt)), 1)[0]
     return frame
@@ -37,13 +37,13 @@ def image_for(world: str, prompt: str, seed: int) -> Image:
 def image_scores(
     video: VideoPixels, seen: Observation, image: Image, named: dict[str, str]
 ) -> dict[str, float]:
-    """The dimensions of the group ``i2v``, for a clip (T, H, W, 3) as ``observe`` sees it."""
-    given = observe(image[None])
+    """Score the dimensions of the group ``i2v`` for a clip (T, H, W, 3) and its measurements."""
+    reference = observe(image[None])
     return {
         "first frame": _first_frame(video, image),
-        "subject kept": _subject(seen, given),
-        "background kept": _background(seen, given),
-        "motion from the image": _motion(seen, given, named),
+        "subject kept": _subject(seen, reference),
+        "background kept": _background(seen, reference),
+        "motion from the image": _motion(seen, reference, named),
     }
 
 
@@ -52,9 +52,9 @@ def _first_frame(video: VideoPixels, image: Image) -> float:
     return ramp(float(np.sqrt((difference**2).mean())), "first frame")
 
 
-def _subject(seen: Observation, given: Observation) -> float:
-    """Mean over frames: form, colour and size of the shape are those of the picture."""
-    track, ideal = seen.track, given.track
+def _subject(seen: Observation, reference: Observation) -> float:
+    """Agreement of the shape's form, color and size with the image, mean over frames."""
+    track, ideal = seen.track, reference.track
     if not ideal.seen.any():
         return 0.0
     forms = np.abs(track.profile - ideal.profile[0]).sum(1)
@@ -67,20 +67,20 @@ def _subject(seen: Observation, given: Observation) -> float:
     return float((np.array(frames) * track.seen).mean())
 
 
-def _background(seen: Observation, given: Observation) -> float:
-    """Mean over frames of the background's colour, times how well the picture's dots stay where they are."""
-    offsets = np.linalg.norm(seen.background_levels - given.background_levels[0], axis=1)
+def _background(seen: Observation, reference: Observation) -> float:
+    """Agreement of the background color, mean over frames, times how well the image's dots are preserved."""
+    offsets = np.linalg.norm(seen.background_levels - reference.background_levels[0], axis=1)
     colour = float(np.mean([ramp(float(offset), "background kept") for offset in offsets]))
-    places = [(float(x), float(y)) for x, y in given.dots.centres]
+    places = [(float(x), float(y)) for x, y in reference.dots.centres]
     dots = [ramp(dot_likeness(seen.mixture.white, place), "dot likeness") for place in places]
     return colour * float(np.mean(dots)) if dots else colour
 
 
-def _motion(seen: Observation, given: Observation, named: dict[str, str]) -> float:
-    """The shape sets out from where the picture has it, and moves, the way the prompt says if it does."""
-    if not given.track.seen.any():
+def _motion(seen: Observation, reference: Observation, named: dict[str, str]) -> float:
+    """Whether the shape starts at its position in the image and moves, in the named direction if any."""
+    if not reference.track.seen.any():
         return 0.0
-    away = seen.track.start - given.track.centre[0]
+    away = seen.track.start - reference.track.centre[0]
     onwards = min(1.0, pace_of(seen) * len(seen.track.seen) / LEAST_TRAVEL)
     if "direction" in named:
         onwards = SEMANTIC["direction"](seen, named["direction"])

@@ -1,9 +1,9 @@
-"""What is seen in a clip: the dots, the moving shape in every frame, and what belongs to neither.
+"""Measurements of a clip: the dots, the moving shape in each frame, and everything else.
 
-Measurements only, in pixels and levels; which of them are good is for ``score.py`` to say. Forms are compared
-with clips the world itself draws, so a shape added there needs nothing here.
+Values are in pixels and levels; ``score.py`` turns them into scores. Forms are classified by comparison with
+clips rendered by the world, so a shape added to the world needs no change here.
 
-Legend: T frames, H W height and width, D dots found, S sectors of the angular profile.
+Legend: T frames, H W height and width, D dots, S sectors of the angular profile.
 """
 
 from __future__ import annotations
@@ -26,44 +26,44 @@ from anyflow_cli.data.shapes_world import (
     Scene,
     render,
 )
-from anyflow_cli.evaluate.shapes.components import Mask, component_labels, largest_component
-from anyflow_cli.evaluate.shapes.unmix import NAMES, Floats, Mixture, unmix
+from anyflow_cli.evaluate.shapes.components import Floats, Mask, component_labels, largest_component
+from anyflow_cli.evaluate.shapes.unmix import PALETTE_NAMES, Mixture, unmix
 
 SECTORS = 16
-OBJECT = 0.25  # share of the shape's colour above which a pixel may belong to the shape
-DOT = 0.25  # mean share of white over time above which a dot is looked for
-LEAST_AREA = 20.0  # pixels; less is no shape
-LEAST_DOT = 3.0
+SHAPE_SHARE = 0.25  # share of the shape's color above which a pixel may belong to the shape
+DOT_SHARE = 0.25  # mean share of white over time above which a pixel may belong to a dot
+LEAST_AREA = 20.0  # pixels; anything smaller is not a shape
+LEAST_DOT = 3.0  # summed share of white, in pixels
 DISC = "circle"
-CORNERED = 0.4  # share of a form's corners above which it is that form and no disc
+CORNERED = 0.4  # fraction of a form's corners above which a profile is that form rather than a disc
 REACH = 5  # half width in pixels of the window around a dot
-EVERY = 4  # sharpness looks at each fourth frame
-FAINT = 12.0  # steps between neighbouring pixels below this are no edge
+SHARPNESS_STRIDE = 4  # frames between those whose sharpness is measured
+FAINT = 12.0  # levels; smaller steps between adjacent pixels are not edges
 
 
 @dataclass(frozen=True)
 class Dots:
-    """The DOT_COUNT best dots, or fewer: centres (D, 2) as x, y, and how well each is drawn."""
+    """The best DOT_COUNT dots, or fewer: centers (D, 2) as x, y, and their quality."""
 
     centres: Floats
-    likeness: Floats  # (D,) overlap with an ideal dot, mean over frames, 0..1
-    extra: int  # how many more there are
-    stray: Floats  # (T,) white area outside of the dots
+    likeness: Floats  # (D,) mean overlap with an ideal dot over frames, 0..1
+    extra: int  # number of further dots
+    stray: Floats  # (T,) white area outside the dots
 
 
 @dataclass(frozen=True)
 class Track:
-    """The largest moving part in each frame; frames without one have ``seen`` false and hold no meaning."""
+    """The largest component of the shape's color in each frame; undefined where ``seen`` is false."""
 
     seen: Mask  # (T,)
     area: Floats  # (T,)
     centre: Floats  # (T, 2) x, y
     colour: Floats  # (T, 3)
-    profile: Floats  # (T, S) share of the area in each sector around the centre
-    stray: Floats  # (T,) area of the shape's colour outside of it
-    start: Floats  # (2,) of the straight uniform motion that fits best
-    step: Floats  # (2,) pixels a frame
-    residual: float  # root mean square distance from that motion
+    profile: Floats  # (T, S) share of the area in each sector around the center
+    stray: Floats  # (T,) area of the shape's color outside the component
+    start: Floats  # (2,) position at frame 0 of the best straight uniform motion
+    step: Floats  # (2,) pixels per frame
+    residual: float  # root mean square distance from that motion, in pixels
 
 
 @dataclass(frozen=True)
@@ -73,13 +73,13 @@ class Observation:
     mixture: Mixture
     dots: Dots
     track: Track
-    shape: str | None  # the form it is nearest to over the whole clip
-    forms: tuple[str, ...]  # the same, frame by frame, where seen
-    radius: Floats  # (T,) as the world counts the size of that form, where seen
-    background_share: dict[str, float]  # share of each colour among what is neither shape nor dot
-    background_levels: Floats  # (T, 3) mean background colour in each frame
-    unexplained: float  # pixels a frame that no mixture explains
-    steepness: float  # of edges, against the world's own drawing of the same scene
+    shape: str | None  # nearest form over the whole clip
+    forms: tuple[str, ...]  # nearest form of each frame where the shape is seen
+    radius: Floats  # radius of that form as the world defines it, of each frame where seen
+    background_share: dict[str, float]  # share of each color among pixels that are neither shape nor dot
+    background_levels: Floats  # (T, 3) mean background color of each frame
+    unexplained: float  # residual of the mixture, in pixels per frame
+    steepness: float  # of edges, relative to the world's rendering of the same scene
 
 
 def observe(video: RgbPixels) -> Observation:
@@ -87,7 +87,7 @@ def observe(video: RgbPixels) -> Observation:
     mixture = unmix(video)
     dots = _dots(mixture.white)
     presence = _filled(mixture.shape, mixture.white, dots.centres)
-    inside = largest_component(presence > OBJECT, presence)
+    inside = largest_component(presence > SHAPE_SHARE, presence)
     track = _track(video, presence, mixture.white, inside)
     seen = track.profile[track.seen]
     shape = _forms(seen.mean(0, keepdims=True))[0] if len(seen) else None
@@ -110,9 +110,9 @@ def observe(video: RgbPixels) -> Observation:
 
 
 def _dots(white: Floats) -> Dots:
-    """Find what is white and stays where it is."""
+    """Find static white components."""
     mean = white.mean(0)
-    labels = component_labels(mean > DOT)
+    labels = component_labels(mean > DOT_SHARE)
     mass = np.bincount(labels.ravel(), mean.ravel())[1:]
     y, x = np.mgrid[:HEIGHT, :WIDTH] + 0.5
     found = []
@@ -131,7 +131,7 @@ def _dots(white: Floats) -> Dots:
 
 
 def dot_likeness(white: Floats, centre: tuple[float, float]) -> float:
-    """Overlap of the white around ``centre`` with a dot of the world: sum of minima over sum of maxima."""
+    """Overlap of the white around ``centre`` with an ideal dot: sum of minima over sum of maxima."""
     column, row = int(centre[0]), int(centre[1])
     rows = slice(max(row - REACH, 0), min(row + REACH + 1, HEIGHT))
     columns = slice(max(column - REACH, 0), min(column + REACH + 1, WIDTH))
@@ -146,7 +146,7 @@ def dot_likeness(white: Floats, centre: tuple[float, float]) -> float:
 
 
 def _filled(shape: Floats, white: Floats, centres: Floats) -> Floats:
-    """Shares of the shape (T, H, W) with the places under each dot filled in from around it."""
+    """Shares of the shape (T, H, W), inpainted under each dot."""
     filled = shape.copy()
     for x, y in centres:
         window = (slice(None), *(slice(max(int(c) - 2 * REACH, 0), int(c) + 2 * REACH) for c in (y, x)))
@@ -170,7 +170,7 @@ def _box(values: Floats, reach: int = 3) -> Floats:
 
 
 def _grown(mask: Mask) -> Mask:
-    """The mask (T, H, W) and its four neighbours."""
+    """Dilate a mask (T, H, W) by its four neighbors."""
     grown = mask.copy()
     grown[:, 1:] |= mask[:, :-1]
     grown[:, :-1] |= mask[:, 1:]
@@ -204,7 +204,7 @@ def _track(video: RgbPixels, presence: Floats, white: Floats, inside: Mask) -> T
 
 
 def _sectors(t: NDArray[np.intp], dx: Floats, dy: Floats, weight: Floats, frames: int) -> NDArray[np.float64]:
-    """Area in each sector (T, S); a pixel is shared between the two sectors whose middles it lies between."""
+    """Area in each sector (T, S); a pixel is split linearly between its two nearest sectors."""
     angle = (np.arctan2(dy, dx) / (2 * np.pi) % 1.0) * SECTORS
     first = np.floor(angle).astype(np.intp)
     part = angle - first
@@ -215,7 +215,7 @@ def _sectors(t: NDArray[np.intp], dx: Floats, dy: Floats, weight: Floats, frames
 
 
 def _core_colours(video: RgbPixels, core: Mask) -> Floats:
-    """Mean colour of the inner part of the shape in each frame, (T, 3)."""
+    """Mean color of the inner part of the shape in each frame, (T, 3)."""
     t, y, x = np.nonzero(core)
     pixels = video[t, y, x].astype(np.float32)
     count = np.maximum(np.bincount(t, minlength=len(video)), 1)
@@ -224,9 +224,9 @@ def _core_colours(video: RgbPixels, core: Mask) -> Floats:
 
 
 def _straight(centre: NDArray[np.float64], seen: Mask) -> tuple[Floats, Floats, float]:
-    """The uniform motion nearest to the track (T, 2) where seen: start, step, root mean square residual."""
+    """Fit a uniform motion to the track (T, 2) where seen: start, step, root mean square residual."""
     if seen.sum() < 3:
-        first = centre[seen][:1].sum(0)  # zero where it is never seen
+        first = centre[seen][:1].sum(0)  # zero where the shape is never seen
         return first.astype(np.float32), np.zeros(2, np.float32), float("inf")
     time = np.flatnonzero(seen).astype(np.float64)
     design = np.stack([np.ones_like(time), time], 1)
@@ -240,7 +240,7 @@ def _straight(centre: NDArray[np.float64], seen: Mask) -> tuple[Floats, Floats, 
 
 @dataclass(frozen=True)
 class Form:
-    """How the world draws one shape, mean over its sizes."""
+    """Mean appearance of one shape as the world renders it, over its sizes."""
 
     name: str
     profile: Floats  # (S,)
@@ -260,18 +260,18 @@ def _known_form(name: str) -> Form:
 
 
 def _drawn_track(name: str, radius: float) -> Track:
-    # An odd step, so that the mean runs over all positions of the edge between two pixels.
+    # A fractional step, so that the mean covers all sub-pixel positions of the edge.
     colour, start, step = next(iter(RGB)), (24, 26), (0.37, 0.23)
     video = render(Scene(name, colour, "", "right", "slowly", "black", radius, start, step, ()))
     mixture = unmix(video)
-    return _track(video, mixture.shape, mixture.white, mixture.shape > OBJECT)
+    return _track(video, mixture.shape, mixture.white, mixture.shape > SHAPE_SHARE)
 
 
 def _forms(profiles: Floats) -> tuple[str, ...]:
-    """The form of each profile (N, S): the one whose corners it has most of, else a disc.
+    """Classify each profile (N, S) by its corners, else as a disc.
 
-    A matched filter: how much of a form's departure from the disc is there, 1 being as the world draws it.
-    Its threshold lies below one half, since what goes wrong with corners is that they get rounded.
+    A matched filter: the projection on a form's deviation from the disc, 1 for the world's own rendering. The
+    threshold is below one half because the typical defect of corners is that they are rounded.
     """
     disc = _known_forms()[DISC].profile
     cornered = [form for name, form in _known_forms().items() if name != DISC]
@@ -282,17 +282,19 @@ def _forms(profiles: Floats) -> tuple[str, ...]:
     return tuple(cornered[i].name if is_sharp else DISC for i, is_sharp in zip(best, sharp, strict=True))
 
 
-# -- the rest of the picture ---------------------------------------------------------------------------------
+# -- the rest of the frame -----------------------------------------------------------------------------------
 
 
 def _background_share(mixture: Mixture, outside: Mask) -> dict[str, float]:
-    counts = np.bincount(mixture.labels[outside], minlength=len(NAMES))
-    return {name: float(count / max(counts.sum(), 1)) for name, count in zip(NAMES, counts, strict=True)}
+    counts = np.bincount(mixture.labels[outside], minlength=len(PALETTE_NAMES))
+    return {
+        name: float(count / max(counts.sum(), 1)) for name, count in zip(PALETTE_NAMES, counts, strict=True)
+    }
 
 
 def _levels(video: RgbPixels, outside: Mask, ground: Floats) -> Floats:
-    """Mean colour outside of shape and dots in each frame, (T, 3)."""
-    t, y, x = np.nonzero(~outside)  # few, so their sum is taken off that of the whole frame
+    """Mean color outside the shape and the dots in each frame, (T, 3)."""
+    t, y, x = np.nonzero(~outside)  # few pixels, so their sum is subtracted from that of the frame
     inner = np.stack([np.bincount(t, video[t, y, x, c], minlength=len(video)) for c in range(3)], 1)
     count = outside.sum((1, 2))[:, None]
     whole = np.ones(HEIGHT * WIDTH, np.float32) @ video.reshape(len(video), -1, 3).astype(np.float32)
@@ -301,13 +303,13 @@ def _levels(video: RgbPixels, outside: Mask, ground: Floats) -> Floats:
 
 
 def _radius(track: Track, shape: str | None) -> Floats:
-    """Radius in each frame where the shape is seen."""
+    """Radius in each frame where the shape is seen, from its area."""
     unit = _known_forms()[shape].unit_area if shape else 1.0
     return np.asarray(np.sqrt(track.area[track.seen] / unit), np.float32)
 
 
 def _steepness(video: RgbPixels, mixture: Mixture, dots: Dots, track: Track, shape: str) -> float:
-    """Steepness of edges over that of the scene as the world would draw it; 1 is as sharp as the world."""
+    """Steepness of edges relative to the world's rendering of the measured scene."""
     scene = Scene(
         shape=shape,
         colour=mixture.colour or next(iter(RGB)),
@@ -317,15 +319,15 @@ def _steepness(video: RgbPixels, mixture: Mixture, dots: Dots, track: Track, sha
         background=mixture.background,
         radius=float(np.median(_radius(track, shape))),
         start=(float(track.start[0]), float(track.start[1])),
-        step=(EVERY * float(track.step[0]), EVERY * float(track.step[1])),
+        step=(SHARPNESS_STRIDE * float(track.step[0]), SHARPNESS_STRIDE * float(track.step[1])),
         dots=tuple((float(x), float(y)) for x, y in dots.centres),
     )
-    ideal = render(scene, len(video[::EVERY]))
-    return _edge_steepness(video[::EVERY]) / max(_edge_steepness(ideal), 1e-6)
+    ideal = render(scene, len(video[::SHARPNESS_STRIDE]))
+    return _edge_steepness(video[::SHARPNESS_STRIDE]) / max(_edge_steepness(ideal), 1e-6)
 
 
 def _edge_steepness(video: RgbPixels) -> float:
-    """Mean step between neighbouring pixels, weighted by its square so that noise has no say; in levels."""
+    """Mean step between adjacent pixels, in levels; weighted by its square so that noise is negligible."""
     levels = video.astype(np.float32)
     cubes = squares = 0.0
     for axis in (1, 2):

@@ -1,10 +1,10 @@
-"""From what was seen in a clip to scores between 0 and 1, dimension by dimension.
+"""Scores between 0 and 1 from the measurements of a clip.
 
-Every quality score runs linearly from 1 at what the world's own clips show (the limit ``best`` lies a little
-outside of their worst percentile) to 0 at ``worst``, where a person would call the defect plain. Limits stand
-in one table. Semantic scores exist only for the attributes a prompt names.
+A quality score falls linearly from 1 at the limit ``best``, slightly beyond the worst percentile of the
+world's own clips, to 0 at ``worst``, where the defect is obvious to a person. Only the attributes that a
+prompt names get semantic scores. ``piece_scores`` applies the scores of stills to each latent frame.
 
-Legend: T frames.
+Legend: T frames, H W height and width, F latent frames.
 """
 
 from __future__ import annotations
@@ -15,15 +15,16 @@ from math import hypot, inf, log
 import numpy as np
 
 from anyflow_cli.data.shapes_world import BACKGROUNDS, DIRECTIONS, DOT_COUNT, RGB, SIZES, SPEEDS, Rgb
-from anyflow_cli.evaluate.shapes.observe import Observation
-from anyflow_cli.evaluate.shapes.unmix import Floats, rgb_array
-from anyflow_cli.evaluate.suite import Dimension
+from anyflow_cli.evaluate.shapes.components import Floats
+from anyflow_cli.evaluate.shapes.observe import Observation, observe
+from anyflow_cli.evaluate.shapes.unmix import rgb_array
+from anyflow_cli.evaluate.suite import Dimension, VideoPixels
 
 DIMENSIONS = (
     Dimension("sharpness", "quality"),
     Dimension("temporal consistency", "quality"),
     Dimension("motion smoothness", "quality"),
-    Dimension("dynamic degree", "quality", weight=0.5),  # as VBench weighs it
+    Dimension("dynamic degree", "quality", weight=0.5),  # VBench's weight
     Dimension("details", "quality"),
     Dimension("artefacts", "quality"),
     Dimension("shape", "semantic"),
@@ -36,33 +37,35 @@ DIMENSIONS = (
 
 LIMITS: dict[str, tuple[float, float]] = {
     #                     best   worst
-    "steepness":         (0.95,  0.30),  # of edges, against the world's drawing
-    "residual":          (0.40,  4.00),  # pixels off a straight uniform motion
+    "steepness":         (0.95,  0.30),  # of edges, relative to the world's rendering
+    "residual":          (0.40,  4.00),  # pixels from a straight uniform motion
     "area change":       (0.10,  0.60),  # standard deviation over mean
-    "form change":       (0.16,  0.80),  # mean distance from the mean form; two different shapes: about 0.4
-    "colour change":     (5.00, 60.00),  # levels from the mean colour
+    "form change":       (0.16,  0.80),  # mean distance from the mean profile; about 0.4 between two shapes
+    "colour change":     (5.00, 60.00),  # levels from the mean color
     "background change": (0.30, 16.00),  # levels from the mean background
     "dot likeness":      (0.95,  0.30),  # overlap with an ideal dot
-    "stray area":        (2.00, 60.00),  # pixels a frame that belong to nothing
-    "colour offset":     (8.00, 90.00),  # levels from the nearest colour of the world
+    "stray area":        (2.00, 60.00),  # pixels per frame outside shape, dots and background
+    "colour offset":     (8.00, 90.00),  # levels from the nearest color of the world
     "background offset": (4.00, 60.00),
-    "size offset":       (0.12,  0.30),  # log of the ratio; half way between the sizes is 0.30
-    "speed offset":      (0.12,  0.38),  # log of the ratio; half way between the speeds is 0.38
+    "size offset":       (0.12,  0.30),  # log of the ratio; halfway between the sizes is 0.30
+    "speed offset":      (0.12,  0.38),  # log of the ratio; halfway between the speeds is 0.38
     "angle":             (10.0,  45.0),  # degrees
-    #  against the picture that a video was to begin with
-    "first frame":       (2.00, 28.00),  # root mean square of levels; an autoencoder at 30 dB: 8
-    "form kept":         (0.20,  0.80),  # distance from the form in the picture
-    "colour kept":       (6.00, 60.00),  # levels from the shape's colour in the picture
+    #  relative to the conditioning image
+    "first frame":       (2.00, 28.00),  # root mean square in levels; 8 for an autoencoder at 30 dB
+    "form kept":         (0.20,  0.80),  # distance from the profile in the image
+    "colour kept":       (6.00, 60.00),  # levels from the shape's color in the image
     "size kept":         (0.08,  0.40),  # log of the ratio of areas
-    "background kept":   (2.00, 32.00),  # levels from the background in the picture
-    "jump":              (1.00,  6.00),  # pixels from where the picture has the shape to where its way begins
+    "background kept":   (2.00, 32.00),  # levels from the background in the image
+    "jump":              (1.00,  6.00),  # pixels between the shape in the image and the start of its track
 }  # fmt: skip
-LEAST_TRAVEL = 3.0  # pixels over the clip, below which a motion has no direction
-SPEED_JITTER = 0.08  # by which the world's own speeds vary
+LEAST_TRAVEL = 3.0  # pixels per clip, below which a motion has no direction
+SPEED_JITTER = 0.08  # relative variation of the world's own speeds
+STILL = ("sharpness", "details", "artefacts", "shape", "colour", "size", "background")
+VAE_STRIDE = 4  # frames per latent frame of Wan's VAE, whose first latent frame encodes one
 
 
 def ramp(value: float, name: str) -> float:
-    """1 at the limit ``best`` and beyond, 0 at ``worst`` and beyond, linear between."""
+    """Map ``best`` and better to 1, ``worst`` and worse to 0, linearly between them."""
     best, worst = LIMITS[name]
     return float(np.clip((value - worst) / (best - worst), 0, 1))
 
@@ -71,7 +74,7 @@ def ramp(value: float, name: str) -> float:
 
 
 def quality_notes(seen: Observation) -> dict[str, float]:
-    """The measurements that quality is judged by, under the names of the limits."""
+    """Measurements behind the quality scores, by the names of their limits."""
     track = seen.track
     strays = track.stray.mean() + seen.dots.stray.mean() + seen.unexplained
     return {
@@ -90,52 +93,52 @@ def quality_notes(seen: Observation) -> dict[str, float]:
 
 
 def quality_scores(seen: Observation, named: dict[str, str]) -> dict[str, float]:
-    """All quality dimensions; what the prompt says matters to the dynamic degree alone."""
+    """Score all quality dimensions; the prompt only affects the dynamic degree."""
     notes = quality_notes(seen)
 
-    def judged(*names: str) -> float:
+    def product(*names: str) -> float:
         return float(np.prod([ramp(notes[name], name) for name in names]))
 
-    steady = judged("area change", "form change", "colour change", "background change")
+    steady = product("area change", "form change", "colour change", "background change")
     return {
-        "sharpness": notes["seen"] * judged("steepness"),
+        "sharpness": notes["seen"] * product("steepness"),
         "temporal consistency": notes["seen"] * steady,
-        "motion smoothness": notes["seen"] * judged("residual"),
+        "motion smoothness": notes["seen"] * product("residual"),
         "dynamic degree": _dynamic_degree(notes["speed"], named.get("speed")),
         "details": _details(seen),
-        "artefacts": judged("stray area", "colour offset", "background offset"),
+        "artefacts": product("stray area", "colour offset", "background offset"),
     }
 
 
 def _dynamic_degree(pace: float, speed: str | None) -> float:
-    """1 where it moves as fast as the world would (as the named speed, if any), less in proportion."""
+    """1 within the world's speeds (or the named one), proportionally less outside of them."""
     paces = [SPEEDS[speed]] if speed else list(SPEEDS.values())
     low, high = min(paces) * (1 - SPEED_JITTER), max(paces) * (1 + SPEED_JITTER)
     return min(1.0, pace / low, high / pace) if pace > 0 else 0.0
 
 
 def _details(seen: Observation) -> float:
-    """The dots nobody asked for: each as round, white and still as the world's; none missing, none extra."""
+    """Quality of the dots, which no prompt names: likeness, with missing and extra dots penalized."""
     drawn = sum(ramp(float(value), "dot likeness") for value in seen.dots.likeness) / DOT_COUNT
     return drawn * DOT_COUNT / (DOT_COUNT + seen.dots.extra)
 
 
-# -- what the prompt names -----------------------------------------------------------------------------------
+# -- attributes named by the prompt --------------------------------------------------------------------------
 
 
 def semantic_scores(seen: Observation, named: dict[str, str]) -> dict[str, float]:
-    """Scores of the attributes in ``named``."""
+    """Score each attribute in ``named``."""
     return {name: SEMANTIC[name](seen, value) for name, value in named.items()}
 
 
 def right_attributes(seen: Observation, named: dict[str, str]) -> dict[str, bool]:
-    """For each attribute in ``named``, whether the clip as a whole shows it rather than any other value."""
+    """Whether the clip as a whole shows the named value of each attribute rather than another one."""
     shown = shown_attributes(seen)
     return {name: shown[name] == value for name, value in named.items()}
 
 
 def shown_attributes(seen: Observation) -> dict[str, str | None]:
-    """The caption a viewer would give: the nearest value of each attribute, None where nothing is seen."""
+    """The nearest value of each attribute; None where no shape is seen."""
     if not seen.forms:
         return dict.fromkeys(SEMANTIC, None) | {"background": seen.mixture.background}
     pace = pace_of(seen)
@@ -188,16 +191,39 @@ SEMANTIC: dict[str, Callable[[Observation, str], float]] = {
 }
 
 
-# -- small measures ------------------------------------------------------------------------------------------
+# -- along the video -----------------------------------------------------------------------------------------
+
+
+def piece_scores(video: VideoPixels, named: dict[str, str]) -> tuple[dict[str, float], ...]:
+    """Score the frames of each latent frame of a clip (T, H, W, 3) as a clip of its own, (F,).
+
+    Only dimensions that a still image shows, because the first latent frame has a single frame. A model's
+    chunks consist of latent frames, so their scores are means of these.
+    """
+    return tuple(_still_scores(video[part], named) for part in latent_frame_slices(len(video)))
+
+
+def _still_scores(piece: VideoPixels, named: dict[str, str]) -> dict[str, float]:
+    seen = observe(piece)
+    scores = quality_scores(seen, named) | semantic_scores(seen, named)
+    return {name: scores[name] for name in STILL if name in scores}
+
+
+def latent_frame_slices(frames: int) -> list[slice]:
+    """The frames that each latent frame encodes, (F,)."""
+    return [slice(0, 1), *(slice(i, i + VAE_STRIDE) for i in range(1, frames, VAE_STRIDE))]
+
+
+# -- small measurements --------------------------------------------------------------------------------------
 
 
 def pace_of(seen: Observation) -> float:
-    """Pixels a frame."""
+    """Speed in pixels per frame."""
     return hypot(*seen.track.step)
 
 
 def _angle(seen: Observation, direction: str) -> float:
-    """Degrees between the motion and a direction."""
+    """Angle between the motion and a direction, in degrees."""
     (x, y), (dx, dy) = DIRECTIONS[direction], seen.track.step
     return float(np.degrees(np.arccos(np.clip((x * dx + y * dy) / max(hypot(dx, dy), 1e-9), -1, 1))))
 

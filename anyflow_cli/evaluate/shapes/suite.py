@@ -1,8 +1,8 @@
-"""The built-in suite: the shapes world judged from pixels alone, by classical vision and no learned weights.
+"""The built-in suite: clips of the shapes world, scored from pixels by classical vision.
 
-``unmix`` takes pixels apart, ``observe`` measures, ``score`` judges, ``conditioned`` holds a clip to the
-picture it was to begin with, ``pieces`` judges along a clip, ``frechet`` compares whole sets. This file ties
-them into a suite and offers ``score_videos`` to whoever has videos and prompts at hand.
+``unmix`` decomposes pixels, ``observe`` measures clips, ``score`` turns measurements into scores, ``i2v``
+compares a clip with its conditioning image, and ``frechet`` compares sets of clips. This module combines them
+into a suite; ``score_videos`` scores any videos and prompts in one call.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from anyflow_cli.errors import UsageError
 from anyflow_cli.evaluate.shapes.frechet import distance_to_world, features
 from anyflow_cli.evaluate.shapes.i2v import I2V_DIMENSIONS, image_for, image_scores
 from anyflow_cli.evaluate.shapes.observe import observe
-from anyflow_cli.evaluate.shapes.pieces import piece_scores
 from anyflow_cli.evaluate.shapes.score import (
     DIMENSIONS,
+    piece_scores,
     quality_notes,
     quality_scores,
     right_attributes,
@@ -38,16 +38,16 @@ from anyflow_cli.evaluate.suite import (
     VideoPixels,
     VideoScore,
     mean_of_videos,
-    summarise,
+    summarize,
 )
 from anyflow_cli.recipe.schema import ModelSection, Task
 
-PROMPT_SEED = 2**41  # of the first scene whose caption is a prompt; far from training and from the reference
+PROMPT_SEED = 2**41  # scene of the first prompt; far from the training and the reference scenes
 
 
 @dataclass(frozen=True)
 class ShapesSuite:
-    """The suite for one of the worlds; with the task ``i2v``, every video is given its first frame."""
+    """The suite of one world; with the task ``i2v``, each video is conditioned on its first frame."""
 
     world: str = "shapes"
     task: Task = "t2v"
@@ -56,34 +56,34 @@ class ShapesSuite:
 
     @property
     def name(self) -> str:
-        """``shapes``, or the name of the other world, and the task where it is not text to video."""
+        """Name of the world, with the task appended unless it is text-to-video."""
         return self.world if self.task == "t2v" else f"{self.world}-{self.task}"
 
     @property
     def dimensions(self) -> tuple[Dimension, ...]:
-        """Quality, and what the prompt names; or quality, and what the picture shows."""
+        """Quality and semantic dimensions; for ``i2v`` quality and agreement with the image."""
         return DIMENSIONS if self.task == "t2v" else I2V_DIMENSIONS
 
     @property
     def groups(self) -> Mapping[str, float]:
-        """VBench's, or VBench-I2V's."""
+        """Weights of VBench, or of VBench-I2V."""
         return TEXT_TO_VIDEO if self.task == "t2v" else IMAGE_TO_VIDEO
 
     def check(self, model: ModelSection) -> None:
-        """Refuse videos of another size than the world's."""
+        """Raise a UsageError for a model whose videos differ in size from the world's."""
         if (model.frames, model.height, model.width) != (FRAMES, HEIGHT, WIDTH):
             raise UsageError(
-                f"The suite {self.name} scores {FRAMES} frames of {HEIGHT}x{WIDTH}, "
-                f"and this recipe makes {model.frames} frames of {model.height}x{model.width}.",
-                "Evaluate a model of the shapes world, for example with the recipe `tiny`.",
+                f"The suite {self.name} scores videos of {FRAMES} frames at {HEIGHT}x{WIDTH}; "
+                f"this recipe generates {model.frames} frames at {model.height}x{model.width}.",
+                "Evaluate a model of the shapes world, for example with the recipe tiny.",
             )
 
     def prompts(self, count: int) -> list[str]:
-        """Captions of scenes nobody trains on."""
+        """Captions of scenes that are not in any training data."""
         return [WORLDS[self.world].scene(PROMPT_SEED + i).caption for i in range(count)]
 
     def images(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image] | None:
-        """First frames of clips of the world that show what the prompts name."""
+        """First frames of clips of the world with the attributes the prompts name."""
         if self.task == "t2v":
             return None
         return [image_for(self.world, prompt, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
@@ -92,11 +92,11 @@ class ShapesSuite:
         self, videos: Sequence[VideoPixels], prompts: Sequence[str], images: Sequence[Image] | None = None
     ) -> list[VideoScore]:
         """Score clips one by one."""
-        given = [None] * len(videos) if images is None else images
-        return [score_video(*each) for each in zip(videos, prompts, given, strict=True)]
+        conditions = [None] * len(videos) if images is None else images
+        return [score_video(*each) for each in zip(videos, prompts, conditions, strict=True)]
 
     def assess(self, clips: Sequence[SuiteClip], directory: Path) -> Assessment:
-        """Sum up what was seen while the videos were made."""
+        """Average the scores that were taken while the videos were generated."""
         return mean_of_videos([clip.score for clip in clips])
 
     def distance(self, features: Sequence[Sequence[float]]) -> float | None:
@@ -105,23 +105,24 @@ class ShapesSuite:
 
 
 def score_videos(videos: Iterable[VideoPixels], prompts: Sequence[str], world: str = "shapes") -> SuiteResult:
-    """Score clips (T, H, W, 3) uint8 against their prompts; the one call for training scripts."""
+    """Score clips (T, H, W, 3) uint8 against their prompts."""
     suite = ShapesSuite(world)
     clips = list(videos)
     if len(clips) != len(prompts):
-        message = f"There are {len(clips)} videos for {len(prompts)} prompts."
-        raise UsageError(message, "Give one prompt a video.")
-    return summarise(suite, suite.score(clips, prompts))
+        raise UsageError(
+            f"There are {len(clips)} videos but {len(prompts)} prompts.", "Give one prompt per video."
+        )
+    return summarize(suite, suite.score(clips, prompts))
 
 
 def score_video(video: VideoPixels, prompt: str, image: Image | None = None) -> VideoScore:
-    """Score one clip (T, H, W, 3) uint8, also against the picture (H, W, 3) it was to begin with, if any."""
+    """Score one clip (T, H, W, 3) uint8, also against its conditioning image (H, W, 3) if there is one."""
     _check(video)
     named = parse_caption(prompt)
     seen = observe(video)
-    given = {} if image is None else image_scores(video, seen, image, named)
+    kept = {} if image is None else image_scores(video, seen, image, named)
     return VideoScore(
-        scores=quality_scores(seen, named) | semantic_scores(seen, named) | given,
+        scores=quality_scores(seen, named) | semantic_scores(seen, named) | kept,
         right=right_attributes(seen, named),
         features=features(video),
         notes={name: value for name, value in quality_notes(seen).items() if isfinite(value)},
@@ -132,7 +133,7 @@ def score_video(video: VideoPixels, prompt: str, image: Image | None = None) -> 
 def _check(video: VideoPixels) -> None:
     if video.dtype != np.uint8 or video.shape != (FRAMES, HEIGHT, WIDTH, 3):
         raise UsageError(
-            f"The suite shapes scores uint8 clips of shape {(FRAMES, HEIGHT, WIDTH, 3)}, "
-            f"and this one is {video.dtype} {video.shape}.",
-            "Evaluate a model of the shapes world, for example with the recipe `tiny`.",
+            f"The suite shapes scores uint8 clips of shape {(FRAMES, HEIGHT, WIDTH, 3)}; "
+            f"this clip is {video.dtype} {video.shape}.",
+            "Evaluate a model of the shapes world, for example with the recipe tiny.",
         )

@@ -1,11 +1,10 @@
-"""A clip of the world taken apart: how much of each pixel is background, moving shape and white dot.
+"""Decomposition of a clip into background, moving shape and white dots, with a share for each pixel.
 
-Every pixel of the world is a mixture of three colours, since edges are soft: background, the shape's colour,
-white. Solving for the shares gives masks that are exact below a pixel, and what no mixture explains is a
-defect. The colours of background and shape are measured in the clip itself, so that a wrong tint is one
-finding and not a thousand.
+Edges are antialiased, so each pixel is a mixture of three colors: background, shape and white. Solving for
+the shares gives sub-pixel masks, and the residual of the mixture is a defect. The colors of background and
+shape are estimated from the clip, so a wrong tint does not appear in every pixel.
 
-Legend: T frames, H W height and width, K foreground pixels of all frames; colours are RGB, 0..255.
+Legend: T frames, H W height and width, K foreground pixels of all frames; colors are RGB, 0..255.
 """
 
 from __future__ import annotations
@@ -17,20 +16,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anyflow_cli.data.shapes_world import BACKGROUNDS, DOT_COLOUR, RGB, Rgb, RgbPixels
+from anyflow_cli.evaluate.shapes.components import Floats
 
-Floats = NDArray[np.float32]
 Labels = NDArray[np.uint8]
 
-FOREGROUND = 16.0  # distance from the background at which a pixel is looked at
-CORE = 0.9  # share of the strongest pixels' shape share above which a pixel lies inside the shape
+FOREGROUND = 16.0  # distance from the background color from which a pixel counts as foreground
+CORE = 0.9  # fraction of the largest shape shares above which a pixel is inside the shape
 
 PALETTE = {**BACKGROUNDS, **RGB, "white": DOT_COLOUR}
-NAMES = tuple(PALETTE)
+PALETTE_NAMES = tuple(PALETTE)
 PALETTE_RGB = np.array(list(PALETTE.values()), np.float32)
 
 
 def rgb_array(colour: Rgb) -> Floats:
-    """A colour of the world as an array (3,)."""
+    """Convert a color of the world to an array (3,)."""
     return np.array(colour, np.float32)
 
 
@@ -39,41 +38,37 @@ WHITE = rgb_array(DOT_COLOUR)
 
 @dataclass(frozen=True)
 class Mixture:
-    """Shares of shape, white and neither, each (T, H, W), and the two measured colours."""
+    """Shares of shape, white and residual, each (T, H, W), and the two estimated colors."""
 
-    labels: Labels  # nearest palette colour of each pixel, index into NAMES
+    labels: Labels  # nearest palette color of each pixel, index into PALETTE_NAMES
     shape: Floats
     white: Floats
     unexplained: Floats
     background: str
     background_rgb: Floats
-    colour: str | None  # None where nothing but background and white was found
+    colour: str | None  # None where only background and white were found
     colour_rgb: Floats
 
 
 def unmix(video: RgbPixels) -> Mixture:
-    """Take a clip (T, H, W, 3) apart."""
+    """Decompose a clip (T, H, W, 3)."""
     labels = nearest_labels(video)
-    counts = np.bincount(labels.ravel(), minlength=len(NAMES))
-    background = max(BACKGROUNDS, key=lambda name: counts[NAMES.index(name)])
-    ground = _median_colour(video[::4][labels[::4] == NAMES.index(background)])
+    counts = np.bincount(labels.ravel(), minlength=len(PALETTE_NAMES))
+    background = max(BACKGROUNDS, key=lambda name: counts[PALETTE_NAMES.index(name)])
+    ground = _median_colour(video[::4][labels[::4] == PALETTE_NAMES.index(background)])
     contrast = video - ground
     where = np.einsum("thwc,thwc->thw", contrast, contrast) > FOREGROUND**2
     found = contrast[where]  # (K, 3)
     colour = _dominant_colour(found, ground)
     rgb = _core_colour(found, ground, rgb_array(RGB[colour])) if colour else ground
-    shape, white, unexplained = (_dense(s, where) for s in _shares(found, rgb - ground, WHITE - ground))
+    shares = np.zeros((3, *where.shape), np.float32)
+    shares[:, where] = _shares(found, rgb - ground, WHITE - ground)
+    shape, white, unexplained = shares
     return Mixture(labels, shape, white, unexplained, background, ground, colour, rgb)
 
 
-def _dense(sparse: Floats, where: NDArray[np.bool_]) -> Floats:
-    values = np.zeros(where.shape, np.float32)
-    values[where] = sparse
-    return values
-
-
 def nearest_labels(video: RgbPixels) -> Labels:
-    """Index into NAMES of the palette colour nearest to each pixel, (T, H, W); 5 bits a channel count."""
+    """Index into PALETTE_NAMES of the color nearest to each pixel, (T, H, W), at 5 bits per channel."""
     five = (video >> 3).astype(np.uint16)
     return np.asarray(_label_table()[(five[..., 0] << 10) | (five[..., 1] << 5) | five[..., 2]])
 
@@ -87,7 +82,7 @@ def _label_table() -> Labels:
 
 
 def _median_colour(pixels: RgbPixels) -> Floats:
-    """Median of each channel of (K, 3), by counting: sorting would cost more than everything else here."""
+    """Median of each channel of (K, 3), by counting, which is much faster than sorting."""
     if not len(pixels):
         return np.asarray(PALETTE_RGB[0])
     halves = [np.cumsum(np.bincount(pixels[:, c], minlength=256)) for c in range(3)]
@@ -95,7 +90,7 @@ def _median_colour(pixels: RgbPixels) -> Floats:
 
 
 def _dominant_colour(contrast: Floats, ground: Floats) -> str | None:
-    """The palette colour most foreground pixels lean to, whatever their opacity; white counts for none."""
+    """The palette color most foreground pixels point to, at any opacity; white is projected out."""
     if not len(contrast):
         return None
     white = (WHITE - ground) / np.linalg.norm(WHITE - ground)
@@ -110,7 +105,7 @@ def _dominant_colour(contrast: Floats, ground: Floats) -> str | None:
 
 
 def _core_colour(contrast: Floats, ground: Floats, colour: Floats) -> Floats:
-    """Median colour inside the shape, first found by the palette's own colour."""
+    """Median color inside the shape, which the palette's color locates."""
     share, white, _ = _shares(contrast, colour - ground, WHITE - ground)
     if not share.any():
         return colour
@@ -119,7 +114,7 @@ def _core_colour(contrast: Floats, ground: Floats, colour: Floats) -> Floats:
 
 
 def _shares(contrast: Floats, colour: Floats, white: Floats) -> tuple[Floats, Floats, Floats]:
-    """Least-squares shares (K,) of colour and white, each in 0..1, and the rest as a share of 255."""
+    """Least-squares shares (K,) of color and white, each in 0..1, and the residual as a fraction of 255."""
     axes = np.stack([colour, white], axis=1)
     gram = axes.T @ axes + np.eye(2, dtype=np.float32)
     shape_share, white_share = np.linalg.solve(gram, axes.T @ contrast.T)

@@ -1,7 +1,7 @@
-"""A result as VBench's leaderboard takes it: videos named ``PROMPT-K.mp4``, scores in its own JSON.
+"""Export for VBench's leaderboard: videos named ``PROMPT-K.mp4`` and raw scores in the benchmark's JSON.
 
-Raw scores, as VBench wrote them; nothing is normalised or summed. The protocol card lies beside. Videos are
-linked where the disk allows it and copied otherwise.
+Scores are those VBench wrote, neither normalized nor summed; the protocol card is beside them. Videos are
+hard links where the file system allows it, else copies.
 """
 
 from __future__ import annotations
@@ -10,66 +10,74 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from anyflow_cli.errors import UsageError
 from anyflow_cli.evaluate.generate import EvaluationJob
 from anyflow_cli.evaluate.results import Evaluation, Measured
-from anyflow_cli.evaluate.store import Scored
-from anyflow_cli.evaluate.vbench.assess import ANSWERS, PERCENT
-from anyflow_cli.evaluate.vbench.prompts import SAMPLES
+from anyflow_cli.evaluate.store import ANSWERS
+from anyflow_cli.evaluate.vbench.dimensions import SAMPLES
+from anyflow_cli.evaluate.vbench.suite import PERCENT
 from anyflow_cli.model.pipeline_io import link_or_copy
-from anyflow_cli.utils.files import read_json, write_json
+from anyflow_cli.utils.files import write_json
+from anyflow_cli.utils.records import read_record
+
+
+class _RawScore(BaseModel):
+    score: float
+
+
+def check_export(directory: Path) -> None:
+    """Raise a UsageError unless the export gets an empty or new directory."""
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise UsageError(f"{directory} is not an empty directory.", "Give a new directory to --export.")
 
 
 def export_leaderboard(job: EvaluationJob, found: Evaluation, directory: Path) -> list[Path]:
-    """A folder for each model and step count; the paths of their JSON files."""
-    if directory.exists() and any(directory.iterdir()):
-        raise UsageError(f"{directory} holds files already.", "Choose a new directory for --export.")
+    """Write a folder for each model and step count; return the paths of their JSON files."""
+    check_export(directory)
     paths = [_export(job, one, directory / one.title.replace(" ", "-")) for one in found.columns]
-    write_json(directory / "protocol.json", found.card)
+    write_json(directory / "protocol.json", found.card.as_json())
     return paths
 
 
 def _export(job: EvaluationJob, one: Measured, place: Path) -> Path:
     (place / "videos").mkdir(parents=True)
-    names: dict[str, str] = {}
-    for prompt, records in _by_prompt(job, one).items():
-        for k, record in enumerate(records):
-            names[record.file] = f"{prompt}-{k}.mp4"
-            _put(one.directory / record.file, place / "videos" / names[record.file])
-    results = {dimension: _result(one, dimension, names) for dimension in one.result.dimensions}
+    names: dict[Path, str] = {}
+    for prompt, indices in _by_prompt(job, one).items():
+        for k, index in enumerate(indices):
+            source = one.files[index]
+            names[source] = f"{prompt}-{k}.mp4"
+            target = place / "videos" / names[source]
+            if target.exists():
+                raise UsageError(
+                    f"{target} is the name of two prompts that differ only in case.",
+                    "Give --export a directory on a case-sensitive file system.",
+                )
+            link_or_copy(source, target)
+    results = {dimension: _result(job, one, dimension, names) for dimension in one.result.dimensions}
     write_json(place / f"{place.name}_eval_results.json", results)
     return place / f"{place.name}_eval_results.json"
 
 
-def _by_prompt(job: EvaluationJob, one: Measured) -> dict[str, list[Scored]]:
-    """Five videos a prompt; of flickering's twenty-five those that the static filter let through."""
-    titles = job.protocol.own_prompts
-    found: dict[str, list[Scored]] = defaultdict(list)
-    for item, record in zip(job.protocol.items, one.scored, strict=True):
-        found[titles[item.number]].append(record)
+def _by_prompt(job: EvaluationJob, one: Measured) -> dict[str, list[int]]:
+    """Five videos per prompt, as indices; of temporal flickering those that passed the static filter."""
+    titles = job.protocol.suite_prompts
+    found: dict[str, list[int]] = defaultdict(list)
+    for index, request in enumerate(job.protocol.requests):
+        found[titles[request.number]].append(index)
     return {
-        title: sorted(records, key=lambda record: not record.score.scores)[:SAMPLES]
-        for title, records in found.items()
+        title: sorted(indices, key=lambda index: not one.records[index].score.scores)[:SAMPLES]
+        for title, indices in found.items()
     }
 
 
-def _result(one: Measured, dimension: str, names: dict[str, str]) -> list[Any]:
-    score = read_json(one.directory / ANSWERS / f"{dimension}.json")["score"]
+def _result(job: EvaluationJob, one: Measured, dimension: str, names: dict[Path, str]) -> list[Any]:
+    answer = job.out / one.key / ANSWERS / f"{dimension}.json"
     scale = PERCENT.get(dimension, 1.0)
-    scored = [record for record in one.scored if dimension in record.score.scores and record.file in names]
-    return [
-        score,
-        [
-            {"video_path": names[record.file], "video_results": record.score.scores[dimension] / scale}
-            for record in scored
-        ],
+    videos = [
+        {"video_path": names[path], "video_results": record.score.scores[dimension] / scale}
+        for path, record in zip(one.files, one.records, strict=True)
+        if dimension in record.score.scores and path in names
     ]
-
-
-def _put(source: Path, target: Path) -> None:
-    if target.exists():
-        raise UsageError(
-            f"{target} stands for two prompts that differ in case alone.",
-            "Choose a directory on a disk that tells upper from lower case for --export.",
-        )
-    link_or_copy(source, target)
+    return [read_record(answer, _RawScore).score, videos]

@@ -1,139 +1,168 @@
-"""The benchmark's questions: its full-info file, and the longer prompts that a user may sample with instead.
+"""Prompts of the benchmark: its full-info file, and longer versions of them to sample with.
 
-The file belongs to the benchmark and is read where it was installed (VBench-I2V's wheel forgot it: the user
-names a copy). Two of VBench's prompts stand in it twice; a prompt is sampled once and its videos serve both
-lines, as they do in the benchmark, where videos are found by prompt. Augmented prompts belong to lines, so of
-a prompt with two of them the first is used.
+The file belongs to the benchmark and is read from its installation. The wheel lacks that of VBench-I2V, so
+the user names a copy. Two of VBench's prompts are listed twice: each is sampled once, and its videos serve
+both entries, because the benchmark looks videos up by prompt. Augmented prompts belong to entries; for a
+prompt with two of them the first is used.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-from urllib.error import URLError
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from anyflow_cli.errors import AnyflowError, UsageError
+from anyflow_cli.utils.records import MAX_BYTES, parse_record, read_bytes
 
-SAMPLES = 5  # videos a prompt
-FILTERED = 25  # videos of a prompt of temporal flickering, of which a filter keeps the first five static ones
 FETCH_SECONDS = 60
+GIVE_FULL_INFO = "Give the full-info file of the benchmark."
+MAX_NAME_BYTES = 240  # of a prompt, which with "-K.mp4" names a file
+
+
+def _usable_as_name(text: str) -> str:
+    """VBench names files by prompts and images, so a separator in them would lead out of the directory."""
+    if (
+        "/" in text
+        or "\0" in text
+        or text in (".", "..")
+        or len(text.encode(errors="replace")) > MAX_NAME_BYTES
+    ):
+        raise ValueError("Input should be usable as a file name")
+    return text
+
+
+FileName = Annotated[str, Field(min_length=1), AfterValidator(_usable_as_name)]
+
+
+class FullInfoEntry(BaseModel):
+    """One entry of a full-info file; further keys are passed on to the benchmark."""
+
+    model_config = ConfigDict(extra="allow")
+
+    prompt_en: FileName
+    dimension: Annotated[list[str], Field(min_length=1)]
+    image_name: FileName | None = None
+
+
+class AugmentedEntry(BaseModel):
+    """One entry of a file of augmented prompts."""
+
+    prompt_en: str
+    aug_prompt_en: str
 
 
 @dataclass(frozen=True)
-class Question:
-    """One prompt: as the benchmark has it, as it is sampled with, and its lines of the full-info file."""
+class BenchmarkPrompt:
+    """One prompt of a benchmark.
+
+    Attributes:
+        number: Position among the unique prompts of the file.
+        prompt: The prompt by which the benchmark scores.
+        text: What videos are sampled with.
+        entries: Its entries of the full-info file.
+    """
 
     number: int
     prompt: str
     text: str
-    lines: tuple[dict[str, Any], ...]
+    entries: tuple[dict[str, Any], ...]
 
     @property
     def dimensions(self) -> set[str]:
-        """What its videos tell about."""
-        return {name for line in self.lines for name in line["dimension"]}
+        """Dimensions that its videos are scored on."""
+        return {name for entry in self.entries for name in entry["dimension"]}
 
     @property
     def image(self) -> str | None:
-        """The name of the picture it begins with, in VBench-I2V."""
-        name: str | None = self.lines[0].get("image_name")
+        """Name of its conditioning image, in VBench-I2V."""
+        name: str | None = self.entries[0].get("image_name")
         return name
 
 
-def read_questions(full_info: Path, augmented: str | None = None) -> list[Question]:
-    """All prompts in the order of the file; ``augmented`` is a file or an address."""
-    lines = _read_full_info(full_info)
-    texts = [line["prompt_en"] for line in lines]
+def read_prompts_of(full_info: Path, augmented: str | None = None) -> list[BenchmarkPrompt]:
+    """Read all prompts in the order of the full-info file.
+
+    Args:
+        full_info: The file.
+        augmented: File or URL of longer prompts to sample with.
+    """
+    found = parse_record(
+        read_bytes(full_info, GIVE_FULL_INFO), list[FullInfoEntry], str(full_info), GIVE_FULL_INFO
+    )
+    entries = [entry.model_dump(exclude_unset=True) for entry in found]
+    if not entries:
+        raise UsageError(f"{full_info} has no prompts.", GIVE_FULL_INFO)
+    texts = [entry["prompt_en"] for entry in entries]
     if augmented is not None:
-        texts = _augmented(read_address(augmented), augmented, lines)
+        texts = _augmented(_fetch_text(augmented), augmented, entries)
     by_prompt: dict[str, list[int]] = {}
-    for number, line in enumerate(lines):
-        by_prompt.setdefault(line["prompt_en"], []).append(number)
+    for number, entry in enumerate(entries):
+        by_prompt.setdefault(entry["prompt_en"], []).append(number)
     return [
-        Question(number, prompt, texts[places[0]], tuple(lines[place] for place in places))
+        BenchmarkPrompt(number, prompt, texts[places[0]], tuple(entries[place] for place in places))
         for number, (prompt, places) in enumerate(by_prompt.items())
     ]
 
 
-def in_random_order(questions: Sequence[Question]) -> list[Question]:
-    """The same shuffle everywhere, so that the first K of any two people touch the same prompts."""
-    return sorted(questions, key=lambda q: hashlib.sha256(q.prompt.encode()).hexdigest())
+def in_random_order(prompts: Sequence[BenchmarkPrompt]) -> list[BenchmarkPrompt]:
+    """Shuffle by a hash of the prompt, so that the first K are the same for everyone."""
+    return sorted(prompts, key=lambda q: hashlib.sha256(q.prompt.encode()).hexdigest())
 
 
-def read_address(address: str) -> str:
-    """The text of a file, or of an address that the user gave."""
+def _fetch_text(address: str) -> str:
+    """Read the UTF-8 text of a file or URL."""
+    hint = "Give a UTF-8 text or JSON file, or its http address."
     try:
         if address.startswith(("https://", "http://")):
             with urllib.request.urlopen(address, timeout=FETCH_SECONDS) as opened:
-                content: bytes = opened.read()
+                content: bytes = opened.read(MAX_BYTES)
         else:
-            content = Path(address).expanduser().read_bytes()
+            content = read_bytes(Path(address).expanduser(), hint)
         return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{address} is not UTF-8.", "Give a text or JSON file.") from error
-    except (OSError, URLError) as error:
-        raise UsageError(f"{address} cannot be read: {error}.", "Give a file or an http address.") from error
+    except (OSError, ValueError, RuntimeError) as error:  # of the network, the encoding, "~nobody"
+        raise UsageError(f"{address} cannot be read: {error}.", hint) from error
 
 
-def _read_full_info(path: Path) -> list[dict[str, Any]]:
-    try:
-        lines = json.loads(read_address(str(path)))
-    except json.JSONDecodeError as error:
-        raise UsageError(f"{path} is not JSON: {error}.", "Give the benchmark's full-info file.") from error
-    if not isinstance(lines, list) or not all(
-        isinstance(line, dict) and isinstance(line.get("prompt_en"), str) and line.get("dimension")
-        for line in lines
-    ):
-        raise UsageError(
-            f"{path} is no full-info file of VBench.", "Its entries have prompt_en and dimension."
-        )
-    if not lines:
-        raise UsageError(f"{path} holds no prompt.", "Give the benchmark's full-info file.")
-    return lines
-
-
-def _augmented(content: str, source: str, lines: Sequence[dict[str, Any]]) -> list[str]:
-    """One text a line of the full-info file: by line number, or by entry where the file is JSON."""
-    try:
-        entries = json.loads(content)
-    except json.JSONDecodeError:
-        return _same_length([text.strip() for text in content.splitlines() if text.strip()], source, lines)
-    if not isinstance(entries, list) or not all(
-        isinstance(e, dict) and "aug_prompt_en" in e for e in entries
-    ):
-        raise UsageError(f"The entries of {source} have no aug_prompt_en.", "Give a text file, one a line.")
-    _same_length(entries, source, lines)
-    for number, (entry, line) in enumerate(zip(entries, lines, strict=True), 1):
-        if entry.get("prompt_en") != line["prompt_en"]:
+def _augmented(content: str, source: str, entries: Sequence[dict[str, Any]]) -> list[str]:
+    """One text per entry of the full-info file: by line, or by entry where the content is JSON."""
+    if not content.lstrip().startswith("["):
+        return _same_length([text.strip() for text in content.splitlines() if text.strip()], source, entries)
+    found = parse_record(
+        content.encode(), list[AugmentedEntry], source, "Give a text file, one prompt per line."
+    )
+    _same_length(found, source, entries)
+    for number, (augmented, entry) in enumerate(zip(found, entries, strict=True), 1):
+        if augmented.prompt_en != entry["prompt_en"]:
             raise UsageError(
-                f"Entry {number} of {source} is about {entry.get('prompt_en')!r}, "
-                f"the benchmark's about {line['prompt_en']!r}.",
-                "Give the prompts of this benchmark, in its order.",
+                f"Entry {number} of {source} is for {augmented.prompt_en!r}; "
+                f"entry {number} of the benchmark is {entry['prompt_en']!r}.",
+                "Give the augmented prompts of this benchmark, in its order.",
             )
-    return [entry["aug_prompt_en"] for entry in entries]
+    return [augmented.aug_prompt_en for augmented in found]
 
 
-def _same_length(found: list[Any], source: str, lines: Sequence[Any]) -> list[Any]:
-    if len(found) != len(lines):
+def _same_length(found: list[Any], source: str, entries: Sequence[Any]) -> list[Any]:
+    if len(found) != len(entries):
         raise UsageError(
-            f"{source} holds {len(found)} prompts, and the benchmark {len(lines)}.",
-            "Augmented prompts belong to the benchmark's lines by their number: one each, in its order.",
+            f"{source} has {len(found)} prompts, but the benchmark has {len(entries)}.",
+            "Give one augmented prompt per entry of the benchmark, in its order.",
         )
     return found
 
 
 def full_info_of(benchmark: str, installed: Path, setting: str | None) -> Path:
-    """Which full-info file is used."""
+    """Path of the full-info file: as the recipe says, else the installed one."""
     if setting is not None:
         return Path(setting).expanduser()
     if benchmark == "vbench":
         return installed
     raise AnyflowError(
         "VBench's package lacks the prompts of VBench-I2V, vbench2_i2v_full_info.json.",
-        "Take it from VBench's repository and name it with --set evaluate.vbench.full_info=FILE.",
+        "Download the file from VBench's repository and set evaluate.vbench.full_info=FILE.",
     )

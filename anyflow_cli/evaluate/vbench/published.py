@@ -1,64 +1,77 @@
-"""The rows of the paper's Tables 3 and 4, to stand beside a result."""
+"""Published results from the paper's Tables 3 and 4, shown beside a result on the same benchmark."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from anyflow_cli.evaluate.suite import total_score
+from pydantic import BaseModel
+
 from anyflow_cli.evaluate.vbench.dimensions import GROUPS
-
-CONTENT = json.loads(Path(__file__).with_name("published.json").read_text(encoding="utf-8"))
-SOURCE: str = CONTENT["source"]
-ROUNDING = 0.005  # of a number with two decimals
+from anyflow_cli.utils.records import read_record
 
 
-@dataclass(frozen=True)
-class PublishedRow:
-    """A published result: Quality, Semantic or I2V, and Total, as printed."""
+class PublishedRow(BaseModel):
+    """One row as printed.
+
+    Attributes:
+        model: Name of the model.
+        nfe: Network evaluations, ``4`` or ``50x2``.
+        re_evaluated: Whether the paper's authors evaluated it, rather than quoting the model's own paper.
+        total: Total score.
+        quality: Quality score.
+        semantic: Semantic score, on VBench.
+        i2v: I2V score, on VBench-I2V.
+        remark: Doubt about the row.
+    """
 
     model: str
     nfe: str
-    groups: dict[str, float]
+    re_evaluated: bool
     total: float
-    own: bool  # evaluated by the paper's authors, not quoted from the model's own paper
+    quality: float
+    semantic: float | None = None
+    i2v: float | None = None
+    remark: str | None = None
 
-    def adds_up(self, benchmark: str) -> bool:
-        """Whether some groups that print like these give a Total that prints like this one."""
-        total = total_score(self.groups, GROUPS[benchmark])
-        return total is not None and abs(total - self.total) <= 2 * ROUNDING + 1e-9
+    @property
+    def groups(self) -> dict[str, float]:
+        """Scores of the benchmark's groups."""
+        every = {"quality": self.quality, "semantic": self.semantic, "i2v": self.i2v}
+        return {name: value for name, value in every.items() if value is not None}
 
-    def title(self, benchmark: str) -> str:
-        """Which model at which evaluations, who measured it, and whether its sum is right."""
-        source = "" if self.own else ", as its authors report"
-        doubt = "" if self.adds_up(benchmark) else ", does not add up in print"
-        return f"{self.model}, {self.nfe}{source}{doubt}"
+    @property
+    def title(self) -> str:
+        """Model, evaluations, source and remark."""
+        source = "" if self.re_evaluated else ", as reported by its authors"
+        return f"{self.model}, {self.nfe}{source}{f', {self.remark}' if self.remark else ''}"
 
-    def as_json(self, benchmark: str) -> dict[str, Any]:
-        """For ``results.json``, beside the scores of a result."""
-        return {
-            "model": self.model,
-            "nfe": self.nfe,
-            "total": self.total,
-            **self.groups,
-            "re-evaluated": self.own,
-            "adds up": self.adds_up(benchmark),
-        }
+    def as_json(self) -> dict[str, Any]:
+        """Entry of ``results.json``."""
+        return self.model_dump(exclude_none=True)
+
+
+class _Table(BaseModel):
+    name: str
+    rows: list[PublishedRow]
+
+
+class _Paper(BaseModel):
+    source: str
+    tables: dict[str, _Table]
+
+
+@cache
+def _paper() -> _Paper:
+    return read_record(Path(__file__).with_name("published.json"), _Paper, "Install anyflow again.")
+
+
+def published_source() -> str:
+    """Title of the paper."""
+    return _paper().source
 
 
 def published(suite: str) -> list[PublishedRow]:
-    """The paper's table for a benchmark, in its order; no row for a suite that the paper does not have."""
-    if suite not in GROUPS:
-        return []
-    return [
-        PublishedRow(
-            row["model"],
-            row["nfe"],
-            {group: row[group] for group in GROUPS[suite]},
-            row["total"],
-            row["re-evaluated"],
-        )
-        for row in CONTENT["tables"][suite]["rows"]
-    ]
+    """Rows of the paper's table for a benchmark; none for other suites."""
+    return _paper().tables[suite].rows if suite in GROUPS else []

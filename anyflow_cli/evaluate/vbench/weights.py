@@ -1,8 +1,8 @@
-"""What each dimension needs besides videos: files of weights, Python modules, models of the Hub.
+"""Requirements of each dimension besides videos: weights, Python modules, models of the Hub.
 
-Everything lies in one directory, laid out as VBench lays out its own cache, so that an existing one can be
-given. Nothing here fetches anything. Sizes are of the published files; a SHA-256, or its start, stands where
-the publisher states it.
+All weights are in one directory with the layout of VBench's own cache, so an existing cache can be used.
+Nothing is downloaded here. Sizes are those of the published files; a SHA-256, or the start of one, is given
+where the publisher states it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from anyflow_cli.utils.hub import cached_snapshot
+
 HUB = "https://huggingface.co"
 CLIP = "https://openaipublic.azureedge.net/clip/models"
 CLIP_B = "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af"
@@ -20,15 +22,15 @@ CLIP_L = "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836"
 
 @dataclass(frozen=True)
 class WeightFile:
-    """A file, or a folder where ``path`` ends in ``/``, under the directory of weights."""
+    """A file, or a folder if ``path`` ends in ``/``, below the directory of weights."""
 
     path: str
     source: str
-    megabytes: int | None = None  # None: not known
-    sha256: str = ""  # as much of it as is published
+    megabytes: int | None = None  # None: not published
+    sha256: str = ""  # the published part of it
 
     def line(self) -> str:
-        """For people who are to fetch it."""
+        """Where to download it, for people."""
         size = "" if self.megabytes is None else f"{self.megabytes:,} MB, "
         digest = f"SHA-256 {self.sha256}, " if self.sha256 else ""
         return f"{size}{digest}from {self.source}"
@@ -87,64 +89,64 @@ DETECTRON = "pip install 'git+https://github.com/facebookresearch/detectron2' (i
 
 
 @dataclass(frozen=True)
-class Needs:
-    """What a dimension cannot do without."""
+class Requirements:
+    """Requirements of one dimension."""
 
     files: tuple[WeightFile, ...] = ()
-    modules: tuple[tuple[str, str], ...] = ()  # name of a module of the environment, how it is installed
-    hub: tuple[str, ...] = ()  # models that transformers takes from the Hub's cache
+    modules: tuple[tuple[str, str], ...] = ()  # module of the environment, how to install it
+    hub: tuple[str, ...] = ()  # models that transformers loads from the Hub's cache
     cuda: bool = False
 
 
-DETECTION = Needs((GRIT,), (("detectron2", DETECTRON),), (BERT,))
+DETECTION = Requirements((GRIT,), (("detectron2", DETECTRON),), (BERT,))
 
-NEEDS: dict[str, Needs] = {
-    "temporal_flickering": Needs(),
-    "motion_smoothness": Needs((AMT,)),
-    "dynamic_degree": Needs((RAFT,)),
-    "static_filter": Needs((RAFT,)),  # no dimension; it picks the videos of temporal_flickering
-    "subject_consistency": Needs((DINO, DINO_CODE)),
-    "background_consistency": Needs((CLIP_B32,)),
-    "aesthetic_quality": Needs((CLIP_L14, AESTHETIC)),
-    "imaging_quality": Needs((MUSIQ,)),
+REQUIREMENTS: dict[str, Requirements] = {
+    "temporal_flickering": Requirements(),
+    "motion_smoothness": Requirements((AMT,)),
+    "dynamic_degree": Requirements((RAFT,)),
+    "static_filter": Requirements((RAFT,)),  # not a dimension: it selects the videos of temporal_flickering
+    "subject_consistency": Requirements((DINO, DINO_CODE)),
+    "background_consistency": Requirements((CLIP_B32,)),
+    "aesthetic_quality": Requirements((CLIP_L14, AESTHETIC)),
+    "imaging_quality": Requirements((MUSIQ,)),
     "object_class": DETECTION,
     "multiple_objects": DETECTION,
     "color": DETECTION,
     "spatial_relationship": DETECTION,
-    "human_action": Needs((UMT,)),
-    "scene": Needs((TAG2TEXT,), hub=(BERT,)),
-    "appearance_style": Needs((CLIP_B32,)),
-    "temporal_style": Needs((VICLIP,)),
-    "overall_consistency": Needs((VICLIP,)),
-    "i2v_subject": Needs((DINO, DINO_CODE)),
-    "i2v_background": Needs((DREAMSIM,), (("dreamsim", "pip install dreamsim==0.2.1"),), cuda=True),
-    "camera_motion": Needs((COTRACKER, COTRACKER_CODE)),
+    "human_action": Requirements((UMT,)),
+    "scene": Requirements((TAG2TEXT,), hub=(BERT,)),
+    "appearance_style": Requirements((CLIP_B32,)),
+    "temporal_style": Requirements((VICLIP,)),
+    "overall_consistency": Requirements((VICLIP,)),
+    "i2v_subject": Requirements((DINO, DINO_CODE)),
+    "i2v_background": Requirements((DREAMSIM,), (("dreamsim", "pip install dreamsim==0.2.1"),), cuda=True),
+    "camera_motion": Requirements((COTRACKER, COTRACKER_CODE)),
 }
 
 
-def default_directory() -> Path:
-    """VBench's own cache: ``VBENCH_CACHE_DIR``, else ``~/.cache/vbench``."""
-    return Path(os.environ.get("VBENCH_CACHE_DIR") or "~/.cache/vbench").expanduser()
+def weights_directory(setting: str | None) -> Path:
+    """Directory of weights: as the recipe says, else ``VBENCH_CACHE_DIR``, else ``~/.cache/vbench``."""
+    return Path(setting or os.environ.get("VBENCH_CACHE_DIR") or "~/.cache/vbench").expanduser()
 
 
-def absent(needs: Needs, directory: Path) -> list[WeightFile]:
-    """The files of a dimension that are not in the directory."""
-    return [file for file in needs.files if not _there(directory / file.path, folder=file.path.endswith("/"))]
+def missing_requirements(
+    needs: Requirements, directory: Path, modules: Sequence[str], cuda: bool
+) -> dict[str, str]:
+    """Find what a dimension lacks, and how to get it.
 
-
-def lacking(needs: Needs, directory: Path, modules: Sequence[str], cuda: bool) -> dict[str, str]:
-    """What a dimension needs and does not find, given the modules of its environment; and how to get it."""
-    files = {file.path: file.line() for file in absent(needs, directory)}
+    Args:
+        needs: Requirements of the dimension.
+        directory: Directory of weights.
+        modules: Optional modules that the environment has.
+        cuda: Whether the environment can use a GPU.
+    """
+    files = {file.path: file.line() for file in needs.files if not _is_there(directory / file.path, file)}
     code = {module: install for module, install in needs.modules if module not in modules}
-    hub = {name: f"hf download {name}" for name in needs.hub if not _cached(name)}
-    return files | code | hub | ({"CUDA": "VBench runs it on CUDA alone"} if needs.cuda and not cuda else {})
+    hub = {name: f"hf download {name}" for name in needs.hub if not cached_snapshot(name, "config.json")}
+    return files | code | hub | ({"CUDA": "VBench runs it only on CUDA"} if needs.cuda and not cuda else {})
 
 
-def _there(path: Path, *, folder: bool) -> bool:
-    return path.is_dir() and any(path.iterdir()) if folder else path.is_file() and path.stat().st_size > 0
-
-
-def _cached(name: str) -> bool:
-    from huggingface_hub import try_to_load_from_cache
-
-    return isinstance(try_to_load_from_cache(name, "config.json"), str)
+def _is_there(path: Path, file: WeightFile) -> bool:
+    if file.path.endswith("/"):
+        return path.is_dir() and any(path.iterdir())
+    return path.is_file() and path.stat().st_size > 0

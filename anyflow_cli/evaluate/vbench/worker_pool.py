@@ -1,7 +1,7 @@
-"""Jobs for VBench's environment: one process each, a time limit, errors whole, a queue over the devices.
+"""Jobs in VBench's environment: one process each, with a time limit, queued over the devices.
 
-A process that dies or hangs is started once more; an error that it reports is not, since it would come back.
-A failed job keeps its log and is named; the others go on.
+A process that dies or hangs is started once more; an error that it reports is not retried, because it would
+recur. A failed job keeps its log and is reported, and the others continue.
 """
 
 from __future__ import annotations
@@ -19,16 +19,20 @@ from pathlib import Path
 from queue import SimpleQueue
 from textwrap import shorten
 from threading import Lock
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic_core import to_json
 
 from anyflow_cli.errors import AnyflowError
+from anyflow_cli.utils.records import parse_record, read_record
 
 WORKER = Path(__file__).with_name("worker.py")
 JOB_TRIES = 2
-WIDEST = 160  # letters of a reason; the whole error stands beside it
-TAIL = 15  # lines of a log that an error repeats
+REASON_WIDTH = 160  # characters of a reason; the whole error is in a file
+TAIL_LINES = 15  # of a log, repeated in an error
 
 log = logging.getLogger(__name__)
+Answer = TypeVar("Answer")
 
 
 class LostWorkerError(AnyflowError):
@@ -36,24 +40,46 @@ class LostWorkerError(AnyflowError):
 
 
 @dataclass(frozen=True)
+class DimensionAnswer:
+    """Answer of the worker to the job ``score``.
+
+    Attributes:
+        score: Raw score of the dimension; None for the static filter.
+        videos: Score of each video, by path.
+        versions: Versions of packages.
+        weights: SHA-256 of each file of weights.
+    """
+
+    score: float | None
+    videos: dict[str, float]
+    versions: dict[str, str]
+    weights: dict[str, str]
+
+
+@dataclass(frozen=True)
 class WorkerJob:
-    """One dimension over its videos; ``seconds`` is what it may take."""
+    """One dimension over its videos; ``seconds`` is its time limit."""
 
     name: str
     request: dict[str, Any]
     seconds: float
     variables: Mapping[str, str] = field(default_factory=dict)
+    answer: type = DimensionAnswer
 
 
 @dataclass(frozen=True)
 class JobFailure:
-    """A dimension that has no score, and why."""
+    """Why a dimension has no score; ``detail`` is the worker's traceback, or the end of its log."""
 
     reason: str
-    detail: str = ""  # the worker's traceback, or the end of its log
+    detail: str = ""
 
 
-Outcome = dict[str, Any] | JobFailure
+@dataclass(frozen=True)
+class _Envelope:
+    result: Any = None
+    error: str | None = None
+    traceback: str = ""
 
 
 def run_jobs(
@@ -61,15 +87,23 @@ def run_jobs(
     jobs: Sequence[WorkerJob],
     scratch: Path,
     devices: Sequence[str],
-    done: Callable[[WorkerJob, Outcome], None],
+    done: Callable[[WorkerJob, Any], None],
 ) -> None:
-    """Run all jobs, one at a time on each device; ``done`` hears of each as it ends, from this thread."""
+    """Run jobs, one at a time per device.
+
+    Args:
+        python: Interpreter of VBench's environment.
+        jobs: What to run.
+        scratch: Directory for requests, logs and links.
+        devices: ``cpu`` or ``cuda:N``.
+        done: Called in this thread with each job and its answer or JobFailure.
+    """
     free: SimpleQueue[str] = SimpleQueue()
     for device in devices:
         free.put(device)
-    running = Processes()
+    running = WorkerProcesses()
 
-    def work(job: WorkerJob) -> Outcome:
+    def work(job: WorkerJob) -> Any:
         device = free.get()
         try:
             return _outcome(python, job, scratch / job.name, device, running)
@@ -81,14 +115,14 @@ def run_jobs(
         try:
             for future in as_completed(futures):
                 done(futures[future], future.result())
-        except BaseException:  # an interruption too must leave no process behind
+        except BaseException:  # on an interruption too, no process may be left behind
             pool.shutdown(wait=False, cancel_futures=True)
             running.stop()
             raise
 
 
-class Processes:
-    """Those that run now; after ``stop`` none is left and none starts any more."""
+class WorkerProcesses:
+    """The running workers; after ``stop`` none is left and none can start."""
 
     def __init__(self) -> None:
         self._running: set[subprocess.Popen[bytes]] = set()
@@ -96,7 +130,7 @@ class Processes:
         self._stopped = False
 
     def start(self, command: list[str], **settings: Any) -> subprocess.Popen[bytes]:
-        """Start one in a session of its own, so that what it starts ends with it."""
+        """Start a process in a session of its own, so that its children end with it."""
         with self._lock:
             if self._stopped:
                 raise AnyflowError("The evaluation was stopped.")
@@ -105,7 +139,7 @@ class Processes:
             return process
 
     def end(self, process: subprocess.Popen[bytes]) -> None:
-        """End it and all that it started, if it has not ended by itself."""
+        """Kill a process and its children, unless it has ended."""
         if process.poll() is None:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -114,77 +148,86 @@ class Processes:
             self._running.discard(process)
 
     def stop(self) -> None:
-        """End all."""
+        """Kill all processes."""
         with self._lock:
             self._stopped, left = True, list(self._running)
         for process in left:
             self.end(process)
 
 
-def ask(
+def run_worker(
     python: Path,
     request: Mapping[str, Any],
+    answer: type[Answer],
     scratch: Path,
     seconds: float,
     variables: Mapping[str, str] | None = None,
-    running: Processes | None = None,
-) -> dict[str, Any]:
-    """One process: the result, or an AnyflowError with the worker's traceback as its hint."""
-    scratch = scratch.absolute()  # the worker works elsewhere
+    running: WorkerProcesses | None = None,
+) -> Answer:
+    """Run one worker process and read its answer.
+
+    Args:
+        python: Interpreter to run it with.
+        request: JSON request.
+        answer: Type of the result.
+        scratch: Directory for request, answer and log.
+        seconds: Time limit.
+        variables: Further environment variables.
+        running: Register of processes to stop on an interruption.
+
+    Raises:
+        LostWorkerError: The process died or exceeded its time; the hint is the end of its log.
+        AnyflowError: The worker reported an error; the hint is its traceback.
+    """
+    scratch = scratch.absolute()  # the worker changes its directory
     scratch.mkdir(parents=True, exist_ok=True)
-    question, answer = scratch / "request.json", scratch / "answer.json"
+    question, found = scratch / "request.json", scratch / "answer.json"
     question.write_text(json.dumps(request), encoding="utf-8")
-    answer.unlink(missing_ok=True)
-    command = [str(python), str(WORKER), str(question), str(answer)]
-    processes = running or Processes()
-    surroundings = _surroundings() | dict(variables or {})
+    found.unlink(missing_ok=True)
+    processes = running or WorkerProcesses()
     with (scratch / "log.txt").open("wb") as output:
-        process = processes.start(command, stdout=output, stderr=output, env=surroundings)
+        process = processes.start(
+            [str(python), str(WORKER), str(question), str(found)],
+            stdout=output,
+            stderr=output,
+            env=_environment_variables() | dict(variables or {}),
+        )
         try:
             code = process.wait(seconds)
         except subprocess.TimeoutExpired:
             raise LostWorkerError(f"no answer in {seconds:.0f} s", _tail(scratch)) from None
         finally:
             processes.end(process)
-    if not answer.is_file():
+    if not found.is_file():
         raise LostWorkerError(f"the process ended with code {code} and no answer", _tail(scratch))
-    found = json.loads(answer.read_text(encoding="utf-8"))
-    if "error" in found:
-        raise AnyflowError(found["error"], found["traceback"])
-    result: dict[str, Any] = found["result"]
-    return result
+    envelope = read_record(found, _Envelope, _tail(scratch))
+    if envelope.error is not None:
+        raise AnyflowError(envelope.error, envelope.traceback)
+    return parse_record(to_json(envelope.result), answer, str(found), _tail(scratch))
 
 
-def _outcome(python: Path, job: WorkerJob, scratch: Path, device: str, running: Processes) -> Outcome:
-    request = job.request | {
-        "device": device.partition(":")[0],
-        "scratch": str((scratch / "work").absolute()),
-    }
-    variables = {**job.variables, **_choose(device)}
+def _outcome(python: Path, job: WorkerJob, scratch: Path, device: str, running: WorkerProcesses) -> Any:
+    kind, _, number = device.partition(":")
+    request = job.request | {"device": kind, "scratch": str((scratch / "work").absolute())}
+    variables = {**job.variables, "CUDA_VISIBLE_DEVICES": number if kind == "cuda" else ""}
     for left in reversed(range(JOB_TRIES)):
         try:
-            return ask(python, request, scratch, job.seconds, variables, running)
+            return run_worker(python, request, job.answer, scratch, job.seconds, variables, running)
         except LostWorkerError as error:
-            log.warning("%s on %s: %s.%s", job.name, device, error.message, " Once more." if left else "")
+            log.warning("%s on %s: %s.%s", job.name, device, error.message, " Retrying." if left else "")
             failure = JobFailure(f"{error.message}, in {JOB_TRIES} tries", error.hint or "")
         except AnyflowError as error:
-            reason = shorten(error.message.partition("\n")[0], WIDEST, placeholder=" ...")
+            reason = shorten(error.message.partition("\n")[0], REASON_WIDTH, placeholder=" ...")
             return JobFailure(reason, error.hint or "")
     return failure
 
 
-def _choose(device: str) -> dict[str, str]:
-    """Show a process its own GPU alone."""
-    kind, _, number = device.partition(":")
-    return {"CUDA_VISIBLE_DEVICES": number if kind == "cuda" else ""}
-
-
-def _surroundings() -> dict[str, str]:
-    """Our variables, without those that would lead another Python into our packages; nothing is fetched."""
+def _environment_variables() -> dict[str, str]:
+    """Variables of this process, except those that would lead another Python to our packages; Hub offline."""
     kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")}
     return kept | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
 
 
 def _tail(scratch: Path) -> str:
     lines = (scratch / "log.txt").read_text(encoding="utf-8", errors="replace").splitlines()
-    return "\n".join(lines[-TAIL:])
+    return "\n".join(lines[-TAIL_LINES:])

@@ -1,6 +1,6 @@
-"""Random weights of the right architecture, laid out as VBench wants them: they make its code run.
+"""Random weights of the right architecture, in VBench's layout, to run its code.
 
-Scores made with them mean nothing. Run by the Python of VBench's environment, with the worker's directory
+Scores with them are meaningless. Run by the Python of VBench's environment, with the worker's directory
 as PYTHONPATH: ``python random_weights.py DIRECTORY``.
 """
 
@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import torch
-import worker  # type: ignore[import-not-found]  # beside which it runs
+import worker  # type: ignore[import-not-found]  # in the same directory
 
 
 def amt(directory: Path) -> None:

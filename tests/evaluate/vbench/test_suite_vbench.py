@@ -1,4 +1,4 @@
-"""VBench as a suite without VBench: what is asked, what is unavailable and why, what an answer depends on."""
+"""VBench as a suite, with stand-ins for its workers: jobs, unavailable dimensions, reuse of answers."""
 
 from __future__ import annotations
 
@@ -17,41 +17,42 @@ from anyflow_cli.errors import AnyflowError, UsageError
 from anyflow_cli.evaluate import registry
 from anyflow_cli.evaluate.registry import protocol_for
 from anyflow_cli.evaluate.suite import SuiteClip, VideoScore, result_of
-from anyflow_cli.evaluate.vbench import assess
+from anyflow_cli.evaluate.vbench import suite as vbench_suite
+from anyflow_cli.evaluate.vbench.dimensions import FLICKERING
 from anyflow_cli.evaluate.vbench.environment import (
-    COMMAND,
+    SETUP_COMMAND,
     Environment,
-    bring_along,
     find_python,
+    offline_setup,
     open_environment,
 )
-from anyflow_cli.evaluate.vbench.prompts import Question
+from anyflow_cli.evaluate.vbench.prompts import BenchmarkPrompt
 from anyflow_cli.evaluate.vbench.suite import VBenchSuite
-from anyflow_cli.evaluate.vbench.weights import NEEDS
-from anyflow_cli.evaluate.vbench.worker_pool import JobFailure, Outcome, WorkerJob
+from anyflow_cli.evaluate.vbench.weights import REQUIREMENTS
+from anyflow_cli.evaluate.vbench.worker_pool import DimensionAnswer, JobFailure, WorkerJob
 from anyflow_cli.recipe.schema import EvaluateSection, ModelSection, Recipe
-
-FLICKERING = "temporal_flickering"
 
 
 def environment(root: Path, modules: tuple[str, ...] = ()) -> Environment:
     return Environment(root, root / "bin" / "python", {"vbench": "0"}, modules, 0, root / "full_info.json")
 
 
-def question(number: int, *dimensions: str, **more: Any) -> Question:
+def prompt_of(number: int, *dimensions: str, **more: Any) -> BenchmarkPrompt:
     prompt = f"prompt {number}"
-    return Question(number, prompt, prompt, ({"prompt_en": prompt, "dimension": list(dimensions), **more},))
+    return BenchmarkPrompt(
+        number, prompt, prompt, ({"prompt_en": prompt, "dimension": list(dimensions), **more},)
+    )
 
 
 class Answers:
-    """Stands for the workers: answers with what it is told, and remembers what it was asked."""
+    """A stand-in for the workers that returns fixed values and records the jobs."""
 
     def __init__(self, **values: Any) -> None:
         self.values, self.asked = values, list[tuple[str, list[str]]]()
 
     def __call__(
         self, python: Path, jobs: Sequence[WorkerJob], scratch: Path, devices: Sequence[str],
-        done: Callable[[WorkerJob, Outcome], None],
+        done: Callable[[WorkerJob, Any], None],
     ) -> None:  # fmt: skip
         for job in jobs:
             paths = [path for line in job.request["entries"] for path in line["video_list"]]
@@ -63,15 +64,7 @@ class Answers:
             values = value if isinstance(value, list) else [value] * len(paths)
             each = {path: one for path, one in zip(paths, values, strict=True) if one is not None}
             score = None if job.name == "static_filter" else float(np.mean(list(each.values())))
-            done(
-                job,
-                {
-                    "score": score,
-                    "videos": each,
-                    "versions": {},
-                    "weights": dict.fromkeys(job.request["files"], "f" * 64),
-                },
-            )
+            done(job, DimensionAnswer(score, each, {}, dict.fromkeys(job.request["files"], "f" * 64)))
 
 
 Workers = Callable[..., Answers]
@@ -82,7 +75,7 @@ Lines = list[dict[str, Any]]
 def workers(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Answers]:
     def install(**values: Any) -> Answers:
         answers = Answers(**values)
-        monkeypatch.setattr(assess, "run_jobs", answers)
+        monkeypatch.setattr(vbench_suite, "run_jobs", answers)
         return answers
 
     return install
@@ -97,18 +90,18 @@ def clips(directory: Path, number: int, count: int) -> list[SuiteClip]:
 
 def with_weights(root: Path, *dimensions: str) -> Path:
     for name in dimensions:
-        for file in NEEDS[name].files:
+        for file in REQUIREMENTS[name].files:
             (root / file.path).parent.mkdir(parents=True, exist_ok=True)
             (root / file.path).write_text("weights")
     return root
 
 
-def test_what_cannot_run_says_what_it_needs(tmp_path: Path) -> None:
+def test_a_dimension_that_cannot_run_names_what_it_needs(tmp_path: Path) -> None:
     suite = VBenchSuite("vbench", (), environment(tmp_path), with_weights(tmp_path / "w", "dynamic_degree"))
     reasons = suite.unavailable()
     assert FLICKERING not in reasons
     assert "dynamic_degree" not in reasons
-    assert reasons["motion_smoothness"] == "it needs amt_model/amt-s.pth"
+    assert reasons["motion_smoothness"] == "needs amt_model/amt-s.pth"
     assert "detectron2" in reasons["color"]
     assert (
         "detectron2"
@@ -117,16 +110,14 @@ def test_what_cannot_run_says_what_it_needs(tmp_path: Path) -> None:
         ]
     )
     i2v = VBenchSuite("vbench-i2v", (), environment(tmp_path), tmp_path).unavailable()
-    assert "pictures" in i2v["i2v_subject"]
+    assert "images" in i2v["i2v_subject"]
     assert "dino_model" in i2v["subject_consistency"]
 
 
-def test_each_dimension_is_asked_about_its_own_videos(
-    tmp_path: Path, workers: Callable[..., Answers]
-) -> None:
+def test_each_dimension_scores_its_own_videos(tmp_path: Path, workers: Callable[..., Answers]) -> None:
     answers = workers(**{FLICKERING: [0.9, 0.7], "imaging_quality": [40.0, 60.0]})
     weights = with_weights(tmp_path / "w", "imaging_quality")
-    both = (question(3, FLICKERING), question(8, "imaging_quality"))
+    both = (prompt_of(3, FLICKERING), prompt_of(8, "imaging_quality"))
     suite = VBenchSuite("vbench", both, environment(tmp_path), weights)
     found = suite.assess(clips(tmp_path, 3, 2) + clips(tmp_path, 8, 2), tmp_path)
     assert dict(answers.asked) == {
@@ -139,15 +130,13 @@ def test_each_dimension_is_asked_about_its_own_videos(
     result = result_of(suite, found)
     assert result.total is None
     assert result.dimensions[FLICKERING] == pytest.approx(100 * (0.8 - 0.6293) / (1 - 0.6293))
-    assert result.reasons["scene"].startswith("it needs caption_model/")
+    assert result.reasons["scene"].startswith("needs caption_model/")
 
 
-def test_answers_are_used_again_until_something_changes(
-    tmp_path: Path, workers: Callable[..., Answers]
-) -> None:
+def test_answers_are_reused_until_something_changes(tmp_path: Path, workers: Callable[..., Answers]) -> None:
     weights = with_weights(tmp_path / "w", "dynamic_degree")
     suite = VBenchSuite(
-        "vbench", (question(0, FLICKERING, "dynamic_degree"),), environment(tmp_path), weights
+        "vbench", (prompt_of(0, FLICKERING, "dynamic_degree"),), environment(tmp_path), weights
     )
     made = clips(tmp_path, 0, 2)
     first = workers(**{FLICKERING: [0.9, 0.7], "dynamic_degree": JobFailure("it crashed", "Traceback ...")})
@@ -157,7 +146,7 @@ def test_answers_are_used_again_until_something_changes(
     second = workers()
     again = suite.assess(made, tmp_path)
     assert [name for name, _ in first.asked] == [FLICKERING, "dynamic_degree"]
-    assert [name for name, _ in second.asked] == ["dynamic_degree"]  # what failed is tried again
+    assert [name for name, _ in second.asked] == ["dynamic_degree"]  # a failed dimension is retried
     assert again.raw[FLICKERING] == found.raw[FLICKERING] == pytest.approx(0.8)
     assert not (tmp_path / "vbench" / "dynamic_degree.error.txt").exists()
     made[1].path.write_text("another video")
@@ -170,44 +159,42 @@ def test_answers_are_used_again_until_something_changes(
     assert [name for name, _ in fourth.asked] == ["dynamic_degree"]
 
 
-def test_of_twenty_five_the_first_five_static_ones_count(
+def test_of_twenty_five_videos_the_first_five_static_ones_count(
     tmp_path: Path, workers: Callable[..., Answers]
 ) -> None:
     static = [float(k % 2) for k in range(25)]
     answers = workers(static_filter=static)
     weights = with_weights(tmp_path / "w", "static_filter")
-    suite = VBenchSuite("vbench", (question(0, FLICKERING),), environment(tmp_path), weights)
+    suite = VBenchSuite("vbench", (prompt_of(0, FLICKERING),), environment(tmp_path), weights)
     found = suite.assess(clips(tmp_path, 0, 25), tmp_path)
     assert answers.asked[1] == (FLICKERING, [f"0-{k}.mp4" for k in (1, 3, 5, 7, 9)])
     assert sum(FLICKERING in score.scores for score in found.scores) == 5
-    blind = VBenchSuite("vbench", (question(0, FLICKERING),), environment(tmp_path), tmp_path / "none")
+    blind = VBenchSuite("vbench", (prompt_of(0, FLICKERING),), environment(tmp_path), tmp_path / "none")
     lost = blind.assess(clips(tmp_path, 0, 25), tmp_path)
     assert lost.missing[FLICKERING] == "its static filter needs raft_model/models/raft-things.pth"
 
 
-def test_a_video_that_color_has_no_word_on_counts_nowhere(
-    tmp_path: Path, workers: Callable[..., Answers]
-) -> None:
+def test_a_video_that_color_skips_is_left_out(tmp_path: Path, workers: Callable[..., Answers]) -> None:
     weights = with_weights(tmp_path / "w", "color")
-    suite = VBenchSuite("vbench", (question(0, "color"),), environment(tmp_path), weights)
+    suite = VBenchSuite("vbench", (prompt_of(0, "color"),), environment(tmp_path), weights)
     suite = replace(suite, environment=environment(tmp_path, ("detectron2",)))
     made = clips(tmp_path, 0, 3)
     answers = workers(color=[1.0, None, 0.5])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("anyflow_cli.evaluate.vbench.weights._cached", lambda name: True)
+        patch.setattr("anyflow_cli.evaluate.vbench.weights.cached_snapshot", lambda name, file: Path(name))
         found, again = suite.assess(made, tmp_path), suite.assess(made, tmp_path)
     assert [score.scores for score in found.scores] == [{"color": 1.0}, {}, {"color": 0.5}]
     assert found.raw == {"color": 0.75}
     assert (again.scores, again.raw, len(answers.asked)) == (found.scores, found.raw, 1)
 
 
-def test_other_weights_than_the_published_are_not_comparable(
+def test_weights_other_than_the_published_ones_are_a_deviation(
     tmp_path: Path, workers: Callable[..., Answers]
 ) -> None:
     workers()
     weights = with_weights(tmp_path / "w", "background_consistency", "dynamic_degree")
     suite = VBenchSuite(
-        "vbench", (question(0, "background_consistency", "dynamic_degree"),), environment(tmp_path), weights
+        "vbench", (prompt_of(0, "background_consistency", "dynamic_degree"),), environment(tmp_path), weights
     )
     found = suite.assess(clips(tmp_path, 0, 1), tmp_path)
     assert found.deviations == ("clip_model/ViT-B-32.pt is not the published file",)
@@ -222,72 +209,77 @@ def make_recipe(tmp_path: Path, suite: str = "vbench", **vbench: Any) -> Recipe:
 def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     lines = [{"prompt_en": f"p{n}", "dimension": [FLICKERING if n < 2 else "scene"]} for n in range(4)]
     (tmp_path / "full_info.json").write_text(json.dumps(lines))
-    monkeypatch.setattr(registry, "open_environment", lambda place: environment(tmp_path))
+    monkeypatch.setattr(registry, "open_environment", lambda directory: environment(tmp_path))
     return lines
 
 
 def test_the_protocol_is_the_benchmarks(tmp_path: Path, installed: Lines) -> None:
     protocol = protocol_for(make_recipe(tmp_path))
     assert protocol.deviations == ()
-    assert [len([i for i in protocol.items if i.number == n]) for n in range(4)] == [25, 25, 5, 5]
-    assert len({item.seed for item in protocol.items}) == 60
-    assert [item.seed for item in protocol.items if item.number == 2] == [110, 111, 112, 113, 114]
+    assert [len([i for i in protocol.requests if i.number == n]) for n in range(4)] == [25, 25, 5, 5]
+    assert len({item.seed for item in protocol.requests}) == 60
+    assert [item.seed for item in protocol.requests if item.number == 2] == [110, 111, 112, 113, 114]
     five = protocol_for(make_recipe(tmp_path, flickering=5))
-    assert [item.seed for item in five.items] == list(range(100, 120))
-    assert {(i.prompt, i.seed) for i in five.items} < {(i.prompt, i.seed) for i in protocol.items}
+    assert [item.seed for item in five.requests] == list(range(100, 120))
+    assert {(i.prompt, i.seed) for i in five.requests} < {(i.prompt, i.seed) for i in protocol.requests}
 
 
-def test_a_limit_and_other_numbers_of_videos_are_marked(
+def test_a_limit_and_another_number_of_videos_are_deviations(
     tmp_path: Path, installed: list[dict[str, Any]]
 ) -> None:
     some = protocol_for(make_recipe(tmp_path, flickering=5), limit=2)
     assert some.deviations == ("only 2 of 4 prompts",)
     everything = protocol_for(make_recipe(tmp_path, flickering=5))
-    assert {(i.prompt, i.seed, i.number) for i in some.items} < {
-        (i.prompt, i.seed, i.number) for i in everything.items
+    assert {(i.prompt, i.seed, i.number) for i in some.requests} < {
+        (i.prompt, i.seed, i.number) for i in everything.requests
     }
     recipe = make_recipe(tmp_path)
     one = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"samples": 1})})
-    assert protocol_for(one).deviations == ("1 instead of 5 videos a prompt",)
-    assert len(protocol_for(one).items) == 4
+    assert protocol_for(one).deviations == ("1 instead of 5 videos per prompt",)
+    assert len(protocol_for(one).requests) == 4
     with pytest.raises(UsageError, match="has its own prompts"):
         protocol_for(recipe, tmp_path / "mine.txt")
-    with pytest.raises(UsageError, match="no dimension scenery"):
+    with pytest.raises(UsageError, match="does not have the dimension scenery"):
         protocol_for(make_recipe(tmp_path, dimensions=("scenery",)))
 
 
-def test_image_to_video_begins_with_its_pictures(tmp_path: Path) -> None:
+def test_image_to_video_is_conditioned_on_its_images(tmp_path: Path) -> None:
     (tmp_path / "crops").mkdir()
     Image.new("RGB", (70, 40), "red").save(tmp_path / "crops" / "cup.png")
-    cup = question(0, "i2v_subject", image_name="cup.png")
+    cup = prompt_of(0, "i2v_subject", image_name="cup.png")
     shape = ClipFormat(1, 16, 64, 64)
     suite = VBenchSuite(
-        "vbench-i2v", (cup,), environment(tmp_path), tmp_path, pictures=tmp_path / "crops", shape=shape
+        "vbench-i2v",
+        (cup,),
+        environment(tmp_path),
+        tmp_path,
+        images_directory=tmp_path / "crops",
+        image_format=shape,
     )
     suite.check(ModelSection())
-    (picture,) = suite.images(["prompt 0"], [0]) or []
-    assert picture.shape == (64, 64, 3)
-    assert picture[0, 0].tolist() == [255, 0, 0]
+    (image,) = suite.images(["prompt 0"], [0]) or []
+    assert image.shape == (64, 64, 3)
+    assert image[0, 0].tolist() == [255, 0, 0]
     none = VBenchSuite("vbench-i2v", (cup,), environment(tmp_path), tmp_path)
-    with pytest.raises(UsageError, match="begins each video with a picture"):
+    with pytest.raises(UsageError, match="conditions each video on an image"):
         none.check(ModelSection())
-    with pytest.raises(UsageError, match="1 of 1 pictures"):
-        VBenchSuite("vbench-i2v", (cup,), environment(tmp_path), tmp_path, pictures=tmp_path).check(
+    with pytest.raises(UsageError, match="1 of 1 images"):
+        VBenchSuite("vbench-i2v", (cup,), environment(tmp_path), tmp_path, images_directory=tmp_path).check(
             ModelSection()
         )
 
 
-def test_the_prompts_of_image_to_video_are_the_users(tmp_path: Path, installed: Lines) -> None:
+def test_the_user_provides_the_prompts_of_image_to_video(tmp_path: Path, installed: Lines) -> None:
     with pytest.raises(AnyflowError, match=r"lacks the prompts of VBench-I2V"):
         protocol_for(make_recipe(tmp_path, "vbench-i2v"))
     named = make_recipe(tmp_path, "vbench-i2v", full_info=str(tmp_path / "full_info.json"))
-    assert len(protocol_for(named).items) == 20  # five of each, flickering or not
+    assert len(protocol_for(named).requests) == 20  # five of each, flickering or not
 
 
-def test_without_an_environment_the_next_step_is_said(tmp_path: Path) -> None:
+def test_a_missing_environment_is_reported_with_the_next_step(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="there is none in") as raised:
         open_environment(tmp_path)
-    assert COMMAND in str(raised.value.hint)
-    assert "pip download -r" in bring_along(tmp_path)
-    with pytest.raises(UsageError, match=r"no Python 3\.8 to 3\.11"):
+    assert SETUP_COMMAND in str(raised.value.hint)
+    assert "pip download -r" in offline_setup(tmp_path)
+    with pytest.raises(UsageError, match=r"not a Python 3\.8 to 3\.11"):
         find_python("/bin/false")

@@ -1,14 +1,14 @@
-"""VBench's arithmetic, against a result of the benchmark's own script and the rows of the paper."""
+"""VBench's arithmetic against a result of the benchmark's own script and the rows of the paper."""
 
 from __future__ import annotations
 
 import pytest
 
-from anyflow_cli.evaluate.suite import sum_up
+from anyflow_cli.evaluate.suite import compute_summary, total_score
 from anyflow_cli.evaluate.vbench.dimensions import GROUPS, I2V, T2V, VBENCH_DIMENSIONS, Benchmark
 from anyflow_cli.evaluate.vbench.published import PublishedRow, published
 
-CHECK = {  # percent; the benchmark's own script makes 85.09, 75.82 and 83.24 of it
+CHECK = {  # percent; the benchmark's own script gives 85.09, 75.82 and 83.24
     "subject_consistency": 97.37, "background_consistency": 97.76, "temporal_flickering": 99.44,
     "motion_smoothness": 98.99, "dynamic_degree": 70.83, "aesthetic_quality": 60.36, "imaging_quality": 67.56,
     "object_class": 86.10, "multiple_objects": 68.55, "human_action": 94.40, "color": 91.60,
@@ -19,7 +19,7 @@ RAW = {name: value / 100 for name, value in CHECK.items()}
 
 
 def test_the_check_vector_is_reproduced_to_the_last_digit() -> None:
-    sums = sum_up(T2V, GROUPS["vbench"], RAW)
+    sums = compute_summary(T2V, GROUPS["vbench"], RAW)
     assert {name: round(mean or 0, 2) for name, mean in sums.groups.items()} == {
         "quality": 85.09, "semantic": 75.82,
     }  # fmt: skip
@@ -29,27 +29,29 @@ def test_the_check_vector_is_reproduced_to_the_last_digit() -> None:
 
 @pytest.mark.parametrize("name", CHECK)
 def test_without_any_one_dimension_there_is_no_total(name: str) -> None:
-    sums = sum_up(T2V, GROUPS["vbench"], {n: v for n, v in RAW.items() if n != name})
+    sums = compute_summary(T2V, GROUPS["vbench"], {n: v for n, v in RAW.items() if n != name})
     assert (sums.total, sums.missing) == (None, (name,))
     assert list(sums.groups.values()).count(None) == 1
 
 
 def test_scores_outside_their_range_are_not_clamped() -> None:
-    dimensions = sum_up(T2V, GROUPS["vbench"], RAW | {"scene": 0.9, "temporal_flickering": 0.5}).dimensions
+    dimensions = compute_summary(
+        T2V, GROUPS["vbench"], RAW | {"scene": 0.9, "temporal_flickering": 0.5}
+    ).dimensions
     assert dimensions["scene"] == pytest.approx(100 * 0.9 / 0.8222)
     assert dimensions["temporal_flickering"] == pytest.approx(100 * (0.5 - 0.6293) / (1 - 0.6293))
 
 
-def test_image_to_video_has_sums_of_its_own() -> None:
+def test_image_to_video_has_its_own_weights() -> None:
     raw = {d.name: d.low + 0.5 * (d.high - d.low) for d in I2V}
     raw |= {"dynamic_degree": 1.0, "camera_motion": 0.0}
-    sums = sum_up(I2V, GROUPS["vbench-i2v"], raw)
+    sums = compute_summary(I2V, GROUPS["vbench-i2v"], raw)
     quality, i2v = 100 * (5 * 0.5 + 0.5 * 1.0) / 5.5, 100 * (0.5 + 0.5 + 0.1 * 0.0) / 2.1
     assert sums.groups == pytest.approx({"quality": quality, "i2v": i2v})
     assert sums.total == pytest.approx((quality + i2v) / 2)
 
 
-def test_sixteen_dimensions_and_nine_with_the_weights_of_the_benchmark() -> None:
+def test_the_dimensions_have_the_weights_of_the_benchmark() -> None:
     weights = {
         (benchmark, group): sum(d.weight for d in dimensions if d.group == group)
         for benchmark, dimensions in VBENCH_DIMENSIONS.items()
@@ -66,14 +68,19 @@ def rows() -> list[tuple[Benchmark, PublishedRow]]:
     return [(benchmark, row) for benchmark in benchmarks for row in published(benchmark)]
 
 
-def test_every_row_of_the_paper_adds_up_but_one() -> None:
+def adds_up(row: PublishedRow, benchmark: Benchmark) -> bool:
+    """Whether some groups that are printed like these give a Total that is printed like this one."""
+    total = total_score(row.groups, GROUPS[benchmark])
+    return total is not None and abs(total - row.total) <= 2 * 0.005 + 1e-9
+
+
+def test_the_rows_that_do_not_add_up_are_marked() -> None:
     """HunyuanVideo's would with a Semantic of 75.82: the check vector has its Quality and its Total."""
     assert len(rows()) == 28
-    wrong = [(row.model, row.groups, row.total) for benchmark, row in rows() if not row.adds_up(benchmark)]
-    assert wrong == [("HunyuanVideo", {"quality": 85.09, "semantic": 76.88}, 83.24)]
-
-
-def test_a_row_that_is_off_by_more_than_rounding_does_not_add_up() -> None:
+    wrong = [row for benchmark, row in rows() if not adds_up(row, benchmark)]
+    assert [(row.model, row.groups, row.total) for row in wrong] == [
+        ("HunyuanVideo", {"quality": 85.09, "semantic": 76.88}, 83.24)
+    ]
+    assert [row for _, row in rows() if row.remark] == wrong
     row = published("vbench-i2v")[0]
-    assert row.adds_up("vbench-i2v")
-    assert not PublishedRow(row.model, row.nfe, row.groups, row.total + 0.02, row.own).adds_up("vbench-i2v")
+    assert not adds_up(row.model_copy(update={"total": row.total + 0.02}), "vbench-i2v")
