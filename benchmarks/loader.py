@@ -70,7 +70,7 @@ def floor(data: LatentData, batches: Batches, steps: int) -> int:
         shard = int(np.searchsorted(ends, position, "right"))
         record = data.manifest.shards[shard]
         row = data._index(shard)[position - ends[shard] + record.samples]
-        total += len(data.place.read(record.name, int(row["offset"]), int(row["length"])))
+        total += len(data.storage.read(record.name, int(row["offset"]), int(row["length"])))
     return total
 
 

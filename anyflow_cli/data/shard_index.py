@@ -1,12 +1,12 @@
-"""The index of a shard: where each sample's bytes lie in the archive, and their checksum.
+"""The index of a shard: offsets of each sample's bytes in the archive, and their checksum.
 
-    00000.npy    beside 00000.tar: one row of ROW a sample, 28 bytes, in the order of the samples
+    00000.npy    beside 00000.tar: one row of ROW per sample, 28 bytes, in the order of the samples
 
 It is written once, with the shard, so that a reader needs no pass over the archive's headers: one small read
-a shard, then one range of bytes a sample, at any fsspec address. The checksum names the sample that a flipped
-bit has hit, where the shard's hash could only name the shard.
+per shard, then one range of bytes per sample, at any fsspec address. The checksum identifies the sample that
+a flipped bit has damaged; the shard's hash could identify the shard only.
 
-A sample's tensors and facts are neighbours in the archive (a tar header between them), hence one range.
+A sample's tensors and facts are adjacent in the archive (a tar header between them), hence one range.
 """
 
 from __future__ import annotations
@@ -35,96 +35,128 @@ ROW = np.dtype([
     ("crc", "<u4"),      # of that range
 ])  # fmt: skip
 Index = NDArray[Any]  # of ROW
-REPAIR = (
-    "Find every damage with `anyflow synthesize --verify`; remove that shard and run `anyflow synthesize`."
-)
+REPAIR = "`anyflow synthesize --verify` lists the damage; remove that shard and run `anyflow synthesize`."
 
 
 @dataclass(frozen=True)
 class ByteSpan:
-    """Where a member's bytes lie in its archive."""
+    """Position of a member's bytes in its archive."""
 
     offset: int
     size: int
 
 
-Members = dict[str, dict[str, ByteSpan]]  # key of a sample -> ending -> bytes
+Members = dict[str, dict[str, ByteSpan]]  # key of a sample -> suffix -> bytes
 
 
 def index_path(shard: Path) -> Path:
-    """Where the index of a shard stands."""
+    """Path of a shard's index."""
     return shard.with_suffix(".npy")
 
 
 def write_index(path: Path, archive: Path | None = None) -> None:
-    """Commit the index of the shard ``path``, whose archive may still have another name."""
+    """Write the index of the shard ``path`` atomically; ``archive`` is its present name, if it is another."""
     rows = scan(archive or path)
     with atomic_write(index_path(path)) as temporary, temporary.open("wb") as file:
         np.save(file, rows)
 
 
-def read_index(place: Storage, shard: str, samples: int) -> Index:
-    """The index of a shard of so many samples."""
+def read_index(storage: Storage, shard: str, samples: int, size: int) -> Index:
+    """Read the index of a shard.
+
+    Args:
+        storage: The data set.
+        shard: Name of the shard.
+        samples: Samples in it.
+        size: Bytes of its archive.
+
+    Raises:
+        UsageError: The index is missing, damaged, or does not fit the shard.
+    """
     name = index_path(Path(shard)).name
     try:
-        rows: Index = np.load(io.BytesIO(place.read(name)), allow_pickle=False)
+        rows = _parse(storage.read(name))
     except FileNotFoundError:
         raise UsageError(
-            f"The shard {place.name(shard)} has no index ({name}).",
+            f"The shard {storage.address_of(shard)} has no index ({name}).",
             "Run `anyflow synthesize` again: it writes what is missing.",
         ) from None
-    except (ValueError, EOFError) as error:
-        raise _unfit(place, name) from error
-    if rows.dtype != ROW or len(rows) != samples or (np.diff(rows["sample"].astype(int)) <= 0).any():
-        raise _unfit(place, name)
+    if rows is None or len(rows) != samples or not _fits(rows, size):
+        raise UsageError(
+            f"The index {storage.address_of(name)} is damaged or belongs to another shard.",
+            "Remove it and run `anyflow synthesize` again: it writes what is missing.",
+        )
     return rows
 
 
-def _unfit(place: Storage, name: str) -> UsageError:
-    return UsageError(
-        f"The index {place.name(name)} is damaged or of another shard.",
-        "Remove it and run `anyflow synthesize` again: it writes what is missing.",
-    )
+def _parse(content: bytes) -> Index | None:
+    """The rows of an npy file without trusting the lengths that it states; None if it has others."""
+    file = io.BytesIO(content)
+    try:
+        version = np.lib.format.read_magic(file)
+        shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(file)
+    except Exception:  # a parser of foreign bytes can raise anything
+        return None
+    body = content[file.tell() :]
+    is_list_of_rows = version == (1, 0) and dtype == ROW and len(shape) == 1 and not is_fortran
+    fits = is_list_of_rows and shape[0] * ROW.itemsize == len(body)
+    return np.frombuffer(body, ROW) if fits else None
+
+
+def _fits(rows: Index, size: int) -> bool:
+    """Whether rows are in order and stay inside an archive of ``size`` bytes."""
+    in_order = (np.diff(rows["sample"].astype(np.int64)) > 0).all()
+    ends = rows["offset"] + rows["length"].astype(np.uint64)
+    is_inside = ((ends <= size) & (ends >= rows["offset"])).all()
+    parts = rows["tensors"].astype(np.uint64) + rows["facts"].astype(np.uint64)
+    return bool(in_order and is_inside and (parts <= rows["length"]).all())
 
 
 def scan(path: Path) -> Index:
-    """The index of an archive from the archive itself. What has no tensors or no number is no sample."""
+    """Compute the index from the archive; members without tensors or without a number are not samples."""
     samples = {
         int(key): _range(parts)
         for key, parts in index_members(path).items()
-        if "safetensors" in parts and key.isdecimal()
+        if "safetensors" in parts and key.isascii() and key.isdecimal() and len(key) < 10
     }
     rows = []
-    with path.open("rb") as handle:
+    with path.open("rb") as file:
         for sample, (offset, tensors, length, facts) in sorted(samples.items()):
-            handle.seek(offset)
-            rows.append((sample, offset, tensors, length, facts, zlib.crc32(handle.read(length))))
+            if length >= 1 << 32:
+                raise UsageError(f"The shard {path} has a sample of {length:,} bytes.", REPAIR)
+            file.seek(offset)
+            rows.append((sample, offset, tensors, length, facts, zlib.crc32(file.read(length))))
     return np.array(rows, ROW)
 
 
 def _range(parts: Mapping[str, ByteSpan]) -> tuple[int, int, int, int]:
-    """Offset and size of the tensors, length of the range with the facts, and size of these."""
+    """Offset and size of the tensors, length of the range with the facts, and size of the facts."""
     tensors, facts = parts["safetensors"], parts.get("json", ByteSpan(0, 0))
     end = facts.offset + facts.size if facts.offset > tensors.offset else tensors.offset + tensors.size
     return tensors.offset, tensors.size, end - tensors.offset, facts.size
 
 
 def index_members(path: Path) -> Members:
-    """Where each sample's parts lie, from the archive's headers alone (no member is read)."""
+    """Find each sample's members from the archive's headers alone.
+
+    Raises:
+        UsageError: The archive is damaged or truncated.
+    """
     members: Members = {}
     end = 0
     try:
         with tarfile.open(path, "r:") as archive:
             for info in archive:
-                key, _, ending = info.name.partition(".")
+                key, _, suffix = info.name.partition(".")
                 end = info.offset_data + -(-info.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
                 if info.isfile():
-                    members.setdefault(key, {})[ending] = ByteSpan(info.offset_data, info.size)
-    except tarfile.TarError as error:
+                    members.setdefault(key, {})[suffix] = ByteSpan(info.offset_data, info.size)
+        with path.open("rb") as file:
+            file.seek(end)
+            # tarfile takes a broken header for the end; the true end is two blocks of zeros.
+            is_whole = file.read(2 * tarfile.BLOCKSIZE) == bytes(2 * tarfile.BLOCKSIZE)
+    except Exception as error:  # a parser of foreign bytes can raise anything
         raise UsageError(f"The shard {path} is damaged: {error}.", REPAIR) from error
-    with path.open("rb") as handle:
-        handle.seek(end)
-        # tarfile takes a broken header for the end; the true end is two blocks of zeros.
-        if handle.read(2 * tarfile.BLOCKSIZE) != bytes(2 * tarfile.BLOCKSIZE):
-            raise UsageError(f"The shard {path} is damaged or cut short after byte {end:,}.", REPAIR)
+    if not is_whole:
+        raise UsageError(f"The shard {path} is damaged or truncated after byte {end:,}.", REPAIR)
     return members

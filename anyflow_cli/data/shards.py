@@ -1,33 +1,37 @@
 """Shards of latents on disk: WebDataset tar archives, a record beside each, and one manifest over all.
 
     00000.tar             <index>.safetensors {latents, text}, <index>.json {caption, seed, ...}, maybe .mp4
-    00000.json            the shard's record: hash, sizes, what was rejected while it was made
-    00000.npy             the shard's index (``index.py``): where each sample lies, and its checksum
+    00000.json            the shard's record: hash, sizes, and what was rejected while it was made
+    00000.npy             the shard's index (``shard_index.py``): offset and checksum of each sample
     negative.safetensors  {text}: the embedding of the negative prompt
     provenance.json       what the data set is made from; written first, so that another run is refused
     manifest.json         all records together; written last, so that its presence means complete
 
 A shard covers a fixed range of indices, so work is divided, resumed and repeated by shard, and equal seeds
-give equal bytes. A shard is complete when its tar has its final name; index and record are committed just
-before it. Keeping records spares a restart and the manifest from reading a terabyte again. Names inside
-archives are keys, never paths. Writing is local; a finished data set is read wherever it lies (``place.py``).
+give equal bytes. A shard is complete when its tar has its final name; index and record are written just
+before. Records spare a restart and the manifest from reading a terabyte again. Names inside archives are
+keys, never paths. Data sets are written locally and read from anywhere (``storage.py``).
 
 Legend: F latent frames, C channels, H W latent height and width, L text tokens (not padded), D text width.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import tarfile
 import zlib
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import safetensors.torch
 import torch
+from pydantic import Field
+from pydantic_core import from_json
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -35,9 +39,19 @@ from anyflow_cli.data.shard_index import REPAIR, write_index
 from anyflow_cli.data.storage import Storage
 from anyflow_cli.errors import AnyflowError, UsageError
 from anyflow_cli.utils.files import atomic_write, file_sha256, write_json
+from anyflow_cli.utils.records import parse_record
+from anyflow_cli.utils.records import read_record as read_json_record
 
 VERSION = 1
 MANIFEST, PROVENANCE, NEGATIVE = "manifest.json", "provenance.json", "negative.safetensors"
+STORED_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+REWRITE = "Remove it and run `anyflow synthesize` again."
+
+ShardName = Annotated[str, Field(pattern=r"^\d{5,9}\.tar$")]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Natural = Annotated[int, Field(ge=0, lt=1 << 48)]
+Dimension = Annotated[int, Field(ge=1, lt=1 << 20)]
+LatentShape = tuple[Dimension, Dimension, Dimension, Dimension]
 
 
 class CorruptSampleError(AnyflowError):
@@ -69,33 +83,49 @@ class Rejection:
 class ShardRecord:
     """What is known of a complete shard without opening it."""
 
-    name: str
-    sha256: str
-    samples: int
-    bytes: int
-    latent_shape: tuple[int, ...] | None  # of every sample in it; None for a shard without samples
-    text_dim: int | None
+    name: ShardName
+    sha256: Sha256
+    samples: Natural
+    bytes: Natural
+    latent_shape: LatentShape | None  # of every sample in it; None for a shard without samples
+    text_dim: Dimension | None
     rejected: tuple[Rejection, ...] = ()
-
-    @staticmethod
-    def from_dict(content: dict[str, Any]) -> ShardRecord:
-        """The inverse of ``dataclasses.asdict`` after a round trip through JSON."""
-        shape = content["latent_shape"]
-        rejected = tuple(Rejection(**entry) for entry in content["rejected"])
-        return ShardRecord(**{**content, "latent_shape": shape and tuple(shape), "rejected": rejected})
 
 
 @dataclass(frozen=True)
 class Manifest:
     """A complete data set: how many samples of which shape, in which shards, made from what."""
 
-    count: int
+    count: Natural
     shards: tuple[ShardRecord, ...]
-    latent_shape: tuple[int, ...]
-    text_dim: int
+    latent_shape: LatentShape
+    text_dim: Dimension
     provenance: Mapping[str, Any]
-    negative: str = NEGATIVE
-    version: int = VERSION
+    negative: Literal["negative.safetensors"] = "negative.safetensors"
+    version: Annotated[int, Field(ge=1)] = VERSION
+    negative_sha256: Sha256 | None = None  # missing in the manifests of version 0.1
+
+    def problems(self) -> Iterator[str]:
+        """Contradictions inside the manifest, as sentences without a subject."""
+        if not self.shards:
+            yield "lists no shards"
+        repeated = [name for name, n in Counter(record.name for record in self.shards).items() if n > 1]
+        if repeated:
+            yield f"lists shards twice: {', '.join(repeated[:5])}"
+        total = sum(record.samples for record in self.shards)
+        if total != self.count:
+            yield f"states {self.count} samples, and its shards {total}"
+        for record in self.shards:
+            shape = (record.latent_shape, record.text_dim)
+            if record.samples and shape != (self.latent_shape, self.text_dim):
+                yield f"states another shape than its shard {record.name}"
+
+
+@dataclass(frozen=True)
+class ManifestVersion:
+    """The part of a manifest that says whether the rest can be read."""
+
+    version: int
 
 
 def shard_ranges(count: int, size: int) -> list[range]:
@@ -104,12 +134,15 @@ def shard_ranges(count: int, size: int) -> list[range]:
 
 
 def shard_path(directory: Path, number: int) -> Path:
-    """Where shard ``number`` stands; its record has the ending .json instead."""
+    """Path of shard ``number``; its record has the suffix .json instead."""
     return directory / f"{number:05d}.tar"
 
 
+# --- writing
+
+
 def write_shard(path: Path, results: Iterable[LatentSample | Rejection]) -> ShardRecord:
-    """Write what ``results`` yields, one at a time, and commit its index, its record and then the shard."""
+    """Write what ``results`` yields, one at a time; then commit its index, its record and the shard."""
     rejected: list[Rejection] = []
     shapes: list[tuple[tuple[int, ...], int]] = []
     with atomic_write(path) as temporary:
@@ -121,9 +154,10 @@ def write_shard(path: Path, results: Iterable[LatentSample | Rejection]) -> Shar
                     shapes.append((tuple(result.latents.shape), result.text.shape[-1]))
                     _add_sample(archive, result)
         assert len(set(shapes)) <= 1, f"samples of several shapes in {path}: {set(shapes)}"
+        shape: Any = shapes[0][0] if shapes else None
         record = ShardRecord(
             path.name, file_sha256(temporary), len(shapes), temporary.stat().st_size,
-            shapes[0][0] if shapes else None, shapes[0][1] if shapes else None, tuple(rejected),
+            shape, shapes[0][1] if shapes else None, tuple(rejected),
         )  # fmt: skip
         write_index(path, temporary)
         write_json(path.with_suffix(".json"), asdict(record))
@@ -138,37 +172,69 @@ def _add_sample(archive: tarfile.TarFile, sample: LatentSample) -> None:
         "json": json.dumps(facts, ensure_ascii=False).encode(),
         "mp4": sample.preview,
     }
-    for ending, content in members.items():
+    for suffix, content in members.items():
         if content is not None:
             # TarInfo's own owner, mode and time are constants: equal samples give equal bytes.
-            info = tarfile.TarInfo(f"{sample.index:08d}.{ending}")
+            info = tarfile.TarInfo(f"{sample.index:08d}.{suffix}")
             info.size = len(content)
             archive.addfile(info, io.BytesIO(content))
 
 
+def write_negative(directory: Path, text: Tensor) -> None:
+    """Write the negative prompt's embedding, (L, D)."""
+    with atomic_write(directory / NEGATIVE) as temporary:
+        temporary.write_bytes(safetensors.torch.save({"text": text.contiguous()}))
+
+
+def write_manifest(
+    directory: Path, records: Iterable[ShardRecord], provenance: Mapping[str, Any]
+) -> Manifest:
+    """Write the manifest of a complete data set; refuse mixed latent shapes."""
+    records = tuple(records)
+    shapes = {(r.latent_shape, r.text_dim): r.name for r in records if r.latent_shape and r.text_dim}
+    if len(shapes) > 1:
+        named = ", ".join(f"{name} {shape}" for shape, name in shapes.items())
+        raise UsageError(f"The shards in {directory} have latents of several shapes: {named}.", REPAIR)
+    if not shapes:
+        raise AnyflowError(
+            f"No sample in {directory} passed the checks.",
+            "Its .json files have the reasons; remove it when the videos are fixed, and run again.",
+        )
+    ((shape, text_dim),) = shapes
+    assert shape is not None
+    assert text_dim is not None
+    negative = directory / NEGATIVE
+    digest = file_sha256(negative) if negative.exists() else None
+    total = sum(record.samples for record in records)
+    manifest = Manifest(total, records, shape, text_dim, provenance, negative_sha256=digest)
+    write_json(directory / MANIFEST, asdict(manifest))
+    return manifest
+
+
+# --- reading
+
+
 def read_record(path: Path) -> ShardRecord | None:
-    """The record of a complete shard, None when it still has to be made. A damaged shard is named."""
+    """Read the record of a complete shard; None if the shard has to be made.
+
+    Raises:
+        UsageError: The record is damaged, or the shard has another size.
+    """
     record_path = path.with_suffix(".json")
     if not path.exists() or not record_path.exists():
         return None
-    try:
-        record = ShardRecord.from_dict(json.loads(record_path.read_bytes()))
-    except (ValueError, TypeError, KeyError) as error:
-        raise UsageError(
-            f"The shard record {record_path} cannot be read.",
-            f"Remove it and run again; {path.name} is then made again.",
-        ) from error
+    record = read_json_record(record_path, ShardRecord, f"{REWRITE} {path.name} is then made again.")
     check_size(path, record)
     return record
 
 
 def check_size(path: Path, record: ShardRecord) -> None:
-    """Refuse a local shard that vanished or was cut short; costs no reading."""
+    """Refuse a local shard that is missing or truncated, without reading it."""
     require_size(str(path), path.stat().st_size if path.exists() else None, record)
 
 
 def require_size(name: str, size: int | None, record: ShardRecord) -> None:
-    """Refuse a shard that has another size than was written, or none."""
+    """Refuse a shard that is missing or has another size than was written."""
     if size is None:
         raise UsageError(
             f"The shard {name} is missing.", "Run `anyflow synthesize` again: it makes missing shards only."
@@ -177,94 +243,98 @@ def require_size(name: str, size: int | None, record: ShardRecord) -> None:
         raise UsageError(f"The shard {name} has {size:,} bytes where {record.bytes:,} were written.", REPAIR)
 
 
-def write_manifest(
-    directory: Path, records: Iterable[ShardRecord], provenance: Mapping[str, Any]
-) -> Manifest:
-    """Commit the manifest of a complete data set; mixed latent shapes are refused."""
-    records = tuple(records)
-    shapes = {(r.latent_shape, r.text_dim): r.name for r in records if r.latent_shape and r.text_dim}
-    if len(shapes) > 1:
-        named = ", ".join(f"{name} {shape}" for shape, name in shapes.items())
-        raise UsageError(f"The shards in {directory} hold latents of several shapes: {named}.", REPAIR)
-    if not shapes:
-        raise AnyflowError(
-            f"No sample in {directory} passed the checks.",
-            "The reasons stand in its .json files; remove it when the videos are mended, and run again.",
-        )
-    ((shape, text_dim),) = shapes
-    manifest = Manifest(sum(r.samples for r in records), records, shape, text_dim, provenance)
-    write_json(directory / MANIFEST, asdict(manifest))
+def read_manifest(address: str | Path) -> Manifest:
+    """Read the manifest of a complete data set.
+
+    Raises:
+        UsageError: There is none, it is damaged, contradicts itself, or is of a newer version.
+    """
+    manifest = parse_manifest(address)
+    problem = next(manifest.problems(), None)
+    if problem is not None:
+        raise UsageError(f"The manifest {Storage.at(address).address_of(MANIFEST)} {problem}.", REWRITE)
     return manifest
 
 
-def read_manifest(address: str | Path) -> Manifest:
-    """The manifest of a complete data set; says what is the matter when there is none."""
-    place = Storage.at(address)
-    path = place.name(MANIFEST)
+def parse_manifest(address: str | Path) -> Manifest:
+    """Read a manifest like ``read_manifest``, but accept one that contradicts itself."""
+    storage = Storage.at(address)
+    path = storage.address_of(MANIFEST)
     try:
-        content = json.loads(place.read(MANIFEST))
-        version = content["version"]
-        if version <= VERSION:
-            shards = tuple(ShardRecord.from_dict(entry) for entry in content["shards"])
-            return Manifest(**{**content, "shards": shards, "latent_shape": tuple(content["latent_shape"])})
+        content = storage.read(MANIFEST)
     except FileNotFoundError:
-        what = "is not complete yet" if place.exists(PROVENANCE) else f"holds no data set (no {MANIFEST})"
-        raise UsageError(f"{place} {what}.", "Make or complete it with `anyflow synthesize`.") from None
-    except (ValueError, TypeError, KeyError) as error:
+        what = "is not complete yet" if storage.exists(PROVENANCE) else f"is not a data set (no {MANIFEST})"
+        raise UsageError(f"{storage} {what}.", "Make or complete it with `anyflow synthesize`.") from None
+    version = parse_record(content, ManifestVersion, path, REWRITE).version
+    if version > VERSION:
         raise UsageError(
-            f"The manifest {path} cannot be read.", "Remove it and run `anyflow synthesize` again."
-        ) from error
-    raise UsageError(
-        f"{path} is of version {version}; this anyflow reads up to {VERSION}.", "Update anyflow."
-    )
+            f"{path} is of version {version}; this anyflow reads up to {VERSION}.", "Update anyflow."
+        )
+    return parse_record(content, Manifest, path, REWRITE)
 
 
-def write_negative(directory: Path, text: Tensor) -> None:
-    """Store the negative prompt's embedding, (L, D)."""
-    with atomic_write(directory / NEGATIVE) as temporary:
-        temporary.write_bytes(safetensors.torch.save({"text": text.contiguous()}))
+def read_negative(address: str | Path, sha256: str | None = None) -> Tensor:
+    """Read the negative prompt's embedding, (L, D), as fp32.
 
-
-def read_negative(address: str | Path) -> Tensor:
-    """The negative prompt's embedding, (L, D), in fp32."""
-    place = Storage.at(address)
-    try:
-        return safetensors.torch.load(place.read(NEGATIVE))["text"].float()
-    except (OSError, SafetensorError, KeyError) as error:
-        raise UsageError(
-            f"{place.name(NEGATIVE)} is missing or cannot be read.", "Run `anyflow synthesize` again."
-        ) from error
-
-
-def read_sample(place: Storage, shard: str, row: Any) -> LatentSample:
-    """One sample by its row of the index; CorruptSampleError names it if it is not what was written.
-
-    A shard that is not there any more ends as UsageError: that is more than a sample. Previews are not read.
+    Args:
+        address: The data set.
+        sha256: Hash that the file must have; None accepts any.
     """
-    name = f"Sample {row['sample']:08d} of {place.name(shard)}"
+    storage = Storage.at(address)
+    path = storage.address_of(NEGATIVE)
     try:
-        content = place.read(shard, int(row["offset"]), int(row["length"]))
+        content = storage.read(NEGATIVE)
+        if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
+            raise UsageError(f"{path} is not what was written (its hash differs).", REWRITE)
+        text = safetensors.torch.load(content)["text"]
+    except (FileNotFoundError, SafetensorError, KeyError) as error:
+        raise UsageError(f"{path} is missing or damaged.", "Run `anyflow synthesize` again.") from error
+    problem = _tensor_problem(text, 2)
+    if problem is not None:
+        raise UsageError(f"{path} {problem}.", REWRITE)
+    return text.float()
+
+
+def read_sample(storage: Storage, shard: str, row: Any) -> LatentSample:
+    """Read one sample by its row of the index, without its preview.
+
+    Raises:
+        CorruptSampleError: The sample is not what was written; names it.
+        UsageError: The shard is missing, which is more than a sample.
+    """
+    name = f"Sample {row['sample']:08d} of {storage.address_of(shard)}"
+    try:
+        content = storage.read(shard, int(row["offset"]), int(row["length"]))
     except FileNotFoundError:
         raise UsageError(
-            f"The shard {place.name(shard)} is missing.", "Bring it back; the same command then goes on."
+            f"The shard {storage.address_of(shard)} is missing.",
+            "Restore it, then run the same command again.",
         ) from None
     if zlib.crc32(content) != row["crc"]:
         raise CorruptSampleError(f"{name} is not what was written (its checksum differs).", REPAIR)
     try:
-        facts = json.loads(content[-int(row["facts"]) :])
+        facts = dict(from_json(content[len(content) - int(row["facts"]) :]))
         tensors = safetensors.torch.load(content[: int(row["tensors"])])
-        sample = LatentSample(
-            facts.pop("index"), facts.pop("caption"), tensors["latents"], tensors["text"], facts
-        )
-    except (KeyError, ValueError, AttributeError, SafetensorError) as error:
+        index, caption = facts.pop("index"), facts.pop("caption")
+        latents, text = tensors["latents"], tensors["text"]
+    except (KeyError, TypeError, ValueError, SafetensorError) as error:
         raise CorruptSampleError(f"{name} cannot be read ({error!r}).", REPAIR) from error
-    if sample.index != row["sample"]:
-        raise CorruptSampleError(f"{name} is sample {sample.index}.", REPAIR)
-    if not (_is_finite(sample.latents) and _is_finite(sample.text)):
-        raise CorruptSampleError(f"{name} holds numbers that are not finite.", REPAIR)
-    return sample
+    if type(index) is not int or index != row["sample"]:
+        raise CorruptSampleError(f"{name} is sample {index}.", REPAIR)
+    if not isinstance(caption, str):
+        raise CorruptSampleError(f"{name} has no caption.", REPAIR)
+    for problem in filter(None, (_tensor_problem(latents, 4), _tensor_problem(text, 2))):
+        raise CorruptSampleError(f"{name} {problem}.", REPAIR)
+    return LatentSample(index, caption, latents, text, facts)
 
 
-def _is_finite(x: Tensor) -> bool:
+def _tensor_problem(x: Tensor, rank: int) -> str | None:
+    """What is wrong with a stored tensor, as the rest of a sentence."""
+    if x.ndim != rank or 0 in x.shape:
+        return f"has a tensor of shape {tuple(x.shape)}"
+    if x.dtype not in STORED_TYPES:
+        return f"has a tensor of type {x.dtype}"
     # A sum is finite only if all its terms are, and takes a fraction of the time of looking at each.
-    return bool(x.sum(dtype=torch.float32).isfinite()) or bool(x.isfinite().all())
+    if not (bool(x.sum(dtype=torch.float32).isfinite()) or bool(x.isfinite().all())):
+        return "contains values that are not finite"
+    return None

@@ -1,15 +1,19 @@
-"""Where a data set lies: a local directory, or any address that fsspec reads (s3://, hf://, https://, ...).
+"""The directory of a data set: local, or any address that fsspec reads (s3://, hf://, https://, ...).
 
-Files are read whole or by ranges of bytes, nothing is cached on disk. Another machine may fail for a moment,
-so that a failed read from one is repeated before it counts.
+Files are read whole or by ranges of bytes; nothing is cached on disk. A failed read from another machine is
+repeated a few times before it counts. File names come from manifests, so each passes ``safe_child``.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
+import stat
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
@@ -18,17 +22,19 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from anyflow_cli.errors import AnyflowError, UsageError
+from anyflow_cli.utils.files import safe_child
+from anyflow_cli.utils.records import MAX_BYTES
 
-PAUSES = (0.5, 2.0, 8.0)  # seconds before a failed read from another machine is repeated
-ASKED_AT_ONCE = 16
-PIECE = 1 << 22  # bytes
+RETRY_PAUSES = (0.5, 2.0, 8.0)  # seconds
+PARALLEL_REQUESTS = 16
+BLOCK_BYTES = 1 << 22
 
 Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
 class Storage:
-    """A directory somewhere. Names in it are plain file names."""
+    """A directory somewhere; names in it are plain file names."""
 
     address: str
     files: Any  # fsspec's file system
@@ -36,14 +42,14 @@ class Storage:
 
     @staticmethod
     def at(address: str | Path) -> Storage:
-        """Find out who can read an address; nothing is read."""
+        """Find the file system of an address; nothing is read."""
         try:
             files, root = fsspec.core.url_to_fs(str(address))
         except ImportError as error:
             raise UsageError(
                 f"Reading {address} needs a package: {error}.", "Install it with pip."
             ) from error
-        except ValueError as error:
+        except Exception as error:  # each library has errors of its own
             raise UsageError(
                 f"Nothing can read {address}: {error}.", "Give a directory, or an address that fsspec knows."
             ) from error
@@ -52,8 +58,13 @@ class Storage:
     def __str__(self) -> str:
         return self.address
 
-    def name(self, name: str) -> str:
-        """The address of a file, for people to read."""
+    @property
+    def is_local(self) -> bool:
+        """Whether it is a directory of this machine."""
+        return isinstance(self.files, LocalFileSystem)
+
+    def address_of(self, name: str) -> str:
+        """Address of a file, for messages."""
         return f"{self.address.rstrip('/')}/{name}"
 
     def exists(self, name: str) -> bool:
@@ -61,58 +72,92 @@ class Storage:
         return self.size(name) is not None
 
     def size(self, name: str) -> int | None:
-        """Bytes of a file, None if there is none."""
+        """Bytes of a file; None if there is none."""
         try:
-            return int(self._patiently(name, lambda: self.files.size(self._path(name))))
+            return int(self._retry(name, lambda path: self.files.size(path)))
         except FileNotFoundError:
             return None
 
     def sizes(self, names: Sequence[str]) -> list[int | None]:
-        """Sizes of many files: from one listing where the place gives one, else asked side by side."""
+        """Bytes of many files: from one listing where the file system has one, else by parallel requests."""
         try:
             entries = self.files.ls(self.root, detail=True)
         except Exception:  # each library has its own error for a server that does not list
             entries = []
         listed = {PurePosixPath(entry["name"]).name: entry.get("size") for entry in entries}
-        with ThreadPoolExecutor(ASKED_AT_ONCE) as pool:
+        with ThreadPoolExecutor(PARALLEL_REQUESTS) as pool:
             return list(pool.map(lambda name: listed.get(name) or self.size(name), names))
 
     def read(self, name: str, start: int = 0, length: int | None = None) -> bytes:
-        """A file, or ``length`` bytes of it, fewer at its end; FileNotFoundError if there is none."""
+        """Read a file of at most ``MAX_BYTES``, or ``length`` bytes of any file, fewer at its end.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            UsageError: It is too large, not a regular file, or not served by ranges.
+            AnyflowError: Reading it failed repeatedly.
+        """
+        if length is None and (self.size(name) or 0) > MAX_BYTES:
+            raise UsageError(
+                f"{self.address_of(name)} is larger than {MAX_BYTES >> 20} MiB.", "Restore the data set."
+            )
         stop = None if length is None else start + length
-        content: bytes = self._patiently(name, lambda: self.files.cat_file(self._path(name), start, stop))
+        content: bytes = self._retry(name, lambda path: self.files.cat_file(path, start, stop))
         if length is not None and len(content) > length:
             raise UsageError(
-                f"{self.name(name)} is not served by ranges of bytes.",
+                f"{self.address_of(name)} is not served by ranges of bytes.",
                 "Use another server, or copy the data set to a disk.",
             )
         return content
 
     def sha256(self, name: str) -> str:
-        """The hash of a file, read in pieces."""
-        digest = hashlib.sha256()
-        with self.files.open(self._path(name), "rb") as handle:
-            while piece := handle.read(PIECE):
-                digest.update(piece)
-        return digest.hexdigest()
+        """SHA-256 of a file in hexadecimal, read block by block."""
 
-    def _path(self, name: str) -> str:
-        return f"{self.root}/{name}"
+        def hash_file(path: str) -> str:
+            digest = hashlib.sha256()
+            with self.files.open(path, "rb") as file:
+                while block := file.read(BLOCK_BYTES):
+                    digest.update(block)
+            return digest.hexdigest()
 
-    def _patiently(self, name: str, read: Callable[[], Result]) -> Result:
-        """What ``read`` gives, asked again after each of PAUSES if another machine failed to answer."""
-        if isinstance(self.files, LocalFileSystem):
-            return read()
-        for pause in (*PAUSES, None):
+        return self._retry(name, hash_file)
+
+    @contextmanager
+    def local_copy(self, name: str) -> Iterator[Path]:
+        """Yield the path of a file: its own, or that of a temporary copy of one from another machine."""
+        if self.is_local:
+            yield Path(self.root, name)
+            return
+        with tempfile.TemporaryDirectory() as directory:
+            copy = Path(directory, name)
+            self._retry(name, lambda path: self.files.get_file(path, str(copy)))
+            yield copy
+
+    def _retry(self, name: str, read: Callable[[str], Result]) -> Result:
+        """Call ``read`` with the path of a file, again after each of the pauses if another machine failed."""
+        path = f"{self.root}/{safe_child(Path(self.root), name).name}"
+        if self.is_local:
+            return self._read_local(path, read)
+        for pause in (*RETRY_PAUSES, None):
             try:
-                return read()
+                return read(path)
             except FileNotFoundError:
                 raise
             except Exception as error:  # each library has errors of its own
                 if pause is None:
                     raise AnyflowError(
-                        f"{self.name(name)} cannot be read: {error or type(error).__name__}.",
-                        "Check the network and the rights; the same command then goes on.",
+                        f"{self.address_of(name)} cannot be read: {error or type(error).__name__}.",
+                        "Check the network and the permissions, then run the same command again.",
                     ) from error
                 time.sleep(pause)
         raise AssertionError("the last pause is None")
+
+    @staticmethod
+    def _read_local(path: str, read: Callable[[str], Result]) -> Result:
+        try:
+            if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would block
+                raise UsageError(f"{path} is not a regular file.", "Restore the data set.")
+            return read(path)
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise UsageError(f"{path} cannot be read: {error.strerror}.", "Check its permissions.") from error

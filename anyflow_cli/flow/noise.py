@@ -8,6 +8,7 @@ Legend: B batch, F latent frames, C channels, H W latent height and width.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 
 import torch
@@ -17,9 +18,19 @@ Generators = torch.Generator | Sequence[torch.Generator] | None
 """One generator for the batch, or one per sample: then a sample's noise does not depend on its batch."""
 
 
+def fold_seed(seed: int) -> int:
+    """Map a seed of any size to 32 bits; smaller seeds map to themselves.
+
+    torch's CPU generator reads the lower 32 bits only, so 0, 2^32 and 2^63 would give the same numbers.
+    """
+    if seed < 1 << 32:
+        return seed
+    return int.from_bytes(hashlib.blake2b(str(seed).encode(), digest_size=4).digest(), "big")
+
+
 def noise_stream(seed: int, shape: Sequence[int]) -> tuple[Tensor, torch.Generator]:
     """Draw a seed's starting noise, and return it with the generator that continues the seed's stream."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(fold_seed(seed))
     return torch.randn(tuple(shape), generator=generator), generator
 
 

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from anyflow_cli.errors import UsageError
+from anyflow_cli.flow.noise import fold_seed
 from anyflow_cli.model.causal import FAR, as_causal
 from anyflow_cli.model.conditioned import Conditioned
 from anyflow_cli.model.config import CausalConfig
@@ -165,7 +166,7 @@ class Backbone(nn.Module):
         self._networks |= {"real": origin, "fake": origin}
         self._adapters = {shared: LoraAdapters(shared) for shared in (network, origin)}
         with torch.random.fork_rng(devices=[]):  # the same adapters on every rank
-            torch.manual_seed(seed)
+            torch.manual_seed(fold_seed(seed))
             for name in self.roles:
                 if name != "real" or real_adapter is not None:
                     self._add_adapter(name, lora)

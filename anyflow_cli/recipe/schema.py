@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]  # the same rule for every command
 Budgets = Annotated[tuple[Count, ...], Field(min_length=1)]  # numbers of network evaluations
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Value = TypeVar("Value")
@@ -172,7 +173,7 @@ class SynthesizeSection(Section):
     batch_size: Count = 1
     shard_size: Count = 256
     previews: bool = False
-    seed: int = 0
+    seed: Seed = 0
 
 
 class EmaSection(Section):
@@ -216,7 +217,7 @@ class TrainingSection(Section):
     )
     optimizer: OptimizerSection = OptimizerSection()
     ema: EmaSection = EmaSection()
-    seed: int = 0
+    seed: Seed = 0
     checkpoint_every: Count = 500
     keep_checkpoints: Count = 2
     log_every: Count = 10
@@ -345,7 +346,7 @@ class SampleSection(Section):
 
     nfe: Budgets = (4,)
     frames: Count | None = Field(None, description="Frames of a video; null: as many as the model's.")
-    seed: int = 0
+    seed: Seed = 0
     batch_size: Count = 1
     teacher_steps: Count = 50
     teacher_guidance: Positive = 5.0
@@ -389,7 +390,7 @@ class EvaluateSection(Section):
         None, description="Of the model in question; null: by its kind."
     )
     vbench: VBenchSection = VBenchSection()
-    seed: int = 1000
+    seed: Seed = 1000
     batch_size: Count = 8
     teacher: bool = Field(True, description="Score the teacher at its own step count beside the model.")
 

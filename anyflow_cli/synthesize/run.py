@@ -336,8 +336,8 @@ class Encoders:
 
 
 def seed_of(seed: int, index: int, attempt: int) -> int:
-    """The noise seed of a video's n-th attempt; attempts lie far apart, so that no two videos share one."""
-    return seed + index + (attempt << 30)  # not << 32: torch's CPU generator drops all but the lower 32 bits
+    """Seed of a video's n-th attempt; attempts are far apart, so that no two videos share a seed."""
+    return seed + index + (attempt << 30)
 
 
 def _mp4(video: Tensor, fps: int) -> bytes:

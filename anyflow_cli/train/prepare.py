@@ -187,5 +187,5 @@ def _check_data(recipe: schema.Recipe, backbone: Backbone, data: LatentData) -> 
             ("text of width {}", data.text_dim, config.text_dim),
         ):
             if found != wanted:
-                message = f"{data.place} holds {what.format(found)}; the {name} takes {wanted}."
+                message = f"{data.storage} holds {what.format(found)}; the {name} takes {wanted}."
                 raise UsageError(message, hint, everywhere=True)

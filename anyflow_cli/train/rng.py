@@ -24,6 +24,7 @@ from torch import Tensor
 from anyflow_cli.flow.noise import batch_noise
 
 Reduce = Callable[[Tensor], Tensor]
+GENERATOR_BITS = 0xFFFFFFFF  # of a seed, which torch's CPU generator reads
 
 
 def stream_seed(*parts: object) -> int:
@@ -64,7 +65,7 @@ class StepRng:
 
     def generator(self, stream: str) -> torch.Generator:
         """The same on every process; for what the whole global batch shares or is cut from by ``local``."""
-        return torch.Generator().manual_seed(stream_seed(self.seed, self.step, stream))
+        return torch.Generator().manual_seed(stream_seed(self.seed, self.step, stream) & GENERATOR_BITS)
 
     def local(self, values: Tensor) -> Tensor:
         """Cut a global draw (N, ...) to this micro batch (B, ...)."""
@@ -79,4 +80,5 @@ class StepRng:
         return batch_noise(self._seeds(stream), shape)
 
     def _seeds(self, stream: str) -> list[int]:
-        return [stream_seed(self.seed, self.step, stream, position) for position in self.positions]
+        seeds = [stream_seed(self.seed, self.step, stream, position) for position in self.positions]
+        return [seed & GENERATOR_BITS for seed in seeds]

@@ -131,7 +131,7 @@ def test_more_corrupt_samples_than_the_recipe_allows_end_the_run(tmp_path: Path)
 def test_a_stretch_of_corrupt_samples_is_no_matter_of_samples(tmp_path: Path) -> None:
     data = LatentData(make_data(tmp_path, count=20, size=20, nan=range(18)), TOKENS)
     assert data.batch([2]).captions == ["caption 18"]
-    with pytest.raises(UsageError, match="More than 16 samples in a row"):
+    with pytest.raises(UsageError, match="More than 16 consecutive samples"):
         data.batch([1])
 
 
@@ -147,7 +147,7 @@ def test_a_missing_or_cut_shard_is_named_before_training(tmp_path: Path) -> None
 
 
 def test_a_shard_that_vanishes_while_training_is_named(data: LatentData) -> None:
-    Path(data.place.root, "00002.tar").unlink()
+    Path(data.storage.root, "00002.tar").unlink()
     assert data.batch([0]).captions == ["caption 0"]
     with pytest.raises(UsageError, match=r"00002\.tar is missing"):
         data.batch([9])

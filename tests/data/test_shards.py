@@ -52,9 +52,9 @@ def test_a_sample_comes_back_as_it_was(tmp_path: Path) -> None:
     members = index_members(tmp_path / "00000.tar")
     assert set(members) == {"00000012"}
     assert set(members["00000012"]) == {"safetensors", "json", "mp4"}
-    place = Storage.at(tmp_path)
-    (row,) = read_index(place, "00000.tar", 1)
-    back = read_sample(place, "00000.tar", row)
+    storage = Storage.at(tmp_path)
+    (row,) = read_index(storage, "00000.tar", 1, record.bytes)
+    back = read_sample(storage, "00000.tar", row)
     assert torch.equal(back.latents, sample.latents)
     assert torch.equal(back.text, text)
     assert back.text.dtype == torch.bfloat16
@@ -87,7 +87,7 @@ def test_webdataset_reads_what_we_write(tmp_path: Path) -> None:
 def test_an_index_is_small_and_that_of_the_archive(tmp_path: Path) -> None:
     path = tmp_path / "00000.tar"
     write_shard(path, [make_sample(index) for index in range(100)])
-    rows = read_index(Storage.at(tmp_path), "00000.tar", 100)
+    rows = read_index(Storage.at(tmp_path), "00000.tar", 100, path.stat().st_size)
     assert np.array_equal(rows, scan(path))
     assert rows["sample"].tolist() == list(range(100))
     assert rows.nbytes <= 32 * 100
@@ -107,7 +107,7 @@ def test_an_index_that_cannot_be_is_named(tmp_path: Path, damage: str) -> None:
     if damage == "twice":
         np.save(path, np.load(path)[[0, 0]])
     with pytest.raises(UsageError, match=r"00000\.npy") as error:
-        read_index(Storage.at(tmp_path), "00000.tar", 2)
+        read_index(Storage.at(tmp_path), "00000.tar", 2, (tmp_path / "00000.tar").stat().st_size)
     assert error.value.hint is not None
     assert "anyflow synthesize" in error.value.hint
 
@@ -267,13 +267,13 @@ def test_a_data_set_without_samples_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_missing_incomplete_broken_or_newer_manifest(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="holds no data set"):
+    with pytest.raises(UsageError, match="is not a data set"):
         read_manifest(tmp_path)
     (tmp_path / PROVENANCE).write_text("{}")
     with pytest.raises(UsageError, match="not complete yet"):
         read_manifest(tmp_path)
     (tmp_path / MANIFEST).write_text("{")
-    with pytest.raises(UsageError, match="cannot be read"):
+    with pytest.raises(UsageError, match=r"manifest\.json is not valid JSON|damaged"):
         read_manifest(tmp_path)
     (tmp_path / MANIFEST).write_text('{"version": 99}')
     with pytest.raises(UsageError, match="version 99"):

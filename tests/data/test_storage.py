@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from anyflow_cli.data.dataset import Batches, LatentData
-from anyflow_cli.data.storage import PAUSES, Storage
+from anyflow_cli.data.storage import RETRY_PAUSES, Storage
 from anyflow_cli.data.verify import verify
 from anyflow_cli.errors import AnyflowError, UsageError
 from tests.data.datasets import make_data
@@ -47,14 +47,14 @@ def test_only_what_is_needed_is_read(remote: str, monkeypatch: pytest.MonkeyPatc
     """One small read for a shard's index, then one range a sample."""
     data = LatentData(remote, TOKENS)
     read: list[tuple[str, int]] = []
-    cat_file = data.place.files.cat_file
+    cat_file = data.storage.files.cat_file
 
     def counted(path: str, start: int, stop: int | None) -> bytes:
         content: bytes = cat_file(path, start, stop)
         read.append((path.rpartition("/")[2], len(content)))
         return content
 
-    monkeypatch.setattr(type(data.place.files), "cat_file", lambda self, *given: counted(*given))
+    monkeypatch.setattr(type(data.storage.files), "cat_file", lambda self, *given: counted(*given))
     data.batch([0, 1, 0])
     assert [name for name, _ in read] == ["00000.npy", "00000.tar", "00000.tar", "00000.tar"]
     assert max(size for _, size in read) < data.manifest.shards[0].bytes / 4
@@ -71,7 +71,7 @@ def test_damage_elsewhere_is_named(remote: str) -> None:
     files.rm_file("/bucket/data/00001.tar")
     with pytest.raises(UsageError, match=r"memory://bucket/data/00001\.tar is missing"):
         LatentData(remote, TOKENS)
-    with pytest.raises(UsageError, match="holds no data set"):
+    with pytest.raises(UsageError, match="is not a data set"):
         LatentData("memory://bucket/elsewhere", TOKENS)
 
 
@@ -94,7 +94,7 @@ def failing(times: int, monkeypatch: pytest.MonkeyPatch) -> list[float]:
 def test_a_network_may_fail_for_a_moment(remote: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pauses = failing(3, monkeypatch)
     assert LatentData(remote, TOKENS).batch([0]).captions == ["caption 0"]
-    assert pauses == list(PAUSES)
+    assert pauses == list(RETRY_PAUSES)
 
 
 def test_a_network_that_is_gone_is_said(remote: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,7 +116,7 @@ def test_addresses_that_nothing_reads_are_refused(address: str, said: str) -> No
 
 def test_a_server_without_ranges_is_named(remote: str, monkeypatch: pytest.MonkeyPatch) -> None:
     data = LatentData(remote, TOKENS)
-    files = type(data.place.files)
+    files = type(data.storage.files)
     cat_file = files.cat_file
     monkeypatch.setattr(files, "cat_file", lambda self, path, start, stop: cat_file(self, path))
     with pytest.raises(UsageError, match=r"00000\.tar is not served by ranges"):

@@ -76,5 +76,5 @@ def test_numbers_that_are_not_finite_are_found_behind_a_right_hash(tmp_path: Pat
 
 
 def test_no_data_set_to_verify(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="holds no data set"):
+    with pytest.raises(UsageError, match="is not a data set"):
         verify(tmp_path)

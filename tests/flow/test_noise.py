@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from anyflow_cli.flow.noise import batch_noise, noise, noise_like
+from anyflow_cli.flow.noise import batch_noise, fold_seed, noise, noise_like
 
 
 def test_noise_depends_on_its_seed_alone() -> None:
@@ -40,3 +40,11 @@ def test_noise_of_one_generator_per_sample_does_not_depend_on_the_batch() -> Non
     z = torch.zeros(2, 3, 2, 4, 4)
     both = noise_like(z, [torch.Generator().manual_seed(seed) for seed in (5, 6)])
     assert torch.equal(both[1:], noise_like(z[1:], [torch.Generator().manual_seed(6)]))
+
+
+def test_every_bit_of_a_seed_counts_and_small_seeds_keep_their_noise() -> None:
+    seeds = [0, 1, 2**32 - 1, 2**32, 2**32 + 1, 2**33, 2**62, 2**63 - 1]
+    assert len({noise(seed, (4,)).sum().item() for seed in seeds}) == len(seeds)
+    for seed in (0, 7, 2**32 - 1):
+        assert fold_seed(seed) == seed
+        assert torch.equal(noise(seed, (4,)), torch.randn(4, generator=torch.Generator().manual_seed(seed)))

@@ -71,7 +71,7 @@ def test_a_damaged_manifest_is_unusable(paths: RunPaths) -> None:
     (paths.data / "manifest.json").write_text("{")
     data = inputs(Recipe(name="t"), paths, "train-flowmap")[0]
     assert data.state == "unusable"
-    assert "manifest.json cannot be read" in data.problem
+    assert "manifest.json is damaged" in data.problem
 
 
 def test_stage_2_names_everything_that_is_missing_at_once(paths: RunPaths, folder: Path) -> None:

@@ -1,0 +1,244 @@
+"""Damaged and hostile data sets: never a traceback, never a silent pass through ``verify``."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+from anyflow_cli.data.dataset import LatentData
+from anyflow_cli.data.shards import (
+    LatentSample,
+    Manifest,
+    parse_manifest,
+    read_manifest,
+    read_record,
+    shard_path,
+    write_shard,
+)
+from anyflow_cli.data.verify import verify
+from anyflow_cli.errors import AnyflowError, UsageError
+from anyflow_cli.utils.files import write_json
+from tests.data.datasets import SHAPE, TEXT_DIM, make_data
+
+FAST, ALL = 150, 3000
+JSON_FILES = ("manifest.json", "provenance.json", "00001.json")
+BINARY_FILES = ("00001.npy", "00001.tar", "negative.safetensors")
+VALUES: tuple[Any, ...] = (
+    None, True, -1, 0, 10**9, 10**30, 1.5, 1e300, "", "x", "../../x", "\0", [], [[]], {}, {"a": None},
+    "9" * 5000, list(range(1000)),
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = make_data(tmp_path_factory.mktemp("data") / "d", count=6, size=2)
+    write_json(directory / "provenance.json", {"seed": 0})
+    assert verify(directory).problems == ()
+    return directory
+
+
+@pytest.fixture
+def data(whole: Path, tmp_path: Path) -> Path:
+    shutil.copytree(whole, tmp_path / "d")
+    return tmp_path / "d"
+
+
+def use_everything(directory: Path) -> list[AnyflowError]:
+    """Read a data set in every way; return the sentences, let anything else pass."""
+    problems = []
+    for use in (
+        lambda: read_manifest(directory),
+        lambda: [read_record(shard_path(directory, number)) for number in range(3)],
+        lambda: LatentData(directory, 8).batch(range(6)),
+        lambda: LatentData(directory, 8).negative,
+    ):
+        try:
+            use()
+        except AnyflowError as error:
+            problems.append(error)
+    return problems
+
+
+def mutate_json(content: Any, rng: random.Random) -> Any:
+    """Replace, remove or add one value anywhere."""
+    spots: list[tuple[Any, Any]] = []
+
+    def walk(node: Any) -> None:
+        for key in node if isinstance(node, dict) else range(len(node)):
+            spots.append((node, key))
+            if isinstance(node[key], dict | list):
+                walk(node[key])
+
+    walk(content)
+    node, key = rng.choice(spots)
+    if rng.random() < 0.25:
+        del node[key]
+    else:
+        node[key] = rng.choice(VALUES)
+    return content
+
+
+def mutate_bytes(content: bytes, rng: random.Random) -> bytes:
+    """Flip a bit, truncate, repeat or overwrite a stretch."""
+    changed = bytearray(content)
+    at, kind = rng.randrange(len(changed)), rng.randrange(4)
+    if kind == 0:
+        changed[at] ^= 1 << rng.randrange(8)
+    elif kind == 1:
+        del changed[at:]
+    elif kind == 2:
+        changed[at:at] = changed[at : at + rng.randrange(1, 64)] or b"x"
+    else:
+        stretch = changed[at : at + rng.randrange(1, 64)]
+        changed[at : at + len(stretch)] = rng.randbytes(len(stretch))
+    return bytes(changed)
+
+
+def meaning(directory: Path) -> Manifest:
+    """A manifest without the one fact that it may lack."""
+    return replace(parse_manifest(directory), negative_sha256=None)
+
+
+@pytest.mark.parametrize("seed", [pytest.param(0, id="fast"), pytest.param(1, marks=pytest.mark.slow)])
+def test_mutants_end_in_sentences_and_are_found(whole: Path, tmp_path: Path, seed: int) -> None:
+    rng, silent = random.Random(seed), []
+    for number in range(FAST if seed == 0 else ALL):
+        directory = tmp_path / str(number)
+        shutil.copytree(whole, directory)
+        name = rng.choice(JSON_FILES + BINARY_FILES)
+        before = (directory / name).read_bytes()
+        if name in JSON_FILES:
+            after = json.dumps(mutate_json(json.loads(before), rng), indent=1).encode() + b"\n"
+        else:
+            after = mutate_bytes(before, rng)
+        (directory / name).write_bytes(after)
+        use_everything(directory)
+        try:
+            problems = verify(directory).problems
+        except UsageError as error:
+            problems = (error.message,)
+        if not problems and after != before and meaning(directory) != meaning(whole):
+            silent.append((number, name))
+        shutil.rmtree(directory)
+    assert silent == []
+
+
+def change_manifest(data: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    content = json.loads((data / "manifest.json").read_text())
+    change(content)
+    write_json(data / "manifest.json", content)
+
+
+MANIFESTS: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
+    "no shards": (lambda m: m.update(shards=[]), "lists no shards"),
+    "a wrong count": (lambda m: m.update(count=7), "states 7 samples, and its shards 6"),
+    "a doubled shard": (lambda m: m["shards"].append(m["shards"][0]), "lists shards twice: 00000.tar"),
+    "another shape": (lambda m: m.update(latent_shape=[9, 3, 4, 4]), "another shape than its shard"),
+    "another width": (lambda m: m.update(text_dim=9), "another shape than its shard"),
+    "a path": (lambda m: m["shards"][0].update(name="../../00000.tar"), "shards.0.name"),
+    "an absolute path": (lambda m: m["shards"][0].update(name="/etc/00000.tar"), "shards.0.name"),
+    "another file": (lambda m: m.update(negative="../negative.safetensors"), "negative"),
+}
+
+
+@pytest.mark.parametrize(("change", "said"), MANIFESTS.values(), ids=MANIFESTS)
+def test_a_manifest_that_cannot_be_true_is_refused_and_reported(
+    data: Path, change: Callable[[dict[str, Any]], None], said: str
+) -> None:
+    change_manifest(data, change)
+    with pytest.raises(UsageError, match=r"manifest\.json") as error:
+        LatentData(data, 8)
+    assert said in error.value.message
+    try:
+        problems = " ".join(verify(data).problems)
+    except UsageError as refused:
+        problems = refused.message
+    assert said in problems
+
+
+def rewrite(data: Path, sample: LatentSample) -> None:
+    """Put a sample into shard 1 whose records, hashes and index all agree."""
+    first = LatentSample(2, "a", torch.zeros(SHAPE), torch.zeros(1, TEXT_DIM))
+    record = write_shard(data / "00001.tar", [first, sample])
+    entry = json.loads((data / "00001.json").read_text())
+    assert entry["sha256"] == record.sha256
+    entry |= {"latent_shape": list(SHAPE), "text_dim": TEXT_DIM}
+    write_json(data / "00001.json", entry)
+    change_manifest(data, lambda manifest: manifest["shards"].__setitem__(1, entry))
+
+
+ODD: dict[str, tuple[dict[str, Any], str]] = {
+    "bf16 latents": ({"latents": torch.zeros(SHAPE).bfloat16()}, "1 as bfloat16 and float32"),
+    "integer latents": (
+        {"latents": torch.zeros(SHAPE, dtype=torch.int64)},
+        "has a tensor of type torch.int64",
+    ),
+    "flat text": ({"text": torch.zeros(TEXT_DIM)}, "has a tensor of shape"),
+    "deep text": ({"text": torch.zeros(1, 1, TEXT_DIM)}, "has a tensor of shape"),
+    "empty text": ({"text": torch.zeros(0, TEXT_DIM)}, "has a tensor of shape"),
+    "no caption": ({"caption": None}, "has no caption"),
+    "another index": ({"index": True}, "is sample True"),
+    "infinite values": ({"latents": torch.full(SHAPE, float("inf"))}, "not finite"),
+}
+
+
+@pytest.mark.parametrize(("change", "said"), ODD.values(), ids=ODD)
+def test_samples_are_looked_at_behind_right_hashes(data: Path, change: dict[str, Any], said: str) -> None:
+    sample = {"index": 3, "caption": "b", "latents": torch.zeros(SHAPE), "text": torch.zeros(1, TEXT_DIM)}
+    facts = {key: value for key, value in change.items() if key in ("index", "caption")}
+    tensors = {key: value for key, value in change.items() if key not in facts}
+    rewrite(data, LatentSample(**sample | tensors, facts=facts))  # type: ignore[arg-type]  # facts win in JSON
+    assert any(said in problem for problem in verify(data).problems), verify(data).problems
+
+
+def test_every_bit_of_the_negative_prompt_counts(data: Path) -> None:
+    path = data / "negative.safetensors"
+    content = path.read_bytes()
+    for bit in range(0, 8 * len(content), 37):
+        flipped = bytearray(content)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
+        assert any("negative.safetensors" in problem for problem in verify(data).problems)
+
+
+def test_a_negative_prompt_of_another_width_is_found_without_its_hash(data: Path) -> None:
+    change_manifest(data, lambda manifest: manifest.pop("negative_sha256"))
+    safetensors.torch.save_file({"text": torch.zeros(1, 9)}, data / "negative.safetensors")
+    (problem,) = verify(data).problems
+    assert "has text of width 9" in problem
+
+
+def test_an_index_may_not_lead_outside_its_archive(data: Path) -> None:
+    rows = np.load(data / "00001.npy")
+    rows["offset"][1] = 2**63
+    np.save(data / "00001.npy", rows)
+    with pytest.raises(UsageError, match="damaged or belongs to another shard"):
+        LatentData(data, 8).batch([2])
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "00001.npy", "00001.tar", "negative.safetensors"])
+def test_pipes_and_loops_in_place_of_files_end_in_sentences(data: Path, name: str) -> None:
+    (data / name).unlink()
+    os.mkfifo(data / name)
+    assert use_everything(data)
+    (data / name).unlink()
+    (data / name).symlink_to(data / name)
+    assert use_everything(data)
+
+
+def test_a_huge_manifest_is_refused_unread(data: Path) -> None:
+    with (data / "manifest.json").open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(UsageError, match="larger than 512 MiB"):
+        read_manifest(data)
