@@ -50,8 +50,8 @@ REWRITE = "Remove it and run `anyflow synthesize` again."
 ShardName = Annotated[str, Field(pattern=r"^\d{5,9}\.tar$")]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Natural = Annotated[int, Field(ge=0, lt=1 << 48)]
-Dimension = Annotated[int, Field(ge=1, lt=1 << 20)]
-LatentShape = tuple[Dimension, Dimension, Dimension, Dimension]
+AxisSize = Annotated[int, Field(ge=1, lt=1 << 20)]
+StoredShape = tuple[AxisSize, AxisSize, AxisSize, AxisSize]
 
 
 class CorruptSampleError(AnyflowError):
@@ -87,8 +87,8 @@ class ShardRecord:
     sha256: Sha256
     samples: Natural
     bytes: Natural
-    latent_shape: LatentShape | None  # of every sample in it; None for a shard without samples
-    text_dim: Dimension | None
+    latent_shape: StoredShape | None  # of every sample in it; None for a shard without samples
+    text_dim: AxisSize | None
     rejected: tuple[Rejection, ...] = ()
 
 
@@ -98,8 +98,8 @@ class Manifest:
 
     count: Natural
     shards: tuple[ShardRecord, ...]
-    latent_shape: LatentShape
-    text_dim: Dimension
+    latent_shape: StoredShape
+    text_dim: AxisSize
     provenance: Mapping[str, Any]
     negative: Literal["negative.safetensors"] = "negative.safetensors"
     version: Annotated[int, Field(ge=1)] = VERSION
