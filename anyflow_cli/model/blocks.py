@@ -1,11 +1,11 @@
 """The transformer block and its parts: attention, feed-forward, modulation per frame.
 
-Legend: B batch, F latent frames (1 where all frames share their times), L tokens, D width, E heads, d
-channels of a head.
+Parameter names are those of the diffusers Wan and AnyFlow classes. Norms, rotations, modulation and residual
+sums are fp32; matrix products and attention run in the weights' type, or autocast's. Modulation has one row
+per frame, broadcast over the frame's tokens: one row per token would take gigabytes at full size.
 
-Parameter names are those of the diffusers Wan and AnyFlow classes. Norms, rotations, modulation and sums into
-the stream are fp32; matrix products and attention run in the weights' type, or autocast's. Modulation is held
-once a frame and broadcast over the frame's tokens: a row for every token would take gigabytes at full size.
+Legend: B batch, F latent frames (1 where all frames share their times), L tokens, D width, E heads, d
+channels per head.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from anyflow_cli.model.config import NetworkConfig
 from anyflow_cli.model.layout import Group, Layout, Span
 from anyflow_cli.model.rotary import rotate
 
-# Below this many queries torch's fp32 attention beats its bf16 one on a CPU (backward: 2 to 6 times faster).
+# With fewer queries torch's fp32 attention is faster than bf16 on a CPU (backward: 2 to 6 times).
 CPU_SHORT = 1024
 
 KeyValue = tuple[Tensor, Tensor]
@@ -29,17 +29,17 @@ KeyValue = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class LayerKeys:
-    """Keys and values for each block, ``(B, L, E, d)`` each: of the text, or of cached chunks."""
+    """Keys and values (B, L, E, d) for each block, of text or of cached chunks."""
 
     layers: tuple[KeyValue, ...]
 
     def select(self, index: Tensor) -> LayerKeys:
-        """The samples ``index`` of the batch, repeated or dropped as it says."""
+        """Keep the samples ``index`` (N,) of the batch; it may repeat and reorder."""
         return LayerKeys(tuple((key[index], value[index]) for key, value in self.layers))
 
     @staticmethod
     def concat(parts: Sequence[LayerKeys]) -> LayerKeys:
-        """One batch after another."""
+        """Concatenate along the batch."""
         layers = zip(*(part.layers for part in parts), strict=True)
         return LayerKeys(
             tuple((torch.cat([k for k, _ in pairs]), torch.cat([v for _, v in pairs])) for pairs in layers)
@@ -47,7 +47,7 @@ class LayerKeys:
 
 
 class RmsNorm(nn.Module):
-    """Root mean square norm over the whole width, all heads together; fp32 out."""
+    """Root mean square norm over the full width, across heads; the output is fp32."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class RmsNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., D) of any type to (..., D) fp32."""
+        """Normalize x (..., D) of any type; fp32."""
         x = x.float()
         # vector_norm has a fused backward; the mean of squares does not.
         square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square()
@@ -63,7 +63,7 @@ class RmsNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Projections of one attention. Which tokens attend to which is the caller's business."""
+    """Projections and attention; the layout decides which tokens attend to which."""
 
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
@@ -76,11 +76,11 @@ class Attention(nn.Module):
         self.norm_k = RmsNorm(config.dim, config.eps)
 
     def split(self, x: Tensor) -> Tensor:
-        """(B, L, D) to (B, L, E, d)."""
+        """Split the width into heads, (B, L, D) to (B, L, E, d)."""
         return torch.unflatten(x, -1, (self.heads, -1))
 
     def over_video(self, x: Tensor, turns: Tensor, layout: Layout, cache: KeyValue | None) -> Tensor:
-        """Self-attention of the tokens (B, L, D) as the layout says; keys are cached after their rotation."""
+        """Self-attention of tokens (B, L, D) in the layout's groups; keys are cached after rotation."""
         value = self.split(self.to_v(x))
         query = rotate(self.split(self.norm_q(self.to_q(x))), turns)
         key = rotate(self.split(self.norm_k(self.to_k(x))), turns)
@@ -103,10 +103,10 @@ class Attention(nn.Module):
         return self.split(self.norm_k(self.to_k(text))).to(value.dtype), value
 
     def over_text(self, x: Tensor, keys: KeyValue) -> Tensor:
-        """Cross-attention of the tokens (B, L, D) to the text's keys and values."""
+        """Cross-attention of tokens (B, L, D) to the keys and values of the text."""
         key, value = keys
         out = attend(self.split(self.norm_q(self.to_q(x))), key, value)
-        return self._project(out.to(x.dtype))  # kept keys may have been made in another type
+        return self._project(out.to(x.dtype))  # shared keys may be of another type
 
     def _project(self, x: Tensor) -> Tensor:
         projected: Tensor = self.to_out[0](x.flatten(-2))
@@ -114,17 +114,17 @@ class Attention(nn.Module):
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Dense attention without a mask, all (B, L, E, d), in the type of ``value``."""
+    """Dense attention without a mask; all (B, L, E, d), the output in the type of ``value``."""
     on_cpu = query.device.type == "cpu"
     kernel = torch.float32 if on_cpu and query.shape[1] < CPU_SHORT else value.dtype
     heads_first = [x.to(kernel).transpose(1, 2) for x in (query, key, value)]
-    with torch.autocast(query.device.type, enabled=False):  # it would undo the choice
+    with torch.autocast(query.device.type, enabled=False):  # it would override the kernel type
         out = nnf.scaled_dot_product_attention(heads_first[0], heads_first[1], heads_first[2])
     return out.transpose(1, 2).to(value.dtype)
 
 
 def _gather(x: Tensor, group: Group, cache: Tensor | None) -> Tensor:
-    """What the group sees of ``x`` and of the cache; a view where that is one range of ``x``."""
+    """Keys or values that a group attends to, of x and the cache; a view if they are one range of x."""
     if cache is None or not group.cached:
         parts = [x[:, tokens] for tokens in group.keys]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
@@ -133,26 +133,26 @@ def _gather(x: Tensor, group: Group, cache: Tensor | None) -> Tensor:
 
 
 def _write(cache: KeyValue, new: KeyValue, layout: Layout) -> None:
-    """Put keys and values of the input where the layout wants them kept; the cache carries no gradient."""
+    """Write keys and values of the input to the layout's places in the cache, without gradient."""
     for stored, x in zip(cache, new, strict=True):
         for write in layout.writes:
             stored[:, write.cache] = x[:, write.tokens].detach()
 
 
 class GeluLinear(nn.Module):
-    """A linear layer, then GELU (tanh form)."""
+    """Linear layer and GELU (tanh approximation)."""
 
     def __init__(self, dim: int, width: int) -> None:
         super().__init__()
         self.proj = nn.Linear(dim, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., D) to (..., width)."""
+        """Map (..., D) to (..., width)."""
         return nnf.gelu(self.proj(x), approximate="tanh")
 
 
 class FeedForward(nn.Module):
-    """Two layers. The middle of ``net`` is the dropout of the classes whose names these are."""
+    """Two layers; the identity between them stands for the dropout of the diffusers classes."""
 
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
@@ -160,13 +160,13 @@ class FeedForward(nn.Module):
         self.net = nn.Sequential(up, nn.Identity(), down)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, L, D) to the same."""
+        """Map tokens (B, L, D) to the same shape."""
         out: Tensor = self.net(x)
         return out
 
 
 class Block(nn.Module):
-    """Self-attention, text attention, feed-forward; the first and last modulated by the frame's times."""
+    """Self-attention, text attention and feed-forward; the first and last modulated by the times."""
 
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
@@ -186,10 +186,15 @@ class Block(nn.Module):
         layout: Layout,
         cache: KeyValue | None = None,
     ) -> Tensor:
-        """Tokens ``h`` (B, L, D) to the same. ``text``: projected text (B, L', D), or its keys and values.
+        """Update the tokens.
 
-        ``modulation``: (B, F, 6, D), what the times add to the block's own table. ``cache``: what the layout
-        reads of earlier passes and writes for later ones, (B, L', E, d) each.
+        Args:
+            h: Tokens (B, L, D).
+            text: Projected text (B, L', D), or its keys and values (B, L', E, d) each.
+            modulation: Modulation by the times (B, F, 6, D), added to the block's own table.
+            turns: Rotations of the tokens (L, 1, d / 2, 2).
+            layout: Token layout.
+            cache: Keys and values (B, L', E, d) that the layout reads and writes.
         """
         rows = (self.scale_shift_table.float().unsqueeze(1) + modulation).unbind(2)  # 6 of (B, F, D)
         shift_attn, scale_attn, gate_attn, shift_ffn, scale_ffn, gate_ffn = rows
@@ -213,24 +218,24 @@ class Block(nn.Module):
 
 
 def modulated(h: Tensor, shift: Tensor, scale: Tensor, eps: float, spans: Sequence[Span]) -> Tensor:
-    """``norm(h) (1 + scale) + shift`` in fp32; tokens (B, L, D), one row of the others (B, F, D) a frame."""
+    """``norm(h) (1 + scale) + shift`` in fp32, of tokens (B, L, D) and one row (B, F, D) per frame."""
     normed = nnf.layer_norm(h.float(), (h.shape[-1],), eps=eps)
-    return by_frame(_scaled_and_shifted, (normed,), (shift, 1 + scale), spans).to(h.dtype)
+    return by_frame(_scale_and_shift, (normed,), (shift, 1 + scale), spans).to(h.dtype)
 
 
 def gated(h: Tensor, update: Tensor, gate: Tensor, spans: Sequence[Span]) -> Tensor:
-    """``h + update gate`` in fp32; tokens (B, L, D), one row of ``gate`` (B, F, D) a frame."""
+    """``h + update gate`` in fp32, of tokens (B, L, D) and one row (B, F, D) per frame."""
     return by_frame(torch.addcmul, (h.float(), update), (gate,), spans).to(h.dtype)
 
 
-def _scaled_and_shifted(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+def _scale_and_shift(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return torch.addcmul(shift, x, scale)
 
 
 def by_frame(
     op: Callable[..., Tensor], tokens: Sequence[Tensor], rows: Sequence[Tensor], spans: Sequence[Span]
 ) -> Tensor:
-    """``op(*tokens, *rows)``, each row (B, F, D) broadcast over its frame's tokens (B, L, D)."""
+    """Apply ``op(*tokens, *rows)``, each row (B, F, D) broadcast over its frame's tokens (B, L, D)."""
     if rows[0].shape[1] == 1:  # all frames share their times
         return op(*tokens, *rows)
     parts = [

@@ -1,17 +1,18 @@
-"""The causal (FAR) model: chunks, the layout of teacher forcing, and how a bidirectional network becomes one.
+"""The causal (FAR) model of Sec. 4.3: chunks, teacher forcing, and the conversion of a bidirectional network.
 
-Legend: B batch, F latent frames, C channels, H W latent height and width.
+Frames fall into chunks. The last ``full_chunks`` chunks have full patches, earlier ones compressed patches.
+In training all chunks pass at once, ``[compressed context | noisy chunks | the same chunks clean]``, without
+the clean copy of the last chunk, which no query attends to; in sampling the clean past is in the cache
+(``kv_cache``). Attention is the same in both: a compressed chunk attends to the compressed chunks up to
+itself, a clean one to all context and the clean ones up to itself, a noisy one to all context, the clean
+chunks before it and itself.
 
-Frames fall into chunks. The last ``full_chunks`` of them are seen in full, earlier ones compressed. In
-training all chunks pass at once, ``[compressed context | noisy chunks | the same chunks clean]``, less the
-clean copy of the last, which nothing would see; in sampling the clean past is in the cache (``cache.py``).
-Which chunk sees what is stated here alone, for both: a compressed chunk sees the compressed ones up to
-itself, a clean one all context and the clean ones up to itself, a noisy one all context, the clean ones
-before it and itself.
+Legend: B batch, F latent frames, C channels, H W latent height and width, N selected samples.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -40,33 +41,33 @@ class Chunk:
 
     @property
     def slice(self) -> slice:
-        """Its frames in the video."""
+        """Range of its frames in the video."""
         return slice(self.first, self.first + self.frames)
 
 
 def chunks_of(partition: Sequence[int]) -> tuple[Chunk, ...]:
-    """The chunks of a partition, in order."""
+    """Chunks of a partition, in order."""
     return tuple(Chunk(sum(partition[:i]), frames) for i, frames in enumerate(partition))
 
 
 def partition_for(causal: CausalConfig, frames: int) -> tuple[int, ...]:
-    """How ``frames`` latent frames fall into chunks.
+    """Partition of a video of ``frames`` latent frames.
 
-    As the model was trained, where that is its length; otherwise its first chunk, then chunks of its largest
-    size, the last one cut.
+    The trained one where the lengths agree; otherwise the trained first chunk, then chunks of the largest
+    trained size, the last one cut.
     """
     if sum(causal.partition) == frames:
         return causal.partition
     head, size = min(causal.partition[0], frames), max(causal.partition)
-    whole, rest = divmod(frames - head, size)
-    return (head, *[size] * whole, *[rest] * (rest > 0))
+    count, rest = divmod(frames - head, size)
+    return (head, *[size] * count, *[rest] * (rest > 0))
 
 
 def remembered_for(causal: CausalConfig, frames: int) -> int | None:
-    """How many compressed chunks to keep for a video of ``frames`` latent frames (None: all).
+    """Compressed chunks to cache for a video of ``frames`` latent frames; None keeps all.
 
-    Up to the trained length all of them. Beyond it as many as the model ever saw at once, so that memory does
-    not grow with the video and the network sees no distance that it does not know.
+    All of them up to the trained length. Beyond it as many as training ever had at once, so that memory does
+    not grow with the video and no token attends further back than in training.
     """
     if frames <= sum(causal.partition):
         return None
@@ -74,11 +75,11 @@ def remembered_for(causal: CausalConfig, frames: int) -> int | None:
 
 
 def split_after(partition: Sequence[int], given: int) -> tuple[int, ...]:
-    """The partition with a border after ``given`` frames.
+    """Split a partition after ``given`` conditioning frames.
 
-    The rest of a chunk that is given in part becomes a chunk of its own, which sees the given frames as clean
-    past: like every chunk in training, and at any number of steps. Noising the given frames along with the
-    others would show them to the network too late: in one step, not at all.
+    Conditioning frames may end mid-chunk; the remainder becomes its own chunk, which attends to them as clean
+    past, as every chunk does in training. Noising them along with the rest would show them to the network too
+    late: with one step, not at all.
     """
     chunks: list[int] = []
     for chunk in chunks_of(partition):
@@ -88,7 +89,7 @@ def split_after(partition: Sequence[int], given: int) -> tuple[int, ...]:
 
 
 def check_partition(partition: Sequence[int], frames: int) -> None:
-    """Refuse chunks that are not the video's."""
+    """Refuse a partition that does not sum to ``frames`` latent frames."""
     if sum(partition) != frames or min(partition, default=0) < 1:
         shown = ", ".join(str(n) for n in partition)
         raise UsageError(
@@ -98,12 +99,12 @@ def check_partition(partition: Sequence[int], frames: int) -> None:
 
 
 def causal_layout(config: NetworkConfig, segments: Sequence[Segment], height: int, width: int) -> Layout:
-    """Segments over latent frames of ``height x width`` in the patches of a causal network."""
+    """Layout of segments over latent frames of ``height`` x ``width`` in a causal network's patches."""
     return Layout(tuple(segments), height, width, config.patch, causal_of(config).compressed_patch)
 
 
 def causal_of(config: NetworkConfig) -> CausalConfig:
-    """What the network's being causal consists of."""
+    """Causal part of the configuration of a causal network."""
     assert config.causal is not None, "the network is not causal"
     return config.causal
 
@@ -119,24 +120,29 @@ def teacher_forcing(
 ) -> Layout:
     """All chunks in one pass: ``[compressed context | noisy chunks | the same chunks clean]``.
 
-    The last ``noisy`` chunks of the window are noisy, their velocity is read; None: all, else those before
-    them are given, as clean copies alone. Without ``clean`` there are no copies, and a noisy chunk sees the
-    noisy ones before it.
+    Args:
+        config: The network.
+        partition: Latent frames per chunk.
+        height: Latent height.
+        width: Latent width.
+        noisy: How many of the last chunks are noisy, with their velocity as output; None: all with full
+            patches. Full chunks before them are conditioning, with a clean copy only.
+        clean: Whether there are clean copies; without, a noisy chunk attends to the noisy ones before it.
     """
     chunks = chunks_of(partition)
     split = max(len(chunks) - causal_of(config).full_chunks, 0)
     past, window = chunks[:split], chunks[split:]
     given = 0 if noisy is None else len(window) - noisy
-    assert given == 0 or clean, "without clean copies nothing can be given"
+    assert given == 0 or clean, "conditioning chunks need clean copies"
     context = tuple(range(split))
-    asked = tuple(range(split, len(chunks) - given))
-    copies = tuple(asked[-1] + 1 + i for i in range(len(window) - 1)) if clean else asked
+    denoised = tuple(range(split, len(chunks) - given))
+    copies = tuple(denoised[-1] + 1 + i for i in range(len(window) - 1)) if clean else denoised
     segments = [
         Segment(chunk.first, chunk.frames, context[: i + 1], "compressed", is_output=False)
         for i, chunk in enumerate(past)
     ]
     segments += [
-        Segment(chunk.first, chunk.frames, tuple(sorted((*context, asked[i], *copies[: given + i]))))
+        Segment(chunk.first, chunk.frames, tuple(sorted((*context, denoised[i], *copies[: given + i]))))
         for i, chunk in enumerate(window[given:])
     ]
     if clean:
@@ -148,10 +154,10 @@ def teacher_forcing(
 
 
 class TeacherForced:
-    """Velocity of the noisy chunks, given the clean video ``x`` (B, F, C, H, W) that they come from.
+    """Velocity of noisy chunks over the clean video x (B, F, C, H, W) that they come from.
 
-    A ``Velocity`` of the frames ``window``: z (B, F', C, H, W) are the last ``noisy`` chunks, None: as many
-    as are in full. Context and clean copies pass at ``t = r = 0``.
+    A ``Velocity`` of the frames ``window``: its z (B, F', C, H, W) are the last ``noisy`` chunks, by default
+    all with full patches. Context and clean copies pass at ``t = r = 0``.
     """
 
     def __init__(
@@ -167,53 +173,52 @@ class TeacherForced:
         self._x = x
 
     def __call__(self, z: Tensor, t: Tensor, r: Tensor) -> Tensor:
-        """Velocity (B, F', C, H, W) of the window at ``t``, ``r``, (B,) or (B, F')."""
+        """Predict the velocity of the window z (B, F', C, H, W) at t and r, (B,) or (B, F')."""
         context, copies = self._x[:, : self._copies.start], self._x[:, self._copies]
         tokens = torch.cat((context, z, copies), dim=1)
         return self._model(tokens, self._times(t, z), self._times(r, z))
 
     def select(self, index: Tensor) -> TeacherForced:
-        """The conditions of the samples ``index``, repeated or dropped as it says."""
+        """Conditions of the samples ``index`` (N,); it may repeat and reorder."""
         return self._with(self._model.select(index), self._x[index])
 
     def concat(self, *others: Velocity) -> TeacherForced:
-        """The conditions of several batches, one after another."""
+        """Concatenate the conditions of several batches."""
         parts = cast("tuple[TeacherForced, ...]", others)
         model = self._model.concat(*(part._model for part in parts))
         return self._with(model, torch.cat([self._x, *(part._x for part in parts)]))
 
     def _times(self, t: Tensor, z: Tensor) -> Tensor:
-        """Times of the window (B,) or (B, F') as times of all input frames; 0 for what is clean."""
+        """Times of all input frames from those of the window, (B,) or (B, F'); 0 for clean frames."""
         noisy = t.unsqueeze(1).expand(z.shape[:2]) if t.dim() == 1 else t
         return nnf.pad(noisy, (self._copies.start, self._copies.stop - self._copies.start))
 
     def _with(self, model: Conditioned, x: Tensor) -> TeacherForced:
-        made = object.__new__(TeacherForced)
-        made.layout, made.window, made._copies = self.layout, self.window, self._copies
-        made._model, made._x = model, x
-        return made
+        other = copy.copy(self)
+        other._model, other._x = model, x
+        return other
 
 
 def as_causal(network: FlowMapTransformer, causal: CausalConfig) -> FlowMapTransformer:
-    """A causal network of these chunks: a causal one with its weights as they are, else ``causal_from``."""
+    """Give a network these chunks: in place if it is causal already, else by ``causal_from``."""
     if network.config.causal is None:
         return causal_from(network, causal)
-    there, wanted = network.config.causal.compressed_patch, causal.compressed_patch
-    if there != wanted:
+    stored, wanted = network.config.causal.compressed_patch, causal.compressed_patch
+    if stored != wanted:
         raise UsageError(
-            f"The causal model compresses patches of {there[0]}x{there[1]}, not {wanted[0]}x{wanted[1]}.",
-            "Set model.causal.compressed_patch to the model's own.",
+            f"The model has compressed patches of {stored[0]}x{stored[1]}, not {wanted[0]}x{wanted[1]}.",
+            f"Set model.causal.compressed_patch to [{stored[0]}, {stored[1]}].",
         )
     network.config = replace(network.config, causal=causal)
     return network
 
 
 def causal_from(network: FlowMapTransformer, causal: CausalConfig | None = None) -> FlowMapTransformer:
-    """A frozen causal network that starts as ``network`` (two times) and takes over its weights.
+    """Turn a flow-map network into a frozen causal one, sharing its weights.
 
-    The compressed patch embedding starts as the full one, its kernel enlarged by linear interpolation.
+    The compressed patch embedding starts as the full one with its kernel enlarged by linear interpolation.
     """
-    assert network.config.two_time, "a causal network takes two times: two_time_from first"
+    assert network.config.two_time, "a causal network takes two times"
     config = replace(network.config, causal=causal or CausalConfig())
     full = network.patch_embedding
     kernel = full.weight.detach().flatten(0, 1).unsqueeze(1)  # (D C, 1, 1, high, wide)
@@ -222,6 +227,6 @@ def causal_from(network: FlowMapTransformer, causal: CausalConfig | None = None)
     weights = dict(network.state_dict())
     weights[f"{FAR}.weight"] = larger.reshape(*full.weight.shape[:2], *size).to(full.weight.dtype)
     weights[f"{FAR}.bias"] = weights["patch_embedding.bias"].clone()
-    made = on_meta(config)
-    made.load_state_dict(weights, assign=True)
-    return made.requires_grad_(False)
+    result = on_meta(config)
+    result.load_state_dict(weights, assign=True)
+    return result.requires_grad_(False)

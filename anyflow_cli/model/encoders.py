@@ -1,11 +1,11 @@
-"""Text encoder and video VAE of a pipeline folder, behind the shapes that this project uses.
+"""Text encoder and video VAE of a pipeline folder, with this package's axis order.
+
+Both compute what diffusers' Wan pipelines compute: prompts are cleaned, encoded and zero-padded in the same
+way (Wan attends to the zeros, without a mask), and latents are normalized by the VAE's statistics. Both are
+frozen.
 
 Legend: B batch, L text tokens, D text width, T video frames, F latent frames, C latent channels, H W pixels,
-h w latent.
-
-Both give what diffusers' Wan pipelines give: prompts cleaned, encoded and zero-padded in the same way (Wan
-attends to the zeros, without a mask), latents normalised by the VAE's statistics. Both are frozen, without
-gradient.
+h w latent height and width.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from anyflow_cli.model.pipeline_io import component
 
 
 def clean_prompt(prompt: str) -> str:
-    """Repaired, unescaped, with single spaces: what the pipelines do before they tokenise."""
+    """Repair encoding errors, unescape HTML and collapse spaces, as the pipelines do before tokenization."""
     from diffusers.utils import is_ftfy_available
 
     if is_ftfy_available():
@@ -35,7 +35,7 @@ def clean_prompt(prompt: str) -> str:
 
 
 class TextEncoder:
-    """A UMT5 encoder and its tokenizer."""
+    """UMT5 encoder and its tokenizer."""
 
     def __init__(self, tokenizer: Any, model: Any) -> None:
         self._tokenizer = tokenizer
@@ -45,7 +45,7 @@ class TextEncoder:
     def load(
         cls, pipeline: Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
     ) -> TextEncoder:
-        """The text encoder of a pipeline folder."""
+        """Load the text encoder of a pipeline folder."""
         from transformers import AutoTokenizer, UMT5EncoderModel
 
         tokenizer = _loaded(AutoTokenizer, component(pipeline, "tokenizer"))
@@ -59,12 +59,12 @@ class TextEncoder:
         return int(self._model.config.d_model)
 
     def tokens(self, prompts: Sequence[str]) -> list[int]:
-        """Tokens that each prompt would take, uncut, its end mark included."""
+        """Number of tokens of each prompt without truncation, end token included."""
         return [len(ids) for ids in self._tokenizer([clean_prompt(p) for p in prompts]).input_ids]
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], max_tokens: int, batch: int = 32) -> Tensor:
-        """Embeddings (B, max_tokens, D) fp32, zero after a prompt's end; longer prompts are cut."""
+        """Encode prompts as (B, max_tokens, D) fp32, zero after their end; longer prompts are truncated."""
         parts = [self._encode(prompts[i : i + batch], max_tokens) for i in range(0, len(prompts), batch)]
         return torch.cat(parts)
 
@@ -84,7 +84,7 @@ class TextEncoder:
 
 
 class VideoVAE:
-    """A Wan VAE; latents are normalised, videos are in [0, 1]. Weights and arithmetic are fp32."""
+    """Wan VAE in fp32; latents are normalized, videos are in [0, 1]."""
 
     def __init__(self, model: Any) -> None:
         self._model = model.eval().requires_grad_(False)
@@ -97,7 +97,7 @@ class VideoVAE:
 
     @classmethod
     def load(cls, pipeline: Path, device: torch.device | str = "cpu") -> VideoVAE:
-        """The VAE of a pipeline folder."""
+        """Load the VAE of a pipeline folder."""
         from diffusers import AutoencoderKLWan
 
         folder = component(pipeline, "vae")
@@ -105,7 +105,7 @@ class VideoVAE:
         return cls(model.to(device))
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
-        """(F, C, h, w) of a video of ``height`` x ``width``; refuses what the factors do not divide."""
+        """Shape (F, C, h, w) of the latents of a video; refuses sizes that the factors do not divide."""
         space, time = self.spatial_factor, self.temporal_factor
         if height % space or width % space:
             raise UsageError(
@@ -121,48 +121,45 @@ class VideoVAE:
         return (frames - 1) // time + 1, self.channels, height // space, width // space
 
     def latent_of(self, frame: int) -> int:
-        """The latent frame that holds a frame of the video; the first holds one, each other a group."""
+        """Latent frame that holds a frame of the video; the first holds one frame, each other a group."""
         return -(-frame // self.temporal_factor)
 
     @torch.no_grad()
     def encode(self, video: Tensor, batch: int = 1) -> Tensor:
-        """Video (B, T, 3, H, W) in [0, 1] to normalised latents (B, F, C, h, w): the mode, not a sample."""
+        """Encode video (B, T, 3, H, W) in [0, 1] as normalized latents (B, F, C, h, w), the mode."""
         self.latent_shape(video.shape[1], video.shape[3], video.shape[4])
         return torch.cat([self._encode(part) for part in torch.split(video, batch)])
 
     @torch.no_grad()
     def decode(self, latents: Tensor, batch: int = 1) -> Tensor:
-        """Normalised latents (B, F, C, h, w) to video (B, T, 3, H, W) in [0, 1]."""
-        return torch.cat([self._decode(part) for part in torch.split(latents, batch)])
+        """Decode normalized latents (B, F, C, h, w) as video (B, T, 3, H, W) in [0, 1]."""
+        return torch.cat([self.decoding()(part) for part in torch.split(latents, batch)])
 
     def _encode(self, video: Tensor) -> Tensor:
         pixels = video.to(self._model.device, torch.float32).transpose(1, 2) * 2 - 1
         mode: Tensor = self._model.encode(pixels).latent_dist.mode()
         return ((mode - self._mean) / self._std).transpose(1, 2)
 
-    def _decode(self, latents: Tensor) -> Tensor:
-        return self.decoding()(latents)
-
     def decoding(self) -> ChunkDecoder:
-        """Decode a video part after part, as it is made."""
+        """Start decoding a video in parts, as it is sampled."""
         return ChunkDecoder(self._model, self._mean, self._std)
 
 
 class ChunkDecoder:
-    """One video, or one batch, on its way through the causal decoder, frame after frame.
+    """Decoder of one batch of videos in parts, latent frame after latent frame.
 
-    The decoder's convolutions look back on what came before, which is kept here and not in the model: the
-    pixels do not depend on how the video was cut into parts.
+    The decoder's causal convolutions depend on earlier frames, which are kept here instead of in the model:
+    the pixels do not depend on how the video is split into parts.
     """
 
     def __init__(self, model: Any, mean: Tensor, std: Tensor) -> None:
         self._model, self._mean, self._std = model, mean, std
         self._past: list[Any] = [None] * model._cached_conv_counts["decoder"]
-        self._begun = False
+        self._has_first = False
 
     @torch.no_grad()
     def __call__(self, latents: Tensor) -> Tensor:
-        """The next latents (B, F, C, h, w) to their video (B, T, 3, H, W) in [0, 1]."""
+        """Decode the next latents (B, F, C, h, w) as video (B, T, 3, H, W) in [0, 1]."""
         return torch.cat([self._frame(frame) for frame in torch.split(latents, 1, dim=1)], dim=1)
 
     def _frame(self, latents: Tensor) -> Tensor:
@@ -170,9 +167,9 @@ class ChunkDecoder:
 
         z = latents.to(self._model.device, torch.float32).transpose(1, 2) * self._std + self._mean
         x = self._model.post_quant_conv(z)
-        options = {"feat_cache": self._past, "feat_idx": [0], "first_chunk": not self._begun}
+        options = {"feat_cache": self._past, "feat_idx": [0], "first_chunk": not self._has_first}
         video: Tensor = self._model.decoder(x, **options)
-        self._begun = True
+        self._has_first = True
         if self._model.config.patch_size is not None:
             video = unpatchify(video, patch_size=self._model.config.patch_size)
         return (video.transpose(1, 2) / 2 + 0.5).clamp(0, 1)

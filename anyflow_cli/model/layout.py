@@ -1,13 +1,13 @@
-"""Token layouts: which frames become which tokens, where they stand, and what they may see.
-
-Legend: B batch, F latent frames, C channels, H W latent height and width, L tokens, D width.
+"""Token layouts: which frames become which tokens, at which positions, attending to which others.
 
 A layout is data. The network receives latents ``(B, F, C, H, W)`` and cuts them, frame after frame, into the
 layout's segments; patch embedding, rotary positions, modulation, attention groups and the output follow from
-the segments alone. The times of a frame are given with the frame (``t``, ``r`` of shape ``(B, F)``), so clean
-context is a segment whose frames carry ``t = r = 0``: teacher forcing, cache filling and a sampling step
-differ in their segments, not in the network. A segment may also be ``cached``: its keys and values were
-computed in an earlier pass, and only they take part. ``causal.py`` and ``cache.py`` build such layouts.
+the segments. Times come with the frames (``t``, ``r`` of shape ``(B, F)``), so clean context is a segment
+whose frames have ``t = r = 0``: teacher forcing, cache writing and a sampling step differ in their segments,
+not in the network. A ``cached`` segment takes part with keys and values of an earlier pass. ``causal`` and
+``kv_cache`` build such layouts.
+
+Legend: B batch, F latent frames, C channels, H W latent height and width, L tokens, D width.
 """
 
 from __future__ import annotations
@@ -26,10 +26,15 @@ Patch = Literal["full", "compressed"]
 class Segment:
     """Consecutive latent frames with one patch size and one view.
 
-    ``first`` is the position of its first frame in the video (rotary positions are absolute); ``attends_to``
-    are the indices of the segments whose keys its queries attend to, ascending; ``is_output`` says whether
-    its velocity is an output. ``cache_offset`` is the cache's token at which its keys start: a ``cached``
-    segment has them there and is no input, another one's are written there.
+    Attributes:
+        first: Position of its first frame in the video; rotary positions are absolute.
+        frames: Number of latent frames.
+        attends_to: Indices of the segments that its queries attend to, ascending.
+        patch: Patch size.
+        is_output: Whether its velocity is part of the output.
+        cached: Whether its keys are in the cache already; then it is not an input.
+        cache_offset: Token of the cache at which its keys start: read there if ``cached``, else written
+            there.
     """
 
     first: int
@@ -43,20 +48,20 @@ class Segment:
 
 @dataclass(frozen=True)
 class Span:
-    """A run of frames with equally many tokens each, in frames and in tokens ``[start, stop)``."""
+    """A run of frames with equally many tokens each, as ranges of frames and of tokens."""
 
     frames: slice
     tokens: slice
 
     @property
     def frame_count(self) -> int:
-        """Number of frames."""
+        """Number of latent frames."""
         return int(self.frames.stop - self.frames.start)
 
 
 @dataclass(frozen=True)
 class Group:
-    """Queries of the tokens ``queries`` attend to the keys of ``keys``, and of ``cached`` in the cache."""
+    """Queries of one token range and the ranges they attend to, of the input and of the cache."""
 
     queries: slice
     keys: tuple[slice, ...]
@@ -65,7 +70,7 @@ class Group:
 
 @dataclass(frozen=True)
 class KeyWrite:
-    """Keys of the tokens ``tokens`` go to ``cache`` in the cache."""
+    """Range of input tokens and the range of the cache that their keys are written to."""
 
     tokens: slice
     cache: slice
@@ -73,7 +78,7 @@ class KeyWrite:
 
 @dataclass(frozen=True)
 class Layout:
-    """Segments in token order over latent frames of ``height x width``."""
+    """Segments in token order, over latent frames of ``height`` x ``width``."""
 
     segments: tuple[Segment, ...]
     height: int
@@ -87,36 +92,36 @@ class Layout:
             if self.height % high or self.width % wide:
                 raise UsageError(
                     f"Latent frames of {self.height}x{self.width} do not divide into {high}x{wide} patches.",
-                    "Choose a height and a width that the VAE's factor times the patch size divides.",
+                    "Choose a height and width that are multiples of the VAE's factor times the patch size.",
                 )
 
     def patch_of(self, segment: Segment) -> tuple[int, int]:
-        """Height and width of the segment's patches."""
+        """Patch height and width of a segment."""
         return self.patch if segment.patch == "full" else self.compressed_patch
 
     def grid_of(self, segment: Segment) -> tuple[int, int]:
-        """Patches down and across one frame of the segment."""
+        """Patches down and across one frame of a segment."""
         high, wide = self.patch_of(segment)
         return self.height // high, self.width // wide
 
     def tokens_of(self, segment: Segment) -> int:
-        """Number of the segment's tokens."""
+        """Number of tokens of a segment."""
         down, across = self.grid_of(segment)
         return segment.frames * down * across
 
     @cached_property
     def inputs(self) -> tuple[Segment, ...]:
-        """The segments that are given as latents."""
+        """Segments that are not cached."""
         return tuple(segment for segment in self.segments if not segment.cached)
 
     @cached_property
     def frames(self) -> int:
-        """Frames of the input, over all its segments."""
+        """Latent frames of all inputs."""
         return sum(segment.frames for segment in self.inputs)
 
     @cached_property
     def spans(self) -> tuple[Span, ...]:
-        """The span of each input segment."""
+        """Span of each input."""
         spans, frame, token = [], 0, 0
         for segment in self.inputs:
             stop = token + self.tokens_of(segment)
@@ -126,7 +131,7 @@ class Layout:
 
     @cached_property
     def even_spans(self) -> tuple[Span, ...]:
-        """As few spans as possible: neighbours with equally many tokens a frame are one."""
+        """Spans of the inputs, neighbors with equally many tokens per frame merged."""
         merged: list[Span] = []
         for i, span in enumerate(self.spans):
             if i and self.inputs[i].patch == self.inputs[i - 1].patch:
@@ -137,7 +142,7 @@ class Layout:
 
     @cached_property
     def groups(self) -> tuple[Group, ...]:
-        """Query groups: neighbours that see the same keys attend in one call."""
+        """Attention groups; neighbors that attend to the same keys share a call."""
         groups: list[Group] = []
         for segment, span in zip(self.inputs, self.spans, strict=True):
             group = Group(span.tokens, *self._keys(segment.attends_to))
@@ -148,7 +153,7 @@ class Layout:
 
     @cached_property
     def writes(self) -> tuple[KeyWrite, ...]:
-        """What goes into the cache."""
+        """Ranges that are written to the cache."""
         return tuple(
             KeyWrite(span.tokens, self._cached(segment))
             for segment, span in zip(self.inputs, self.spans, strict=True)
@@ -156,19 +161,19 @@ class Layout:
         )
 
     def _keys(self, attends_to: tuple[int, ...]) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
-        """The seen segments as ranges of the input's tokens, and of the cache's."""
+        """Ranges of the input and of the cache that segments occupy."""
         own = dict(zip((i for i, s in enumerate(self.segments) if not s.cached), self.spans, strict=True))
         seen = [own[i].tokens for i in attends_to if i in own]
         cached = [self._cached(self.segments[i]) for i in attends_to if i not in own]
         return _merged(seen), _merged(cached)
 
     def _cached(self, segment: Segment) -> slice:
-        assert segment.cache_offset is not None, "a cached segment without a place"
+        assert segment.cache_offset is not None, "a cached segment needs a cache_offset"
         return slice(segment.cache_offset, segment.cache_offset + self.tokens_of(segment))
 
 
 def _merged(ranges: Iterable[slice]) -> tuple[slice, ...]:
-    """The same ranges; those that touch are one."""
+    """Ranges with neighbors that touch merged."""
     merged: list[slice] = []
     for tokens in ranges:
         touches = merged and merged[-1].stop == tokens.start
@@ -182,5 +187,5 @@ def _joined(first: slice, second: slice) -> slice:
 
 @lru_cache(maxsize=32)
 def bidirectional(frames: int, height: int, width: int, patch: tuple[int, int] = (2, 2)) -> Layout:
-    """The whole video in one segment that sees itself."""
+    """The whole video in one segment that attends to itself."""
     return Layout((Segment(0, frames, (0,)),), height, width, patch)

@@ -1,12 +1,12 @@
-"""The one network: a Wan transformer with one time or two, over any token layout.
-
-Legend: B batch, F latent frames, C channels, H W latent height and width, L tokens, D width.
+"""The network: a Wan transformer with one time or two, over any token layout.
 
 Parameter names are those of ``WanTransformer3DModel``, ``AnyFlowTransformer3DModel`` and
-``AnyFlowFARTransformer3DModel``. Times are in [0, 1] everywhere but in the sinusoid below, and their whole
-path to the modulation is fp32: the difference quotient of stage 1 sees steps of 0.005, and embeddings turn by
-a radian in 0.001. The module holds no buffers, so that it can be made on the meta device and given its
+``AnyFlowFARTransformer3DModel``. Times are in [0, 1] everywhere except in ``sinusoid``, and their whole path
+to the modulation is fp32: the difference quotient of stage 1 takes steps of 0.005, and embeddings turn by a
+radian per 0.001. The module holds no buffers, so that it can be built on the meta device and assigned its
 weights.
+
+Legend: B batch, F latent frames, C channels, H W latent height and width, L tokens, D width.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from anyflow_cli.model.layout import Layout, Segment, bidirectional
 from anyflow_cli.model.rotary import rotation
 
 TIME_SCALE = 1000.0
-# Kept in fp32 by ``store_as``: small, and what times and norms go through.
+# Stored in fp32 by ``store_as``: small, and on the path of times and norms.
 FP32_PARTS = ("time_embedder", "delta_embedder", "delta_proj", "time_proj", "scale_shift_table", "norm")
 
 Contexts = tuple[AbstractContextManager[None], AbstractContextManager[None]]
 
 
 class PatchEmbedding(nn.Module):
-    """One token a patch; the weights are those of a convolution whose stride is its kernel."""
+    """One token per patch; a convolution whose stride is its kernel size, as a matrix product."""
 
     def __init__(self, channels: int, dim: int, patch: tuple[int, int]) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class PatchEmbedding(nn.Module):
         self.weight, self.bias = conv.weight, conv.bias
 
     def forward(self, z: Tensor) -> Tensor:
-        """Latents (B, F, C, H, W) to tokens (B, L, D)."""
+        """Embed latents (B, F, C, H, W) as tokens (B, L, D)."""
         high, wide = self.weight.shape[-2:]
         z = torch.unflatten(
             torch.unflatten(z, 4, (-1, wide)), 3, (-1, high)
@@ -54,7 +54,7 @@ class PatchEmbedding(nn.Module):
 
 
 class Embedder(nn.Module):
-    """Two linear layers around an activation."""
+    """Two linear layers with an activation in between."""
 
     def __init__(self, width: int, dim: int, act: nn.Module) -> None:
         super().__init__()
@@ -63,13 +63,13 @@ class Embedder(nn.Module):
         self.linear_2 = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., width) to (..., D)."""
+        """Map (..., width) to (..., D)."""
         out: Tensor = self.linear_2(self.act(self.linear_1(x)))
         return out
 
 
 class ConditionEmbedder(nn.Module):
-    """Times to modulation, text embeddings to the network's width."""
+    """Embedding of times, as modulation of the blocks, and of text."""
 
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ class ConditionEmbedder(nn.Module):
         self.text_embedder = Embedder(config.text_dim, config.dim, nn.GELU(approximate="tanh"))
 
     def times(self, t: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
-        """Times (B, F) to their embedding (B, F, D) and the blocks' modulation (B, F, 6, D), all fp32."""
+        """Embed times (B, F): embedding (B, F, D) and the blocks' modulation (B, F, 6, D), fp32."""
         with torch.autocast(t.device.type, enabled=False):
             embedding = self._mix(t.float(), r.float())
             return embedding, torch.unflatten(self.time_proj(nnf.silu(embedding)), -1, (6, -1))
@@ -98,13 +98,16 @@ class ConditionEmbedder(nn.Module):
         if config.conditioning == "zero-init":
             mixed: Tensor = at_t + self.delta_proj(at_delta)
             return mixed
-        # lerp is exact where both embeddings agree: at r = t the untouched copy is the pretrained network to
-        # the bit.
+        # lerp is exact where both embeddings agree: at r = t an untouched copy equals the pretrained network
+        # to the bit.
         return torch.lerp(at_t, at_delta, config.gate)
 
 
 def sinusoid(t: Tensor, channels: int) -> Tensor:
-    """Cosines, then sines of ``1000 t`` at falling speeds, (..., channels) fp32; no other place scales t."""
+    """Cosines, then sines of ``1000 t`` at falling frequencies, (..., channels) fp32.
+
+    Times are scaled by 1000 here and nowhere else.
+    """
     half = channels // 2
     falling = torch.arange(half, dtype=torch.float32, device=t.device) / half
     angles = (TIME_SCALE * t).unsqueeze(-1) * torch.exp(-math.log(10000.0) * falling)
@@ -112,16 +115,16 @@ def sinusoid(t: Tensor, channels: int) -> Tensor:
 
 
 def plain_contexts() -> Contexts:
-    """Nothing to restore around a checkpointed block's forward and its recomputation."""
+    """Contexts of a checkpointed block's forward and of its recomputation that do nothing."""
     return nullcontext(), nullcontext()
 
 
 class FlowMapTransformer(nn.Module):
-    """Velocity ``u(z_t, t, r)`` of latents under text. A network with one time ignores ``r``.
+    """Velocity ``u(z_t, t, r)`` of latents under text; a network with one time ignores ``r``.
 
-    With ``gradient_checkpointing``, every ``checkpoint_every_n_blocks``-th block is recomputed in backward
-    pass, inside the second context that ``checkpoint_contexts`` gives at its forward (adapter roles restore
-    theirs there).
+    With ``gradient_checkpointing``, every ``checkpoint_every_n_blocks``-th block is recomputed in the
+    backward pass, inside the second context that ``checkpoint_contexts`` returned at its forward; adapters
+    restore the active role there.
     """
 
     def __init__(self, config: NetworkConfig) -> None:
@@ -141,7 +144,7 @@ class FlowMapTransformer(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where it computes; sharded weights may wait elsewhere until then (offloading)."""
+        """Device that it computes on; offloaded shards of its weights may be on the CPU."""
         weight = self.proj_out.weight
         if not isinstance(weight, DTensor):
             return weight.device
@@ -149,7 +152,7 @@ class FlowMapTransformer(nn.Module):
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """The type of matrix products: autocast's where it is on, else the weights'."""
+        """Type of matrix products: that of autocast where it is enabled, else of the weights."""
         kind = self.device.type
         return (
             torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.proj_out.weight.dtype
@@ -164,11 +167,18 @@ class FlowMapTransformer(nn.Module):
         layout: Layout | None = None,
         cache: LayerKeys | None = None,
     ) -> Tensor:
-        """Velocity of the frames that the layout reads, (B, F', C, H, W) in the type of ``z``.
+        """Predict the velocity of the layout's output segments.
 
-        ``z``: (B, F, C, H, W), the frames of all input segments in order. ``t``, ``r``: (B,) or (B, F) in [0,
-        1]. ``text``: embeddings (B, L', text_dim), or what ``text_keys`` made of them. Without a layout:
-        bidirectional. ``cache``: where the layout's cached segments are and new ones go.
+        Args:
+            z: Latents (B, F, C, H, W), the frames of all input segments in order.
+            t: Start times in [0, 1], (B,) or (B, F).
+            r: End times in the shape of t.
+            text: Embeddings (B, L', text_dim), or their keys and values from ``text_keys``.
+            layout: Token layout; None is bidirectional.
+            cache: Keys and values that the layout reads and writes.
+
+        Returns:
+            Velocity (B, F', C, H, W) of the F' output frames, in the type of ``z``.
         """
         layout = layout or bidirectional(z.shape[1], z.shape[3], z.shape[4], self.config.patch)
         assert z.shape[1] == layout.frames, f"{z.shape[1]} frames for a layout of {layout.frames}"
@@ -179,17 +189,17 @@ class FlowMapTransformer(nn.Module):
         texts = self._text_of_blocks(text)
         for number, (block, keys, cached) in enumerate(zip(self.blocks, texts, caches, strict=True)):
             h = self._run(number, block, h, keys, modulation, turns, layout, cached)
-        if not any(segment.is_output for segment in layout.inputs):  # a pass that only fills the cache
+        if not any(segment.is_output for segment in layout.inputs):  # the pass only writes the cache
             return z[:, :0]
-        return self._read(h, embedding, layout).to(z.dtype)
+        return self._output(h, embedding, layout).to(z.dtype)
 
     def text_keys(self, text: Tensor) -> LayerKeys:
-        """Keys and values of the text embeddings (B, L', text_dim) for every block, to use in many calls."""
+        """Keys and values of text embeddings (B, L', text_dim) for every block, to share among calls."""
         projected = self._project_text(text)
         return LayerKeys(tuple(block.text_keys(projected) for block in self._typed_blocks))
 
     def text_parameters(self) -> list[nn.Parameter]:
-        """What ``text_keys`` depends on."""
+        """Parameters that ``text_keys`` depends on."""
         parts: list[nn.Module] = [self.condition_embedder.text_embedder]
         for block in self._typed_blocks:
             parts += [block.attn2.to_k, block.attn2.to_v, block.attn2.norm_k]
@@ -197,14 +207,14 @@ class FlowMapTransformer(nn.Module):
 
     @torch.no_grad()
     def embedding_norm(self) -> Tensor:
-        """Mean length of the times' embedding over a fixed set of (t, r), (): what Fig. 11 follows."""
+        """Mean norm of the time embedding over a fixed set of (t, r), (), as in Fig. 11."""
         t = torch.linspace(0.125, 1, 8, device=self.device).unsqueeze(0)
         embedding, _ = self.condition_embedder.times(t, t / 2)
         norms: Tensor = torch.linalg.vector_norm(embedding, dim=-1)
         return norms.mean()
 
     def store_as(self, dtype: torch.dtype) -> FlowMapTransformer:
-        """Hold the weights as ``dtype``, less the small ones of times and norms, which stay fp32."""
+        """Store the weights as ``dtype``; those on the path of times and norms stay fp32."""
         for name, parameter in self.named_parameters():
             parameter.data = parameter.data.to(torch.float32 if kept_in_fp32(name) else dtype)
         return self
@@ -214,30 +224,31 @@ class FlowMapTransformer(nn.Module):
         return cast("list[Block]", list(self.blocks))
 
     def _project_text(self, text: Tensor) -> Tensor:
-        embedder = self.condition_embedder.text_embedder
-        projected: Tensor = embedder(text.to(self.proj_out.weight.dtype))
+        """Project text embeddings (B, L', text_dim) to the width (B, L', D)."""
+        projected: Tensor = self.condition_embedder.text_embedder(text.to(self.proj_out.weight.dtype))
         return projected
 
     def _text_of_blocks(self, text: Tensor | LayerKeys) -> list[Tensor] | tuple[KeyValue, ...]:
-        """Projected text, the same for all blocks, or each block's keys and values."""
+        """Projected text, the same for every block, or the keys and values of each block."""
         if isinstance(text, LayerKeys):
             return text.layers
         return [self._project_text(text)] * len(self.blocks)
 
     def _tokens(self, z: Tensor, layout: Layout) -> Tensor:
-        """Latents (B, F, C, H, W) to tokens (B, L, D)."""
+        """Embed latents (B, F, C, H, W) as tokens (B, L, D)."""
         parts = [
-            self._embedded(z[:, span.frames], segment)
+            self._embed(z[:, span.frames], segment)
             for segment, span in zip(layout.inputs, layout.spans, strict=True)
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
-    def _embedded(self, z: Tensor, segment: Segment) -> Tensor:
+    def _embed(self, z: Tensor, segment: Segment) -> Tensor:
         full = segment.patch == "full"
         tokens: Tensor = (self.patch_embedding if full else self.far_patch_embedding)(z)
-        return tokens.to(self.compute_dtype)  # one embedding may be trained in fp32 on a bf16 base
+        return tokens.to(self.compute_dtype)  # it may be trained in fp32 on a bf16 base
 
     def _run(self, number: int, block: nn.Module, *args: object) -> Tensor:
+        """Run a block, checkpointed if it is its turn."""
         chosen = self.gradient_checkpointing and number % self.checkpoint_every_n_blocks == 0
         if chosen and torch.is_grad_enabled():
             out = checkpoint(
@@ -252,8 +263,8 @@ class FlowMapTransformer(nn.Module):
         assert isinstance(out, Tensor)
         return out
 
-    def _read(self, h: Tensor, embedding: Tensor, layout: Layout) -> Tensor:
-        """Tokens (B, L, D) to the velocity of the segments that are read (B, F', C, H, W)."""
+    def _output(self, h: Tensor, embedding: Tensor, layout: Layout) -> Tensor:
+        """Velocity (B, F', C, H, W) of the output segments from tokens (B, L, D)."""
         table = self.scale_shift_table.float().unsqueeze(1)  # (1, 1, 2, D)
         shift, scale = (table + embedding.unsqueeze(2)).unbind(2)
         x = modulated(h, shift, scale, self.config.eps, layout.even_spans)
@@ -265,14 +276,14 @@ class FlowMapTransformer(nn.Module):
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def _unpatch(self, out: Tensor, layout: Layout, segment: Segment) -> Tensor:
-        """(B, L, high wide C) to (B, F, C, H, W)."""
+        """Rearrange patches (B, L, high wide C) as frames (B, F, C, H, W)."""
         out = torch.unflatten(out, 1, (segment.frames, *layout.grid_of(segment)))
         out = torch.unflatten(out, -1, (*layout.patch, -1))
         return out.permute(0, 1, 6, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
 
 
 def _by_frame(t: Tensor) -> Tensor:
-    """(B,) or (B, F) to (B, 1) or (B, F): one column where all frames share their time."""
+    """Times with a frame axis: (B, 1) where all frames share their time, else (B, F)."""
     return t.unsqueeze(1) if t.dim() == 1 else t
 
 
@@ -282,7 +293,7 @@ def kept_in_fp32(name: str) -> bool:
 
 
 def on_meta(config: NetworkConfig) -> FlowMapTransformer:
-    """A network without storage, to be given weights by ``load_state_dict(..., assign=True)``."""
+    """A network without storage, to be filled by ``load_state_dict(..., assign=True)``."""
     with torch.device("meta"):
         return FlowMapTransformer(config)
 
@@ -290,10 +301,14 @@ def on_meta(config: NetworkConfig) -> FlowMapTransformer:
 def two_time_from(
     network: FlowMapTransformer, gate: float = 0.25, conditioning: Conditioning = "interpolate"
 ) -> FlowMapTransformer:
-    """A frozen flow-map network that starts as ``network`` (one time) and takes over its weights.
+    """Turn a network with one time into a frozen flow map that starts equal to it and shares its weights.
 
-    ``interpolate``: ``(1 - g) emb(t) + g emb0(r)``, the pretrained network at ``r = t``. ``zero-init`` (the
-    ablation of Fig. 11): ``emb(t) + W0 emb0(t - r)``, ``W0 = 0``: the pretrained network at any r.
+    Args:
+        network: Network with one time.
+        gate: g of the interpolated conditioning (Sec. 4.2.1).
+        conditioning: ``interpolate``: ``(1 - g) emb(t) + g emb0(r)``, equal to ``network`` at ``r = t``.
+            ``zero-init`` (the ablation of Fig. 11): ``emb(t) + W0 emb0(t - r)`` with ``W0 = 0``, equal at any
+            r.
     """
     assert not network.config.two_time, "the network already takes two times"
     zero_init = conditioning == "zero-init"
@@ -312,10 +327,10 @@ def two_time_from(
 
 
 def folded(config: NetworkConfig, weights: dict[str, Tensor]) -> tuple[NetworkConfig, dict[str, Tensor]]:
-    """The same function in the parameters of the diffusers classes, which know no ``W0``.
+    """Express a zero-init network in the parameters of the diffusers classes, which have no ``W0``.
 
-    ``e + W0 d`` is ``(1 - g) e' + g d'`` where each embedder's last layer is divided by its share, and ``W0``
-    multiplied into the second's. At ``g = 1/2`` the division is exact.
+    ``e + W0 d`` equals ``(1 - g) e' + g d'`` where each embedder's last layer is divided by its share and
+    ``W0`` is multiplied into the second's. At ``g = 1/2`` the division is exact.
     """
     if config.conditioning != "zero-init":
         return config, weights

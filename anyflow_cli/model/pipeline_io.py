@@ -98,13 +98,13 @@ def _from_hub(name: str) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise AnyflowError(
-            f"{name} is no local folder and could not be fetched from the Hugging Face Hub ({reason}).",
+            f"{name} is not a local folder and cannot be fetched from the Hugging Face Hub ({reason}).",
             "Check the name and the network; log in with `hf auth login` if the model is gated.",
         ) from error
 
 
 def component(pipeline: Path, name: str) -> Path:
-    """The directory of one component of a pipeline folder.
+    """Directory of a component of a pipeline folder.
 
     The built-in models share one copy of their frozen components, stored in ``tiny``.
     """
@@ -232,16 +232,16 @@ def _model_index(config: NetworkConfig, source: Path) -> dict[str, Any]:
 
 
 def link_tree(source: Path, target: Path) -> None:
-    """A copy of ``source`` that shares its files where the file system can."""
-    for folder, _, names in os.walk(source, followlinks=True):  # copytree would hide which error it was
-        place = target / Path(folder).relative_to(source)
-        place.mkdir(parents=True)
+    """Copy a directory, sharing its files (hard links) where the file system supports it."""
+    for folder, _, names in os.walk(source, followlinks=True):  # copytree hides the type of an error
+        copy = target / Path(folder).relative_to(source)
+        copy.mkdir(parents=True)
         for name in names:
-            link_or_copy(Path(folder) / name, place / name)
+            link_or_copy(Path(folder) / name, copy / name)
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """A copy of a file, which shares its bytes where the file system can."""
+    """Copy a file, sharing its bytes (a hard link) where the file system supports it."""
     try:
         os.link(os.path.realpath(source), target)
     except OSError:

@@ -1,6 +1,7 @@
-"""Which arithmetic a machine should use: the one place that decides what ``precision: auto`` means.
+"""Arithmetic of a machine: the meaning of ``precision: auto``, and autocast.
 
-By the hardware's abilities, not by a measurement: a resumed run must decide as the interrupted one did.
+The choice depends on what the hardware supports, not on a measurement, so that a resumed run decides as
+before.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ Precision = Literal["fp32", "bf16"]
 
 
 def resolve_precision(setting: Literal["auto", "fp32", "bf16"], device: torch.device | str) -> Precision:
-    """``auto`` is bf16 where the device multiplies bf16 matrices by itself: a CPU is twice as fast then."""
+    """Resolve ``auto``: bf16 where the device multiplies bf16 matrices natively, else fp32."""
     if setting != "auto":
         return setting
     kind = torch.device(device).type
@@ -23,9 +24,13 @@ def resolve_precision(setting: Literal["auto", "fp32", "bf16"], device: torch.de
 
 
 def autocast(precision: Precision, device: torch.device | str, *, keeps_casts: bool = True) -> torch.autocast:
-    """Context that runs matrix products in ``precision``; with fp32 it changes nothing.
+    """Context that runs matrix products in ``precision``; with fp32 it does nothing.
 
-    ``keeps_casts``: a weight is cast once; of sharded weights the casts would pile up, each of them whole.
+    Args:
+        precision: Type of the products.
+        device: Device that runs them.
+        keeps_casts: Cache cast weights until the context ends. Pass False for sharded weights, of which every
+            cast is a full tensor.
     """
     kind = torch.device(device).type
     return torch.autocast(kind, torch.bfloat16, enabled=precision == "bf16", cache_enabled=keeps_casts)

@@ -1,10 +1,10 @@
 """Rotary positions of a layout's tokens, and their application to queries and keys.
 
-Legend: B batch, L tokens, E heads, d channels a head.
+A head's channels are interleaved pairs; the first pairs turn with the frame, the next with the row, the last
+with the column. Tables are real (cosine and sine, fp32, from fp64 angles) and computed once per layout. A
+compressed token covers several patches: its rotation is the mean of theirs, normalized to unit length.
 
-A head's channels are interleaved pairs; the first pairs turn with the frame, then with the row, then with the
-column. Tables are real (cosine and sine, fp32, from fp64 angles) and made once a layout. A compressed token
-covers several patches: its rotation is the average of theirs, brought back to unit length.
+Legend: B batch, L tokens, E heads, d channels per head.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ THETA = 10000.0
 
 @lru_cache(maxsize=32)
 def rotation(layout: Layout, head_dim: int, device: torch.device) -> Tensor:
-    """Cosine and sine of every input token's angles, (L, 1, d / 2, 2) fp32; for all steps and networks."""
-    # Cached tables are saved for backward passes later, which inference tensors cannot be.
+    """Cosine and sine of every input token's angles, (L, 1, d / 2, 2) fp32, cached per layout."""
+    # The cached tables are saved for later backward passes, which inference tensors cannot be.
     with torch.inference_mode(False), torch.no_grad():
         turns = torch.cat([_segment_turns(layout, segment, head_dim) for segment in layout.inputs])
         return torch.view_as_real(turns).float().unsqueeze(1).to(device)
 
 
 def _segment_turns(layout: Layout, segment: Segment, head_dim: int) -> Tensor:
-    """Unit complex numbers of the segment's tokens, (L, d / 2) complex128."""
+    """Rotations of a segment's tokens as unit complex numbers, (L, d / 2) complex128."""
     down, across = layout.grid_of(segment)
     cover = [n // full for n, full in zip(layout.patch_of(segment), layout.patch, strict=True)]
     spatial = 2 * (head_dim // 6)
@@ -43,21 +43,21 @@ def _segment_turns(layout: Layout, segment: Segment, head_dim: int) -> Tensor:
 
 
 def _axis(first: int, count: int, cover: int, channels: int) -> Tensor:
-    """Turns of ``count`` places on an axis, each the mean of ``cover`` positions, (count, channels / 2)."""
+    """Rotations along an axis, each the mean of ``cover`` positions, (count, channels / 2)."""
     speeds = THETA ** -(torch.arange(0, channels, 2, dtype=torch.float64, device="cpu") / channels)
-    places = torch.arange(first * cover, (first + count) * cover, dtype=torch.float64, device="cpu")
-    angles = torch.outer(places, speeds)
+    positions = torch.arange(first * cover, (first + count) * cover, dtype=torch.float64, device="cpu")
+    angles = torch.outer(positions, speeds)
     turns = torch.polar(torch.ones_like(angles), angles)
     mean = turns.reshape(count, cover, -1).mean(1)
     return mean / mean.abs()
 
 
 def rotate(x: Tensor, turns: Tensor) -> Tensor:
-    """Turn the channel pairs of ``x`` (B, L, E, d), fp32 in and out, by ``turns`` (L, 1, d / 2, 2)."""
+    """Rotate the channel pairs of x (B, L, E, d) by ``turns`` (L, 1, d / 2, 2), fp32."""
     pairs: Tensor = torch.unflatten(x, -1, (-1, 2))
     if x.device.type == "cpu" and not torch.compiler.is_compiling():
-        # The same four fp32 products; torch's complex kernel is the only one that a CPU vectorises over
-        # interleaved pairs (8 times faster than strided halves).
+        # The same four fp32 products as below; only torch's complex kernel is vectorized over interleaved
+        # pairs on a CPU (8 times faster than strided halves).
         return torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(turns)).flatten(-2)
     (first, second), (cos, sin) = pairs.unbind(-1), turns.unbind(-1)
     return torch.stack((first * cos - second * sin, first * sin + second * cos), dim=-1).flatten(-2)

@@ -266,7 +266,7 @@ def test_a_hub_name_that_cannot_be_fetched(monkeypatch: pytest.MonkeyPatch) -> N
         raise LocalEntryNotFoundError("Cannot reach the Hub.\nMore lines.")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
-    with pytest.raises(AnyflowError, match=r"no local folder .*Cannot reach the Hub\.\)") as caught:
+    with pytest.raises(AnyflowError, match=r"not a local folder .*Cannot reach the Hub\.\)") as caught:
         resolve_pipeline("someone/some-model")
     assert caught.value.exit_code == 1
     assert caught.value.hint
