@@ -20,14 +20,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from anyflow_cli.errors import UsageError
 from anyflow_cli.model.lora import LoraSize
-from anyflow_cli.model.network import FlowMapTransformer, folded
+from anyflow_cli.model.network import folded
 from anyflow_cli.model.pipeline_io import load_adapter, save_adapter, save_pipeline
+from anyflow_cli.model.weights_io import LazyWeight, WeightSource, write_weights
 from anyflow_cli.recipe.schema import Recipe
-from anyflow_cli.runs.open import is_checkpoint, locate, open_model, run_of, trained_weights
+from anyflow_cli.runs.open import describe, is_checkpoint, locate, run_of, trained_weights, weight_source
 from anyflow_cli.utils.files import atomic_write
 
 Format = Literal["diffusers", "merged", "comfyui", "adapter"]
@@ -61,14 +61,14 @@ def export_model(address: str, recipe: Recipe, kind: Format, out: Path, dtype: s
     if kind == "adapter":
         _write_adapter(target, address)
         return target
-    opened = open_model(address, recipe, dtype=None)
-    lineage = opened.lineage | {"exported_from": address}
+    info = describe(address, recipe)
+    network, lineage = weight_source(info), info.lineage | {"exported_from": address}
     if kind == "diffusers":
         as_type = DTYPES[dtype] if dtype else None
-        save_pipeline(target, opened.network, opened.pipeline, lineage, shift=opened.shift, dtype=as_type)
+        save_pipeline(target, network, info.pipeline, lineage, shift=info.shift, dtype=as_type)
     else:
         write = write_merged if kind == "merged" else write_comfyui
-        write(target, opened.network, lineage, dtype)
+        write(target, network, lineage, dtype)
     return target
 
 
@@ -105,29 +105,28 @@ def original_name(name: str) -> str:
 
 
 def write_merged(
-    path: Path, network: FlowMapTransformer, lineage: Mapping[str, Any], dtype: str | None = None
+    path: Path, network: WeightSource, lineage: Mapping[str, Any], dtype: str | None = None
 ) -> None:
     """One safetensors file with diffusers' names; its metadata holds the class's config and the lineage."""
-    config, weights = folded(network.config, dict(network.state_dict()))
+    config, weights = folded(network.config, network.lazy_weights())
     metadata = {"config": json.dumps(config.to_diffusers()), "lineage": json.dumps(lineage)}
     _write(path, weights, metadata, dtype)
 
 
 def write_comfyui(
-    path: Path, network: FlowMapTransformer, lineage: Mapping[str, Any], dtype: str | None = None
+    path: Path, network: WeightSource, lineage: Mapping[str, Any], dtype: str | None = None
 ) -> None:
     """One safetensors file with the original names under ComfyUI's prefix."""
-    config, weights = folded(network.config, dict(network.state_dict()))
+    config, weights = folded(network.config, network.lazy_weights())
     renamed = {COMFYUI_PREFIX + original_name(name): weight for name, weight in weights.items()}
     # What shapes do not tell. The key "config" would change how ComfyUI detects the model.
     facts = {"gate": str(config.gate), "delta": config.delta, "head_dim": str(config.head_dim)}
     _write(path, renamed, facts | {"lineage": json.dumps(lineage)}, dtype)
 
 
-def _write(path: Path, weights: Mapping[str, Tensor], metadata: dict[str, str], dtype: str | None) -> None:
-    from safetensors.torch import save_file
-
-    kind = DTYPES[dtype] if dtype else None
-    stored = {name: weight.detach().to("cpu", kind).contiguous() for name, weight in weights.items()}
+def _write(
+    path: Path, weights: Mapping[str, LazyWeight], metadata: Mapping[str, str], dtype: str | None
+) -> None:
+    stored = {name: weight.to(DTYPES[dtype] if dtype else weight.dtype) for name, weight in weights.items()}
     with atomic_write(path) as temporary:
-        save_file(stored, temporary, metadata={"format": "pt", **metadata})
+        write_weights(temporary, stored, {"format": "pt", **metadata})

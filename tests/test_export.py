@@ -14,14 +14,15 @@ from anyflow_cli.errors import UsageError
 from anyflow_cli.export import COMFYUI_PREFIX, export_model, original_name, write_comfyui, write_merged
 from anyflow_cli.model.backbone import Backbone
 from anyflow_cli.model.config import NetworkConfig
-from anyflow_cli.model.lora import LoraSize
+from anyflow_cli.model.lora import LoraSize, MergedNetwork
 from anyflow_cli.model.network import FlowMapTransformer, two_time_from
-from anyflow_cli.model.pipeline_io import load_network, save_pipeline
+from anyflow_cli.model.pipeline_io import load_adapter, load_network, save_pipeline
 from anyflow_cli.recipe.compare import dump
 from anyflow_cli.recipe.schema import LoraSection, ModelSection, Recipe
 from anyflow_cli.runs import checkpoint
 from anyflow_cli.runs.open import open_model
 from tests.tiny_pipeline import make_wan_folder
+from tests.train.stage import LORA, inputs_of, make_data, make_recipe, paths, train
 
 SMALL = NetworkConfig(
     heads=2, head_dim=12, layers=2, ffn_dim=32, in_channels=4, out_channels=4, text_dim=8, freq_dim=16,
@@ -121,7 +122,7 @@ def make_run(folder: Path, wan: Path, lora: bool) -> FlowMapTransformer:
     checkpoint.save(folder / "checkpoints", state, keep=2)
     (folder / "recipe.yaml").write_text(dump(recipe))
     (folder / "lineage.json").write_text(json.dumps({"stage": "train_flowmap", "base": str(wan)}))
-    return backbone.merged("student")
+    return MergedNetwork(two_time_from(load_network(wan)), average, size).load()
 
 
 def assert_same(network: FlowMapTransformer, other: FlowMapTransformer) -> None:
@@ -259,3 +260,23 @@ def test_the_last_checkpoint_of_a_run_equals_its_finished_model(
         run = tmp_path / "small" / stage
         finished = open_model(str(run), recipe_for(wan)).network
         assert_same(finished, open_model(str(run / "checkpoints" / "step-000001"), recipe_for(wan)).network)
+
+
+def test_adapters_trained_in_bf16_leave_the_base_as_it_was_read(wan: Path, tmp_path: Path) -> None:
+    """The base computes in bf16; the finished model and every export hold it as stored, in fp32."""
+    data = make_data(tmp_path / "data")
+    recipe = make_recipe(wan, data, model={"lora": LORA, "precision": "bf16"})
+    finished = train(recipe, inputs_of("train-flowmap", recipe, paths(tmp_path)))
+    assert finished.adapter is not None
+    run = finished.model.parent
+    start = two_time_from(load_network(wan))
+    stored, adapter = load_network(finished.model, None).state_dict(), load_adapter(finished.adapter)
+    assert_same(
+        load_network(finished.model, None), MergedNetwork(start, adapter.weights, adapter.size).load()
+    )
+    changed = {name for name, value in start.state_dict().items() if not torch.equal(stored[name], value)}
+    assert changed == {name.replace(".lora_B", "") for name in adapter.weights if ".lora_B" in name}
+    for address in (run / "model", run / "checkpoints" / "step-000002"):
+        made = export_model(str(address), recipe, "merged", tmp_path / f"{address.name}.safetensors")
+        exported = load_file(made)
+        assert all(torch.equal(exported[name], value) for name, value in stored.items())

@@ -33,7 +33,7 @@ from anyflow_cli.model.causal import FAR, as_causal
 from anyflow_cli.model.conditioned import Conditioned
 from anyflow_cli.model.config import CausalConfig
 from anyflow_cli.model.lora import LoraAdapters, LoraSize
-from anyflow_cli.model.network import FlowMapTransformer, on_meta, two_time_from
+from anyflow_cli.model.network import FlowMapTransformer, two_time_from
 from anyflow_cli.model.parallelize import shard_like
 from anyflow_cli.model.precision import Precision
 from anyflow_cli.recipe.schema import ModelSection
@@ -127,13 +127,8 @@ class Backbone(nn.Module):
         """
         lora = LoraSize(model.lora.rank, model.lora.alpha) if model.lora else None
         dtype = torch.bfloat16 if lora is not None and precision == "bf16" else torch.float32
-        network = load(sources.network, dtype)
-        if sources.two_time and not network.config.two_time:
-            network = two_time_from(network, model.gate, model.conditioning)
-        if sources.two_time and model.causal is not None:
-            network = as_causal(network, CausalConfig.from_recipe(model.causal))
         backbone = cls(
-            network,
+            start_network(load(sources.network, dtype), model, two_time=sources.two_time),
             sources.roles,
             lora=lora,
             teacher=None if sources.scores is None else load(sources.scores, dtype),
@@ -235,22 +230,20 @@ class Backbone(nn.Module):
         for key, parameter in own.items():
             parameter.copy_(shard_like(state[key], parameter))
 
-    def merged(self, name: Role, dtype: torch.dtype = torch.float32) -> FlowMapTransformer:
-        """A plain frozen network that computes what the role does, for export.
 
-        Adapters are added in fp32 before the cast to ``dtype``: in bf16 a small one would vanish in the
-        rounding of a large weight. Weights that are neither adapted nor cast are shared with the base.
-        """
-        network = self._networks[name]
-        weights = {key: tensor.detach() for key, tensor in network.state_dict().items()}
-        if network in self._adapters:
-            adapter = name if name in self._adapted else None
-            weights = self._adapters[network].merged(weights, adapter)
-        else:
-            weights = {key: tensor.clone() for key, tensor in weights.items()}
-        plain = on_meta(network.config)
-        plain.load_state_dict(weights, assign=True)
-        return plain.store_as(dtype).requires_grad_(False)
+def start_network(network: FlowMapTransformer, model: ModelSection, *, two_time: bool) -> FlowMapTransformer:
+    """Network that a student starts from: a flow map if ``two_time``, causal where the recipe is.
+
+    Args:
+        network: The model that the stage starts from.
+        model: Section of the recipe.
+        two_time: Whether the student is a flow map; without, the network stays as it is.
+    """
+    if two_time and not network.config.two_time:
+        network = two_time_from(network, model.gate, model.conditioning)
+    if two_time and model.causal is not None:
+        network = as_causal(network, CausalConfig.from_recipe(model.causal))
+    return network
 
 
 def _check_fit(own: Mapping[str, Tensor], given: Mapping[str, Tensor], role: str) -> None:

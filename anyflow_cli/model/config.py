@@ -17,6 +17,7 @@ from pydantic import BaseModel, Field
 from pydantic_core import to_json
 
 from anyflow_cli.errors import UsageError
+from anyflow_cli.model.weights_io import FETCH
 from anyflow_cli.utils.records import parse_record, read_bytes
 
 if TYPE_CHECKING:
@@ -30,7 +31,6 @@ ANYFLOW_FAR = "AnyFlowFARTransformer3DModel"
 CLASSES = (WAN, ANYFLOW, ANYFLOW_FAR)
 NVLABS = "FAR_Wan_Transformer3DModel"  # the authors' own class, for all kinds
 QK_NORM = "rms_norm_across_heads"
-FETCH = "Fetch or save the model again."
 
 Size = Annotated[int, Field(ge=1, le=1 << 20)]
 Even = Annotated[int, Field(ge=2, le=1 << 16, multiple_of=2)]

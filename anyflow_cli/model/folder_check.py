@@ -13,7 +13,9 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field
 
 from anyflow_cli.errors import AnyflowError, UsageError
+from anyflow_cli.model.config import Size
 from anyflow_cli.model.layouts.transformer import open_transformer
+from anyflow_cli.model.lora import adapter_problems
 from anyflow_cli.model.network import on_meta
 from anyflow_cli.model.pipeline_io import (
     ADAPTER_CONFIG,
@@ -21,7 +23,6 @@ from anyflow_cli.model.pipeline_io import (
     ADAPTER_WEIGHTS,
     INDEX,
     AdapterConfig,
-    adapter_problems,
     component,
     read_shift,
     shapes_of,
@@ -36,7 +37,6 @@ from anyflow_cli.model.weights_io import (
 )
 from anyflow_cli.utils.records import read_record
 
-Size = Annotated[int, Field(ge=1, le=1 << 20)]
 Shapes = dict[str, tuple[int, ...]]
 TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
 

@@ -3,21 +3,26 @@
 peft's ``set_adapter`` also changes ``requires_grad``, so that evaluating another adapter would freeze the one
 in training. And a checkpointed block is recomputed in the backward pass, when another adapter may be active:
 here the recomputation runs under the adapter of its forward.
+
+``MergedNetwork`` is the plain network that an adapter makes of its base.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from anyflow_cli.model.network import FlowMapTransformer
+from anyflow_cli.errors import UsageError
+from anyflow_cli.model.network import FlowMapTransformer, kept_in_fp32, on_meta
+from anyflow_cli.model.weights_io import LazyWeight, listed, shown
 
 BLOCKS = r"blocks\.\d+\.(attn1\.to_(q|k|v|out\.0)|ffn\.net\.(0\.proj|2))"
 TIMES = r"condition_embedder\.((time|delta)_embedder\.linear_[12]|delta_proj)"
@@ -83,18 +88,6 @@ class LoraAdapters:
         """Activate an adapter inside the block; afterwards what was active before."""
         return _ActiveAdapter(self, name)
 
-    @torch.no_grad()
-    def merged(self, weights: Mapping[str, Tensor], name: str | None) -> dict[str, Tensor]:
-        """Plain state dict of the network, with the adapter, if any, added in fp32."""
-        plain = {
-            key.replace(".base_layer.", "."): value for key, value in weights.items() if ".lora_" not in key
-        }
-        for path, layer in self._layers:
-            if name in layer.lora_A:
-                base = plain[f"{path}.weight"]
-                plain[f"{path}.weight"] = base.float() + layer.get_delta_weight(name).float()
-        return plain
-
 
 class _ActiveAdapter:
     """A reentrant switch: a recomputation may enter it more than once."""
@@ -115,3 +108,87 @@ class _ActiveAdapter:
     def _switch(self, name: str | None) -> None:
         if name != self._adapters.active:
             self._adapters.activate(name)
+
+
+class MergedNetwork:
+    """A network with trained weights in it, merged tensor by tensor when each is read.
+
+    What was not trained stays as it is stored. Adapters are added in fp32: a small one would
+    vanish in the bf16 rounding of a large weight.
+
+    Args:
+        base: The network that training started from, as stored.
+        trained: Adapter weights (``...lora_A.weight``) and weights that were trained in full, by name.
+        size: Rank and alpha of the adapter; None where there is none.
+
+    Raises:
+        UsageError: A trained weight has no place in the network, or another shape.
+    """
+
+    def __init__(
+        self, base: FlowMapTransformer, trained: Mapping[str, Tensor], size: LoraSize | None = None
+    ) -> None:
+        self.config, self._base = base.config, {k: v.detach() for k, v in base.state_dict().items()}
+        self._trained, self._scale = trained, size.alpha / size.rank if size else 0.0
+        shapes = {name: tuple(tensor.shape) for name, tensor in trained.items()}
+        for problem in [*self._misfits(shapes), *(adapter_problems(shapes, size.rank) if size else ())]:
+            raise UsageError(
+                f"The trained weights do not fit the model: {problem}.",
+                "Use the model and the recipe that the run was started with.",
+            )
+
+    def _misfits(self, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
+        for name, shape in shapes.items():
+            layer, is_adapter, side = name.rpartition(".lora_")
+            stored = self._base.get(f"{layer}.weight" if is_adapter else name)
+            wide = {"A.weight": 1, "B.weight": 0}.get(side)  # the side of a pair that is as wide as the layer
+            if stored is None or (is_adapter and stored.dim() != 2):
+                yield f"{shown(name)} is unexpected"
+            elif is_adapter and wide is not None and shape[wide : wide + 1] != stored.shape[wide : wide + 1]:
+                yield f"{shown(name)} has shape {shape} beside a weight of shape {tuple(stored.shape)}"
+            elif not is_adapter and shape != stored.shape:
+                yield f"{shown(name)} has shape {shape} instead of {tuple(stored.shape)}"
+        if not any(".lora_" in name for name in shapes) and (missing := self._base.keys() - shapes.keys()):
+            yield f"{listed(sorted(missing))} missing"
+
+    def lazy_weights(self) -> dict[str, LazyWeight]:
+        """Weights by name; see ``WeightSource``."""
+        return {name: self._weight(name) for name in self._base}
+
+    def load(self, dtype: torch.dtype | None = None) -> FlowMapTransformer:
+        """A plain frozen network, weights as ``dtype`` (None: as stored, merged ones in fp32)."""
+        network = on_meta(self.config)
+        weights = {}
+        for name, weight in self.lazy_weights().items():
+            kind = weight.dtype if dtype is None else torch.float32 if kept_in_fp32(name) else dtype
+            weights[name] = weight.load().to(kind)
+        network.load_state_dict(weights, assign=True)
+        return network.requires_grad_(False)
+
+    def _weight(self, name: str) -> LazyWeight:
+        layer = name.removesuffix(".weight")
+        if f"{layer}.lora_B.weight" in self._trained:
+            return LazyWeight(self._base[name].shape, torch.float32, partial(self._merge, layer))
+        return LazyWeight.of(self._trained.get(name, self._base[name]).detach())
+
+    @torch.no_grad()
+    def _merge(self, layer: str) -> Tensor:
+        base = self._base[f"{layer}.weight"]
+        a, b = (self._trained[f"{layer}.lora_{side}.weight"].to(base.device).float() for side in "AB")
+        merged: Tensor = base.float() + (b @ a) * self._scale
+        return merged
+
+
+def adapter_problems(shapes: Mapping[str, tuple[int, ...]], rank: int) -> Iterator[str]:
+    """In words, what is wrong with the weights of an adapter, by name in ``Backbone.state_dict_of``."""
+    if not any(".lora_" in name for name in shapes):
+        yield "it holds no LoRA weights"
+    for name, shape in shapes.items():
+        layer, found, side = name.rpartition(".lora_")
+        if not found:
+            continue
+        other = f"{layer}.lora_{'B' if side.startswith('A') else 'A'}.weight"
+        if side not in ("A.weight", "B.weight") or other not in shapes:
+            yield f"{shown(name)} is not one of a pair"
+        elif len(shape) != 2 or shape[0 if side == "A.weight" else 1] != rank:
+            yield f"{shown(name)} has shape {shape}"

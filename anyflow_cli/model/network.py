@@ -12,7 +12,7 @@ Legend: B batch, F latent frames, C channels, H W latent height and width, L tok
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import cast
@@ -27,6 +27,7 @@ from anyflow_cli.model.blocks import Block, KeyValue, LayerKeys, modulated
 from anyflow_cli.model.config import Conditioning, NetworkConfig
 from anyflow_cli.model.layout import Layout, Segment, bidirectional
 from anyflow_cli.model.rotary import rotation
+from anyflow_cli.model.weights_io import LazyWeight
 
 TIME_SCALE = 1000.0
 # Stored in fp32 by ``store_as``: small, and on the path of times and norms.
@@ -219,6 +220,10 @@ class FlowMapTransformer(nn.Module):
             parameter.data = parameter.data.to(torch.float32 if kept_in_fp32(name) else dtype)
         return self
 
+    def lazy_weights(self) -> dict[str, LazyWeight]:
+        """Weights by name, for saving; see ``WeightSource``."""
+        return {name: LazyWeight.of(tensor.detach()) for name, tensor in self.state_dict().items()}
+
     @property
     def _typed_blocks(self) -> list[Block]:
         return cast("list[Block]", list(self.blocks))
@@ -326,18 +331,24 @@ def two_time_from(
     return flow_map.requires_grad_(False)
 
 
-def folded(config: NetworkConfig, weights: dict[str, Tensor]) -> tuple[NetworkConfig, dict[str, Tensor]]:
+def folded(
+    config: NetworkConfig, weights: Mapping[str, LazyWeight]
+) -> tuple[NetworkConfig, dict[str, LazyWeight]]:
     """Express a zero-init network in the parameters of the diffusers classes, which have no ``W0``.
 
     ``e + W0 d`` equals ``(1 - g) e' + g d'`` where each embedder's last layer is divided by its share and
     ``W0`` is multiplied into the second's. At ``g = 1/2`` the division is exact.
     """
+    weights = dict(weights)
     if config.conditioning != "zero-init":
         return config, weights
-    weights = dict(weights)
     w0 = weights.pop("condition_embedder.delta_proj.weight")
     for kind in ("weight", "bias"):
         time, delta = (f"condition_embedder.{part}_embedder.linear_2.{kind}" for part in ("time", "delta"))
-        weights[time] = 2 * weights[time]
-        weights[delta] = 2 * (w0 @ weights[delta])
+        weights[time] = _doubled(weights[time], lambda value: value)
+        weights[delta] = _doubled(weights[delta], lambda value: w0.load().float() @ value)
     return replace(config, conditioning="interpolate", gate=0.5), weights
+
+
+def _doubled(weight: LazyWeight, through: Callable[[Tensor], Tensor]) -> LazyWeight:
+    return LazyWeight(weight.shape, torch.float32, lambda: 2 * through(weight.load().float()))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -20,9 +20,16 @@ from torch import Tensor
 from anyflow_cli.errors import AnyflowError, UsageError
 from anyflow_cli.model.config import ANYFLOW, ANYFLOW_FAR, WAN, NetworkConfig
 from anyflow_cli.model.layouts.transformer import open_transformer
-from anyflow_cli.model.lora import LoraSize
+from anyflow_cli.model.lora import LoraSize, adapter_problems
 from anyflow_cli.model.network import FlowMapTransformer, folded
-from anyflow_cli.model.weights_io import FETCH, TRANSFORMER_STEM, read_tensors, shown
+from anyflow_cli.model.weights_io import (
+    FETCH,
+    TRANSFORMER_STEM,
+    LazyWeight,
+    WeightSource,
+    read_tensors,
+    write_weights,
+)
 from anyflow_cli.utils.files import atomic_directory, write_json
 from anyflow_cli.utils.hub import is_hub_name
 from anyflow_cli.utils.records import read_record
@@ -35,32 +42,32 @@ SHARD_BYTES = 5_000_000_000
 PIPELINES = {WAN: "WanPipeline", ANYFLOW: "AnyFlowPipeline", ANYFLOW_FAR: "AnyFlowFARPipeline"}
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 ADAPTER_PREFIX = "base_model.model."
-Class = tuple[str | None, str | None]  # library and class; nulls for a component that the pipeline lacks
-Positive = Annotated[float, Field(gt=0, lt=1e6)]
+_Class = tuple[str | None, str | None]  # library and class; nulls for a component that the pipeline lacks
+_Positive = Annotated[float, Field(gt=0, lt=1e6)]
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
 
 
 class PipelineIndex(BaseModel):
     """``model_index.json``: the class of every component, in the order of the file."""
 
-    text_encoder: Class
-    tokenizer: Class
-    vae: Class
-    scheduler: Class
+    text_encoder: _Class
+    tokenizer: _Class
+    vae: _Class
+    scheduler: _Class
 
 
 class SchedulerConfig(BaseModel):
     """``scheduler_config.json``: the timestep shift, under whichever name its class has for it."""
 
-    flow_shift: Positive | None = None
-    shift: Positive | None = None
+    flow_shift: _Positive | None = None
+    shift: _Positive | None = None
 
 
 class AdapterConfig(BaseModel):
     """``adapter_config.json`` of PEFT."""
 
     r: Annotated[int, Field(ge=1, le=1 << 16)]
-    lora_alpha: Positive
+    lora_alpha: _Positive
     base_model_name_or_path: str
 
 
@@ -149,7 +156,7 @@ def shapes_of(weights: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
 
 def save_pipeline(
     target: Path,
-    network: FlowMapTransformer,
+    network: WeightSource,
     source_pipeline: Path,
     lineage: Mapping[str, Any],
     *,
@@ -157,17 +164,20 @@ def save_pipeline(
     dtype: torch.dtype | None = None,
     replace: bool = False,
 ) -> Path:
-    """Write ``network`` as a pipeline folder at ``target``; other components come from ``source_pipeline``.
+    """Write a network as a pipeline folder; a network with two times as AnyFlow's, with one as Wan's.
 
-    Two times: an AnyFlow folder that samples at ``shift`` (None: the source's). One time: a Wan folder with
-    the source's scheduler. ``lineage.json`` records ``lineage``. An existing ``target`` is an error unless
-    ``replace``.
+    Args:
+        target: Folder to write.
+        network: The network.
+        source_pipeline: Folder that the other components are from.
+        lineage: Content of ``lineage.json``.
+        shift: Timestep shift of an AnyFlow folder; None: the source's.
+        dtype: Type of all weights; None: as they are.
+        replace: Replace an existing folder instead of refusing it.
     """
     if target.exists() and not replace:
         raise UsageError(f"{target} exists already.", "Choose another directory, or remove it.")
-    weights = {name: tensor.detach() for name, tensor in network.state_dict().items()}
-    assert not any(".lora_" in name for name in weights), "merge a role first: Backbone.merged"
-    config, weights = folded(network.config, weights)
+    config, weights = folded(network.config, network.lazy_weights())
     with atomic_directory(target) as folder:
         for name in FROZEN:
             link_tree(component(source_pipeline, name), folder / name)
@@ -179,19 +189,23 @@ def save_pipeline(
 
 
 def write_transformer(
-    folder: Path, config: NetworkConfig, weights: Mapping[str, Tensor], dtype: torch.dtype | None = None
+    folder: Path, config: NetworkConfig, weights: Mapping[str, LazyWeight], dtype: torch.dtype | None = None
 ) -> None:
-    """``config.json`` and safetensors, sharded where large."""
-    from huggingface_hub import split_torch_state_dict_into_shards
-    from safetensors.torch import save_file
+    """Write ``config.json`` and safetensors, sharded where large, holding one tensor in memory at a time."""
+    from huggingface_hub import split_state_dict_into_shards_factory
 
+    assert not any(".lora_" in name for name in weights), "an adapter was not merged"
     folder.mkdir(parents=True)
     write_json(folder / "config.json", config.to_diffusers() | {"_diffusers_version": version("diffusers")})
-    stored = {name: tensor.to(device="cpu", dtype=dtype).contiguous() for name, tensor in weights.items()}
-    pattern = TRANSFORMER_STEM + "{suffix}.safetensors"
-    split = split_torch_state_dict_into_shards(stored, filename_pattern=pattern, max_shard_size=SHARD_BYTES)
+    stored = {name: weight.to(dtype or weight.dtype) for name, weight in weights.items()}
+    split = split_state_dict_into_shards_factory(
+        stored,
+        get_storage_size=lambda weight: weight.nbytes,
+        filename_pattern=TRANSFORMER_STEM + "{suffix}.safetensors",
+        max_shard_size=SHARD_BYTES,
+    )
     for file, names in split.filename_to_tensors.items():
-        save_file({name: stored[name] for name in names}, folder / file, metadata={"format": "pt"})
+        write_weights(folder / file, {name: stored[name] for name in names}, {"format": "pt"})
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         write_json(folder / f"{TRANSFORMER_STEM}.safetensors.index.json", index)
@@ -298,18 +312,3 @@ def load_adapter(folder: Path) -> Adapter:
     for problem in adapter_problems(shapes_of(weights), config.r):
         raise UsageError(f"{file} is not an adapter of rank {config.r}: {problem}.", FETCH)
     return Adapter(weights, LoraSize(config.r, config.lora_alpha), config.base_model_name_or_path)
-
-
-def adapter_problems(shapes: Mapping[str, tuple[int, ...]], rank: int) -> Iterator[str]:
-    """In words, what is wrong with the weights of an adapter, by name in ``Backbone.state_dict_of``."""
-    if not any(".lora_" in name for name in shapes):
-        yield "it holds no LoRA weights"
-    for name, shape in shapes.items():
-        layer, found, side = name.rpartition(".lora_")
-        if not found:
-            continue
-        other = f"{layer}.lora_{'B' if side.startswith('A') else 'A'}.weight"
-        if side not in ("A.weight", "B.weight") or other not in shapes:
-            yield f"{shown(name)} is not one of a pair"
-        elif len(shape) != 2 or shape[0 if side == "A.weight" else 1] != rank:
-            yield f"{shown(name)} has shape {shape}"

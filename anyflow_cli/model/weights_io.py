@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from pydantic import BaseModel
@@ -21,6 +21,9 @@ from torch import Tensor
 from anyflow_cli.errors import UsageError
 from anyflow_cli.utils.files import safe_child
 from anyflow_cli.utils.records import read_record
+
+if TYPE_CHECKING:
+    from anyflow_cli.model.config import NetworkConfig
 
 TRANSFORMER_STEM, TEXT_ENCODER_STEM = "diffusion_pytorch_model", "model"
 FETCH = "Fetch or save the model again."
@@ -43,7 +46,7 @@ class WeightIndex(BaseModel):
     weight_map: dict[str, str]
 
 
-def weight_files(folder: Path, stem: str = TRANSFORMER_STEM) -> list[Path]:
+def component_files(folder: Path, stem: str = TRANSFORMER_STEM) -> list[Path]:
     """Files with the weights of a component: one, or the shards that its index names.
 
     Raises:
@@ -69,7 +72,7 @@ def read_headers(folder: Path, stem: str = TRANSFORMER_STEM) -> dict[str, Tensor
         UsageError: A file is missing or damaged, a tensor is in two files or is not of a floating type.
     """
     found: dict[str, TensorInfo] = {}
-    for file in weight_files(folder, stem):
+    for file in component_files(folder, stem):
         for name, info in read_header(file).items():
             if name in found:
                 raise UsageError(f"{shown(name)} is in both {found[name].file} and {file}.", FETCH)
@@ -208,6 +211,17 @@ class LazyWeight:
     def nbytes(self) -> int:
         """Bytes of the values."""
         return self.shape.numel() * self.dtype.itemsize
+
+
+class WeightSource(Protocol):
+    """A network to save: its configuration, and its weights one at a time."""
+
+    @property
+    def config(self) -> NetworkConfig:
+        """Sizes of the network."""
+
+    def lazy_weights(self) -> dict[str, LazyWeight]:
+        """Weights by name, loaded when they are written."""
 
 
 def write_weights(file: Path, weights: Mapping[str, LazyWeight], metadata: Mapping[str, str]) -> None:

@@ -9,7 +9,7 @@ sampled and exported while its training goes on.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,10 +23,11 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from anyflow_cli import __version__
 from anyflow_cli.errors import UsageError
-from anyflow_cli.model.backbone import Backbone, BackboneSources
+from anyflow_cli.model.backbone import start_network
 from anyflow_cli.model.causal import FAR
 from anyflow_cli.model.config import CausalConfig
 from anyflow_cli.model.folder_check import check_folder
+from anyflow_cli.model.lora import LoraSize, MergedNetwork
 from anyflow_cli.model.network import FlowMapTransformer
 from anyflow_cli.model.pipeline_io import (
     ADAPTER_CONFIG,
@@ -35,6 +36,7 @@ from anyflow_cli.model.pipeline_io import (
     read_shift,
     resolve_pipeline,
 )
+from anyflow_cli.model.weights_io import WeightSource
 from anyflow_cli.recipe.load import load_recorded_recipe
 from anyflow_cli.recipe.schema import ModelSection, Recipe
 from anyflow_cli.runs.dcp import SHARDS, reason, shard_keys
@@ -140,17 +142,33 @@ def open_model(address: str, recipe: Recipe, dtype: torch.dtype | None = torch.f
     if info.run is None:
         network = load_network(info.path, dtype)
     else:
-        network = _with_trained(info, info.run.recipe.model, dtype)
+        network = _checkpoint_weights(info, info.run).load(dtype)
     return OpenedModel(network, info.pipeline, info.lineage, info.shift)
 
 
-def _with_trained(info: ModelInfo, model: ModelSection, dtype: torch.dtype | None) -> FlowMapTransformer:
-    """The student of a checkpoint, adapters merged, on the network its run started from."""
-    sources = BackboneSources(info.pipeline, two_time=info.two_time)
-    backbone = Backbone.build(model, sources, lambda path, _: load_network(path, dtype))
-    backbone.load_state_dict_of("student", trained_weights(info.path))
-    network = backbone.merged("student") if backbone.lora else backbone.network_of("student")
-    return network.requires_grad_(False)
+def weight_source(info: ModelInfo) -> WeightSource:
+    """Weights of a model as stored, for saving them one at a time."""
+    return load_network(info.path, None) if info.run is None else _checkpoint_weights(info, info.run)
+
+
+def _checkpoint_weights(info: ModelInfo, run: TrainingRun) -> MergedNetwork:
+    return merged_student(run.base, run.recipe.model, trained_weights(info.path), two_time=info.two_time)
+
+
+def merged_student(
+    base: Path, model: ModelSection, trained: Mapping[str, Tensor], *, two_time: bool
+) -> MergedNetwork:
+    """The student of a run, its trained weights merged into the stored ones of the model it started from.
+
+    Args:
+        base: Model that the run started from.
+        model: Section of the run's recipe.
+        trained: Trained weights by name, see ``trained_weights``.
+        two_time: Whether the student is a flow map.
+    """
+    size = LoraSize(model.lora.rank, model.lora.alpha) if model.lora else None
+    network = start_network(load_network(base, None), model, two_time=two_time)
+    return MergedNetwork(network, trained, size)
 
 
 def locate(address: str) -> Path:

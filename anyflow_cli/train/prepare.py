@@ -22,7 +22,7 @@ from anyflow_cli.model.pipeline_io import save_adapter, save_pipeline
 from anyflow_cli.model.precision import Precision, resolve_precision
 from anyflow_cli.recipe import schema
 from anyflow_cli.runs.lineage import RunInputs, begin_run
-from anyflow_cli.runs.open import is_checkpoint, last_checkpoint, open_model, trained_weights
+from anyflow_cli.runs.open import is_checkpoint, last_checkpoint, merged_student, open_model, trained_weights
 from anyflow_cli.train.preview import make_preview
 from anyflow_cli.train.stages import STAGES, adapter_on_teacher, training_section
 from anyflow_cli.train.trainer import OnStep, Trainer, make_accelerator
@@ -55,17 +55,14 @@ class PreparedTraining:
         trainer, inputs = self.trainer, self.inputs
         lora = trainer.backbone.lora
         if trainer.accelerator.is_main_process:
-            if trainer.sharded:  # no process has all of the weights; the last checkpoint does
-                last = last_checkpoint(inputs.directory)
-                network, adapter = open_model(str(last), self.recipe).network, trained_weights(last)
-            else:
-                adapter = trainer.ema.shadow
-                with trainer.ema.swapped():
-                    network = trainer.backbone.merged("student")
+            # no process has all weights of a sharded run; the last checkpoint does
+            sharded = trainer.sharded
+            average = trained_weights(last_checkpoint(inputs.directory)) if sharded else trainer.ema.shadow
             if lora is not None:
-                save_adapter(inputs.adapter, adapter, lora, self.lineage["base"])
-            facts = {**self.lineage, "steps": trainer.step}
-            shift = self.recipe.model.shift
+                save_adapter(inputs.adapter, average, lora, self.lineage["base"])
+            model, student = self.recipe.model, trainer.backbone.network_of("student")
+            network = merged_student(inputs.base, model, average, two_time=student.config.two_time)
+            facts, shift = {**self.lineage, "steps": trainer.step}, model.shift
             save_pipeline(inputs.finished, network, inputs.base, facts, shift=shift, replace=True)
             log.info("The averaged model is in %s.", inputs.finished)
         trainer.accelerator.wait_for_everyone()

@@ -28,6 +28,7 @@ from anyflow_cli.flow.times import sample_logit_normal
 from anyflow_cli.model.conditioned import Conditioned
 from anyflow_cli.model.network import FlowMapTransformer
 from anyflow_cli.model.pipeline_io import load_network, write_transformer
+from anyflow_cli.model.weights_io import LazyWeight
 
 SHIFT = 3.0  # of the training times
 TEXT_TOKENS = 32
@@ -124,7 +125,8 @@ def save(pipeline: Path, target: Path, network: FlowMapTransformer, weights: dic
     """Write the pipeline folder with these weights, over what an earlier call wrote."""
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(pipeline, target, ignore=shutil.ignore_patterns("transformer"))
-    write_transformer(target / "transformer", network.config, weights)
+    lazy = {name: LazyWeight.of(value) for name, value in weights.items()}
+    write_transformer(target / "transformer", network.config, lazy)
 
 
 if __name__ == "__main__":

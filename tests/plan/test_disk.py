@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from anyflow_cli.data.shards import LatentSample, shard_path, write_shard
+from anyflow_cli.model.lora import MergedNetwork
+from anyflow_cli.model.network import FlowMapTransformer
 from anyflow_cli.model.pipeline_io import save_adapter, save_pipeline
 from anyflow_cli.plan import disk
 from anyflow_cli.plan.hardware import parse_hardware
@@ -74,9 +76,9 @@ def test_checkpoints_take_what_the_trainer_saves(lora: bool, tmp_path: Path) -> 
 def test_a_finished_model_takes_its_network_and_its_adapter(wanted: Setup, tmp_path: Path) -> None:
     roles = backbone(wanted)
     source = make_wan_folder(tmp_path / "wan")
-    folders = [
-        save_pipeline(tmp_path / "model", roles.merged("student"), source, {}, shift=5.0) / "transformer"
-    ]
+    start = FlowMapTransformer(roles.network_of("student").config)
+    merged = MergedNetwork(start, roles.state_dict_of("student"), wanted.lora)
+    folders = [save_pipeline(tmp_path / "model", merged, source, {}, shift=5.0) / "transformer"]
     if wanted.lora:
         folders.append(tmp_path / "adapter")
         save_adapter(folders[-1], roles.state_dict_of("student"), wanted.lora, str(source))

@@ -39,7 +39,7 @@ from anyflow_cli.model.weights_io import (
     TensorInfo,
     check_finite,
     check_names_and_shapes,
-    weight_files,
+    component_files,
 )
 from anyflow_cli.utils.records import parse_record, read_bytes, read_record
 
@@ -279,7 +279,7 @@ def _transformer_of(pipeline: Path) -> Path:
 def _open_folder(path: Path) -> TransformerFiles:
     config_file = path / "config.json"
     if config_file.is_file():
-        return TransformerFiles(path, tuple(weight_files(path)), _stated_config(config_file), config_file)
+        return TransformerFiles(path, tuple(component_files(path)), _stated_config(config_file), config_file)
     files = sorted(file for file in path.iterdir() if file.suffix in WEIGHT_SUFFIXES)
     if len(files) == 1:
         return TransformerFiles(path, (files[0],))
