@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
-NOT_CHECKED = ("anyflow_cli/assets/", "tests/fixtures/", "docs/evaluate/tiny.html")
+NOT_CHECKED = ("anyflow_cli/assets/", "tests/fixtures/")
 LARGEST = 500_000  # bytes
 CONFLICT = ("<<<<<<< ", ">>>>>>> ")
 PARSERS: dict[str, Callable[[str], Any]] = {

@@ -1,13 +1,13 @@
-"""Make the figures of the README and the log from what the commands left in a run's directory.
+"""Draw the figures of the README and the log from the output of commands.
 
 python scripts/figures.py chain  --recipe tiny-long --out docs/images/chain.png
 python scripts/figures.py given  --recipe tiny-causal --frames 9 --out docs/images/v2v.png
 python scripts/figures.py along  "stage 2=runs/tiny-causal/evaluate/distill" ... --out docs/images/along.png
 python scripts/figures.py stream runs/tiny-causal/stream --out docs/images/stream.png
 
-chain: the teacher, stage 1 and stage 2 on the same prompts and seeds. given: videos that go on from a picture
-(``--frames 1``) or from the start of a clip. along: quality against the number of the chunk, of finished
-evaluations. stream: how much of a video is on the disk when, from the record of a ``sample --stream``.
+chain: the teacher, stage 1 and stage 2 on the same prompts and seeds. given: videos that continue an image
+(``--frames 1``) or the first frames of a clip. along: scores over the chunks, from finished evaluations.
+stream: frames written over time, from the record of ``sample --stream``.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ STEPS = (1, 4, 32)
 
 
 def main() -> None:
-    """Draw what is asked for."""
+    """Draw the requested figure."""
     args = _arguments()
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.draw(args)
@@ -64,7 +64,7 @@ def chain(args: argparse.Namespace) -> None:
 
 
 def given(args: argparse.Namespace) -> None:
-    """Let the run's model go on from the first frames of clips that it never saw."""
+    """Continue the first frames of clips outside the training data with the run's model."""
     recipe = load_recipe(args.recipe)
     scenes = [WORLDS[recipe.data.world].scene(PROMPT_SEED + i) for i in range(PROMPTS)]
     sampler = VideoSampler.load(str(RunPaths(args.runs, recipe.name).stage_2("flow-map") / "model"), recipe)
@@ -79,7 +79,7 @@ def given(args: argparse.Namespace) -> None:
 
 
 def along(args: argparse.Namespace) -> None:
-    """Curves of the same steps have one style, curves of the same evaluation one colour."""
+    """Curves with the same step count share a style, those of the same evaluation a color."""
     found = {
         label: json.loads((Path(folder) / RESULTS).read_text())["scores"]
         for label, _, folder in (word.partition("=") for word in args.evaluations)
@@ -98,21 +98,21 @@ def along(args: argparse.Namespace) -> None:
 
 
 def stream(args: argparse.Namespace) -> None:
-    """One line a number of steps; the dot at its start is the first frame."""
+    """One line per step count; the dot at its start is the first frame."""
     record = json.loads((args.sampling / SAMPLES_JSON).read_text())
     fps = record["settings"]["fps"]
     figure = Figure(figsize=(7, 3.8), dpi=150, facecolor=LIGHT_FIGURE.paper, layout="constrained")
     axes = figure.subplots()
-    for colour, entry in zip(LIGHT_FIGURE.lines, record["samples"], strict=False):
+    for color, entry in zip(LIGHT_FIGURE.lines, record["samples"], strict=False):
         seconds, frames = np.array(entry["parts"]).T
         first, last = seconds[0], seconds[-1]
-        label = f"{entry['nfe']} steps a chunk: first frame after {first:.2f} s, all after {last:.2f} s"
-        axes.step([*seconds, last], [*frames, frames[-1]], where="post", color=colour, label=label)
-        axes.plot(first, frames[0], "o", color=colour, ms=6)
-        axes.axvline(last, color=colour, ls=":", lw=1.2)
-    axes.set_xlabel("seconds since the prompt was read (dotted: a video that is shown when it is whole)")
-    axes.set_ylabel("frames on the disk")
-    axes.set_title(f"a streamed video of {record['settings']['frames']} frames, played at {fps} a second")
+        label = f"{entry['nfe']} steps per chunk: first frame after {first:.2f} s, all after {last:.2f} s"
+        axes.step([*seconds, last], [*frames, frames[-1]], where="post", color=color, label=label)
+        axes.plot(first, frames[0], "o", color=color, ms=6)
+        axes.axvline(last, color=color, ls=":", lw=1.2)
+    axes.set_xlabel("seconds since the prompt was read (dotted: a video that is written as a whole)")
+    axes.set_ylabel("frames written")
+    axes.set_title(f"a streamed video of {record['settings']['frames']} frames at {fps} frames per second")
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)
     axes.grid(color=LIGHT_FIGURE.faint, lw=0.6)
@@ -140,7 +140,7 @@ def _arguments() -> argparse.Namespace:
     for name, recipe in (("chain", "tiny-long"), ("given", "tiny-causal")):
         drawn[name].add_argument("--runs", type=Path, default=Path("runs"))
         drawn[name].add_argument("--recipe", default=recipe)
-    drawn["given"].add_argument("--frames", type=int, default=1, help="how many are given: 1, 5, 9, ...")
+    drawn["given"].add_argument("--frames", type=int, default=1, help="conditioning frames: 1, 5, 9, ...")
     drawn["along"].add_argument("evaluations", nargs="+", metavar="LABEL=DIRECTORY")
     drawn["along"].add_argument("--steps", type=int, nargs="+", default=[4])
     drawn["stream"].add_argument("sampling", type=Path, help="directory of a `sample --stream`")

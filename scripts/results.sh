@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Evaluate a recipe's model at 1 to 32 steps and put report, table and figures into docs/evaluate.
+# Evaluate a recipe's model at 1 to 32 steps and copy its reports to docs/evaluate.
 #
-#   scripts/results.sh RECIPE NAME [OPTIONS]    OPTIONS go to `anyflow evaluate`, e.g. --model ADDRESS
+#   scripts/results.sh RECIPE NAME [OPTIONS]    OPTIONS are passed to `anyflow evaluate`, e.g. --model ADDRESS
 #
-# Nothing is made twice, so after an evaluation this only writes docs/evaluate/NAME.html, NAME.md, NAME-*.png.
+# Existing videos are reused, so after an evaluation this only writes NAME.md, NAME-*.png and NAME.html there.
+# The page has all videos in it and is too large for git; .gitignore leaves it out.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

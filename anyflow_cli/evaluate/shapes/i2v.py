@@ -58,11 +58,11 @@ def _subject(seen: Observation, reference: Observation) -> float:
     if not ideal.seen.any():
         return 0.0
     forms = np.abs(track.profile - ideal.profile[0]).sum(1)
-    colours = np.linalg.norm(track.colour - ideal.colour[0], axis=1)
+    colors = np.linalg.norm(track.color - ideal.color[0], axis=1)
     sizes = np.abs(np.log(np.maximum(track.area, 1e-3) / ideal.area[0]))
     frames = [
-        ramp(float(form), "form kept") * ramp(float(colour), "colour kept") * ramp(float(size), "size kept")
-        for form, colour, size in zip(forms, colours, sizes, strict=True)
+        ramp(float(form), "form kept") * ramp(float(color), "colour kept") * ramp(float(size), "size kept")
+        for form, color, size in zip(forms, colors, sizes, strict=True)
     ]
     return float((np.array(frames) * track.seen).mean())
 
@@ -70,17 +70,17 @@ def _subject(seen: Observation, reference: Observation) -> float:
 def _background(seen: Observation, reference: Observation) -> float:
     """Agreement of the background color, mean over frames, times how well the image's dots are preserved."""
     offsets = np.linalg.norm(seen.background_levels - reference.background_levels[0], axis=1)
-    colour = float(np.mean([ramp(float(offset), "background kept") for offset in offsets]))
-    places = [(float(x), float(y)) for x, y in reference.dots.centres]
+    color = float(np.mean([ramp(float(offset), "background kept") for offset in offsets]))
+    places = [(float(x), float(y)) for x, y in reference.dots.centers]
     dots = [ramp(dot_likeness(seen.mixture.white, place), "dot likeness") for place in places]
-    return colour * float(np.mean(dots)) if dots else colour
+    return color * float(np.mean(dots)) if dots else color
 
 
 def _motion(seen: Observation, reference: Observation, named: dict[str, str]) -> float:
     """Whether the shape starts at its position in the image and moves, in the named direction if any."""
     if not reference.track.seen.any():
         return 0.0
-    away = seen.track.start - reference.track.centre[0]
+    away = seen.track.start - reference.track.center[0]
     onwards = min(1.0, pace_of(seen) * len(seen.track.seen) / LEAST_TRAVEL)
     if "direction" in named:
         onwards = SEMANTIC["direction"](seen, named["direction"])

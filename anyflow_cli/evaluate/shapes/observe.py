@@ -45,7 +45,7 @@ FAINT = 12.0  # levels; smaller steps between adjacent pixels are not edges
 class Dots:
     """The best DOT_COUNT dots, or fewer: centers (D, 2) as x, y, and their quality."""
 
-    centres: Floats
+    centers: Floats
     likeness: Floats  # (D,) mean overlap with an ideal dot over frames, 0..1
     extra: int  # number of further dots
     stray: Floats  # (T,) white area outside the dots
@@ -57,8 +57,8 @@ class Track:
 
     seen: Mask  # (T,)
     area: Floats  # (T,)
-    centre: Floats  # (T, 2) x, y
-    colour: Floats  # (T, 3)
+    center: Floats  # (T, 2) x, y
+    color: Floats  # (T, 3)
     profile: Floats  # (T, S) share of the area in each sector around the center
     stray: Floats  # (T,) area of the shape's color outside the component
     start: Floats  # (2,) position at frame 0 of the best straight uniform motion
@@ -86,7 +86,7 @@ def observe(video: RgbPixels) -> Observation:
     """Measure a clip (T, H, W, 3)."""
     mixture = unmix(video)
     dots = _dots(mixture.white)
-    presence = _filled(mixture.shape, mixture.white, dots.centres)
+    presence = _filled(mixture.shape, mixture.white, dots.centers)
     inside = largest_component(presence > SHAPE_SHARE, presence)
     track = _track(video, presence, mixture.white, inside)
     seen = track.profile[track.seen]
@@ -118,25 +118,25 @@ def _dots(white: Floats) -> Dots:
     found = []
     for number in np.flatnonzero(mass >= LEAST_DOT):
         weight = mean * (labels == number + 1)
-        centre = ((weight * x).sum() / weight.sum(), (weight * y).sum() / weight.sum())
-        found.append((dot_likeness(white, centre), centre))
+        center = ((weight * x).sum() / weight.sum(), (weight * y).sum() / weight.sum())
+        found.append((dot_likeness(white, center), center))
     found.sort(reverse=True)
     best = found[:DOT_COUNT]
     near = np.zeros((HEIGHT, WIDTH), bool)
     for _, (cx, cy) in best:
         near |= (abs(x - cx) <= REACH) & (abs(y - cy) <= REACH)
-    centres = np.array([centre for _, centre in best], np.float32).reshape(-1, 2)
+    centers = np.array([center for _, center in best], np.float32).reshape(-1, 2)
     likeness = np.array([value for value, _ in best], np.float32)
-    return Dots(centres, likeness, len(found) - len(best), (white * ~near).sum((1, 2)))
+    return Dots(centers, likeness, len(found) - len(best), (white * ~near).sum((1, 2)))
 
 
-def dot_likeness(white: Floats, centre: tuple[float, float]) -> float:
+def dot_likeness(white: Floats, center: tuple[float, float]) -> float:
     """Overlap of the white around ``centre`` with an ideal dot: sum of minima over sum of maxima."""
-    column, row = int(centre[0]), int(centre[1])
+    column, row = int(center[0]), int(center[1])
     rows = slice(max(row - REACH, 0), min(row + REACH + 1, HEIGHT))
     columns = slice(max(column - REACH, 0), min(column + REACH + 1, WIDTH))
     y, x = np.mgrid[rows, columns] + 0.5
-    ideal = np.clip(0.5 - (np.hypot(x - centre[0], y - centre[1]) - DOT_RADIUS), 0, 1)
+    ideal = np.clip(0.5 - (np.hypot(x - center[0], y - center[1]) - DOT_RADIUS), 0, 1)
     seen = white[:, rows, columns]
     overlap = np.minimum(seen, ideal).sum((1, 2)) / np.maximum(seen, ideal).sum((1, 2))
     return float(overlap.mean())
@@ -145,10 +145,10 @@ def dot_likeness(white: Floats, centre: tuple[float, float]) -> float:
 # -- the moving shape ----------------------------------------------------------------------------------------
 
 
-def _filled(shape: Floats, white: Floats, centres: Floats) -> Floats:
+def _filled(shape: Floats, white: Floats, centers: Floats) -> Floats:
     """Shares of the shape (T, H, W), inpainted under each dot."""
     filled = shape.copy()
-    for x, y in centres:
+    for x, y in centers:
         window = (slice(None), *(slice(max(int(c) - 2 * REACH, 0), int(c) + 2 * REACH) for c in (y, x)))
         covered = white[window] > 0.05
         free = np.where(covered, 0, 1).astype(np.float32)
@@ -187,14 +187,14 @@ def _track(video: RgbPixels, presence: Floats, white: Floats, inside: Mask) -> T
     area = np.bincount(t, weight, minlength=frames)
     seen = area >= LEAST_AREA
     safe = np.maximum(area, 1e-6)
-    centre = np.stack([np.bincount(t, weight * (axis + 0.5), minlength=frames) / safe for axis in (x, y)], 1)
-    dx, dy = x + 0.5 - centre[t, 0], y + 0.5 - centre[t, 1]
-    start, step, residual = _straight(centre, seen)
+    center = np.stack([np.bincount(t, weight * (axis + 0.5), minlength=frames) / safe for axis in (x, y)], 1)
+    dx, dy = x + 0.5 - center[t, 0], y + 0.5 - center[t, 1]
+    start, step, residual = _straight(center, seen)
     return Track(
         seen=seen,
         area=area.astype(np.float32),
-        centre=centre.astype(np.float32),
-        colour=_core_colours(video, inside & (presence > 0.9) & (white < 0.05)),
+        center=center.astype(np.float32),
+        color=_core_colors(video, inside & (presence > 0.9) & (white < 0.05)),
         profile=(_sectors(t, dx, dy, weight, frames) / safe[:, None]).astype(np.float32),
         stray=np.where(_grown(inside), 0, presence).sum((1, 2)),
         start=start,
@@ -214,7 +214,7 @@ def _sectors(t: NDArray[np.intp], dx: Floats, dy: Floats, weight: Floats, frames
     return np.asarray(total.reshape(frames, SECTORS))
 
 
-def _core_colours(video: RgbPixels, core: Mask) -> Floats:
+def _core_colors(video: RgbPixels, core: Mask) -> Floats:
     """Mean color of the inner part of the shape in each frame, (T, 3)."""
     t, y, x = np.nonzero(core)
     pixels = video[t, y, x].astype(np.float32)
@@ -223,15 +223,15 @@ def _core_colours(video: RgbPixels, core: Mask) -> Floats:
     return np.asarray(np.stack(sums, 1) / count[:, None], np.float32)
 
 
-def _straight(centre: NDArray[np.float64], seen: Mask) -> tuple[Floats, Floats, float]:
+def _straight(center: NDArray[np.float64], seen: Mask) -> tuple[Floats, Floats, float]:
     """Fit a uniform motion to the track (T, 2) where seen: start, step, root mean square residual."""
     if seen.sum() < 3:
-        first = centre[seen][:1].sum(0)  # zero where the shape is never seen
+        first = center[seen][:1].sum(0)  # zero where the shape is never seen
         return first.astype(np.float32), np.zeros(2, np.float32), float("inf")
     time = np.flatnonzero(seen).astype(np.float64)
     design = np.stack([np.ones_like(time), time], 1)
-    fit, *_ = np.linalg.lstsq(design, centre[seen], rcond=None)
-    residual = float(np.sqrt(((design @ fit - centre[seen]) ** 2).sum(1).mean()))
+    fit, *_ = np.linalg.lstsq(design, center[seen], rcond=None)
+    residual = float(np.sqrt(((design @ fit - center[seen]) ** 2).sum(1).mean()))
     return fit[0].astype(np.float32), fit[1].astype(np.float32), residual
 
 
@@ -261,8 +261,8 @@ def _known_form(name: str) -> Form:
 
 def _drawn_track(name: str, radius: float) -> Track:
     # A fractional step, so that the mean covers all sub-pixel positions of the edge.
-    colour, start, step = next(iter(RGB)), (24, 26), (0.37, 0.23)
-    video = render(Scene(name, colour, "", "right", "slowly", "black", radius, start, step, ()))
+    color, start, step = next(iter(RGB)), (24, 26), (0.37, 0.23)
+    video = render(Scene(name, color, "", "right", "slowly", "black", radius, start, step, ()))
     mixture = unmix(video)
     return _track(video, mixture.shape, mixture.white, mixture.shape > SHAPE_SHARE)
 
@@ -312,7 +312,7 @@ def _steepness(video: RgbPixels, mixture: Mixture, dots: Dots, track: Track, sha
     """Steepness of edges relative to the world's rendering of the measured scene."""
     scene = Scene(
         shape=shape,
-        colour=mixture.colour or next(iter(RGB)),
+        colour=mixture.color or next(iter(RGB)),
         size="",
         direction="",
         speed="",
@@ -320,7 +320,7 @@ def _steepness(video: RgbPixels, mixture: Mixture, dots: Dots, track: Track, sha
         radius=float(np.median(_radius(track, shape))),
         start=(float(track.start[0]), float(track.start[1])),
         step=(SHARPNESS_STRIDE * float(track.step[0]), SHARPNESS_STRIDE * float(track.step[1])),
-        dots=tuple((float(x), float(y)) for x, y in dots.centres),
+        dots=tuple((float(x), float(y)) for x, y in dots.centers),
     )
     ideal = render(scene, len(video[::SHARPNESS_STRIDE]))
     return _edge_steepness(video[::SHARPNESS_STRIDE]) / max(_edge_steepness(ideal), 1e-6)

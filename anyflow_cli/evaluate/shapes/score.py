@@ -82,10 +82,10 @@ def quality_notes(seen: Observation) -> dict[str, float]:
         "residual": track.residual,
         "area change": _spread(track.area[track.seen]),
         "form change": float(_distances(track.profile[track.seen], 1).mean()) if track.seen.any() else inf,
-        "colour change": float(_distances(track.colour[track.seen], 2).mean()) if track.seen.any() else inf,
+        "colour change": float(_distances(track.color[track.seen], 2).mean()) if track.seen.any() else inf,
         "background change": float(_distances(seen.background_levels, 2).mean()),
         "stray area": float(strays),
-        "colour offset": _offset(seen.mixture.colour_rgb, RGB) if seen.mixture.colour else inf,
+        "colour offset": _offset(seen.mixture.color_rgb, RGB) if seen.mixture.color else inf,
         "background offset": _offset(seen.mixture.background_rgb, BACKGROUNDS),
         "seen": float(track.seen.mean()),
         "speed": pace_of(seen),
@@ -145,7 +145,7 @@ def shown_attributes(seen: Observation) -> dict[str, str | None]:
     travels = pace * len(seen.track.seen) >= LEAST_TRAVEL
     return {
         "shape": seen.shape,
-        "colour": _nearest_colour(seen.track.colour[seen.track.seen].mean(0), RGB),
+        "colour": _nearest_color(seen.track.color[seen.track.seen].mean(0), RGB),
         "size": _nearest_ratio(float(np.median(seen.radius)), SIZES),
         "direction": min(DIRECTIONS, key=lambda name: _angle(seen, name)) if travels else None,
         "speed": _nearest_ratio(pace, SPEEDS) if travels else None,
@@ -157,9 +157,9 @@ def _shape_score(seen: Observation, name: str) -> float:
     return seen.forms.count(name) / len(seen.track.seen)
 
 
-def _colour_score(seen: Observation, name: str) -> float:
-    frames = seen.track.colour[seen.track.seen]
-    return sum(_nearest_colour(colour, RGB) == name for colour in frames) / len(seen.track.seen)
+def _color_score(seen: Observation, name: str) -> float:
+    frames = seen.track.color[seen.track.seen]
+    return sum(_nearest_color(color, RGB) == name for color in frames) / len(seen.track.seen)
 
 
 def _size_score(seen: Observation, name: str) -> float:
@@ -183,7 +183,7 @@ def _background_score(seen: Observation, name: str) -> float:
 
 SEMANTIC: dict[str, Callable[[Observation, str], float]] = {
     "shape": _shape_score,
-    "colour": _colour_score,
+    "colour": _color_score,
     "size": _size_score,
     "direction": _direction_score,
     "speed": _speed_score,
@@ -237,12 +237,12 @@ def _distances(values: Floats, order: int) -> Floats:
     return np.asarray(np.linalg.norm(values - values.mean(0), ord=order, axis=1), np.float32)
 
 
-def _offset(colour: Floats, palette: dict[str, Rgb]) -> float:
-    return float(min(np.linalg.norm(colour - rgb_array(rgb)) for rgb in palette.values()))
+def _offset(color: Floats, palette: dict[str, Rgb]) -> float:
+    return float(min(np.linalg.norm(color - rgb_array(rgb)) for rgb in palette.values()))
 
 
-def _nearest_colour(colour: Floats, palette: dict[str, Rgb]) -> str:
-    return min(palette, key=lambda name: float(np.linalg.norm(colour - rgb_array(palette[name]))))
+def _nearest_color(color: Floats, palette: dict[str, Rgb]) -> str:
+    return min(palette, key=lambda name: float(np.linalg.norm(color - rgb_array(palette[name]))))
 
 
 def _nearest_ratio(value: float, known: dict[str, float]) -> str:

@@ -28,9 +28,9 @@ PALETTE_NAMES = tuple(PALETTE)
 PALETTE_RGB = np.array(list(PALETTE.values()), np.float32)
 
 
-def rgb_array(colour: Rgb) -> Floats:
+def rgb_array(color: Rgb) -> Floats:
     """Convert a color of the world to an array (3,)."""
-    return np.array(colour, np.float32)
+    return np.array(color, np.float32)
 
 
 WHITE = rgb_array(DOT_COLOUR)
@@ -46,8 +46,8 @@ class Mixture:
     unexplained: Floats
     background: str
     background_rgb: Floats
-    colour: str | None  # None where only background and white were found
-    colour_rgb: Floats
+    color: str | None  # None where only background and white were found
+    color_rgb: Floats
 
 
 def unmix(video: RgbPixels) -> Mixture:
@@ -55,16 +55,16 @@ def unmix(video: RgbPixels) -> Mixture:
     labels = nearest_labels(video)
     counts = np.bincount(labels.ravel(), minlength=len(PALETTE_NAMES))
     background = max(BACKGROUNDS, key=lambda name: counts[PALETTE_NAMES.index(name)])
-    ground = _median_colour(video[::4][labels[::4] == PALETTE_NAMES.index(background)])
+    ground = _median_color(video[::4][labels[::4] == PALETTE_NAMES.index(background)])
     contrast = video - ground
     where = np.einsum("thwc,thwc->thw", contrast, contrast) > FOREGROUND**2
     found = contrast[where]  # (K, 3)
-    colour = _dominant_colour(found, ground)
-    rgb = _core_colour(found, ground, rgb_array(RGB[colour])) if colour else ground
+    color = _dominant_color(found, ground)
+    rgb = _core_color(found, ground, rgb_array(RGB[color])) if color else ground
     shares = np.zeros((3, *where.shape), np.float32)
     shares[:, where] = _shares(found, rgb - ground, WHITE - ground)
     shape, white, unexplained = shares
-    return Mixture(labels, shape, white, unexplained, background, ground, colour, rgb)
+    return Mixture(labels, shape, white, unexplained, background, ground, color, rgb)
 
 
 def nearest_labels(video: RgbPixels) -> Labels:
@@ -81,7 +81,7 @@ def _label_table() -> Labels:
     return np.asarray(distance.argmin(1), np.uint8)
 
 
-def _median_colour(pixels: RgbPixels) -> Floats:
+def _median_color(pixels: RgbPixels) -> Floats:
     """Median of each channel of (K, 3), by counting, which is much faster than sorting."""
     if not len(pixels):
         return np.asarray(PALETTE_RGB[0])
@@ -89,7 +89,7 @@ def _median_colour(pixels: RgbPixels) -> Floats:
     return np.array([np.searchsorted(half, half[-1] / 2) for half in halves], np.float32)
 
 
-def _dominant_colour(contrast: Floats, ground: Floats) -> str | None:
+def _dominant_color(contrast: Floats, ground: Floats) -> str | None:
     """The palette color most foreground pixels point to, at any opacity; white is projected out."""
     if not len(contrast):
         return None
@@ -104,23 +104,23 @@ def _dominant_colour(contrast: Floats, ground: Floats) -> str | None:
     return list(RGB)[int(votes.argmax())] if votes.any() else None
 
 
-def _core_colour(contrast: Floats, ground: Floats, colour: Floats) -> Floats:
+def _core_color(contrast: Floats, ground: Floats, color: Floats) -> Floats:
     """Median color inside the shape, which the palette's color locates."""
-    share, white, _ = _shares(contrast, colour - ground, WHITE - ground)
+    share, white, _ = _shares(contrast, color - ground, WHITE - ground)
     if not share.any():
-        return colour
+        return color
     core = (share >= CORE * np.quantile(share[share > 0], 0.9)) & (white < 0.2)
-    return np.asarray(ground + np.median(contrast[core], axis=0), np.float32) if core.any() else colour
+    return np.asarray(ground + np.median(contrast[core], axis=0), np.float32) if core.any() else color
 
 
-def _shares(contrast: Floats, colour: Floats, white: Floats) -> tuple[Floats, Floats, Floats]:
+def _shares(contrast: Floats, color: Floats, white: Floats) -> tuple[Floats, Floats, Floats]:
     """Least-squares shares (K,) of color and white, each in 0..1, and the residual as a fraction of 255."""
-    axes = np.stack([colour, white], axis=1)
+    axes = np.stack([color, white], axis=1)
     gram = axes.T @ axes + np.eye(2, dtype=np.float32)
     shape_share, white_share = np.linalg.solve(gram, axes.T @ contrast.T)
-    alone = contrast @ colour / max(float(colour @ colour), 1.0)
+    alone = contrast @ color / max(float(color @ color), 1.0)
     shape_share = np.where(white_share < 0, alone, shape_share)
     white_share = np.where(shape_share < 0, contrast @ white / (white @ white), white_share)
     shape_share, white_share = np.clip(shape_share, 0, 1), np.clip(white_share, 0, 1)
-    left = contrast - shape_share[:, None] * colour - white_share[:, None] * white
+    left = contrast - shape_share[:, None] * color - white_share[:, None] * white
     return shape_share, white_share, np.linalg.norm(left, axis=1) / 255
