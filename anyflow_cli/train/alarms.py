@@ -1,13 +1,13 @@
-"""The failures this field knows, seen in what a run reports, before they cost a night.
+"""Alarms: known failures of this kind of training, recognized in the metrics while a run is young.
 
-    not a number      a loss or gradient; ends the run unless it may roll back
-    embedding norm    of the two times, against its value when the run began (Fig. 11)
-    saturation        power of the student's own samples, against that of the data
-    static            motion of the student's own samples, against that of the data
-    fake divergence   loss of the fake score, against its own average so far
+    not finite        a loss or gradient; ends the run unless it may roll back
+    embedding norm    of the two times, relative to its value when the run began (Fig. 11)
+    saturation        power of the student's samples, relative to the data
+    static            motion of the student's samples, relative to the data
+    fake divergence   loss of the fake score, relative to its average so far
 
-All but the first look at rows of the metrics and need several bad ones in a row. Every process sees the same
-rows, so all of them act alike.
+All but the first look at rows of the metrics and need several bad rows in succession. Every process sees the
+same rows, so all processes act alike.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from anyflow_cli.recipe import schema
 log = logging.getLogger(__name__)
 
 MetricsRow = Mapping[str, float]
-MEMORY = 0.9  # of the fake score's average, a row
+DECAY = 0.9  # of the fake score's average, per row
 
 
 class AlarmError(AnyflowError):
-    """Something went wrong at ``step``; what was saved before it is good."""
+    """Training went wrong at ``step``; checkpoints of earlier steps are good."""
 
     def __init__(self, what: str, step: int, hint: str) -> None:
         super().__init__(what, hint, everywhere=True)
@@ -34,17 +34,17 @@ class AlarmError(AnyflowError):
 
 
 class Alarms:
-    """Looks at each row; ``state`` travels in the checkpoint."""
+    """Looks at every row of the metrics; its state is part of the checkpoint."""
 
     def __init__(self, settings: schema.AlarmsSection) -> None:
         self.settings = settings
         self.norm: float | None = None  # of the embedding, when the run began
-        self.fake: float | None = None
-        self.since: dict[str, int] = {}  # step of the first of the bad rows in a row
-        self.rows: dict[str, int] = {}  # and how many there are
+        self.fake: float | None = None  # average loss of the fake score
+        self.since: dict[str, int] = {}  # step of the first of successive bad rows
+        self.rows: dict[str, int] = {}  # their number
 
     def look(self, step: int, row: MetricsRow) -> None:
-        """Warn or raise, as the recipe says, once a value has been bad for long enough."""
+        """Warn or raise, as the recipe says, when a value has been bad for ``patience`` rows."""
         for name, measure in MEASURES.items():
             value = measure(self, row)
             if value is None or not self._is_bad(name, value):
@@ -62,7 +62,7 @@ class Alarms:
         return {"norm": self.norm, "fake": self.fake, "since": dict(self.since), "rows": dict(self.rows)}
 
     def resume(self, state: Mapping[str, Any]) -> None:
-        """Continue from what a checkpoint holds."""
+        """Restore the state of a checkpoint."""
         self.norm, self.fake = state["norm"], state["fake"]
         self.since, self.rows = dict(state["since"]), dict(state["rows"])
 
@@ -82,11 +82,11 @@ class Alarms:
     def _remember(self, row: MetricsRow) -> None:
         self.norm = row.get("embedding_norm") if self.norm is None else self.norm
         if "fake" in row:
-            self.fake = row["fake"] if self.fake is None else MEMORY * self.fake + (1 - MEMORY) * row["fake"]
+            self.fake = row["fake"] if self.fake is None else DECAY * self.fake + (1 - DECAY) * row["fake"]
 
 
 def _ratio(row: MetricsRow, name: str) -> float | None:
-    """Of the student's own samples to the data; None where there are no samples, or nothing moves."""
+    """Ratio of the student's samples to the data; None without samples, or if the data's value is 0."""
     own, data = row.get(f"sample_{name}"), row.get(f"data_{name}")
     return own / data if own is not None and data else None
 
@@ -100,8 +100,8 @@ MEASURES: dict[str, Callable[[Alarms, MetricsRow], float | None]] = {
     "fake_divergence": lambda a, row: row["fake"] / a.fake if a.fake and "fake" in row else None,
 }
 WORDS = {
-    "embedding_norm": "the embedding of the times is {:.3g} times as long as when the run began",
-    "saturation": "the student's samples have {:.3g} times the power of the data",
-    "static": "the student's samples move {:.3g} times as much as the data",
+    "embedding_norm": "the norm of the time embedding is {:.3g} times that at the start of the run",
+    "saturation": "the power of the student's samples is {:.3g} times that of the data",
+    "static": "the motion of the student's samples is {:.3g} times that of the data",
     "fake_divergence": "the loss of the fake score is {:.3g} times its average",
 }

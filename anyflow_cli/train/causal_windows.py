@@ -1,13 +1,14 @@
-"""What of its videos a training step noises, and over which past its networks see that.
+"""Training windows: which frames of its videos a step noises, and what they attend to.
 
-A bidirectional model noises whole videos, at one time each. A causal one is shown the first chunks of its
-videos, as many as the step draws; the last of them are noised, each chunk at a time of its own, over the
-clean past (``TeacherForced``). Its own samples it makes chunk after chunk over a cache (``roll_out``). The
-objectives and ``flow/`` are the same for both.
+A bidirectional model noises whole videos, at one time per video. A causal model trains on a drawn number of
+chunks from the start of its videos; the last of them are noised, each chunk at its own time, and attend to
+the clean past (teacher forcing). It generates its own samples chunk by chunk over a KV cache (``roll_out``).
+The objectives and ``flow/`` are the same for both.
 
-What a step draws here holds for its whole global batch: one layout serves all samples.
+Everything drawn here holds for the whole global batch, so one token layout serves all samples.
 
-Legend: B batch, F latent frames, K noised chunks, C channels, H W latent height and width.
+Legend: B batch, F latent frames, F' conditioning frames, K noised chunks, C channels, H W latent height and
+width.
 """
 
 from __future__ import annotations
@@ -32,15 +33,18 @@ from anyflow_cli.model.network import FlowMapTransformer
 from anyflow_cli.recipe import schema
 from anyflow_cli.train.rng import StepRng
 
-IMAGE = 0.5  # share of the given beginnings that are the first chunk alone: an image
+IMAGE = 0.5  # share of the drawn conditioning frames that are the first chunk alone: image to video
 
 
 @dataclass(frozen=True)
 class TrainingWindow:
-    """Frames x (B, F, C, H, W) to noise, and how a condition becomes a velocity of them.
+    """The frames that a step noises.
 
-    ``frames``: their place in the video. ``chunks``: frames of the chunks that have times of their own; None:
-    all frames share theirs.
+    Attributes:
+        x: Clean frames (B, F, C, H, W).
+        bind: Turns a conditioned network into the velocity of these frames.
+        frames: Where they are in the video.
+        chunks: Frames per chunk, where every chunk has its own time; None: all frames share one.
     """
 
     x: Tensor
@@ -49,27 +53,27 @@ class TrainingWindow:
     chunks: tuple[int, ...] | None = None
 
     @property
-    def each(self) -> int | None:
-        """Times of a sample; None for one that all frames share."""
+    def times_per_sample(self) -> int | None:
+        """K; None for one time that all frames share."""
         return None if self.chunks is None else len(self.chunks)
 
     def of(self, video: Tensor) -> Tensor:
-        """The frames of another tensor that belong to x."""
+        """Cut the same frames out of another tensor."""
         return video[:, self.frames]
 
     def by_frame(self, times: Tensor) -> Tensor:
-        """Times (B,) or (B, K) as the networks take them: (B,) or (B, F), on the device of x."""
+        """Expand times (B,) or (B, K) to those that networks take, (B,) or (B, F), on the device of x."""
         if self.chunks is not None:
             times = times.repeat_interleave(torch.tensor(self.chunks), dim=1)
         return times.to(self.x)
 
 
 WindowOf = Callable[[Tensor, StepRng], TrainingWindow]
-Simulate = Callable[[Velocity, Tensor, int], Tensor]  # from a chunk's noise, and its number, to time 0
+Simulate = Callable[[Velocity, Tensor, int], Tensor]  # velocity, noise and number of a chunk -> its sample
 
 
 def whole_video(x: Tensor, rng: StepRng) -> TrainingWindow:
-    """Whole videos, seen bidirectionally."""
+    """The window of a bidirectional model: the whole video."""
     return TrainingWindow(x, lambda condition: condition, slice(None))
 
 
@@ -94,7 +98,7 @@ class NetworkCall(NamedTuple):
 
 
 class Window(NamedTuple):
-    """The chunks of a step's videos, from the first on, of which the last ``noisy`` are noised."""
+    """Latent frames of each chunk that a step trains on; the last ``noisy`` chunks are noised."""
 
     partition: tuple[int, ...]
     noisy: int
@@ -102,25 +106,26 @@ class Window(NamedTuple):
 
 @dataclass(frozen=True)
 class TeacherForcing:
-    """Windows of a causal model. ``given``: share of the steps whose videos continue a given beginning.
+    """Windows of a causal model.
 
-    A beginning that ends inside a chunk splits it, as in sampling (``split_after``).
+    ``conditioning_prob`` is the share of steps whose videos continue conditioning frames. These may end
+    mid-chunk; the remainder becomes its own chunk, as in sampling (``split_after``).
     """
 
     settings: schema.CausalSection
-    given: float = 0.0
+    conditioning_prob: float = 0.0
 
     def __call__(self, x: Tensor, rng: StepRng) -> TrainingWindow:
-        """View of the videos x (B, F, C, H, W) in the window that the step draws."""
+        """Cut videos x (B, F, C, H, W) to the step's window."""
         chunks, noisy = self.window(rng)
         frames = slice(sum(chunks[:-noisy]), sum(chunks))
         bind = partial(TeacherForced, x=x[:, : frames.stop], partition=chunks, noisy=noisy)
         return TrainingWindow(x[:, frames], bind, frames, chunks[-noisy:])
 
     def window(self, rng: StepRng) -> Window:
-        """The same for every micro batch of a step, on every process."""
+        """Draw a step's window: the same for every micro-batch, on every process."""
         full, generator = self.settings.full_chunks, rng.generator("window")
-        known = given_frames(self.settings, self.given, rng.generator("given"))
+        known = draw_conditioning_frames(self.settings, self.conditioning_prob, rng.generator("given"))
         chunks = split_after(self.settings.partition, known)
         if known:
             begun = _chunks_within(chunks, known)
@@ -132,8 +137,8 @@ class TeacherForcing:
         return Window(chunks[:count], shortest)
 
 
-def given_frames(settings: schema.CausalSection, share: float, generator: torch.Generator) -> int:
-    """How many frames of a step's videos are given: 0 for all but a ``share`` of the steps."""
+def draw_conditioning_frames(settings: schema.CausalSection, share: float, generator: torch.Generator) -> int:
+    """Draw how many frames a step's videos are conditioned on: 0 in all but a ``share`` of the steps."""
     if len(settings.partition) == 1 or not _happens(share, generator):
         return 0
     if _happens(IMAGE, generator):
@@ -150,14 +155,22 @@ def roll_out(
     given: Tensor,
     recomputes: bool = False,
 ) -> Tensor:
-    """The student's own video (B, F, C, H, W), chunk after chunk: gradient in each chunk, none in the cache.
+    """Generate the student's videos (B, F, C, H, W) chunk by chunk over a KV cache.
 
-    ``given``: the first frames (B, F', C, H, W), none for text to video. With ``recomputes`` a chunk's jumps,
-    and the keys of its past, are made again in the backward pass: one chunk's graph is held at a time.
+    The gradient flows through every chunk, and not through the cache.
+
+    Args:
+        model: Student under its text.
+        noise: Noise (B, F, C, H, W).
+        partition: Latent frames of each chunk.
+        simulate: Jumps from a chunk's noise to its sample.
+        given: Conditioning frames (B, F', C, H, W); F' is 0 for text to video.
+        recomputes: Recompute a chunk's jumps, and the keys of its past, in the backward pass, so that the
+            graph of one chunk is in memory at a time.
     """
     known = given.shape[1]
     chunks, size = split_after(partition, known), (noise.shape[-2], noise.shape[-1])
-    # a block that is computed again has to find the keys that it saw
+    # a recomputed block has to find the same keys as the first time
     in_place = not (model.network.gradient_checkpointing and torch.is_grad_enabled())
     empty = partial(KeyCache, model.network, chunks, size, len(noise))
 
@@ -192,7 +205,7 @@ def rollout_calls(
     recomputes: bool = False,
     remember: int | None = None,
 ) -> list[NetworkCall]:
-    """The network calls of ``roll_out``, in order.
+    """List the network calls of ``roll_out``, in order.
 
     Args:
         simulated: The calls that generate one chunk.
@@ -225,7 +238,7 @@ def rollout_calls(
 
 
 class _LayoutProbe:
-    """Stands for a conditioned network and its network, and notes the layout that a cache binds it to."""
+    """Takes the place of a network and of a conditioned one, and records the layout that a cache binds."""
 
     compute_dtype, device = torch.float32, torch.device("meta")
     layout: Layout | None = None
@@ -243,17 +256,17 @@ class _LayoutProbe:
 
 
 def layout_of(
-    view: WindowOf, network: FlowMapTransformer, latent: tuple[int, int, int, int], rng: StepRng
+    window_of: WindowOf, network: FlowMapTransformer, latent: tuple[int, int, int, int], rng: StepRng
 ) -> tuple[Layout | None, int | None]:
     """Token layout of a step's window, and times per sample; None and None for whole videos."""
-    if not isinstance(view, TeacherForcing):
+    if not isinstance(window_of, TeacherForcing):
         return None, None
-    chunks, noisy = view.window(rng)
+    chunks, noisy = window_of.window(rng)
     return teacher_forcing(network.config, chunks, *latent[2:], noisy), noisy
 
 
 def _chunks_within(partition: tuple[int, ...], frames: int) -> int:
-    """How many chunks the first ``frames`` frames make up."""
+    """Count the chunks that the first ``frames`` frames fill."""
     return next(count for count in range(len(partition)) if sum(partition[:count]) >= frames)
 
 
@@ -262,5 +275,5 @@ def _happens(share: float, generator: torch.Generator) -> bool:
 
 
 def _between(low: int, high: int, generator: torch.Generator) -> int:
-    """A whole number from low to high, both included."""
+    """Draw an integer from ``low`` to ``high``, both included."""
     return int(torch.randint(low, high + 1, (), generator=generator))

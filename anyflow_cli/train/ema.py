@@ -1,7 +1,6 @@
-"""Exponential moving average of the student's trainable weights.
+"""Exponential moving average (EMA) of the student's trainable weights.
 
-Before step ``start`` the average is the weights themselves, so that a short run never mixes in its random
-start.
+Before step ``start`` the average equals the weights, so a short run does not average in its random start.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from anyflow_cli.model.parallelize import shard_like
 
 
 class WeightEma:
-    """Shadow copies of named parameters; ``decay`` per step from step ``start`` on, counted from 1."""
+    """Averages of named parameters, with ``decay`` per step from step ``start`` (from 1) on."""
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float, start: int) -> None:
         self.parameters = dict(parameters)
@@ -25,14 +24,14 @@ class WeightEma:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """After the optimizer's ``step``-th update: ``shadow = decay shadow + (1 - decay) weight``."""
+        """Update after an optimizer step: ``shadow = decay * shadow + (1 - decay) * weight``."""
         decay = self.decay if step >= self.start else 0.0
         for name, value in self.parameters.items():
             self.shadow[name].lerp_(value, 1 - decay)
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
-        """The average in place of the weights, for previews and for what is saved at the end."""
+        """Put the averages in place of the weights for a block: for previews and for the saved model."""
         self._swap()
         try:
             yield
@@ -48,6 +47,6 @@ class WeightEma:
 
     @torch.no_grad()
     def load(self, shadow: Mapping[str, Tensor]) -> None:
-        """Continue from saved averages."""
+        """Restore saved averages."""
         for name, value in self.shadow.items():
             value.copy_(shard_like(shadow[name], value))

@@ -1,22 +1,22 @@
-"""What differs between trainings: which loss, of which role, drawn how. The loop is in ``trainer``.
+"""The objectives: which losses train which role, and how their times and noise are drawn.
 
-An objective has phases in the order in which a step runs them, each with parameters, an optimizer and
-terms: losses that are added up. Each term is run and differentiated by itself, so that one graph is held
-at a time.
+An objective has phases, in the order in which a step runs them. A phase has the weights of one role, an
+optimizer, and loss terms that are added up. Each term is evaluated and differentiated by itself, so one graph
+is in memory at a time. ``trainer`` has the loop.
 
-    flow-map          stage 1, Alg. 1         student: flow map
-    flow-matching     the teacher's tuning    student: flow matching, one time
-    consistency-ode   baseline of Table 2     student: f(z, t, 0) against the teacher's x
-    on-policy         stage 2, Alg. 2         student: matching + flow map on data; fake: its score
+    flow-map          stage 1, Alg. 1          student: flow map
+    flow-matching     tuning of the teacher    student: flow matching, one time
+    consistency-ode   baseline of Table 2      student: f(z, t, 0) against the teacher's x
+    on-policy         stage 2, Alg. 2          student: matching, and flow map on data; fake: its score
 
-A causal student trains on the windows of ``causal_windows.py``; teacher and scores are bidirectional.
+A causal student trains on windows of its videos (``causal_windows``); teacher and scores are bidirectional.
 
-A term returns its mean loss over the micro batch and, for reports, (sum, count) pairs, which add up
-exactly over micro batches and processes. It also declares the network calls that it makes, from the same
-random draws (``network_calls``); ``anyflow plan`` computes FLOPs and memory from these.
+A term returns its mean loss over the micro-batch and, for reports, pairs (sum, count), which add up exactly
+over micro-batches and processes. It also declares the network calls that it makes with the same random
+numbers (``network_calls``), from which ``anyflow plan`` computes FLOPs and memory.
 
-Legend: N global batch, B micro batch, F latent frames, C channels, H W latent height and width, L text
-tokens, D width.
+Legend: N global batch, B micro-batch, F latent frames, K noised chunks, C channels, H W latent height and
+width, L text tokens, D text width.
 """
 
 from __future__ import annotations
@@ -50,31 +50,31 @@ class LossTerm(Protocol):
     """One loss of a phase, on a micro batch."""
 
     def __call__(self, batch: Batch, rng: StepRng, /) -> tuple[Tensor, Sums]:
-        """Mean loss (), and what is reported of it."""
+        """Evaluate the mean loss () of a micro-batch, and what is reported of it."""
 
     def network_calls(self, latent: LatentShape, rng: StepRng) -> list[NetworkCall]:
-        """The forward passes that ``__call__`` makes under these rng, in order."""
+        """List the forward passes that ``__call__`` makes with these random numbers, in order."""
 
 
 @dataclass(frozen=True)
 class FunctionTerm:
-    """A loss function, and the function that declares its network calls, as one term."""
+    """A loss term from two functions: the loss, and the declaration of its network calls."""
 
     loss: Callable[[Batch, StepRng], tuple[Tensor, Sums]]
     calls: Callable[[LatentShape, StepRng], list[NetworkCall]]
 
     def __call__(self, batch: Batch, rng: StepRng, /) -> tuple[Tensor, Sums]:
-        """Evaluate the loss."""
+        """Call ``loss``."""
         return self.loss(batch, rng)
 
     def network_calls(self, latent: LatentShape, rng: StepRng) -> list[NetworkCall]:
-        """Its declaration."""
+        """Call ``calls``."""
         return self.calls(latent, rng)
 
 
 @dataclass(frozen=True)
 class Phase:
-    """One optimizer's part of a step: the losses that move one role's weights."""
+    """The part of a step that updates the weights of one role."""
 
     role: Role
     optimizer: schema.OptimizerSection
@@ -83,7 +83,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class Objective:
-    """Phases, in the order in which a step runs them, over the roles of one backbone."""
+    """The phases of a step, in order, over the roles of one backbone."""
 
     backbone: Backbone
     phases: tuple[Phase, ...]
@@ -98,19 +98,29 @@ def stage_one(
     shift: float,
     causal: schema.CausalSection | None = None,
 ) -> Objective:
-    """An objective of the student alone on data; ``negative`` (L, D) is the negative prompt's embedding."""
-    view = window_of(causal, settings)
+    """Build an objective of the student alone, on data.
+
+    Args:
+        name: Which one.
+        backbone: Networks, of which the student is trained.
+        negative: Embedding (L, D) of the negative prompt.
+        settings: How times are drawn, guidance and text dropout.
+        optimizer: AdamW and its schedule.
+        shift: Timestep shift of the model.
+        causal: Chunks and windows of a causal student; None: bidirectional.
+    """
+    windows = windows_for(causal, settings)
     matching = FlowMatchingTerm(backbone, negative, settings.text_dropout, shift)
     terms: dict[str, LossTerm] = {
-        "flow-map": FlowMapTerm(backbone, negative, settings, shift, view),
+        "flow-map": FlowMapTerm(backbone, negative, settings, shift, windows),
         "flow-matching": matching,
-        "consistency-ode": ConsistencyTerm(backbone, settings, shift, view),
+        "consistency-ode": ConsistencyTerm(backbone, settings, shift, windows),
     }
     student: tuple[LossTerm, ...] = (terms[name],)
     if causal is not None and name != "flow-matching":
         bidirectional = weighted(matching, 1.0, "bidirectional_")
-        student = (WithProbability(bidirectional, causal.bidirectional, "bidirectional"), *student)
-        student = tuple(TouchUnused(term, backbone) for term in student)
+        student = (with_probability(bidirectional, causal.bidirectional, "bidirectional"), *student)
+        student = tuple(touch_unused(term, backbone) for term in student)
     return Objective(backbone, (Phase("student", optimizer, student),))
 
 
@@ -121,25 +131,33 @@ def on_policy(
     shift: float,
     causal: schema.CausalSection | None = None,
 ) -> Objective:
-    """Stage 2: Alg. 2 and, in the same update of the student, Alg. 1 on data; then the fake score."""
+    """Build stage 2: the student by Alg. 2 and, in the same update, by Alg. 1 on data; then the fake score.
+
+    Args:
+        backbone: Student, real and fake score.
+        negative: Embedding (L, D) of the negative prompt.
+        settings: The recipe's section.
+        shift: Timestep shift of the model.
+        causal: Chunks of a causal student; None: bidirectional.
+    """
     policy = OnPolicyTerms(backbone, negative, settings, shift, causal)
     student: tuple[LossTerm, ...] = (FunctionTerm(policy.matching, policy.matching_calls),)
     if settings.joint:
         flow_map = FlowMapTerm(
-            backbone, negative, settings.flow_map, shift, window_of(causal, settings.flow_map)
+            backbone, negative, settings.flow_map, shift, windows_for(causal, settings.flow_map)
         )
         student += (weighted(flow_map, settings.joint_weight, "flow_map_"),)
     if causal is not None:
-        student = tuple(TouchUnused(term, backbone) for term in student)
+        student = tuple(touch_unused(term, backbone) for term in student)
     fake_score = FunctionTerm(policy.fake_score, policy.fake_score_calls)
     fake = Phase("fake", settings.fake_optimizer or settings.optimizer, (fake_score,))
     return Objective(backbone, (Phase("student", settings.optimizer, student), fake))
 
 
-def window_of(
+def windows_for(
     causal: schema.CausalSection | None, settings: schema.FlowMapSection
 ) -> causal_windows.WindowOf:
-    """What the student sees of its data."""
+    """Whole videos for a bidirectional student, windows with teacher forcing for a causal one."""
     return (
         causal_windows.whole_video
         if causal is None
@@ -155,17 +173,17 @@ class FlowMapTerm:
     negative: Tensor  # (L, D)
     settings: schema.FlowMapSection
     shift: float
-    view: causal_windows.WindowOf = causal_windows.whole_video
+    window_of: causal_windows.WindowOf = causal_windows.whole_video
 
     def __call__(self, batch: Batch, rng: StepRng) -> tuple[Tensor, Sums]:
-        """Loss of a micro batch; boundary samples first in the global batch, as ``GlobalMean`` needs them."""
-        settings, view = self.settings, self.view(batch.latents, rng)
-        x = view.x
-        t, r = map(view.by_frame, self._times(rng, view.each))
+        """Evaluate ``losses.flow_map_loss``."""
+        settings, window = self.settings, self.window_of(batch.latents, rng)
+        x = window.x
+        t, r = map(window.by_frame, self._times(rng, window.times_per_sample))
         batch, dropped = drop_text(batch, self.negative, settings.text_dropout, rng)
         result = losses.flow_map_loss(
-            view.bind(self.backbone.velocity("student", batch.text)),
-            view.bind(_null(self.backbone, "student", self.negative, batch)),
+            window.bind(self.backbone.velocity("student", batch.text)),
+            window.bind(_uncond(self.backbone, "student", self.negative, batch)),
             x, rng.noise("noise", x.shape[1:]).to(x), t, r,
             guidance=settings.guidance,
             delta=settings.delta,
@@ -185,11 +203,13 @@ class FlowMapTerm:
 
     def network_calls(self, latent: LatentShape, rng: StepRng) -> list[NetworkCall]:
         """Calls of ``losses.flow_map_loss``: u_null (G samples) and du/dt (2I), then all B with gradient."""
-        layout, each = causal_windows.layout_of(self.view, self.backbone.network_of("student"), latent, rng)
-        t, r = self._times(rng, each)
+        layout, times_per_sample = causal_windows.layout_of(
+            self.window_of, self.backbone.network_of("student"), latent, rng
+        )
+        t, r = self._times(rng, times_per_sample)
         inner = int((t != r).reshape(len(t), -1).any(1).sum())
         guided = int((~dropped_text(self.settings.text_dropout, rng)).sum())
-        # with guidance an empty call takes one sample: every rank must call alike
+        # with guidance a call without samples takes one: every rank must make the same calls
         if self.settings.guidance == 1:
             without_gradient = [2 * inner]
         elif self.settings.guidance_path == "guided":
@@ -199,17 +219,20 @@ class FlowMapTerm:
         call = NetworkCall("student", len(t), gradient=True, layout=layout)
         return [call._replace(samples=n, gradient=False) for n in without_gradient if n] + [call]
 
-    def _times(self, rng: StepRng, each: int | None) -> tuple[Tensor, Tensor]:
-        """Times t and r of the micro batch, (B,) or (B, K) for ``each`` = K times per sample."""
+    def _times(self, rng: StepRng, times_per_sample: int | None) -> tuple[Tensor, Tensor]:
+        """Draw t and r of the micro-batch, (B,) or, with K times per sample, (B, K).
+
+        Boundary samples (r = t) come first in the global batch, as ``BoundaryMean`` needs them.
+        """
         ratios = times.TimeRatios(self.settings.boundary, self.settings.to_zero)
-        t, r = times.sample_times(rng.count, self.shift, ratios, rng.generator("times"), each)
+        t, r = times.sample_times(rng.count, self.shift, ratios, rng.generator("times"), times_per_sample)
         order = (t != r).reshape(len(t), -1).any(1).to(torch.uint8).argsort(stable=True)
         return rng.local(t[order]), rng.local(r[order])
 
 
 @dataclass(frozen=True)
 class FlowMatchingTerm:
-    """Plain flow matching on data, logit-normal times."""
+    """Flow matching on whole videos, with logit-normal times."""
 
     backbone: Backbone
     negative: Tensor  # (L, D)
@@ -217,7 +240,7 @@ class FlowMatchingTerm:
     shift: float
 
     def __call__(self, batch: Batch, rng: StepRng) -> tuple[Tensor, Sums]:
-        """Loss of a micro batch."""
+        """Evaluate ``losses.flow_matching_loss``."""
         x = batch.latents
         t = rng.local(times.sample_logit_normal(rng.count, self.shift, rng.generator("times"))).to(x)
         batch, _ = drop_text(batch, self.negative, self.text_dropout, rng)
@@ -226,53 +249,53 @@ class FlowMatchingTerm:
         return loss, {"loss": sums(loss, len(x))}
 
     def network_calls(self, latent: LatentShape, rng: StepRng) -> list[NetworkCall]:
-        """One call of whole videos."""
+        """One call on whole videos."""
         return [NetworkCall("student", len(rng.positions), gradient=True)]
 
 
 @dataclass(frozen=True)
 class ConsistencyTerm:
-    """Consistency ODE-init: one jump from any t of a path to the teacher's own video at its end.
+    """Consistency ODE initialization: one jump from any t of a path to the teacher's video at its end.
 
-    The path's start is the very noise that the teacher made the video from, drawn again from its seed; in
-    between stands the chord. Fresh noise would make the target the mean of many videos.
+    The path is the chord between the video and the very noise that the teacher sampled it from, drawn again
+    from its seed. With fresh noise the target would be the mean of many videos.
     """
 
     backbone: Backbone
     settings: schema.FlowMapSection
     shift: float
-    view: causal_windows.WindowOf = causal_windows.whole_video
+    window_of: causal_windows.WindowOf = causal_windows.whole_video
 
     def __call__(self, batch: Batch, rng: StepRng) -> tuple[Tensor, Sums]:
-        """Loss of a micro batch."""
-        videos, view = batch.latents, self.view(batch.latents, rng)
+        """Evaluate ``losses.consistency_loss``."""
+        videos, window = batch.latents, self.window_of(batch.latents, rng)
         seeds = [seed for seed in batch.seeds if seed is not None]
         if len(seeds) < len(videos):
             raise UsageError(
-                "consistency-ode needs the noise each video was made from, and the data set has real clips.",
-                "Train it on what `anyflow synthesize` made with the teacher.",
+                "consistency-ode needs the noise behind each video, and the data set has real clips.",
+                "Train it on videos that `anyflow synthesize` sampled from the teacher.",
             )
-        shape = (rng.count,) if view.each is None else (rng.count, view.each)
+        shape = (rng.count, *([] if window.times_per_sample is None else [window.times_per_sample]))
         t = times.sample_uniform(math.prod(shape), self.shift, rng.generator("times")).reshape(shape)
-        t = view.by_frame(rng.local(t))
-        eps = view.of(batch_noise(seeds, videos.shape[1:]).to(videos))
-        z = losses.interpolate(view.x, eps, t)
+        t = window.by_frame(rng.local(t))
+        eps = window.of(batch_noise(seeds, videos.shape[1:]).to(videos))
+        z = losses.interpolate(window.x, eps, t)
         weight = times.loss_weight(self.settings.weight, self.shift)
-        model = view.bind(self.backbone.velocity("student", batch.text))
-        loss = losses.consistency_loss(model, z, t, view.x, weight)
+        model = window.bind(self.backbone.velocity("student", batch.text))
+        loss = losses.consistency_loss(model, z, t, window.x, weight)
         return loss, {"loss": sums(loss, len(videos))}
 
     def network_calls(self, latent: LatentShape, rng: StepRng) -> list[NetworkCall]:
-        """One call of the window."""
-        layout, _ = causal_windows.layout_of(self.view, self.backbone.network_of("student"), latent, rng)
+        """One call on the window."""
+        layout, _ = causal_windows.layout_of(self.window_of, self.backbone.network_of("student"), latent, rng)
         return [NetworkCall("student", len(rng.positions), gradient=True, layout=layout)]
 
 
 class OnPolicyTerms:
-    """Algorithm 2: the student's own samples are pulled to the teacher's; the fake score follows them.
+    """Algorithm 2: distribution matching on the student's samples, and the fake score, which follows them.
 
-    ``reuse_rollout`` trains the fake score on the samples that the student was just trained on, which
-    saves the second rollout; else it gets fresh ones from the updated student, as the paper does.
+    ``reuse_rollout`` trains the fake score on the samples that the student was just trained on, which saves
+    the second rollout. Without it, the updated student generates new ones, as in the paper.
     """
 
     def __init__(
@@ -286,10 +309,10 @@ class OnPolicyTerms:
         self.backbone, self.negative, self.settings, self.shift = backbone, negative, settings, shift
         self.score_shift = settings.score_shift or shift
         self.causal = causal
-        self._rollouts: dict[tuple[int, ...], Tensor] = {}  # of this step, by positions of a micro batch
+        self._rollouts: dict[tuple[int, ...], Tensor] = {}  # of this step, by the positions of a micro-batch
 
     def matching(self, batch: Batch, rng: StepRng) -> tuple[Tensor, Sums]:
-        """Distribution matching (Eq. 5) on a rollout with gradient."""
+        """Evaluate distribution matching (Eq. 5) on a rollout with gradient."""
         settings = self.settings
         x = self._rollout(batch, rng, "rollout")
         if settings.reuse_rollout:
@@ -301,25 +324,25 @@ class OnPolicyTerms:
             x,
             self.backbone.velocity("fake", batch.text),
             self.backbone.velocity("real", batch.text),
-            _null(self.backbone, "real", self.negative, batch),
+            _uncond(self.backbone, "real", self.negative, batch),
             rng.local(t).to(x),
             rng.noise("matching-noise", x.shape[1:]).to(x),
             settings.real_guidance,
         )
         return loss, {
             "matching": sums(loss, len(x)),
-            **_vigour("sample", x),
-            **_vigour("data", batch.latents),
+            **power_and_motion("sample", x),
+            **power_and_motion("data", batch.latents),
         }
 
     def matching_calls(self, latent: LatentShape, rng: StepRng) -> list[NetworkCall]:
-        """A rollout with gradient, then both scores without; the real one is guided: 2B samples."""
+        """A rollout with gradient, then both scores without; the real score is guided: 2B samples."""
         count = len(rng.positions)
         scores = NetworkCall("fake", count, gradient=False), NetworkCall("real", 2 * count, gradient=False)
         return [*self._rollout_calls(latent, rng, "rollout", gradient=True), *scores]
 
     def fake_score(self, batch: Batch, rng: StepRng) -> tuple[Tensor, Sums]:
-        """Flow matching of the fake score on the student's samples."""
+        """Evaluate flow matching of the fake score on the student's samples."""
         if self.settings.reuse_rollout:
             x = self._rollouts.pop(rng.positions)
         else:
@@ -337,7 +360,7 @@ class OnPolicyTerms:
         return [*rollout, NetworkCall("fake", len(rng.positions), gradient=True)]
 
     def _rollout(self, batch: Batch, rng: StepRng, stream: str) -> Tensor:
-        """Samples of the student at time 0, (B, F, C, H, W)."""
+        """Generate samples of the student, (B, F, C, H, W)."""
         model = self.backbone.velocity("student", batch.text)
         noise = rng.noise(f"{stream}-start", batch.latents.shape[1:]).to(batch.latents)
         simulate = self._simulation(rng, stream)
@@ -352,11 +375,11 @@ class OnPolicyTerms:
     def _rollout_calls(
         self, latent: LatentShape, rng: StepRng, stream: str, *, gradient: bool
     ) -> list[NetworkCall]:
-        """The calls of ``_rollout``; of a consistency rollout only the last one has a gradient."""
+        """List the calls of ``_rollout``; of a consistency rollout only the last one has a gradient."""
         settings, generator = self.settings, rng.generator(stream)
         if settings.simulation == "flow-map":
             steps, k = simulation.draw_segment(settings.step_budgets, generator)
-            jumps = [gradient] * ((k > 0) + 1 + (k < steps - 1))  # one of zero length is skipped
+            jumps = [gradient] * ((k > 0) + 1 + (k < steps - 1))  # jumps of zero length are skipped
         else:
             exit_step = int(torch.randint(settings.consistency_steps, (), generator=generator))
             jumps = [False] * exit_step + [gradient]
@@ -373,13 +396,13 @@ class OnPolicyTerms:
         )  # fmt: skip
 
     def _conditioning_frames(self, rng: StepRng, stream: str) -> int:
-        """How many frames of a causal rollout come from the data."""
+        """Draw how many frames of a causal rollout come from the data."""
         assert self.causal is not None
         share = self.settings.flow_map.conditioning_prob
-        return causal_windows.given_frames(self.causal, share, rng.generator(f"{stream}-given"))
+        return causal_windows.draw_conditioning_frames(self.causal, share, rng.generator(f"{stream}-given"))
 
     def _simulation(self, rng: StepRng, stream: str) -> causal_windows.Simulate:
-        """From noise to time 0. What is drawn holds for every process, and for every chunk of a video."""
+        """Draw how the student jumps from noise to time 0: alike on every process and for every chunk."""
         settings, generator = self.settings, rng.generator(stream)
         if settings.simulation == "flow-map":
             steps, k = simulation.draw_segment(settings.step_budgets, generator)
@@ -388,60 +411,51 @@ class OnPolicyTerms:
         grid = times.grid(settings.consistency_steps, self.shift)
 
         def consistency(model: Velocity, noise: Tensor, chunk: int) -> Tensor:
-            streams = rng.generators(f"{stream}-noise-{chunk}")  # fresh ones: a chunk may be made again
+            streams = rng.generators(f"{stream}-noise-{chunk}")  # new ones: a chunk may be recomputed
             return simulation.consistency_rollout(model, noise, grid, exit_step, streams)
 
         return consistency
 
 
-@dataclass(frozen=True)
-class WithProbability:
-    """A term that a share of the steps have, drawn for all processes; nothing in the others."""
+def with_probability(term: LossTerm, share: float, stream: str) -> LossTerm:
+    """The term in a ``share`` of the steps, drawn alike on all processes, with random numbers of its own.
 
-    term: LossTerm
-    share: float
-    stream: str
-
-    def __call__(self, batch: Batch, rng: StepRng) -> tuple[Tensor, Sums]:
-        """The term's loss, from draws of its own, or zero."""
-        own = self._own_rng(rng)
-        return (batch.latents.new_zeros(()), {}) if own is None else self.term(batch, own)
-
-    def network_calls(self, latent: LatentShape, rng: StepRng) -> list[NetworkCall]:
-        """The term's calls in the steps that have it, else none."""
-        own = self._own_rng(rng)
-        return [] if own is None else self.term.network_calls(latent, own)
-
-    def _own_rng(self, rng: StepRng) -> StepRng | None:
-        if float(torch.rand((), generator=rng.generator(self.stream))) >= self.share:
-            return None
-        return replace(rng, seed=stream_seed(rng.seed, self.stream))
-
-
-@dataclass(frozen=True)
-class TouchUnused:
-    """A term whose gradient reaches the compressed patch embedding even where no chunk is compressed.
-
-    Zero then: every process must have a gradient for every weight, and an optimizer must not tell apart a
-    step in which one process alone had none.
+    In the other steps its loss is 0 and it makes no calls.
     """
 
-    term: LossTerm
-    backbone: Backbone
+    def own_rng(rng: StepRng) -> StepRng | None:
+        if float(torch.rand((), generator=rng.generator(stream))) >= share:
+            return None
+        return replace(rng, seed=stream_seed(rng.seed, stream))
 
-    def __call__(self, batch: Batch, rng: StepRng) -> tuple[Tensor, Sums]:
-        """The same loss."""
-        loss, report = self.term(batch, rng)
-        embedding = self.backbone.network_of("student").far_patch_embedding
-        return loss + 0 * sum(local_tensor(weight).sum() for weight in embedding.parameters()), report
+    def loss(batch: Batch, rng: StepRng) -> tuple[Tensor, Sums]:
+        own = own_rng(rng)
+        return (batch.latents.new_zeros(()), {}) if own is None else term(batch, own)
 
-    def network_calls(self, latent: LatentShape, rng: StepRng) -> list[NetworkCall]:
-        """The term's own."""
-        return self.term.network_calls(latent, rng)
+    def calls(latent: LatentShape, rng: StepRng) -> list[NetworkCall]:
+        own = own_rng(rng)
+        return [] if own is None else term.network_calls(latent, own)
+
+    return FunctionTerm(loss, calls)
+
+
+def touch_unused(term: LossTerm, backbone: Backbone) -> LossTerm:
+    """The term with a zero gradient for the compressed patch embedding where no chunk is compressed.
+
+    Every process needs a gradient for every weight, and the optimizer must treat a step in which only some
+    processes have one like any other.
+    """
+
+    def loss(batch: Batch, rng: StepRng) -> tuple[Tensor, Sums]:
+        value, report = term(batch, rng)
+        embedding = backbone.network_of("student").far_patch_embedding
+        return value + 0 * sum(local_tensor(weight).sum() for weight in embedding.parameters()), report
+
+    return FunctionTerm(loss, term.network_calls)
 
 
 def weighted(term: LossTerm, weight: float, prefix: str) -> LossTerm:
-    """The same loss times ``weight``; what it reports keeps its scale and gets a prefix."""
+    """The term times ``weight``; its report keeps its scale, and its names get a prefix."""
 
     def scaled(batch: Batch, rng: StepRng) -> tuple[Tensor, Sums]:
         loss, report = term(batch, rng)
@@ -451,37 +465,37 @@ def weighted(term: LossTerm, weight: float, prefix: str) -> LossTerm:
 
 
 def drop_text(batch: Batch, negative: Tensor, share: float, rng: StepRng) -> tuple[Batch, Tensor]:
-    """Replace the text of a ``share`` of the samples by the negative prompt's; which (B,) were replaced."""
+    """Replace the text of a ``share`` of the samples by ``negative`` (L, D); also return which, (B,)."""
     dropped = dropped_text(share, rng).to(batch.text.device)
     text = torch.where(dropped[:, None, None], negative.to(batch.text), batch.text)
     return replace(batch, text=text), dropped
 
 
 def dropped_text(share: float, rng: StepRng) -> Tensor:
-    """Which samples (B,) of a micro batch lose their text."""
+    """Draw which samples (B,) of a micro-batch lose their text."""
     return rng.local(torch.rand(rng.count, generator=rng.generator("text-dropout"))) < share
 
 
 def sums(values: Tensor, of: Tensor | int) -> Tensor:
-    """(sum, count): of values (B,) where a mask (B,) holds, or of a mean () that stands for so many."""
+    """Sum and count (2,) of values (B,) where the mask (B,) is true, or of a mean () over ``of`` samples."""
     values = values.detach().double()
     if isinstance(of, int):
         return torch.stack([values * of, torch.full_like(values, of)])
     return torch.stack([values[of].sum(), of.sum().double()])
 
 
-def _vigour(name: str, x: Tensor) -> Sums:
-    """Power and motion (from frame to frame) of videos x (B, F, C, H, W); what the alarms compare."""
+def power_and_motion(name: str, x: Tensor) -> Sums:
+    """Mean square of videos x (B, F, C, H, W) and of the change between frames; the alarms compare both."""
     power, motion = x.detach().square().mean(), x.detach().diff(dim=1).square().sum() / x.numel()
     return {f"{name}_power": sums(power, len(x)), f"{name}_motion": sums(motion, len(x))}
 
 
-def _null(backbone: Backbone, role: Role, negative: Tensor, batch: Batch) -> Conditioned:
-    """The role's network under the negative prompt."""
+def _uncond(backbone: Backbone, role: Role, negative: Tensor, batch: Batch) -> Conditioned:
+    """The role's velocity under the negative prompt."""
     return backbone.velocity(role, negative.to(batch.text).expand_as(batch.text))
 
 
 def micro_batch(batch: Batch, start: int, stop: int) -> Batch:
-    """A micro batch of a process's share."""
+    """Cut samples ``start`` to ``stop`` out of a batch."""
     part = slice(start, stop)
     return Batch(batch.latents[part], batch.text[part], batch.captions[part], batch.seeds[part])

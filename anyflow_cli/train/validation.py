@@ -1,7 +1,8 @@
-"""Clips that fine-tuning leaves out, and how well a model follows the flow map on them.
+"""Clips held out of fine-tuning, and the flow-map error of a model on them.
 
-The last tenth of a data set, at most 64 clips; of fewer than ten clips none can be spared, and the error is
-that of the clips trained on. Draws are fixed, so that before and after differ by the model alone.
+Held out is the last tenth of a data set, at most 64 clips. A data set of fewer than ten clips holds out none;
+the error is then that of clips trained on. Times and noise are fixed, so the errors before and after
+fine-tuning differ by the model alone.
 
 Legend: B clips, F latent frames, C channels, H W latent height and width.
 """
@@ -18,29 +19,29 @@ from anyflow_cli.model.backbone import Backbone
 from anyflow_cli.model.network import FlowMapTransformer
 from anyflow_cli.model.precision import autocast, resolve_precision
 from anyflow_cli.recipe.schema import Recipe
-from anyflow_cli.train.objectives import FlowMapTerm, window_of
+from anyflow_cli.train.objectives import FlowMapTerm, windows_for
 from anyflow_cli.train.rng import StepRng
 
 SHARE, MOST = 10, 64
-TRIES = 4  # times and noises a clip
+DRAWS = 4  # of time and noise per clip
 SEED = 2**40
 
 
 class TrainingPart(LatentData):
-    """All but the clips that are held out."""
+    """A data set without the clips that are held out."""
 
     def __len__(self) -> int:
-        """How many there are to train on."""
+        """Number of clips to train on."""
         return self.manifest.count - held_out(self.manifest.count)
 
 
 def held_out(count: int) -> int:
-    """How many of ``count`` clips are left out."""
+    """Number of clips that are held out of ``count``."""
     return min(count // SHARE, MOST)
 
 
 class FlowMapError(NamedTuple):
-    """Mean squared error of Alg. 1, unweighted, on so many clips; ``unseen`` if not trained on."""
+    """Unweighted mean squared error of Alg. 1 on so many clips; ``unseen`` ones were not trained on."""
 
     error: float
     clips: int
@@ -49,18 +50,18 @@ class FlowMapError(NamedTuple):
 
 @torch.no_grad()
 def flow_map_error(network: FlowMapTransformer, recipe: Recipe, data: Path) -> FlowMapError:
-    """The error of a model on the clips held out of ``data``."""
+    """Measure the error of a model on the clips held out of ``data``."""
     clips = LatentData(data, recipe.model.max_text_tokens)
     unseen = held_out(len(clips))
     positions = range(len(clips) - unseen if unseen else 0, len(clips))
     settings = recipe.finetune.flow_map.model_copy(update={"adaptive": False, "text_dropout": 0.0})
-    view = window_of(recipe.model.causal, settings)
-    term = FlowMapTerm(Backbone(network, ("student",)), clips.negative, settings, recipe.model.shift, view)
+    windows = windows_for(recipe.model.causal, settings)
+    term = FlowMapTerm(Backbone(network, ("student",)), clips.negative, settings, recipe.model.shift, windows)
     total = torch.zeros(2, dtype=torch.float64)
     with autocast(resolve_precision(recipe.model.precision, network.device), network.device):
         for place, position in enumerate(positions):
             batch = clips.batch([position])
-            for step in range(TRIES):
+            for step in range(DRAWS):
                 _, report = term(batch, StepRng(SEED, step, len(positions), (place,)))
                 total += report["boundary"] + report["non_boundary"]
     return FlowMapError(float(total[0] / total[1]), len(positions), unseen > 0)

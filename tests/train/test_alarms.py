@@ -48,7 +48,8 @@ def test_a_warning_is_given_once_and_survives_a_restart(caplog: pytest.LogCaptur
         for step in (3, 4, 5):
             again.look(step, GOOD | {"sample_power": 3.0})
     assert [record.message for record in caplog.records] == [
-        "Since step 2: the student's samples have 3 times the power of the data (alarms.saturation is 2)."
+        "Since step 2: the power of the student's samples is 3 times that of the data "
+        "(alarms.saturation is 2)."
     ]
 
 
@@ -98,7 +99,7 @@ def test_it_rolls_back_a_limited_number_of_times(tmp_path: Path) -> None:
 
     alarms = schema.AlarmsSection(action="roll-back", rollbacks=2)
     run = trainer(tmp_path, source=Poisoned(4), alarms=alarms)
-    with pytest.raises(AlarmError, match="not a number at step 4"):
+    with pytest.raises(AlarmError, match="not finite at step 4"):
         run.run()
     assert run.rollbacks == 2
     assert all(parameter.isfinite().all() for parameter in run.backbone.parameters())

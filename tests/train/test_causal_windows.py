@@ -23,7 +23,13 @@ from anyflow_cli.model.causal import TeacherForced, causal_from, split_after
 from anyflow_cli.model.config import CausalConfig
 from anyflow_cli.model.lora import LoraSize
 from anyflow_cli.recipe import schema
-from anyflow_cli.train.causal_windows import TeacherForcing, TrainingWindow, Window, given_frames, roll_out
+from anyflow_cli.train.causal_windows import (
+    TeacherForcing,
+    TrainingWindow,
+    Window,
+    draw_conditioning_frames,
+    roll_out,
+)
 from anyflow_cli.train.objectives import FlowMapTerm, OnPolicyTerms
 from anyflow_cli.train.rng import StepRng
 from tests.train import small
@@ -71,17 +77,17 @@ def test_half_of_the_steps_see_chunks_in_full_alone_and_half_any_number() -> Non
 
 
 def test_a_step_has_one_window_on_every_process() -> None:
-    view = TeacherForcing(PAPER, given=0.5)
+    view = TeacherForcing(PAPER, conditioning_prob=0.5)
     for step in range(20):
         here, there = StepRng(0, step, 4, (0, 2)), StepRng(0, step, 4, (1, 3))
         assert view.window(here) == view.window(there)
 
 
 def test_given_frames_are_seen_clean_and_the_rest_is_noised() -> None:
-    view = TeacherForcing(PAPER, given=1.0)
+    view = TeacherForcing(PAPER, conditioning_prob=1.0)
     images = 0
     for step in range(500):
-        known = given_frames(PAPER, 1.0, rng_of(step).generator("given"))
+        known = draw_conditioning_frames(PAPER, 1.0, rng_of(step).generator("given"))
         partition, noisy = view.window(rng_of(step))
         assert partition == split_after(PAPER.partition, known)[: len(partition)]
         assert 1 <= noisy <= 3
@@ -93,12 +99,12 @@ def test_given_frames_are_seen_clean_and_the_rest_is_noised() -> None:
 def test_a_video_shorter_than_the_window_is_noised_whole() -> None:
     short = schema.CausalSection(partition=(1, 2), full_chunks=3)
     assert TeacherForcing(short).window(rng_of()) == Window((1, 2), 2)
-    assert given_frames(schema.CausalSection(partition=(3,)), 1.0, torch.Generator()) == 0
+    assert draw_conditioning_frames(schema.CausalSection(partition=(3,)), 1.0, torch.Generator()) == 0
 
 
 def test_each_chunk_has_times_of_its_own() -> None:
     view = TeacherForcing(CAUSAL)(videos(), rng_of())
-    assert view.each == 2
+    assert view.times_per_sample == 2
     assert view.chunks is not None
     times = view.by_frame(torch.rand(2, 2))
     assert times.shape == view.x.shape[:2]
@@ -375,7 +381,7 @@ def test_a_rollout_continues_what_is_given() -> None:
     backbone, data = roles(), batch()
     terms = policy(backbone, flow_map={"conditioning_prob": 1.0})
     for step in range(1, 4):
-        known = given_frames(CAUSAL, 1.0, rng_of(step).generator("rollout-given"))
+        known = draw_conditioning_frames(CAUSAL, 1.0, rng_of(step).generator("rollout-given"))
         x = terms._rollout(data, rng_of(step), "rollout")
         torch.testing.assert_close(x[:, :known], data.latents[:, :known], rtol=0, atol=0)
         assert x[:, known:].grad_fn is not None

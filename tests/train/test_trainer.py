@@ -121,7 +121,7 @@ class Poisoned(RandomData):
 
 
 @pytest.mark.parametrize("kind", ["flow-map", "on-policy"])
-def test_a_loss_that_is_no_number_ends_the_run_before_it_spreads(tmp_path: Path, kind: Any) -> None:
+def test_a_loss_that_is_not_finite_ends_the_run_before_it_spreads(tmp_path: Path, kind: Any) -> None:
     run = trainer(tmp_path, kind, source=Poisoned(4))
     with pytest.raises(AnyflowError, match="student's loss or gradient is not finite at step 4") as error:
         run.run()
