@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -184,3 +185,26 @@ def test_with_the_hub_off_an_uncached_model_is_missing(
 
 def test_other_commands_start_from_nothing(paths: RunPaths) -> None:
     assert inputs(Recipe(name="t"), paths, "doctor") == []
+
+
+@pytest.mark.parametrize(
+    ("part", "content"), [("text_encoder", b"version https://git-lfs.github.com/spec/v1"), ("vae", b"")]
+)
+def test_a_folder_with_a_cut_or_stand_in_file_is_unusable(
+    paths: RunPaths, folder: Path, tmp_path: Path, part: str, content: bytes
+) -> None:
+    broken = Path(shutil.copytree(folder, tmp_path / "broken"))
+    weights = next((broken / part).glob("*.safetensors"))
+    weights.unlink()
+    weights.write_bytes(content)
+    teacher = inputs(Recipe(name="t", model=ModelSection(teacher=str(broken))), paths, "synthesize")[0]
+    assert teacher.state == "unusable"
+    assert weights.name in teacher.problem
+
+
+def test_an_adapter_is_not_a_model(paths: RunPaths, tmp_path: Path) -> None:
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    model = inputs(Recipe(name="t"), paths, "sample", Given(str(tmp_path / "adapter")))[0]
+    assert model.state == "unusable"
+    assert "is a LoRA adapter, not a model" in model.problem
