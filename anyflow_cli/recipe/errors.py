@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import cache
 from typing import Any, get_origin
 
 from pydantic import BaseModel, ValidationError
@@ -17,6 +18,7 @@ from anyflow_cli.errors import UsageError
 from anyflow_cli.recipe.renamed import renamed_key
 from anyflow_cli.recipe.schema import Recipe, Section
 from anyflow_cli.recipe.yaml_source import Key, YamlLocation
+from anyflow_cli.utils.user_text import escaped, shortened
 
 # pydantic's kind of error -> what was expected, with the limits of its context
 EXPECTED = {
@@ -34,13 +36,17 @@ EXPECTED = {
     "finite_number":           "a finite number",
     "too_short":               "a list of at least {min_length}",
     "too_long":                "a list of {max_length}",
+    "string_too_long":         "text of at most {max_length} characters",
     "string_pattern_mismatch": "letters, digits, '.', '_' and '-', as it names a directory",
 }  # fmt: skip
+SHOWN_MISTAKES = 20  # the first ones; a file that is not a recipe may have thousands
+LONGEST_WORD = 64  # characters of a key; longer ones are not compared with those of the schema
+MANY_DIGITS = 40
 
 
 @dataclass(frozen=True)
 class Mistake:
-    """One thing wrong: where it stands, its key, and the rest of the sentence without a full stop."""
+    """One thing that is wrong: its place, its key, and the rest of the sentence without a full stop."""
 
     place: YamlLocation
     key: Key
@@ -50,41 +56,62 @@ class Mistake:
         return f"{self.place}: {dotted(self.key)} {self.text}" if self.key else f"{self.place}: {self.text}"
 
 
-def recipe_error(mistakes: Sequence[Mistake]) -> UsageError:
-    """Gather all mistakes into the one error that is shown."""
+def recipe_error(mistakes: Sequence[Mistake], more: int = 0) -> UsageError:
+    """Combine mistakes into the one error that is shown; ``more`` are not listed."""
     hint = "`anyflow recipes show tiny` prints a whole recipe with every key; nothing was started."
     if len(mistakes) == 1:
         return UsageError(f"{mistakes[0]}.".replace("?.", "?"), hint)
-    in_order = sorted(mistakes, key=lambda mistake: (mistake.place.source, mistake.place.line))
-    lines = "".join(f"\n  {mistake}" for mistake in in_order)
-    return UsageError(f"The recipe has {len(mistakes)} mistakes.{lines}", hint)
+    lines = "".join(f"\n  {mistake}" for mistake in mistakes)
+    rest = f"\n  and {more} more" if more else ""
+    return UsageError(f"The recipe has {len(mistakes) + more} mistakes.{lines}{rest}", hint)
 
 
-def find_mistakes(
-    error: ValidationError, places: Mapping[Key, YamlLocation], whole: YamlLocation
-) -> list[Mistake]:
-    """Word each of pydantic's errors; ``whole`` is the place of a key that nobody wrote."""
-    found = error.errors(include_url=False)
-    keys = [tuple(detail["loc"]) for detail in found]
-    return [
-        Mistake(_place(key, places, whole), key, _words(detail))
-        for key, detail in zip(keys, found, strict=True)
-        if not any(other != key and other[: len(key)] == key for other in keys)  # a part says it better
+def validation_error(
+    error: ValidationError,
+    places: Mapping[Key, YamlLocation],
+    whole: YamlLocation,
+    others: Iterable[Mistake] = (),
+) -> UsageError:
+    """Word pydantic's errors, and other mistakes, in the order of their places.
+
+    Args:
+        error: What pydantic found.
+        places: Where each key was written.
+        whole: Place of a key that nobody wrote.
+        others: Mistakes found before, e.g. in the options.
+    """
+    details = error.errors(include_url=False)
+    containers = {key[:depth] for key in map(_key, details) for depth in range(len(key))}
+    # a part says it better than the section that contains it
+    found: list[Mistake | ErrorDetails] = [detail for detail in details if _key(detail) not in containers]
+    found += others
+
+    def place_of(item: Mistake | ErrorDetails) -> YamlLocation:
+        return item.place if isinstance(item, Mistake) else _place(_key(item), places, whole)
+
+    in_order = sorted(found, key=lambda item: (place_of(item).source, place_of(item).line))
+    shown = [
+        item if isinstance(item, Mistake) else Mistake(place_of(item), _key(item), _words(item))
+        for item in in_order[:SHOWN_MISTAKES]
     ]
+    return recipe_error(shown, len(found) - len(shown))
 
 
 def closest(word: str, known: Iterable[str]) -> str | None:
     """The known word that was probably meant."""
+    if len(word) > LONGEST_WORD:
+        return None
     return next(iter(get_close_matches(word, list(known), n=1, cutoff=0.6)), None)
 
 
 def dotted(key: Key) -> str:
     """Write a key as ``--set`` takes it, e.g. ``distill.optimizer.lr`` or ``distill.step_budgets[0]``."""
-    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in key).removeprefix(".")
+    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in key).removeprefix(".")
+    return shortened(escaped(text.replace("\n", r"\n")), 120)
 
 
 def known_keys(section: type[BaseModel] = Recipe, prefix: Key = ()) -> Iterator[Key]:
-    """Every key of the schema, sections before what they hold."""
+    """Every key of the schema, sections before what they contain."""
     for name, field in section.model_fields.items():
         yield (*prefix, name)
         held = _section(field.annotation)
@@ -92,8 +119,12 @@ def known_keys(section: type[BaseModel] = Recipe, prefix: Key = ()) -> Iterator[
             yield from known_keys(held, (*prefix, name))
 
 
+def _key(detail: ErrorDetails) -> Key:
+    return tuple(detail["loc"])
+
+
 def _section(annotation: Any) -> type[Section] | None:
-    """The section that a field holds, looking through ``| None``."""
+    """The section that a field contains, looking through ``| None``."""
     kinds = (annotation, *getattr(annotation, "__args__", ()))
     classes = (
         kind for kind in kinds if isinstance(kind, type) and not get_origin(kind)
@@ -107,7 +138,7 @@ def _place(key: Key, places: Mapping[Key, YamlLocation], whole: YamlLocation) ->
 
 
 def _words(detail: ErrorDetails) -> str:
-    kind, key, value = detail["type"], tuple(detail["loc"]), detail["input"]
+    kind, key, value = detail["type"], _key(detail), detail["input"]
     if kind == "extra_forbidden":
         guess = _meant(key)
         return "is not a key of recipes" + (f"; did you mean {guess}?" if guess else "")
@@ -127,7 +158,7 @@ def _meant(key: Key) -> str | None:
     if (renamed := renamed_key(key)) is not None:
         return dotted(renamed)
     *section, name = key
-    known = list(known_keys())
+    known = _known_keys()
     within = [other for other in known if list(other[: len(section)]) == section]
     alike = closest(str(name), [str(other[-1]) for other in within if len(other) == len(key)])
     if alike:
@@ -136,10 +167,14 @@ def _meant(key: Key) -> str | None:
     return dotted(same[0]) if same else None
 
 
+@cache
+def _known_keys() -> tuple[Key, ...]:
+    return tuple(known_keys())
+
+
 def in_yaml(value: Any) -> str:
-    """A value as YAML would write it, cut short."""
-    text = _written(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    """A value as YAML would write it, cut short and without control characters."""
+    return shortened(escaped(_written(value)))
 
 
 def _written(value: Any) -> str:
@@ -149,4 +184,6 @@ def _written(value: Any) -> str:
         return f"[{', '.join(map(_written, value))}]"
     if isinstance(value, Mapping):
         return f"{{{', '.join(f'{key}: {_written(part)}' for key, part in value.items())}}}"
+    if isinstance(value, int) and abs(value) >= 10**MANY_DIGITS:
+        return f"a number of more than {MANY_DIGITS} digits"
     return repr(value) if isinstance(value, str) else str(value)

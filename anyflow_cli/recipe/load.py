@@ -1,7 +1,7 @@
 """From a recipe's name or path to a checked ``Recipe``: finding, inheritance, overrides.
 
-Everything wrong is said at once, with the place of each mistake (``errors.py`` words it). What a recipe may
-say is in ``schema.py``; comparing and writing recipes in ``compare.py``.
+All mistakes are reported at once, each with its place (``errors.py`` words them). What a recipe may contain
+is in ``schema.py``; comparing and writing recipes in ``compare.py``.
 
 A recipe's ``name`` and ``description`` are its own and never inherited: two recipes must not share a run
 directory because one extends the other.
@@ -17,7 +17,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from anyflow_cli.errors import UsageError
-from anyflow_cli.recipe.errors import Mistake, closest, find_mistakes, in_yaml, recipe_error
+from anyflow_cli.recipe.errors import Mistake, closest, in_yaml, recipe_error, validation_error
 from anyflow_cli.recipe.renamed import with_new_keys
 from anyflow_cli.recipe.schema import Recipe
 from anyflow_cli.recipe.yaml_source import (
@@ -28,8 +28,11 @@ from anyflow_cli.recipe.yaml_source import (
     parse_value,
     read_source,
 )
+from anyflow_cli.utils.user_text import escaped, path_problem, shortened
 
 DEFAULT = "tiny"
+MOST_PARENTS = 20
+DEEPEST_KEY = 8
 _OWN = ("name", "description", "extends")
 
 
@@ -60,7 +63,7 @@ def load_recipe(address: str = DEFAULT, overrides: Iterable[str | Override] = ()
     try:
         recipe = Recipe.model_validate(content)
     except ValidationError as error:
-        raise recipe_error([*mistakes, *find_mistakes(error, places, YamlLocation(shown))]) from error
+        raise validation_error(error, places, YamlLocation(shown), mistakes) from error
     if mistakes:
         raise recipe_error(mistakes)
     return recipe
@@ -76,7 +79,7 @@ def load_recorded_recipe(path: Path) -> Recipe:
     try:
         return Recipe.model_validate(with_new_keys(source.content))
     except ValidationError as error:
-        raise recipe_error(find_mistakes(error, source.places, YamlLocation(str(path)))) from error
+        raise validation_error(error, source.places, YamlLocation(str(path))) from error
 
 
 def recipes_dir() -> Path:
@@ -93,7 +96,9 @@ def recipe_names() -> list[str]:
 
 def find_recipe(address: str, beside: Path | None = None) -> tuple[Path, str]:
     """Give the file of a recipe, and what messages call it; a path is relative to ``beside`` if given."""
-    if _is_path(address):
+    if problem := path_problem(address):
+        raise UsageError(f"The name of a recipe must {problem}, got {in_yaml(address)}.", RECIPE_HINT)
+    if "/" in address or "\\" in address or address.endswith((".yaml", ".yml")):
         path = (beside or Path()) / Path(address).expanduser()
         if not path.exists():
             raise UsageError(f"There is no recipe file {address}.", RECIPE_HINT)
@@ -101,10 +106,6 @@ def find_recipe(address: str, beside: Path | None = None) -> tuple[Path, str]:
     if address not in recipe_names():
         raise _unknown_recipe(address)
     return recipes_dir() / f"{address}.yaml", f"{address}.yaml"
-
-
-def _is_path(address: str) -> bool:
-    return "/" in address or "\\" in address or address.endswith((".yaml", ".yml"))
 
 
 def _unknown_recipe(address: str) -> UsageError:
@@ -121,6 +122,8 @@ def _unknown_recipe(address: str) -> UsageError:
 
 def _resolved(path: Path, shown: str, chain: tuple[tuple[Path, str], ...]) -> YamlSource:
     """Read a file and what it extends; the nearer file wins key by key."""
+    if len(chain) > MOST_PARENTS:
+        raise UsageError(f"{shown} is the end of a chain of more than {MOST_PARENTS} recipes.", RECIPE_HINT)
     real = path.resolve()
     circle = [name for file, name in chain if file == real]
     if circle:
@@ -165,8 +168,9 @@ def _override(
     """Write one override into ``content``, or say what is wrong with it."""
     if isinstance(item, str):
         name, equals, text = item.partition("=")
-        item = Override(name.strip(), parse_value(text), f"--set {item}")
-        if not equals or not all(item.key.split(".")):
+        item = Override(name.strip(), parse_value(text), f"--set {shortened(escaped(item), 120)}")
+        parts = item.key.split(".")
+        if not equals or not all(parts) or len(parts) > DEEPEST_KEY:
             return Mistake(
                 YamlLocation(item.option),
                 (),

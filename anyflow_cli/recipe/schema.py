@@ -1,25 +1,35 @@
-"""What a recipe may say: one YAML describes one model family through all commands.
+"""What a recipe may contain: one YAML file describes one model family through all commands.
 
-The classes hold meaning, defaults, ranges and the rules between keys; reading files, inheritance and messages
-live in ``load.py``. No torch here: a recipe is checked on any machine. Defaults are the paper's, its sections
-named beside them.
+The classes hold meaning, defaults, ranges and the rules between keys; files, inheritance and messages are in
+``load.py``. No torch here: a recipe is checked on any machine. Defaults are the paper's, with a section named
+beside each. Upper bounds are far beyond what any run uses: they stop a typing error, or a hostile file, from
+filling the memory.
 
-A rule between two keys stands as a validator of the later one, so that every broken rule is found at once and
-names its own key. Its message completes "KEY must ...".
+A rule between two keys is a validator of the later one, so that every broken rule is found at once and names
+its own key. Its message completes "KEY must ...".
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+
+from anyflow_cli.utils.user_text import path_problem, text_problem
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[float, Field(gt=0)]
-Count = Annotated[int, Field(ge=1)]
+Momentum = Annotated[float, Field(ge=0, lt=1)]
+PositiveNumber = Annotated[float, Field(gt=0, le=1e6)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]  # the same rule for every command
-Budgets = Annotated[tuple[Count, ...], Field(min_length=1)]  # numbers of network evaluations
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+StepCount = Annotated[int, Field(ge=1, le=10**8)]  # of an optimizer
+EvaluationCount = Annotated[int, Field(ge=1, le=10**4)]  # of a network, for one video
+BatchSize = Annotated[int, Field(ge=1, le=2**16)]
+VideoCount = Annotated[int, Field(ge=1, le=10**7)]
+PixelCount = Annotated[int, Field(ge=1, le=8192)]
+FrameCount = Annotated[int, Field(ge=1, le=10**5)]
+ChunkCount = Annotated[int, Field(ge=1, le=10**4)]
+Budgets = Annotated[tuple[EvaluationCount, ...], Field(min_length=1, max_length=100)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
 Value = TypeVar("Value")
 
 
@@ -28,6 +38,14 @@ def require(rule: bool, value: Value, must: str) -> Value:
     if not rule:
         raise ValueError(must)
     return value
+
+
+def _path(text: str) -> str:
+    problem = path_problem(text)
+    return require(problem is None, text, problem or "")
+
+
+Address = Annotated[str, AfterValidator(_path)]  # of a file, a directory or a model
 
 
 def latent_frames(frames: int) -> int:
@@ -65,35 +83,46 @@ class Section(BaseModel):
         default = cls.model_fields[info.field_name or ""].default
         return _laid_over(default, value)
 
+    @field_validator("*")
+    @classmethod
+    def _printable(cls, value: object) -> object:
+        problem = text_problem(value) if isinstance(value, str) else None
+        return require(problem is None, value, problem or "")
+
 
 class LoraSection(Section):
     """Low-rank adapters on self-attention, feed-forward and, in the student, the timestep embedders."""
 
-    rank: Count = 256
-    alpha: Positive = 256
+    rank: Annotated[int, Field(ge=1, le=8192)] = 256
+    alpha: PositiveNumber = 256
 
 
 class CausalSection(Section):
-    """A causal (FAR) model, sec. 4.3: how frames fall into chunks, and what windows it is trained on."""
+    """A causal (FAR) model, sec. 4.3: how frames are divided into chunks, and the windows of its training."""
 
-    partition: Annotated[tuple[Count, ...], Field(min_length=1)] = Field(
-        (1, 3, 3, 3, 3, 3, 3, 2), description="Latent frames of each chunk, which are made together."
+    partition: Annotated[tuple[ChunkCount, ...], Field(min_length=1, max_length=10**4)] = Field(
+        (1, 3, 3, 3, 3, 3, 3, 2), description="Latent frames of each chunk; a chunk is sampled as a whole."
     )
-    full_chunks: Count = Field(3, description="Last chunks that are seen in full; earlier ones compressed.")
-    compressed_patch: tuple[Count, Count] = (4, 4)
+    full_chunks: ChunkCount = Field(
+        3, description="Number of last chunks kept at full resolution; earlier ones are compressed."
+    )
+    compressed_patch: tuple[PixelCount, PixelCount] = (4, 4)
     long_context: Fraction = Field(
-        0.5, description="Share of the steps on any number of chunks; the others see the first in full alone."
+        0.5,
+        description="Share of the steps with compressed chunks; the others train on the first full_chunks.",
     )
     bidirectional: Fraction = Field(
-        0.1, description="Share of stage 1's steps that also take a bidirectional flow-matching loss."
+        0.1, description="Share of stage 1's steps that add a bidirectional flow-matching loss."
     )
 
 
 class ModelSection(Section):
-    """The pretrained model, the shape of its videos, and what becomes trainable."""
+    """The pretrained model, the shape of its videos, and what is trained."""
 
-    teacher: str = Field("tiny", description="Pipeline folder, Hub name, or the name of a built-in model.")
-    pretrained_any_step: str | None = Field(
+    teacher: Address = Field(
+        "tiny", description="Pipeline folder, Hub name, or the name of a built-in model."
+    )
+    pretrained_any_step: Address | None = Field(
         None, description="Any-step model that is used until one is trained: a folder, Hub or built-in name."
     )
     lora: LoraSection | None = Field(
@@ -101,21 +130,22 @@ class ModelSection(Section):
     )
     gate: Fraction = 0.25  # on emb0(r); paper sec. 4.2.1
     conditioning: Literal["interpolate", "zero-init"] = "interpolate"  # zero-init is the ablation of Fig. 11
-    shift: Positive = 5.0
-    height: Count = 480
-    width: Count = 832
-    frames: Count = 81
+    shift: PositiveNumber = 5.0
+    height: PixelCount = 480
+    width: PixelCount = 832
+    frames: FrameCount = 81
     causal: CausalSection | None = Field(None, description="Makes the model causal; null: bidirectional.")
-    fps: Count = 16
-    max_text_tokens: Count = 512
-    negative_prompt: str = ""
+    fps: Annotated[int, Field(ge=1, le=240)] = 16
+    max_text_tokens: Annotated[int, Field(ge=1, le=4096)] = 512
+    negative_prompt: Annotated[str, Field(max_length=20_000)] = ""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     gradient_checkpointing: bool = False
-    checkpoint_every_n_blocks: Count = Field(
-        1, description="Of the blocks, with gradient_checkpointing: 2 recomputes every second one."
+    checkpoint_every_n_blocks: ChunkCount = Field(
+        1, description="With gradient_checkpointing: 2 recomputes every second block."
     )
     compile: bool = Field(
-        False, description="torch.compile each block while training; equal to rounding, slow to begin."
+        False,
+        description="torch.compile every block in training; same results up to rounding, slow first step.",
     )
 
     @field_validator("height", "width")
@@ -148,30 +178,32 @@ class ModelSection(Section):
 class DataSection(Section):
     """Where captions and latents come from."""
 
-    prompts: str | None = Field(None, description="File of prompts; null: captions of the world below.")
+    prompts: Address | None = Field(None, description="File of prompts; null: captions of `world`.")
     world: WorldName = "shapes"
-    path: str | None = Field(
+    path: Address | None = Field(
         None,
         description="Data set of latents: a directory, or any address that fsspec reads (s3://, hf://, ...);"
-        " null: what `synthesize` left in the run directory.",
+        " null: the one that `synthesize` makes.",
     )
-    workers: Annotated[int, Field(ge=0)] = Field(0, description="Threads a process that read batches ahead.")
-    max_corrupt: Annotated[int, Field(ge=0)] = Field(
-        16, description="Corrupt samples, over all processes, that are replaced before a run is stopped."
+    workers: Annotated[int, Field(ge=0, le=256)] = Field(
+        0, description="Threads per process that read batches ahead."
+    )
+    max_corrupt: Annotated[int, Field(ge=0, le=10**6)] = Field(
+        16, description="Corrupt samples, over all processes, that are replaced before a run stops."
     )
 
 
 class SynthesizeSection(Section):
     """Teacher videos as shards of latents."""
 
-    teacher: str | None = Field(
-        None, description="Makes the videos; of the same VAE and text encoder. Null: the model's teacher."
+    teacher: Address | None = Field(
+        None, description="Samples the videos; has the same VAE and text encoder. Null: the model's teacher."
     )
-    count: Count | None = Field(None, description="Videos to make; null: one a prompt.")
-    steps: Count = 50
-    guidance: Positive = 5.0
-    batch_size: Count = 1
-    shard_size: Count = 256
+    count: VideoCount | None = Field(None, description="Number of videos; null: one per prompt.")
+    steps: EvaluationCount = 50
+    guidance: PositiveNumber = 5.0
+    batch_size: BatchSize = 1
+    shard_size: Annotated[int, Field(ge=1, le=10**6)] = 256
     previews: bool = False
     seed: Seed = 0
 
@@ -180,52 +212,63 @@ class EmaSection(Section):
     """Exponential moving average; before ``start`` it equals the weights."""
 
     decay: Fraction = 0.999
-    start: Annotated[int, Field(ge=0)] = 1000
+    start: Annotated[int, Field(ge=0, le=10**8)] = 1000
 
 
 class OptimizerSection(Section):
-    """AdamW with a linear warm-up, then constant."""
+    """AdamW with a linear warm-up of the learning rate, constant afterwards."""
 
-    lr: Positive = 5e-5
-    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    warmup_steps: Annotated[int, Field(ge=0)] = 1000
-    grad_clip: Positive = 1.0
+    lr: Annotated[float, Field(gt=0, le=10)] = 5e-5
+    betas: tuple[Momentum, Momentum] = (0.9, 0.95)
+    weight_decay: Annotated[float, Field(ge=0, le=10)] = 0.0
+    warmup_steps: Annotated[int, Field(ge=0, le=10**8)] = 1000
+    grad_clip: PositiveNumber = 1.0
 
 
 class AlarmsSection(Section):
-    """When a run is told to be going wrong, and what happens then; all our own."""
+    """When a run counts as failing, and what happens then; all values are ours."""
 
     action: Literal["warn", "stop", "roll-back"] = Field(
-        "warn", description="roll-back: to the last good checkpoint, and on with other random numbers."
+        "warn",
+        description="roll-back: return to the last good checkpoint and continue with other random numbers.",
     )
-    patience: Count = Field(3, description="Bad rows of the metrics in a row.")
-    rollbacks: Count = Field(3, description="After so many the run stops.")
-    embedding_norm: Positive = Field(2.0, description="Of the two times' embedding, to that at the start.")
-    saturation: Positive = Field(2.0, description="Power of the student's samples to the data's, above.")
-    static: Positive = Field(0.25, description="Motion of the student's samples to the data's, below.")
-    fake_divergence: Positive = Field(4.0, description="Loss of the fake score to its average so far.")
+    patience: StepCount = Field(3, description="Consecutive bad rows of the metrics.")
+    rollbacks: StepCount = Field(3, description="Number of roll-backs before the run stops.")
+    embedding_norm: PositiveNumber = Field(
+        2.0, description="Upper limit of the time embedding's norm, relative to the start."
+    )
+    saturation: PositiveNumber = Field(
+        2.0, description="Upper limit of the power of the student's samples, relative to the data."
+    )
+    static: PositiveNumber = Field(
+        0.25, description="Lower limit of the motion of the student's samples, relative to the data."
+    )
+    fake_divergence: PositiveNumber = Field(
+        4.0, description="Upper limit of the fake score's loss, relative to its average so far."
+    )
 
 
 class TrainingSection(Section):
-    """What every training command shares."""
+    """Settings that all training commands share."""
 
-    steps: Count = 6000
-    global_batch: Count = Field(32, description="Global batch: over all processes and accumulation steps.")
-    micro_batch: Count | None = Field(
-        None, description="Samples a forward pass and process; null: all of its share."
+    steps: StepCount = 6000
+    global_batch: BatchSize = Field(
+        32, description="Samples per optimizer step, over all processes and accumulation steps."
+    )
+    micro_batch: BatchSize | None = Field(
+        None, description="Samples per forward pass and process; null: all of the process's share."
     )
     optimizer: OptimizerSection = OptimizerSection()
     ema: EmaSection = EmaSection()
     seed: Seed = 0
-    checkpoint_every: Count = 500
-    keep_checkpoints: Count = 2
-    log_every: Count = 10
-    preview_every: Annotated[int, Field(ge=0)] = 500
+    checkpoint_every: StepCount = 500
+    keep_checkpoints: StepCount = 2
+    log_every: StepCount = 10
+    preview_every: Annotated[int, Field(ge=0, le=10**8)] = 500
     preview_prompts: Annotated[int, Field(ge=0, le=16)] = 4
     tensorboard: bool = True
     trackers: tuple[Literal["wandb", "trackio"], ...] = Field(
-        (), description="Where else the metrics go; each has to be installed."
+        (), description="Further destinations of the metrics; each has to be installed."
     )
     alarms: AlarmsSection = AlarmsSection()
 
@@ -241,8 +284,8 @@ class TrainingSection(Section):
 class FlowMapSection(Section):
     """Alg. 1: the forward flow-map loss, alone in stage 1 and beside the matching loss in stage 2."""
 
-    guidance: Positive = 3.0  # g of Eq. 6
-    delta: Positive = 0.005  # of Eq. 4
+    guidance: PositiveNumber = 3.0  # g of Eq. 6
+    delta: Annotated[float, Field(gt=0, le=1)] = 0.005  # of Eq. 4
     weight: Literal["beta", "uniform", "normal"] = "beta"  # w(t), Fig. 10
     guidance_path: Literal["data", "guided"] = Field(
         "data",
@@ -259,7 +302,7 @@ class FlowMapSection(Section):
     text_dropout: Fraction = 0.1
     conditioning_prob: Fraction = Field(
         0.0,
-        description="Share of the steps that learn to continue a clean image or video (causal models).",
+        description="Share of the steps that train continuing a clean image or video (causal models).",
     )
 
     @field_validator("to_zero")
@@ -279,38 +322,39 @@ class TrainFlowMapSection(TrainingSection):
 class DistillSection(TrainingSection):
     """Stage 2: on-policy distillation (Alg. 2)."""
 
-    steps: Count = 800
+    steps: StepCount = 800
     optimizer: OptimizerSection = OptimizerSection(lr=2e-6, betas=(0.0, 0.999), warmup_steps=0)
     fake_optimizer: OptimizerSection | None = Field(
-        None, description="Of the fake score; what it leaves out, or null: the student's."
+        None, description="Optimizer of the fake score; missing keys, or null: as the student's."
     )
     ema: EmaSection = EmaSection(decay=0.99, start=200)
     simulation: Literal["flow-map", "consistency"] = "flow-map"
     step_budgets: Budgets = (2, 4, 8, 16, 50)  # N of Alg. 2
-    consistency_steps: Count = 4
+    consistency_steps: EvaluationCount = 4
     reuse_rollout: bool = Field(
-        False, description="The fake score learns from the step's own rollout, not a fresh one."
+        False, description="Train the fake score on the student's rollout instead of a fresh one."
     )
-    real_guidance: Annotated[float, Field(ge=1)] = 4.0  # usual convention: x_null + 4 (x_c - x_null)
+    real_guidance: Annotated[float, Field(ge=1, le=1000)] = 4.0  # usual convention: x_null + 4 (x_c - x_null)
     t_min: Fraction = 0.02
     t_max: Fraction = 0.98
-    score_shift: Positive | None = Field(
+    score_shift: PositiveNumber | None = Field(
         None,
-        description="Shift of the times at which scores are compared and the fake one learns; null: the"
-        " model's. A lower one attends to finer details.",
+        description="Shift of the times at which scores are compared and the fake score is trained; null: the"
+        " model's. A lower one weights finer details.",
     )
     recompute_rollout: bool = Field(
         False,
-        description="Evaluate a jump (of a causal model a chunk) again in the backward pass: less memory.",
+        description="Recompute a jump (for a causal model, a chunk) in the backward pass to save memory.",
     )
     joint: bool = Field(True, description="Add the stage-1 loss on data to each student update.")
-    joint_weight: Annotated[float, Field(ge=0)] = 1.0
+    joint_weight: Annotated[float, Field(ge=0, le=1e6)] = 1.0
     flow_map: FlowMapSection = FlowMapSection()
-    init_from: str | None = Field(
-        None, description="Any-step model to start from; null: what `train-flowmap` left."
+    init_from: Address | None = Field(
+        None, description="Any-step model to start from; null: the one that `train-flowmap` makes."
     )
-    real_score: str | None = Field(
-        None, description="Tuned teacher; null: the run's `teacher` if it exists, else the teacher."
+    real_score: Address | None = Field(
+        None,
+        description="Tuned teacher; null: the one trained with flow-matching if it exists, else the teacher.",
     )
 
     @field_validator("fake_optimizer", mode="before")
@@ -328,14 +372,14 @@ class DistillSection(TrainingSection):
 class FinetuneSection(TrainingSection):
     """Continued flow-map training of an any-step model on the user's own videos."""
 
-    steps: Count = 1000
+    steps: StepCount = 1000
     flow_map: FlowMapSection = FlowMapSection()
-    init_from: str | None = Field(
+    init_from: Address | None = Field(
         None,
         description="Any-step model to start from; null: the furthest trained, else the pretrained one.",
     )
-    world: WorldName | None = Field(None, description="Draw clips of this world when no --data is given.")
-    clips: Count = Field(256, description="Clips to draw of that world.")
+    world: WorldName | None = Field(None, description="World to draw clips of if --data is not given.")
+    clips: VideoCount = Field(256, description="Number of clips to draw.")
 
 
 Continuing = TypeVar("Continuing", TrainFlowMapSection, DistillSection, FinetuneSection)
@@ -345,11 +389,11 @@ class SampleSection(Section):
     """Defaults of `sample`."""
 
     nfe: Budgets = (4,)
-    frames: Count | None = Field(None, description="Frames of a video; null: as many as the model's.")
+    frames: FrameCount | None = Field(None, description="Frames per video; null: the model's.")
     seed: Seed = 0
-    batch_size: Count = 1
-    teacher_steps: Count = 50
-    teacher_guidance: Positive = 5.0
+    batch_size: BatchSize = 1
+    teacher_steps: EvaluationCount = 50
+    teacher_guidance: PositiveNumber = 5.0
 
     @field_validator("frames")
     @classmethod
@@ -358,24 +402,28 @@ class SampleSection(Section):
 
 
 class VBenchSection(Section):
-    """How VBench is driven, in its own environment."""
+    """How VBench is run, in an environment of its own."""
 
-    environment: str | None = Field(
+    environment: Address | None = Field(
         None, description="Its Python environment; null: ANYFLOW_VBENCH, else ~/.cache/anyflow/vbench."
     )
-    weights: str | None = Field(
+    weights: Address | None = Field(
         None, description="Its weights; null: VBENCH_CACHE_DIR, else ~/.cache/vbench."
     )
-    full_info: str | None = Field(None, description="Its prompts; null: those in the installed package.")
-    augmented: str | None = Field(
-        None, description="File or address of longer prompts to sample with, one a line of full_info."
+    full_info: Address | None = Field(None, description="Its prompts; null: those in the installed package.")
+    augmented: Address | None = Field(
+        None, description="File or URL of longer prompts to sample with, one per entry of full_info."
     )
-    images: str | None = Field(None, description="Pictures of VBench-I2V, cropped.")
-    dimensions: tuple[str, ...] | None = Field(None, description="Those to run; null: all.")
+    images: Address | None = Field(None, description="Directory of VBench-I2V's cropped images.")
+    dimensions: Annotated[tuple[str, ...], Field(max_length=100)] | None = Field(
+        None, description="Dimensions to evaluate; null: all."
+    )
     flickering: Literal[5, 25] = Field(
-        25, description="Videos a prompt of temporal flickering; of 25 a filter keeps 5 static ones."
+        25, description="Videos per prompt of temporal flickering; a filter keeps 5 static ones of 25."
     )
-    seconds: Positive = Field(120, description="A dimension may take 10 minutes and this a video.")
+    seconds: PositiveNumber = Field(
+        120, description="Time limit per video, on top of 10 minutes per dimension."
+    )
 
 
 class EvaluateSection(Section):
@@ -384,34 +432,35 @@ class EvaluateSection(Section):
     suite: Literal["shapes", "vbench", "vbench-i2v"] = "shapes"
     task: Task = Field("t2v", description="Videos from text, or from text and a first frame (causal models).")
     nfe: Budgets = (4, 32)
-    prompts: Count = Field(64, description="Prompts of the suite shapes; VBench has its own.")
-    samples: Count | None = Field(None, description="Videos a prompt; null: the suite's own number.")
+    prompts: Annotated[int, Field(ge=1, le=10**5)] = Field(
+        64, description="Number of prompts of the suite shapes; VBench has its own."
+    )
+    samples: Annotated[int, Field(ge=1, le=1000)] | None = Field(
+        None, description="Videos per prompt; null: the suite's own number."
+    )
     sampler: Literal["flow-map", "euler", "consistency"] | None = Field(
-        None, description="Of the model in question; null: by its kind."
+        None, description="Sampler of the evaluated model; null: the model's own."
     )
     vbench: VBenchSection = VBenchSection()
     seed: Seed = 1000
-    batch_size: Count = 8
-    teacher: bool = Field(True, description="Score the teacher at its own step count beside the model.")
+    batch_size: BatchSize = 8
+    teacher: bool = Field(True, description="Also evaluate the teacher, at its own step count.")
 
 
 class LaunchSection(Section):
-    """How training is spread over processes and devices; nothing here bears on what is learnt."""
+    """How training is distributed over processes and devices; the results do not depend on it."""
 
-    processes: Count | None = Field(
-        1, description="On this machine, where torchrun or accelerate has started none; null: one a GPU."
+    processes: Annotated[int, Field(ge=1, le=1024)] | None = Field(
+        1,
+        description="Processes on this machine, if torchrun or accelerate started none; null: one per GPU.",
     )
     sharding: Literal["none", "full", "hybrid"] = Field(
         "none",
-        description="FSDP2: weights, gradients and optimizer divided among all processes (full), or among "
-        "those of a machine, with replicas across machines (hybrid); none: each has a copy.",
+        description="FSDP2: shard weights, gradients and optimizer over all processes (full), or over those "
+        "of a machine with replicas across machines (hybrid); none: replicate them.",
     )
-    offload: bool = Field(
-        False, description="Hold what is sharded in the CPU's memory, and update there; on the GPU as needed."
-    )
-    async_checkpoint: bool = Field(
-        False, description="Train on while a sharded checkpoint is written in the background."
-    )
+    offload: bool = Field(False, description="Keep shards in CPU memory and update them there.")
+    async_checkpoint: bool = Field(False, description="Write sharded checkpoints in the background.")
 
     @field_validator("offload", "async_checkpoint")
     @classmethod
@@ -424,8 +473,8 @@ class LaunchSection(Section):
 class Recipe(Section):
     """One model family through all commands."""
 
-    name: Name = Field(description="Names the run directory; where a file says nothing, the file's own name.")
-    description: str = ""
+    name: Name = Field(description="Name of the run directory; by default the file's name.")
+    description: Annotated[str, Field(max_length=10_000)] = ""
     model: ModelSection = ModelSection()
     data: DataSection = DataSection()
     synthesize: SynthesizeSection = SynthesizeSection()

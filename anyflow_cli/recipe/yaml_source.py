@@ -1,7 +1,10 @@
-"""Reading one YAML file of a recipe, keeping for every key the file and line it stands in.
+"""Reading one YAML file of a recipe, with the file and line of every key.
 
-Values follow YAML 1.2's core types (``1e-6`` is a number, ``on`` and ``no`` are text), so that what a recipe
-says does not depend on the spelling of YAML 1.1. What the keys mean is not known here.
+Values follow YAML 1.2's core types (``1e-6`` is a number, ``on`` and ``no`` are text), so that the meaning of
+a recipe does not depend on the spellings of YAML 1.1. What the keys mean is not known here.
+
+A hostile file is refused in a moment: its size, the number of its values (aliases counted at each use) and
+their depth are bounded.
 """
 
 from __future__ import annotations
@@ -15,10 +18,15 @@ from typing import Any
 import yaml
 
 from anyflow_cli.errors import AnyflowError, UsageError
+from anyflow_cli.utils.user_text import MAX_NAME, shortened
 
-LARGEST = 1 << 20  # bytes; a checkpoint given by mistake is not read whole
+LARGEST = 1 << 16  # bytes; ten times what a whole recipe takes
+MOST_VALUES = 10_000
+DEEPEST = 32
+MOST_DIGITS = 300
 RECIPE_HINT = "`anyflow recipes copy tiny mine.yaml` makes a recipe to start from."
-NOT_YAML = (yaml.YAMLError, RecursionError, ValueError)  # forbidden characters, circles, tags that do not fit
+NOT_YAML = (yaml.YAMLError, ValueError)  # forbidden characters
+INTEGER = "tag:yaml.org,2002:int"
 TAGS = {f"tag:yaml.org,2002:{kind}" for kind in ("map", "seq", "str", "null", "bool", "int", "float")}
 Key = tuple[str | int, ...]
 
@@ -73,6 +81,8 @@ def parse_source(text: str, shown: str) -> YamlSource:
         content = reader.read(text)
     except yaml.MarkedYAMLError as error:
         raise _syntax_error(error, shown) from error
+    except RecursionError as error:
+        raise UsageError(f"{shown} is nested too deeply to be a recipe.", RECIPE_HINT) from error
     except NOT_YAML as error:
         raise UsageError(f"{shown} is not a YAML file.", RECIPE_HINT) from error
     if not isinstance(content, dict):
@@ -82,19 +92,20 @@ def parse_source(text: str, shown: str) -> YamlSource:
 
 
 def parse_value(text: str) -> Any:
-    """Give the value that ``text`` has in YAML; text that is no YAML stands for itself."""
+    """Give the value that ``text`` has in YAML; text that is not YAML is its own value."""
     try:
         return _Reader("", {}).read(text)
-    except NOT_YAML:
+    except (*NOT_YAML, RecursionError):
         return text
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Reader:
     """Turns YAML nodes into values, refusing what YAML allows and a recipe cannot mean."""
 
     shown: str
     places: dict[Key, YamlLocation]
+    values: int = 0
 
     def read(self, text: str) -> Any:
         """Give the value of a whole text."""
@@ -104,6 +115,11 @@ class _Reader:
 
     def value(self, node: yaml.Node, key: Key) -> Any:
         """Give the value of a node; ``key`` is the path that leads to it."""
+        self.values += 1
+        if self.values > MOST_VALUES or len(key) > DEEPEST:
+            limit = f"{MOST_VALUES} values" if self.values > MOST_VALUES else f"{DEEPEST} levels"
+            problem = f"a recipe has at most {limit}, aliases included"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
         if node.tag not in TAGS:
             problem = f"the tag {node.tag} has no meaning here"
             raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
@@ -112,18 +128,18 @@ class _Reader:
         if isinstance(node, yaml.SequenceNode):
             items = enumerate(node.value)
             return tuple(self._placed(item, (*key, index), item) for index, item in items)
-        return _Loader("").construct_object(node)
+        return _scalar(node)
 
     def mapping(self, node: yaml.MappingNode, key: Key) -> dict[str, Any]:
         """Give the keys and values of a mapping; each key may stand once."""
         content: dict[str, Any] = {}
         for name_node, item in node.value:
             name = str(name_node.value)
-            if not isinstance(name_node, yaml.ScalarNode):
+            if not isinstance(name_node, yaml.ScalarNode) or len(name) > MAX_NAME:
                 raise yaml.MarkedYAMLError(problem="a key must be a word", problem_mark=name_node.start_mark)
             if name in content:
                 first = self.places[(*key, name)].line
-                problem = f"the key {name} stands here a second time, first in line {first}"
+                problem = f"the key {name} is here a second time; the first is in line {first}"
                 raise yaml.MarkedYAMLError(problem=problem, problem_mark=name_node.start_mark)
             content[name] = self._placed(item, (*key, name), name_node)
         return content
@@ -133,12 +149,28 @@ class _Reader:
         return self.value(item, key)
 
 
+def _scalar(node: yaml.Node) -> Any:
+    """Give the value of a single word or number, whose tag may be explicit (``!!int 7``)."""
+    digits = sum(map(str.isdigit, node.value))
+    if node.tag == INTEGER and digits > MOST_DIGITS:
+        problem = f"a number of {digits} digits is too long"
+        raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+    try:
+        return _Loader("").construct_object(node)
+    except (ValueError, KeyError, OverflowError, IndexError) as error:  # of PyYAML, for `!!bool maybe`
+        kind = node.tag.rpartition(":")[2]
+        problem = f"{shortened(repr(node.value))} is not of type {kind}"
+        raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark) from error
+
+
 def _text(path: Path, shown: str) -> str:
+    if path.is_dir():
+        raise UsageError(f"{shown} is a directory, not a recipe.", "Name the YAML file in it.")
+    if not path.is_file():
+        raise UsageError(f"{shown} is not a regular file, so it is not a recipe.", RECIPE_HINT)
     try:
         with path.open("rb") as file:
             data = file.read(LARGEST + 1)
-    except IsADirectoryError as error:
-        raise UsageError(f"{shown} is a directory, not a recipe.", "Name the YAML file in it.") from error
     except OSError as error:
         raise AnyflowError(f"Cannot read {shown}: {error.strerror}.") from error
     try:
