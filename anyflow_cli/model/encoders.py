@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from anyflow_cli.errors import UsageError
+from anyflow_cli.model.layouts.components import open_component
 from anyflow_cli.model.pipeline_io import component
 
 
@@ -49,8 +50,10 @@ class TextEncoder:
         from transformers import AutoTokenizer, UMT5EncoderModel
 
         tokenizer = _loaded(AutoTokenizer, component(pipeline, "tokenizer"))
-        folder = component(pipeline, "text_encoder")
-        model = _loaded(UMT5EncoderModel, folder, dtype=dtype, use_safetensors=True)
+        place = component(pipeline, "text_encoder")
+        if place.is_file():
+            return cls(tokenizer, open_component(place).load(dtype).to(device))
+        model = _loaded(UMT5EncoderModel, place, dtype=dtype, use_safetensors=True)
         return cls(tokenizer, model.to(device))
 
     @property
@@ -100,8 +103,10 @@ class VideoVAE:
         """Load the VAE of a pipeline folder."""
         from diffusers import AutoencoderKLWan
 
-        folder = component(pipeline, "vae")
-        model = _loaded(AutoencoderKLWan, folder, torch_dtype=torch.float32, use_safetensors=True)
+        place = component(pipeline, "vae")
+        if place.is_file():
+            return cls(open_component(place).load(torch.float32).to(device))
+        model = _loaded(AutoencoderKLWan, place, torch_dtype=torch.float32, use_safetensors=True)
         return cls(model.to(device))
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:

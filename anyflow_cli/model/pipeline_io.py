@@ -1,7 +1,8 @@
-"""Pipeline folders in diffusers' layout and LoRA adapters in PEFT's: finding, reading and writing them.
+"""Pipeline folders, found in any layout and written in diffusers', and LoRA adapters in PEFT's.
 
-A pipeline folder holds ``model_index.json`` and one directory per component. Only JSON and safetensors are
-read. A folder is written under a temporary name and then renamed, so that it is complete or absent.
+A pipeline folder holds ``model_index.json`` and one directory per component; an original Wan folder holds one
+file per component. A folder is written under a temporary name and then renamed, so that it is complete or
+absent.
 """
 
 from __future__ import annotations
@@ -19,6 +20,12 @@ from torch import Tensor
 
 from anyflow_cli.errors import AnyflowError, UsageError
 from anyflow_cli.model.config import ANYFLOW, ANYFLOW_FAR, WAN, NetworkConfig
+from anyflow_cli.model.layouts.components import (
+    ORIGINAL_FILES,
+    open_component,
+    original_place,
+    tokenizer_class,
+)
 from anyflow_cli.model.layouts.transformer import open_transformer
 from anyflow_cli.model.lora import LoraSize, adapter_problems
 from anyflow_cli.model.network import FlowMapTransformer, folded
@@ -44,7 +51,15 @@ ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.j
 ADAPTER_PREFIX = "base_model.model."
 _Class = tuple[str | None, str | None]  # library and class; nulls for a component that the pipeline lacks
 _Positive = Annotated[float, Field(gt=0, lt=1e6)]
-HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
+HUB_FILES = [
+    *("*.json", "*.safetensors", "*.txt", "*.model"),
+    *ORIGINAL_FILES["vae"],
+    *ORIGINAL_FILES["text_encoder"],
+]
+ORIGINAL_SHIFT = 5.0  # of Wan's own generate.py for every model with one transformer
+ORIGINAL_SCHEDULER: dict[str, Any] = {
+    "_class_name": "UniPCMultistepScheduler", "prediction_type": "flow_prediction", "use_flow_sigmas": True
+}  # fmt: skip
 
 
 class PipelineIndex(BaseModel):
@@ -111,19 +126,28 @@ def _from_hub(name: str) -> Path:
 
 
 def component(pipeline: Path, name: str) -> Path:
-    """Directory of a component of a pipeline folder.
+    """Directory of a component of a pipeline folder, or its file in an original folder.
 
     The built-in models share one copy of their frozen components, stored in ``tiny``.
     """
     path = pipeline / name
     if name in FROZEN and pipeline.parent == ASSETS and not path.is_dir():
         path = ASSETS / "tiny" / name
-    if not path.is_dir():
+    if path.is_dir():
+        return path
+    original = original_place(pipeline, name)
+    if original is None:
+        names = f", nor {ORIGINAL_FILES[name][0]}" if name in ORIGINAL_FILES else ""
         raise UsageError(
-            f"{pipeline} has no {name} directory.",
+            f"{pipeline} has no {name} directory{names}.",
             "Give a whole pipeline folder, with vae, text_encoder and tokenizer.",
         )
-    return path
+    return original
+
+
+def has_components(pipeline: Path) -> bool:
+    """Whether a folder, or the folder of a file, also holds the VAE, the text encoder and the tokenizer."""
+    return (pipeline / INDEX).is_file() or all(original_place(pipeline, name) for name in FROZEN)
 
 
 def pipeline_files(pipeline: Path) -> dict[str, Path]:
@@ -180,7 +204,7 @@ def save_pipeline(
     config, weights = folded(network.config, network.lazy_weights())
     with atomic_directory(target) as folder:
         for name in FROZEN:
-            link_tree(component(source_pipeline, name), folder / name)
+            _write_component(component(source_pipeline, name), folder / name)
         _write_scheduler(folder / "scheduler", source_pipeline, config, shift)
         write_transformer(folder / "transformer", config, weights, dtype)
         write_json(folder / INDEX, _model_index(config, source_pipeline))
@@ -211,29 +235,45 @@ def write_transformer(
         write_json(folder / f"{TRANSFORMER_STEM}.safetensors.index.json", index)
 
 
+def _write_component(source: Path, target: Path) -> None:
+    if source.is_file():
+        open_component(source).write(target)
+    else:
+        link_tree(source, target)
+
+
 def _write_scheduler(folder: Path, source: Path, config: NetworkConfig, shift: float | None) -> None:
-    if not config.two_time:
+    if not config.two_time and (source / INDEX).is_file():
         link_tree(component(source, "scheduler"), folder)
         return
     folder.mkdir()
-    scheduler = {
-        "_class_name": "FlowMapEulerDiscreteScheduler",
-        "_diffusers_version": version("diffusers"),
-        "num_train_timesteps": 1000,
-        "shift": read_shift(source) if shift is None else shift,
-    }
+    shift = read_shift(source) if shift is None else shift
+    own = {"_class_name": "FlowMapEulerDiscreteScheduler", "shift": shift}
+    if not config.two_time:
+        own = ORIGINAL_SCHEDULER | {"flow_shift": shift}
+    scheduler = own | {"_diffusers_version": version("diffusers"), "num_train_timesteps": 1000}
     write_json(folder / "scheduler_config.json", scheduler)
 
 
 def read_shift(pipeline: Path) -> float:
-    """Timestep shift of a pipeline's scheduler; 1 where its class has none."""
+    """Timestep shift of a pipeline's scheduler; 1 where its class has none, 5 in an original folder."""
+    if not (pipeline / INDEX).is_file() and original_place(pipeline, "vae") is not None:
+        return ORIGINAL_SHIFT
     file = component(pipeline, "scheduler") / "scheduler_config.json"
     scheduler = read_record(file, SchedulerConfig, FETCH)
     return scheduler.flow_shift or scheduler.shift or 1.0
 
 
 def _model_index(config: NetworkConfig, source: Path) -> dict[str, Any]:
-    index = read_record(source / INDEX, PipelineIndex, FETCH)
+    if (source / INDEX).is_file():
+        index = read_record(source / INDEX, PipelineIndex, FETCH)
+    else:
+        index = PipelineIndex(
+            text_encoder=("transformers", "UMT5EncoderModel"),
+            tokenizer=("transformers", tokenizer_class(component(source, "tokenizer"))),
+            vae=("diffusers", "AutoencoderKLWan"),
+            scheduler=("diffusers", str(ORIGINAL_SCHEDULER["_class_name"])),
+        )
     scheduler = ("diffusers", "FlowMapEulerDiscreteScheduler") if config.two_time else index.scheduler
     components = {name: getattr(index, name) for name in ("text_encoder", "tokenizer", "vae")}
     return {

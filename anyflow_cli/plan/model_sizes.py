@@ -14,8 +14,8 @@ from typing import Any
 from anyflow_cli.errors import UsageError
 from anyflow_cli.model.config import NetworkConfig
 from anyflow_cli.model.known_models import KNOWN_MODELS
+from anyflow_cli.model.layouts.components import component_config
 from anyflow_cli.model.pipeline_io import BUILT_IN, component, read_config, resolve_pipeline
-from anyflow_cli.utils.files import read_json
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,8 @@ def pipeline_of(address: str) -> Pipeline:
 
 
 def _read(folder: Path) -> Pipeline:
-    text = read_json(component(folder, "text_encoder") / "config.json")
-    vae = read_json(component(folder, "vae") / "config.json")
+    text = component_config(component(folder, "text_encoder"))
+    vae = component_config(component(folder, "vae"))
     return Pipeline(read_config(folder), _text_sizes(text), vae)
 
 

@@ -31,6 +31,9 @@ from anyflow_cli.model.lora import LoraSize, MergedNetwork
 from anyflow_cli.model.network import FlowMapTransformer
 from anyflow_cli.model.pipeline_io import (
     ADAPTER_CONFIG,
+    FROZEN,
+    component,
+    has_components,
     load_network,
     read_config,
     read_shift,
@@ -109,16 +112,18 @@ def model_problems(address: str) -> list[str]:
 def describe(address: str, recipe: Recipe) -> ModelInfo:
     """Describe the model at ``address`` without loading its weights.
 
-    A bare transformer takes text encoder and VAE from the recipe's teacher.
+    A transformer without text encoder and VAE, a folder or a file, takes those of the recipe's teacher.
     """
     path = locate(address)
     if is_checkpoint(path):
         return _describe_checkpoint(path)
-    is_pipeline = (path / "model_index.json").is_file()
+    is_pipeline = has_components(path)
     pipeline = path if is_pipeline else resolve_pipeline(recipe.model.teacher)
     lineage = read_json(path / LINEAGE) if (path / LINEAGE).is_file() else {}
     config = read_config(path)
-    sources = (path,) if is_pipeline else (path, pipeline)
+    sources: tuple[Path, ...] = (path,) if is_pipeline else (path, pipeline)
+    if is_pipeline and path.is_file():
+        sources = (path, *(component(path, name) for name in FROZEN))
     return ModelInfo(path, pipeline, config.two_time, config.causal, lineage, sources)
 
 
@@ -266,7 +271,7 @@ def run_of(checkpoint: Path) -> TrainingRun:
     folder = checkpoint.parent.parent
     lineage = read_json(folder / LINEAGE)
     base = Path(lineage["base"])
-    if not base.is_dir():
+    if not base.exists():
         raise UsageError(
             f"{checkpoint} continues {base}, which is not there.",
             "Bring that model back, or work in the directory where the training was started.",

@@ -18,26 +18,24 @@ import json
 import logging
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import torch
 from pydantic import BaseModel
-from torch import Tensor, nn
 
 from anyflow_cli.errors import UsageError
 from anyflow_cli.model.config import ANYFLOW, ANYFLOW_FAR, CLASSES, NVLABS, WAN, NetworkConfig, Size
 from anyflow_cli.model.layouts.families import refuse_foreign, refuse_type
+from anyflow_cli.model.layouts.named_weights import NamedWeights
 from anyflow_cli.model.layouts.names import TRANSFORMER_NAMES
-from anyflow_cli.model.layouts.quantized import dequantized, is_quantization, scale_names
-from anyflow_cli.model.layouts.tensor_files import QUANTIZED_TYPES, WEIGHT_SUFFIXES, TensorFiles
+from anyflow_cli.model.layouts.quantized import is_quantization
+from anyflow_cli.model.layouts.tensor_files import WEIGHT_SUFFIXES, TensorFiles
 from anyflow_cli.model.network import FlowMapTransformer, kept_in_fp32, on_meta
 from anyflow_cli.model.weights_io import (
     FETCH,
-    TensorInfo,
-    check_finite,
     check_names_and_shapes,
     component_files,
 )
@@ -97,7 +95,7 @@ class TransformerFiles:
     @cached_property
     def tensors(self) -> NamedWeights:
         """Its tensors under our names; only headers are read."""
-        return NamedWeights.of(TensorFiles.open(self.weight_files), self.path)
+        return transformer_weights(TensorFiles.open(self.weight_files), self.path)
 
     def load(self, dtype: torch.dtype | None = torch.float32) -> FlowMapTransformer:
         """Load the network, frozen.
@@ -110,81 +108,41 @@ class TransformerFiles:
         check_names_and_shapes(
             expected, source.shapes, self.path, "config.json" if self.stated else "each other"
         )
-        for name in expected:
-            value = source.read(name)
-            check_finite({name: value}, str(self.path))
-            if dtype is None:
-                target = torch.bfloat16 if source.stored(name).dtype in QUANTIZED_TYPES else value.dtype
-            else:
-                target = torch.float32 if kept_in_fp32(name) else dtype
-            path, _, last = name.rpartition(".")
-            parameter = nn.Parameter(value.to(target), requires_grad=False)
-            setattr(network.get_submodule(path), last, parameter)
+        if dtype is None:
+            source.fill(network, source.dtype)
+        else:
+            source.fill(network, lambda name: torch.float32 if kept_in_fp32(name) else dtype)
         return network
 
 
-@dataclass(frozen=True)
-class NamedWeights:
-    """Tensors under the names of our network.
+def transformer_weights(files: TensorFiles, place: Path) -> NamedWeights:
+    """Find the layout of a transformer by its names.
 
-    Attributes:
-        files: Where they are.
-        stored_names: Our name of each tensor with its name in the files.
-        scales: Our name of each scaled weight with the stored name of its scale.
-        layout: The layout in words.
+    Raises:
+        UsageError: It is another model, or none.
     """
-
-    files: TensorFiles
-    stored_names: Mapping[str, str]
-    scales: Mapping[str, str]
-    layout: str
-
-    @classmethod
-    def of(cls, files: TensorFiles, place: Path) -> NamedWeights:
-        """Find the layout of a transformer by its names.
-
-        Raises:
-            UsageError: It is another model, or none.
-        """
-        refuse_foreign(files.tensors, place)
-        bare = {WRAPPER_PARTS.sub("", name): name for name in files.tensors}
-        prefix, anchor = _prefix_of(bare, place)
-        original = ANCHORS[anchor] == "original Wan"
-        named: dict[str, str] = {}
-        for name, stored in bare.items():
-            inner = name.removeprefix(prefix)
-            if not name.startswith(prefix) or is_quantization(inner) or UNUSED_PARTS.search(inner):
-                continue
-            named[TRANSFORMER_NAMES.from_original(inner) if original else inner] = stored
-        if any(".to_gate_compress." in name for name in bare):
-            log.warning("%s was trained with sparse attention; it runs with full attention here.", place)
-        scale_of = scale_names(files)
-        scales = {name: scale_of[stored] for name, stored in named.items() if stored in scale_of}
-        return cls(files, named, scales, _layout_in_words(ANCHORS[anchor], prefix, files, named, scales))
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of every tensor in our network, by name."""
-        return {name: self.shape(name) for name in self.stored_names}
-
-    def stored(self, name: str) -> TensorInfo:
-        """Description of a tensor in its file."""
-        return self.files.tensors[self.stored_names[name]]
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor in our network. rCM stores the patch embedding as a linear layer."""
-        shape = self.stored(name).shape
-        if name == "patch_embedding.weight" and len(shape) == 2:
-            return (shape[0], shape[1] // 4, 1, 2, 2)
-        return shape
-
-    def read(self, name: str) -> Tensor:
-        """Load one tensor; quantized ones become fp32."""
-        scale = self.scales.get(name)
-        weight = dequantized(
-            self.files.read(self.stored_names[name]), None if scale is None else self.files.read(scale)
-        )
-        return weight.reshape(self.shape(name))
+    refuse_foreign(files.tensors, place)
+    bare = {WRAPPER_PARTS.sub("", name): name for name in files.tensors}
+    prefix, anchor = _prefix_of(bare, place)
+    original = ANCHORS[anchor] == "original Wan"
+    named: dict[str, str] = {}
+    for name, stored in bare.items():
+        inner = name.removeprefix(prefix)
+        if not name.startswith(prefix) or is_quantization(inner) or UNUSED_PARTS.search(inner):
+            continue
+        named[TRANSFORMER_NAMES.from_original(inner) if original else inner] = stored
+    if any(".to_gate_compress." in name for name in bare):
+        log.warning("%s was trained with sparse attention; it runs with full attention here.", place)
+    words = [f"{ANCHORS[anchor]} names"]
+    if prefix:
+        words.append(f"under {prefix} ({PREFIXES[prefix]})")
+    if files.wrapper:
+        words.append(f"in the entry {files.wrapper}")
+    patch = "patch_embedding.weight"
+    linear = patch in named and len(files.tensors[named[patch]].shape) == 2  # rCM's; kernels of (1, 2, 2)
+    rows, columns = files.tensors[named[patch]].shape[:2] if linear else (0, 0)
+    reshaped = {patch: (rows, columns // 4, 1, 2, 2)} if linear else {}
+    return NamedWeights(files, named, ", ".join(words), reshaped)
 
 
 def _prefix_of(names: Iterable[str], place: Path) -> tuple[str, str]:
@@ -209,19 +167,6 @@ def _what_it_is(names: Iterable[str]) -> str:
         if re.search(pattern, joined, re.MULTILINE):
             return f" {what}"
     return ""
-
-
-def _layout_in_words(
-    base: str, prefix: str, files: TensorFiles, named: Mapping[str, str], scales: Mapping[str, str]
-) -> str:
-    words = [f"{base} names"]
-    if prefix:
-        words.append(f"under {prefix} ({PREFIXES[prefix]})")
-    if files.wrapper:
-        words.append(f"in the entry {files.wrapper}")
-    quantized = {files.tensors[stored].dtype for stored in named.values()} & QUANTIZED_TYPES.keys()
-    words += [f"{'scaled' if scales else 'plain'} {dtype}" for dtype in sorted(quantized)]
-    return ", ".join(words)
 
 
 # --- finding files

@@ -1,0 +1,206 @@
+"""The VAE and the text encoder in the files of Wan's own releases and of ComfyUI.
+
+They become the classes of diffusers and transformers, with sizes inferred from the tensors. Files are found
+by the names under which they are published.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from anyflow_cli.errors import UsageError
+from anyflow_cli.model.layouts.named_weights import NamedWeights
+from anyflow_cli.model.layouts.names import TEXT_ENCODER_NAMES, VAE_21_NAMES, VAE_22_NAMES, substituted
+from anyflow_cli.model.layouts.quantized import is_quantization
+from anyflow_cli.model.layouts.tensor_files import TensorFiles
+from anyflow_cli.model.weights_io import (
+    FETCH,
+    TEXT_ENCODER_STEM,
+    TRANSFORMER_STEM,
+    check_names_and_shapes,
+    write_weights,
+)
+from anyflow_cli.utils.files import read_json, write_json
+
+ORIGINAL_FILES = {
+    "vae": ("Wan2.1_VAE.pth", "Wan2.2_VAE.pth", "wan_2.1_vae.safetensors", "wan2.2_vae.safetensors"),
+    "text_encoder": (
+        "models_t5_umt5-xxl-enc-bf16.pth", "umt5_xxl_fp16.safetensors",
+        "umt5_xxl_fp8_e4m3fn_scaled.safetensors",
+    ),
+    "tokenizer": ("google/umt5-xxl",),
+}  # fmt: skip
+DIM_MULT = (1, 2, 4, 4)  # widths of the VAE's levels, relative to the first; the same in both VAEs
+
+# Mean and standard deviation of each latent channel: vae/config.json of the published folders.
+STATISTICS_21 = {
+    "latents_mean": [
+        -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508, 0.4134, -0.0715, 0.5517,
+        -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
+    ],
+    "latents_std": [
+        2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743, 3.2687, 2.1526, 2.8652, 1.5579,
+        1.6382, 1.1253, 2.8251, 1.9160,
+    ],
+}  # fmt: skip
+STATISTICS_22 = {
+    "latents_mean": [
+        -0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557, -0.1382, 0.0542, 0.2813,
+        0.0891, 0.1570, -0.0098, 0.0375, -0.1825, -0.2246, -0.1207, -0.0698, 0.5109, 0.2665, -0.2108,
+        -0.2158, 0.2502, -0.2055, -0.0322, 0.1109, 0.1567, -0.0729, 0.0899, -0.2799, -0.1230, -0.0313,
+        -0.1649, 0.0117, 0.0723, -0.2839, -0.2083, -0.0520, 0.3748, 0.0152, 0.1957, 0.1433, -0.2944,
+        0.3573, -0.0548, -0.1681, -0.0667,
+    ],
+    "latents_std": [
+        0.4765, 1.0364, 0.4514, 1.1677, 0.5313, 0.4990, 0.4818, 0.5013, 0.8158, 1.0344, 0.5894, 1.0901,
+        0.6885, 0.6165, 0.8454, 0.4978, 0.5759, 0.3523, 0.7135, 0.6804, 0.5833, 1.4146, 0.8986, 0.5659,
+        0.7069, 0.5338, 0.4889, 0.4917, 0.4069, 0.4999, 0.6866, 0.4093, 0.5709, 0.6065, 0.6415, 0.4944,
+        0.5726, 1.2042, 0.5458, 1.6887, 0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744,
+    ],
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class OriginalComponent:
+    """A VAE or a text encoder in one original file.
+
+    Attributes:
+        path: The file.
+        weights: Its tensors under the names of the class.
+        config: Configuration of the class.
+        stem: Name of the weight file in the folder of a pipeline.
+    """
+
+    path: Path
+    weights: NamedWeights
+    config: Mapping[str, Any]
+    stem: str
+
+    def load(self, dtype: torch.dtype) -> Any:
+        """Load the component with weights of a type."""
+        with torch.device("meta"):
+            model = self._build()
+        expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        check_names_and_shapes(expected, self.weights.shapes, self.path, "each other")
+        self.weights.fill(model, lambda name: dtype)
+        if hasattr(model, "tie_weights"):
+            model.tie_weights()
+        return model.eval()
+
+    def _build(self) -> Any:
+        from diffusers import AutoencoderKLWan
+        from transformers import UMT5Config, UMT5EncoderModel
+
+        if self.stem == TEXT_ENCODER_STEM:
+            return UMT5EncoderModel(UMT5Config(**self.config))
+        return AutoencoderKLWan.from_config(self.config)
+
+    def write(self, folder: Path) -> None:
+        """Write the component as a folder of a diffusers pipeline, with its type kept."""
+        folder.mkdir(parents=True)
+        write_json(folder / "config.json", self.config)
+        write_weights(folder / f"{self.stem}.safetensors", self.weights.lazy(), {"format": "pt"})
+
+
+def original_place(pipeline: Path, name: str) -> Path | None:
+    """Find a component among the files of an original folder, or beside a file of transformer weights."""
+    folder = pipeline if pipeline.is_dir() else pipeline.parent
+    return next((folder / file for file in ORIGINAL_FILES.get(name, ()) if (folder / file).exists()), None)
+
+
+def tokenizer_class(folder: Path) -> str:
+    """Class that a tokenizer's folder states; the fast one of T5, whose slow one Wan's folder states."""
+    file = folder / "tokenizer_config.json"
+    stated = read_json(file).get("tokenizer_class", "T5Tokenizer") if file.is_file() else "T5Tokenizer"
+    return "T5TokenizerFast" if stated == "T5Tokenizer" else str(stated)
+
+
+def component_config(place: Path) -> dict[str, Any]:
+    """Configuration of a VAE or a text encoder: that of its folder, or inferred from its file's headers."""
+    if place.is_dir():
+        return read_json(place / "config.json")
+    return dict(open_component(place).config)
+
+
+def open_component(path: Path) -> OriginalComponent:
+    """Open a file with a VAE or a text encoder; only headers are read.
+
+    Raises:
+        UsageError: It holds neither.
+    """
+    files = TensorFiles.open((path,))
+    if "encoder.conv1.weight" in files.tensors:
+        return _open_vae(path, files)
+    if files.tensors.keys() & {"token_embedding.weight", "shared.weight"}:
+        return _open_text_encoder(path, files)
+    raise UsageError(f"{path} holds neither a Wan VAE nor a UMT5 encoder.", FETCH)
+
+
+def _open_vae(path: Path, files: TensorFiles) -> OriginalComponent:
+    is_residual = any(".downsamples.0.downsamples." in name for name in files.tensors)
+    table = VAE_22_NAMES if is_residual else VAE_21_NAMES
+    weights = NamedWeights(
+        files, {substituted(name, table): name for name in files.tensors}, "original Wan names"
+    )
+
+    def size(name: str, axis: int) -> int:
+        if name not in weights.stored_names:
+            raise UsageError(f"{path} is incomplete: {name} is missing.", FETCH)
+        return weights.shape(name)[axis]
+
+    channels = size("post_quant_conv.weight", 0)
+    statistics = {16: STATISTICS_21, 48: STATISTICS_22}.get(channels)
+    if statistics is None:
+        raise UsageError(f"{path} is a VAE with {channels} latent channels instead of 16 or 48.", FETCH)
+    config: dict[str, Any] = {
+        "_class_name": "AutoencoderKLWan", "base_dim": size("encoder.conv_in.weight", 0), "z_dim": channels,
+        "dim_mult": list(DIM_MULT), "num_res_blocks": 2, "attn_scales": [], "dropout": 0.0,
+        "temperal_downsample": [False, True, True], **statistics,
+    }  # fmt: skip
+    if is_residual:
+        pixels = size("encoder.conv_in.weight", 1)
+        config |= {
+            "decoder_base_dim": size("decoder.conv_in.weight", 0) // DIM_MULT[-1], "is_residual": True,
+            "in_channels": pixels, "out_channels": pixels, "patch_size": 2, "scale_factor_spatial": 16,
+            "scale_factor_temporal": 4,
+        }  # fmt: skip
+    return OriginalComponent(path, weights, config, TRANSFORMER_STEM)
+
+
+def _open_text_encoder(path: Path, files: TensorFiles) -> OriginalComponent:
+    original = "token_embedding.weight" in files.tensors
+    unused = (
+        "spiece_model",
+        "encoder.embed_tokens.weight",
+    )  # the tokenizer, and another name of shared.weight
+    weights = NamedWeights(
+        files,
+        {
+            TEXT_ENCODER_NAMES.from_original(name) if original else name: name
+            for name in files.tensors
+            if name not in unused and not is_quantization(name)
+        },
+        "original Wan names" if original else "names of transformers",
+    )
+
+    def size(name: str, axis: int) -> int:
+        if name not in weights.stored_names:
+            raise UsageError(f"{path} is incomplete: {name} is missing.", FETCH)
+        return weights.shape(name)[axis]
+
+    attention = "encoder.block.0.layer.0.SelfAttention"
+    heads = size(f"{attention}.relative_attention_bias.weight", 1)
+    blocks = {int(name.split(".")[2]) for name in weights.stored_names if name.startswith("encoder.block.")}
+    config = {
+        "architectures": ["UMT5EncoderModel"], "model_type": "umt5", "feed_forward_proj": "gated-gelu",
+        "vocab_size": size("shared.weight", 0), "d_model": size("shared.weight", 1), "num_heads": heads,
+        "d_kv": size(f"{attention}.q.weight", 0) // heads, "num_layers": 1 + max(blocks),
+        "d_ff": size("encoder.block.0.layer.1.DenseReluDense.wi_0.weight", 0),
+        "relative_attention_num_buckets": size(f"{attention}.relative_attention_bias.weight", 0),
+    }  # fmt: skip
+    return OriginalComponent(path, weights, config, TEXT_ENCODER_STEM)
