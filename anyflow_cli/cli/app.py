@@ -1,4 +1,4 @@
-"""The command line as a whole: the table of verbs, and ``main``, where every error becomes a sentence.
+"""The command line: the table of verbs, and ``main``, where exceptions become messages and exit codes.
 
 No verb does its work here and no heavy module is imported: ``anyflow --help`` answers at once.
 """
@@ -27,9 +27,10 @@ from anyflow_cli.cli import (
     train_flowmap,
 )
 from anyflow_cli.cli.console import debugging, print_error, start_logging, stderr
-from anyflow_cli.cli.errors import INTERRUPTED, failure_of
+from anyflow_cli.cli.errors import failure_of
 from anyflow_cli.cli.launch import command_line
 from anyflow_cli.cli.options import examples
+from anyflow_cli.errors import ExitCode
 
 CHAIN = "The chain, in its order"
 USE = "Use and measure"
@@ -131,38 +132,37 @@ def _root(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and give its exit code; ``arguments`` default to those of the process."""
+    """Run one command and return its exit code; ``arguments`` default to those of the process."""
     start_logging()
     given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     command_line.set(given)
     command: Any = typer.main.get_command(app)
     try:
         code = command.main(given, prog_name="anyflow", standalone_mode=False)
-    except (KeyboardInterrupt, typer.Abort):
-        code = INTERRUPTED
+    except (KeyboardInterrupt, typer.Abort) as error:
+        if isinstance(error.__cause__, EOFError):  # a file that ends early, which click takes for Ctrl-D
+            return _flushed(_report(error.__cause__))
+        code = ExitCode.INTERRUPTED
     except Exception as error:
         return _flushed(_report(error))
-    if code == INTERRUPTED:
+    if code == ExitCode.INTERRUPTED:
         print_error("Interrupted.")
-    return _flushed(code if isinstance(code, int) else 0)
+    return _flushed(code if isinstance(code, int) else ExitCode.DONE)
 
 
 def _flushed(code: int) -> int:
-    """The exit code once stdout has taken all that was printed.
-
-    Left to the interpreter's end, a full disk there would end with a code of its own.
-    """
+    """Flush stdout and return the exit code; at the interpreter's end a full disk would choose its own."""
     try:
         sys.stdout.flush()
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left finds room there
-        gone = isinstance(error, BrokenPipeError)  # a reader like `head`; rich ends with 1 then, too
-        return code or (1 if gone else _report(error))
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # takes what is still buffered
+        gone = isinstance(error, BrokenPipeError)  # a reader like `head`; rich ends with 1 as well
+        return code or (ExitCode.FAILED if gone else _report(error))
     return code
 
 
-def _report(error: Exception) -> int:
-    """Print what went wrong; only a bug, or ``--debug``, shows the traceback."""
+def _report(error: BaseException) -> int:
+    """Print what went wrong and return the exit code; only a bug, or ``--debug``, shows the traceback."""
     failure = failure_of(error)
     if failure is None or debugging():
         stderr.print("".join(traceback.format_exception(error)).rstrip(), soft_wrap=True)
@@ -170,8 +170,8 @@ def _report(error: Exception) -> int:
         print_error(
             f"Unexpected {type(error).__name__}: {error}", "This is a bug in anyflow; please report it."
         )
-        return 1
-    if not failure.said:
+        return ExitCode.FAILED
+    if not failure.silent:
         print_error(failure.message, failure.hint)
     return failure.code
 

@@ -1,17 +1,19 @@
 """The two streams: logs, progress and errors on stderr, results on stdout.
 
-Nothing printed here is read as markup, since prompts and paths are data. Colour follows the terminal and
-``NO_COLOR``. Of several processes only the first speaks; errors come from any.
+Prompts, paths and keys are data: nothing printed here is read as markup, and control characters, which a
+terminal would obey, are escaped. Color follows the terminal and ``NO_COLOR``. Of several processes only the
+first prints results; errors come from any.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
@@ -19,18 +21,32 @@ if TYPE_CHECKING:
     from anyflow_cli.runs.resources import Resource
 
 from anyflow_cli.utils.distributed import is_main_process
+from anyflow_cli.utils.user_text import CONTROL, escaped
 
 PACKAGE = "anyflow_cli"  # the parent of every module's logger
-WIDE = 200  # columns of a table that goes to a file or pipe
+WIDE = 200  # columns of a table in a file or pipe
 
-stderr = Console(stderr=True, highlight=False, markup=False, emoji=False)
+
+class SafeConsole(Console):
+    """A console that shows control characters instead of sending them to the terminal."""
+
+    def __init__(self, *, stderr: bool = False) -> None:
+        super().__init__(stderr=stderr, highlight=False, markup=False, emoji=False)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """Render as usual, with the control characters of texts escaped."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(escaped(segment.text), segment.style)
+
+
+stderr = SafeConsole(stderr=True)
 
 
 class _Handler(logging.Handler):
-    """Prints through the console of the progress bars, so that a line stands above the bar."""
+    """Prints through the console of the progress bars, so that a line appears above the bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Print one record; anything above info is named."""
+        """Print one record, with its level if above info."""
         prefix = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
         stderr.print(
             f"{prefix}{self.format(record)}", style="dim" if not prefix else "yellow", soft_wrap=True
@@ -38,7 +54,7 @@ class _Handler(logging.Handler):
 
 
 def start_logging() -> None:
-    """Send what the package logs to stderr: infos of the first process, warnings of all."""
+    """Send the package's logs to stderr: infos of the first process, warnings of all."""
     logger = logging.getLogger(PACKAGE)
     logger.handlers = [_Handler()]
     logger.propagate = False
@@ -46,7 +62,7 @@ def start_logging() -> None:
 
 
 def set_debug(on: bool) -> bool:
-    """Switch debug messages, and with them tracebacks, on (the callback of ``--debug``)."""
+    """Enable debug messages and tracebacks (the callback of ``--debug``)."""
     if on:
         logging.getLogger(PACKAGE).setLevel(logging.DEBUG)
     return on
@@ -68,9 +84,10 @@ def print_result(values: Mapping[str, Any], *, as_json: bool, text: RenderableTy
     """Print a command's result on stdout: as JSON, or for people as ``text`` or a table of the values."""
     if not is_main_process():
         return
-    stdout = Console(highlight=False, markup=False, emoji=False)
+    stdout = SafeConsole()
     if as_json:
-        return stdout.print(json.dumps(values, indent=2, ensure_ascii=False, default=str), soft_wrap=True)
+        written = json.dumps(values, indent=2, ensure_ascii=False, default=str)
+        return stdout.print(CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", written), soft_wrap=True)
     if not stdout.is_terminal:
         stdout.width = WIDE
     stdout.print(facts_table(values) if text is None else text, soft_wrap=isinstance(text, str))

@@ -17,6 +17,8 @@ sentences. Results go to stdout through ``print_result``; everything else is log
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -27,6 +29,7 @@ from typer.models import OptionInfo
 
 from anyflow_cli.cli.console import set_debug
 from anyflow_cli.errors import UsageError
+from anyflow_cli.utils.user_text import escaped, path_problem, shortened
 
 if TYPE_CHECKING:
     from anyflow_cli.recipe.schema import Recipe
@@ -34,6 +37,7 @@ if TYPE_CHECKING:
 DEFAULT_RECIPE = "tiny"
 DEFAULT_RUNS = Path("runs")
 
+PATHS = ("DIR", "FILE", "PATH", "NAME|PATH", "ADDRESS")  # placeholders of options that take one
 _RECIPE = "Recipe"
 _OUTPUT = "Output"
 _STEPS = "Steps"
@@ -41,8 +45,32 @@ _CAUSAL = "Causal models"
 _MACHINE = "Machine"
 
 
+def _check_path(param: typer.CallbackParam, value: Any) -> Any:
+    """Refuse what cannot be a path or an address, whatever the command would do with it."""
+    text = os.fspath(value) if isinstance(value, Path) else value
+    if text is not None and (problem := path_problem(text)):
+        raise UsageError(f"{param.opts[0]} must {problem}, got {shortened(escaped(text))!r}.", "Correct it.")
+    return value
+
+
+def _check_directory(param: typer.CallbackParam, value: Path | None) -> Path | None:
+    """Refuse what cannot be a directory to write in; a dry run says so too."""
+    _check_path(param, value)
+    if value is None or value == Path("-"):
+        return value
+    if re.match(r"[a-z][a-z0-9+.-]+:/", str(value)):
+        hint = "Write to a local directory, then copy it, e.g. with rclone or the cloud's own tool."
+        raise UsageError(f"{param.opts[0]} {value} is not a local directory.", hint)
+    above = next(place for place in (value, *value.absolute().parents) if os.path.lexists(place))
+    if not above.is_dir():
+        raise UsageError(f"{param.opts[0]} {value}: {above} is not a directory.", "Choose another directory.")
+    return value
+
+
 def _option(help_: str, *names: str, panel: str | None = None, **settings: Any) -> OptionInfo:
-    """Describe an option; its default is shown only where ``show_default`` says so."""
+    """Describe an option; its default is hidden unless ``show_default``, and a path is checked."""
+    if settings.get("metavar") in PATHS:
+        settings.setdefault("callback", _check_path)
     info: OptionInfo = typer.Option(
         *names, help=help_, rich_help_panel=panel, **{"show_default": False, **settings}
     )
@@ -79,13 +107,16 @@ RunsOption = Annotated[
     Path,
     _option(
         "Directory of all runs; this recipe's are in DIR/RECIPE.", "--runs",
-        metavar="DIR", panel=_OUTPUT, show_default=True,
+        metavar="DIR", panel=_OUTPUT, show_default=True, callback=_check_directory,
     ),
 ]  # fmt: skip
 OutOption = Annotated[
     Path | None,
-    _option("Output directory, instead of the one under --runs.", "--out", metavar="DIR", panel=_OUTPUT),
-]
+    _option(
+        "Output directory, instead of the one under --runs.", "--out",
+        metavar="DIR", panel=_OUTPUT, callback=_check_directory,
+    ),
+]  # fmt: skip
 DryRunOption = Annotated[
     bool, _option("Check everything and print what would be done.", "--dry-run", panel=_OUTPUT)
 ]
@@ -203,8 +234,12 @@ FramesOption = Annotated[
     ),
 ]  # fmt: skip
 SeedCountOption = Annotated[
-    int, _option("Seeds per prompt, counting from --seed.", "--count", min=1, metavar="K", show_default=True)
-]
+    int,
+    _option(
+        "Seeds per prompt, counting from --seed.", "--count",
+        min=1, max=10_000, metavar="K", show_default=True,
+    ),
+]  # fmt: skip
 TeacherOption = Annotated[
     bool, _option("Sample the recipe's teacher with guidance: two evaluations per step.", "--teacher")
 ]
@@ -294,7 +329,7 @@ LeaderboardOption = Annotated[
     Path | None,
     _option(
         "Also write videos and scores in the format of VBench's leaderboard.", "--export",
-        metavar="DIR", panel=_OUTPUT,
+        metavar="DIR", panel=_OUTPUT, callback=_check_directory,
     ),
 ]  # fmt: skip
 

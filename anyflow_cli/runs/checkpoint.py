@@ -24,10 +24,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from anyflow_cli.errors import AnyflowError
+from anyflow_cli.errors import AnyflowError, UsageError
 from anyflow_cli.runs import dcp
 from anyflow_cli.runs.open import CHECKPOINT_FORMAT, MARKER, STATE, read_state
 from anyflow_cli.utils.files import flush
+
+UNREADABLE = (OSError, RuntimeError, KeyError, ValueError, EOFError)  # what readers raise for a damaged file
 
 
 @dataclass(frozen=True)
@@ -128,8 +130,8 @@ def load(path: Path, like: Mapping[str, Tensor] | None = None) -> CheckpointStat
             optimizers={name: _load_optimizer(path, name) for name in record["optimisers"]},
             extra=record["extra"],
         )
-    except (OSError, SafetensorError, RuntimeError, KeyError, ValueError, CheckpointException) as error:
-        raise AnyflowError(
+    except (*UNREADABLE, SafetensorError, CheckpointException) as error:
+        raise UsageError(
             f"The checkpoint {path} is damaged: {dcp.reason(error)}.",
             "Remove that folder; the same command then continues from the one before it.",
         ) from error

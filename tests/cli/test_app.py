@@ -132,10 +132,17 @@ def test_a_bug_keeps_its_traceback(failing: Callable[[BaseException], int], caps
 
 
 def test_a_failing_disk_is_a_sentence(failing: Callable[[BaseException], int], capsys: Capture) -> None:
-    assert failing(OSError(errno.ENOSPC, "No space left on device", "runs/a.tar")) == 2
+    assert failing(OSError(errno.ENOSPC, "No space left on device", "runs/a.tar")) == 1
     assert capsys.readouterr().err.startswith(
         "error: No space is left on the disk of runs/a.tar.\nhint: Free"
     )
+
+
+def test_a_file_that_ends_early_is_not_an_interruption(
+    failing: Callable[[BaseException], int], capsys: Capture
+) -> None:
+    assert failing(EOFError("Ran out of input")) == 1
+    assert "Interrupted" not in capsys.readouterr().err
 
 
 def test_debug_shows_the_traceback_of_a_known_error(capsys: Capture) -> None:
@@ -161,7 +168,7 @@ def test_a_full_disk_under_stdout_is_a_sentence(unbuffered: str) -> None:
             stderr=subprocess.PIPE, env={**os.environ, "PYTHONUNBUFFERED": unbuffered}, text=True,
             check=False,
         )  # fmt: skip
-    assert done.returncode == 2
+    assert done.returncode == 1
     assert done.stderr.startswith("error: No space is left on the disk.\n")
     assert len(done.stderr.splitlines()) == 2
 

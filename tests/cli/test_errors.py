@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import errno
+import re
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors import SafetensorError
 
-from anyflow_cli.cli.errors import DISK, Failure, failure_of
-from anyflow_cli.errors import AnyflowError
+from anyflow_cli.cli.errors import KINDS, SYSTEM, Failure, failure_of
+from anyflow_cli.errors import AnyflowError, ExitCode, UsageError
 
 
-@pytest.mark.parametrize("code", list(DISK))
+@pytest.mark.parametrize("code", list(SYSTEM))
 def test_the_disk_names_the_file(code: int) -> None:
     failure = failure_of(OSError(code, "words of the system", "some/file"))
     assert failure
-    assert failure.code == (2 if code in (errno.ENOSPC, errno.EDQUOT) else 1)
+    assert failure.code == ExitCode.FAILED
     assert failure.hint
-    assert "some/file" in failure.message
+    assert "some/file" in failure.message or code == errno.EMFILE
     assert "  " not in failure.message
 
 
@@ -35,17 +37,48 @@ def test_a_full_disk_under_safetensors_is_understood() -> None:
     assert failure_of(error) == failure_of(OSError(errno.ENOSPC, "full"))
 
 
-def test_out_of_memory_has_a_way_out() -> None:
-    failure = failure_of(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate ..."))
-    assert failure
+def out_of_memory() -> BaseException:
+    """What torch raises on the CPU."""
+    try:
+        torch.empty(2**60)
+    except RuntimeError as error:
+        return error
+    raise AssertionError
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate ..."),
+            "The device ran out of memory.",
+        ),
+        (MemoryError(), "This machine ran out of memory."),
+        (out_of_memory(), "This machine ran out of memory."),
+    ],
+)
+def test_out_of_memory_is_a_sentence_with_a_way_out(error: BaseException, words: str) -> None:
+    failure = failure_of(error)
+    assert failure is not None
+    assert failure.message == words
     assert "micro_batch" in (failure.hint or "")
+
+
+def test_the_table_is_documented() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "troubleshooting.md").read_text("utf-8")
+    rows = {kind.strip(): int(code) for kind, code in re.findall(r"^\| ([a-z][^|]+) \| (\d+) \|", page, re.M)}
+    assert {kind.name: kind.code for kind in KINDS}.items() <= rows.items()
+    assert {"a bug": 1, "a signal": 130}.items() <= rows.items()
+    for code in ExitCode:
+        assert re.search(rf"^\| {int(code)} \|", page, re.M)
 
 
 def test_our_own_errors_keep_their_words() -> None:
     error = AnyflowError("It broke.", "Mend it.")
     assert failure_of(error) == Failure("It broke.", "Mend it.", 1)
     error.__cause__ = OSError(errno.ENOSPC, "full")
-    assert failure_of(error) == Failure("It broke.", "Mend it.", 2)
+    assert failure_of(error) == Failure("It broke.", "Mend it.", 1)
+    assert failure_of(UsageError("Not so.")) == Failure("Not so.", None, 2)
 
 
 @pytest.mark.parametrize("error", [KeyError("a"), RuntimeError("shape"), FileNotFoundError(2, "gone", "a")])

@@ -53,7 +53,7 @@ def said(error: BaseException) -> str:
     """What this process would print, and how it would end."""
     failure = failure_of(error)
     assert failure is not None, f"taken for a bug: {error!r}"
-    return json.dumps([failure.message, failure.hint, failure.code, failure.said])
+    return json.dumps([failure.message, failure.hint, failure.code, failure.silent])
 
 
 def scenes(directory: Path) -> None:
