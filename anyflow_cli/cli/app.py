@@ -32,9 +32,9 @@ from anyflow_cli.cli.launch import command_line
 from anyflow_cli.cli.options import examples
 from anyflow_cli.errors import ExitCode
 
-CHAIN = "The chain, in its order"
-USE = "Use and measure"
-AROUND = "Around it"
+TRAIN = "Data and training, in order"
+USE = "Sample and evaluate"
+TOOLS = "Tools"
 
 
 class Verb(NamedTuple):
@@ -47,26 +47,26 @@ class Verb(NamedTuple):
 
 
 VERBS: tuple[Verb, ...] = (
-    Verb("synthesize", synthesize.synthesize, CHAIN, examples(
+    Verb("synthesize", synthesize.synthesize, TRAIN, examples(
         "anyflow synthesize",
         "anyflow synthesize --prompts prompts.txt --out data/mine",
         "anyflow synthesize --from-videos clips/ --out data/clips",
         "anyflow synthesize --verify",
         "torchrun --nproc-per-node 8 --no-python anyflow synthesize -r bidirectional1b --prompts prompts.txt",
     )),
-    Verb("train-flowmap", train_flowmap.train_flowmap, CHAIN, examples(
+    Verb("train-flowmap", train_flowmap.train_flowmap, TRAIN, examples(
         "anyflow train-flowmap",
         "anyflow train-flowmap --set train_flowmap.steps=1000",
         "anyflow train-flowmap --objective flow-matching   (tunes the teacher)",
         "anyflow train-flowmap -r bidirectional1b --nproc 8",
     )),
-    Verb("distill", distill.distill, CHAIN, examples(
+    Verb("distill", distill.distill, TRAIN, examples(
         "anyflow distill",
         "anyflow distill --simulation consistency",
         "anyflow distill --set distill.step_budgets=[2,4,8] --set distill.joint=false",
         "anyflow distill -r bidirectional1b --nproc 8",
     )),
-    Verb("finetune", finetune.finetune, CHAIN, examples(
+    Verb("finetune", finetune.finetune, TRAIN, examples(
         "anyflow finetune --data clips/",
         "anyflow finetune --data data/mine --model runs/tiny/distill --steps 300",
         "anyflow finetune --data clips/ --set finetune.optimizer.lr=2e-5",
@@ -90,18 +90,18 @@ VERBS: tuple[Verb, ...] = (
         "anyflow evaluate --suite vbench --videos my-videos/",
         "anyflow evaluate --compare runs/tiny/train-flowmap runs/tiny/distill",
     )),
-    Verb("export", export.export, AROUND, examples(
+    Verb("export", export.export, TOOLS, examples(
         "anyflow export --out my-model",
         "anyflow export --model runs/tiny/distill/checkpoints/step-000040 --format merged --out s40",
         "anyflow export --model runs/mine/distill --format comfyui --dtype bf16 --out mine.safetensors",
     )),
-    Verb("plan", plan.plan, AROUND, examples(
+    Verb("plan", plan.plan, TOOLS, examples(
         "anyflow plan --recipe bidirectional1b --gpus 8x80GB",
         "anyflow plan -r bidirectional14b --gpus 8xH200 --set distill.micro_batch=1",
         "anyflow plan -r bidirectional1b --gpus 64xH100 --mfu 0.3 --json",
         "anyflow plan   (tiny, on this machine)",
     )),
-    Verb("doctor", doctor.doctor, AROUND, examples(
+    Verb("doctor", doctor.doctor, TOOLS, examples(
         "anyflow doctor", "anyflow doctor --recipe mine.yaml --json", "anyflow doctor --fix vbench",
     )),
 )  # fmt: skip
@@ -114,7 +114,7 @@ app = typer.Typer(
 )
 for _verb in VERBS:
     app.command(_verb.name, epilog=_verb.examples, rich_help_panel=_verb.panel)(_verb.function)
-app.add_typer(recipes.recipes_app, name="recipes", rich_help_panel=AROUND)
+app.add_typer(recipes.recipes_app, name="recipes", rich_help_panel=TOOLS)
 
 
 def _version(wanted: bool) -> None:

@@ -1,4 +1,4 @@
-"""``anyflow doctor``: what of this machine and environment would stop a run."""
+"""``anyflow doctor``: what on this machine would stop a run."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ import typer
 
 from anyflow_cli.cli import options
 from anyflow_cli.cli.console import print_result
+from anyflow_cli.errors import ExitCode
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from anyflow_cli.doctor import Finding
 
-COLOURS = {"ok": "green", "note": "yellow", "stop": "bold red"}
+STATE_COLORS = {"ok": "green", "note": "yellow", "stop": "bold red"}
 
 
 def doctor(
@@ -27,9 +28,9 @@ def doctor(
     fix: options.FixOption = None,
     python: options.PythonOption = None,
 ) -> None:
-    """Look for what would stop a run here: versions, devices, disk, memory, models.
+    """Check versions, devices, disk, memory, models and data for what would stop a run.
 
-    Ends with exit code 1 if something would. Installs nothing unless told to with --fix.
+    Ends with exit code 1 if something would. Installs nothing without --fix.
     """
     settings = options.load_settings(recipe, assignments)
 
@@ -44,7 +45,7 @@ def doctor(
     values = {"ready": not stopped, "findings": [asdict(finding) for finding in findings]}
     print_result(values, as_json=as_json, text=_table(findings))
     if stopped:
-        raise typer.Exit(1)
+        raise typer.Exit(ExitCode.FAILED)
 
 
 def _table(findings: list[Finding]) -> Table:
@@ -59,5 +60,5 @@ def _table(findings: list[Finding]) -> Table:
         text = Text(finding.text)
         if finding.hint and finding.state != "ok":
             text.append(f"\nhint: {finding.hint}", style="cyan")
-        table.add_row(Text(finding.state, style=COLOURS[finding.state]), Text(finding.name), text)
+        table.add_row(Text(finding.state, style=STATE_COLORS[finding.state]), Text(finding.name), text)
     return table

@@ -24,10 +24,10 @@ def export(
 ) -> None:
     """Write a trained model for other tools: diffusers, PEFT, a single file, ComfyUI.
 
-    Works on a checkpoint of a run that is still training.
+    Also exports a checkpoint of a run that is still training.
 
-    An adapter belongs on the model its run started from; a plain Wan first gets its second time embedder,
-    a copy of the first.
+    An adapter fits the model that its run started from. A plain Wan first needs the second time embedder, a
+    copy of its first.
     """
     settings = options.load_settings(recipe, assignments)
 
@@ -45,5 +45,5 @@ def export(
     require_inputs(needs)
     made = job.export_model(choice.address, settings, kind, out, dtype)
     if kind == "comfyui":
-        log.info("ComfyUI's own Wan nodes know no second time; this file needs a node that gives one.")
+        log.info("ComfyUI's own Wan nodes pass one time; this file needs a node that passes two.")
     print_result({"model": choice.address, "format": kind, "out": made}, as_json=as_json, text=str(made))

@@ -1,6 +1,6 @@
-"""How far a long job is: a bar on a terminal, a plain line now and then elsewhere. Always on stderr.
+"""Progress of a long job on stderr: a bar on a terminal, a plain line every few seconds elsewhere.
 
-A job below knows nothing of this; it takes a callable ``(done, figures)``, which is ``Progress.update``.
+The job itself only calls back with ``(done, values)``, which is ``Progress.update``.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ QUIET = 15.0  # seconds between plain lines
 
 
 class Progress:
-    """Shows a job of ``total`` steps while its block runs."""
+    """Context manager that shows the progress of a job of ``total`` steps."""
 
     def __init__(self, label: str, total: int, unit: str = "steps") -> None:
         self.label, self.total, self.unit = label, total, unit
@@ -44,25 +44,27 @@ class Progress:
         if self._bar:
             self._bar.stop()
 
-    def update(self, done: int, figures: Mapping[str, float] | None = None) -> None:
-        """Say that ``done`` steps are finished, with figures of the last one."""
+    def update(self, done: int, values: Mapping[str, float] | None = None) -> None:
+        """Show that ``done`` steps are finished, with values of the last one."""
         now = time.monotonic()
         self._first = self._first or (done, now)
         self.done = done
         if self._bar:
-            self._bar.update(self._task, completed=done, text=self._text(now, figures or {}))
+            self._bar.update(self._task, completed=done, text=self._text(now, values or {}))
         elif self._shown and (now - self._printed >= QUIET or done >= self.total):
             self._printed = now
-            text = self._text(now, figures or {})
+            text = self._text(now, values or {})
             stderr.print(f"{self.label}: {done}/{self.total} {self.unit}, {text}", soft_wrap=True)
 
-    def _text(self, now: float, figures: Mapping[str, float]) -> str:
-        """Figures, memory and, once there are two steps to tell it from, rate and time left."""
-        parts = [*(f"{name} {value:.4g}" for name, value in figures.items()), _memory()]
+    def _text(self, now: float, values: Mapping[str, float]) -> str:
+        """Values, memory and, from the second step on, rate and remaining time."""
+        parts = [*(f"{name} {value:.4g}" for name, value in values.items()), _memory()]
         first, since = self._first or (self.done, now)
         if self.done > first and now > since:
             each = (now - since) / (self.done - first)
-            parts.append(f"{1 / each:.1f}/s" if each < 1 else f"{each:.1f} s each")
+            parts.append(
+                f"{1 / each:.1f}/s" if each < 1 else f"{each:.1f} s per {self.unit.removesuffix('s')}"
+            )
             parts.append(f"{in_words(each * (self.total - self.done))} left")
         return ", ".join(parts)
 
@@ -78,7 +80,7 @@ def _bar() -> RichProgress:
 
 
 def _memory() -> str:
-    """The accelerator's memory at its peak if one is in use, else this process's resident memory."""
+    """Peak memory of the GPU if one is in use, else the resident memory of this process."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
         return f"{torch.cuda.max_memory_allocated() / GIB:.1f} GiB on the GPU"
@@ -86,7 +88,7 @@ def _memory() -> str:
 
 
 def in_words(seconds: float) -> str:
-    """A time for people to read."""
+    """Write a duration for people."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return (

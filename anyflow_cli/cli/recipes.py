@@ -1,4 +1,4 @@
-"""``anyflow recipes``: the shipped recipes, and checking and starting your own."""
+"""``anyflow recipes``: list, show, copy and check recipes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _list_if_alone(context: typer.Context) -> None:
 
 @recipes_app.command("list", epilog=options.examples("anyflow recipes list"))
 def list_recipes(as_json: options.JsonOption = False, debug: options.DebugOption = False) -> None:
-    """Show the names of the shipped recipes and what each is for."""
+    """List the shipped recipes and what each is for."""
     from anyflow_cli.recipe.load import recipe_names
 
     found = {name: options.load_settings(name).description for name in recipe_names()}
@@ -39,7 +39,7 @@ def show(
     as_json: options.JsonOption = False,
     debug: options.DebugOption = False,
 ) -> None:
-    """Print a recipe with every value it resolves to, as YAML that can be used as a recipe."""
+    """Print a recipe with all its values resolved, as YAML that is itself a recipe."""
     from anyflow_cli.recipe.compare import dump
 
     settings = options.load_settings(recipe, assignments)
@@ -49,23 +49,24 @@ def show(
 @recipes_app.command("copy", epilog=options.examples("anyflow recipes copy tiny mine.yaml"))
 def copy(
     recipe: options.RecipeArgument,
-    target: Annotated[Path, typer.Argument(metavar="FILE", help="The YAML file to make; never overwritten.")],
+    target: Annotated[Path, typer.Argument(metavar="FILE", help="YAML file to create; never overwritten.")],
     as_json: options.JsonOption = False,
     debug: options.DebugOption = False,
 ) -> None:
-    """Copy a recipe to a file of your own, to be changed and named by its path."""
+    """Copy a recipe to a file of your own, to edit and to use by its path."""
     from anyflow_cli.recipe.load import find_recipe
+    from anyflow_cli.recipe.yaml_source import recipe_text
 
-    source, _ = find_recipe(recipe)
+    text = recipe_text(*find_recipe(recipe))
     if target.suffix not in (".yaml", ".yml"):
-        raise UsageError(f"{target} is no name of a recipe file.", f"Let it end in .yaml: {target}.yaml")
+        raise UsageError(f"{target} is not the name of a recipe file.", f"Name it {target}.yaml.")
     try:
         with target.open("x", encoding="utf-8") as file:
-            file.write(source.read_text(encoding="utf-8"))
+            file.write(text)
     except FileExistsError as error:
-        raise UsageError(f"{target} exists and was left as it is.", "Choose another name.") from error
+        raise UsageError(f"{target} exists and was not changed.", "Choose another name.") from error
     except FileNotFoundError as error:
-        raise UsageError(f"There is no directory {target.parent}.", "Make it first.") from error
+        raise UsageError(f"There is no directory {target.parent}.", "Create it first.") from error
     print_result({"recipe": target}, as_json=as_json, text=str(target))
 
 
@@ -78,7 +79,7 @@ def validate(
     as_json: options.JsonOption = False,
     debug: options.DebugOption = False,
 ) -> None:
-    """Check recipes and say everything that is wrong with them at once."""
+    """Check recipes and report all their mistakes at once."""
     wrong: list[UsageError] = []
     for recipe in recipes:
         try:

@@ -1,4 +1,4 @@
-"""Resolved recipes written out, told apart and named by a hash."""
+"""Resolved recipes as text: written as YAML, compared key by key, hashed."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ def dump(recipe: Recipe) -> str:
 
 
 def flat(recipe: Recipe) -> dict[str, Any]:
-    """Give every value under its dotted key, e.g. ``distill.optimizer.lr``."""
+    """Return every value by its dotted key, e.g. ``distill.optimizer.lr``."""
     return dict(_flattened(_plain(recipe), ""))
 
 
 def differing_keys(a: Recipe, b: Recipe, sections: Iterable[str] | None = None) -> list[str]:
-    """Give the dotted keys in which two recipes differ; ``sections`` limits the comparison to these."""
+    """Return the dotted keys in which two recipes differ, in all sections or in ``sections``."""
     left, right = flat(a), flat(b)
     wanted = None if sections is None else set(sections)
     keys = (key for key in {**left, **right} if wanted is None or key.partition(".")[0] in wanted)
@@ -31,7 +31,7 @@ def differing_keys(a: Recipe, b: Recipe, sections: Iterable[str] | None = None) 
 
 
 def digest(recipe: Recipe) -> str:
-    """SHA-256 of all values that bear on results: the description does not."""
+    """SHA-256 of all values except the description, which does not affect results."""
     values = {key: value for key, value in flat(recipe).items() if key != "description"}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
@@ -40,13 +40,13 @@ _ABSENT = object()
 
 
 class _Dumper(yaml.SafeDumper):
-    """Lists on one line; text in quotes where YAML 1.1 would read it as something else."""
+    """Writes lists on one line, and quotes text that YAML 1.1 would read as something else."""
 
 
 _Dumper.add_representer(
     list, lambda dumper, items: dumper.represent_sequence("tag:yaml.org,2002:seq", items, flow_style=True)
 )
-# SafeDumper writes 1e-06, which YAML 1.1 reads as text; with a dot every reader takes it for a number
+# SafeDumper writes 1e-06, which YAML 1.1 reads as text; with a dot every reader finds a number
 _Dumper.add_representer(
     float, lambda dumper, value: dumper.represent_scalar("tag:yaml.org,2002:float", _number(value))
 )

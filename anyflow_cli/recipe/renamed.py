@@ -1,6 +1,6 @@
-"""Recipe keys that were renamed: refused with their new name, but translated in the record of a run.
+"""Recipe keys that were renamed: refused in a user's recipe with the new name, translated in a run's record.
 
-A run's ``recipe.yaml`` was written by the program itself, so an old spelling there is not a mistake.
+The ``recipe.yaml`` of a run was written by this program, so an old key is not a mistake there.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ RENAMED[("distill",)] |= {
     "start": "init_from",
 }
 RENAMED[("finetune",)] |= {"start": "init_from"}
-NEGATED = ("async_checkpoint",)  # its old key said the opposite
+NEGATED = ("async_checkpoint",)  # its old key, checkpoints_wait, meant the opposite
 
 
 def renamed_key(key: tuple[str | int, ...]) -> tuple[str, ...] | None:
-    """The present spelling of an old key, e.g. of ``("distill", "start")``; None if the key is not old."""
+    """Return the new spelling of an old key, e.g. of ``("distill", "start")``; None if the key is not old."""
     new: tuple[str, ...] = ()
     for part in key:
         new += (RENAMED.get(new, {}).get(str(part), str(part)),)
@@ -39,7 +39,7 @@ def renamed_key(key: tuple[str | int, ...]) -> tuple[str, ...] | None:
 
 
 def with_new_keys(content: Mapping[str, Any], section: tuple[str, ...] = ()) -> dict[str, Any]:
-    """A recorded recipe under the present spelling of its keys."""
+    """Return a recorded recipe with the new spelling of its keys."""
     result = {}
     for key, value in content.items():
         new = RENAMED.get(section, {}).get(key, key)

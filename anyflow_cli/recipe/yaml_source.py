@@ -71,7 +71,7 @@ for _tag, _pattern, _first in (
 
 def read_source(path: Path, shown: str) -> YamlSource:
     """Read a YAML mapping; ``shown`` is the file's name in messages."""
-    return parse_source(_text(path, shown), shown)
+    return parse_source(recipe_text(path, shown), shown)
 
 
 def parse_source(text: str, shown: str) -> YamlSource:
@@ -163,7 +163,8 @@ def _scalar(node: yaml.Node) -> Any:
         raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark) from error
 
 
-def _text(path: Path, shown: str) -> str:
+def recipe_text(path: Path, shown: str) -> str:
+    """Read a recipe's file as text; refuse what is not a regular text file of a recipe's size."""
     if path.is_dir():
         raise UsageError(f"{shown} is a directory, not a recipe.", "Name the YAML file in it.")
     if not path.is_file():

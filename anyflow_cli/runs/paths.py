@@ -1,4 +1,4 @@
-"""Where everything of a recipe lies: ``<runs>/<recipe name>/...``. Only names; nothing is created here."""
+"""Directories of a recipe's results, ``<runs>/<recipe name>/...``. Only names; nothing is created here."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ STAGE_2 = {"flow-map": "distill", "consistency": "distill-consistency"}
 
 @dataclass(frozen=True)
 class RunPaths:
-    """The directories of one recipe under the directory of all runs."""
+    """Directories of one recipe under the directory of all runs."""
 
     root: Path
     recipe: str
 
     @property
     def home(self) -> Path:
-        """All of this recipe's results."""
+        """All results of this recipe."""
         return self.root / self.recipe
 
     @property
     def data(self) -> Path:
-        """The data set that ``synthesize`` makes."""
+        """Data set of ``synthesize``."""
         return self.home / "data"
 
     def stage_1(self, objective: str = "flow-map") -> Path:
-        """The run of ``train-flowmap`` with this objective (``train_flowmap.objective``)."""
+        """Run of ``train-flowmap`` with this ``train_flowmap.objective``."""
         return self.home / STAGE_1[objective]
 
     def stage_2(self, simulation: str = "flow-map") -> Path:
-        """The run of ``distill`` with this simulation (``distill.simulation``)."""
+        """Run of ``distill`` with this ``distill.simulation``."""
         return self.home / STAGE_2[simulation]
 
     @property
     def finetune(self) -> Path:
-        """The run of ``finetune``."""
+        """Run of ``finetune``."""
         return self.home / "finetune"
 
     @property
@@ -61,6 +61,6 @@ class RunPaths:
         return self.home / "evaluate"
 
     def any_step_model(self) -> Path | None:
-        """The furthest any-step model trained here: of ``distill``, else of ``train-flowmap``, else none."""
+        """The furthest any-step model trained here: from ``distill``, else ``train-flowmap``, else None."""
         candidates = (self.stage_2() / MODEL, self.stage_1() / MODEL)
         return next((path for path in candidates if path.is_dir()), None)

@@ -38,7 +38,7 @@ def test_plain_lines_are_few_and_the_last_is_there(clock: Iterator[list[float]],
 
 def test_rate_and_time_left_are_those_of_the_clock(clock: Iterator[list[float]], capsys: Capture) -> None:
     lines = lines_of(next(clock), range(1, 101), QUIET, capsys)
-    assert lines[9].endswith("15.0 s each, 22 min 30 s left")  # 90 steps of 15 s after the tenth
+    assert lines[9].endswith("15.0 s per step, 22 min 30 s left")  # 90 steps of 15 s after the tenth
     assert "10/100" in lines[9]
 
 
@@ -46,7 +46,7 @@ def test_a_resumed_job_counts_its_rate_from_where_it_resumed(
     clock: Iterator[list[float]], capsys: Capture
 ) -> None:
     lines = lines_of(next(clock), range(91, 101), QUIET, capsys)
-    assert lines[1].endswith("15.0 s each, 2 min 00 s left")
+    assert lines[1].endswith("15.0 s per step, 2 min 00 s left")
 
 
 def test_other_processes_show_nothing(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,11 +56,11 @@ def test_copy_never_overwrites(capsys: Capture) -> None:
     Path("mine.yaml").write_text("precious", encoding="utf-8")
     assert main(["recipes", "copy", "tiny", "mine.yaml"]) == 2
     assert Path("mine.yaml").read_text(encoding="utf-8") == "precious"
-    assert "error: mine.yaml exists and was left as it is." in capsys.readouterr().err
+    assert "error: mine.yaml exists and was not changed." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    ("target", "words"), [("mine", "Let it end in .yaml"), ("none/mine.yaml", "There is no directory none.")]
+    ("target", "words"), [("mine", "Name it mine.yaml."), ("none/mine.yaml", "There is no directory none.")]
 )
 def test_copy_to_a_place_that_cannot_be_is_refused(target: str, words: str, capsys: Capture) -> None:
     assert main(["recipes", "copy", "tiny", target]) == 2
