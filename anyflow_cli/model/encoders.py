@@ -14,14 +14,27 @@ import html
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 from torch import Tensor
 
 from anyflow_cli.errors import UsageError
+from anyflow_cli.model.config import Size
 from anyflow_cli.model.layouts.components import open_component
 from anyflow_cli.model.pipeline_io import component
+from anyflow_cli.model.weights_io import (
+    FETCH,
+    TEXT_ENCODER_STEM,
+    TRANSFORMER_STEM,
+    check_finite,
+    listed,
+    read_headers,
+)
+from anyflow_cli.utils.records import read_record
+
+UNUSED_PARTS = ("decoder.", "lm_head.")  # of a whole UMT5, of which only the encoder is used
 
 
 def clean_prompt(prompt: str) -> str:
@@ -33,6 +46,41 @@ def clean_prompt(prompt: str) -> str:
 
         prompt = ftfy.fix_text(prompt)
     return re.sub(r"\s+", " ", html.unescape(html.unescape(prompt)).strip()).strip()
+
+
+class TextEncoderConfig(BaseModel):
+    """``config.json`` of a UMT5 encoder."""
+
+    vocab_size: Size = 250112
+    d_model: Size = 512
+    d_kv: Size = 64
+    d_ff: Size = 1024
+    num_layers: Annotated[int, Field(ge=1, le=1000)] = 8
+    num_heads: Size = 6
+    relative_attention_num_buckets: Size = 32
+
+
+class VaeConfig(BaseModel):
+    """``config.json`` of a Wan VAE; fields that are not named here go to diffusers' class unchecked."""
+
+    model_config = ConfigDict(extra="allow")
+
+    class_name: Literal["AutoencoderKLWan"] = Field("AutoencoderKLWan", alias="_class_name")
+    base_dim: Size = 96
+    z_dim: Size = 16
+    num_res_blocks: Annotated[int, Field(ge=1, le=100)] = 2
+    scale_factor_spatial: Annotated[int, Field(ge=1, le=64)] = 8
+    scale_factor_temporal: Annotated[int, Field(ge=1, le=64)] = 4
+    latents_mean: list[FiniteFloat] | None = None
+    latents_std: list[Annotated[float, Field(gt=0, lt=1e6)]] | None = None
+
+    @model_validator(mode="after")
+    def _one_statistic_per_channel(self) -> VaeConfig:
+        for name in ("latents_mean", "latents_std"):
+            values = getattr(self, name)
+            if values is not None and len(values) != self.z_dim:
+                raise ValueError(f"{name} has {len(values)} values for {self.z_dim} channels")
+        return self
 
 
 class TextEncoder:
@@ -49,11 +97,12 @@ class TextEncoder:
         """Load the text encoder of a pipeline folder."""
         from transformers import AutoTokenizer, UMT5EncoderModel
 
-        tokenizer = _loaded(AutoTokenizer, component(pipeline, "tokenizer"))
+        tokenizer = _load(AutoTokenizer, component(pipeline, "tokenizer"), trust_remote_code=False)
         place = component(pipeline, "text_encoder")
         if place.is_file():
             return cls(tokenizer, open_component(place).load(dtype).to(device))
-        model = _loaded(UMT5EncoderModel, place, dtype=dtype, use_safetensors=True)
+        read_record(place / "config.json", TextEncoderConfig, FETCH)
+        model = _load_model(UMT5EncoderModel, place, TEXT_ENCODER_STEM, dtype=dtype)
         return cls(tokenizer, model.to(device))
 
     @property
@@ -106,7 +155,8 @@ class VideoVAE:
         place = component(pipeline, "vae")
         if place.is_file():
             return cls(open_component(place).load(torch.float32).to(device))
-        model = _loaded(AutoencoderKLWan, place, torch_dtype=torch.float32, use_safetensors=True)
+        read_record(place / "config.json", VaeConfig, FETCH)
+        model = _load_model(AutoencoderKLWan, place, TRANSFORMER_STEM, torch_dtype=torch.float32)
         return cls(model.to(device))
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
@@ -180,13 +230,30 @@ class ChunkDecoder:
         return (video.transpose(1, 2) / 2 + 0.5).clamp(0, 1)
 
 
-def _loaded(kind: Any, folder: Path, **options: Any) -> Any:
-    """A component by its library's loader, without progress bar; a broken folder is the user's to mend."""
+def _load_model(kind: Any, folder: Path, stem: str, **options: Any) -> Any:
+    """Load a model by its library; refuse weights that are incomplete, left over or not finite.
+
+    A library fills what is missing with random values and says so in a warning at most.
+    """
+    read_headers(folder, stem)  # refuses a damaged file in words
+    model, info = _load(kind, folder, use_safetensors=True, output_loading_info=True, **options)
+    unused = UNUSED_PARTS if stem == TEXT_ENCODER_STEM else ()
+    unexpected = [name for name in info["unexpected_keys"] if not name.startswith(unused)]
+    for names, problem in ((info["missing_keys"], "missing"), (unexpected, "unexpected")):
+        if names:
+            problem = f"{listed(sorted(names))} {problem}"
+            raise UsageError(f"The weights of {folder} do not fit config.json: {problem}.", FETCH)
+    check_finite(dict(model.named_parameters()), str(folder))
+    return model
+
+
+def _load(kind: Any, folder: Path, **options: Any) -> Any:
+    """Load a component by its library, without progress bars."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     try:
         return kind.from_pretrained(folder, local_files_only=True, **options)
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UsageError(f"{folder} cannot be loaded: {reason}", "Fetch or save the model again.") from error
+    except Exception as error:  # whatever a damaged file leads to in the library
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UsageError(f"{folder} cannot be loaded: {reason}", FETCH) from error

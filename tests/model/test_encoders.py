@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from anyflow_cli.errors import UsageError
 from anyflow_cli.model.encoders import TextEncoder, VideoVAE, clean_prompt
+from anyflow_cli.model.folder_check import check_folder
+from anyflow_cli.model.pipeline_io import load_network
 from tests.model.helpers import distance
 
 PROMPTS = ["a small red circle", "", "a  large\n blue &amp;lt; square moving right on white background"]
@@ -114,9 +121,67 @@ def test_a_broken_component_is_named(wan_folder: Path, tmp_path: Path) -> None:
         VideoVAE.load(tmp_path)
     shutil.copytree(wan_folder / "vae", tmp_path / "vae")
     (tmp_path / "vae" / "diffusion_pytorch_model.safetensors").unlink()
-    with pytest.raises(UsageError, match="vae cannot be loaded"):
+    with pytest.raises(UsageError, match=r"holds no diffusion_pytorch_model\.safetensors"):
         VideoVAE.load(tmp_path)
     (tmp_path / "text_encoder").mkdir()
     (tmp_path / "tokenizer").mkdir()
     with pytest.raises(UsageError, match="tokenizer cannot be loaded"):
         TextEncoder.load(tmp_path)
+
+
+def changed(folder: Path, target: Path, change: Callable[[dict[str, Tensor]], Any]) -> Path:
+    """A pipeline folder whose component ``target`` has other weights."""
+    shutil.copytree(folder, target.parent, dirs_exist_ok=True)
+    file = next(target.glob("*.safetensors"))
+    weights = load_file(file)
+    change(weights)
+    save_file(weights, file, metadata={"format": "pt"})
+    return target.parent
+
+
+@pytest.mark.parametrize("name", ["shared.weight", "encoder.final_layer_norm.weight"])
+def test_a_text_encoder_loaded_in_part_is_refused(wan_folder: Path, tmp_path: Path, name: str) -> None:
+    """The library would fill what is missing with random values, and warn at most."""
+    folder = changed(wan_folder, tmp_path / "text_encoder", lambda weights: weights.pop(name))
+    with pytest.raises(UsageError, match="missing"):
+        TextEncoder.load(folder)
+
+
+def test_a_vae_loaded_in_part_is_refused(wan_folder: Path, tmp_path: Path) -> None:
+    name = "decoder.conv_in.bias"
+    folder = changed(wan_folder, tmp_path / "vae", lambda weights: weights.pop(name))
+    with pytest.raises(UsageError, match=rf"{name} is missing"):
+        VideoVAE.load(folder)
+    folder = changed(wan_folder, tmp_path / "vae", lambda weights: weights.update(more=torch.ones(1)))
+    with pytest.raises(UsageError, match="more is unexpected"):
+        VideoVAE.load(folder)
+
+
+def test_weights_that_are_not_finite_are_refused(wan_folder: Path, tmp_path: Path) -> None:
+    def spoil(weights: dict[str, Tensor]) -> None:
+        weights[max(weights)].view(-1)[0] = torch.nan
+
+    loads: dict[str, Callable[[Path], Any]] = {
+        "vae": VideoVAE.load, "text_encoder": TextEncoder.load, "transformer": load_network,
+    }  # fmt: skip
+    for component, load in loads.items():
+        folder = changed(wan_folder, tmp_path / component / component, spoil)
+        with pytest.raises(UsageError, match=r"1 values of .* that are NaN or infinite"):
+            load(folder)
+
+
+@pytest.mark.parametrize("name", ["shared.weight", "encoder.embed_tokens.weight"])
+def test_an_embedding_that_is_stored_once_is_loaded_whatever_the_configuration_says(
+    wan_folder: Path, tmp_path: Path, name: str
+) -> None:
+    """Published folders say that word embeddings are not tied, and store one of two names."""
+    folder = changed(
+        wan_folder,
+        tmp_path / "text_encoder",
+        lambda weights: weights.update({name: weights.pop("shared.weight")}),
+    )
+    file = folder / "text_encoder" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"tie_word_embeddings": False}))
+    text, expected = (TextEncoder.load(path).encode(PROMPTS, 16) for path in (folder, wan_folder))
+    assert torch.equal(text, expected)
+    assert check_folder(folder) == []

@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from anyflow_cli.model import weights_io
-from anyflow_cli.model.folder_check import TextEncoderConfig, check_folder, umt5_shapes
+from anyflow_cli.model.encoders import TextEncoderConfig
+from anyflow_cli.model.folder_check import check_folder, umt5_shapes
 from anyflow_cli.model.lora import LoraSize
 from anyflow_cli.model.pipeline_io import BUILT_IN, resolve_pipeline, save_adapter, shapes_of
 
@@ -70,8 +71,12 @@ PROBLEMS: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "text encoder in part": (without("shared.weight"), ["shared.weight is missing"]),
     "wider text": (config("text_encoder", d_ff=96), ["wi_0.weight has shape (64, 32) instead of (96, 32)"]),
     "no tokenizer": (lambda p: (p / "tokenizer/tokenizer.json").unlink(), ["holds none of tokenizer.json"]),
-    "another VAE": (config("vae", _class_name="AutoencoderKL"), ["'AutoencoderKL', not an AutoencoderKLWan"]),
+    "another VAE": (
+        config("vae", _class_name="AutoencoderKL"),
+        ["_class_name: Input should be 'AutoencoderKLWan'"],
+    ),
     "wider VAE": (config("vae", base_dim=16), ["vae do not fit config.json"]),
+    "fewer means": (config("vae", latents_mean=[0.0]), ["latents_mean has 1 values for 8 channels"]),
     "odd VAE": (config("vae", dim_mult="x"), ["does not describe a VAE"]),
     "original Wan": (config("transformer", _class_name="WanModel"), ["'WanModel', which anyflow cannot run"]),
     "shift": (
