@@ -34,7 +34,7 @@ from anyflow_cli.model.weights_io import (
 )
 from anyflow_cli.utils.records import read_record
 
-UNUSED_PARTS = ("decoder.", "lm_head.")  # of a whole UMT5, of which only the encoder is used
+REST_OF_UMT5 = ("decoder.", "lm_head.")  # a whole model is more than its encoder
 
 
 def clean_prompt(prompt: str) -> str:
@@ -237,7 +237,7 @@ def _load_model(kind: Any, folder: Path, stem: str, **options: Any) -> Any:
     """
     read_headers(folder, stem)  # refuses a damaged file in words
     model, info = _load(kind, folder, use_safetensors=True, output_loading_info=True, **options)
-    unused = UNUSED_PARTS if stem == TEXT_ENCODER_STEM else ()
+    unused = REST_OF_UMT5 if stem == TEXT_ENCODER_STEM else ()
     unexpected = [name for name in info["unexpected_keys"] if not name.startswith(unused)]
     for names, problem in ((info["missing_keys"], "missing"), (unexpected, "unexpected")):
         if names:
