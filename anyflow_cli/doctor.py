@@ -11,7 +11,6 @@ import os
 import platform
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -76,16 +75,16 @@ def _guarded(name: str, check: Callable[[], Finding]) -> Finding:
 
 
 def python() -> Finding:
-    """The interpreter: 3.10 to 3.13."""
+    """Check the interpreter: 3.10 to 3.13."""
     text = f"{platform.python_version()} at {sys.executable}"
     if (3, 10) <= sys.version_info[:2] <= (3, 13):
         return Finding("python", "ok", text)
-    hint = "make an environment with such a Python"
-    return Finding("python", "stop", f"{text}; 3.10 to 3.13 is needed", hint)
+    hint = "create an environment with one of these"
+    return Finding("python", "stop", f"{text}; anyflow needs 3.10 to 3.13", hint)
 
 
 def packages() -> Finding:
-    """Installed versions against the ranges this package was released with."""
+    """Compare installed versions with the ranges that this package requires."""
     from packaging.requirements import Requirement
 
     try:
@@ -108,7 +107,7 @@ def _mismatch(name: str, accepts: Callable[[str, bool], bool]) -> str | None:
 
 
 def torch_build() -> Finding:
-    """Which torch, built for what, beside which diffusers."""
+    """Name torch, what it is built for, and diffusers."""
     import diffusers
     import torch
 
@@ -128,13 +127,13 @@ def _build(version: ModuleType) -> str:
 
 
 def devices() -> Finding:
-    """Accelerators that torch can see, with their free memory."""
+    """List the accelerators that torch sees, with their free memory."""
     import torch
 
     if torch.cuda.is_available():
         return Finding("devices", "ok", ", ".join(map(_gpu, range(torch.cuda.device_count()))))
     if torch.version.cuda or torch.version.hip:
-        text = "torch is built for GPUs but sees none; runs go to the CPU"
+        text = "torch is built for GPUs but sees none; runs use the CPU"
         return Finding("devices", "note", text, "check nvidia-smi and CUDA_VISIBLE_DEVICES")
     return Finding("devices", "ok", "CPU only: enough for the tiny recipes")
 
@@ -147,36 +146,36 @@ def _gpu(index: int) -> str:
 
 
 def processors() -> Finding:
-    """Cores this process may use, and whether the thread settings fit them."""
+    """Compare the cores this process may use with the number of threads."""
     import torch
 
     cores, threads = usable_cores(), torch.get_num_threads()
     text = f"{cores} usable cores, {threads} threads"
     if threads > cores:
-        text += ": more threads than cores is slow"
+        text += "; more threads than cores is slow"
         return Finding("processors", "note", text, f"export OMP_NUM_THREADS={cores}")
     return Finding("processors", "ok", text)
 
 
 def usable_cores() -> int:
-    """Cores by affinity and by the container's quota, whichever is less."""
+    """Number of cores by affinity and by the container's quota, whichever is smaller."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota, _, period = _read("/sys/fs/cgroup/cpu.max").partition(" ")
     return min(cores, max(1, int(quota) // int(period))) if quota.isdigit() else cores
 
 
 def memory() -> Finding:
-    """Main memory that is free now, within the container's limit."""
+    """Check the free main memory, within the container's limit."""
     free = free_memory()
     text = f"{free / GIB:.1f} GiB free"
     if free < LEAST_MEMORY:
         hint = "close other programs, or raise the container's limit"
-        return Finding("memory", "stop", f"{text}; {LEAST_MEMORY / GIB:.0f} GiB is the least", hint)
+        return Finding("memory", "stop", f"{text}; anyflow needs {LEAST_MEMORY / GIB:.0f} GiB", hint)
     return Finding("memory", "ok", text)
 
 
 def free_memory() -> int:
-    """Bytes this process may still take, by the system and by its container, whichever is less."""
+    """Bytes this process may still allocate, by the system and by its container, whichever is smaller."""
     known = re.search(r"MemAvailable:\s*(\d+) kB", _read("/proc/meminfo"))
     free = int(known[1]) * 1024 if known else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit, used = _read("/sys/fs/cgroup/memory.max"), _read("/sys/fs/cgroup/memory.current")
@@ -184,17 +183,17 @@ def free_memory() -> int:
 
 
 def disk(runs: Path) -> Finding:
-    """Room where runs are written."""
+    """Check the free space where runs are written."""
     free = shutil.disk_usage(_existing(runs)).free
     text = f"{free / GIB:.1f} GiB free for {runs}"
     if free < LEAST_DISK:
-        text += f"; {LEAST_DISK / GIB:.0f} GiB is the least"
-        return Finding("disk", "stop", text, "free some, or choose another place with --runs")
+        text += f"; anyflow needs {LEAST_DISK / GIB:.0f} GiB"
+        return Finding("disk", "stop", text, "free some space, or choose another place with --runs")
     return Finding("disk", "ok", text)
 
 
 def writable(runs: Path) -> Finding:
-    """Whether a file can be made where runs are written; the file is gone again at once."""
+    """Check that a file can be created where runs are written; it is removed at once."""
     place = _existing(runs)
     try:
         with tempfile.TemporaryFile(dir=place) as file:
@@ -206,20 +205,16 @@ def writable(runs: Path) -> Finding:
 
 
 def check_ffmpeg() -> Finding:
-    """The encoder behind every mp4, started once."""
-    import imageio_ffmpeg
+    """Encode one frame with ffmpeg, which writes and reads every video."""
+    from anyflow_cli.data.video import ffmpeg, require_ffmpeg
 
-    try:
-        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-version"]
-        shown = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
-    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
-        hint = "pip install --force-reinstall imageio-ffmpeg"
-        return Finding("video files", "stop", f"ffmpeg does not start: {error}", hint)
-    return Finding("video files", "ok", " ".join(shown.split()[:3]))
+    require_ffmpeg()
+    version = ffmpeg(["-version"]).stdout.decode(errors="replace")
+    return Finding("video files", "ok", " ".join(version.split()[:3]))
 
 
 def built_in_models() -> Finding:
-    """The small models of the package, by the headers of their files: a clone without LFS has stand-ins."""
+    """Check the headers of the package's own models: a clone without LFS has pointers instead of weights."""
     from anyflow_cli.model.folder_check import check_folder
     from anyflow_cli.model.pipeline_io import BUILT_IN, resolve_pipeline
 
@@ -246,7 +241,7 @@ def models_and_data(recipe: Recipe, runs: Path) -> Iterator[Finding]:
 
 
 def precision(recipe: Recipe) -> Finding:
-    """What ``model.precision`` means on this machine, and on a CPU whether it is the faster choice."""
+    """Resolve ``model.precision`` for this machine; on a CPU, measure whether it is the faster one."""
     import torch
 
     from anyflow_cli.model.precision import resolve_precision
@@ -264,14 +259,14 @@ def precision(recipe: Recipe) -> Finding:
 
 
 def vbench(recipe: Recipe) -> Finding:
-    """VBench's environment and weights; only the suites of that name need them."""
+    """Report VBench's environment and weights, which only its own suites need."""
     from anyflow_cli.evaluate.vbench.environment import environment_report
 
     return Finding("vbench", "ok", environment_report(recipe.evaluate.vbench))
 
 
 def _matmul_seconds(dtype: torch.dtype, size: int = 512, tries: int = 5) -> float:
-    """The best of a few products of two square matrices; the first ones warm up."""
+    """Shortest time of a few products of two square matrices; the first ones warm up."""
     import torch
 
     a, best = torch.ones(size, size, dtype=dtype), float("inf")
@@ -283,7 +278,7 @@ def _matmul_seconds(dtype: torch.dtype, size: int = 512, tries: int = 5) -> floa
 
 
 def _existing(path: Path) -> Path:
-    """The nearest folder above ``path`` that is there already."""
+    """The nearest existing directory above ``path``."""
     path = path.absolute()
     return path if path.is_dir() else _existing(path.parent)
 
