@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "anyflow_cli"
 GUIDES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
 PAGES = [*sorted(ROOT.glob("docs/*.md")), *(ROOT / name for name in GUIDES)]
-TO_WRAP = ("recipes", "training")
+TO_WRAP = ("recipes",)
 NOT_KEYS = ("architecture", "CHANGELOG")  # names of functions; former keys
 VBENCH_WORKER = {"TORCH_HOME"}  # set by the worker for the processes that it starts
 SECTIONS = "|".join(Recipe.model_fields)
@@ -75,6 +75,14 @@ def test_the_changelog_names_every_renamed_key() -> None:
     changelog = text_of(ROOT / "CHANGELOG.md")
     for old, new in (pair for keys in RENAMED.values() for pair in keys.items()):
         assert re.search(rf"^\|.*\b{old}\b.*\|.*\b{new}\b.*\|$", changelog, flags=re.MULTILINE), (old, new)
+
+
+def test_the_messages_that_the_page_explains_exist() -> None:
+    source = "".join(path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py"))
+    page = text_of(ROOT / "docs/troubleshooting.md")
+    quoted = re.findall(r'^\| "(.*?)" \|', page, flags=re.MULTILINE)
+    parts = {part.strip() for message in quoted for part in message.split("...") if part.strip()}
+    assert {part for part in parts if part not in source} == set()
 
 
 def test_every_environment_variable_that_is_read_is_documented() -> None:
