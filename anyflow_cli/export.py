@@ -27,7 +27,9 @@ from anyflow_cli.model.network import folded
 from anyflow_cli.model.pipeline_io import load_adapter, save_adapter, save_pipeline
 from anyflow_cli.model.weights_io import LazyWeight, WeightSource, write_weights
 from anyflow_cli.recipe.schema import Recipe
-from anyflow_cli.runs.open import describe, is_checkpoint, locate, run_of, trained_weights, weight_source
+from anyflow_cli.runs.checkpoint import is_checkpoint, trained_weights
+from anyflow_cli.runs.lineage import run_of
+from anyflow_cli.runs.open import describe, locate, weight_source
 from anyflow_cli.utils.files import atomic_write
 
 Format = Literal["diffusers", "merged", "comfyui", "adapter"]

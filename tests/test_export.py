@@ -118,10 +118,16 @@ def make_run(folder: Path, wan: Path, lora: bool) -> FlowMapTransformer:
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)))
     average = backbone.state_dict_of("student")
     weights = {name: torch.zeros_like(tensor) for name, tensor in average.items()}
-    state = checkpoint.CheckpointState(7, {"student": weights, "ema": average}, {}, {})
+    state = checkpoint.CheckpointState(
+        7, {"student": weights, "ema": average}, {}, checkpoint.LoopState({}, 0)
+    )
     checkpoint.save(folder / "checkpoints", state, keep=2)
     (folder / "recipe.yaml").write_text(dump(recipe))
-    (folder / "lineage.json").write_text(json.dumps({"stage": "train_flowmap", "base": str(wan)}))
+    lineage = {
+        "stage": "train_flowmap", "base": str(wan), "command": [], "recipe": recipe.name, "versions": {},
+        "inputs": {}, "precision": "fp32", "processes": 1,
+    }  # fmt: skip
+    (folder / "lineage.json").write_text(json.dumps(lineage))
     return MergedNetwork(two_time_from(load_network(wan)), average, size).load()
 
 
@@ -167,8 +173,9 @@ def test_an_incomplete_checkpoint_is_refused(wan: Path, tmp_path: Path) -> None:
 
 def test_a_checkpoint_without_its_base_model_is_refused(wan: Path, tmp_path: Path) -> None:
     make_run(tmp_path, wan, lora=False)
-    (tmp_path / "lineage.json").write_text(json.dumps({"base": str(tmp_path / "gone")}))
-    with pytest.raises(UsageError, match=r"continues \S+/gone, which is not there"):
+    lineage = json.loads((tmp_path / "lineage.json").read_text()) | {"base": str(tmp_path / "gone")}
+    (tmp_path / "lineage.json").write_text(json.dumps(lineage))
+    with pytest.raises(UsageError, match=r"was trained from \S+/gone, which does not exist"):
         open_model(str(tmp_path), recipe_for(wan))
 
 

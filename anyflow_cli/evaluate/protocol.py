@@ -23,7 +23,8 @@ from anyflow_cli.evaluate.suite import Assessment, Suite
 from anyflow_cli.model.causal import partition_for
 from anyflow_cli.model.precision import resolve_precision
 from anyflow_cli.recipe.schema import Recipe, latent_frames
-from anyflow_cli.runs.open import LINEAGE, ModelChoice, describe
+from anyflow_cli.runs.open import ModelChoice, describe
+from anyflow_cli.runs.paths import LINEAGE
 from anyflow_cli.sample.sampler import Method
 from anyflow_cli.utils.distributed import default_device
 from anyflow_cli.utils.files import file_sha256, json_sha256

@@ -22,7 +22,9 @@ from anyflow_cli.plan.sampling import decoding, sampling_of
 from anyflow_cli.plan.setup import Kind, Setup
 from anyflow_cli.plan.steps import RoleSize, Step, gathered_of, roles_of, step_of
 from anyflow_cli.recipe import schema
-from anyflow_cli.runs.open import is_checkpoint, locate, run_of
+from anyflow_cli.runs.checkpoint import is_checkpoint
+from anyflow_cli.runs.lineage import run_of
+from anyflow_cli.runs.open import locate
 
 Command = Literal["synthesize", "train-flowmap", "distill", "finetune", "sample"]
 TUNING: Literal["flow-matching"] = "flow-matching"

@@ -1,8 +1,8 @@
-"""The state of a sharded run on disk: each process writes its own part, any number of processes reads it.
+"""Sharded checkpoints through ``torch.distributed.checkpoint``: each process writes its part.
 
-``torch.distributed.checkpoint`` in the folder ``shards`` of a checkpoint, instead of the files of an
-unsharded one. Keys are ``part/name``: the weights of a phase, ``ema``, and ``optimiser-PHASE`` with the
-number of the parameter and what AdamW keeps of it.
+Any number of processes can read them. They are in the folder ``shards`` of a checkpoint, in place of the
+tensors' files. Keys are ``part/name``,
+where a part is a role, ``ema``, or ``optimiser-ROLE`` with number of the parameter and name of the moment.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Optimizers = Mapping[str, Mapping[str, Any]]
 
 
 def flattened(tensors: Tensors, optimizers: Optimizers) -> dict[str, Tensor]:
-    """One dictionary of all tensors; the optimizers' settings follow from the recipe and the step."""
+    """Put all tensors into one dictionary; the optimizers' settings are stored elsewhere."""
     flat = {f"{part}/{name}": value for part, named in tensors.items() for name, value in named.items()}
     for phase, state in optimizers.items():
         for number, moments in state["state"].items():
@@ -37,14 +37,14 @@ def flattened(tensors: Tensors, optimizers: Optimizers) -> dict[str, Tensor]:
 
 
 def read(folder: Path, like: Mapping[str, Tensor] | None = None, part: str = "") -> dict[str, Tensor]:
-    """The tensors whose keys begin with ``part``, divided as those in ``like``, else whole on the CPU.
+    """Read the tensors whose keys begin with ``part``: those in ``like`` sharded as there, others on the CPU.
 
     With ``like``, all processes read together.
     """
     reader = FileSystemReader(folder / SHARDS)
     found = {key: _empty(entry, (like or {}).get(key)) for key, entry in _entries(reader, part).items()}
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # that is meant
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # intended
         load(found, storage_reader=reader, no_dist=like is None)
     return found
 
@@ -60,7 +60,7 @@ def _entries(reader: FileSystemReader, part: str) -> dict[str, TensorStorageMeta
 
 
 def reason(error: BaseException) -> BaseException:
-    """Of several processes' failures to read or write the first; of that what the system said, if it did."""
+    """The error behind an error: the first of several processes' failures, and the system's cause of it."""
     first = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
     return next(system_errors(first), first)
 
@@ -70,7 +70,7 @@ def _empty(entry: TensorStorageMetadata, like: Tensor | None) -> Tensor:
 
 
 def unflattened(flat: Mapping[str, Tensor], groups: Mapping[str, Any]) -> tuple[Tensors, Optimizers]:
-    """What ``flattened`` was given; ``groups`` are the optimizers' settings by phase."""
+    """Undo ``flattened``; ``groups`` are the optimizers' settings by role."""
     tensors: dict[str, dict[str, Tensor]] = {}
     optimizers: dict[str, dict[str, Any]] = {
         phase: {"state": {}, "param_groups": settings} for phase, settings in groups.items()

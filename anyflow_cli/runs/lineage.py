@@ -1,11 +1,11 @@
-"""The directory of a training run: whose it is, what it was made from, and whether it may go on here.
+"""The directory of a training run: what it was started from, and whether a command may continue it.
 
-    recipe.yaml      the resolved recipe; another one is refused, with the keys that differ
-    lineage.json     command, versions, the data set's hash, fingerprints of the models it started from
+    recipe.yaml      the resolved recipe; a command with another one is refused, with the keys that differ
+    lineage.json     command, versions, hash of the data set, fingerprints of the models it started from
     metrics.jsonl    tensorboard/  previews/  checkpoints/  model/  adapter/
 
-What may change between starts: how long, how often something is written, how a batch is cut, and the
-precision, so that a run whose loss is no number can go on in fp32; nothing else that bears on the weights.
+Between starts may change: how long, how often something is written, how a batch is split, and the precision,
+so that a run with a loss that is not finite can continue in fp32. Nothing else that affects the weights may.
 """
 
 from __future__ import annotations
@@ -17,119 +17,210 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
-import anyflow_cli
+from pydantic import BaseModel
+
+from anyflow_cli import __version__
 from anyflow_cli.data.shards import MANIFEST
 from anyflow_cli.data.storage import Storage
 from anyflow_cli.errors import UsageError
 from anyflow_cli.model.layouts.transformer import open_transformer
+from anyflow_cli.model.precision import Precision
 from anyflow_cli.recipe.compare import differing_keys, dump, flat
+from anyflow_cli.recipe.load import load_recorded_recipe
 from anyflow_cli.recipe.schema import Recipe
+from anyflow_cli.runs.checkpoint import STATE, is_checkpoint
 from anyflow_cli.runs.dcp import SHARDS
-from anyflow_cli.runs.open import LINEAGE, RECIPE, STATE, is_checkpoint, recipe_of
-from anyflow_cli.utils.files import atomic_write, read_json, write_json
+from anyflow_cli.runs.paths import ADAPTER_FOLDER, LINEAGE, MODEL, RECIPE
+from anyflow_cli.utils.files import atomic_write, write_json
+from anyflow_cli.utils.records import read_record
 
-HARMLESS = (
+MAY_CHANGE = (
     "steps", "micro_batch", "checkpoint_every", "keep_checkpoints", "log_every", "preview_every",
     "preview_prompts", "tensorboard", "trackers", "gradient_checkpointing",
     "checkpoint_every_n_blocks", "compile", "recompute_rollout", "pretrained_any_step",
     "fps", "precision",
 )  # fmt: skip
-OTHER = "Use another --runs directory or recipe name, or go back to the settings of {path}."
+# section -> key of a new run that starts from the weights of a run
+START_KEYS = {
+    "train_flowmap": "model.teacher",
+    "distill": "distill.init_from",
+    "finetune": "finetune.init_from",
+}
+
+
+class Fingerprint(BaseModel, extra="allow", frozen=True):
+    """Where an input was, and a hash of it."""
+
+    path: str
+    sha256: str
+
+
+class RunLineage(BaseModel, extra="allow", frozen=True):
+    """Content of a run's ``lineage.json``. Without ``base`` its checkpoints cannot be opened."""
+
+    stage: str
+    command: list[str]
+    recipe: str
+    base: str
+    versions: dict[str, str]
+    inputs: dict[str, Fingerprint]
+    precision: Literal["fp32", "bf16"]
+    processes: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """The record as plain values."""
+        return self.model_dump(mode="json")
 
 
 @dataclass(frozen=True)
 class RunInputs:
-    """What a run is made from. ``parents``: each model folder or checkpoint by its part, e.g. start, teacher.
+    """What a run starts from.
 
-    ``base`` is the pipeline folder whose network the student's weights or adapter stand on, and whose other
-    components the finished model takes over.
+    Attributes:
+        directory: Directory of the run.
+        section: Section of the recipe, e.g. ``train_flowmap``.
+        data: Data set: a directory, or an address that fsspec reads.
+        parents: Model folders or checkpoints by their part, e.g. start, teacher.
+        base: Pipeline folder that the student's weights or adapter apply to. The finished model takes text
+            encoder, VAE and tokenizer from it.
     """
 
     directory: Path
-    section: str  # of the recipe, e.g. train_flowmap
-    data: str | Path  # a directory, or another address of a data set
+    section: str
+    data: str | Path
     parents: Mapping[str, Path]
     base: Path
 
     @property
     def finished(self) -> Path:
-        """The pipeline folder that the run leaves."""
-        return self.directory / "model"
+        """The pipeline folder that the run writes at its end."""
+        return self.directory / MODEL
 
     @property
     def adapter(self) -> Path:
-        """The adapter that it leaves when it trains one."""
-        return self.directory / "adapter"
+        """The adapter that a run with LoRA writes at its end."""
+        return self.directory / ADAPTER_FOLDER
+
+
+class TrainingRun(NamedTuple):
+    """A run as its files describe it: recipe, lineage, and the model that its checkpoints apply to."""
+
+    recipe: Recipe
+    lineage: RunLineage
+    base: Path
+
+
+def run_of(checkpoint: Path) -> TrainingRun:
+    """Read the run that a checkpoint belongs to."""
+    directory = checkpoint.parent.parent
+    lineage = read_lineage(directory)
+    base = Path(lineage.base)
+    if not base.exists():
+        raise UsageError(
+            f"{checkpoint} was trained from {base}, which does not exist.",
+            "Restore that model, or work in the directory where the training was started.",
+        )
+    return TrainingRun(recipe_of(directory), lineage, base)
+
+
+def read_lineage(run: Path) -> RunLineage:
+    """Read the ``lineage.json`` of a run."""
+    return read_record(run / LINEAGE, RunLineage, "Restore the file from a copy of the run.")
+
+
+def recipe_of(run: Path) -> Recipe:
+    """Read the recipe of a run; one of another version may have keys that this version does not know."""
+    try:
+        return load_recorded_recipe(run / RECIPE)
+    except UsageError as error:
+        versions = read_lineage(run).versions if (run / LINEAGE).exists() else {}
+        writer = versions.get("anyflow", __version__)
+        if writer == __version__:
+            raise
+        raise UsageError(
+            f"The run {run} was started by anyflow {writer}; {__version__} cannot read its recipe.",
+            f"Use that version: pip install anyflow=={writer}.",
+        ) from error
+
+
+def check_run_directory(directory: Path) -> None:
+    """Refuse a directory that holds something else than a training run."""
+    if (directory / RECIPE).exists() or not directory.exists():
+        return
+    if not directory.is_dir() or any(not path.name.startswith(".") for path in directory.iterdir()):
+        raise UsageError(f"{directory} is not a training run.", "Choose another directory with --runs.")
 
 
 def check_run(recipe: Recipe, inputs: RunInputs) -> None:
-    """Refuse a directory that holds something else, or a run from other settings or inputs."""
+    """Refuse a directory that holds something else, or a run with other settings or inputs."""
     directory = inputs.directory
+    check_run_directory(directory)
     if not (directory / RECIPE).exists():
-        if directory.exists() and any(not path.name.startswith(".") for path in directory.iterdir()):
-            raise UsageError(f"{directory} holds files that are no training run.", "Use another --runs.")
         return
-    hint = OTHER.format(path=directory / RECIPE)
-    there = recipe_of(directory)
-    then, now = flat(there), flat(recipe)
+    recorded = recipe_of(directory)
+    then, now = flat(recorded), flat(recipe)
     differing = [
         f"{key} ({then.get(key)} there, {now.get(key)} now)"
-        for key in differing_keys(there, recipe, ("model", inputs.section))
-        if key.rpartition(".")[2] not in HARMLESS and ".alarms." not in key
+        for key in differing_keys(recorded, recipe, ("model", inputs.section))
+        if key.rpartition(".")[2] not in MAY_CHANGE and ".alarms." not in key
     ]
     if differing:
-        raise UsageError(f"{directory} holds a run with another {', '.join(differing)}.", hint)
+        key = START_KEYS[inputs.section]
+        raise UsageError(
+            f"{directory} holds a run with another {', '.join(differing)}.",
+            f"Go back to the settings of {directory / RECIPE}, or use another --runs or recipe name; to start"
+            f" that run from the weights of this one, add --set {key}={inputs.finished}.",
+        )
     if not (directory / LINEAGE).exists():  # killed as it began
         return
-    before = read_json(directory / LINEAGE)
+    recorded_inputs = read_lineage(directory).inputs
     for name, found in fingerprints(inputs).items():
-        if before["inputs"].get(name, {}).get("sha256") != found["sha256"]:
+        if name not in recorded_inputs or recorded_inputs[name].sha256 != found.sha256:
             raise UsageError(
-                f"{directory} holds a run from another {name}: {found['path']} is not what it was.",
-                f"Remove {directory} to begin again, or bring that {name} back.",
+                f"{directory} holds a run from another {name}: {found.path} has changed since.",
+                f"Remove {directory} to start again, or restore that {name}.",
             )
 
 
-def begin_run(recipe: Recipe, inputs: RunInputs, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Make the directory and write what it is, or read it where the run has begun; gives the lineage."""
+def begin_run(recipe: Recipe, inputs: RunInputs, precision: Precision, processes: int) -> RunLineage:
+    """Create the directory of a run and record what it starts from, or read the record; give the lineage."""
     check_run(recipe, inputs)
-    path = inputs.directory / LINEAGE
-    if path.exists():
-        return read_json(path)
-    lineage = {
-        "stage": inputs.section,
-        "command": sys.argv,
-        "recipe": recipe.name,
-        "base": str(inputs.base.resolve()),  # a checkpoint cannot be opened without it
-        "versions": package_versions(),
-        "inputs": fingerprints(inputs),
-        **facts,
-    }
+    if (inputs.directory / LINEAGE).exists():
+        return read_lineage(inputs.directory)
+    lineage = RunLineage(
+        stage=inputs.section,
+        command=sys.argv,
+        recipe=recipe.name,
+        base=str(inputs.base.resolve()),
+        versions=package_versions(),
+        inputs=fingerprints(inputs),
+        precision=precision,
+        processes=processes,
+    )
     with atomic_write(inputs.directory / RECIPE) as temporary:
         temporary.write_text(dump(recipe), encoding="utf-8")
-    write_json(path, lineage)
+    write_json(inputs.directory / LINEAGE, lineage.as_dict())
     return lineage
 
 
 def package_versions() -> dict[str, str]:
-    """Of this package and those that bear on the numbers."""
+    """Versions of this package and of those that affect the numbers."""
     others = {name: version(name) for name in ("torch", "diffusers", "peft", "accelerate")}
-    return {"anyflow": anyflow_cli.__version__, **others}
+    return {"anyflow": __version__, **others}
 
 
-def fingerprints(inputs: RunInputs) -> dict[str, dict[str, str]]:
+def fingerprints(inputs: RunInputs) -> dict[str, Fingerprint]:
     """Path and hash of the data set's manifest and of each parent."""
-    data = {"path": str(inputs.data), "sha256": Storage.at(inputs.data).sha256(MANIFEST)}
-    parents = {
-        name: {"path": str(path), "sha256": model_fingerprint(path)} for name, path in inputs.parents.items()
-    }
-    return {"data": data} | parents
+    found = {"data": Fingerprint(path=str(inputs.data), sha256=Storage.at(inputs.data).sha256(MANIFEST))}
+    for name, path in inputs.parents.items():
+        found[name] = Fingerprint(path=str(path), sha256=model_fingerprint(path))
+    return found
 
 
 def model_fingerprint(model: Path) -> str:
-    """Tells models apart without reading all of them: config, names, sizes and the ends of the weights."""
+    """Hash what tells models apart without reading all: config, names, sizes and ends of the weights."""
     digest = hashlib.sha256()
     weights, config = _identifying_files(model)
     for file in weights:

@@ -8,20 +8,14 @@ sampled and exported while its training goes on.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
 
-from anyflow_cli import __version__
 from anyflow_cli.errors import UsageError
 from anyflow_cli.model.backbone import start_network
 from anyflow_cli.model.causal import FAR
@@ -40,17 +34,18 @@ from anyflow_cli.model.pipeline_io import (
     resolve_pipeline,
 )
 from anyflow_cli.model.weights_io import WeightSource
-from anyflow_cli.recipe.load import load_recorded_recipe
 from anyflow_cli.recipe.schema import ModelSection, Recipe
-from anyflow_cli.runs.dcp import SHARDS, reason, shard_keys
-from anyflow_cli.runs.dcp import read as read_shards
-from anyflow_cli.runs.paths import MODEL
+from anyflow_cli.runs.checkpoint import (
+    MARKER,
+    is_checkpoint,
+    newest,
+    trained_names,
+    trained_weights,
+    weight_files,
+)
+from anyflow_cli.runs.lineage import TrainingRun, run_of
+from anyflow_cli.runs.paths import LINEAGE, MODEL, RECIPE
 from anyflow_cli.utils.files import read_json
-
-RECIPE, LINEAGE = "recipe.yaml", "lineage.json"  # of a training run; train/run.py writes them
-AVERAGE, STATE, MARKER = "ema", "state.json", "COMPLETE"  # of a checkpoint; train/checkpoint.py writes them
-CHECKPOINT_FORMAT = 1  # of checkpoints; raise it when an older program could not read what this one writes
-UPDATE = "Update it: pip install -U anyflow."
 
 
 class ModelChoice(NamedTuple):
@@ -137,7 +132,7 @@ def _describe_checkpoint(path: Path) -> ModelInfo:
     causal = config.causal
     if chunks is not None and any(name.startswith(FAR) for name in names):
         causal = CausalConfig.from_recipe(chunks)
-    lineage = run.lineage | {"checkpoint": path.name}
+    lineage = run.lineage.as_dict() | {"checkpoint": path.name}
     return ModelInfo(path, run.base, two_time, causal, lineage, (*weight_files(path), run.base), run)
 
 
@@ -185,95 +180,11 @@ def locate(address: str) -> Path:
 
 
 def last_checkpoint(path: Path) -> Path:
-    """The newest one of a training run."""
-    found = sorted(file.parent for file in path.glob(f"checkpoints/step-*/{MARKER}"))
-    if not found:
+    """The newest checkpoint of a training run."""
+    found = newest(path / "checkpoints")
+    if found is None:
         raise UsageError(
             f"The run {path} has neither a finished model nor a checkpoint yet.",
             "Wait for its first checkpoint, or set checkpoint_every lower.",
         )
-    return found[-1]
-
-
-def trained_weights(checkpoint: Path) -> dict[str, Tensor]:
-    """The moving average of what a run trains: whole weights, or ``...lora_A.weight`` of its adapters."""
-    with _readable(checkpoint):
-        if (checkpoint / SHARDS).is_dir():
-            found = read_shards(checkpoint, part=f"{AVERAGE}/")
-            return {key.partition("/")[2]: value for key, value in found.items()}
-        return load_file(checkpoint / f"{AVERAGE}.safetensors")
-
-
-def trained_names(checkpoint: Path) -> list[str]:
-    """Names of ``trained_weights``, read from the headers alone."""
-    with _readable(checkpoint):
-        if (checkpoint / SHARDS).is_dir():
-            return [key.partition("/")[2] for key in shard_keys(checkpoint, part=f"{AVERAGE}/")]
-        with safe_open(checkpoint / f"{AVERAGE}.safetensors", framework="pt") as file:
-            return list(file.keys())
-
-
-@contextmanager
-def _readable(checkpoint: Path) -> Iterator[None]:
-    """Refuse a checkpoint of a newer version, and name one that turns out to be damaged."""
-    try:
-        read_state(checkpoint)
-        yield
-    except (OSError, SafetensorError, ValueError, CheckpointException) as error:
-        raise UsageError(
-            f"The checkpoint {checkpoint} is damaged: {reason(error)}.", "Use another one of the same run."
-        ) from error
-
-
-def read_state(checkpoint: Path) -> dict[str, Any]:
-    """What a checkpoint says of itself, if this program can read it."""
-    record: dict[str, Any] = json.loads((checkpoint / STATE).read_text())
-    if record["format"] > CHECKPOINT_FORMAT:
-        raise UsageError(f"{checkpoint} was written by a newer anyflow.", UPDATE, everywhere=True)
-    return record
-
-
-def recipe_of(run: Path) -> Recipe:
-    """The recipe of a training run; one that another version wrote may have keys that this one lacks."""
-    try:
-        return load_recorded_recipe(run / RECIPE)
-    except UsageError as error:
-        lineage = read_json(run / LINEAGE) if (run / LINEAGE).exists() else {}
-        writer = lineage.get("versions", {}).get("anyflow", __version__)
-        if writer == __version__:
-            raise
-        raise UsageError(
-            f"The run {run} was begun by anyflow {writer}; {__version__} cannot read its recipe.",
-            f"Use that version: pip install anyflow=={writer}.",
-        ) from error
-
-
-def weight_files(checkpoint: Path) -> list[Path]:
-    """The files that ``trained_weights`` reads."""
-    return sorted(checkpoint.glob(f"{SHARDS}/*.distcp")) or [checkpoint / f"{AVERAGE}.safetensors"]
-
-
-def is_checkpoint(path: Path) -> bool:
-    """Whether a folder is the state of a training run at one step, rather than a model."""
-    return (path / STATE).is_file()
-
-
-class TrainingRun(NamedTuple):
-    """What the directory of a training run says: its recipe, its lineage, and what its weights stand on."""
-
-    recipe: Recipe
-    lineage: dict[str, Any]
-    base: Path
-
-
-def run_of(checkpoint: Path) -> TrainingRun:
-    """The run that a checkpoint belongs to."""
-    folder = checkpoint.parent.parent
-    lineage = read_json(folder / LINEAGE)
-    base = Path(lineage["base"])
-    if not base.exists():
-        raise UsageError(
-            f"{checkpoint} continues {base}, which is not there.",
-            "Bring that model back, or work in the directory where the training was started.",
-        )
-    return TrainingRun(recipe_of(folder), lineage, base)
+    return found

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-MODEL = "model"  # the finished pipeline folder inside a training run's directory
+# in the directory of a training run: its finished pipeline folder and adapter, recipe and record of inputs
+MODEL, ADAPTER_FOLDER, RECIPE, LINEAGE = "model", "adapter", "recipe.yaml", "lineage.json"
 STAGE_1 = {"flow-map": "train-flowmap", "flow-matching": "teacher", "consistency-ode": "consistency-ode"}
 STAGE_2 = {"flow-map": "distill", "consistency": "distill-consistency"}
 

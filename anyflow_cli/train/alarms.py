@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from anyflow_cli.errors import AnyflowError
 from anyflow_cli.recipe import schema
+from anyflow_cli.runs.checkpoint import AlarmState
 
 log = logging.getLogger(__name__)
 
@@ -57,14 +57,14 @@ class Alarms:
                 self._sound(name, value)
         self._remember(row)
 
-    def state(self) -> dict[str, Any]:
-        """For the checkpoint."""
-        return {"norm": self.norm, "fake": self.fake, "since": dict(self.since), "rows": dict(self.rows)}
+    def state(self) -> AlarmState:
+        """The state, for the checkpoint."""
+        return AlarmState(self.norm, self.fake, dict(self.since), dict(self.rows))
 
-    def resume(self, state: Mapping[str, Any]) -> None:
+    def resume(self, state: AlarmState) -> None:
         """Restore the state of a checkpoint."""
-        self.norm, self.fake = state["norm"], state["fake"]
-        self.since, self.rows = dict(state["since"]), dict(state["rows"])
+        self.norm, self.fake = state.norm, state.fake
+        self.since, self.rows = dict(state.since), dict(state.rows)
 
     def _is_bad(self, name: str, value: float) -> bool:
         bound: float = getattr(self.settings, name)

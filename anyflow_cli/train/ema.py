@@ -47,6 +47,14 @@ class WeightEma:
 
     @torch.no_grad()
     def load(self, shadow: Mapping[str, Tensor]) -> None:
-        """Restore saved averages."""
+        """Restore saved averages.
+
+        Raises:
+            ValueError: They are of other parameters.
+        """
+        if {name: value.shape for name, value in shadow.items()} != {
+            name: value.shape for name, value in self.shadow.items()
+        }:
+            raise ValueError("the averages are of other parameters")
         for name, value in self.shadow.items():
             value.copy_(shard_like(shadow[name], value))

@@ -53,14 +53,9 @@ class Metrics:
         self.steps += 1
         return self._end_row(step) if step % self.every == 0 else None
 
-    def state(self) -> dict[str, Any]:
-        """The open sums, for the checkpoint."""
-        return {"sums": dict(self.sums), "steps": self.steps}
-
-    def resume(self, step: int, state: Mapping[str, Any]) -> None:
+    def resume(self, step: int, sums: Mapping[str, tuple[float, int]], steps: int) -> None:
         """Continue after ``step`` from the open sums of a checkpoint."""
-        self.sums = {name: (total, count) for name, (total, count) in state["sums"].items()}
-        self.steps = state["steps"]
+        self.sums, self.steps = dict(sums), steps
         self._drop_rows_after(step)
 
     def restart(self) -> None:

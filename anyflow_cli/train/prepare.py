@@ -21,8 +21,9 @@ from anyflow_cli.model.parallelize import parallelize
 from anyflow_cli.model.pipeline_io import save_adapter, save_pipeline
 from anyflow_cli.model.precision import Precision, resolve_precision
 from anyflow_cli.recipe import schema
-from anyflow_cli.runs.lineage import RunInputs, begin_run
-from anyflow_cli.runs.open import is_checkpoint, last_checkpoint, merged_student, open_model, trained_weights
+from anyflow_cli.runs.checkpoint import is_checkpoint, trained_weights
+from anyflow_cli.runs.lineage import RunInputs, RunLineage, begin_run
+from anyflow_cli.runs.open import last_checkpoint, merged_student, open_model
 from anyflow_cli.train.preview import make_preview
 from anyflow_cli.train.stages import STAGES, adapter_on_teacher, training_section
 from anyflow_cli.train.trainer import OnStep, Trainer, make_accelerator
@@ -48,7 +49,7 @@ class PreparedTraining:
     recipe: schema.Recipe
     inputs: RunInputs
     trainer: Trainer
-    lineage: dict[str, Any]
+    lineage: RunLineage
 
     def save_result(self) -> TrainingResult:
         """Save the averaged student as a pipeline folder; every process calls this."""
@@ -59,10 +60,10 @@ class PreparedTraining:
             sharded = trainer.sharded
             average = trained_weights(last_checkpoint(inputs.directory)) if sharded else trainer.ema.shadow
             if lora is not None:
-                save_adapter(inputs.adapter, average, lora, self.lineage["base"])
+                save_adapter(inputs.adapter, average, lora, self.lineage.base)
             model, student = self.recipe.model, trainer.backbone.network_of("student")
             network = merged_student(inputs.base, model, average, two_time=student.config.two_time)
-            facts, shift = {**self.lineage, "steps": trainer.step}, model.shift
+            facts, shift = {**self.lineage.as_dict(), "steps": trainer.step}, model.shift
             save_pipeline(inputs.finished, network, inputs.base, facts, shift=shift, replace=True)
             log.info("The averaged model is in %s.", inputs.finished)
         trainer.accelerator.wait_for_everyone()
@@ -100,18 +101,17 @@ def prepare_training(
     return PreparedTraining(recipe, inputs, trainer, lineage)
 
 
-def _begin(recipe: schema.Recipe, inputs: RunInputs) -> tuple[Any, dict[str, Any], Precision]:
+def _begin(recipe: schema.Recipe, inputs: RunInputs) -> tuple[Any, RunLineage, Precision]:
     """Create the run's directory, on the main process first. A run keeps the precision it began with."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     precision = resolve_precision(recipe.model.precision, device)
     accelerator = make_accelerator(recipe.launch, causal=recipe.model.causal is not None)
-    facts = {"precision": precision, "processes": accelerator.num_processes}
     with accelerator.main_process_first():
-        lineage = begin_run(recipe, inputs, facts)
-    if recipe.model.precision == "auto" and lineage["precision"] != precision:
+        lineage = begin_run(recipe, inputs, precision, accelerator.num_processes)
+    if recipe.model.precision == "auto" and lineage.precision != precision:
         raise UsageError(
-            f"This run began in {lineage['precision']}, and `auto` means {precision} on this machine.",
-            f"Choose with --set model.precision={lineage['precision']}.",
+            f"This run began in {lineage.precision}, and `auto` means {precision} on this machine.",
+            f"Choose with --set model.precision={lineage.precision}.",
         )
     return accelerator, lineage, precision
 

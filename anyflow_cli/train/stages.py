@@ -19,12 +19,12 @@ from anyflow_cli.model.backbone import Backbone
 from anyflow_cli.model.lora import LoraSize
 from anyflow_cli.model.pipeline_io import load_adapter, resolve_pipeline
 from anyflow_cli.recipe import schema
-from anyflow_cli.runs.lineage import RunInputs
-from anyflow_cli.runs.open import LINEAGE, is_checkpoint, locate, run_of
-from anyflow_cli.runs.paths import MODEL, RunPaths
+from anyflow_cli.runs.checkpoint import is_checkpoint
+from anyflow_cli.runs.lineage import RunInputs, read_lineage, run_of
+from anyflow_cli.runs.open import locate
+from anyflow_cli.runs.paths import ADAPTER_FOLDER, LINEAGE, MODEL, RunPaths
 from anyflow_cli.train import objectives
 from anyflow_cli.train.preview import PreviewSettings
-from anyflow_cli.utils.files import read_json
 
 
 class Stage(NamedTuple):
@@ -106,8 +106,7 @@ def distill_inputs(recipe: schema.Recipe, paths: RunPaths, found: Mapping[str, s
 
 def _began_on(directory: Path, base: Path) -> bool:
     """Whether an existing run stores its weights relative to this base; it has to go on with it."""
-    lineage = directory / LINEAGE
-    return lineage.is_file() and Path(read_json(lineage)["base"]) == base.resolve()
+    return (directory / LINEAGE).is_file() and Path(read_lineage(directory).base) == base.resolve()
 
 
 def _distill_objective(recipe: schema.Recipe, backbone: Backbone, negative: Tensor) -> objectives.Objective:
@@ -186,7 +185,7 @@ def _base_of(recipe: schema.Recipe, start: Path) -> Path:
 
 def adapter_on_teacher(recipe: schema.Recipe, model: Path) -> dict[str, Tensor] | None:
     """The adapter that a run left beside its finished model, if it fits the teacher and the recipe's rank."""
-    folder = model.parent / "adapter"
+    folder = model.parent / ADAPTER_FOLDER
     if recipe.model.lora is None or model.name != MODEL or not folder.is_dir():
         return None
     adapter = load_adapter(folder)

@@ -28,6 +28,7 @@ from anyflow_cli.model.parallelize import full_tensor, shard_like
 from anyflow_cli.model.precision import Precision, autocast
 from anyflow_cli.recipe import schema
 from anyflow_cli.runs import checkpoint, dcp
+from anyflow_cli.runs.checkpoint import LoopState
 from anyflow_cli.train.alarms import AlarmError, Alarms
 from anyflow_cli.train.checkpointer import Checkpointer
 from anyflow_cli.train.ema import WeightEma
@@ -118,15 +119,19 @@ class RoleOptimizer(nn.Module):
         return norm
 
     def load_optimizer(self, state: Mapping[str, Any]) -> None:
-        """Restore a saved optimizer state, whether it was saved sharded or not."""
-        weights = list(self.weights)
-        moments = {
-            number: {
-                key: shard_like(value, weights[number]) if value.dim() else value
-                for key, value in saved.items()
+        """Restore a saved optimizer state, whether it was saved sharded or not.
+
+        Raises:
+            ValueError: The state is of other parameters.
+        """
+        moments: dict[int, dict[str, Tensor]] = {}
+        for number, saved in state["state"].items():
+            weight = self.weights[number]
+            if any(value.dim() and value.shape != weight.shape for value in saved.values()):
+                raise ValueError(f"moments of parameter {number} of the {self.name} have another shape")
+            moments[number] = {
+                key: shard_like(value, weight) if value.dim() else value for key, value in saved.items()
             }
-            for number, saved in state["state"].items()
-        }
         self.optimizer.load_state_dict({**state, "state": moments})
 
 
@@ -337,13 +342,13 @@ class Trainer:
 
     def state(self) -> checkpoint.CheckpointState:
         """Everything that a step changes."""
-        tensors: dict[str, Mapping[str, Tensor]] = {"ema": self.ema.shadow}
+        tensors: dict[str, Mapping[str, Tensor]] = {checkpoint.AVERAGE: self.ema.shadow}
         tensors |= {role.name: self.backbone.state_dict_of(role.name) for role in self.optimizers}
         return checkpoint.CheckpointState(
             step=self.step,
             tensors=tensors,
             optimizers={role.name: role.optimizer.state_dict() for role in self.optimizers},
-            extra={**self.metrics.state(), "alarms": self.alarms.state(), "rollbacks": self.rollbacks},
+            loop=LoopState(dict(self.metrics.sums), self.metrics.steps, self.alarms.state(), self.rollbacks),
         )
 
     def resume(self) -> None:
@@ -353,15 +358,15 @@ class Trainer:
             self.metrics.restart()
             return
         state = checkpoint.load(path, self._sharded_tensors() if self.sharded else None)
-        self.step = state.step
-        for role in self.optimizers:
-            self.backbone.load_state_dict_of(role.name, state.tensors[role.name])
-            role.load_optimizer(state.optimizers[role.name])
-        self.ema.load(state.tensors["ema"])
-        self.metrics.resume(state.step, state.extra)
-        self.rollbacks = state.extra.get("rollbacks", 0)  # the first checkpoints of 0.1 have neither
-        if "alarms" in state.extra:
-            self.alarms.resume(state.extra["alarms"])
+        with checkpoint.readable(path, checkpoint.DAMAGED):
+            for role in self.optimizers:
+                self.backbone.load_state_dict_of(role.name, state.tensors[role.name])
+                role.load_optimizer(state.optimizers[role.name])
+            self.ema.load(state.tensors[checkpoint.AVERAGE])
+        self.step, self.rollbacks = state.step, state.loop.rollbacks
+        self.metrics.resume(state.step, state.loop.sums, state.loop.steps)
+        if state.loop.alarms is not None:
+            self.alarms.resume(state.loop.alarms)
 
     def _sharded_tensors(self) -> dict[str, Tensor]:
         """For every tensor of a checkpoint, one that is sharded as it shall be."""

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from anyflow_cli.cli.app import main
-from anyflow_cli.runs.open import CHECKPOINT_FORMAT
+from anyflow_cli.runs.checkpoint import CHECKPOINT_FORMAT
 from tests.train.small import same_run
 
 
@@ -154,6 +154,6 @@ def test_a_run_of_another_version_whose_recipe_is_unknown_names_that_version(
     before = shutil.copytree(begun, begun.parent / "before")
     assert train(recipe, begun.parents[1], 3) == 2
     sentence, hint = said(capsys)
-    assert "was begun by anyflow 9.9.9" in sentence
+    assert "was started by anyflow 9.9.9" in sentence
     assert "pip install anyflow==9.9.9" in hint
     assert {p.name for p in begun.rglob("*")} == {p.name for p in before.rglob("*")}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,16 +13,30 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from anyflow_cli.errors import AnyflowError
-from anyflow_cli.runs.checkpoint import CheckpointState, begin, load, newest, save
-from anyflow_cli.runs.open import CHECKPOINT_FORMAT
+from anyflow_cli.errors import AnyflowError, UsageError
+from anyflow_cli.runs.checkpoint import (
+    CHECKPOINT_FORMAT,
+    AlarmState,
+    CheckpointState,
+    LoopState,
+    begin,
+    complete,
+    discard_after,
+    load,
+    newest,
+    save,
+    trained_names,
+    trained_weights,
+)
+
+LOOP = LoopState({"loss": (1.5, 2)}, 2, AlarmState(0.5, None, {"static": 3}, {"static": 1}), 1)
 
 
 def state(step: int) -> CheckpointState:
     weight = torch.full((2, 3), float(step))
     optimizer = {"state": {0: {"step": torch.tensor(1.0), "exp_avg": weight}}, "param_groups": [{"lr": 0.1}]}
     return CheckpointState(
-        step, {"student": {"a.b": weight}, "ema": {"a.b": 2 * weight}}, {"student": optimizer}, {"n": 1}
+        step, {"student": {"a.b": weight}, "ema": {"a.b": 2 * weight}}, {"student": optimizer}, LOOP
     )
 
 
@@ -32,7 +47,7 @@ def names(directory: Path) -> list[str]:
 def test_round_trip(tmp_path: Path) -> None:
     back = load(save(tmp_path, state(7), keep=2))
     assert back.step == 7
-    assert back.extra == {"n": 1}
+    assert back.loop == LOOP
     assert torch.equal(back.tensors["student"]["a.b"], torch.full((2, 3), 7.0))
     assert torch.equal(back.tensors["ema"]["a.b"], torch.full((2, 3), 14.0))
     assert torch.equal(back.optimizers["student"]["state"][0]["exp_avg"], torch.full((2, 3), 7.0))
@@ -103,18 +118,145 @@ def test_a_full_disk_keeps_the_checkpoint_before(
     assert names(tmp_path) == ["step-000002"]
 
 
+FOREIGN = (
+    "step-000030-backup",
+    "step-best",
+    "step-0000030",
+    "step-30",
+    "step-000030.old",
+    ".step-best.partial",
+)
+
+
+def test_folders_of_other_names_are_neither_read_nor_removed(tmp_path: Path) -> None:
+    whole = save(tmp_path, state(1), keep=9)
+    for name in FOREIGN:
+        shutil.copytree(whole, tmp_path / name)
+    assert complete(tmp_path) == [whole]
+    for step in (2, 3, 4):
+        save(tmp_path, state(step), keep=1)
+    discard_after(tmp_path / "step-000003")
+    assert names(tmp_path) == sorted(FOREIGN)
+    assert all(names(tmp_path / name) == names(tmp_path / "step-best") for name in FOREIGN)
+    assert (tmp_path / "step-best" / "COMPLETE").exists()
+
+
+def test_files_of_the_user_outlive_the_checkpoint_they_are_in(tmp_path: Path) -> None:
+    first = save(tmp_path, state(1), keep=1)
+    (first / "notes.txt").write_text("best so far")
+    (first / "samples").mkdir()
+    save(tmp_path, state(2), keep=1)
+    save(tmp_path, state(3), keep=1)
+    assert names(first) == ["notes.txt", "samples"]
+    assert complete(tmp_path) == [tmp_path / "step-000003"]
+
+
+def test_a_link_to_a_checkpoint_elsewhere_is_read_and_its_files_are_kept(tmp_path: Path) -> None:
+    elsewhere = save(tmp_path / "elsewhere", state(1), keep=1)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "step-000001").symlink_to(elsewhere)
+    assert newest(tmp_path / "run") == tmp_path / "run" / "step-000001"
+    for step in (2, 3):
+        save(tmp_path / "run", state(step), keep=1)
+    assert load(elsewhere).step == 1
+
+
+def test_what_version_0_1_half_removed_is_cleared(tmp_path: Path) -> None:
+    left = save(tmp_path, state(2), keep=9)
+    (left / "COMPLETE").unlink()
+    (left / "ema.safetensors").unlink()
+    save(tmp_path, state(2), keep=9)
+    assert load(left).step == 2
+
+
+DAMAGE: dict[str, Callable[[bytes], bytes]] = {
+    "cut": lambda content: content[: len(content) // 2],
+    "empty": lambda content: b"",
+    "zeros": lambda content: bytes(len(content)),
+    "first byte": lambda content: bytes([content[0] ^ 0x5A]) + content[1:],
+    "text": lambda content: b"not what it was",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
 @pytest.mark.parametrize("file", ["student.safetensors", "optimiser-student.pt", "state.json"])
-def test_damage_is_named(tmp_path: Path, file: str) -> None:
+def test_damage_is_named_with_one_code(tmp_path: Path, file: str, damage: str) -> None:
     path = save(tmp_path, state(1), keep=1)
-    whole = (path / file).read_bytes()
-    (path / file).write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(AnyflowError, match="is damaged"):
+    (path / file).write_bytes(DAMAGE[damage]((path / file).read_bytes()))
+    with pytest.raises(UsageError, match=rf"{path}.* is (damaged|not valid JSON)") as error:
+        load(path)
+    assert "continues from the previous one" in (error.value.hint or "")
+
+
+@pytest.mark.parametrize("read", [trained_weights, trained_names])
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_average_is_named_with_the_same_code(
+    tmp_path: Path, read: Callable[[Path], object], damage: str
+) -> None:
+    path = save(tmp_path, state(1), keep=1)
+    average = path / "ema.safetensors"
+    average.write_bytes(DAMAGE[damage](average.read_bytes()))
+    with pytest.raises(UsageError, match="is damaged"):
+        read(path)
+
+
+def test_an_absent_file_is_named(tmp_path: Path) -> None:
+    path = save(tmp_path, state(1), keep=1)
+    (path / "optimiser-student.pt").unlink()
+    with pytest.raises(UsageError, match=r"optimiser-student\.pt"):
+        load(path)
+
+
+def test_a_file_without_permission_is_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = save(tmp_path, state(1), keep=1)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path / "ema.safetensors"))
+
+    monkeypatch.setattr("anyflow_cli.runs.checkpoint.load_file", refuse)
+    for read in (load, trained_weights):
+        with pytest.raises(PermissionError, match=r"ema\.safetensors"):
+            read(path)
+
+
+WRONG: list[tuple[tuple[str, ...], Any]] = [
+    (("format",), "1"), (("format",), None), (("step",), -0.5), (("step",), "7"), (("tensors",), "student"),
+    (("tensors",), [3]), (("tensors",), ["../../other"]), (("tensors",), ["absent"]), (("optimisers",), {}),
+    (("optimisers",), ["/etc/passwd"]), (("optimiser_settings",), []), (("extra",), None),
+    (("extra", "sums"), [1]), (("extra", "sums"), {"loss": 3}), (("extra", "sums"), {"loss": [1, 2, 3]}),
+    (("extra", "steps"), "many"), (("extra", "alarms"), {"norm": "high"}), (("extra", "rollbacks"), [1]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("keys", "value"), WRONG)
+def test_a_state_with_a_wrong_field_is_refused(tmp_path: Path, keys: tuple[str, ...], value: Any) -> None:
+    path = save(tmp_path, state(1), keep=1)
+    content = json.loads((path / "state.json").read_text())
+    parent = content
+    for key in keys[:-1]:
+        parent = parent[key]
+    parent[keys[-1]] = value
+    (path / "state.json").write_text(json.dumps(content))
+    with pytest.raises(UsageError) as error:
+        load(path)
+    assert str(path) in error.value.message
+
+
+@pytest.mark.parametrize("key", ["format", "step", "tensors", "optimisers", "extra"])
+def test_a_state_without_a_field_names_it(tmp_path: Path, key: str) -> None:
+    path = save(tmp_path, state(1), keep=1)
+    content = json.loads((path / "state.json").read_text())
+    del content[key]
+    (path / "state.json").write_text(json.dumps(content))
+    with pytest.raises(UsageError, match=rf"state\.json is damaged: {key}: Field required"):
         load(path)
 
 
 def test_a_newer_format_is_refused(tmp_path: Path) -> None:
+    """Whatever else its state holds."""
     path = save(tmp_path, state(1), keep=1)
-    record = json.loads((path / "state.json").read_text())
-    (path / "state.json").write_text(json.dumps(record | {"format": CHECKPOINT_FORMAT + 1}))
-    with pytest.raises(AnyflowError, match="newer anyflow"):
+    (path / "state.json").write_text(json.dumps({"format": CHECKPOINT_FORMAT + 1, "tensors": {"all": 1}}))
+    with pytest.raises(UsageError, match="newer anyflow"):
         load(path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import replace
 from pathlib import Path
@@ -44,7 +43,7 @@ def test_a_warning_is_given_once_and_survives_a_restart(caplog: pytest.LogCaptur
         alarms.look(1, GOOD)
         alarms.look(2, GOOD | {"sample_power": 3.0})
         again = Alarms(schema.AlarmsSection(patience=2))
-        again.resume(json.loads(json.dumps(alarms.state())))
+        again.resume(alarms.state())
         for step in (3, 4, 5):
             again.look(step, GOOD | {"sample_power": 3.0})
     assert [record.message for record in caplog.records] == [

@@ -50,13 +50,13 @@ def test_resumed_rows_are_those_of_an_undisturbed_run(tmp_path: Path) -> None:
     first = metrics(tmp_path)
     for step in (1, 2, 3):
         first.add(step, {"loss": 0.1 * step})
-    saved = json.loads(json.dumps(first.state()))  # as the checkpoint of step 3 keeps it
+    sums, steps = dict(first.sums), first.steps  # as the checkpoint of step 3 keeps them
     for step in (4, 5, 6):
         first.add(step, {"loss": -1.0})  # lost with the kill
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 8, "lo')
     second = metrics(tmp_path)
-    second.resume(3, saved)
+    second.resume(3, sums, steps)
     for step in (4, 5, 6):
         second.add(step, {"loss": 0.1 * step})
     undisturbed = metrics(tmp_path / "other")
@@ -91,10 +91,10 @@ def test_tensorboard_hides_the_rows_that_a_resumed_run_writes_again(tmp_path: Pa
     first.restart()
     for step in (1, 2):
         first.add(step, {"loss": 1.0})
-    state = first.state()
+    sums, steps = dict(first.sums), first.steps
     first.add(3, {"loss": 1.0})
     again = Metrics(tmp_path, 1, writes=True, tensorboard=True)
-    again.resume(2, state)
+    again.resume(2, sums, steps)
     again.add(3, {"loss": 7.0})
     assert shown(tmp_path) == [(1, 1.0), (2, 1.0), (3, 7.0)]
 
