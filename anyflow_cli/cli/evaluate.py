@@ -16,10 +16,9 @@ from anyflow_cli.runs.paths import RunPaths
 
 if TYPE_CHECKING:
     from anyflow_cli.evaluate.generate import EvaluationJob
-    from anyflow_cli.evaluate.protocol import Protocol
-    from anyflow_cli.evaluate.run import FinishedEvaluation
+    from anyflow_cli.evaluate.registry import ProtocolOutline
+    from anyflow_cli.evaluate.run import EvaluationRequest, FinishedEvaluation
     from anyflow_cli.evaluate.store import OtherVariants
-    from anyflow_cli.recipe.schema import Recipe
     from anyflow_cli.runs.open import ModelChoice
 
 MEGABYTE = 1e6
@@ -73,63 +72,62 @@ def evaluate(
     if export is not None and settings.evaluate.suite == "shapes":
         raise UsageError("--export is for the VBench suites.", "Add --suite vbench, or omit --export.")
 
-    from anyflow_cli.evaluate.external_videos import prepare_external
-    from anyflow_cli.evaluate.registry import protocol_for
-    from anyflow_cli.evaluate.run import check_total, prepare_evaluation
-    from anyflow_cli.runs.resources import Given, find_model, inputs, is_ready, require_inputs
+    from anyflow_cli.evaluate.run import EvaluationRequest, check_total
+    from anyflow_cli.runs.resources import is_ready, require_inputs
 
-    protocol = protocol_for(settings, prompts, limit)
     paths = RunPaths(runs, settings.name)
-    directory = out or paths.evaluate
+    request = EvaluationRequest(settings, paths, model, videos, prompts, limit, out)
+    size = request.check()
     if compare is not None:
-        return _compare(settings, protocol, compare, directory, dry_run=dry_run, as_json=as_json)
-    if videos is not None:
-        needs = inputs(settings, paths, "evaluate", Given(data=videos))
-        require_inputs(needs)
-        job = prepare_external(settings, protocol, videos, directory)
-    else:
-        choice, needs = find_model(settings, paths, model), inputs(settings, paths, "evaluate", Given(model))
+        return _compare(request, size, compare, dry_run=dry_run, as_json=as_json)
+    needs, choice = request.resources(), request.choice
+    if choice is not None:
         log.info("Model: %s (%s)", *choice)
-        if dry_run and not is_ready(needs):
-            facts = _planned_facts(settings, protocol, choice, directory)
-            return print_dry_run("evaluate", facts, needs, as_json=as_json)
-        require_inputs(needs)
-        job = prepare_evaluation(settings, protocol, choice, directory)
+    if dry_run and not is_ready(needs):
+        return print_dry_run("evaluate", _planned_facts(request, size, choice), needs, as_json=as_json)
+    require_inputs(needs)
+    job = request.job()
     if dry_run:
         return print_dry_run("evaluate", _facts(job), needs, as_json=as_json)
     if start_processes(settings.launch):
         return None
     finished = _run(job, export=export, prune=prune)
     if finished is not None:
-        _show(finished, directory, prune=prune, as_json=as_json)
+        _show(finished, job.out, prune=prune, as_json=as_json)
         if fail_below is not None:
             check_total(finished.evaluation, fail_below)
 
 
 def _compare(
-    settings: Recipe,
-    protocol: Protocol,
+    request: EvaluationRequest,
+    size: ProtocolOutline,
     addresses: tuple[str, str],
-    out: Path,
     *,
     dry_run: bool,
     as_json: bool,
 ) -> None:
     """Evaluate those of the two that are models, and compare."""
+    from anyflow_cli.evaluate.registry import suite_resources
     from anyflow_cli.evaluate.report.tables import comparison_table
     from anyflow_cli.evaluate.run import compare_and_report, prepare_comparison
+    from anyflow_cli.runs.resources import is_ready, require_inputs
 
-    jobs = prepare_comparison(settings, protocol, addresses, out)
+    needs = suite_resources(request.recipe)
+    if dry_run and not is_ready(needs):
+        return print_dry_run("evaluate", _planned_facts(request, size, None), needs, as_json=as_json)
+    require_inputs(needs)
+    protocol = request.protocol()
+    jobs = prepare_comparison(request.recipe, protocol, addresses, request.directory)
     if dry_run:
         facts = {address: _facts(jobs[address]) if address in jobs else "finished" for address in addresses}
         return print_dry_run("evaluate", facts, as_json=as_json)
-    if jobs and start_processes(settings.launch):
+    if jobs and start_processes(request.recipe.launch):
         return None
     finished = {address: _run(job) for address, job in jobs.items()}
     evaluated = {address: one.evaluation for address, one in finished.items() if one is not None}
     if len(evaluated) < len(jobs):
         return None  # one of the other processes
-    found, written = compare_and_report(protocol, addresses, evaluated, out)
+    found, written = compare_and_report(protocol, addresses, evaluated, request.directory)
     files = {name: str(path) for name, path in written.items()}
     print_result(found.as_json() | {"files": files}, as_json=as_json, text=comparison_table(found))
 
@@ -174,20 +172,28 @@ def _report_others(others: OtherVariants, out: Path, *, pruned: bool) -> None:
                  ", ".join(path.name for path in others.kept))  # fmt: skip
 
 
-def _planned_facts(settings: Recipe, protocol: Protocol, choice: ModelChoice, out: Path) -> dict[str, object]:
-    """What a dry run reports where a model is not on this machine yet."""
+def _planned_facts(
+    request: EvaluationRequest, size: ProtocolOutline, choice: ModelChoice | None
+) -> dict[str, object]:
+    """What a dry run reports where a model or the suite's environment is not on this machine yet."""
+    settings = request.recipe
+    facts: dict[str, object] = {
+        "suite": size.suite,
+        "dimensions": size.dimensions,
+        "comparable": size.is_complete,
+        "prompts": size.prompts,
+    }
+    if choice is None:
+        return facts | {"videos": size.videos, "out": str(request.directory)}
     counts = tuple(dict.fromkeys(settings.evaluate.nfe))
     beside = settings.evaluate.teacher and settings.evaluate.task == "t2v"
-    return {
-        "suite": protocol.suite.name,
-        "comparable": not protocol.deviations,
-        "prompts": len(protocol.prompts),
+    return facts | {
         "model": choice.address,
         "reason": choice.why,
         "nfe": counts,
         "teacher": settings.model.teacher if beside else "not evaluated",
-        "videos": len(protocol.requests) * (len(counts) + beside),
-        "out": out,
+        "videos": size.videos * (len(counts) + beside),
+        "out": str(request.directory),
     }
 
 

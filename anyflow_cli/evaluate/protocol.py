@@ -148,6 +148,7 @@ class EvaluatedModel:
         lineage: Content of ``lineage.json``.
         partition: Latent frames of each chunk; None for a bidirectional model.
         sampler: Requested sampler; None for that of its kind.
+        scheduler: Scheduler of its pipeline folder, which the sampler replaces.
     """
 
     address: str
@@ -157,6 +158,7 @@ class EvaluatedModel:
     lineage: dict[str, Any]
     partition: tuple[int, ...] | None = None
     sampler: Method | None = None
+    scheduler: str | None = None
 
 
 @dataclass(frozen=True)
@@ -225,7 +227,9 @@ def evaluated_model(choice: ModelChoice, recipe: Recipe, sampler: Method | None 
         partition = partition_for(info.causal, latent_frames(recipe.model.frames))
     weights = json_sha256([_content_hash(source) for source in info.sources])
     teacher = not info.two_time and sampler in (None, "euler")
-    return EvaluatedModel(choice.address, choice.why, teacher, weights, info.lineage, partition, sampler)
+    return EvaluatedModel(
+        choice.address, choice.why, teacher, weights, info.lineage, partition, sampler, info.scheduler
+    )
 
 
 def variant(
@@ -262,6 +266,7 @@ class ModelCard(BaseModel):
     weights: str | dict[str, str] = ""  # 0.1 put VBench's weights here, in place of the model's hash
     steps: int | None = None
     sampler: str | None = None
+    scheduler: str | None = None  # of the model's folder, which the sampler replaces
     guidance: float | None = None
     negative_prompt: str | None = None
     shift: float | None = None
@@ -340,6 +345,7 @@ def _model_card(one: Variant, assessment: Assessment) -> ModelCard:
         address=one.model.address,
         reason=one.model.reason,
         lineage=one.model.lineage,
+        scheduler=one.model.scheduler,
         **asdict(one.settings),
         **({} if assessment.notes is None else asdict(assessment.notes)),
     )

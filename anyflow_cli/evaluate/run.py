@@ -17,7 +17,7 @@ import numpy as np
 from anyflow_cli.errors import AnyflowError, UsageError
 from anyflow_cli.evaluate.bootstrap import Draws, draw_totals, interval, trend
 from anyflow_cli.evaluate.compare import Comparison, compare, is_finished, read_side, side_of
-from anyflow_cli.evaluate.external_videos import score_external_videos
+from anyflow_cli.evaluate.external_videos import prepare_external, score_external_videos
 from anyflow_cli.evaluate.generate import (
     SINGLE_PROCESS,
     EvaluationJob,
@@ -40,6 +40,7 @@ from anyflow_cli.evaluate.protocol import (
     protocol_card,
     variant,
 )
+from anyflow_cli.evaluate.registry import ProtocolOutline, outline, protocol_for, suite_resources
 from anyflow_cli.evaluate.results import Evaluation, Measured
 from anyflow_cli.evaluate.store import (
     EvaluationDirectory,
@@ -51,10 +52,67 @@ from anyflow_cli.evaluate.store import (
 from anyflow_cli.evaluate.suite import Assessment, SuiteClip, VideoScore, result_of
 from anyflow_cli.recipe.schema import Recipe
 from anyflow_cli.runs.open import ModelChoice
+from anyflow_cli.runs.paths import RunPaths
+from anyflow_cli.runs.resources import Given, Resource, find_model, inputs
 from anyflow_cli.sample.sampler import VideoSampler
 from anyflow_cli.utils.distributed import default_device
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class EvaluationRequest:
+    """What the command line asks for.
+
+    Attributes:
+        recipe: The recipe with its overrides.
+        paths: Directories of the recipe.
+        model: Address of the model; None for the furthest one trained.
+        videos: Directory of videos to score instead of sampling any.
+        prompts: File of the user's own prompts.
+        limit: Only so many prompts.
+        out: Directory of the evaluation, if not the recipe's.
+    """
+
+    recipe: Recipe
+    paths: RunPaths
+    model: str | None = None
+    videos: Path | None = None
+    prompts: Path | None = None
+    limit: int | None = None
+    out: Path | None = None
+
+    @property
+    def directory(self) -> Path:
+        """Directory of the evaluation."""
+        return self.out or self.paths.evaluate
+
+    @property
+    def choice(self) -> ModelChoice | None:
+        """The model; None where videos are scored."""
+        return find_model(self.recipe, self.paths, self.model) if self.videos is None else None
+
+    def check(self) -> ProtocolOutline:
+        """Check options and directory without loading anything; return the size of the protocol."""
+        EvaluationDirectory(self.directory).check()
+        return outline(self.recipe, self.prompts, self.limit)
+
+    def resources(self) -> list[Resource]:
+        """Everything the evaluation reads before it starts."""
+        given = Given(self.model, self.videos)
+        return [*suite_resources(self.recipe), *inputs(self.recipe, self.paths, "evaluate", given)]
+
+    def protocol(self) -> Protocol:
+        """Prompts, seeds and suite."""
+        return protocol_for(self.recipe, self.prompts, self.limit)
+
+    def job(self) -> EvaluationJob:
+        """The evaluation with its models described."""
+        choice, protocol = self.choice, self.protocol()
+        if choice is not None:
+            return prepare_evaluation(self.recipe, protocol, choice, self.directory)
+        assert self.videos is not None
+        return prepare_external(self.recipe, protocol, self.videos, self.directory)
 
 
 def prepare_evaluation(recipe: Recipe, protocol: Protocol, choice: ModelChoice, out: Path) -> EvaluationJob:
@@ -72,8 +130,13 @@ def prepare_evaluation(recipe: Recipe, protocol: Protocol, choice: ModelChoice, 
         log.info("The teacher is omitted: %s is not conditioned on images.", recipe.model.teacher)
     elif recipe.evaluate.teacher:
         teacher = ModelChoice(recipe.model.teacher, f"the teacher of recipe {recipe.name}")
-        steps = recipe.sample.teacher_steps
-        beside = variant(evaluated_model(teacher, recipe), steps, protocol, recipe, reference=True)
+        described, steps = evaluated_model(teacher, recipe), recipe.sample.teacher_steps
+        if described.scheduler is not None:
+            log.info(
+                "The teacher is sampled with Euler at shift %g; its own scheduler is %s.",
+                recipe.model.shift, described.scheduler,
+            )  # fmt: skip
+        beside = variant(described, steps, protocol, recipe, reference=True)
         variants += [beside] if beside.key not in {one.key for one in variants} else []
     return EvaluationJob(recipe, protocol, tuple(variants), out)
 

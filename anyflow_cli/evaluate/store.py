@@ -17,9 +17,9 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from anyflow_cli.errors import UsageError
 from anyflow_cli.evaluate.protocol import Variant, VideoRequest
@@ -39,6 +39,9 @@ VARIANT_FILE = re.compile(
     rf"|{ANSWERS}(/(work(/.*)?|[a-z0-9_]+(\.json|\.error\.txt)))?",
     re.DOTALL,
 )
+URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/")  # pathlib makes one slash of two
+_Count = Annotated[int, Field(ge=0, lt=2**63)]
+_Seconds = Annotated[float, Field(ge=0, le=1e12, allow_inf_nan=False)]
 BY_HAND = "Move it away, or use another --out."
 
 
@@ -62,13 +65,13 @@ class VideoRecord:
     prompt: str
     seed: int
     file: str
-    size: int
+    size: _Count
     digest: str
-    network: float
-    decode: float
-    batch: int
+    network: _Seconds
+    decode: _Seconds
+    batch: _Count
     score: VideoScore
-    made: float
+    made: _Seconds
 
 
 def size_and_digest(path: Path) -> tuple[int, str]:
@@ -236,7 +239,7 @@ class EvaluationDirectory:
 
     def check(self) -> None:
         """Raise a UsageError if a report would replace a file that anyflow did not write."""
-        if "://" in str(self.path):
+        if URL.match(str(self.path)):
             raise UsageError(f"{self.path} is not a local directory.", "Give a local directory to --out.")
         if self.path.exists() and not self.path.is_dir():
             raise UsageError(f"{self.path} is a file, not a directory.", "Give a directory to --out.")

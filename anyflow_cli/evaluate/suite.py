@@ -11,10 +11,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Annotated, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
 from anyflow_cli.recipe.schema import ModelSection
 
@@ -23,6 +24,7 @@ Image = NDArray[np.uint8]  # (H, W, 3)
 TEXT_TO_VIDEO = {"quality": 4.0, "semantic": 1.0}  # weights of the groups in VBench's Total
 IMAGE_TO_VIDEO = {"quality": 1.0, "i2v": 1.0}  # the same of VBench-I2V
 NO_PROMPT = "no prompt names it"
+RawScore = Annotated[float, Field(ge=-1e6, le=1e6, allow_inf_nan=False)]
 
 
 @dataclass(frozen=True)
@@ -48,11 +50,11 @@ class VideoScore:
         pieces: Raw scores of the frames of each latent frame, in order; empty where the suite has none.
     """
 
-    scores: dict[str, float]
+    scores: dict[str, RawScore]
     right: dict[str, bool] = field(default_factory=dict)
-    features: tuple[float, ...] = ()
+    features: tuple[RawScore, ...] = ()
     notes: dict[str, float] = field(default_factory=dict)
-    pieces: tuple[dict[str, float], ...] = ()
+    pieces: tuple[dict[str, RawScore], ...] = ()
 
 
 @dataclass(frozen=True)

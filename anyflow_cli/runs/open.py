@@ -26,6 +26,8 @@ from anyflow_cli.model.network import FlowMapTransformer
 from anyflow_cli.model.pipeline_io import (
     ADAPTER_CONFIG,
     FROZEN,
+    INDEX,
+    PipelineIndex,
     component,
     has_components,
     load_network,
@@ -46,6 +48,7 @@ from anyflow_cli.runs.checkpoint import (
 from anyflow_cli.runs.lineage import TrainingRun, run_of
 from anyflow_cli.runs.paths import LINEAGE, MODEL, RECIPE
 from anyflow_cli.utils.files import read_json
+from anyflow_cli.utils.records import read_record
 
 
 class ModelChoice(NamedTuple):
@@ -91,6 +94,14 @@ class ModelInfo:
     def shift(self) -> float:
         """Timestep shift the model was made for."""
         return read_shift(self.pipeline) if self.run is None else self.run.recipe.model.shift
+
+    @property
+    def scheduler(self) -> str | None:
+        """Class and shift of the pipeline's scheduler, which anyflow's samplers replace; None without one."""
+        if not (self.pipeline / "scheduler").is_dir() or not (self.pipeline / INDEX).is_file():
+            return None
+        index = read_record(self.pipeline / INDEX, PipelineIndex)
+        return f"{index.scheduler[1]}, shift {read_shift(self.pipeline):g}"
 
 
 def model_problems(address: str) -> list[str]:

@@ -180,3 +180,67 @@ def test_models_with_random_weights_are_evaluated_end_to_end(
     assert all(
         0 < entry["seconds"]["network"] < entry["seconds"]["with_decoding"] for entry in found["scores"]
     )
+
+
+@pytest.fixture
+def bare_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A machine without models, weights or VBench's environment."""
+    monkeypatch.setenv("ANYFLOW_VBENCH", str(tmp_path / "no environment"))
+    monkeypatch.setenv("VBENCH_CACHE_DIR", str(tmp_path / "no weights"))
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "no hub"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("options", "prompts", "videos", "complete"),
+    [
+        (["--suite", "vbench"], 944, 6220, True),
+        (["--suite", "vbench", "--set", "evaluate.vbench.flickering=5"], 944, 4720, True),
+        (["--suite", "vbench", "--set", "evaluate.vbench.dimensions=[scene,color]"], 171, 855, True),
+        (["--suite", "vbench", "--limit", "20"], 20, 100, False),
+        (["--suite", "vbench", "--set", "evaluate.samples=1"], 944, 944, False),
+        (["--suite", "vbench-i2v"], 1118, 5590, True),
+    ],
+)
+def test_a_dry_run_of_vbench_needs_neither_environment_nor_model(
+    bare_machine: Path, capsys: Capture, options: list[str], prompts: int, videos: int, complete: bool
+) -> None:
+    command = ["evaluate", "-r", "causal14b", *options, "--nfe", "4", "--set", "evaluate.teacher=false"]
+    assert app.main([*command, "--dry-run", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["prompts"], facts["videos"], facts["comparable"]) == (prompts, videos, complete)
+    assert len(facts["dimensions"]) == (9 if "vbench-i2v" in options else 16)
+    needs = {need["name"]: need for need in facts["needs"]}
+    assert needs["VBench environment"]["state"] == "missing"
+    assert "anyflow doctor --fix vbench" in needs["VBench environment"]["how_to_get_it"]
+    assert needs["VBench weights"]["state"] == "optional"
+    assert needs.keys() >= ({"VBench-I2V prompts", "VBench-I2V images"} if "vbench-i2v" in options else set())
+    assert list(bare_machine.iterdir()) == []
+
+
+def test_without_an_environment_vbench_is_refused_with_the_next_step(
+    bare_machine: Path, capsys: Capture
+) -> None:
+    assert app.main(["evaluate", "--suite", "vbench"]) == 2
+    shown = capsys.readouterr().err.replace("\n", " ")
+    assert "There is no VBench environment at" in shown
+    assert "Create it with `anyflow doctor --fix vbench`" in shown
+    assert app.main(["evaluate", "--suite", "vbench", "--compare", "a", "b", "--dry-run"]) == 0
+    assert list(bare_machine.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--set", "evaluate.samples=1000000000"],
+        ["--set", "evaluate.prompts=1000000000"],
+        ["--suite", "vbench", "--set", "evaluate.samples=1000000000"],
+        ["--seed", str(2**63 - 5)],
+    ],
+)
+def test_more_videos_or_seeds_than_there_can_be_are_refused_at_once(
+    bare_machine: Path, capsys: Capture, options: list[str]
+) -> None:
+    assert app.main(["evaluate", *options, "--dry-run"]) == 2
+    assert "evaluate" in capsys.readouterr().err

@@ -23,7 +23,7 @@ from anyflow_cli.utils.files import write_json
 from anyflow_cli.utils.records import read_record
 
 
-class _RawScore(BaseModel):
+class _Answer(BaseModel):
     score: float
 
 
@@ -80,4 +80,4 @@ def _result(job: EvaluationJob, one: Measured, dimension: str, names: dict[Path,
         for path, record in zip(one.files, one.records, strict=True)
         if dimension in record.score.scores and path in names
     ]
-    return [read_record(answer, _RawScore).score, videos]
+    return [read_record(answer, _Answer).score, videos]

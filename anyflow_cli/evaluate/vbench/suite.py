@@ -23,6 +23,7 @@ from anyflow_cli.evaluate.suite import (
     Assessment,
     Dimension,
     Image,
+    RawScore,
     ScoringNotes,
     SuiteClip,
     VideoPixels,
@@ -166,8 +167,8 @@ class _KeptAnswer:
     """
 
     asked: str
-    score: float | None
-    videos: list[float | None]
+    score: RawScore | None
+    videos: list[RawScore | None]
     versions: dict[str, str]
     weights: dict[str, str]
 

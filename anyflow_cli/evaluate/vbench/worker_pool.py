@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 from pydantic_core import to_json
 
 from anyflow_cli.errors import AnyflowError
+from anyflow_cli.evaluate.suite import RawScore
 from anyflow_cli.utils.records import parse_record, read_record
 
 WORKER = Path(__file__).with_name("worker.py")
@@ -50,8 +51,8 @@ class DimensionAnswer:
         weights: SHA-256 of each file of weights.
     """
 
-    score: float | None
-    videos: dict[str, float]
+    score: RawScore | None
+    videos: dict[str, RawScore]
     versions: dict[str, str]
     weights: dict[str, str]
 
