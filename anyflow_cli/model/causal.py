@@ -16,7 +16,7 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as nnf
@@ -28,6 +28,9 @@ from anyflow_cli.model.conditioned import Conditioned
 from anyflow_cli.model.config import CausalConfig, NetworkConfig
 from anyflow_cli.model.layout import Layout, Segment
 from anyflow_cli.model.network import FlowMapTransformer, on_meta
+
+if TYPE_CHECKING:
+    from anyflow_cli.recipe import schema
 
 FAR = "far_patch_embedding"
 
@@ -48,6 +51,35 @@ class Chunk:
 def chunks_of(partition: Sequence[int]) -> tuple[Chunk, ...]:
     """Chunks of a partition, in order."""
     return tuple(Chunk(sum(partition[:i]), frames) for i, frames in enumerate(partition))
+
+
+def resolved_chunks(
+    stored: CausalConfig, recipe: schema.CausalSection | None, source: object
+) -> tuple[CausalConfig, str | None]:
+    """Chunks that a causal model samples with, and a message where its files and the recipe differ in them.
+
+    Another partition than the trained one changes every video. A model's own partition is used where its
+    files state one, as all that this package saves do; else the recipe's, or the published models' default.
+
+    Args:
+        stored: Causal configuration from the model's files.
+        recipe: Causal section of the recipe; None in a bidirectional recipe.
+        source: Model, for the message.
+    """
+    unstated = f"{source} states no chunk_partition"
+    if not stored.is_stated and recipe is None:
+        return stored, f"{unstated}; AnyFlow's default is used: {_listed(stored.partition)}."
+    if recipe is None or recipe.partition == stored.partition:
+        return stored, None
+    if not stored.is_stated:
+        used = replace(stored, partition=recipe.partition)
+        return used, f"{unstated}; the recipe's is used: {_listed(used.partition)}."
+    trained = f"{source} was trained with chunks of {_listed(stored.partition)} latent frames"
+    return stored, f"{trained}, which sampling uses; the recipe trains with {_listed(recipe.partition)}."
+
+
+def _listed(partition: Sequence[int]) -> str:
+    return ", ".join(map(str, partition))
 
 
 def partition_for(causal: CausalConfig, frames: int) -> tuple[int, ...]:
@@ -91,9 +123,8 @@ def split_after(partition: Sequence[int], given: int) -> tuple[int, ...]:
 def check_partition(partition: Sequence[int], frames: int) -> None:
     """Refuse a partition that does not sum to ``frames`` latent frames."""
     if sum(partition) != frames or min(partition, default=0) < 1:
-        shown = ", ".join(str(n) for n in partition)
         raise UsageError(
-            f"Chunks of {shown} latent frames do not make up a video of {frames}.",
+            f"Chunks of {_listed(partition)} latent frames do not make up a video of {frames}.",
             f"Give chunks of at least one frame each that sum to {frames}.",
         )
 

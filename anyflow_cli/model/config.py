@@ -191,8 +191,9 @@ class NetworkConfig:
             config |= {
                 "compressed_patch_size": [1, *self.causal.compressed_patch],
                 "full_chunk_limit": self.causal.full_chunks,
-                "chunk_partition": list(self.causal.partition),
             }
+            if self.causal.is_stated:
+                config["chunk_partition"] = list(self.causal.partition)
         return config
 
 

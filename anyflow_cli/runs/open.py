@@ -8,8 +8,10 @@ sampled and exported while its training goes on.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +20,7 @@ from torch import Tensor
 
 from anyflow_cli.errors import UsageError
 from anyflow_cli.model.backbone import start_network
-from anyflow_cli.model.causal import FAR
+from anyflow_cli.model.causal import FAR, resolved_chunks
 from anyflow_cli.model.config import CausalConfig
 from anyflow_cli.model.folder_check import check_folder
 from anyflow_cli.model.lora import LoraSize, MergedNetwork
@@ -49,6 +51,8 @@ from anyflow_cli.runs.lineage import TrainingRun, run_of
 from anyflow_cli.runs.paths import LINEAGE, MODEL, RECIPE
 from anyflow_cli.utils.files import read_json
 from anyflow_cli.utils.records import read_record
+
+log = logging.getLogger(__name__)
 
 
 class ModelChoice(NamedTuple):
@@ -127,10 +131,15 @@ def describe(address: str, recipe: Recipe) -> ModelInfo:
     pipeline = path if is_pipeline else resolve_pipeline(recipe.model.teacher)
     lineage = read_json(path / LINEAGE) if (path / LINEAGE).is_file() else {}
     config = read_config(path)
+    causal = config.causal
+    if causal is not None:
+        causal, message = resolved_chunks(causal, recipe.model.causal, path)
+        if message:
+            _warn_once(message)
     sources: tuple[Path, ...] = (path,) if is_pipeline else (path, pipeline)
     if is_pipeline and path.is_file():
         sources = (path, *(component(path, name) for name in FROZEN))
-    return ModelInfo(path, pipeline, config.two_time, config.causal, lineage, sources)
+    return ModelInfo(path, pipeline, config.two_time, causal, lineage, sources)
 
 
 def _describe_checkpoint(path: Path) -> ModelInfo:
@@ -152,9 +161,15 @@ def open_model(address: str, recipe: Recipe, dtype: torch.dtype | None = torch.f
     info = describe(address, recipe)
     if info.run is None:
         network = load_network(info.path, dtype)
+        network.config = replace(network.config, causal=info.causal)
     else:
         network = _checkpoint_weights(info, info.run).load(dtype)
     return OpenedModel(network, info.pipeline, info.lineage, info.shift)
+
+
+@cache
+def _warn_once(message: str) -> None:
+    log.warning(message)
 
 
 def weight_source(info: ModelInfo) -> WeightSource:

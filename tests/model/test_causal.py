@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -16,12 +17,14 @@ from anyflow_cli.model.causal import (
     check_partition,
     partition_for,
     remembered_for,
+    resolved_chunks,
     split_after,
     teacher_forcing,
 )
 from anyflow_cli.model.conditioned import Conditioned
 from anyflow_cli.model.config import CausalConfig
 from anyflow_cli.model.network import FlowMapTransformer
+from anyflow_cli.recipe import schema
 from tests.model.helpers import Inputs, distance, inputs, ours, theirs
 from tests.tiny_pipeline import sizes
 
@@ -180,3 +183,28 @@ def test_beyond_the_trained_length_no_more_is_remembered_than_was_ever_seen() ->
     causal = CausalConfig(full_chunks=3, partition=(1, 3, 3, 3, 3, 3, 3, 2))
     assert [remembered_for(causal, frames) for frames in (5, 21, 22, 81)] == [None, None, 5, 5]
     assert remembered_for(CausalConfig(full_chunks=3, partition=(1, 1)), 9) == 0
+
+
+@pytest.mark.parametrize(
+    ("stated", "recipe", "used", "words"),
+    [
+        (
+            True,
+            (1, 2, 2),
+            (1, 3),
+            "trained with chunks of 1, 3 latent frames, .* trains with 1, 2, 2",
+        ),
+        (True, (1, 3), (1, 3), None),
+        (True, None, (1, 3), None),
+        (False, (1, 2, 2), (1, 2, 2), "states no chunk_partition; the recipe's is used: 1, 2, 2"),
+        (False, None, (1, 3), "states no chunk_partition; AnyFlow's default is used: 1, 3"),
+    ],
+)
+def test_chunks_that_recipe_and_model_do_not_agree_on_are_named(
+    stated: bool, recipe: tuple[int, ...] | None, used: tuple[int, ...], words: str | None
+) -> None:
+    causal = CausalConfig(full_chunks=2, partition=(1, 3), is_stated=stated)
+    section = None if recipe is None else schema.CausalSection(partition=recipe)
+    result, message = resolved_chunks(causal, section, "model")
+    assert (result.partition, result.full_chunks) == (used, 2)
+    assert message is None if words is None else re.search(words, str(message))
