@@ -31,7 +31,7 @@ from anyflow_cli.utils.distributed import rank, world_size
 
 OnProgress = Callable[[int], None]  # called with the number of finished videos
 
-LOCK = ".lock"
+LOCK = ".anyflow-evaluation.lock"
 POLL_SECONDS = 2.0  # between looks at what other processes have finished
 STALL_SECONDS = 1800.0  # without a new video, after which other processes count as lost
 BITS_PER_PIXEL = 0.25  # of an mp4 at preview quality, to estimate sizes before there are any
@@ -141,6 +141,8 @@ class EvaluationJob:
 def exclusive(out: Path) -> Iterator[None]:
     """Lock the directory of an evaluation against a second one; the lock of a dead process is void."""
     out.mkdir(parents=True, exist_ok=True)
+    if (out / LOCK).is_symlink() or ((out / LOCK).exists() and not (out / LOCK).is_file()):
+        raise UsageError(f"{out / LOCK} is not a regular file.", "Remove it, or use another --out.")
     with (out / LOCK).open("a+") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -54,7 +54,7 @@ def test_scores_are_shown_and_a_report_is_written(
     out = tmp_path / "runs" / "tiny" / "evaluate"
     assert (out / "report.html").stat().st_size > 50_000
     assert {path.name for path in out.iterdir() if path.is_file()} == {
-        ".anyflow-evaluation.json", ".lock", "report.html", "results.json",
+        ".anyflow-evaluation.json", ".anyflow-evaluation.lock", "report.html", "results.json",
         "scores.md", "scores.png", "scores.tex",
     }  # fmt: skip
 

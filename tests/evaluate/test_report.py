@@ -98,6 +98,14 @@ def test_a_result_that_is_not_comparable_is_marked_everywhere(hostile: Evaluatio
     assert "ot comparable" not in render_page(found, SUITE) + shown(found)
 
 
+def test_no_file_has_control_characters(hostile: Evaluation) -> None:
+    card = hostile.card.model_copy(update={"deviations": ("own prompts from \x1b]0;x\x07.txt",)})
+    evaluation = replace(hostile, card=card)
+    for text in (markdown(evaluation), latex(evaluation)):
+        assert "\x1b" not in text
+        assert r"own prompts from \x1b]0;x\x07.txt" in text
+
+
 def test_a_missing_dimension_leaves_no_total(hostile: Evaluation) -> None:
     summary = hostile.as_json()["scores"][0]
     assert summary["total"] is None

@@ -13,9 +13,16 @@ from safetensors.torch import save_file
 from anyflow_cli.data.video import ClipFormat, read_clip
 from anyflow_cli.errors import AnyflowError, UsageError
 from anyflow_cli.evaluate.generate import exclusive
-from anyflow_cli.evaluate.protocol import SamplingSettings, Variant, evaluated_model, variant
+from anyflow_cli.evaluate.protocol import (
+    SamplingSettings,
+    Variant,
+    evaluated_model,
+    protocol_card,
+    variant,
+)
 from anyflow_cli.evaluate.results import Evaluation
 from anyflow_cli.evaluate.run import prepare_evaluation, run_evaluation
+from anyflow_cli.evaluate.suite import Assessment, ScoringNotes
 from anyflow_cli.recipe.compare import dump
 from anyflow_cli.recipe.schema import ModelSection, Recipe
 from anyflow_cli.runs.open import ModelChoice
@@ -233,6 +240,29 @@ def test_the_card_has_everything_needed_to_repeat_the_numbers(whole: Evaluation)
     assert card["versions"].keys() >= {"anyflow", "torch", "diffusers"}
     for entry in card["models"].values():
         assert entry.keys() >= {"weights", "sampler", "steps", "guidance", "shift", "precision", "lineage"}
+
+
+def test_the_suites_notes_do_not_replace_the_models_hash(tmp_path: Path) -> None:
+    """Version 0.1 put the weights of VBench under the key of the model's own."""
+    job = make_job(tmp_path, nfe=(1,), teacher=False)
+    notes = ScoringNotes(("scene",), False, {"vbench": "0.1.5"}, {"caption_model/x.pth": "f" * 64})
+    card = protocol_card(job.protocol, job.variants, job.recipe, [Assessment([], {}, notes=notes)])
+    (entry,) = card.models.values()
+    assert entry.weights == job.variants[0].model.weights
+    assert entry.vbench_weights == {"caption_model/x.pth": "f" * 64}
+
+
+def test_the_card_names_the_scheduler_that_the_sampler_replaces(tmp_path: Path) -> None:
+    job = make_job(tmp_path, nfe=(1,))
+    folder = tmp_path / "teacher" / "scheduler"
+    folder.mkdir()
+    (folder / "scheduler_config.json").write_text('{"_class_name": "Some", "flow_shift": 3.0}')
+    before, after = job.variants[1], make_job(tmp_path, nfe=(1,)).variants[1]
+    assert before.model.scheduler is None
+    assert after.model.scheduler == "Some, shift 3"
+    assert settings_of(after).sampler == "guided Euler"
+    card = protocol_card(job.protocol, [after], job.recipe, [Assessment([], {})])
+    assert card.as_json()["models"][after.key]["scheduler"] == "Some, shift 3"
 
 
 def test_other_prompts_have_another_hash(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from anyflow_cli.evaluate.protocol import ProtocolCard
 from anyflow_cli.evaluate.results import NOT_COMPARABLE, Evaluation, Measured, share_of_teacher
 from anyflow_cli.evaluate.vbench.dimensions import GROUPS
 from anyflow_cli.evaluate.vbench.published import published, published_source
+from anyflow_cli.utils.user_text import escaped
 
 NO_VALUE = "-"
 
@@ -91,7 +92,7 @@ def markdown(evaluation: Evaluation) -> str:
     parts = [headline(evaluation), _pipes(heads, *rows), conclusions(evaluation)]
     if others := published_rows(evaluation.card.suite):
         parts += [f"Published: {published_source()}", _pipes(*others)]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    return escaped("\n\n".join(part for part in parts if part) + "\n")
 
 
 def _pipes(heads: list[str], *rows: list[str]) -> str:
@@ -110,7 +111,7 @@ def latex(evaluation: Evaluation) -> str:
     ]
     comments = [headline(evaluation), *conclusions(evaluation).splitlines()]
     return "\n".join([
-        *(f"% {' '.join(line.split())}" for line in comments),
+        *(f"% {' '.join(escaped(line).split())}" for line in comments),
         rf"\begin{{tabular}}{{l{'r' * len(columns)}}}", r"\toprule", lines[0], r"\midrule", *lines[1:],
         r"\bottomrule", r"\end{tabular}", "",
     ])  # fmt: skip

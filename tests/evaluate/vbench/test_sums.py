@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 
 from anyflow_cli.evaluate.suite import compute_summary, total_score
-from anyflow_cli.evaluate.vbench.dimensions import GROUPS, I2V, T2V, VBENCH_DIMENSIONS, Benchmark
+from anyflow_cli.evaluate.vbench.dimensions import (
+    GROUPS,
+    I2V,
+    T2V,
+    VBENCH_DIMENSIONS,
+    Benchmark,
+    prompt_and_video_counts,
+)
 from anyflow_cli.evaluate.vbench.published import PublishedRow, published
 
 CHECK = {  # percent; the benchmark's own script gives 85.09, 75.82 and 83.24
@@ -61,6 +68,25 @@ def test_the_dimensions_have_the_weights_of_the_benchmark() -> None:
         {("vbench", "quality"): 6.5, ("vbench", "semantic"): 9, ("vbench-i2v", "quality"): 5.5,
          ("vbench-i2v", "i2v"): 2.1}
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "counts"),
+    [
+        (
+            "vbench",
+            {"subject_consistency": 72, "scene": 86, "overall_consistency": 93},
+        ),
+        ("vbench-i2v", {"i2v_subject": 246, "i2v_background": 109, "camera_motion": 763}),
+    ],
+)
+def test_prompts_are_counted_for_any_choice_of_dimensions(
+    benchmark: Benchmark, counts: dict[str, int]
+) -> None:
+    names = [dimension.name for dimension in VBENCH_DIMENSIONS[benchmark]]
+    assert all(prompt_and_video_counts(benchmark, [name])[0] > 0 for name in names)
+    assert {name: prompt_and_video_counts(benchmark, [name])[0] for name in counts} == counts
+    assert prompt_and_video_counts(benchmark, names) == prompt_and_video_counts(benchmark)
 
 
 def rows() -> list[tuple[Benchmark, PublishedRow]]:
