@@ -69,7 +69,7 @@ def _encode_videos(data: Path | None, recipe: Recipe, paths: RunPaths, dry_run: 
         if not dry_run and recipe.finetune.world is not None:
             draw_clips(data, recipe.finetune.world, recipe.finetune.clips)
     out = paths.finetune_data
-    job = prepare_synthesis(recipe, out, data)
+    job = prepare_synthesis(recipe, out, data, dry_run=dry_run, choose_another="--runs")
     todo = job.videos_left()
     if not todo and (out / MANIFEST).exists():
         return out

@@ -189,6 +189,13 @@ PreviewsOption = Annotated[
     bool | None,
     _option("Keep an mp4 of every video in the shards.", "--previews/--no-previews", panel=_RECIPE),
 ]
+DataOutOption = Annotated[
+    str | None,
+    _option(
+        "Directory of the data set, instead of the one under --runs; --verify takes any address (s3://, hf://).",
+        "--out", metavar="DIR", panel=_OUTPUT,
+    ),
+]  # fmt: skip
 VerifyOption = Annotated[
     bool, _option("Check a finished data set: hashes, shapes and values.", "--verify", panel=_OUTPUT)
 ]

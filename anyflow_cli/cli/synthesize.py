@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from anyflow_cli.cli import options
 from anyflow_cli.cli.console import facts_table, print_dry_run, print_result
+from anyflow_cli.cli.launch import start_processes
 from anyflow_cli.cli.progress import Progress
 from anyflow_cli.errors import AnyflowError, UsageError
 from anyflow_cli.runs.paths import RunPaths
+from anyflow_cli.utils.distributed import is_main_process, world_size
 
 if TYPE_CHECKING:
     from anyflow_cli.synthesize.job import SynthesisJob
@@ -25,8 +27,9 @@ def synthesize(
     from_videos: options.FromVideosOption = None,
     previews: options.PreviewsOption = None,
     seed: options.SeedOption = None,
+    processes: options.ProcessesOption = None,
     assignments: options.SetOption = None,
-    out: options.OutOption = None,
+    out: options.DataOutOption = None,
     runs: options.RunsOption = options.DEFAULT_RUNS,
     verify: options.VerifyOption = False,
     dry_run: options.DryRunOption = False,
@@ -37,80 +40,78 @@ def synthesize(
 
     The same command continues a data set that was stopped: only missing shards are made.
     """
-    _refuse_together({"--from-videos": from_videos, "--prompts": prompts})
-    _refuse_together({"--from-videos": from_videos, "--count": count})
+    for option, value in (("--prompts", prompts), ("--count", count)):
+        if from_videos is not None and value is not None:
+            raise UsageError(f"--from-videos and {option} cannot be used together.", f"Omit {option}.")
     overrides = {
         "--prompts": ("data.prompts", None if prompts is None else str(prompts)),
         "--count": ("synthesize.count", count),
         "--previews": ("synthesize.previews", previews),
         "--seed": ("synthesize.seed", seed),
+        "--nproc": ("launch.processes", processes),
     }
     settings = options.load_settings(recipe, assignments, overrides)
     paths = RunPaths(runs, settings.name)
-    directory = out or paths.data
     if verify:
-        return _verify(directory, as_json=as_json)
+        return _verify(out or settings.data.path or str(paths.data), as_json=as_json)
+    if out is not None and "://" in out:
+        raise UsageError(f"{out} is not a local directory.", "Write locally with --out DIR, then upload it.")
     from anyflow_cli.runs.resources import Given, can_start, inputs, require_inputs
     from anyflow_cli.synthesize.job import prepare_synthesis
 
+    directory = paths.data if out is None else Path(out)
     needs = inputs(settings, paths, "synthesize", Given(data=from_videos))
     if dry_run and prompts is None and not can_start(needs):
         return print_dry_run("synthesize", {"data": directory}, needs, as_json=as_json)
     require_inputs(needs)
-    job = prepare_synthesis(settings, directory, from_videos)
+    if not dry_run and start_processes(settings.launch):
+        return None
+    job = prepare_synthesis(settings, directory, from_videos, dry_run=dry_run)
     if dry_run:
         return print_dry_run("synthesize", _facts(job), needs, as_json=as_json)
     _run(job, as_json=as_json)
 
 
 def _run(job: SynthesisJob, *, as_json: bool) -> None:
-    from anyflow_cli.synthesize.run import run_synthesis as run
+    from anyflow_cli.synthesize.run import run_synthesis
 
     with Progress("synthesize", job.videos_left(), "videos") as progress:
-        report = run(job, progress.update)
+        waits = is_main_process() and world_size() > 1  # so that its report is that of all
+        report = run_synthesis(job, progress.update, wait=waits)
     values = {
         "data": report.out, "samples": report.samples, "wanted": report.wanted, "shards": report.shards,
         "made": report.made, "rejected": report.reasons, "complete": report.complete,
     }  # fmt: skip
-    shown = facts_table(values | {"rejected": _counted(report.reasons)})
-    print_result(values, as_json=as_json, text=shown)
+    rejected = ", ".join(f"{count} {reason}" for reason, count in report.reasons.items()) or "none"
+    print_result(values, as_json=as_json, text=facts_table(values | {"rejected": rejected}))
 
 
-def _verify(directory: Path, *, as_json: bool) -> None:
-    from anyflow_cli.data.shards import read_manifest
+def _verify(address: str, *, as_json: bool) -> None:
+    from anyflow_cli.data.shards import parse_manifest
     from anyflow_cli.data.verify import verify
 
-    with Progress("verify", len(read_manifest(directory).shards), "shards") as progress:
-        found = verify(directory, lambda record: progress.update(progress.done + 1))
-    values = {"data": directory, "shards": found.shards, "samples": found.samples, "problems": found.problems}
+    with Progress("verify", len(parse_manifest(address).shards), "shards") as progress:
+        found = verify(address, lambda record: progress.update(progress.done + 1))
+    values = {"data": address, "shards": found.shards, "samples": found.samples, "problems": found.problems}
     print_result(values, as_json=as_json, text=facts_table(values | {"problems": len(found.problems)}))
     for problem in found.problems:
         log.warning("%s", problem)
     if found.problems:
         number = len(found.problems)
         raise AnyflowError(
-            f"The data set {directory} has {number} problem{'s' * (number > 1)}.",
+            f"The data set {address} has {number} problem{'s' * (number > 1)}.",
             "Remove the shards named above and run `anyflow synthesize` again: it makes what is missing.",
         )
 
 
 def _facts(job: SynthesisJob) -> dict[str, Any]:
-    made, done = job.recipe.synthesize, sum(record is not None for record in job.records())
-    teacher = {"teacher": job.teacher, "evaluations a video": f"{made.steps} x 2"}
+    made, complete = job.recipe.synthesize, sum(record is not None for record in job.records())
+    teacher = {"teacher": job.teacher, "evaluations per video": f"{made.steps} x 2"}
     prompts = job.recipe.data.prompts or f"captions of the world '{job.recipe.data.world}'"
     return {
         "data": job.out,
         "videos": len(job.captions),
         **({"prompts": prompts, **teacher} if job.clips is None else {"source": "real clips"}),
         "shards": len(job.ranges),
-        "complete already": done,
+        "complete already": complete,
     }
-
-
-def _counted(reasons: dict[str, int]) -> str:
-    return ", ".join(f"{count} {reason}" for reason, count in reasons.items()) or "none"
-
-
-def _refuse_together(options: dict[str, object]) -> None:
-    if all(value is not None for value in options.values()):
-        raise UsageError(f"{' and '.join(options)} cannot be used together.", "Leave one of them out.")

@@ -214,7 +214,7 @@ def write_manifest(
 # --- reading
 
 
-def read_record(path: Path) -> ShardRecord | None:
+def read_shard_record(path: Path) -> ShardRecord | None:
     """Read the record of a complete shard; None if the shard has to be made.
 
     Raises:

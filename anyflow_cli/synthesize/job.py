@@ -1,13 +1,13 @@
-"""What a data set is to be, settled and checked before a model is loaded: captions, clips, provenance.
+"""What a data set will contain, settled and checked before a model is loaded: captions, clips, provenance.
 
-The provenance holds everything that decides the bytes of a data set. It is written into the directory before
-the first shard, so that the same command continues there and any other is refused with the keys that differ.
+The provenance holds everything that determines the bytes of a data set. It is written into the directory
+before the first shard, so that the same command continues there and any other is refused with the keys that
+differ.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,20 +18,27 @@ import torch
 import anyflow_cli
 from anyflow_cli.data.clips import ClipFile, list_clips
 from anyflow_cli.data.prompts import read_prompts, world_captions
-from anyflow_cli.data.shards import PROVENANCE, ShardRecord, read_record, shard_path, shard_ranges
+from anyflow_cli.data.shards import PROVENANCE, ShardRecord, read_shard_record, shard_path, shard_ranges
 from anyflow_cli.errors import UsageError
-from anyflow_cli.model.pipeline_io import resolve_pipeline
+from anyflow_cli.model.pipeline_io import pipeline_files, resolve_pipeline
 from anyflow_cli.model.precision import resolve_precision
 from anyflow_cli.recipe.schema import Recipe
+from anyflow_cli.synthesize.content_hashes import ContentHashes
 from anyflow_cli.utils.distributed import default_device, rank, world_size
+from anyflow_cli.utils.files import json_sha256
 from anyflow_cli.utils.hub import is_hub_name
+from anyflow_cli.utils.records import read_record
 
-NOTES = ("recipe", "anyflow")  # of the provenance: worth knowing, but no reason to refuse a directory
+NOTES = ("recipe", "anyflow")  # in the provenance for people; a difference is no reason to refuse
+CONTENTS = ("encoder_files", "transformer_files", "clip_files")  # missing in data sets of version 0.1
+ENCODERS = ("text_encoder", "tokenizer", "vae")
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class SynthesisJob:
-    """What will be made and where. ``clips`` is None when the teacher makes the videos."""
+    """What will be made, and in which directory. ``clips`` is None when the teacher samples the videos."""
 
     recipe: Recipe
     out: Path
@@ -45,119 +52,167 @@ class SynthesisJob:
         return shard_ranges(len(self.captions), self.recipe.synthesize.shard_size)
 
     def records(self) -> list[ShardRecord | None]:
-        """What is complete already, by shard."""
-        return [read_record(shard_path(self.out, number)) for number in range(len(self.ranges))]
+        """Records of the complete shards, None for the others."""
+        return [read_shard_record(shard_path(self.out, number)) for number in range(len(self.ranges))]
 
     def missing(self) -> list[int]:
-        """The shards still to be made. Each process begins at others, so that few find theirs taken."""
+        """Shards still to be made, in an order of this process's own, so that few find theirs locked."""
         first, step = rank(), world_size()
         missing = [number for number, record in enumerate(self.records()) if record is None]
         return sorted(missing, key=lambda number: ((number - first) % step, number))
 
     def videos_left(self) -> int:
-        """Videos of the shards still to be made, by whichever process."""
+        """Videos of the shards still to be made, by any process."""
         return sum(len(self.ranges[number]) for number in self.missing())
 
     @property
     def teacher(self) -> str:
-        """Address of the pipeline that makes the videos, or encodes the clips."""
+        """Address of the pipeline that samples the videos, or encodes the clips."""
         return str(self.provenance["model"])
 
     @property
     def stored(self) -> torch.dtype:
-        """Latents keep the precision they are made in: at full scale fp32 would be 2 TB where bf16 is 1."""
+        """Latents are stored in the precision they are made in: at full scale 1 TB in bf16, 2 in fp32."""
         return torch.bfloat16 if self.provenance["precision"] == "bf16" else torch.float32
 
 
-def prepare_synthesis(recipe: Recipe, out: Path, videos: Path | None = None) -> SynthesisJob:
-    """Read prompts or list videos, and make sure that ``out`` is free or holds this very data set."""
+def prepare_synthesis(
+    recipe: Recipe,
+    out: Path,
+    videos: Path | None = None,
+    *,
+    dry_run: bool = False,
+    choose_another: str = "--out or --runs",
+) -> SynthesisJob:
+    """Read prompts or list videos, and check that ``out`` is free or holds this very data set.
+
+    Args:
+        recipe: What to make.
+        out: Directory of the data set.
+        videos: Directory of clips; without it the teacher samples.
+        dry_run: Hash model and clips only if there is a data set to compare with.
+        choose_another: Options that choose another directory, for the hint.
+
+    Raises:
+        UsageError: No caption can be used, the teacher is missing, or ``out`` holds something else.
+    """
     clips = None if videos is None else list_clips(videos)
     if clips is None:
         captions = _captions(recipe)
-        _check_teacher(recipe.synthesize.teacher or recipe.model.teacher)
+        address = recipe.synthesize.teacher or recipe.model.teacher
     else:
-        captions = [clip.caption or "" for clip in clips]
-    job = SynthesisJob(recipe, out, captions, clips, _provenance(recipe, captions, clips, videos))
-    _check_directory(job)
-    return job
+        captions, address = [clip.caption or "" for clip in clips], recipe.model.teacher
+        _check_captions(clips, videos)
+    if not is_hub_name(address):  # a model of the Hub is downloaded later: a dry run loads nothing
+        resolve_pipeline(address)
+    provenance = _provenance(recipe, address, captions, clips, videos)
+    is_begun = (out / PROVENANCE).exists()
+    if is_begun or not dry_run:
+        _check_directory(out, provenance, choose_another)
+        hashes = ContentHashes(out)
+        provenance |= _contents(address, clips, videos, hashes)
+        if is_begun and not dry_run:
+            hashes.save()
+    _check_directory(out, provenance, choose_another)
+    return SynthesisJob(recipe, out, captions, clips, provenance)
+
+
+def _check_captions(clips: Sequence[ClipFile], videos: Path | None) -> None:
+    missing = sum(clip.caption is None for clip in clips)
+    if missing == len(clips):
+        raise UsageError(
+            f"None of the {missing} videos in {videos} has a caption that can be used.",
+            "Write NAME.txt beside each, or one captions.csv with the columns file and caption.",
+        )
+    if missing:
+        log.warning("%s: %d of %d videos are left out, without a caption.", videos, missing, len(clips))
 
 
 def _captions(recipe: Recipe) -> list[str]:
-    """One caption an index: the prompts over and over until there are ``count``, or captions of the world."""
-    wanted = recipe.synthesize.count
+    """One caption per index: prompts, repeated until there are ``count``, or captions of the world."""
+    count = recipe.synthesize.count
     if recipe.data.prompts is not None:
         prompts = read_prompts(recipe.data.prompts)
-        return [prompts[index % len(prompts)] for index in range(wanted or len(prompts))]
-    if wanted is None:
+        return [prompts[index % len(prompts)] for index in range(count or len(prompts))]
+    if count is None:
         raise UsageError(
-            f"The captions of the world '{recipe.data.world}' have no end.",
-            "Say how many videos with --count.",
+            f"The world '{recipe.data.world}' has captions without end.",
+            "Set the number of videos with --count.",
         )
-    return world_captions(recipe.data.world, wanted, recipe.synthesize.seed)
-
-
-def _check_teacher(address: str) -> None:
-    """A local teacher must be there; one of the Hub is fetched later, since a dry run loads nothing."""
-    if not is_hub_name(address):
-        resolve_pipeline(address)
+    return world_captions(recipe.data.world, count, recipe.synthesize.seed)
 
 
 def _provenance(
-    recipe: Recipe, captions: Sequence[str], clips: Sequence[ClipFile] | None, videos: Path | None
+    recipe: Recipe,
+    address: str,
+    captions: Sequence[str],
+    clips: Sequence[ClipFile] | None,
+    videos: Path | None,
 ) -> dict[str, Any]:
-    """Everything that decides the bytes of the data set, and a few notes. The batch size does not."""
+    """Settings that determine the bytes of the data set, and a few notes. The batch size does not."""
     model, made = recipe.model, recipe.synthesize
-    teacher = (made.teacher or model.teacher) if clips is None else model.teacher
     common = {
         "anyflow": anyflow_cli.__version__, "recipe": recipe.name,
         "kind": "teacher" if clips is None else "videos",
-        "model": teacher, "height": model.height, "width": model.width, "frames": model.frames,
+        "model": address, "height": model.height, "width": model.width, "frames": model.frames,
         "fps": model.fps, "max_text_tokens": model.max_text_tokens, "negative_prompt": model.negative_prompt,
         "precision": resolve_precision(model.precision, default_device()), "count": len(captions),
-        "shard_size": made.shard_size, "previews": made.previews, "captions": _hash(captions),
+        "shard_size": made.shard_size, "previews": made.previews, "captions": json_sha256(list(captions)),
     }  # fmt: skip
     if clips is None:
         return common | {
-            "steps": made.steps,
-            "guidance": made.guidance,
-            "shift": model.shift,
-            "seed": made.seed,
-        }
+            "steps": made.steps, "guidance": made.guidance, "shift": model.shift, "seed": made.seed
+        }  # fmt: skip
     assert videos is not None
-    listed = [(clip.path.relative_to(videos).as_posix(), clip.path.stat().st_size) for clip in clips]
-    return common | {"videos": _hash(listed)}
+    listed = [[clip.path.relative_to(videos).as_posix(), clip.path.stat().st_size] for clip in clips]
+    return common | {"videos": json_sha256(listed)}
 
 
-def _hash(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest()
+def _contents(
+    address: str, clips: Sequence[ClipFile] | None, videos: Path | None, hashes: ContentHashes
+) -> dict[str, str]:
+    """Hashes of the model's files and of the clips."""
+    path = resolve_pipeline(address)
+    files = {path.name: path} if path.is_file() else pipeline_files(path)
+    encoders = {name: file for name, file in files.items() if name.partition("/")[0] in ENCODERS}
+    contents = {"encoder_files": hashes.combined(encoders)}
+    if clips is None:
+        network = {name: file for name, file in files.items() if name not in encoders and "/" in name}
+        contents["transformer_files"] = hashes.combined(network or files)
+    else:
+        assert videos is not None
+        named = {clip.path.relative_to(videos).as_posix(): clip.path for clip in clips}
+        contents["clip_files"] = hashes.combined(named)
+    return contents
 
 
-def _check_directory(job: SynthesisJob) -> None:
+def _check_directory(out: Path, provenance: Mapping[str, Any], choose_another: str) -> None:
     """Refuse a directory that holds something else, with the keys that differ."""
-    out = job.out
     if out.exists() and not out.is_dir():
-        raise UsageError(f"{out} is a file, not a directory.", "Choose another --out.")
+        raise UsageError(f"{out} is a file, not a directory.", f"Choose another {choose_another}.")
     path = out / PROVENANCE
     if not path.exists():
         if out.is_dir() and any(not entry.name.startswith(".") for entry in out.iterdir()):
             raise UsageError(
-                f"{out} holds files that are no data set.", "Choose an empty or new directory with --out."
+                f"{out} contains files that are not a data set.",
+                f"Choose an empty or new directory with {choose_another}.",
             )
         return
-    try:
-        there = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise UsageError(f"{path} cannot be read.", "Choose another --out.") from error
+    there = read_record(path, dict[str, Any], f"Choose another {choose_another}.")
     keys = [
-        k for k in {**there, **job.provenance} if k not in NOTES and there.get(k) != job.provenance.get(k)
+        key
+        for key in {**there, **provenance}
+        if key not in NOTES
+        and there.get(key) != provenance.get(key)
+        and (key not in CONTENTS or (key in there and key in provenance))
     ]
     if keys:
         named = ", ".join(
-            f"{key} ({_short(there.get(key))} there, {_short(job.provenance.get(key))} now)" for key in keys
+            f"{key} ({_short(there.get(key))} there, {_short(provenance.get(key))} now)" for key in keys
         )
         raise UsageError(
             f"{out} holds another data set; it differs in {named}.",
-            "Choose another --out or --runs, remove that directory, or go back to its settings.",
+            f"Choose another {choose_another}, remove that directory, or restore its settings and files.",
         )
 
 

@@ -1,12 +1,11 @@
-"""Data sets of latents: teacher videos from prompts, or real clips, as shards.
+"""Synthesis of data sets: teacher videos from prompts, or real clips, encoded as shards of latents.
 
-``run_synthesis`` makes the missing shards of a job. A shard is the unit of everything: of work between
-processes (``shard_locks``; they need not talk), of a kill (a process loses its open shard at
-most), of repetition (same seeds, same bytes). Whoever completes the last shard writes the manifest.
+``run_synthesis`` makes the missing shards of a job. Everything goes by shard: work is divided between
+processes by ``shard_locks``, without communication; a killed process loses at most its open shard; equal
+seeds give equal bytes. The process that completes the last shard writes the manifest.
 
-A video that fails the checks is made again from the next seed of its index, three seeds in all; each failure
-stands in the shard's record with its reason. The teacher samples with guidance at N steps, 2 evaluations
-each.
+A video that fails the checks is sampled again from the next seed of its index, three seeds in all; each
+failure is in the shard's record with its reason. The teacher samples with guidance, 2 evaluations per step.
 
 Legend: B batch, F latent frames, C channels, H W latent height and width, L text tokens, D text width; a
 video is (T, 3, height, width) in [0, 1].
@@ -18,6 +17,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Protocol
@@ -33,7 +33,7 @@ from anyflow_cli.data.shards import (
     PROVENANCE,
     LatentSample,
     Rejection,
-    read_record,
+    read_shard_record,
     shard_path,
     write_manifest,
     write_negative,
@@ -57,14 +57,14 @@ from anyflow_cli.synthesize.shard_locks import LOCK_FILE, ShardLocks
 from anyflow_cli.utils.distributed import default_device, rank, world_size
 from anyflow_cli.utils.files import clear_leftovers, write_json
 
-TRIES = 3
+SEEDS_PER_VIDEO = 3
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class SynthesisReport:
-    """How a data set stands when this process is done with it."""
+    """State of a data set when this process is done with it."""
 
     out: Path
     wanted: int
@@ -81,64 +81,73 @@ class SynthesisReport:
 
 
 class SampleSource(Protocol):
-    """Where samples come from."""
+    """A source of samples."""
 
     negative: Tensor  # (L, D), not padded
 
     def results(self, indices: range) -> Iterator[LatentSample | Rejection]:
-        """The samples of these indices in order, and each candidate that was turned down."""
+        """Yield the samples of these indices in order, and each rejected candidate."""
+
+    def report(self) -> None:
+        """Log counts of what was done so far."""
 
 
 def run_synthesis(
-    job: SynthesisJob, on_progress: Callable[[int], None] = lambda settled: None
+    job: SynthesisJob, on_progress: Callable[[int], None] = lambda finished: None, *, wait: bool = False
 ) -> SynthesisReport:
     """Make missing shards until none is left that no other process makes.
 
-    ``on_progress`` hears how many videos are settled so far, those of other processes by whole shards.
+    Args:
+        job: What to make.
+        on_progress: Called with the number of videos finished so far, those of other processes by shard.
+        wait: Wait for the shards of other processes, and take over those of a process that dies.
     """
-    if _is_whole(job):
-        return _report(job, 0)
-    with ShardLocks(job.out, rank(), world_size()) as claims:
-        with claims.everything():
+    if _is_complete(job):
+        return _state(job, 0)
+    with ShardLocks(job.out, rank(), world_size()) as locks:
+        with locks.shared_files():
             write_json(job.out / PROVENANCE, job.provenance)
-        made = _make_missing(job, claims, on_progress)
-        with claims.everything():
-            report = _report(job, made)
+        made = _make_missing(job, locks, on_progress, wait=wait)
+        with locks.shared_files():
+            report = _state(job, made)
             if report.complete:
                 _complete(job)
     if not report.complete:
-        log.info("What is missing is being made by other processes, or left for the next start.")
+        log.info("Other processes are making the remaining shards, or the next start will.")
     return report
 
 
-def _is_whole(job: SynthesisJob) -> bool:
-    """Whether a data set lacks nothing."""
+def _is_complete(job: SynthesisJob) -> bool:
     shards = [shard_path(job.out, number) for number in range(len(job.ranges))]
     files = [job.out / MANIFEST, job.out / NEGATIVE, *map(index_path, shards)]
     return all(file.exists() for file in files) and not job.missing()
 
 
-def _make_missing(job: SynthesisJob, claims: ShardLocks, on_progress: Callable[[int], None]) -> int:
-    """Make every missing shard that no other process makes; gives their number."""
+def _make_missing(
+    job: SynthesisJob, locks: ShardLocks, on_progress: Callable[[int], None], *, wait: bool
+) -> int:
+    """Make every missing shard that no other process makes; return their number."""
     made, wanted = 0, job.videos_left()
     source: SampleSource | None = None
-    for number in job.missing():
+    for waits, number in product((False, True) if wait else (False,), job.missing()):
         path, indices = shard_path(job.out, number), job.ranges[number]
-        with claims.shard(number) as is_mine:
-            if is_mine and read_record(path) is None:  # another process may have made it meanwhile
+        with locks.shard(number, wait=waits) as is_mine:
+            if is_mine and read_shard_record(path) is None:  # another process may have just made it
                 source = source or _source(job)
                 clear_leftovers(job.out, path.stem)
                 before = wanted - job.videos_left()
-                write_shard(path, _watched(source.results(indices), indices, before, on_progress))
+                write_shard(path, _counted(source.results(indices), indices, before, on_progress))
                 made += 1
-    with claims.everything():
+    with locks.shared_files():
         if not (job.out / NEGATIVE).exists():
             write_negative(job.out, (source or _source(job)).negative)
+    if source is not None:
+        source.report()
     return made
 
 
 def _complete(job: SynthesisJob) -> None:
-    """Write what a whole data set has: the manifest, and the index of each shard that came without."""
+    """Write the files of a complete data set: missing indices and the manifest."""
     records = [record for record in job.records() if record is not None]
     for path in (job.out / record.name for record in records):
         if not index_path(path).exists():
@@ -148,8 +157,7 @@ def _complete(job: SynthesisJob) -> None:
     (job.out / LOCK_FILE).unlink(missing_ok=True)
 
 
-def _report(job: SynthesisJob, made: int) -> SynthesisReport:
-    """How the data set stands now."""
+def _state(job: SynthesisJob, made: int) -> SynthesisReport:
     found = job.records()
     records = [record for record in found if record is not None]
     rejected = tuple(entry for record in records for entry in record.rejected)
@@ -158,13 +166,13 @@ def _report(job: SynthesisJob, made: int) -> SynthesisReport:
     return SynthesisReport(job.out, len(job.captions), samples, len(records), made, complete, rejected)
 
 
-def _watched(
+def _counted(
     results: Iterator[LatentSample | Rejection],
     indices: range,
     before: int,
     on_progress: Callable[[int], None],
 ) -> Iterator[LatentSample | Rejection]:
-    """Pass results on, and tell how many videos are settled: those of earlier shards and these."""
+    """Pass results on and report the number of finished videos, in earlier shards and this one."""
     done = before
     for result in results:
         yield result
@@ -176,11 +184,11 @@ def _watched(
 
 
 def _source(job: SynthesisJob) -> SampleSource:
-    return TeacherSource(job) if job.clips is None else VideoSource(job, job.clips)
+    return TeacherSource(job) if job.clips is None else ClipSource(job, job.clips)
 
 
 class TeacherSource:
-    """Guided samples of the recipe's teacher, one a caption."""
+    """Guided samples of the recipe's teacher, one per caption."""
 
     def __init__(self, job: SynthesisJob) -> None:
         device, folder = default_device(), resolve_pipeline(job.teacher)
@@ -199,7 +207,7 @@ class TeacherSource:
         )  # fmt: skip
 
     def results(self, indices: range) -> Iterator[LatentSample | Rejection]:
-        """Batch by batch; a shard in which nothing passes means that a setting is wrong."""
+        """Sample batch by batch; a shard in which nothing passes means that a setting is wrong."""
         passed, reasons = 0, Counter[str]()
         size = self._job.recipe.synthesize.batch_size
         for start in range(indices.start, indices.stop, size):
@@ -215,10 +223,14 @@ class TeacherSource:
                 "Look at the teacher with `anyflow sample --teacher`; check its shift, guidance and steps.",
             )
 
+    def report(self) -> None:
+        """Log how many captions were truncated."""
+        self._encoders.report()
+
     def _batch(self, indices: range) -> Iterator[LatentSample | Rejection]:
         texts = self._encoders.text([self._job.captions[index] for index in indices])
         made: dict[int, LatentSample] = {}
-        for attempt in range(TRIES):
+        for attempt in range(SEEDS_PER_VIDEO):
             pending = [index for index in indices if index not in made]
             if pending:
                 text = [texts[index - indices.start] for index in pending]
@@ -232,8 +244,9 @@ class TeacherSource:
     def _attempt(
         self, indices: Sequence[int], texts: list[Tensor], attempt: int
     ) -> Iterator[LatentSample | Rejection]:
+        """Sample one video per index and text (L, D), and check each."""
         recipe = self._job.recipe
-        seeds = [seed_of(recipe.synthesize.seed, index, attempt) for index in indices]
+        seeds = [attempt_seed(recipe.synthesize.seed, index, attempt) for index in indices]
         padded = self._encoders.padded(texts)
         (latents,) = self._sampler.latents(padded, seeds, recipe.synthesize.steps, len(seeds))
         videos = self._encoders.vae.decode(latents)
@@ -243,80 +256,88 @@ class TeacherSource:
                 facts = {"seed": seed, "source": "teacher"}
                 yield self._encoders.sample(index, x, text, video, facts)
             else:
-                what = "given up" if attempt + 1 == TRIES else "the next seed follows"
+                what = "given up" if attempt + 1 == SEEDS_PER_VIDEO else "trying the next seed"
                 log.warning("Video %d from seed %d is %s; %s.", index, seed, reason, what)
                 yield Rejection(index, f"seed {seed}", reason)
 
 
-class VideoSource:
-    """Real clips with captions, encoded as the teacher's videos would be."""
+class ClipSource:
+    """Real clips with captions, encoded like the teacher's videos."""
 
     def __init__(self, job: SynthesisJob, clips: Sequence[ClipFile]) -> None:
         model = job.recipe.model
         self._job, self._clips = job, clips
         self._format = ClipFormat(model.frames, model.fps, model.height, model.width)
         self._encoders = Encoders(job, resolve_pipeline(job.teacher), default_device())
+        self._changes = Counter[str]()
         self.negative = self._encoders.negative
 
     def results(self, indices: range) -> Iterator[LatentSample | Rejection]:
-        """One clip after another; what was done to each is said, and kept in its facts."""
+        """Encode one clip after another; what was done to each is kept in its facts."""
         for index in indices:
             clip = self._clips[index]
             try:
-                yield self._encoded(index, clip)
+                yield self._encode(index, clip)
             except UnusableClipError as error:
                 log.warning("%s is left out: %s.", clip.path.name, error.message)
                 yield Rejection(index, f"clip {clip.path.name}", error.message)
 
-    def _encoded(self, index: int, clip: ClipFile) -> LatentSample:
+    def report(self) -> None:
+        """Log how many clips were converted in which way."""
+        for change, count in self._changes.most_common():
+            log.info("%d clip%s: %s.", count, "s" * (count > 1), change)
+        self._encoders.report()
+
+    def _encode(self, index: int, clip: ClipFile) -> LatentSample:
         if clip.caption is None:
-            raise UnusableClipError(
-                "no caption: neither a text file beside it nor a row in captions.csv or .jsonl"
-            )
-        fitted = read_clip(clip.path, self._format)
-        if fitted.changes:
-            log.info("%s: %s.", clip.path.name, ", ".join(fitted.changes))
-        video = from_pixels(fitted.pixels)
+            raise UnusableClipError(clip.problem)
+        converted = read_clip(clip.path, self._format)
+        video = from_pixels(converted.pixels)
         latents = self._encoders.vae.encode(video[None])[0]
         reason = find_defect(latents, video)
         if reason is not None:
             raise UnusableClipError(reason)
+        if converted.changes:
+            log.debug("%s: %s.", clip.path.name, ", ".join(converted.changes))
+            self._changes.update(change.partition(" (")[0] for change in converted.changes)
         text = self._encoders.text([clip.caption])[0]
-        facts = {"source": clip.path.name, "changes": list(fitted.changes)}
+        facts = {"source": clip.path.name, "changes": list(converted.changes)}
         return self._encoders.sample(index, latents, text, video, facts)
 
 
 class Encoders:
-    """Text encoder and VAE of the teacher's folder, and the samples they make for a job."""
+    """Text encoder and VAE of the teacher, and the samples they make for a job."""
 
     def __init__(self, job: SynthesisJob, folder: Path, device: torch.device) -> None:
         # On a GPU a text encoder of 5 billion weights in fp32 would leave little room for the teacher.
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         model = job.recipe.model
         self._job, self._device = job, device
-        self._has_said_cut = False
+        self._truncated, self._first_truncated = 0, ""
         self._text = TextEncoder.load(folder, dtype, device)
         self.vae = VideoVAE.load(folder, device)
         self.latent_shape = self.vae.latent_shape(model.frames, model.height, model.width)
         self.negative = self.text([model.negative_prompt])[0].to(job.stored)
 
     def text(self, captions: Sequence[str]) -> list[Tensor]:
-        """An embedding (L, D) for each caption, without padding, on the CPU."""
+        """Embed captions: (L, D) each, without padding, on the CPU."""
         limit = self._job.recipe.model.max_text_tokens
         padded = self._text.encode(captions, limit).cpu()
         lengths = self._text.tokens(captions)
-        self._say_cut(captions, lengths)
+        for caption, length in zip(captions, lengths, strict=True):
+            if length > limit:
+                self._truncated += 1
+                self._first_truncated = self._first_truncated or caption
         return [text[: min(length, limit)] for text, length in zip(padded, lengths, strict=True)]
 
-    def _say_cut(self, captions: Sequence[str], lengths: Sequence[int]) -> None:
-        """Warn of the first caption that is longer than the model reads; a line for each would be many."""
-        limit = self._job.recipe.model.max_text_tokens
-        cut = [caption for caption, length in zip(captions, lengths, strict=True) if length > limit]
-        if cut and not self._has_said_cut:
-            self._has_said_cut = True
+    def report(self) -> None:
+        """Log how many captions have more tokens than the model reads."""
+        if self._truncated:
             log.warning(
-                "Captions are read up to model.max_text_tokens (%d); this one is longer: %s", limit, cut[0]
-            )
+                "%d captions have more than %d tokens (model.max_text_tokens); their end is not read. "
+                "The first: %s",
+                self._truncated, self._job.recipe.model.max_text_tokens, self._first_truncated,
+            )  # fmt: skip
 
     def padded(self, texts: Sequence[Tensor]) -> Tensor:
         """Embeddings (L', D) -> (B, L, D) on the device, zeros after each."""
@@ -327,7 +348,7 @@ class Encoders:
     def sample(
         self, index: int, latents: Tensor, text: Tensor, video: Tensor, facts: Mapping[str, Any]
     ) -> LatentSample:
-        """Make a sample as it is stored, with a preview if the recipe wants one."""
+        """Make a sample as it is stored, with a preview if the recipe has previews."""
         recipe, stored = self._job.recipe, self._job.stored
         preview = _mp4(video, recipe.model.fps) if recipe.synthesize.previews else None
         facts = {**facts, "fps": recipe.model.fps, "frames": recipe.model.frames}
@@ -335,7 +356,7 @@ class Encoders:
         return LatentSample(index, caption, latents.cpu().to(stored), text.to(stored), facts, preview)
 
 
-def seed_of(seed: int, index: int, attempt: int) -> int:
+def attempt_seed(seed: int, index: int, attempt: int) -> int:
     """Seed of a video's n-th attempt; attempts are far apart, so that no two videos share a seed."""
     return seed + index + (attempt << 30)
 

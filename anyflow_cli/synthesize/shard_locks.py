@@ -1,8 +1,8 @@
-"""Which process makes which shard: claims on bytes of one hidden file, byte n for shard n.
+"""Locks that assign shards to processes: byte n of one hidden file for shard n.
 
-The kernel gives back the claims of a process that dies, however it dies, and network file systems carry such
-locks between machines. So processes may start and end at any time and in any number, and the shards of a dead
-one are taken by the others. Where a file system has no locks, shards are divided by rank alone.
+The kernel releases the locks of a process that dies, however it dies, and network file systems share such
+locks between machines. So processes may start and end at any time and in any number, and others take over the
+shards of a dead one. On a file system without locks, shards are divided by rank.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from types import TracebackType
 from anyflow_cli.utils.files import disk_errors
 
 LOCK_FILE = ".claims"
-SHARED = 1 << 40  # the byte of what belongs to the data set as a whole
-TAKEN = (errno.EACCES, errno.EAGAIN)
+SHARED = 1 << 40  # the byte for files of the whole data set
+LOCKED = (errno.EACCES, errno.EAGAIN)
 
 
 class ShardLocks:
-    """The claims of this process on one directory; one object a process, since closing ends them all."""
+    """Locks of this process in one directory; one object per process, since closing it releases them all."""
 
     def __init__(self, directory: Path, rank: int, ranks: int) -> None:
         self.path = directory / LOCK_FILE
@@ -41,12 +41,12 @@ class ShardLocks:
         os.close(self._handle)
 
     @contextmanager
-    def shard(self, number: int) -> Iterator[bool]:
-        """Whether this process may make the shard; no other may while the block runs."""
+    def shard(self, number: int, *, wait: bool = False) -> Iterator[bool]:
+        """Lock a shard for the block; yield whether this process has it, after a ``wait`` if need be."""
         try:
-            fcntl.lockf(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, number)
+            fcntl.lockf(self._handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), 1, number)
         except OSError as error:
-            yield error.errno not in TAKEN and number % self.ranks == self.rank
+            yield error.errno not in LOCKED and number % self.ranks == self.rank
             return
         try:
             yield True
@@ -54,11 +54,11 @@ class ShardLocks:
             fcntl.lockf(self._handle, fcntl.LOCK_UN, 1, number)
 
     @contextmanager
-    def everything(self) -> Iterator[None]:
-        """Wait until this process alone writes what belongs to no shard."""
+    def shared_files(self) -> Iterator[None]:
+        """Lock the files of the whole data set for the block; waits for other processes."""
         try:
             fcntl.lockf(self._handle, fcntl.LOCK_EX, 1, SHARED)
-        except OSError:  # no locks here: files are whole all the same, and equal whoever writes them
+        except OSError:  # no locks here: files are written atomically, and equal in every process
             yield
             return
         try:

@@ -25,7 +25,7 @@ from vae import pass_all_frames_at_once
 from anyflow_cli.data.shapes_world import FPS, FRAMES, WORLDS, render
 from anyflow_cli.data.shards import (
     LatentSample,
-    read_record,
+    read_shard_record,
     shard_path,
     shard_ranges,
     write_manifest,
@@ -110,7 +110,7 @@ def write_data(pipeline: Path, target: Path, count: int, jobs: int) -> None:
         )
     text = TextEncoder.load(pipeline)
     write_negative(target, text.encode([""], text.tokens([""])[0])[0])
-    records = [read_record(shard_path(target, number)) for number, _ in shards]
+    records = [read_shard_record(shard_path(target, number)) for number, _ in shards]
     write_manifest(target, [record for record in records if record], {"source": "world shapes"})
 
 

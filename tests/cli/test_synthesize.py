@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import fsspec
 import pytest
 
 from anyflow_cli.cli import app
+from anyflow_cli.data.clips import draw_clips
 from tests.data.datasets import make_data
 from tests.tiny_pipeline import make_wan_folder
 
@@ -108,3 +110,48 @@ def test_verifying_a_damaged_data_set_fails_and_names_it(
     assert len(json.loads(streams.out)["problems"]) == 1
     assert "00001.tar" in streams.err
     assert "has 1 problem." in streams.err
+
+
+def test_several_processes_share_the_shards(
+    small: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The first process waits for the other, so that the report is that of both."""
+    assert app.main([*small[:-1], "6", "--nproc", "2", "--json"]) == 0
+    result = json.loads(capfd.readouterr().out)
+    assert (result["samples"], result["shards"], result["complete"]) == (6, 3, True)
+    assert app.main([*small[:-1], "6", "--verify"]) == 0
+
+
+def test_a_data_set_elsewhere_is_verified_but_not_written(
+    tmp_path: Path, small: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = fsspec.filesystem("memory")
+    for path in make_data(tmp_path / "d").iterdir():
+        files.pipe_file(f"/bucket/data/{path.name}", path.read_bytes())
+    address = "memory://bucket/data"
+    for named in (["--out", address], ["--set", f"data.path={address}"]):
+        assert app.main(["synthesize", "--verify", *named, "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["samples"] == 10
+    for extra in ([], ["--dry-run"]):
+        assert app.main([*small, "--out", address, *extra]) == 2
+        assert "is not a local directory" in capsys.readouterr().err
+    files.rm("/bucket", recursive=True)
+    assert not Path("memory:").exists()
+
+
+def test_finetune_data_are_encoded_again_only_if_told_to(
+    small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A clip swapped for one of equal size is noticed, and the hint names an option of finetune."""
+    draw_clips(tmp_path / "clips", "shapes", 2)
+    command = ["finetune", *small[1:-2], "--data", str(tmp_path / "clips"), "--dry-run"]
+    encode = ["synthesize", *small[1:-4], "--from-videos", str(tmp_path / "clips")]
+    out = tmp_path / "runs" / "tiny" / "finetune-data"
+    assert app.main([*encode, "--out", str(out)]) == 0
+    clip = tmp_path / "clips" / "00000.mp4"
+    clip.write_bytes(clip.read_bytes()[:-1] + b"x")
+    capsys.readouterr()
+    assert app.main(command) == 2
+    error = capsys.readouterr().err
+    assert "differs in clip_files" in error
+    assert "Choose another --runs, remove that directory" in error

@@ -22,7 +22,7 @@ from anyflow_cli.data.shards import (
     Manifest,
     parse_manifest,
     read_manifest,
-    read_record,
+    read_shard_record,
     shard_path,
     write_shard,
 )
@@ -59,7 +59,7 @@ def use_everything(directory: Path) -> list[AnyflowError]:
     problems = []
     for use in (
         lambda: read_manifest(directory),
-        lambda: [read_record(shard_path(directory, number)) for number in range(3)],
+        lambda: [read_shard_record(shard_path(directory, number)) for number in range(3)],
         lambda: LatentData(directory, 8).batch(range(6)),
         lambda: LatentData(directory, 8).negative,
     ):

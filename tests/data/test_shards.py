@@ -23,8 +23,8 @@ from anyflow_cli.data.shards import (
     Rejection,
     read_manifest,
     read_negative,
-    read_record,
     read_sample,
+    read_shard_record,
     shard_path,
     shard_ranges,
     write_manifest,
@@ -60,7 +60,7 @@ def test_a_sample_comes_back_as_it_was(tmp_path: Path) -> None:
     assert back.text.dtype == torch.bfloat16
     assert (back.index, back.caption, back.facts) == (12, sample.caption, {"seed": 5, "fps": 16})
     assert record.latent_shape == SHAPE
-    assert record == read_record(tmp_path / "00000.tar")
+    assert record == read_shard_record(tmp_path / "00000.tar")
 
 
 def test_a_shard_is_a_plain_webdataset(tmp_path: Path) -> None:
@@ -139,7 +139,7 @@ def test_a_crash_while_writing_leaves_no_shard(tmp_path: Path) -> None:
 def test_what_a_killed_process_leaves_is_no_shard(tmp_path: Path) -> None:
     write_shard(tmp_path / "00000.tar", [make_sample(0)])
     os.rename(tmp_path / "00000.tar", tmp_path / ".00000.0.tmp.tar")  # killed between record and shard
-    assert read_record(tmp_path / "00000.tar") is None
+    assert read_shard_record(tmp_path / "00000.tar") is None
     write_shard(tmp_path / "00000.tar", [make_sample(0)])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["00000.json", "00000.npy", "00000.tar"]
 
@@ -187,7 +187,7 @@ def test_a_shard_cut_short_anywhere_is_named(tmp_path: Path, left: int) -> None:
     write_shard(path, [make_sample(0), make_sample(1)])
     path.write_bytes(path.read_bytes()[:left])
     with pytest.raises(UsageError, match=rf"00000\.tar has {left:,} bytes") as error:
-        read_record(path)
+        read_shard_record(path)
     assert error.value.hint is not None
     assert "--verify" in error.value.hint
     with pytest.raises(UsageError, match="damaged"):

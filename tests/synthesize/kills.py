@@ -47,6 +47,9 @@ class Quick:
                 index, f"caption {index}", noise(index, SHAPE), torch.ones(3, 8), {"seed": index}
             )
 
+    def report(self) -> None:
+        """Nothing to report."""
+
 
 def job_of(directory: Path) -> SynthesisJob:
     """The same job for all."""

@@ -44,7 +44,7 @@ def test_captions_of_the_world_unless_there_are_prompts(teacher: Path) -> None:
 
 
 def test_a_world_needs_a_count(teacher: Path) -> None:
-    with pytest.raises(UsageError, match="no end") as error:
+    with pytest.raises(UsageError, match="without end") as error:
         job_of(teacher, count=None)
     assert error.value.hint is not None
     assert "--count" in error.value.hint
@@ -90,7 +90,7 @@ def test_other_settings_are_refused_with_the_keys_that_differ(
 
 def test_a_directory_with_other_files_is_refused(teacher: Path) -> None:
     (teacher / "holiday.jpg").touch()
-    with pytest.raises(UsageError, match="no data set"):
+    with pytest.raises(UsageError, match="not a data set"):
         job_of(teacher, out="wan")
     (teacher.parent / "file").touch()
     with pytest.raises(UsageError, match="is a file"):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 import shutil
 import signal
 import subprocess
@@ -32,8 +34,9 @@ from anyflow_cli.model.network import two_time_from
 from anyflow_cli.model.pipeline_io import load_network, save_pipeline
 from anyflow_cli.recipe.schema import DataSection, ModelSection, Recipe, SynthesizeSection
 from anyflow_cli.sample.sampler import VideoSampler
+from anyflow_cli.synthesize.content_hashes import HASHES_FILE
 from anyflow_cli.synthesize.job import prepare_synthesis
-from anyflow_cli.synthesize.run import SynthesisReport, run_synthesis, seed_of
+from anyflow_cli.synthesize.run import SynthesisReport, attempt_seed, run_synthesis
 from tests.tiny_pipeline import make_wan_folder
 
 TOKENS = 16
@@ -57,7 +60,8 @@ def recipe_of(teacher: Path, **changes: Any) -> Recipe:
 
 
 def contents(directory: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in directory.iterdir()}
+    """Files by name, without the remembered hashes."""
+    return {path.name: path.read_bytes() for path in directory.iterdir() if path.name != HASHES_FILE}
 
 
 @pytest.fixture(scope="module")
@@ -113,13 +117,13 @@ def test_bf16_is_stored_as_such_and_stays_close(teacher: Path, undisturbed: Path
     assert half.batch([0]).latents.dtype == torch.float32
 
 
-def test_captions_that_are_cut_are_said_once(
+def test_truncated_captions_are_counted(
     teacher: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     recipe = recipe_of(teacher, count=3)
     model = recipe.model.model_copy(update={"max_text_tokens": 4})
     run_synthesis(prepare_synthesis(recipe.model_copy(update={"model": model}), tmp_path / "d"))
-    assert caplog.text.count("model.max_text_tokens (4)") == 1
+    assert caplog.text.count("3 captions have more than 4 tokens (model.max_text_tokens)") == 1
     assert LatentData(tmp_path / "d", 4).batch([0, 1, 2]).text.shape == (3, 4, 32)
 
 
@@ -150,6 +154,7 @@ def test_only_a_missing_shard_is_made_again_and_to_the_same_bytes(
 KILLED = """
 import os, signal, sys
 from pathlib import Path
+from anyflow_cli.synthesize.content_hashes import HASHES_FILE
 from anyflow_cli.synthesize.job import prepare_synthesis
 from anyflow_cli.synthesize.run import run_synthesis
 from tests.synthesize.test_run import recipe_of
@@ -249,26 +254,26 @@ def test_a_rejected_video_is_made_from_the_next_seed_of_its_index(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    lost = {seed_of(10, 2, attempt): "frozen" for attempt in range(3)}
+    lost = {attempt_seed(10, 2, attempt): "frozen" for attempt in range(3)}
     rejecting({11: "black", **lost}, monkeypatch)
     with caplog.at_level(logging.WARNING):
         report = run_synthesis(prepare_synthesis(recipe_of(teacher), tmp_path / "d"))
     assert (report.samples, report.wanted, report.complete) == (4, 5, True)
     assert report.reasons == {"black": 1, "frozen": 3}
     assert report.rejected[0] == Rejection(1, "seed 11", "black")
-    assert "seed 11 is black; the next seed follows" in caplog.text
+    assert "seed 11 is black; trying the next seed" in caplog.text
     assert "is frozen; given up" in caplog.text
     mine, before = LatentData(tmp_path / "d", TOKENS), LatentData(undisturbed, TOKENS)
     facts = [mine.sample(position) for position in range(4)]
     assert [sample.index for sample in facts] == [0, 1, 3, 4]
-    assert [sample.facts["seed"] for sample in facts] == [10, seed_of(10, 1, 1), 13, 14]
+    assert [sample.facts["seed"] for sample in facts] == [10, attempt_seed(10, 1, 1), 13, 14]
     assert torch.allclose(facts[2].latents, before.sample(3).latents, atol=1e-5)
     assert not torch.allclose(facts[1].latents, before.sample(1).latents, atol=0.1)
     assert verify(tmp_path / "d").problems == ()
 
 
 def test_no_two_attempts_share_a_seed() -> None:
-    seeds = {seed_of(10, index, attempt) for index in range(1000) for attempt in range(3)}
+    seeds = {attempt_seed(10, index, attempt) for index in range(1000) for attempt in range(3)}
     assert len({fold_seed(seed) for seed in seeds}) == 3000
 
 
@@ -346,7 +351,9 @@ def test_real_clips_are_encoded_resampled_or_named(
     assert "unreadable" in reasons["e broken.mp4"]
     assert "no caption" in reasons["f no caption.mp4"]
     assert all(f"{name} is left out" in caplog.text for name in reasons)
-    assert "b fast and large.mp4: resampled from 32 to 16 fps, scaled from 64x64 to 32x32" in caplog.text
+    assert "1 of 7 videos are left out, without a caption" in caplog.text
+    for counted in ("1 clip: resampled from 32 to 16 fps", "2 clips: scaled from 64x64 to 32x32"):
+        assert counted in caplog.text
     assert verify(tmp_path / "d").problems == ()
     samples = [LatentData(tmp_path / "d", TOKENS).sample(i) for i in range(3)]
     assert [s.caption for s in samples] == [
@@ -370,3 +377,65 @@ def test_latents_of_a_clip_are_the_vaes(teacher: Path, videos: Path, tmp_path: P
 def test_clips_and_teacher_do_not_share_a_directory(teacher: Path, videos: Path, undisturbed: Path) -> None:
     with pytest.raises(UsageError, match="differs in kind"):
         prepare_synthesis(recipe_of(teacher), undisturbed, videos)
+
+
+@pytest.mark.parametrize("changed", ["clip", "caption", "text_encoder", "vae", "tokenizer"])
+def test_encodings_depend_on_the_content_of_what_they_are_made_from(
+    teacher: Path, videos: Path, tmp_path: Path, changed: str
+) -> None:
+    """Every change keeps the size of its file, and its times as far as a program can set them."""
+    model, clips, out = tmp_path / "wan", tmp_path / "clips", tmp_path / "d"
+    shutil.copytree(teacher, model)
+    shutil.copytree(videos, clips)
+    run_synthesis(prepare_synthesis(recipe_of(model), out, clips))
+    prepare_synthesis(recipe_of(model), out, clips)
+    if changed in ("clip", "caption"):
+        path = clips / ("g.mp4" if changed == "clip" else "g.txt")
+    else:
+        path = max((model / changed).iterdir(), key=lambda file: file.stat().st_size)
+    content, times = bytearray(path.read_bytes()), path.stat()
+    content[-1 if changed != "caption" else 0] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    with pytest.raises(UsageError, match=r"differs in (clip_files|captions|encoder_files)") as error:
+        prepare_synthesis(recipe_of(model), out, clips, choose_another="--runs")
+    assert (
+        error.value.hint == "Choose another --runs, remove that directory, or restore its settings and files."
+    )
+
+
+def test_a_teacher_of_other_weights_does_not_continue_a_data_set(
+    teacher: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    out, path = tmp_path / "d", teacher / "transformer" / "diffusion_pytorch_model.safetensors"
+    shutil.copytree(undisturbed, out)
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    try:
+        with pytest.raises(UsageError, match="differs in transformer_files"):
+            prepare_synthesis(recipe_of(teacher), out)
+    finally:
+        path.write_bytes(content)
+
+
+def test_a_data_set_without_content_hashes_is_continued(
+    teacher: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    """Version 0.1 wrote none."""
+    out = tmp_path / "d"
+    shutil.copytree(undisturbed, out)
+    provenance = json.loads((out / "provenance.json").read_text())
+    old = {key: value for key, value in provenance.items() if not key.endswith("_files")}
+    (out / "provenance.json").write_text(json.dumps(old))
+    (out / "00001.tar").unlink()
+    assert run_synthesis(prepare_synthesis(recipe_of(teacher), out)).made == 1
+    assert (out / "00001.tar").read_bytes() == (undisturbed / "00001.tar").read_bytes()
+
+
+def test_videos_without_any_usable_caption_are_refused_before_a_model_is_loaded(
+    teacher: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "clips").mkdir()
+    (tmp_path / "clips" / "a.mp4").touch()
+    with pytest.raises(UsageError, match=r"None of the 1 videos in .* has a caption that can be used"):
+        prepare_synthesis(recipe_of(teacher), tmp_path / "d", tmp_path / "clips")

@@ -45,5 +45,5 @@ def test_without_locks_shards_are_divided_by_rank(
             with claims.shard(number) as is_mine:
                 mine.append(is_mine)
         assert mine == [False, True, False, False, True, False]
-        with claims.everything():
+        with claims.shared_files():
             pass
