@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from anyflow_cli.data.shards import MANIFEST, PROVENANCE, read_manifest
+from anyflow_cli.data.video import require_ffmpeg
 from anyflow_cli.errors import AnyflowError, UsageError
 from anyflow_cli.model.known_models import KNOWN_MODELS
 from anyflow_cli.model.pipeline_io import BUILT_IN
@@ -121,9 +122,9 @@ def find_model(recipe: Recipe, paths: RunPaths, address: str | None, *, teacher:
 
 def _synthesize(recipe: Recipe, paths: RunPaths, given: Given) -> list[Resource]:
     if given.data is not None:  # real videos are encoded, which takes the model's own VAE and text encoder
-        return [_videos(given.data), _model("teacher", recipe.model.teacher)]
+        return [*_broken_ffmpeg(), _videos(given.data), _model("teacher", recipe.model.teacher)]
     teacher = _model("teacher", recipe.synthesize.teacher or recipe.model.teacher)
-    return [*_prompts(recipe), teacher]
+    return [*(_broken_ffmpeg() if recipe.synthesize.previews else ()), *_prompts(recipe), teacher]
 
 
 def _train(recipe: Recipe, paths: RunPaths, given: Given) -> list[Resource]:
@@ -161,19 +162,21 @@ def _finetune(recipe: Recipe, paths: RunPaths, given: Given) -> list[Resource]:
     else:
         how = "name a directory of videos with --data DIR"
         videos = Resource("videos", "--data", "missing", how, "finetune needs videos.")
-    return [*start, videos, _model("teacher", recipe.model.teacher)]  # whose VAE and text encoder encode them
+    encoders = _model("teacher", recipe.model.teacher)
+    return [*_broken_ffmpeg(), *start, videos, encoders]
 
 
 def _sample(recipe: Recipe, paths: RunPaths, given: Given) -> list[Resource]:
-    return [*_any_step(recipe, paths, given), *([] if given.prompts else _prompts(recipe))]
+    prompts = [] if given.prompts else _prompts(recipe)
+    return [*_broken_ffmpeg(), *_any_step(recipe, paths, given), *prompts]
 
 
 def _evaluate(recipe: Recipe, paths: RunPaths, given: Given) -> list[Resource]:
     if given.data is not None:
-        return [_videos(given.data)]
+        return [*_broken_ffmpeg(), _videos(given.data)]
     beside = recipe.evaluate.teacher and recipe.evaluate.task == "t2v"
     teacher = [_model("teacher", recipe.model.teacher)] if beside else []
-    return [*_any_step(recipe, paths, given), *teacher]
+    return [*_broken_ffmpeg(), *_any_step(recipe, paths, given), *teacher]
 
 
 def _any_step(recipe: Recipe, paths: RunPaths, given: Given) -> list[Resource]:
@@ -266,6 +269,15 @@ def _videos(directory: Path) -> Resource:
         return Resource("videos", str(directory), "ready")
     problem = f"{directory} is not a directory."
     return Resource("videos", str(directory), "unusable", "name a directory of videos", problem)
+
+
+def _broken_ffmpeg() -> list[Resource]:
+    """The resource ffmpeg if it does not work; a working one needs no line."""
+    try:
+        require_ffmpeg()
+    except UsageError as error:
+        return [_unusable("ffmpeg", "IMAGEIO_FFMPEG_EXE or imageio-ffmpeg", error)]
+    return []
 
 
 def _unusable(name: str, place: str, error: AnyflowError) -> Resource:

@@ -208,3 +208,15 @@ def test_an_adapter_is_not_a_model(paths: RunPaths, tmp_path: Path) -> None:
     model = inputs(Recipe(name="t"), paths, "sample", Given(str(tmp_path / "adapter")))[0]
     assert model.state == "unusable"
     assert "is a LoRA adapter, not a model" in model.problem
+
+
+@pytest.mark.parametrize("command", ["synthesize", "finetune", "sample", "evaluate"])
+def test_a_broken_ffmpeg_stops_every_command_that_needs_it_before_a_model_is_opened(
+    paths: RunPaths, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = load_recipe("tiny", ["synthesize.previews=true"])
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", "/bin/false")
+    with pytest.raises(UsageError, match="ffmpeg does not work") as error:
+        require_inputs(inputs(recipe, paths, command))
+    assert "IMAGEIO_FFMPEG_EXE" in str(error.value.hint)
+    assert "ffmpeg" not in states(recipe, paths, "train-flowmap")
