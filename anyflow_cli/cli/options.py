@@ -86,6 +86,13 @@ RecipeOption = Annotated[
         metavar="NAME|PATH", panel=_RECIPE, show_default=True,
     ),
 ]  # fmt: skip
+ModelRecipeOption = Annotated[
+    str | None,
+    _option(
+        "A shipped recipe (`anyflow recipes list`) or a YAML file. Default: that of --model, else tiny.",
+        "--recipe", "-r", metavar="NAME|PATH", panel=_RECIPE,
+    ),
+]  # fmt: skip
 SetOption = Annotated[
     list[str] | None,
     _option(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from anyflow_cli.cli import options
 from anyflow_cli.cli.console import print_dry_run, print_result
+from anyflow_cli.cli.options import DEFAULT_RECIPE
 from anyflow_cli.cli.progress import Progress
 from anyflow_cli.cli.sample_options import (
     SampleOptions,
@@ -20,6 +21,7 @@ from anyflow_cli.cli.sample_options import (
     read_steps,
     refuse_together,
 )
+from anyflow_cli.errors import UsageError
 
 if TYPE_CHECKING:
     from anyflow_cli.recipe.schema import Recipe
@@ -46,7 +48,7 @@ def sample(
     then: options.ThenOption = None,
     stream: options.StreamOption = False,
     out: options.OutOption = None,
-    recipe: options.RecipeOption = options.DEFAULT_RECIPE,
+    recipe: options.ModelRecipeOption = None,
     assignments: options.SetOption = None,
     runs: options.RunsOption = options.DEFAULT_RUNS,
     seed: options.SeedOption = None,
@@ -64,12 +66,18 @@ def sample(
     )
     if refine is None:
         overrides = {"--frames": ("sample.frames", frames), "--seed": ("sample.seed", seed)}
-        settings = with_sampled_length(options.load_settings(recipe, assignments, overrides))
+        named = recipe or _recipe_of(model)
+        settings = with_sampled_length(options.load_settings(named, assignments, overrides))
         default = (settings.sample.teacher_steps,) if teacher else settings.sample.nfe
+        last_seed = settings.sample.seed + count - 1
+        if last_seed >= 1 << 63:
+            raise UsageError(
+                f"--count {count} leads to seed {last_seed}; the largest is 2^63 - 1.", "Lower --seed."
+            )
         chosen = SampleOptions(
             settings,
             read_all_prompts(settings, prompt, prompts, allow_missing=dry_run),
-            list(range(settings.sample.seed, settings.sample.seed + count)),
+            list(range(settings.sample.seed, last_seed + 1)),
             read_steps(nfe, preview=preview) or default,
             read_prompt_switches(then, settings.model.frames),
             read_conditioning_frames(settings, image, video, video_frames),
@@ -84,7 +92,7 @@ def sample(
             "--then": then, "--seed": seed,
         }  # fmt: skip
         chosen = options_of_refine(
-            refine, options.load_settings(recipe, assignments), recorded, read_steps(nfe)
+            refine, options.load_settings(recipe or DEFAULT_RECIPE, assignments), recorded, read_steps(nfe)
         )
     folder = _sample(
         chosen, runs, out, latency_budget, teacher=teacher, stream=stream, dry_run=dry_run, as_json=as_json
@@ -113,6 +121,11 @@ def _sample(
     paths = RunPaths(runs, settings.name)
     choice = find_model(settings, paths, chosen.model, teacher=teacher)
     log.info("Model: %s (%s)", *choice)
+    shape = settings.model
+    log.info(
+        "Recipe %s: %d frames of %dx%d at %d fps, shift %g, up to %d tokens.",
+        settings.name, shape.frames, shape.height, shape.width, shape.fps, shape.shift, shape.max_text_tokens,
+    )  # fmt: skip
     named = settings.model.teacher if teacher else chosen.model
     needs = inputs(settings, paths, "sample", Given(named, prompts=bool(chosen.prompts)))
     steps = tuple(dict.fromkeys(chosen.steps)) if budget is None else (1,)
@@ -152,6 +165,18 @@ def _sample(
     lines = f"{folder / record['sheet']}\n" + "\n".join(str(folder / s["file"]) for s in record["samples"])
     print_result({"out": folder, **record}, as_json=as_json, text=lines)
     return folder
+
+
+def _recipe_of(model: str | None) -> str:
+    """Recipe to sample a model with where none is named: the model's own, if it is known."""
+    from anyflow_cli.runs.families import family_recipe
+
+    if model is None:
+        return DEFAULT_RECIPE
+    found = family_recipe(model)
+    if found is None:
+        log.warning("%s belongs to no known family; sampling as recipe %s says.", model, DEFAULT_RECIPE)
+    return found or DEFAULT_RECIPE
 
 
 def with_sampled_length(recipe: Recipe) -> Recipe:

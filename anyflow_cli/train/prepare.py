@@ -29,6 +29,8 @@ from anyflow_cli.train.stages import STAGES, adapter_on_teacher, training_sectio
 from anyflow_cli.train.trainer import OnStep, Trainer, make_accelerator
 from anyflow_cli.train.validation import TrainingPart
 
+VAE_SCALE = 8  # pixels per latent, along height and width
+
 log = logging.getLogger(__name__)
 
 ON_POLICY_ROLES: tuple[Role, ...] = ("student", "real", "fake")
@@ -167,10 +169,23 @@ def _check_any_step(network: FlowMapTransformer, path: Path, recipe: schema.Reci
         )
 
 
+def _check_shape(model: schema.ModelSection, data: LatentData) -> None:
+    frames, _, height, width = data.latent_shape
+    wanted = (schema.latent_frames(model.frames), model.height // VAE_SCALE, model.width // VAE_SCALE)
+    if (frames, height, width) != wanted:
+        raise UsageError(
+            f"{data.storage} has latents of {frames} frames of {height}x{width}; the recipe's {model.frames} "
+            f"frames of {model.height}x{model.width} have {wanted[0]} of {wanted[1]}x{wanted[2]}.",
+            "Set model.frames, model.height and model.width to what the data set was made with.",
+            everywhere=True,
+        )
+
+
 def _check_data(recipe: schema.Recipe, backbone: Backbone, data: LatentData) -> None:
     """Refuse data of another model than those of the roles, before the first step."""
     if recipe.model.causal is not None:
         check_partition(recipe.model.causal.partition, data.latent_shape[0])
+    _check_shape(recipe.model, data)
     networks: dict[str, tuple[Role, str]] = {
         "model": ("student", "Encode a data set with this recipe's teacher: `anyflow synthesize`.")
     }

@@ -107,6 +107,36 @@ def test_without_a_prompt_a_few_of_the_recipe_are_shown(
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_model_without_a_recipe_is_sampled_as_its_family_is(tmp_path: Path, capsys: Run) -> None:
+    """Not with the 64x64 and 32 tokens of recipe tiny."""
+    command = ["sample", "-p", "a circle", "--runs", str(tmp_path), "--dry-run", "--model"]
+    for model, recipe, shape in (
+        (
+            "nvidia/AnyFlow-Wan2.1-T2V-1.3B-Diffusers",
+            "bidirectional1b",
+            "81 frames of 480x832 at 16 fps, shift 5",
+        ),
+        ("nvidia/AnyFlow-FAR-Wan2.1-1.3B-Diffusers", "causal1b", "81 frames of 480x832 at 16 fps, shift 5"),
+        ("tiny-anyflow", "tiny", "33 frames of 64x64 at 16 fps, shift 9, up to 32 tokens"),
+    ):
+        assert app.main([*command, model]) == 0
+        assert f"Recipe {recipe}: {shape}" in capsys.readouterr().err
+    assert app.main([*command, "nvidia/AnyFlow-Wan2.1-T2V-1.3B-Diffusers", "-r", "tiny"]) == 0
+    assert "Recipe tiny: 33 frames" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("seed", ["-1", str(2**63), str(2**64)])
+def test_a_seed_out_of_range_is_a_mistake_of_the_recipe(small: list[str], seed: str, capsys: Run) -> None:
+    assert app.main([*small, "-p", "a", f"--seed={seed}"]) == 2
+    assert "--seed" in capsys.readouterr().err
+
+
+def test_seeds_may_not_count_beyond_the_last(small: list[str], capsys: Run) -> None:
+    assert app.main([*small, "-p", "a", "--seed", str(2**63 - 1), "--count", "2"]) == 2
+    assert "--count" in capsys.readouterr().err
+    assert app.main([*small, "-p", "a", "--seed", str(2**63 - 1), "--nfe", "1"]) == 0
+
+
 def test_a_prompt_that_is_cut_is_said(small: list[str], capsys: Run) -> None:
     assert app.main([*small, "-p", "a circle " * 20, "--nfe", "1"]) == 0
     assert "Only the first 32 tokens are read of: a circle a circle" in capsys.readouterr().err
