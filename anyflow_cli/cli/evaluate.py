@@ -160,7 +160,7 @@ def _show(finished: FinishedEvaluation, out: Path, *, prune: bool, as_json: bool
 
 
 def _report_others(others: OtherVariants, out: Path, *, pruned: bool) -> None:
-    """Say what earlier models left in the directory, or that it was deleted."""
+    """Report variants of other models in the directory, or their deletion."""
     many, size = len(others.removable), f"{others.size / MEGABYTE:.1f} MB"
     if many and pruned:
         log.info("Deleted %d variants of other models or settings (%s).", many, size)
@@ -198,7 +198,7 @@ def _planned_facts(
 
 
 def _facts(job: EvaluationJob) -> dict[str, object]:
-    """What a dry run says: the protocol, what is finished, and what the rest needs."""
+    """What a dry run reports: the protocol, what is finished, and what the rest needs."""
     from anyflow_cli.evaluate.generate import remaining_cost
 
     processes = job.recipe.launch.processes or 1

@@ -12,7 +12,7 @@ import logging
 import re
 import time
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -57,7 +57,11 @@ class FoundVideos:
     def faults(self) -> list[str]:
         """One line per kind of fault."""
         kinds = {"missing": self.missing, "not requested": self.extra, "unreadable": self.broken}
-        return [f"{len(names)} {kind}: {_first_names(names)}" for kind, names in kinds.items() if names]
+        listed = {
+            kind: [*names[:LISTED_NAMES], f"and {len(names) - LISTED_NAMES} more"][: len(names)]
+            for kind, names in kinds.items()
+        }
+        return [f"{len(names)} {kind}: {', '.join(listed[kind])}" for kind, names in kinds.items() if names]
 
 
 def prepare_external(recipe: Recipe, protocol: Protocol, directory: Path, out: Path) -> EvaluationJob:
@@ -182,8 +186,3 @@ def _score(job: EvaluationJob, request: VideoRequest, path: Path) -> VideoScore:
         )
     images = suite.images([request.prompt], [request.seed])
     return suite.score([clip.pixels], [request.prompt], images)[0]
-
-
-def _first_names(names: Sequence[str]) -> str:
-    more = f" and {len(names) - LISTED_NAMES} more" if len(names) > LISTED_NAMES else ""
-    return ", ".join(names[:LISTED_NAMES]) + more

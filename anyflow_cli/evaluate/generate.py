@@ -266,7 +266,7 @@ def _sampled(
 
 @dataclass(frozen=True)
 class EvaluationCost:
-    """Videos still to sample, their bytes, and the seconds they take where finished videos tell."""
+    """Videos still to sample, their bytes, and their seconds if finished videos allow an estimate."""
 
     videos: int
     size: float

@@ -315,6 +315,7 @@ def protocol_card(
 ) -> ProtocolCard:
     """Write the card of a finished evaluation."""
     seeds = [request.seed for request in protocol.requests]
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     found = (deviation for assessment in assessments for deviation in assessment.deviations)
     deviations = tuple(dict.fromkeys([*protocol.deviations, *found]))
     return ProtocolCard(
@@ -336,7 +337,7 @@ def protocol_card(
             for one, assessment in zip(variants, assessments, strict=True)
         },
         versions={"anyflow": anyflow_cli.__version__} | {name: version(name) for name in CARD_PACKAGES},
-        machine=f"{platform.machine()}, {_device_name()}, {torch.get_num_threads()} threads",
+        machine=f"{platform.machine()}, {device}, {torch.get_num_threads()} threads",
     )
 
 
@@ -363,7 +364,3 @@ def _file_hash(path: Path) -> str:
     """SHA-256 of a file, which the Hub's cache uses as the name of large files; those need no reading."""
     name = path.resolve().name
     return name if path.is_symlink() and len(name) == DIGEST_LENGTH else file_sha256(path)
-
-
-def _device_name() -> str:
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"

@@ -30,7 +30,6 @@ from anyflow_cli.evaluate.vbench.environment import (
     open_environment,
 )
 from anyflow_cli.evaluate.vbench.prompts import (
-    BenchmarkPrompt,
     full_info_of,
     in_random_order,
     read_prompts_of,
@@ -170,8 +169,9 @@ def _vbench(settings: Recipe, benchmark: Benchmark, limit: int | None) -> Protoc
     samples = settings.evaluate.samples or SAMPLES
     deviations = [f"only {limit} of {len(requested)} prompts"] if len(chosen) < len(requested) else []
     deviations += [f"{samples} instead of {SAMPLES} videos per prompt"] if samples != SAMPLES else []
-    has_filter = benchmark == "vbench" and samples == SAMPLES
-    more_samples = _more_samples(chosen, wanted.flickering) if has_filter else {}
+    has_filter = benchmark == "vbench" and samples == SAMPLES < wanted.flickering
+    flickering = [p.number for p in chosen if FLICKERING in p.dimensions] if has_filter else []
+    more_samples = dict.fromkeys(flickering, wanted.flickering)
     images = wanted.images if benchmark == "vbench-i2v" else None
     suite = VBenchSuite(
         name=benchmark,
@@ -202,13 +202,6 @@ def _vbench(settings: Recipe, benchmark: Benchmark, limit: int | None) -> Protoc
         ),
         titles=tuple(p.prompt for p in chosen),
     )
-
-
-def _more_samples(chosen: Sequence[BenchmarkPrompt], flickering: int) -> dict[int, int]:
-    """Prompts of temporal flickering, where they need more videos than the others."""
-    if flickering <= SAMPLES:
-        return {}
-    return {p.number: flickering for p in chosen if FLICKERING in p.dimensions}
 
 
 def _check_vbench(benchmark: Benchmark, names: Sequence[str] | None, file: Path | None) -> None:

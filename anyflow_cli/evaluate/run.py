@@ -49,7 +49,7 @@ from anyflow_cli.evaluate.store import (
     other_variants,
     remove_variants,
 )
-from anyflow_cli.evaluate.suite import Assessment, SuiteClip, VideoScore, result_of
+from anyflow_cli.evaluate.suite import Assessment, SuiteClip, result_of
 from anyflow_cli.recipe.schema import Recipe
 from anyflow_cli.runs.open import ModelChoice
 from anyflow_cli.runs.paths import RunPaths
@@ -62,7 +62,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class EvaluationRequest:
-    """What the command line asks for.
+    """Options of an evaluation.
 
     Attributes:
         recipe: The recipe with its overrides.
@@ -269,7 +269,8 @@ def _run(
         generate_videos(job, open_model or _open_sampler, on_progress, share)
         wait_for_others(job, on_progress)
     assessed = [_assess(job, one) for one in job.variants]
-    draws = [_draw_totals(job, assessment.scores) for _, assessment in assessed]
+    suite, prompts = job.protocol.suite, [request.number for request in job.protocol.requests]
+    draws = [draw_totals(suite, assessment.scores, prompts) for _, assessment in assessed]
     measured = tuple(
         _measure(job, one, records, assessment, drawn)
         for one, (records, assessment), drawn in zip(job.variants, assessed, draws, strict=True)
@@ -304,10 +305,6 @@ def _assess(job: EvaluationJob, one: Variant) -> tuple[list[VideoRecord], Assess
         if record != before:  # a later comparison needs the scores of finished files too
             store.append(replace(record, made=time.time()))
     return scored, assessment
-
-
-def _draw_totals(job: EvaluationJob, scores: Sequence[VideoScore]) -> Draws | None:
-    return draw_totals(job.protocol.suite, scores, [request.number for request in job.protocol.requests])
 
 
 def _measure(

@@ -33,7 +33,7 @@ class Drawn:
     """Renders the scene of a caption, records the requests, and dies after ``lives`` videos."""
 
     lives: int = 1000
-    asked: list[tuple[str, int, int]] = field(default_factory=list)
+    requests: list[tuple[str, int, int]] = field(default_factory=list)
     conditions: list[VideoPixels] = field(default_factory=list)
     latency: tuple[float, float] = (0.5, 0.25)
 
@@ -41,9 +41,9 @@ class Drawn:
         self, prompts: Sequence[str], seeds: Sequence[int], nfe: int, batch: int
     ) -> Iterator[VideoPixels]:
         for prompt, seed in zip(prompts, seeds, strict=True):
-            if len(self.asked) == self.lives:
+            if len(self.requests) == self.lives:
                 raise KilledError
-            self.asked.append((prompt, seed, nfe))
+            self.requests.append((prompt, seed, nfe))
             yield drawn(CAPTIONED.get(prompt, 0), nfe)
 
     def condition_on(self, frames: VideoPixels) -> None:

@@ -24,9 +24,9 @@ def test_processes_share_the_videos_and_the_first_sums_up(tmp_path: Path, world:
     for rank in range(1, world):
         generate_share(job, WorkShare(rank, world), drawn[rank].open)
     together = run_evaluation(job, drawn[0].open, share=WorkShare(0, world))
-    asked = [each for one in drawn for each in one.asked]
+    asked = [each for one in drawn for each in one.requests]
     assert len(asked) == len(set(asked)) == 12
-    assert all(one.asked for one in drawn)
+    assert all(one.requests for one in drawn)
     for a, b in zip(alone.measured, together.measured, strict=True):
         assert (a.result, a.interval) == (b.result, b.interval)
 
@@ -57,7 +57,7 @@ def test_another_number_of_processes_continues_with_what_is_there(tmp_path: Path
     generate_share(job, WorkShare(2, 3), Drawn().open)
     rest = Drawn()
     run_evaluation(job, rest.open)
-    assert [seed for _, seed, _ in rest.asked] == [7, 8, 10]
+    assert [seed for _, seed, _ in rest.requests] == [7, 8, 10]
 
 
 def test_a_kill_keeps_the_finished_videos_of_its_batch(
@@ -78,7 +78,7 @@ def test_a_kill_keeps_the_finished_videos_of_its_batch(
     monkeypatch.setattr(generate, "write_mp4", write)
     rest = Drawn()
     run_evaluation(job, rest.open)
-    assert [seed for _, seed, _ in rest.asked] == [10]
+    assert [seed for _, seed, _ in rest.requests] == [10]
 
 
 @pytest.mark.parametrize("damage", ["shortened", "altered", "emptied"])
@@ -93,7 +93,7 @@ def test_a_damaged_video_is_reported_and_sampled_again(
     path.write_bytes({"shortened": whole[:-9], "altered": altered, "emptied": b""}[damage])
     rest = Drawn()
     assert run_evaluation(job, rest.open).measured[0].result == found.measured[0].result
-    assert [seed for _, seed, _ in rest.asked] == [9]
+    assert [seed for _, seed, _ in rest.requests] == [9]
     assert path.read_bytes() == whole
     assert "1 damaged video will be sampled again" in caplog.text
 

@@ -1,4 +1,4 @@
-"""Whose files these are: nothing is replaced, deleted or shown that anyflow did not write."""
+"""Ownership of files: nothing is replaced, deleted or shown that anyflow did not write."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_a_records_file_name_never_leads_outside(job: EvaluationJob, tmp_path: P
     rest = Drawn()
     run_evaluation(job, rest.open)
     assert victim.read_bytes() == b"secret"
-    assert len(rest.asked) == 2  # a record of another size is not that of a video here
+    assert len(rest.requests) == 2  # a record of another size is not that of a video here
 
 
 def test_a_file_outside_is_not_embedded_in_the_page(job: EvaluationJob, tmp_path: Path) -> None:

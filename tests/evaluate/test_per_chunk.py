@@ -10,8 +10,8 @@ from tests.evaluate.test_suite import Toy
 
 
 def video(steady: list[float], named: list[float] | None = None) -> VideoScore:
-    told = [{}] * len(steady) if named is None else [{"named": value} for value in named]
-    return VideoScore({}, pieces=tuple({"steady": s} | n for s, n in zip(steady, told, strict=True)))
+    scores = [{}] * len(steady) if named is None else [{"named": value} for value in named]
+    return VideoScore({}, pieces=tuple({"steady": s} | n for s, n in zip(steady, scores, strict=True)))
 
 
 def test_a_chunk_is_the_mean_of_its_latent_frames_over_all_videos() -> None:

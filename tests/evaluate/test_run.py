@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from anyflow_cli.data.video import ClipFormat, read_clip
 from anyflow_cli.errors import AnyflowError, UsageError
@@ -25,6 +24,8 @@ from anyflow_cli.evaluate.run import prepare_evaluation, run_evaluation
 from anyflow_cli.evaluate.suite import Assessment, ScoringNotes
 from anyflow_cli.recipe.compare import dump
 from anyflow_cli.recipe.schema import ModelSection, Recipe
+from anyflow_cli.runs.checkpoint import CheckpointState, LoopState, save
+from anyflow_cli.runs.lineage import RunLineage
 from anyflow_cli.runs.open import ModelChoice
 from tests.evaluate.drawn import CAPTIONED, Drawn, KilledError, make_folder, make_job
 from tests.evaluate.drawn import drawn as drawn_clip
@@ -34,7 +35,7 @@ def test_all_variants_sample_the_same_prompts_and_seeds(tmp_path: Path) -> None:
     job, drawn = make_job(tmp_path), Drawn()
     progress: list[int] = []
     found = run_evaluation(job, drawn.open, progress.append)
-    by_steps = {steps: [(p, s) for p, s, n in drawn.asked if n == steps] for steps in (1, 2, 5)}
+    by_steps = {steps: [(p, s) for p, s, n in drawn.requests if n == steps] for steps in (1, 2, 5)}
     assert by_steps[1] == by_steps[2] == by_steps[5]
     assert [seed for _, seed in by_steps[1]] == [7, 8, 9, 10]
     assert [prompt for prompt, _ in by_steps[1]] == list(job.protocol.prompts)
@@ -47,7 +48,7 @@ def test_each_video_of_a_prompt_has_its_own_seed(tmp_path: Path) -> None:
     job, drawn = make_job(tmp_path, nfe=(2,), prompts=2, samples=2, teacher=False), Drawn()
     run_evaluation(job, drawn.open)
     first, second = job.protocol.prompts
-    assert drawn.asked == [(first, 7, 2), (first, 8, 2), (second, 9, 2), (second, 10, 2)]
+    assert drawn.requests == [(first, 7, 2), (first, 8, 2), (second, 9, 2), (second, 10, 2)]
 
 
 def test_scores_latency_and_videos_are_stored(tmp_path: Path) -> None:
@@ -73,8 +74,8 @@ def test_an_evaluation_resumed_after_a_kill_has_the_same_result(
     with pytest.raises(KilledError):
         run_evaluation(job, first.open)
     found = run_evaluation(job, second.open)
-    kept = first.asked[: lives // 2 * 2]  # whole batches
-    assert len(kept + second.asked) == len({*kept, *second.asked}) == 12
+    kept = first.requests[: lives // 2 * 2]  # whole batches
+    assert len(kept + second.requests) == len({*kept, *second.requests}) == 12
     for a, b in zip(whole.measured, found.measured, strict=True):
         assert a.result == b.result
         assert a.interval == b.interval
@@ -93,7 +94,7 @@ def test_more_prompts_and_steps_extend_what_is_there(tmp_path: Path) -> None:
     run_evaluation(make_job(tmp_path, nfe=(1,), prompts=2, teacher=False), Drawn().open)
     more = Drawn()
     run_evaluation(make_job(tmp_path, nfe=(1, 2), prompts=3, teacher=False), more.open)
-    assert [(seed, nfe) for _, seed, nfe in more.asked] == [(9, 1), (7, 2), (8, 2), (9, 2)]
+    assert [(seed, nfe) for _, seed, nfe in more.requests] == [(9, 1), (7, 2), (8, 2), (9, 2)]
 
 
 def test_a_model_trained_further_is_scored_again_but_its_teacher_is_not(tmp_path: Path) -> None:
@@ -101,8 +102,8 @@ def test_a_model_trained_further_is_scored_again_but_its_teacher_is_not(tmp_path
     (tmp_path / "model" / "transformer" / "diffusion_pytorch_model.safetensors").write_bytes(b"newer")
     again = Drawn()
     run_evaluation(make_job(tmp_path, nfe=(1,)), again.open)
-    assert {nfe for *_, nfe in again.asked} == {1}
-    assert len(again.asked) == 4
+    assert {nfe for *_, nfe in again.requests} == {1}
+    assert len(again.requests) == 4
 
 
 def test_metadata_does_not_change_the_key(tmp_path: Path) -> None:
@@ -137,12 +138,15 @@ def settings_of(one: Variant) -> SamplingSettings:
 
 
 def make_checkpoint(path: Path, teacher: Path, recipe: Recipe, weights: dict[str, float]) -> None:
-    path.mkdir(parents=True)
-    (path / "COMPLETE").touch()
-    (path / "state.json").write_text('{"format": 1}')
-    save_file({name: torch.full((1,), value) for name, value in weights.items()}, path / "ema.safetensors")
+    average = {name: torch.full((1,), value) for name, value in weights.items()}
+    step = int(path.name.removeprefix("step-"))
+    save(path.parent, CheckpointState(step, {"ema": average}, {}, LoopState({}, 0)), keep=9)
     run = path.parent.parent
-    (run / "lineage.json").write_text(json.dumps({"base": str(teacher)}))
+    lineage = RunLineage(
+        stage="distill", command=[], recipe="", base=str(teacher), versions={}, inputs={},
+        precision="fp32", processes=1,
+    )  # fmt: skip
+    (run / "lineage.json").write_text(json.dumps(lineage.as_dict()))
     (run / "recipe.yaml").write_text(dump(recipe))
 
 
@@ -191,7 +195,7 @@ def test_a_partial_line_is_dropped_and_its_video_sampled_again(tmp_path: Path) -
     path.write_bytes(path.read_bytes()[:-40])
     again = Drawn()
     run_evaluation(job, again.open)
-    assert [seed for _, seed, _ in again.asked] == [10]
+    assert [seed for _, seed, _ in again.requests] == [10]
     assert len(path.read_text().splitlines()) == 4
 
 
@@ -201,7 +205,7 @@ def test_a_deleted_video_is_sampled_again(tmp_path: Path) -> None:
     found.models[0].files[2].unlink()
     again = Drawn()
     run_evaluation(job, again.open)
-    assert [seed for _, seed, _ in again.asked] == [9]
+    assert [seed for _, seed, _ in again.requests] == [9]
 
 
 def test_a_damaged_record_is_named(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from html import escape
 from pathlib import Path
@@ -135,19 +135,14 @@ def _themed(draw: Callable[[FigureTheme], bytes], alt: str) -> str:
 def _scores(evaluation: Evaluation, suite: Suite) -> str:
     columns = evaluation.columns
     heads = "".join(f"<th scope=col>{escape(one.title)}</th>" for one in columns)
-    rows = [*_summary_rows(evaluation, columns)]
+    cells = [summary_cells(one, evaluation) for one in columns]
+    rows = [_row(name.strip(), [f"<td>{escape(cell[name])}</td>" for cell in cells]) for name in cells[0]]
     for group in suite.groups:
         rows.append(f"<tr class=group><th colspan={len(columns) + 1}>{escape(group_title(group))}</th></tr>")
         names = [dimension.name for dimension in suite.dimensions if dimension.group == group]
         rows += [_row(name, [_score(one.result.dimensions.get(name)) for one in columns]) for name in names]
     table = f"<table><thead><tr><th></th>{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
     return f"<div class=scroll>{table}</div>"
-
-
-def _summary_rows(evaluation: Evaluation, columns: Sequence[Measured]) -> Iterator[str]:
-    cells = [summary_cells(one, evaluation) for one in columns]
-    for name in cells[0]:
-        yield _row(name.strip(), [f"<td>{escape(cell[name])}</td>" for cell in cells])
 
 
 def _row(name: str, cells: Sequence[str]) -> str:

@@ -12,6 +12,7 @@ import hashlib
 import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -125,7 +126,7 @@ def _fetch_text(address: str) -> str:
         else:
             content = read_bytes(Path(address).expanduser(), hint)
         return content.decode("utf-8-sig")
-    except (OSError, ValueError, RuntimeError) as error:  # of the network, the encoding, "~nobody"
+    except (OSError, ValueError, HTTPException) as error:  # of the network, the encoding, the protocol
         raise UsageError(f"{address} cannot be read: {error}.", hint) from error
 
 
