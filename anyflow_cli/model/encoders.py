@@ -94,10 +94,17 @@ class TextEncoder:
     def load(
         cls, pipeline: Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
     ) -> TextEncoder:
-        """Load the text encoder of a pipeline folder."""
+        """Load the text encoder of a pipeline folder.
+
+        Raises:
+            UsageError: Tokenizer or weights are damaged, incomplete, or of different models.
+        """
         from transformers import AutoTokenizer, UMT5EncoderModel
 
-        tokenizer = _load(AutoTokenizer, component(pipeline, "tokenizer"), trust_remote_code=False)
+        folder = component(pipeline, "tokenizer")
+        tokenizer = _load(AutoTokenizer, folder, trust_remote_code=False)
+        if tokenizer.pad_token is None:
+            raise UsageError(f"The tokenizer in {folder} has no padding token.", FETCH)
         place = component(pipeline, "text_encoder")
         if place.is_file():
             return cls(tokenizer, open_component(place).load(dtype).to(device))
@@ -130,6 +137,12 @@ class TextEncoder:
             return_attention_mask=True,
             return_tensors="pt",
         )
+        largest, size = int(inputs.input_ids.max()), self._model.config.vocab_size
+        if largest >= size:
+            raise UsageError(
+                f"The tokenizer has a token {largest}, but the text encoder has {size} embeddings.",
+                FETCH,
+            )
         mask = inputs.attention_mask.to(self._model.device)
         hidden: Tensor = self._model(inputs.input_ids.to(self._model.device), mask).last_hidden_state
         return hidden.float().masked_fill(mask.unsqueeze(-1) == 0, 0.0)
