@@ -31,6 +31,7 @@ from anyflow_cli.cli.errors import failure_of
 from anyflow_cli.cli.launch import command_line
 from anyflow_cli.cli.options import examples
 from anyflow_cli.errors import ExitCode
+from anyflow_cli.utils.signals import interruptible
 
 TRAIN = "Data and training, in order"
 USE = "Sample and evaluate"
@@ -138,7 +139,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command_line.set(given)
     command: Any = typer.main.get_command(app)
     try:
-        code = command.main(given, prog_name="anyflow", standalone_mode=False)
+        with interruptible():
+            code = command.main(given, prog_name="anyflow", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort) as error:
         if isinstance(error.__cause__, EOFError):  # a file that ends early, which click takes for Ctrl-D
             return _flushed(_report(error.__cause__))

@@ -1,7 +1,7 @@
-"""``--nproc N``: the same command again, as N processes of this machine.
+"""``--nproc N``: the same command, run as N processes of this machine.
 
-torchrun starts them, through its own entry point; so ``torchrun``, ``accelerate launch`` and ``--nproc`` are
-three ways to the same processes, which learn from the environment that they are several.
+torchrun starts them, through its own entry point. So ``torchrun``, ``accelerate launch`` and ``--nproc`` lead
+to the same processes, which find their rank in the environment.
 """
 
 from __future__ import annotations
@@ -9,29 +9,35 @@ from __future__ import annotations
 import logging
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from anyflow_cli.errors import AnyflowError
 from anyflow_cli.utils.distributed import is_launched
+from anyflow_cli.utils.signals import stop_signals
 
 if TYPE_CHECKING:
     from anyflow_cli.recipe.schema import LaunchSection
 
-SHUTDOWN_SECONDS = 600  # seconds that processes asked to stop have for their step and their checkpoint
+SHUTDOWN_SECONDS = 600  # that processes have after a signal for their step and their checkpoint
 AGAIN = "Start the same command again: it continues from the last checkpoint."
 
 command_line: ContextVar[Sequence[str]] = ContextVar("command_line")  # arguments; ``app.main`` sets them
 
 
-def start_processes(launch: LaunchSection) -> bool:
-    """Run this command as several processes; False if it is one of them already, or is to run alone."""
+def start_processes(launch: LaunchSection, before: Callable[[], None] | None = None) -> bool:
+    """Run this command as several processes, and ``before`` first.
+
+    Returns False, and does nothing, if this process is one of several already or is to run alone.
+    """
     if is_launched():
         return False
     count = launch.processes or _gpus()
     if count == 1:
         return False
+    if before is not None:
+        before()
     _run(count, command_line.get())
     return True
 
@@ -43,18 +49,20 @@ def _gpus() -> int:
 
 
 def _run(count: int, arguments: Sequence[str]) -> None:
+    """Start the processes through torchrun, and pass on every signal that asks for the end."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
 
     os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // count, 1)))
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SHUTDOWN_SECONDS))
-    logging.getLogger("torch.distributed.elastic").setLevel(
-        logging.CRITICAL
-    )  # each process speaks for itself
+    names = [one.name for one in (*stop_signals(), signal.SIGQUIT)]
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = ",".join(names)  # not an ignored SIGHUP
+    # each process reports for itself
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     given = ["--standalone", "--nproc-per-node", str(count), "-m", "anyflow_cli"]
     options = parse_args(given)  # type: ignore[no-untyped-call]
-    options.training_script_args = list(arguments)  # its parser would take our --nproc for one of its own
+    options.training_script_args = list(arguments)  # torchrun's parser would take --nproc as its own
     try:
         run(options)  # type: ignore[no-untyped-call]
     except ChildFailedError as error:
@@ -64,7 +72,7 @@ def _run(count: int, arguments: Sequence[str]) -> None:
 
 
 def _report(rank: int, failure: Any) -> NoReturn:
-    """End as the process did that failed first; it has said why, unless it was killed."""
+    """End as the process did that failed first; it has printed why, unless it was killed."""
     if failure.exitcode > 0:
         raise SystemExit(failure.exitcode) from None
     name = signal.Signals(-failure.exitcode).name

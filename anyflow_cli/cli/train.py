@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,10 +14,12 @@ from anyflow_cli.cli.launch import start_processes
 from anyflow_cli.cli.progress import Progress
 from anyflow_cli.runs.paths import RunPaths
 from anyflow_cli.utils.distributed import is_main_process
+from anyflow_cli.utils.run_lock import RunLock
 
 if TYPE_CHECKING:
     from anyflow_cli.recipe.schema import Recipe, TrainingSection
     from anyflow_cli.runs.lineage import RunInputs
+    from anyflow_cli.runs.resources import Resource
     from anyflow_cli.train.prepare import TrainingResult
 
 log = logging.getLogger(__name__)
@@ -80,6 +82,11 @@ class TrainingCommand:
         }
         return options.load_settings(self.recipe, self.assignments, {**self.overrides, **common})
 
+    def encode_videos(self, recipe: Recipe, paths: RunPaths) -> Path | None:
+        """The data set of the command's videos; None in a dry run unless they are encoded."""
+        assert self.encode is not None, "a verb that takes videos encodes them"
+        return self.encode(recipe, paths, self.dry_run)
+
 
 def run_training(command: TrainingCommand) -> None:
     """Run a training command: find its inputs, train or continue, save the model, print where it is.
@@ -89,62 +96,79 @@ def run_training(command: TrainingCommand) -> None:
     recipe = command.load_recipe()
     paths = RunPaths(command.runs, recipe.name)
     settings: TrainingSection = getattr(recipe, command.section)
-    facts = {label: getattr(settings, key) for key, label in command.shown.items()}
     from anyflow_cli.runs import resources
     from anyflow_cli.runs.checkpoint import newest
-    from anyflow_cli.runs.lineage import check_run
+    from anyflow_cli.runs.lineage import check_run, check_run_directory
     from anyflow_cli.train.prepare import prepare_training
     from anyflow_cli.train.stages import STAGES
 
-    needs = resources.inputs(recipe, paths, command.verb, resources.Given(data=command.data))
-    found = {} if command.dry_run and not resources.is_ready(needs) else resources.require_inputs(needs)
-    if found and "data set" not in found:
-        assert command.encode is not None, "a verb that takes videos encodes them"
-        latents = command.encode(recipe, paths, command.dry_run)
-        found = {} if latents is None else found | {"data set": str(latents)}
     stage = STAGES[command.section]
+    needs = resources.inputs(recipe, paths, command.verb, resources.Given(data=command.data))
+    if command.dry_run:
+        return _print_dry_run(command, recipe, paths, needs)
+    found, directory = resources.require_inputs(needs), stage.directory(recipe, paths)
+    check_run_directory(directory)
+    with RunLock(directory) as lock:
+        if "data set" not in found:
+            found |= {"data set": str(command.encode_videos(recipe, paths))}
+        inputs = stage.inputs(recipe, paths, found)
+        check_run(recipe, inputs)
+        if start_processes(recipe.launch, before=lock.release):
+            return None
+        for name, path in {**inputs.parents, "data": inputs.data}.items():
+            log.info("%s: %s", name, path)
+        if checkpoint := newest(directory / "checkpoints"):
+            log.info("continues from %s", checkpoint)
+        with Progress(command.verb, settings.steps) as progress:
+            training = prepare_training(
+                recipe,
+                inputs,
+                lambda step, values: progress.update(step, {k: v for k, v in values.items() if k in SHOWN}),
+            )
+            training.trainer.run()
+            finished = training.save_result()
+    if not is_main_process():
+        return None
+    values: dict[str, Any] = {"model": finished.model, "steps": finished.steps}
+    if finished.adapter is not None:
+        values["adapter"] = finished.adapter
+    values |= {"metrics": directory / "metrics.jsonl", "previews": directory / "previews"}
+    compared = command.compare(recipe, paths, inputs, finished) if command.compare else {}
+    shown = facts_table(values | {name: _in_words(part) for name, part in compared.items()})
+    print_result(values | dict(compared), as_json=command.as_json, text=shown)
+
+
+def _print_dry_run(
+    command: TrainingCommand, recipe: Recipe, paths: RunPaths, needs: Sequence[Resource]
+) -> None:
+    """Print what a training command would do, as far as what it starts from is there."""
+    from anyflow_cli.runs import resources
+    from anyflow_cli.runs.checkpoint import newest
+    from anyflow_cli.runs.lineage import check_run
+    from anyflow_cli.train.stages import STAGES
+
+    stage, settings = STAGES[command.section], getattr(recipe, command.section)
+    facts = {label: getattr(settings, key) for key, label in command.shown.items()}
+    found = resources.require_inputs(needs) if resources.is_ready(needs) else {}
+    if found and "data set" not in found:
+        latents = command.encode_videos(recipe, paths)
+        found = {} if latents is None else found | {"data set": str(latents)}
     if not found:
         facts |= {"latents": paths.finetune_data} if command.encode else {}
         facts |= {"result": stage.directory(recipe, paths) / "model"}
         return print_dry_run(command.verb, facts, needs, as_json=command.as_json)
     inputs = stage.inputs(recipe, paths, found)
     check_run(recipe, inputs)
-    checkpoint = newest(inputs.directory / "checkpoints")
-    sources = {**inputs.parents, "data": inputs.data}
-    if command.dry_run:
-        lora = recipe.model.lora
-        facts |= {name: str(path) for name, path in sources.items()} | {
-            "trains": f"LoRA of rank {lora.rank}" if lora else "all weights",
-            "steps": settings.steps,
-            "global batch": settings.global_batch,
-            "learning rate": settings.optimizer.lr,
-            "continues from": checkpoint or "the start",
-            "result": inputs.finished,
-        }
-        return print_dry_run(command.verb, facts, needs, as_json=command.as_json)
-    if start_processes(recipe.launch):
-        return None
-    for name, path in sources.items():
-        log.info("%s: %s", name, path)
-    if checkpoint is not None:
-        log.info("continues from %s", checkpoint)
-    with Progress(command.verb, settings.steps) as progress:
-        training = prepare_training(
-            recipe,
-            inputs,
-            lambda step, values: progress.update(step, {k: v for k, v in values.items() if k in SHOWN}),
-        )
-        training.trainer.run()
-        finished = training.save_result()
-    if not is_main_process():
-        return None
-    values: dict[str, Any] = {"model": finished.model, "steps": finished.steps}
-    if finished.adapter is not None:
-        values["adapter"] = finished.adapter
-    values |= {"metrics": inputs.directory / "metrics.jsonl", "previews": inputs.directory / "previews"}
-    compared = command.compare(recipe, paths, inputs, finished) if command.compare else {}
-    shown = facts_table(values | {name: _in_words(part) for name, part in compared.items()})
-    print_result(values | dict(compared), as_json=command.as_json, text=shown)
+    lora = recipe.model.lora
+    facts |= {name: str(path) for name, path in {**inputs.parents, "data": inputs.data}.items()} | {
+        "trains": f"LoRA of rank {lora.rank}" if lora else "all weights",
+        "steps": settings.steps,
+        "global batch": settings.global_batch,
+        "learning rate": settings.optimizer.lr,
+        "continues from": newest(inputs.directory / "checkpoints") or "the start",
+        "result": inputs.finished,
+    }
+    print_dry_run(command.verb, facts, needs, as_json=command.as_json)
 
 
 def _in_words(values: Mapping[str, Any]) -> str:

@@ -89,7 +89,7 @@ def test_a_directory_that_can_only_be_read_is_found_before_anything_is_loaded(
         patch.setattr("anyflow_cli.train.prepare.load_backbone", None)  # to be called, it would be a bug
         assert train(recipe, tmp_path / "runs", 2) == 1
     sentence, _ = said(capsys)
-    assert f"Cannot write {run_in(tmp_path / 'runs')}/recipe.yaml: Read-only file system" in sentence
+    assert f"Cannot write {run_in(tmp_path / 'runs')}/.lock: Read-only file system" in sentence
     assert train(recipe, tmp_path / "runs", 2) == 0
 
 

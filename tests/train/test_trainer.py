@@ -91,7 +91,7 @@ def test_previews_see_the_average_and_leave_the_weights(tmp_path: Path) -> None:
     same_run(tmp_path, tmp_path / "plain")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
 def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(tmp_path: Path, number: int) -> None:
     before = signal.getsignal(number)
 
@@ -108,6 +108,15 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(tmp_path: Path, 
     trainer(tmp_path / "a", checkpoint_every=100).run()
     trainer(tmp_path / "b", checkpoint_every=100).run()
     same_run(tmp_path / "a", tmp_path / "b")
+
+
+def test_a_hang_up_that_is_ignored_stays_ignored(tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        hooks = {"on_step": lambda *_: os.kill(os.getpid(), signal.SIGHUP)}
+        trainer(tmp_path, hooks=hooks, steps=3).run()
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 class Poisoned(RandomData):
