@@ -6,6 +6,7 @@ written to make it, so it works on a machine that has none of the files.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -22,6 +23,8 @@ from anyflow_cli.runs.paths import MODEL, RunPaths
 from anyflow_cli.utils.hub import cached_snapshot, is_hub_name
 
 ResourceState = Literal["ready", "to download", "missing", "optional", "unusable"]
+log = logging.getLogger(__name__)
+
 UNTRAINED = "not trained yet"
 TUNE = "anyflow train-flowmap --objective flow-matching"
 
@@ -72,10 +75,16 @@ def inputs(recipe: Recipe, paths: RunPaths, command: str, given: Given = NOTHING
 
 
 def require_inputs(resources: Iterable[Resource]) -> dict[str, str]:
-    """Return the place of each resource by name, without optional ones; refuse if a command cannot start."""
+    """Return the place of each resource by name, without optional ones; refuse if a command cannot start.
+
+    Logs the licenses of published models, and what will be downloaded.
+    """
     found = [resource for resource in resources if resource.state != "optional"]
     blocking = [resource for resource in found if resource.state in ("missing", "unusable")]
     if not blocking:
+        for resource in found:
+            if resource.place in KNOWN_MODELS or resource.state == "to download":
+                log.info("%s: %s", resource.name, resource)
         return {resource.name: resource.place for resource in found}
     sentences = [one.problem or f"There is no {one.name} at {one.place}." for one in blocking]
     hint = ", then ".join(dict.fromkeys(one.how_to_get_it for one in blocking if one.how_to_get_it))
@@ -220,7 +229,8 @@ def _model(name: str, address: str) -> Resource:
         return Resource(
             name, address, "unusable", "fetch or save the model again", f"{problems[0].rstrip('.')}{more}."
         )
-    return Resource(name, address, "ready")
+    known = KNOWN_MODELS.get(address)
+    return Resource(name, address, "ready", f"license: {known.license}" if known else "")
 
 
 def _on_hub(name: str, address: str) -> Resource:
