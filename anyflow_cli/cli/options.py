@@ -53,17 +53,20 @@ def _check_path(param: typer.CallbackParam, value: Any) -> Any:
     return value
 
 
-def _check_directory(param: typer.CallbackParam, value: Path | None) -> Path | None:
+def require_local_directory(option: str, path: Path) -> None:
     """Refuse what cannot be a directory to write in; a dry run says so too."""
-    _check_path(param, value)
-    if value is None or value == Path("-"):
-        return value
-    if re.match(r"[a-z][a-z0-9+.-]+:/", str(value)):
-        hint = "Write to a local directory, then copy it, e.g. with rclone or the cloud's own tool."
-        raise UsageError(f"{param.opts[0]} {value} is not a local directory.", hint)
-    above = next(place for place in (value, *value.absolute().parents) if os.path.lexists(place))
+    if re.match(r"[a-z][a-z0-9+.-]+:/", str(path)):
+        hint = "Write to a local directory, then upload it."
+        raise UsageError(f"{option} {path} is not a local directory.", hint)
+    above = next(place for place in (path, *path.absolute().parents) if os.path.lexists(place))
     if not above.is_dir():
-        raise UsageError(f"{param.opts[0]} {value}: {above} is not a directory.", "Choose another directory.")
+        raise UsageError(f"{option} {path}: {above} is not a directory.", "Choose another directory.")
+
+
+def _check_directory(param: typer.CallbackParam, value: Path | None) -> Path | None:
+    _check_path(param, value)
+    if value is not None and value != Path("-"):
+        require_local_directory(param.opts[0], value)
     return value
 
 
@@ -271,7 +274,7 @@ LatencyBudgetOption = Annotated[
     float | None,
     _option(
         "Take as many steps as fit into this time per video, from the measured time of a step.",
-        "--latency-budget", min=0, metavar="SECONDS", panel=_STEPS,
+        "--latency-budget", min=0, max=86_400, metavar="SECONDS", panel=_STEPS,
     ),
 ]  # fmt: skip
 ImageOption = Annotated[
@@ -378,7 +381,7 @@ PeakOption = Annotated[
     float | None,
     _option(
         "Dense bf16 speed per GPU. Default: that of the named GPU, else of an H100.", "--peak",
-        metavar="TFLOPS", min=0.001, panel=_MACHINE,
+        metavar="TFLOPS", min=0.001, max=1e6, panel=_MACHINE,
     ),
 ]  # fmt: skip
 MfuOption = Annotated[
@@ -423,9 +426,8 @@ def parse_steps(text: str | None) -> tuple[int, ...] | None:
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise UsageError(
-            f"--nfe takes step counts such as 1,4,32, not {text!r}.", "Write --nfe 1,4,32."
-        ) from None
+        message = f"--nfe takes step counts such as 1,4,32, not {shortened(repr(text))}."
+        raise UsageError(message, "Write --nfe 1,4,32.") from None
 
 
 def examples(*lines: str) -> str:

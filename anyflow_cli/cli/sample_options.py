@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from anyflow_cli.errors import UsageError
+from anyflow_cli.utils.user_text import shortened
 
 if TYPE_CHECKING:
     from anyflow_cli.recipe.schema import Recipe
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from anyflow_cli.sample.refine import PreviousSamples
     from anyflow_cli.sample.sampler import Method, PromptSwitch, Steps
 
+MOST_STEPS = 10_000
+FRAME_DIGITS = 9
 DEFAULT_PROMPTS = 4  # sampled where none is given
 
 log = logging.getLogger(__name__)
@@ -84,9 +87,9 @@ def read_steps(text: str | None, *, preview: bool = False) -> tuple[Steps, ...] 
         schedules = [tuple(int(count) for count in part.split(":")) for part in text.split(",")]
     except ValueError:
         schedules = [()]
-    if not all(schedule and min(schedule) > 0 for schedule in schedules):
+    if not all(schedule and 0 < min(schedule) <= max(schedule) <= MOST_STEPS for schedule in schedules):
         raise UsageError(
-            f"--nfe takes step counts of 1 and more such as 1,4,32, not {text!r}.",
+            f"--nfe takes step counts from 1 to {MOST_STEPS} such as 1,4,32, not {shortened(repr(text))}.",
             "Write --nfe 1,4,32; for a causal model --nfe 8:2 gives the first chunk 8 steps, the others 2.",
         )
     return tuple(schedule[0] if len(schedule) == 1 else schedule for schedule in schedules)
@@ -103,9 +106,10 @@ def read_prompt_switches(texts: list[str] | None, frames: int) -> tuple[PromptSw
     for text in texts:
         number, _, prompt = text.partition(":")
         prompt = check_text(prompt.strip(), "--then")
-        if not number.strip().isdecimal() or not prompt:
+        if not number.strip().isdecimal() or len(number) > FRAME_DIGITS or not prompt:
             raise UsageError(
-                f"--then takes a frame and a prompt, not {text!r}.", 'Write --then "81: a blue square".'
+                f"--then takes a frame and a prompt, not {shortened(repr(text))}.",
+                'Write --then "81: a blue square".',
             )
         if not 0 < int(number) < frames:
             raise UsageError(

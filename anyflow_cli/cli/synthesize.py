@@ -54,12 +54,11 @@ def synthesize(
     paths = RunPaths(runs, settings.name)
     if verify:
         return _verify(out or settings.data.path or str(paths.data), as_json=as_json)
-    if out is not None and "://" in out:
-        raise UsageError(f"{out} is not a local directory.", "Write locally with --out DIR, then upload it.")
     from anyflow_cli.runs.resources import Given, can_start, inputs, require_inputs
     from anyflow_cli.synthesize.job import prepare_synthesis
 
     directory = paths.data if out is None else Path(out)
+    options.require_local_directory("--out", directory)
     needs = inputs(settings, paths, "synthesize", Given(data=from_videos))
     if dry_run and prompts is None and not can_start(needs):
         return print_dry_run("synthesize", {"data": directory}, needs, as_json=as_json)

@@ -17,7 +17,7 @@ Capture = pytest.CaptureFixture[str]
 
 VERBS = {
     "synthesize": (), "train-flowmap": (), "distill": (), "finetune": (), "sample": (), "evaluate": (),
-    "export": ("--out", "exported"),
+    "evaluate --suite vbench": ("--suite", "vbench"), "export": ("--out", "exported"),
 }  # fmt: skip
 SECONDS = 5.0  # of the processor, since the machine may be busy
 
@@ -29,9 +29,12 @@ def test_a_dry_run_needs_nothing_and_names_the_way_to_everything(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
-    assert main([verb, *VERBS[verb], "--recipe", recipe, "--dry-run", "--json"]) == 0, capsys.readouterr().err
+    monkeypatch.setenv("ANYFLOW_VBENCH", str(tmp_path / "vbench"))
+    assert main([verb.split()[0], *VERBS[verb], "--recipe", recipe, "--dry-run", "--json"]) == 0, (
+        capsys.readouterr().err
+    )
     found = json.loads(capsys.readouterr().out)
-    assert (found["command"], found["dry_run"]) == (verb, True)
+    assert (found["command"], found["dry_run"]) == (verb.split()[0], True)
     assert found["needs"]
     for need in found["needs"]:
         assert need["state"] in ("ready", "to download", "missing", "optional")

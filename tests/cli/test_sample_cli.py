@@ -146,7 +146,7 @@ WRONG = {
     "no steps": (["-p", "a", "--nfe", "0"], "--nfe"),
     "steps that are no numbers": (
         ["-p", "a", "--nfe", "4,x"],
-        "--nfe takes step counts of 1 and more such as 1,4,32, not '4,x'",
+        "--nfe takes step counts from 1 to 10000 such as 1,4,32, not '4,x'",
     ),
     "no step counts": (["-p", "a", "--nfe", ""], "--nfe"),
     "a chunk without steps": (["-p", "a", "--nfe", "8:0"], "--nfe"),

@@ -56,13 +56,15 @@ def test_an_output_directory_that_cannot_be_made_is_refused_at_the_dry_run(
         ["evaluate", "--videos", LONG], ["export", "--out", LONG], ["train-flowmap", "--runs", "a-file"],
         ["train-flowmap", "--recipe", f"./{LONG}.yaml"], ["recipes", "validate", "~nosuchuser/r.yaml"],
         ["recipes", "show", "x" * 5000], ["train-flowmap", "--nproc", "99999999999"],
+        ["sample", "--nfe", "1000000000"], ["sample", "--nfe", "9" * 5000], ["sample", "--frames", "1000001"],
+        ["sample", "--then", f"{'9' * 5000}:a circle"], ["sample", "--latency-budget", "inf"],
         ["sample", "--count", "1000000000"], ["sample", "--seed", "-1"], ["evaluate", "--seed", str(2**64)],
     ],
 )  # fmt: skip
 def test_what_cannot_work_is_one_sentence_and_a_hint(arguments: list[str], capsys: Capture) -> None:
     dry_run = ["--dry-run"] if arguments[0] != "recipes" else []
     assert main([*arguments, *dry_run]) == 2
-    error, hint = capsys.readouterr().err.splitlines()
+    *_, error, hint = capsys.readouterr().err.splitlines()
     assert error.startswith("error: ")
     assert len(error) < 600
     assert hint.startswith("hint: ")
