@@ -1,20 +1,19 @@
-"""Models in the formats that other tools read.
+"""Export of a model in the formats of other tools.
 
-``diffusers``  a pipeline folder, for ``AnyFlowPipeline.from_pretrained`` (or ``WanPipeline`` with one time)
-``merged``     the network alone in one safetensors file with diffusers' names, its config in the metadata
+``diffusers``  a pipeline folder, for ``AnyFlowPipeline.from_pretrained`` (``WanPipeline`` with one time)
+``merged``     the network in one safetensors file with diffusers' names, its configuration in the metadata
 ``comfyui``    the same with Wan's original names under ComfyUI's prefix, ``model.diffusion_model.``
-``adapter``    what LoRA training learnt, as a PEFT adapter for the diffusers class
+``adapter``    the result of LoRA training as a PEFT adapter for the diffusers class
 
 Original Wan has one time embedder. The second is written as ``delta_embedding.{0,2}``, a name of this
-project: a loader that knows Wan alone reports it as unexpected and would sample without it, which is not
-this model; a node has to pass the end time of each step to it. Files appear whole or not at all, and none
-is overwritten.
+project: a loader for plain Wan reports it as unexpected and would sample without it, which is another model;
+a node has to pass the end time of each step to it. Weights are written one at a time; what was not trained is
+written as it was read. Files are complete or absent, and none is replaced.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +21,7 @@ from typing import Any, Literal
 import torch
 
 from anyflow_cli.errors import UsageError
+from anyflow_cli.model.layouts.names import TRANSFORMER_NAMES
 from anyflow_cli.model.lora import LoraSize
 from anyflow_cli.model.network import folded
 from anyflow_cli.model.pipeline_io import load_adapter, save_adapter, save_pipeline
@@ -33,32 +33,24 @@ from anyflow_cli.runs.open import describe, locate, weight_source
 from anyflow_cli.utils.files import atomic_write
 
 Format = Literal["diffusers", "merged", "comfyui", "adapter"]
-ADAPTER = "adapter"  # where a finished run keeps its own
+ADAPTER = "adapter"  # directory of a finished run with its adapter
 COMFYUI_PREFIX = "model.diffusion_model."
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-# diffusers' names -> original Wan 2.1, the inverse of diffusers' convert_wan_transformer_to_diffusers.
-COMFYUI_NAMES: tuple[tuple[str, str], ...] = (
-    (r"^condition_embedder\.(time|text)_embedder\.linear_1\.", r"\1_embedding.0."),
-    (r"^condition_embedder\.(time|text)_embedder\.linear_2\.", r"\1_embedding.2."),
-    (r"^condition_embedder\.delta_embedder\.linear_1\.",       r"delta_embedding.0."),  # ours
-    (r"^condition_embedder\.delta_embedder\.linear_2\.",       r"delta_embedding.2."),  # ours
-    (r"^condition_embedder\.time_proj\.",                      r"time_projection.1."),
-    (r"^proj_out\.",                                           r"head.head."),
-    (r"^scale_shift_table$",                                   r"head.modulation"),
-    (r"^(blocks\.\d+)\.scale_shift_table$",                    r"\1.modulation"),
-    (r"^(blocks\.\d+)\.norm2\.",                               r"\1.norm3."),
-    (r"^(blocks\.\d+)\.attn1\.",                               r"\1.self_attn."),
-    (r"^(blocks\.\d+)\.attn2\.",                               r"\1.cross_attn."),
-    (r"(_attn)\.to_([qkv])\.",                                 r"\1.\2."),
-    (r"(_attn)\.to_out\.0\.",                                  r"\1.o."),
-    (r"^(blocks\.\d+)\.ffn\.net\.0\.proj\.",                   r"\1.ffn.0."),
-    (r"^(blocks\.\d+)\.ffn\.net\.2\.",                         r"\1.ffn.2."),
-)  # fmt: skip
-
 
 def export_model(address: str, recipe: Recipe, kind: Format, out: Path, dtype: str | None = None) -> Path:
-    """Write the model at ``address`` as ``kind``; gives the folder or file that was made."""
+    """Export a model.
+
+    Args:
+        address: Model, training run or checkpoint.
+        recipe: Recipe, whose teacher supplies text encoder and VAE where the model has none.
+        kind: Format.
+        out: Folder or file to write.
+        dtype: Type of all weights (``fp32``, ``bf16``, ``fp16``); None: as they are.
+
+    Returns:
+        The folder or file that was written.
+    """
     target = destination(kind, out)
     if kind == "adapter":
         _write_adapter(target, address)
@@ -75,7 +67,7 @@ def export_model(address: str, recipe: Recipe, kind: Format, out: Path, dtype: s
 
 
 def destination(kind: Format, out: Path) -> Path:
-    """What an export makes, ``out`` or a file in it; nothing that is there is written over."""
+    """Folder or file that an export writes, ``out`` or a file in it; refused if it exists."""
     single = kind in ("merged", "comfyui")
     target = out / "model.safetensors" if single and out.suffix != ".safetensors" else out
     if target.exists():
@@ -84,7 +76,7 @@ def destination(kind: Format, out: Path) -> Path:
 
 
 def _write_adapter(target: Path, address: str) -> None:
-    """A finished run's own adapter, or that of a checkpoint."""
+    """Write the adapter of a finished run or of a checkpoint."""
     path = locate(address)
     if is_checkpoint(path):
         run = run_of(path)
@@ -94,22 +86,15 @@ def _write_adapter(target: Path, address: str) -> None:
     elif (path.parent / ADAPTER).is_dir():
         return save_adapter(target, *load_adapter(path.parent / ADAPTER))
     raise UsageError(
-        f"{address} has no adapter: it was trained whole, or is no training run.",
+        f"{address} has no adapter: all its weights were trained, or it is not a training run.",
         "Use --format diffusers, merged or comfyui.",
     )
-
-
-def original_name(name: str) -> str:
-    """The name of a parameter in the original Wan code."""
-    for pattern, replacement in COMFYUI_NAMES:
-        name = re.sub(pattern, replacement, name)
-    return name
 
 
 def write_merged(
     path: Path, network: WeightSource, lineage: Mapping[str, Any], dtype: str | None = None
 ) -> None:
-    """One safetensors file with diffusers' names; its metadata holds the class's config and the lineage."""
+    """Write one safetensors file with diffusers' names, configuration and lineage in its metadata."""
     config, weights = folded(network.config, network.lazy_weights())
     metadata = {"config": json.dumps(config.to_diffusers()), "lineage": json.dumps(lineage)}
     _write(path, weights, metadata, dtype)
@@ -118,9 +103,11 @@ def write_merged(
 def write_comfyui(
     path: Path, network: WeightSource, lineage: Mapping[str, Any], dtype: str | None = None
 ) -> None:
-    """One safetensors file with the original names under ComfyUI's prefix."""
+    """Write one safetensors file with the original names under ComfyUI's prefix."""
     config, weights = folded(network.config, network.lazy_weights())
-    renamed = {COMFYUI_PREFIX + original_name(name): weight for name, weight in weights.items()}
+    renamed = {
+        COMFYUI_PREFIX + TRANSFORMER_NAMES.to_original(name): weight for name, weight in weights.items()
+    }
     # What shapes do not tell. The key "config" would change how ComfyUI detects the model.
     facts = {"gate": str(config.gate), "delta": config.delta, "head_dim": str(config.head_dim)}
     _write(path, renamed, facts | {"lineage": json.dumps(lineage)}, dtype)

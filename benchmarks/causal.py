@@ -4,10 +4,10 @@
     python benchmarks/causal.py --compile       theirs compiled: its flex attention as it is meant to run
     python benchmarks/causal.py --preset wan1b --layers 2 --height 60 --width 104 --device cuda
 
-Both hold the same weights; how they are compared is in ``measure.py``. The sampling step is that of the last
-chunk, over the cache of all others; "keep a finished chunk" is what follows it: they encode the whole past
-again, we what has changed (policy ``exact``, the same result). Their backward pass does not run on a CPU,
-where flex attention has none, and their compiled step pads to 128 tokens like the plain one.
+Both hold the same weights; ``measure.py`` compares them. The sampling step is that of the last chunk, over
+the cache of all others. "Cache a finished chunk" follows it: they encode the whole past again, we only what
+has changed, with the same result. Their backward pass does not run on a CPU, where flex attention has none,
+and their compiled step pads to 128 tokens as the plain one does.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def _networks(args: argparse.Namespace) -> tuple[FlowMapTransformer, Any]:
 
 
 class Both:
-    """The same video, text and times for both networks."""
+    """Both networks on the same video, text and times."""
 
     def __init__(self, args: argparse.Namespace, ours: FlowMapTransformer, theirs: Any) -> None:
         self.args, self.ours, self.theirs = args, ours, theirs
@@ -82,14 +82,14 @@ class Both:
         self.text = torch.randn(args.batch, args.text, ours.config.text_dim, **self.like)
 
     def rows(self) -> list[Row]:
-        """The lines of the table."""
+        """Rows of the table."""
         cpu = self.args.device == "cpu"
         forced, reference = self._forced(), self._reference()
         step, keep = self._sampling()
         their_step, their_keep = self._their_sampling()
         return [
             Row("sampling step, last chunk", step, their_step),
-            Row("keep a finished chunk", keep, their_keep),
+            Row("cache a finished chunk", keep, their_keep),
             Row("teacher forcing, forward", forced, reference),
             Row("teacher forcing, and backward", forced, None if cpu else reference, backward=True),
         ]
@@ -187,7 +187,7 @@ class Both:
 
     @property
     def _window(self) -> int:
-        """The first frame that is noisy in training."""
+        """First frame that is noisy in training."""
         causal = self.ours.config.causal
         assert causal is not None
         return sum(self.partition[: -causal.full_chunks])

@@ -1,4 +1,4 @@
-"""What the benchmarks share: sizes, the interleaved timing of two calls, peak memory, and the table.
+"""Shared parts of the benchmarks: sizes, interleaved timing of two calls, peak memory, and the table.
 
 Runs are interleaved, so that a machine that slows down slows both; the table gives medians and the ratio of
 ours to theirs (below 1: ours is faster, or smaller). Memory is the peak above what was held before the call:
@@ -29,7 +29,7 @@ Call = Callable[[], Tensor]
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table; ``theirs`` is None where they cannot do it."""
+    """Row of the table; ``theirs`` is None where they cannot run."""
 
     name: str
     ours: Call
@@ -38,7 +38,7 @@ class Row:
 
 
 def parser(description: str, *, batch: int, repeats: int) -> argparse.ArgumentParser:
-    """The options that all benchmarks take."""
+    """Options of all benchmarks."""
     made = argparse.ArgumentParser(description=description)
     made.add_argument("--preset", choices=PRESETS, default="tiny")
     made.add_argument("--layers", type=int, help="default: the preset's")
@@ -55,7 +55,7 @@ def parser(description: str, *, batch: int, repeats: int) -> argparse.ArgumentPa
 
 
 def sizes(args: argparse.Namespace) -> dict[str, int]:
-    """The preset as arguments of a diffusers class."""
+    """Arguments of a diffusers class for the preset."""
     heads, head_dim, layers, ffn_dim, text_dim, channels = PRESETS[args.preset]
     return {
         "num_attention_heads": heads,
@@ -69,7 +69,7 @@ def sizes(args: argparse.Namespace) -> dict[str, int]:
 
 
 def print_head(args: argparse.Namespace, shape: str) -> None:
-    """Say what is measured, above the table."""
+    """Print what is measured, above the table."""
     depth = args.layers or PRESETS[args.preset][2]
     print(f"{args.preset}: {depth} layers, B={args.batch} {shape} {args.height}x{args.width},")
     print(f"{args.text} text tokens, {args.precision}, {args.device}, {args.threads} thread(s),")
@@ -78,7 +78,7 @@ def print_head(args: argparse.Namespace, shape: str) -> None:
 
 
 def report(row: Row, args: argparse.Namespace) -> None:
-    """Measure and print one line."""
+    """Measure and print one row."""
     calls = [_call(each, row.backward, args) for each in (row.ours, row.theirs) if each is not None]
     seconds = _interleaved(calls, args)
     peaks = [_peak_bytes(call, args.device) / 1e6 for call in calls]
@@ -86,7 +86,7 @@ def report(row: Row, args: argparse.Namespace) -> None:
 
 
 def _pair(values: list[float]) -> str:
-    """Ours, theirs and the ratio; theirs is missing where it cannot run."""
+    """Ours, theirs and their ratio; a dash where theirs cannot run."""
     if len(values) == 1:
         return f"{values[0]:10.1f}{'-':>11}{'-':>8}"
     ours, theirs = values
@@ -107,14 +107,14 @@ def _call(forward: Call, backward: bool, args: argparse.Namespace) -> Callable[[
 
 
 def autocast(args: argparse.Namespace) -> AbstractContextManager[Any]:
-    """Autocast where the precision asks for it."""
+    """Autocast where the precision is autocast."""
     if args.precision != "autocast":
         return nullcontext()
     return torch.autocast(torch.device(args.device).type, torch.bfloat16)
 
 
 def _interleaved(calls: list[Callable[[], None]], args: argparse.Namespace) -> list[float]:
-    """Median seconds of each call, after one run to warm up."""
+    """Median seconds of each call, after a warm-up run."""
     seconds: list[list[float]] = [[] for _ in calls]
     for repeat in range(args.repeats + 1):
         for call, kept in zip(calls, seconds, strict=True):
@@ -133,7 +133,7 @@ def _wait(device: str) -> None:
 
 
 def _peak_bytes(call: Callable[[], None], device: str) -> int:
-    """Highest memory held during the call, above what was held before it."""
+    """Peak memory of the call above that before it, in bytes."""
     gc.collect()
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()

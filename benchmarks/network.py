@@ -3,7 +3,7 @@
     python benchmarks/network.py                       the tiny model's sizes, one thread
     python benchmarks/network.py --preset wan1b --layers 2 --frames 5 --device cuda
 
-Both hold the same weights; how they are compared is in ``measure.py``.
+Both hold the same weights; ``measure.py`` compares them.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def _rows(args: argparse.Namespace, ours: FlowMapTransformer, theirs: Any) -> li
     return [
         Row("forward", lambda: ours(z, t, r, text), reference),
         Row("forward, times per frame", lambda: ours(z, t_frames, r_frames, text), reference),
-        Row("forward, text keys kept", lambda: ours(z, t, r, keys), reference),
+        Row("forward, text keys shared", lambda: ours(z, t, r, keys), reference),
         Row("and backward", lambda: ours(z, t, r, text), reference, backward=True),
         Row(
             "and backward, per frame",

@@ -1,4 +1,4 @@
-"""What a causal rollout of stage 2 holds: all chunks' graphs, or one made again (``recompute_rollout``).
+"""Memory of a causal rollout of stage 2, with all chunks' graphs or one recomputed (``recompute_rollout``).
 
 python -m benchmarks.rollout
 
@@ -31,7 +31,7 @@ MIB = 2**20
 
 
 def main() -> None:
-    """Measure both ways for five chunks and for nine."""
+    """Print both ways for five and nine chunks."""
     torch.set_num_threads(1)
     for chunks in (5, 9):
         for recomputes in (False, True):
@@ -45,12 +45,12 @@ def main() -> None:
                 ],
             )
             held, peak, seconds = measure(recipe)
-            way = "made again" if recomputes else "all held"
+            way = "recomputed" if recomputes else "all held"
             print(f"{chunks} chunks, {way}: {held:.0f} MiB held, peak {peak:.0f} MiB, {seconds:.1f} s")
 
 
 def measure(recipe: Recipe) -> tuple[float, float, float]:
-    """MiB held between forward and backward, at the peak, and seconds of the processor."""
+    """MiB between forward and backward, MiB at the peak, and CPU seconds."""
     causal, frames = recipe.model.causal, latent_frames(recipe.model.frames)
     assert causal is not None
     teacher, own = (load_network(resolve_pipeline("tiny"), torch.float32) for _ in range(2))
@@ -71,7 +71,7 @@ def measure(recipe: Recipe) -> tuple[float, float, float]:
 
 
 def three_jumps(recipe: Recipe) -> StepRng:
-    """Draws of the first step whose rollout has no jump of zero length."""
+    """Random numbers of the first step whose rollout has no jump of zero length."""
     step = 0
     while True:
         step += 1

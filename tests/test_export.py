@@ -11,9 +11,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from anyflow_cli.errors import UsageError
-from anyflow_cli.export import COMFYUI_PREFIX, export_model, original_name, write_comfyui, write_merged
+from anyflow_cli.export import COMFYUI_PREFIX, export_model, write_comfyui, write_merged
 from anyflow_cli.model.backbone import Backbone
 from anyflow_cli.model.config import NetworkConfig
+from anyflow_cli.model.layouts.names import TRANSFORMER_NAMES
 from anyflow_cli.model.lora import LoraSize, MergedNetwork
 from anyflow_cli.model.network import FlowMapTransformer, two_time_from
 from anyflow_cli.model.pipeline_io import load_adapter, load_network, save_pipeline
@@ -40,17 +41,22 @@ def test_the_converter_of_diffusers_reverses_the_original_names(network: FlowMap
     from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 
     names = [name for name in network.state_dict() if "delta" not in name]
-    original = {"model.diffusion_model." + original_name(name): torch.zeros(1) for name in names}
+    original = {
+        "model.diffusion_model." + TRANSFORMER_NAMES.to_original(name): torch.zeros(1) for name in names
+    }
     assert sorted(convert_wan_transformer_to_diffusers(original)) == sorted(names)
 
 
 def test_the_original_names_are_those_of_wan() -> None:
-    assert original_name("blocks.11.attn2.to_out.0.bias") == "blocks.11.cross_attn.o.bias"
-    assert original_name("blocks.0.attn1.norm_q.weight") == "blocks.0.self_attn.norm_q.weight"
-    assert original_name("blocks.3.norm2.weight") == "blocks.3.norm3.weight"
-    assert original_name("blocks.3.scale_shift_table") == "blocks.3.modulation"
-    assert original_name("scale_shift_table") == "head.modulation"
-    assert original_name("condition_embedder.delta_embedder.linear_2.bias") == "delta_embedding.2.bias"
+    assert TRANSFORMER_NAMES.to_original("blocks.11.attn2.to_out.0.bias") == "blocks.11.cross_attn.o.bias"
+    assert TRANSFORMER_NAMES.to_original("blocks.0.attn1.norm_q.weight") == "blocks.0.self_attn.norm_q.weight"
+    assert TRANSFORMER_NAMES.to_original("blocks.3.norm2.weight") == "blocks.3.norm3.weight"
+    assert TRANSFORMER_NAMES.to_original("blocks.3.scale_shift_table") == "blocks.3.modulation"
+    assert TRANSFORMER_NAMES.to_original("scale_shift_table") == "head.modulation"
+    assert (
+        TRANSFORMER_NAMES.to_original("condition_embedder.delta_embedder.linear_2.bias")
+        == "delta_embedding.2.bias"
+    )
 
 
 def test_a_comfyui_file_has_every_weight_under_its_prefix(
@@ -58,7 +64,7 @@ def test_a_comfyui_file_has_every_weight_under_its_prefix(
 ) -> None:
     write_comfyui(tmp_path / "m.safetensors", network, {}, None)
     stored = load_file(tmp_path / "m.safetensors")
-    expected = {COMFYUI_PREFIX + original_name(n): w for n, w in network.state_dict().items()}
+    expected = {COMFYUI_PREFIX + TRANSFORMER_NAMES.to_original(n): w for n, w in network.state_dict().items()}
     assert stored.keys() == expected.keys()
     assert all(torch.equal(stored[name], weight) for name, weight in expected.items())
 
