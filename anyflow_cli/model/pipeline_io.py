@@ -286,12 +286,13 @@ def _model_index(config: NetworkConfig, source: Path) -> dict[str, Any]:
 
 
 def link_tree(source: Path, target: Path) -> None:
-    """Copy a directory, sharing its files (hard links) where the file system supports it."""
-    for folder, _, names in os.walk(source, followlinks=True):  # copytree hides the type of an error
+    """Copy the regular files of a directory, sharing them (hard links) where the file system supports it."""
+    for folder, _, names in os.walk(source):  # copytree hides the type of an error
         copy = target / Path(folder).relative_to(source)
         copy.mkdir(parents=True)
         for name in names:
-            link_or_copy(Path(folder) / name, copy / name)
+            if (Path(folder) / name).is_file():  # not a FIFO, a device or a link that leads nowhere
+                link_or_copy(Path(folder) / name, copy / name)
 
 
 def link_or_copy(source: Path, target: Path) -> None:

@@ -1,4 +1,4 @@
-"""Closed forms for Gaussian data, x ~ N(mean, std^2 I): all that a network approximates, exactly.
+"""Closed forms for Gaussian data, x ~ N(mean, std^2 I), of everything that a network approximates.
 
     z_t ~ N((1 - t) mean, s_t^2),  s_t^2 = (1 - t)^2 std^2 + t^2
     f(z, t, r) = (1 - r) mean + s_r / s_t (z - (1 - t) mean)
@@ -28,13 +28,13 @@ def normal(seed: int, *shape: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Gaussian:
-    """The exact velocity of Gaussian data. A sample's condition is its mean, (B, F, C, H, W) or 1 for all."""
+    """Exact velocity of Gaussian data; the condition of a sample is its mean, (B or 1, F, C, H, W)."""
 
     mean: Tensor
     std: float = 0.6
 
     def __call__(self, z: Tensor, t: Tensor, r: Tensor) -> Tensor:
-        """Give u = (z_t - z_r) / (t - r), in a form that holds at t = r too, where it is v."""
+        """u = (z_t - z_r) / (t - r), in a form that is also valid at t = r, where it is v."""
         t, r = per_frame(t, z), per_frame(r, z)
         slope = ((t + r) * (1 + self.std**2) - 2 * self.std**2) / (self.scale(t) + self.scale(r))
         return slope / self.scale(t) * (z - (1 - t) * self.mean) - self.mean
@@ -47,21 +47,21 @@ class Gaussian:
         return self if len(self.mean) == 1 else Gaussian(torch.cat(parts), self.std)
 
     def scale(self, t: Tensor) -> Tensor:
-        """Give s_t."""
+        """s_t."""
         return ((1 - t).square() * self.std**2 + t.square()).sqrt()
 
     def flow(self, z: Tensor, t: Tensor, r: Tensor) -> Tensor:
-        """Give the flow map f(z, t, r) by the formula at the head of this file."""
+        """Flow map f(z, t, r), by the formula in the module docstring."""
         t, r = per_frame(t, z), per_frame(r, z)
         return (1 - r) * self.mean + self.scale(r) / self.scale(t) * (z - (1 - t) * self.mean)
 
     def clean(self, z: Tensor, t: Tensor) -> Tensor:
-        """Give E[x | z_t = z]."""
+        """E[x | z_t = z]."""
         t = per_frame(t, z)
         return self.mean + (1 - t) * (self.std / self.scale(t)) ** 2 * (z - (1 - t) * self.mean)
 
     def pair(self, z: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Give the x and eps whose straight path passes z at t with the velocity v = v(z, t)."""
+        """x and eps whose straight path passes through z at t with velocity v(z, t)."""
         v = self(z, t, t)
         return z - per_frame(t, z) * v, z + per_frame(1 - t, z) * v
 
@@ -108,11 +108,11 @@ class GuidedFlow:
     steps: int = 64
 
     def velocity(self, z: Tensor, t: Tensor) -> Tensor:
-        """Give w(z, t)."""
+        """w(z, t)."""
         return self.guidance * self.data(z, t, t) + (1 - self.guidance) * self.null(z, t, t)
 
     def flow(self, z: Tensor, t: Tensor, r: Tensor) -> Tensor:
-        """Give f(z, t, r)."""
+        """f(z, t, r)."""
         h = (r - t) / self.steps
         step = per_frame(h, z)
         for number in range(self.steps):
@@ -150,7 +150,7 @@ class GuidedFlow:
 
 @dataclass(frozen=True)
 class Watched:
-    """A velocity model that notes each call: its batch, its times, whether gradient was on."""
+    """Velocity model that records the batch, times and gradient mode of each call."""
 
     model: Velocity
     calls: list[tuple[int, Tensor, Tensor, bool]] = field(default_factory=list)
@@ -168,7 +168,7 @@ class Watched:
 
 @dataclass(frozen=True)
 class Bent:
-    """A velocity model made of another one: ``u = bend(model, z, t, r)``."""
+    """Velocity model derived from another: ``u = bend(model, z, t, r)``."""
 
     model: Velocity
     bend: Callable[[Velocity, Tensor, Tensor, Tensor], Tensor]

@@ -1,4 +1,4 @@
-"""Alg. 1 on Gaussian data: the exact student has no loss, each way to get the algorithm wrong has one."""
+"""Alg. 1 on Gaussian data: the loss of the exact student is zero, that of each wrong algorithm is not."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ BELOW = torch.tensor([0.1, 0.0, 0.4, 0.2, 0.0, 0.1, 0.1, 0.7]).double()  # the l
 
 
 def exact(guidance: float) -> tuple[Fused, Fused]:
-    """The student that Alg. 1 leads to, and its null branch."""
+    """The student that minimizes Alg. 1, and its null branch."""
     no, yes = torch.zeros(B, dtype=torch.bool), torch.ones(B, dtype=torch.bool)
     return Fused(DATA, no, guidance, DRIFT), Fused(DATA, yes, guidance, DRIFT)
 
@@ -65,35 +65,35 @@ def check_falls(errors: list[Tensor], factor: float) -> None:
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 def test_the_exact_student_has_no_loss_up_to_delta_squared(guidance: float) -> None:
-    """The residual is O(d^2), so its square falls by 16 when d is halved. The boundary has none."""
+    """The residual is O(d^2): halving d divides its square by 16. On the boundary it is zero."""
     errors = [Step().loss(guidance=guidance, delta=d).errors for d in (0.02, 0.01, 0.005)]
     assert errors[-1].max() < 1e-6
     assert errors[0][-1] < 1e-28
     check_falls([error[:-1] for error in errors], 16)
 
 
-def test_near_noise_the_quotient_leans_to_one_side_and_is_exact_to_delta() -> None:
+def test_near_noise_the_quotient_is_one_sided_and_first_order_in_delta() -> None:
     t, r = torch.ones(B).double(), BELOW.clamp(max=0.5)
     errors = [Step(t, r).loss(delta=d).errors for d in (0.02, 0.01, 0.005)]
     assert errors[-1].max() < 1e-3
     check_falls(errors, 4)
 
 
-def test_short_jumps_are_exact_to_delta_squared() -> None:
-    """With t - r = d / 2 the quotient is exact to O(d), and stands in the target times t - r."""
+def test_short_jumps_are_second_order_in_delta() -> None:
+    """With t - r = d / 2 the quotient is first order in d, and the target multiplies it by t - r."""
     errors = [Step(INSIDE, INSIDE - d / 2).loss(delta=d).errors for d in (0.008, 0.004, 0.002)]
     assert errors[-1].max() < 1e-6
     check_falls(errors, 16)
 
 
-def test_times_a_rounding_apart_stay_finite() -> None:
+def test_times_that_differ_by_a_rounding_give_finite_losses() -> None:
     t = torch.tensor([1.0, 1.0, 0.9999999, 0.5, 1e-6, 1e-7, 0.0, 1.0]).double()
     r = torch.tensor([0.9999999, 0.0, 0.9999998, 0.4999999, 0.0, 0.0, 0.0, 1.0]).double()
     assert Step(t, r).loss().errors.max() < 1e-3
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
-def test_no_evaluation_leaves_the_times_the_model_knows(guidance: float) -> None:
+def test_all_evaluations_stay_within_the_trained_times(guidance: float) -> None:
     calls: list[Any] = []
     student, null = (Watched(model, calls) for model in exact(guidance))
     t = torch.tensor([1.0, 0.999, 0.004, 0.5, 0.003, 1.0, 0.0, 0.6]).double()
@@ -105,15 +105,15 @@ def test_no_evaluation_leaves_the_times_the_model_knows(guidance: float) -> None
 
 
 def test_guidance_is_that_of_the_teacher_on_the_boundary() -> None:
-    """At t = r the student is to predict v_null + g (v_c - v_null); both branches of Gaussian data here."""
+    """At t = r the student predicts v_null + g (v_c - v_null); here both branches are of Gaussian data."""
     null = Gaussian(normal(3, B, *SHAPE), 0.9)
     teacher = null(Z, INSIDE, INSIDE) + 3 * (DATA(Z, INSIDE, INSIDE) - null(Z, INSIDE, INSIDE))
     fused = fuse_guidance(teacher, null(Z, INSIDE, INSIDE), 3.0)
     torch.testing.assert_close(fused, DATA(Z, INSIDE, INSIDE))
 
 
-def test_real_pairs_pull_nowhere_at_the_exact_student(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With x and eps drawn apart v varies around v(z, t), but the gradient vanishes on average.
+def test_the_gradient_of_random_pairs_vanishes_at_the_exact_student(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With independent x and eps, v varies around v(z, t), but the mean gradient vanishes.
 
     A du/dt of the wrong sign moves it many deviations off.
     """
@@ -229,7 +229,7 @@ def test_a_wrong_student_has_a_loss(wrong: str) -> None:
 
 
 def test_one_call_without_gradient_and_one_with_it() -> None:
-    """The first holds the null branch of all and two sides of the seven with t > r."""
+    """The gradient-free call has the null branch of all samples and both sides of the seven with t > r."""
     calls: list[Any] = []
     Step().loss(*(Watched(model, calls) for model in exact(3.0)))
     assert [(batch, gradient) for batch, _, _, gradient in calls] == [(8 + 2 * 7, False), (8, True)]
@@ -250,16 +250,16 @@ def test_without_guidance_there_is_no_null_branch() -> None:
     assert [batch for batch, *_ in calls] == [8]
 
 
-def test_samples_under_the_null_prompt_are_not_asked_for_it_again() -> None:
-    """Where g = 1 the null branch counts for nothing."""
+def test_samples_under_the_null_prompt_skip_the_null_branch() -> None:
+    """Where g = 1 the null branch has no effect."""
     calls: list[Any] = []
     dropped = torch.arange(B) < 3
     Step().loss(*(Watched(model, calls) for model in exact(3.0)), null_mask=dropped)
     assert [(batch, gradient) for batch, _, _, gradient in calls] == [(5 + 2 * 7, False), (8, True)]
 
 
-def test_a_slice_with_nothing_to_ask_makes_both_calls_all_the_same() -> None:
-    """Sharded processes wait for one another in every call."""
+def test_a_slice_that_needs_no_gradient_free_call_still_makes_it() -> None:
+    """Sharded processes must make equally many calls."""
     calls: list[Any] = []
     models = (Watched(model, calls) for model in exact(3.0))
     Step(INSIDE, INSIDE).loss(*models, null_mask=torch.ones(B, dtype=torch.bool))
@@ -267,7 +267,7 @@ def test_a_slice_with_nothing_to_ask_makes_both_calls_all_the_same() -> None:
 
 
 def test_gradient_is_that_of_the_conditional_branch_alone() -> None:
-    """A constant a in both branches is a in u and nothing in u_tgt: the loss is a^2, its gradient 2 a / g."""
+    """A constant a in both branches adds a to u and 0 to u_tgt: the loss is a^2, its gradient 2 a / g."""
     a = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
     student, null = (Bent(model, lambda u, z, t, r: u(z, t, r) + a) for model in exact(3.0))
     loss = Step().loss(student, null, delta=0.001).loss
@@ -275,14 +275,14 @@ def test_gradient_is_that_of_the_conditional_branch_alone() -> None:
     assert torch.autograd.grad(loss, a)[0].item() == pytest.approx(2 * 0.3 / 3, rel=1e-3)
 
 
-def test_samples_under_the_null_prompt_learn_a_flow_map_when_named() -> None:
-    """Their branches are one: Eq. 6 changes nothing, but 1/g in the quotient would."""
+def test_samples_under_the_null_prompt_learn_a_flow_map_when_masked() -> None:
+    """Their branches are equal: Eq. 6 changes nothing, but 1/g in the quotient would."""
     named = torch.ones(B, dtype=torch.bool)
     assert Step().loss(DATA, DATA, null_mask=named).errors.max() < 1e-6
     assert Step().loss(DATA, DATA).errors[:-1].min() > 1e-4
 
 
-def test_a_mask_names_samples_one_by_one() -> None:
+def test_the_null_mask_is_per_sample() -> None:
     half = torch.arange(B) % 2 == 0
     student, null = exact(3.0)
     dropped = Bent(student, lambda u, z, t, r: u(z, t, r))
@@ -295,7 +295,7 @@ def test_a_mask_names_samples_one_by_one() -> None:
 # Weights and averages
 
 
-def test_adaptive_weights_bring_all_samples_to_the_level_of_the_boundary() -> None:
+def test_adaptive_weights_scale_all_losses_to_the_boundary() -> None:
     loss = torch.tensor([0.2, 0.4, 5.0, 0.03, 80.0], requires_grad=True)
     boundary = torch.tensor([True, True, False, False, False])
     weights = adaptive_weights(loss, boundary, local_mean)
@@ -311,7 +311,7 @@ def test_adaptive_weights_are_bounded_and_need_a_boundary() -> None:
     assert none.tolist() == [1, 1]
 
 
-def test_the_loss_is_weighted_by_time_and_level_and_its_parts_are_raw() -> None:
+def test_the_loss_is_weighted_and_its_errors_are_raw() -> None:
     """Without adaptation: mean of w(t) times the raw errors; with it, of w(t) times the boundary's."""
     weight = loss_weight("beta", 5.0)
     off = torch.ones((), dtype=torch.float64, requires_grad=True)
@@ -356,7 +356,7 @@ def test_the_null_branch_gets_no_gradient() -> None:
 # The path and the baselines
 
 
-def test_the_path_goes_from_data_to_noise_at_the_velocity_of_its_ends() -> None:
+def test_the_path_from_data_to_noise_has_the_velocity_of_its_ends() -> None:
     x, eps = normal(6, B, *SHAPE), normal(7, B, *SHAPE)
     assert torch.equal(interpolate(x, eps, torch.zeros(B)), x)
     assert torch.equal(interpolate(x, eps, torch.ones(B)), eps)
@@ -364,14 +364,14 @@ def test_the_path_goes_from_data_to_noise_at_the_velocity_of_its_ends() -> None:
     torch.testing.assert_close(step, per_frame(INSIDE - BELOW, x) * (eps - x))
 
 
-def test_flow_matching_is_exact_at_the_velocity_and_nowhere_else() -> None:
+def test_flow_matching_is_minimal_at_the_velocity_only() -> None:
     x, eps = DATA.pair(Z, INSIDE)
     assert flow_matching_loss(DATA, x, eps, INSIDE) < 1e-28
     assert flow_matching_loss(Bent(DATA, WRONG_STUDENTS["sign of u"]), x, eps, INSIDE) > 0.1
 
 
 def test_flow_matching_is_the_boundary_of_alg_1() -> None:
-    """At t = r without guidance the two losses are one, weights included."""
+    """At t = r without guidance the two losses are equal, weights included."""
     x, eps = normal(6, B, *SHAPE), normal(7, B, *SHAPE)
     weight = loss_weight("beta", 5.0)
     whole = flow_map_loss(DATA, DATA, x, eps, INSIDE, INSIDE, guidance=1.0, weight=weight)
@@ -379,7 +379,7 @@ def test_flow_matching_is_the_boundary_of_alg_1() -> None:
 
 
 def test_flow_matching_takes_a_time_for_each_frame() -> None:
-    """A frame's error and weight are those of its own time; frames and channels are equal in number here."""
+    """Error and weight of a frame follow its own time; here there are as many frames as channels."""
     x, eps = normal(6, B, *SHAPE), normal(7, B, *SHAPE)
     t = INSIDE[:, None] * torch.tensor([1.0, 0.5, 0.1]).double()  # (B, F)
     weight = loss_weight("beta", 5.0)
@@ -392,7 +392,7 @@ def test_flow_matching_takes_a_time_for_each_frame() -> None:
     torch.testing.assert_close(flow_matching_loss(DATA, x, eps, t, weight), torch.stack(alone).mean())
 
 
-def test_consistency_is_exact_at_the_flow_map_on_the_teachers_path() -> None:
+def test_consistency_is_zero_at_the_flow_map_on_the_teachers_path() -> None:
     x = flow_map(DATA, Z, INSIDE, torch.zeros(B).double())
     assert consistency_loss(DATA, Z, INSIDE, x) < 1e-28
     assert consistency_loss(Bent(DATA, WRONG_STUDENTS["v for u"]), Z, INSIDE, x) > 1e-2

@@ -1,4 +1,4 @@
-"""Distribution matching between Gaussians: where it vanishes, where it points, and where it leads."""
+"""Distribution matching between Gaussians: where its gradient vanishes, points, and leads."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ X = FAKE.mean + FAKE.std * normal(4, B, *SHAPE)
 
 
 def pull(x: Tensor, fake: Gaussian, real: Gaussian, null: Gaussian, guidance: float = 4.0) -> Tensor:
-    """Give the gradient on x times the number of elements, over the 2 of the square."""
+    """Gradient on x times the number of elements, divided by the 2 of the square."""
     x = x.clone().requires_grad_()
     loss = distribution_matching_loss(x, fake, real, null, T, EPS, guidance)
     return torch.autograd.grad(loss, x)[0] * x.numel() / 2
@@ -34,19 +34,19 @@ def test_scores_predict_the_mean_of_the_clean_data() -> None:
     torch.testing.assert_close(predict_clean(REAL, X, T), REAL.clean(X, T))
 
 
-def test_scores_are_compared_in_high_precision_whatever_they_run_in() -> None:
+def test_predictions_are_float64_in_any_precision() -> None:
     low = Bent(REAL, lambda u, z, t, r: u(z, t, r).bfloat16())
     assert predict_clean(low, X.float(), T.float()).dtype == torch.float64
 
 
-def test_it_vanishes_where_fake_and_real_agree() -> None:
-    """At guidance 1 the null branch does not matter; where all three agree the guidance does not."""
+def test_the_gradient_vanishes_where_fake_and_real_agree() -> None:
+    """At guidance 1 the null branch does not matter; where all three agree, guidance does not."""
     assert pull(X, REAL, REAL, NULL, guidance=1.0).abs().max() < 1e-12
     assert pull(X, REAL, REAL, REAL).abs().max() < 1e-12
 
 
 def test_descent_leads_from_the_fake_mean_to_the_real_one() -> None:
-    """For data of one width x0_fake - x0_real = (mean_fake - mean_real) t^2 / s_t^2."""
+    """For equal widths, x0_fake - x0_real = (mean_fake - mean_real) t^2 / s_t^2."""
     got = pull(X, FAKE, REAL, REAL)
     z = interpolate(X, EPS, T)
     share = per_frame(T.square() / REAL.scale(T).square(), X)
@@ -55,16 +55,16 @@ def test_descent_leads_from_the_fake_mean_to_the_real_one() -> None:
     assert (got * (REAL.mean - X)).sum() < 0
 
 
-def test_real_guidance_goes_beyond_the_condition_by_three() -> None:
-    """x0 = x0_c + 3 (x0_c - x0_null): guidance 4 of the usual convention, and its default."""
+def test_guidance_4_extrapolates_by_three() -> None:
+    """x0 = x0_c + 3 (x0_c - x0_null): guidance 4 in the usual convention, the default."""
     z = interpolate(X, EPS, T)
     x0_c, x0_null = REAL.clean(z, T), NULL.clean(z, T)
     wanted = matching_gradient(X, FAKE.clean(z, T), x0_c + 3 * (x0_c - x0_null))
     torch.testing.assert_close(pull(X, FAKE, REAL, NULL), wanted)
 
 
-def test_descent_carries_the_student_to_the_real_distribution() -> None:
-    """A student that is x = m + std eps, with a fake score that keeps up with it, ends at the real mean."""
+def test_descent_moves_the_student_to_the_real_distribution() -> None:
+    """A student x = m + std eps, with the exact fake score, ends at the real mean."""
     real, mean = Gaussian(torch.full((1, 1, 1, 1, 1), 0.8).double()), torch.tensor(-0.5).double()
     for step in range(60):
         start = mean.clone().requires_grad_()
@@ -76,14 +76,14 @@ def test_descent_carries_the_student_to_the_real_distribution() -> None:
     assert mean.item() == pytest.approx(0.8, abs=0.05)
 
 
-def test_each_sample_has_its_own_distance() -> None:
-    """Scaling one sample's three videos leaves its gradient, and that of the others, as it was."""
+def test_the_distance_is_per_sample() -> None:
+    """Scaling the three videos of one sample changes no sample's gradient."""
     factor = torch.tensor([1.0, 100.0, 1.0, 0.01]).double().reshape(B, 1, 1, 1, 1)
     one = matching_gradient(X, FAKE.mean, REAL.mean)
     torch.testing.assert_close(matching_gradient(factor * X, factor * FAKE.mean, factor * REAL.mean), one)
 
 
-def test_what_has_no_direction_has_no_gradient() -> None:
+def test_undefined_directions_give_zero_gradient() -> None:
     x = X.clone()
     x[0] = REAL.mean[0]  # distance 0, fake elsewhere: infinite
     fake = FAKE.mean.clone()
@@ -97,7 +97,7 @@ def test_what_has_no_direction_has_no_gradient() -> None:
 
 
 def test_the_difference_is_taken_in_high_precision() -> None:
-    """Predictions that agree to 1e-9 differ in float64; in fp32 their difference would be 0."""
+    """Predictions that agree to 1e-9 differ in float64; in fp32 the difference would be 0."""
     x, real = torch.zeros(1, *SHAPE), torch.ones(1, *SHAPE).double()
     gradient = matching_gradient(x, real + 1e-9, real)
     torch.testing.assert_close(gradient, torch.full_like(real, 1e-9), rtol=1e-5, atol=0)
@@ -116,7 +116,7 @@ def test_scores_run_without_gradient_and_the_real_one_once() -> None:
     assert [(batch, gradient) for batch, _, _, gradient in real.calls] == [(2 * B, False)]
 
 
-def test_the_fake_score_learns_the_students_samples_and_leaves_them_alone() -> None:
+def test_the_fake_score_loss_gives_the_samples_no_gradient() -> None:
     x = X.clone().requires_grad_()
     a = torch.zeros((), dtype=torch.float64, requires_grad=True)
     fake = Bent(FAKE, lambda u, z, t, r: u(z, t, r) + a)

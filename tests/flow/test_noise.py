@@ -5,7 +5,7 @@ import torch
 from anyflow_cli.flow.noise import batch_noise, fold_seed, noise, noise_like
 
 
-def test_noise_depends_on_its_seed_alone() -> None:
+def test_noise_depends_on_its_seed_only() -> None:
     alone = noise(7, (3, 2, 4, 4))
     torch.manual_seed(1)
     batch = batch_noise([5, 7], (3, 2, 4, 4))

@@ -1,4 +1,4 @@
-"""Averages over ranks: a loss and a gradient of four processes are those of one with the whole batch."""
+"""Means over ranks: loss and gradient of four processes equal those of one with the full batch."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ T, R = (time.double()[(TIMES[0] > TIMES[1]).long().argsort()] for time in TIMES)
 
 
 def loss_and_gradient(share: slice, global_mean: GlobalMean) -> tuple[Tensor, Tensor]:
-    """The loss of Alg. 1 on a share of the batch, and its gradient on the parameter of a student far off."""
+    """Loss of Alg. 1 on a slice of the batch, and its gradient on the parameter of a wrong student."""
     parameter = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
     model = Bent(Gaussian(MEAN[share]), lambda u, z, t, r: u(z, t, r) + parameter * z)
     loss = flow_map_loss(
@@ -41,7 +41,7 @@ def share_of(rank: int, ranks: int) -> slice:
 
 @dataclass
 class Meeting:
-    """Ranks as threads: a mean waits until all have brought their values."""
+    """Ranks as threads: a mean waits for the values of all."""
 
     ranks: int
     barrier: threading.Barrier = field(init=False)
@@ -72,19 +72,19 @@ class Meeting:
 
 
 def check_equal_to_one_process(losses: Tensor, gradients: Tensor) -> None:
-    """Each (ranks,); averaged over ranks, as a trainer averages gradients."""
+    """Loss and gradient of each rank (ranks,), averaged as a trainer averages gradients."""
     whole, gradient = loss_and_gradient(slice(None), local_mean)
     torch.testing.assert_close(losses.mean(), whole)
     torch.testing.assert_close(gradients.mean(), gradient)
 
 
-def test_four_ranks_are_one() -> None:
+def test_four_ranks_equal_one() -> None:
     losses, gradients = zip(*Meeting(4).run(), strict=True)
     check_equal_to_one_process(torch.stack(losses), torch.stack(gradients))
 
 
-def test_ranks_that_do_not_meet_differ() -> None:
-    """What the reduction is for: with a mean over its own share each rank has another level, or none."""
+def test_ranks_without_the_reduction_differ() -> None:
+    """Without the reduction each rank scales its losses differently, or not at all."""
     losses, gradients = zip(*(loss_and_gradient(share_of(r, 4), local_mean) for r in range(4)), strict=True)
     whole, gradient = loss_and_gradient(slice(None), local_mean)
     assert abs(torch.stack(losses).mean() / whole - 1) > 0.05
@@ -92,14 +92,14 @@ def test_ranks_that_do_not_meet_differ() -> None:
 
 
 def mean_over_processes(values: Tensor, mask: Tensor) -> Tensor:
-    """Sum and count over the process group; 0 / 0 is the NaN of the contract."""
+    """Sum and count over the process group; 0 / 0 is the NaN that the contract asks for."""
     sums = torch.stack([values[mask].sum(), mask.sum().to(values.dtype)])
     dist.all_reduce(sums)
     return sums[0] / sums[1]
 
 
 def work(rank: int, ranks: int, folder: str) -> None:
-    """One process of the test below."""
+    """One process of the next test."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
     numbers = loss_and_gradient(share_of(rank, ranks), mean_over_processes)
@@ -107,7 +107,7 @@ def work(rank: int, ranks: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-def test_processes_of_a_group_are_one(tmp_path: Path) -> None:
+def test_a_process_group_equals_one_process(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(work, (2, str(tmp_path)), nprocs=2)  # type: ignore[no-untyped-call, attr-defined]
     check_equal_to_one_process(
         *torch.stack([torch.load(tmp_path / f"{rank}.pt") for rank in range(2)], dim=1)

@@ -1,4 +1,4 @@
-"""Samplers on Gaussian data: exact, or converging at their order; and what the one signature promises."""
+"""Samplers on Gaussian data: exact, or converging at their order, all with one signature."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_euler_follows_the_instantaneous_velocity_and_the_flow_map_the_average()
         assert [r[0].item() for _, _, r, _ in watched.calls] == (ends if average else starts)
 
 
-def test_a_guided_teacher_costs_two_evaluations_a_step_in_one_call() -> None:
+def test_a_guided_teacher_costs_two_evaluations_per_step_in_one_call() -> None:
     null = Gaussian(normal(2, 2, *SHAPE))
     watched = Watched(DATA)
     x = euler(guided(watched, Watched(null), 5.0), NOISE, grid(50, K))
@@ -58,7 +58,7 @@ def test_consistency_in_one_step_is_the_flow_map() -> None:
 
 @pytest.mark.parametrize("steps", [2, 4])
 def test_consistency_with_the_exact_map_keeps_the_distribution(steps: int) -> None:
-    """Re-noising draws anew from the same Gaussian: mean and width stay, the sample does not."""
+    """Noising again draws from the same Gaussian: mean and width stay, the sample changes."""
     data = Gaussian(torch.full((1, 1, 1, 1, 1), 0.7).double())
     noise = normal(3, 20000, 1, 1, 1, 1)
     x = consistency(data, noise, grid(steps, K), generator=generator())
@@ -68,7 +68,7 @@ def test_consistency_with_the_exact_map_keeps_the_distribution(steps: int) -> No
     assert coupling < 0.95  # the flow map's is 1
 
 
-def test_consistency_noise_is_the_generators() -> None:
+def test_consistency_noise_comes_from_the_generator() -> None:
     first, second, other = (
         consistency(DATA, NOISE, grid(4, K), generator=generator(seed)) for seed in (0, 0, 1)
     )
@@ -76,7 +76,7 @@ def test_consistency_noise_is_the_generators() -> None:
     assert not torch.equal(first, other)
 
 
-def test_with_a_generator_each_a_sample_does_not_depend_on_its_batch() -> None:
+def test_with_a_generator_per_sample_the_batch_does_not_matter() -> None:
     together = consistency(DATA, NOISE, grid(4, K), generator=[generator(5), generator(6)])
     one = Gaussian(DATA.mean[1:])
     alone = consistency(one, NOISE[1:], grid(4, K), generator=[generator(6)])
@@ -86,7 +86,7 @@ def test_with_a_generator_each_a_sample_does_not_depend_on_its_batch() -> None:
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_sampling_needs_no_gradient_and_leaves_its_input(name: str) -> None:
+def test_sampling_builds_no_graph_and_keeps_its_input(name: str) -> None:
     weight = torch.ones((), dtype=torch.float64, requires_grad=True)
     noise = NOISE.clone()
     x = SAMPLERS[name](Bent(DATA, lambda u, z, t, r: weight * u(z, t, r)), noise, grid(4, K))
@@ -95,8 +95,8 @@ def test_sampling_needs_no_gradient_and_leaves_its_input(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_a_part_of_a_grid_continues_another(name: str) -> None:
-    """Preview and resume: stopping after two of four steps and going on gives the same."""
+def test_sampling_a_grid_in_two_parts_equals_sampling_it_at_once(name: str) -> None:
+    """Stopping after two of four steps and continuing gives the same sample."""
     sampler, times, noise = SAMPLERS[name], grid(4, K), generator()
     half = sampler(DATA, NOISE, times[:3], generator=noise)
     rest = sampler(DATA, half, times[2:], generator=noise)

@@ -1,4 +1,4 @@
-"""Alg. 2 on Gaussian data: three jumps are N steps, and gradient reaches each of them in its closed form."""
+"""Alg. 2 on Gaussian data: three jumps equal N steps, and each gets the gradient of its closed form."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ NOISE = normal(1, 2, *SHAPE)
 
 
 class Pushed:
-    """The exact model plus a parameter of its own in each call, in the order of the calls."""
+    """The exact model plus a separate parameter in each call, in the order of the calls."""
 
     def __init__(self, count: int) -> None:
         self.pushes = [torch.zeros((), dtype=torch.float64, requires_grad=True) for _ in range(count)]
@@ -52,7 +52,7 @@ def test_three_jumps_equal_all_steps(steps: int) -> None:
         torch.testing.assert_close(flow_map_rollout(DATA, NOISE, steps, k, K), all_steps)
 
 
-def test_a_rollout_passes_its_segment_of_the_shifted_grid() -> None:
+def test_a_rollout_jumps_along_its_segment_of_the_shifted_grid() -> None:
     watched = Watched(DATA)
     flow_map_rollout(watched, NOISE, 4, 2, 5.0)
     wanted = [(1, 5 / 6), (5 / 6, 5 / 8), (5 / 8, 0)]
@@ -103,7 +103,7 @@ def test_ranks_of_one_seed_draw_the_same() -> None:
         assert len({draw_segment(BUDGETS, rank) for rank in ranks}) == 1
 
 
-def test_a_consistency_rollout_projects_and_noises_until_its_exit() -> None:
+def test_a_consistency_rollout_samples_up_to_its_exit_step() -> None:
     times, zero = grid(4, K).double(), torch.zeros(2).double()
     noise = torch.Generator().manual_seed(3)
     z = NOISE
@@ -116,7 +116,7 @@ def test_a_consistency_rollout_projects_and_noises_until_its_exit() -> None:
 
 
 @pytest.mark.parametrize("exit_step", [0, 1, 3])
-def test_a_consistency_rollout_has_gradient_in_its_last_step_alone(exit_step: int) -> None:
+def test_a_consistency_rollout_has_gradient_in_its_last_step_only(exit_step: int) -> None:
     student = Pushed(exit_step + 1)
     x = consistency_rollout(student.model, NOISE, grid(4, K), exit_step, torch.Generator().manual_seed(3))
     *before, last = torch.autograd.grad(x.mean(), student.pushes, allow_unused=True)

@@ -1,4 +1,4 @@
-"""Times: exact values of the shift, shares of a global batch, distributions against their closed forms."""
+"""Times: exact shift, ratios of a global batch, distributions against their closed forms."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def distance(cdf: Tensor) -> float:
     return float((cdf.double().sort().values - ranks).abs().max()) * math.sqrt(len(cdf))
 
 
-def test_grid_of_four_steps_is_wans() -> None:
+def test_the_grid_of_four_steps_equals_that_of_wan() -> None:
     assert grid(4, 5.0).tolist() == pytest.approx([1, 15 / 16, 5 / 6, 5 / 8, 0], abs=1e-7)
     assert grid(4, 1.0).tolist() == [1, 0.75, 0.5, 0.25, 0]
 
@@ -72,7 +72,7 @@ def test_shares_of_the_global_batch_are_exact(count: int, seed: int) -> None:
 @pytest.mark.parametrize(
     ("ratios", "boundary", "zero"), [((1, 0), 10, 0), ((0, 1), 0, 10), ((0.3, 0.5), 3, 5)]
 )
-def test_other_shares(ratios: tuple[float, float], boundary: int, zero: int) -> None:
+def test_shares_can_be_changed(ratios: tuple[float, float], boundary: int, zero: int) -> None:
     t, r = sample_times(10, K, TimeRatios(*ratios), generator())
     assert (int((t == r).sum()), int((r == 0).sum())) == (boundary, zero)
 
@@ -100,7 +100,7 @@ def test_kinds_are_not_in_a_fixed_order() -> None:
     assert 140 < at_first < 260
 
 
-def test_t_is_the_larger_of_two_and_shifted_whatever_the_kind() -> None:
+def test_t_is_the_shifted_maximum_of_two_for_every_kind() -> None:
     """P(max(a, b) <= tau) = tau^2, for boundary samples too: the density p(t) = 2 t of Fig. 10a."""
     t, r = sample_times(20000, K, TimeRatios(0.5, 0.25), generator())
     for kind in (t == r, r == 0, (r > 0) & (r < t)):
@@ -108,13 +108,13 @@ def test_t_is_the_larger_of_two_and_shifted_whatever_the_kind() -> None:
         assert distance(unshift(t[kind], 1.0).square()) > 10  # what a missing shift looks like
 
 
-def test_free_r_is_the_smaller_of_two_and_shifted() -> None:
+def test_free_r_is_the_shifted_minimum_of_two() -> None:
     t, r = sample_times(20000, K, TimeRatios(0, 0), generator())
     assert distance(1 - (1 - unshift(r)).square()) < 1.95
     assert distance(unshift(r) / unshift(t)) < 1.95  # uniform below t, before the shift
 
 
-def test_times_follow_the_seed_alone() -> None:
+def test_times_depend_on_the_seed_only() -> None:
     first, second = (sample_times(8, K, TimeRatios(), generator(3)) for _ in range(2))
     other, _ = sample_times(8, K, TimeRatios(), generator(4))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
@@ -122,7 +122,7 @@ def test_times_follow_the_seed_alone() -> None:
 
 
 @pytest.mark.parametrize("ratios", [(0.8, 0.3), (-0.1, 0.2), (0.5, -0.1)])
-def test_shares_that_are_none_are_refused(ratios: tuple[float, float]) -> None:
+def test_invalid_shares_are_refused(ratios: tuple[float, float]) -> None:
     with pytest.raises(ValueError, match="shares"):
         TimeRatios(*ratios)
 
@@ -132,7 +132,7 @@ def test_logit_normal_times() -> None:
     assert distance(torch.special.ndtr(unshift(t).logit())) < 1.95
 
 
-def test_uniform_times_are_shifted_and_held_in_range() -> None:
+def test_uniform_times_are_shifted_and_clamped() -> None:
     t = sample_uniform(20000, K, generator())
     assert distance(unshift(t)) < 1.95
     held = sample_uniform(20000, K, generator(), 0.1, 0.9)

@@ -1,4 +1,4 @@
-"""The contract: conditions travel with their samples, guidance is one call, times go to their axis."""
+"""The contract: conditions follow their samples, guidance is one call, times broadcast over frames."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MODEL, NULL = Gaussian(normal(2, 4, *SHAPE)), Gaussian(normal(3, 4, *SHAPE))
 
 
 def test_the_exact_flow_map_is_the_identity_at_t_and_composes() -> None:
-    """The closed form that all tests stand on: f(z, t, t) = z, and f(f(z, t, r), r, q) = f(z, t, q)."""
+    """The closed form used by all tests: f(z, t, t) = z, and f(f(z, t, r), r, q) = f(z, t, q)."""
     torch.testing.assert_close(flow_map(MODEL, Z, T, T), Z, rtol=0, atol=0)
     q = R / 3
     torch.testing.assert_close(flow_map(MODEL, flow_map(MODEL, Z, T, R), R, q), flow_map(MODEL, Z, T, q))
@@ -45,7 +45,7 @@ def test_times_of_frames_go_to_frames() -> None:
     torch.testing.assert_close((per_frame(t, Z) * torch.ones_like(Z))[:, :, 1, 0, 1], t)
 
 
-def test_queries_are_answered_together_as_alone() -> None:
+def test_inputs_evaluated_together_equal_separate_calls() -> None:
     watched = Watched(Gaussian(normal(2, 4, *SHAPE)))
     queries = (
         VelocityInputs(watched, Z, T, R),
@@ -57,14 +57,14 @@ def test_queries_are_answered_together_as_alone() -> None:
     torch.testing.assert_close(some, whole[[2, 0, 2]])
 
 
-def test_queries_for_nobody_ask_nothing() -> None:
+def test_empty_inputs_make_no_call() -> None:
     watched = Watched(MODEL)
     nobody = VelocityInputs(watched, Z, T, R).select(torch.tensor([], dtype=torch.long))
     assert [len(answer) for answer in evaluate_together(nobody, nobody)] == [0, 0]
     assert watched.calls == []
 
 
-def test_answers_have_the_dtype_of_their_states() -> None:
+def test_velocities_have_the_type_of_their_states() -> None:
     half = from_function(lambda z, t, r: z.bfloat16())
     (answer,) = evaluate_together(VelocityInputs(half, Z, T, R))
     assert answer.dtype == Z.dtype
@@ -87,12 +87,12 @@ def test_a_guided_model_keeps_the_contract() -> None:
     torch.testing.assert_close(got, torch.cat([model(Z, T, T)[index], model(Z, T, T)]))
 
 
-def test_models_of_different_guidance_do_not_join() -> None:
+def test_models_of_different_guidance_cannot_be_concatenated() -> None:
     with pytest.raises(AssertionError):
         guided(MODEL, NULL, 4.0).concat(guided(MODEL, NULL, 3.0))
 
 
-def test_a_closed_model_serves_any_batch() -> None:
+def test_a_model_without_condition_serves_any_batch() -> None:
     model = from_function(lambda z, t, r: per_frame(t - r, z) * z)
     joined = model.select(torch.tensor([0])).concat(model)
     torch.testing.assert_close(joined(Z, T, R), per_frame(T - R, Z) * Z)

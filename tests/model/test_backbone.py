@@ -1,4 +1,4 @@
-"""Roles: each computes and trains what it should, and a backward pass keeps the role of its forward."""
+"""Roles: each computes and trains its own weights, and a backward pass keeps the role of its forward."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def backbone(lora: LoraSize | None = LORA, roles: tuple[Role, ...] = ALL, **opti
 
 
 def disturb(made: Backbone, *roles: Role) -> None:
-    """Move a role's weights off their start, each role its own way."""
+    """Perturb the weights of roles, each role differently."""
     for seed, role in enumerate(roles):
         draw = torch.Generator().manual_seed(seed)
         for parameter in made.named_parameters_of(role).values():
@@ -78,7 +78,7 @@ def test_roles_nest() -> None:
 
 @BOTH
 def test_switching_never_changes_what_trains(lora: LoraSize | None) -> None:
-    """peft's own switch would: it freezes every adapter but the active one."""
+    """peft's switch would: it freezes every adapter except the active one."""
     made = backbone(lora)
     before = {name: parameter.requires_grad for name, parameter in made.named_parameters()}
     for role in (*ALL, "student"):
@@ -139,7 +139,7 @@ def test_a_tuned_teachers_adapter_is_the_real_score_and_the_fake_ones_start(reus
 
 
 def raise_hint(call: Any) -> None:
-    """Raise the hint, where the message is about a name."""
+    """Put the hint into the message."""
     try:
         call()
     except UsageError as error:
@@ -161,7 +161,7 @@ def test_a_teacher_of_its_own_gives_the_scores(lora: LoraSize | None) -> None:
 
 @BOTH
 def test_a_checkpointed_backward_runs_under_the_role_of_its_forward(lora: LoraSize | None) -> None:
-    """Recomputed under another adapter, the student's blocks would get the fake score's activations."""
+    """Recomputed under another adapter, the student's blocks would have the fake score's activations."""
     gradients: list[list[Tensor]] = []
     for checkpointed in (False, True):
         made = backbone(lora)
@@ -242,7 +242,7 @@ def test_stage_one_alone_in_full_mode_holds_one_network() -> None:
 
 
 def test_an_adapter_keeps_no_input_of_its_own_for_the_backward_pass() -> None:
-    """It shares its layer's, under autocast on a bf16 base; at 14B each further one is a third of a GiB."""
+    """It shares the layer's input, under autocast on a bf16 base; at 14B each copy is a third of a GiB."""
     made = Backbone(two_time_from(wan()).store_as(torch.bfloat16), ("student",), lora=LORA)
     x = torch.randn(1, 7, made.student.config.dim, dtype=torch.bfloat16, requires_grad=True)
     kept: list[Tensor] = []

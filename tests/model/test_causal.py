@@ -1,4 +1,4 @@
-"""Causal layouts against diffusers' masked training path, and the causality that they promise."""
+"""Causal layouts against diffusers' masked training path, and their causality."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The student of a causal model trains the compressed patch embedding whole, beside its adapter."""
+"""The student of a causal model trains the compressed patch embedding in full, beside its adapter."""
 
 from __future__ import annotations
 

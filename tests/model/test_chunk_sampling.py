@@ -1,4 +1,4 @@
-"""Causal sampling: equal to diffusers' pipeline where that leaks no keys; given frames; steps a chunk."""
+"""Causal sampling: equal to diffusers' pipeline where it has no padding; conditioning; steps per chunk."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def sample(network: FlowMapTransformer, z: Tensor, *steps: int, **options: Any) 
 def test_a_causal_folder_gives_the_latents_of_diffusers(
     network: FlowMapTransformer, wan_folder: Path, tmp_path: Path, given: int
 ) -> None:
-    """Frames of 128 tokens: the only kind in which their sampling step sees no keys of padding."""
+    """Frames of 128 tokens: the only ones in which their sampling step attends to no padding."""
     from diffusers import AnyFlowFARPipeline
 
     folder = save_pipeline(tmp_path / "causal", network, wan_folder, {})

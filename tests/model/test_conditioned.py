@@ -23,7 +23,7 @@ def network() -> FlowMapTransformer:
 
 @pytest.fixture
 def made(network: FlowMapTransformer, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Batch sizes of the texts whose keys were made, in order."""
+    """Batch sizes of the texts whose keys were computed, in order."""
     sizes: list[int] = []
     original = network.text_keys
 
@@ -41,7 +41,7 @@ def test_it_is_the_network_under_its_text(network: FlowMapTransformer) -> None:
 
 
 @pytest.mark.parametrize("trained", [False, True])
-def test_take_and_join_carry_the_text(network: FlowMapTransformer, trained: bool) -> None:
+def test_select_and_concat_carry_the_text(network: FlowMapTransformer, trained: bool) -> None:
     network.requires_grad_(trained)
     whole = network(X.z, X.t, X.r, X.text)
     index = torch.tensor([2, 0, 2])
@@ -51,15 +51,15 @@ def test_take_and_join_carry_the_text(network: FlowMapTransformer, trained: bool
     assert distance(joined(X.z[order], X.t[order], X.r[order]), whole[order]) < 1e-6
 
 
-def test_keys_are_made_once_for_all_steps(network: FlowMapTransformer, made: list[int]) -> None:
+def test_keys_are_computed_once_for_all_steps(network: FlowMapTransformer, made: list[int]) -> None:
     model = guided(Conditioned(network, X.text), Conditioned(network, torch.zeros_like(X.text)), 3.0)
     for _ in range(4):
         model(X.z, X.t, X.r)
     assert made == [3, 3]  # the prompts', the negative prompt's
 
 
-def test_keys_that_are_trained_are_made_anew(network: FlowMapTransformer, made: list[int]) -> None:
-    """Else a velocity kept over an optimizer's step would see old weights, and free a graph twice."""
+def test_keys_that_are_trained_are_recomputed(network: FlowMapTransformer, made: list[int]) -> None:
+    """Otherwise a velocity used after an optimizer step would have stale keys, and free a graph twice."""
     network.requires_grad_(True)
     model = Conditioned(network, X.text)
     with torch.no_grad():
@@ -84,7 +84,7 @@ def test_keys_of_a_frozen_text_path_let_gradients_through(network: FlowMapTransf
     assert trained.grad is not None
 
 
-def test_keys_made_under_autocast_serve_outside_it(network: FlowMapTransformer) -> None:
+def test_keys_from_autocast_can_be_used_outside_it(network: FlowMapTransformer) -> None:
     model = Conditioned(network, X.text)
     with torch.autocast("cpu", torch.bfloat16):
         half = model(X.z, X.t, X.r)
@@ -95,7 +95,7 @@ def test_keys_made_under_autocast_serve_outside_it(network: FlowMapTransformer) 
         assert distance(model(X.z, X.t, X.r), half) < 0.05
 
 
-def test_the_scope_is_entered_for_every_use(network: FlowMapTransformer) -> None:
+def test_the_scope_is_entered_for_every_call(network: FlowMapTransformer) -> None:
     entered: list[str] = []
 
     @contextmanager
@@ -109,7 +109,7 @@ def test_the_scope_is_entered_for_every_use(network: FlowMapTransformer) -> None
     assert entered == ["in", "out", "in", "out"]  # for the keys, for the call
 
 
-def test_joining_two_networks_is_a_bug(network: FlowMapTransformer) -> None:
+def test_two_networks_cannot_be_concatenated(network: FlowMapTransformer) -> None:
     other = ours(theirs("AnyFlowTransformer3DModel"))
     with pytest.raises(AssertionError, match="differ in network"):
         Conditioned(network, X.text).concat(Conditioned(other, X.text))

@@ -1,4 +1,4 @@
-"""Configurations are read and written as diffusers does, and refused where the arithmetic would differ."""
+"""Configurations are read and written as by diffusers, and refused where the arithmetic would differ."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_round_trip_through_diffusers(name: str) -> None:
 
 @pytest.mark.parametrize("name", CLASSES)
 def test_what_is_written_is_all_that_the_class_takes(name: str) -> None:
-    """A key that diffusers does not know would be dropped with a warning; one that is missing, defaulted."""
+    """diffusers drops unknown keys with a warning and fills missing ones with defaults."""
     written = NetworkConfig.from_diffusers({"_class_name": name, "chunk_partition": [1, 3]}).to_diffusers()
     known = {key for key in theirs(name).config if not key.startswith("_")}
     assert set(written) - {"_class_name"} == known

@@ -66,7 +66,7 @@ def test_prompts_are_cleaned_as_in_the_pipelines(text: str) -> None:
     assert clean_prompt(text) == prompt_clean(text)
 
 
-def test_encoding_is_the_mode_normalised(wan_folder: Path, vae: VideoVAE) -> None:
+def test_encoding_is_the_normalized_mode(wan_folder: Path, vae: VideoVAE) -> None:
     from diffusers import AnyFlowPipeline, FlowMapEulerDiscreteScheduler
 
     video = torch.rand(2, 5, 3, 16, 24, generator=torch.Generator().manual_seed(0))
@@ -79,7 +79,7 @@ def test_encoding_is_the_mode_normalised(wan_folder: Path, vae: VideoVAE) -> Non
     assert distance(vae.encode(video, batch=2), latents) < 1e-5
 
 
-def test_decoding_undoes_the_normalisation(vae: VideoVAE) -> None:
+def test_decoding_undoes_the_normalization(vae: VideoVAE) -> None:
     latents = torch.randn(2, 2, 8, 2, 3, generator=torch.Generator().manual_seed(0))
     video = vae.decode(latents)
     config = vae._model.config

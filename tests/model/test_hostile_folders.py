@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -135,3 +136,17 @@ def test_a_tokenizer_of_another_model_is_refused(sound: Path, tmp_path: Path) ->
     assert '"circle": 5000' in file.read_text()
     with pytest.raises(UsageError, match=r"token 5000, but the text encoder has \d+ embeddings"):
         text(folder)
+
+
+def test_loops_and_special_files_beside_a_component_are_not_copied(sound: Path, tmp_path: Path) -> None:
+    folder = fresh_copy(sound, tmp_path / "model")
+    tokenizer = folder / "tokenizer"
+    (tokenizer / "loop").symlink_to(".")
+    (tokenizer / "self").symlink_to("self")
+    (tokenizer / "zero").symlink_to("/dev/zero")
+    os.mkfifo(tokenizer / "fifo")
+    (tokenizer / "linked.json").symlink_to("tokenizer.json")
+    copy = save_pipeline(tmp_path / "copy", load_network(folder), folder, {}) / "tokenizer"
+    expected = {file.name for file in (sound / "tokenizer").iterdir()} | {"linked.json"}
+    assert {file.name for file in copy.iterdir()} == expected
+    assert not any(file.is_symlink() for file in copy.iterdir())

@@ -1,4 +1,4 @@
-"""The cache: a step over it equals the same tokens in one masked pass; its memory is what is used."""
+"""The cache: a step over it equals one masked pass over the same tokens; all its memory is used."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def steps(cache: KeyCache, model: Conditioned, x: Tensor, noise: Tensor) -> list
 
 
 def masked(model: Conditioned, x: Tensor, noise: Tensor, partition: tuple[int, ...]) -> list[Tensor]:
-    """The same by teacher forcing: for each chunk one pass that ends with it."""
+    """The same by teacher forcing, with one pass per chunk that ends with it."""
     velocities = []
     for i, chunk in enumerate(chunks_of(partition)):
         forced = TeacherForced(model, x[:, : chunk.slice.stop], partition[: i + 1])
@@ -69,7 +69,7 @@ def test_a_step_over_the_cache_equals_one_masked_pass(partition: tuple[int, ...]
 
 
 @pytest.mark.parametrize(("partition", "full_chunks"), CASES)
-def test_filling_at_once_leaves_what_adding_leaves(partition: tuple[int, ...], full_chunks: int) -> None:
+def test_prefilling_equals_appending(partition: tuple[int, ...], full_chunks: int) -> None:
     network = ours(far(full_chunks))
     x, z, model = video(partition), video(partition).flip(1), model_of(network)
     added = KeyCache(network, partition, (8, 8), 2)
@@ -121,7 +121,7 @@ def test_memory_is_exactly_what_is_written() -> None:
     assert cache.bytes == 2 * 2 * 2 * (3 * 4 + 3 * 16) * 32 * 4  # layers, key and value, batch; D, bytes
 
 
-def test_the_oldest_chunks_can_be_forgotten() -> None:
+def test_the_oldest_chunks_can_be_dropped() -> None:
     partition = (1, 1, 1, 1, 1, 1)
     network = ours(far(2))
     x, model = video(partition), model_of(network)
@@ -135,13 +135,13 @@ def test_the_oldest_chunks_can_be_forgotten() -> None:
 
 
 def _again(cache: KeyCache, network: FlowMapTransformer) -> KeyCache:
-    """A fresh one of the same kind."""
+    """An empty cache of the same kind."""
     return KeyCache(network, [c.frames for c in cache.chunks], (8, 8), 2, remember=cache._remember)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_graph_over_an_earlier_state_survives_later_additions(checkpointing: bool) -> None:
-    """The rollout of a training goes on before its backward pass, which recomputes checkpointed blocks."""
+def test_a_graph_over_an_earlier_state_survives_later_appends(checkpointing: bool) -> None:
+    """A rollout in training continues before its backward pass, which recomputes checkpointed blocks."""
     network = ours(far(2))
     network.gradient_checkpointing = checkpointing
     x, model = video(PARTITION), model_of(network)
@@ -157,7 +157,7 @@ def test_a_graph_over_an_earlier_state_survives_later_additions(checkpointing: b
     assert expected.abs().max() > 0
 
 
-def test_conditions_over_a_cache_can_be_taken_and_joined() -> None:
+def test_conditions_over_a_cache_can_be_selected_and_concatenated() -> None:
     network = ours(far(2))
     x, model = video(PARTITION), model_of(network)
     cache = KeyCache(network, PARTITION, (8, 8), 2)
@@ -211,8 +211,10 @@ def test_diffusers_own_step_lets_zero_keys_in(height: int, width: int, least: fl
     assert least <= gap < most
 
 
-def test_keys_lie_where_an_offloaded_network_computes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As FSDP2 leaves a weight that waits in the CPU's memory; meta stands for a GPU."""
+def test_the_cache_is_on_the_device_that_an_offloaded_network_computes_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A weight as FSDP2 offloads it to the CPU; the meta device stands for a GPU."""
     network = ours(far())
     monkeypatch.setattr(FlowMapTransformer, "compute_dtype", torch.float32)  # autocast knows no meta
     distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)

@@ -1,4 +1,4 @@
-"""Layouts: what follows from segments, and that several compute what a mask over one sequence does."""
+"""Layouts: groups and spans that follow from segments, and equality with a mask over one sequence."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PARTITIONS = [(1, 2, 1, 2), (2, 2), (1, 1, 1, 1, 1)]
 
 
 def chunk_causal(partition: tuple[int, ...], height: int, width: int) -> Layout:
-    """Every chunk sees itself and all before it."""
+    """Every chunk attends to itself and to all before it."""
     firsts = [sum(partition[:i]) for i in range(len(partition))]
     segments = [Segment(firsts[i], n, tuple(range(i + 1))) for i, n in enumerate(partition)]
     return Layout(tuple(segments), height, width)
@@ -50,7 +50,7 @@ def test_groups_and_spans_of_teacher_forcing() -> None:
     ]  # the last chunk has no clean copy: nothing would see it
 
 
-def test_neighbours_with_the_same_view_attend_together() -> None:
+def test_neighbors_with_the_same_view_attend_together() -> None:
     both = Layout((Segment(0, 1, (0, 1)), Segment(1, 2, (0, 1))), 4, 4)
     assert [group.queries for group in both.groups] == [slice(0, 12)]
 
@@ -91,7 +91,7 @@ def test_segments_with_one_view_equal_one_segment() -> None:
     assert distance(network(x.z, x.t, x.r, x.text, split), network(x.z, x.t, x.r, x.text)) < 1e-6
 
 
-def test_one_time_a_sample_serves_every_segment() -> None:
+def test_one_time_per_sample_serves_every_segment() -> None:
     network = ours(theirs("AnyFlowFARTransformer3DModel", full_chunk_limit=1))
     x, layout = inputs(frames=5, height=8, width=8), forcing((1, 1, 2), 2, 8, 8)
     t, r = x.t[:, 0], x.r[:, 0]
@@ -99,8 +99,8 @@ def test_one_time_a_sample_serves_every_segment() -> None:
     assert distance(network(x.z, t, r, x.text, layout), each) < 1e-6
 
 
-def test_cached_segments_are_no_input_and_their_tokens_are_in_the_cache() -> None:
-    """4 tokens a compressed frame, 16 a full one."""
+def test_cached_segments_are_read_from_the_cache() -> None:
+    """4 tokens per compressed frame, 16 per full frame."""
     past = (
         Segment(0, 1, (0,), "compressed", cached=True, cache_offset=0),
         Segment(3, 1, (1,), cached=True, cache_offset=40),

@@ -1,4 +1,4 @@
-"""The network computes what diffusers' classes compute, forward and backward, and holds less for it."""
+"""The network computes what diffusers' classes compute, forward and backward, in less memory."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def mean_error(value: Tensor, exact: Tensor) -> float:
 
 @pytest.fixture(scope="module")
 def half_precision(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
-    """Diffusers' class in fp32, and in bf16 as its loader makes it."""
+    """Diffusers' class in fp32, and in bf16 as its loader casts it."""
     import diffusers
 
     folder = tmp_path_factory.mktemp("half")
@@ -156,7 +156,7 @@ def test_one_time_for_all_frames_equals_the_same_time_in_each() -> None:
     assert distance(network(x.z, t, r, x.text), per_frame) < 1e-6
 
 
-def test_text_keys_can_be_made_once() -> None:
+def test_text_keys_can_be_shared() -> None:
     network = ours(theirs("AnyFlowTransformer3DModel"))
     x = inputs()
     keys = network.text_keys(x.text)
@@ -190,7 +190,7 @@ def test_checkpointing_changes_no_gradient() -> None:
 
 
 def largest_held(forward: Any) -> int:
-    """Elements of the largest tensor that a forward keeps for its backward."""
+    """Elements of the largest tensor that a forward saves for its backward."""
     sizes: list[int] = []
 
     def pack(tensor: Tensor) -> Tensor:
@@ -203,7 +203,7 @@ def largest_held(forward: Any) -> int:
 
 
 def test_no_modulation_is_held_per_token() -> None:
-    """Rows of 6 D for each of L tokens would be the largest tensor held: the feed-forward's are 2 D here."""
+    """Rows of 6 D per token would be the largest saved tensor: those of the feed-forward have 2 D here."""
     reference = theirs("AnyFlowTransformer3DModel")
     network = ours(reference).requires_grad_(True)
     x = inputs(batch=2, frames=3, height=16, width=16, text=2)
@@ -212,8 +212,8 @@ def test_no_modulation_is_held_per_token() -> None:
     assert largest_held(lambda: network(x.z, x.t, x.r, x.text)) < per_token
 
 
-def test_a_network_made_on_meta_runs_once_it_has_weights() -> None:
-    """Anything kept outside the state dict, such as a buffer, would still be without storage."""
+def test_a_network_built_on_meta_runs_with_assigned_weights() -> None:
+    """Anything outside of the state dict, such as a buffer, would still have no storage."""
     reference = ours(theirs("AnyFlowTransformer3DModel"))
     network = on_meta(reference.config)
     network.load_state_dict(reference.state_dict(), assign=True)
@@ -243,7 +243,7 @@ def test_storing_as_bf16_keeps_times_and_norms_in_fp32(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("every", "recomputed"), [(1, [0, 1, 2, 3]), (2, [0, 2]), (3, [0, 3])])
-def test_every_so_manieth_block_is_recomputed(every: int, recomputed: list[int]) -> None:
+def test_every_nth_block_is_recomputed(every: int, recomputed: list[int]) -> None:
     config = NetworkConfig(
         heads=2, head_dim=8, layers=4, ffn_dim=16, in_channels=4, out_channels=4, text_dim=8, freq_dim=16
     )

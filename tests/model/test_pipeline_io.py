@@ -1,4 +1,4 @@
-"""Folders round trip, open in diffusers and sample the same video there; what cannot be used is named."""
+"""Folders round trip and sample the same video in diffusers; unusable ones are refused by name."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ PROMPT = "a small red circle moving left"
 
 
 def flow_map(source: Path) -> FlowMapTransformer:
-    """A two-time network whose two embedders differ."""
+    """A two-time network with two different embedders."""
     network = two_time_from(load_network(source))
     draw = torch.Generator().manual_seed(7)
     for parameter in network.condition_embedder.delta_embedder.parameters():
@@ -86,7 +86,7 @@ def test_a_saved_result_opens_in_diffusers_and_gives_the_same_video(wan_folder: 
 
 
 def sampled(model: Path, z: torch.Tensor, steps: int) -> torch.Tensor:
-    """Flow-map Euler over the shifted grid, with our parts of the folder."""
+    """Flow-map Euler over the shifted grid, with our loaders of the folder."""
     network, text = load_network(model), TextEncoder.load(model).encode([PROMPT], 16)
     shift = read_shift(model)
     grid = torch.linspace(1, 0, steps + 1)
@@ -97,7 +97,7 @@ def sampled(model: Path, z: torch.Tensor, steps: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", ["tiny", "tiny-anyflow"])
-def test_what_ships_is_sampled_at_its_recipes_shift(name: str) -> None:
+def test_built_in_models_have_the_shift_of_their_recipe(name: str) -> None:
     assert read_shift(resolve_pipeline(name)) == load_recipe("tiny").model.shift
 
 
@@ -196,7 +196,7 @@ def test_weights_are_saved_and_read_in_another_type(wan_folder: Path, tmp_path: 
 
 
 def broken(wan_folder: Path, target: Path, change: Callable[[Path], Any]) -> Path:
-    """A copy of the transformer's folder with something wrong in it."""
+    """A copy of the transformer's folder with a defect."""
     shutil.copytree(wan_folder / "transformer", target)
     change(target)
     return target
@@ -286,7 +286,7 @@ def test_nothing_is_overwritten_unless_asked(wan_folder: Path, tmp_path: Path) -
 def test_a_full_disk_leaves_nothing_behind(
     wan_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: tuple[Any, str]
 ) -> None:
-    """Whether it fills with the network or, where files cannot be shared, with a copied component."""
+    """While writing the network or, where files cannot be shared, while copying a component."""
 
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")

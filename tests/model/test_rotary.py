@@ -1,4 +1,4 @@
-"""Rotary positions from their algebra: products depend on offsets, a compressed token averages."""
+"""Rotary positions from their algebra: products depend on offsets, compressed tokens average."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ CPU = torch.device("cpu")
 
 
 def turned(layout: Layout, x: Tensor) -> Tensor:
-    """One vector (d,) at every place of the layout, (L, d)."""
+    """One vector (d,) at every position of the layout, (L, d)."""
     turns = rotation(layout, DIM, CPU)
     return rotate(x.expand(1, turns.shape[0], 1, DIM).contiguous(), turns)[0, :, 0]
 
 
-def test_products_depend_on_the_offset_alone() -> None:
+def test_products_depend_on_the_offset_only() -> None:
     q, k = torch.randn(2, DIM, generator=torch.Generator().manual_seed(0))
     layout = bidirectional(4, 6, 8)  # 4 frames of 3 x 4 patches
     grid = (turned(layout, q) @ turned(layout, k).T).reshape(4, 3, 4, 4, 3, 4)
@@ -29,7 +29,7 @@ def test_products_depend_on_the_offset_alone() -> None:
     torch.testing.assert_close(grid[0, 0, 0, 0, 0, 0], q @ k)
 
 
-def test_a_segment_stands_where_its_first_frame_is() -> None:
+def test_a_segment_is_positioned_by_its_first_frame() -> None:
     whole = rotation(bidirectional(5, 4, 4), DIM, CPU)
     later = Layout((Segment(3, 2, (0,)),), 4, 4)
     torch.testing.assert_close(rotation(later, DIM, CPU), whole[3 * 4 :], rtol=0, atol=0)
@@ -52,7 +52,7 @@ def test_real_arithmetic_and_the_cpu_kernel_agree(monkeypatch: pytest.MonkeyPatc
     torch.testing.assert_close(rotate(x, turns), complex_kernel, rtol=1e-6, atol=1e-6)
 
 
-def test_tables_are_kept_and_can_serve_a_backward_pass_after_inference() -> None:
+def test_cached_tables_can_serve_a_backward_pass_after_inference() -> None:
     layout = bidirectional(2, 2, 6)
     with torch.inference_mode():
         first = rotation(layout, DIM, CPU)
