@@ -31,7 +31,8 @@ from anyflow_cli.utils.files import file_sha256, json_sha256
 
 CARD_PACKAGES = ("torch", "diffusers", "transformers", "numpy")
 SAMPLER_NAMES: dict[Method | None, str] = {
-    None: "flow-map Euler", "flow-map": "flow-map Euler", "euler": "Euler", "consistency": "consistency"
+    None: "flow-map Euler", "flow-map": "flow-map Euler", "euler": "Euler", "unipc": "UniPC",
+    "consistency": "consistency",
 }  # fmt: skip
 WEIGHTLESS = (LINEAGE, "README.md", ".gitattributes")  # files that do not affect the videos
 EXTRA_SEEDS = 10**6  # first seed of videos beyond ``Protocol.samples``, far from all others
@@ -232,6 +233,10 @@ def evaluated_model(choice: ModelChoice, recipe: Recipe, sampler: Method | None 
     )
 
 
+def _teacher_sampler(of: EvaluatedModel, recipe: Recipe) -> str:
+    return f"guided {SAMPLER_NAMES[of.sampler or recipe.sample.teacher_sampler]}"
+
+
 def variant(
     of: EvaluatedModel, steps: int, protocol: Protocol, recipe: Recipe, *, reference: bool = False
 ) -> Variant:
@@ -242,7 +247,7 @@ def variant(
         suite_version=protocol.suite.version,
         weights=of.weights,
         steps=steps,
-        sampler="guided Euler" if of.teacher else SAMPLER_NAMES[of.sampler],
+        sampler=_teacher_sampler(of, recipe) if of.teacher else SAMPLER_NAMES[of.sampler],
         guidance=recipe.sample.teacher_guidance if of.teacher else None,
         negative_prompt=model.negative_prompt if of.teacher else None,
         shift=model.shift,

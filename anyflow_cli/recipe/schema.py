@@ -393,6 +393,9 @@ class SampleSection(Section):
     seed: Seed = 0
     batch_size: BatchSize = 1
     teacher_steps: EvaluationCount = 50
+    teacher_sampler: Literal["euler", "unipc"] = Field(
+        "euler", description="Of teachers, in synthesize and evaluate too; Wan's folders name unipc."
+    )
     teacher_guidance: PositiveNumber = 5.0
 
     @field_validator("frames")

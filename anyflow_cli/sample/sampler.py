@@ -37,8 +37,9 @@ from anyflow_cli.model.network import FlowMapTransformer
 from anyflow_cli.model.precision import autocast, resolve_precision
 from anyflow_cli.recipe.schema import ModelSection, Recipe
 from anyflow_cli.runs.open import open_model
+from anyflow_cli.sample.unipc import sample_unipc
 
-Method = Literal["flow-map", "euler", "consistency"]
+Method = Literal["flow-map", "euler", "unipc", "consistency"]
 Steps = int | tuple[int, ...]  # per sampled chunk, in order; the last count serves all remaining chunks
 Prompts = Sequence[str] | Tensor  # texts, or their embeddings (B, L, D), zero-padded
 
@@ -97,6 +98,10 @@ class VideoSampler:
                 "The flow-map sampler needs an any-step model, and this one takes a single time.",
                 "Omit --sampler: a plain Wan model is sampled as a teacher.",
             )
+        if self.method == "unipc" and (network.config.two_time or network.config.causal is not None):
+            raise UsageError(
+                "The sampler unipc is for teachers, and this is an any-step model.", "Omit --sampler."
+            )
         self.model, self.shape, self.guidance = model, latent_shape, guidance
         self.lineage = lineage or {}
         self.device = network.device
@@ -139,12 +144,12 @@ class VideoSampler:
         encoder = TextEncoder.load(opened.pipeline, text_dtype, target)
         vae = VideoVAE.load(opened.pipeline, target)
         check_fit(opened.network, encoder, vae)
-        is_teacher = not two_time and method in (None, "euler")
+        is_teacher = not two_time and method in (None, "euler", "unipc")
         return cls(
             opened.network.to(target).eval().requires_grad_(False),
             recipe.model,
             vae.latent_shape(recipe.model.frames, recipe.model.height, recipe.model.width),
-            method=method,
+            method=method or (recipe.sample.teacher_sampler if is_teacher else None),
             guidance=recipe.sample.teacher_guidance if is_teacher else None,
             encoder=encoder,
             vae=vae,
@@ -263,7 +268,10 @@ class VideoSampler:
                     velocity = guided(velocity, self._null_condition(len(prompts)), self.guidance)
                 with self._timed("network"):
                     (times,) = self._grids(nfe)
-                    latents = SAMPLERS[self.method](velocity, start, times, generator=generators)
+                    if self.method == "unipc":
+                        latents = sample_unipc(velocity, start, len(times) - 1, self.model.shift)
+                    else:
+                        latents = SAMPLERS[self.method](velocity, start, times, generator=generators)
         self._count += len(prompts)
         return latents
 

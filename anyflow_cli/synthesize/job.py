@@ -160,8 +160,10 @@ def _provenance(
         "shard_size": made.shard_size, "previews": made.previews, "captions": json_sha256(list(captions)),
     }  # fmt: skip
     if clips is None:
+        sampler = recipe.sample.teacher_sampler
         return common | {
-            "steps": made.steps, "guidance": made.guidance, "shift": model.shift, "seed": made.seed
+            "steps": made.steps, "guidance": made.guidance, "shift": model.shift, "seed": made.seed,
+            **({} if sampler == "euler" else {"sampler": sampler}),  # absent in data sets of version 0.1
         }  # fmt: skip
     assert videos is not None
     listed = [[clip.path.relative_to(videos).as_posix(), clip.path.stat().st_size] for clip in clips]

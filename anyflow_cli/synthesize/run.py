@@ -202,7 +202,7 @@ class TeacherSource:
                 "Set synthesize.teacher or model.teacher to a plain Wan pipeline.",
             )
         self._sampler = VideoSampler(
-            network, job.recipe.model, self._encoders.latent_shape, method="euler",
+            network, job.recipe.model, self._encoders.latent_shape, method=job.recipe.sample.teacher_sampler,
             guidance=job.recipe.synthesize.guidance, negative=self._encoders.padded([self.negative])[0],
         )  # fmt: skip
 

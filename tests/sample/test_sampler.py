@@ -115,6 +115,35 @@ def test_a_plain_wan_folder_is_a_teacher_and_gives_the_videos_of_diffusers(wan: 
     assert np.abs(ours / 255 - theirs).max() < 1 / 255
 
 
+def test_a_teacher_sampled_with_unipc_gives_the_videos_of_its_pipeline(wan: Path) -> None:
+    from diffusers import UniPCMultistepScheduler, WanPipeline
+
+    scheduler = UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+    )
+    pipeline = WanPipeline.from_pretrained(wan, scheduler=scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    theirs = pipeline(
+        PROMPTS[0], negative_prompt="", height=32, width=48, num_frames=5, num_inference_steps=4,
+        guidance_scale=4.0, latents=noise(7, SHAPE)[None].transpose(1, 2), max_sequence_length=16,
+        output_type="np",
+    ).frames  # fmt: skip
+    recipe = recipe_for(wan)
+    sample = recipe.sample.model_copy(update={"teacher_sampler": "unipc"})
+    teacher = VideoSampler.load(str(wan), recipe.model_copy(update={"sample": sample}))
+    ours = np.stack(list(teacher.videos(PROMPTS[:1], [7], 4)))
+    assert np.abs(ours / 255 - theirs).max() < 1.5 / 255
+    assert (
+        largest_difference(list(ours), list(VideoSampler.load(str(wan), recipe).videos(PROMPTS[:1], [7], 4)))
+        > 1
+    )
+
+
+def test_unipc_is_for_teachers(any_step: Path, wan: Path) -> None:
+    with pytest.raises(UsageError, match="unipc is for teachers"):
+        VideoSampler.load(str(any_step), recipe_for(wan), method="unipc")
+
+
 def _our_grid(scheduler: object) -> Callable[..., None]:
     """The scheduler's own grid ends at 1/1000; ours is even down to 0, as the flow-map scheduler's."""
     original = scheduler.set_timesteps  # type: ignore[attr-defined]

@@ -1,0 +1,26 @@
+"""UniPC, the multistep solver that Wan's own pipeline folders name, for teachers: diffusers' scheduler.
+
+Legend: B batch, F latent frames, C channels, H W latent height and width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from anyflow_cli.flow.velocity import Velocity, batch_time
+
+
+@torch.no_grad()
+def sample_unipc(model: Velocity, z: Tensor, steps: int, shift: float) -> Tensor:
+    """Solve a teacher's ODE from noise z (B, F, C, H, W) with second-order UniPC at diffusers' own times."""
+    from diffusers import UniPCMultistepScheduler
+
+    scheduler = UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift
+    )
+    scheduler.set_timesteps(steps, device=z.device)
+    for timestep in scheduler.timesteps:
+        t = batch_time(timestep.item() / scheduler.config.num_train_timesteps, z)
+        (z,) = scheduler.step(model(z, t, t), timestep, z, return_dict=False)
+    return z
