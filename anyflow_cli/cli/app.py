@@ -20,6 +20,7 @@ from anyflow_cli.cli import (
     evaluate,
     export,
     finetune,
+    inspect,
     plan,
     recipes,
     sample,
@@ -101,6 +102,11 @@ VERBS: tuple[Verb, ...] = (
         "anyflow plan -r bidirectional14b --gpus 8xH200 --set distill.micro_batch=1",
         "anyflow plan -r bidirectional1b --gpus 64xH100 --mfu 0.3 --json",
         "anyflow plan   (tiny, on this machine)",
+    )),
+    Verb("inspect", inspect.inspect, TOOLS, examples(
+        "anyflow inspect tiny-anyflow",
+        "anyflow inspect wan2.1_t2v_1.3B_fp8_scaled.safetensors",
+        "anyflow inspect runs/tiny/distill --json",
     )),
     Verb("doctor", doctor.doctor, TOOLS, examples(
         "anyflow doctor", "anyflow doctor --recipe mine.yaml --json", "anyflow doctor --fix vbench",

@@ -112,7 +112,7 @@ def model_problems(address: str) -> list[str]:
     """List what is wrong with the model at ``address``, by the headers of its files; empty if it is sound."""
     path = locate(address)
     if is_checkpoint(path):
-        _describe_checkpoint(path)
+        describe_checkpoint(path)
         return []
     if (path / ADAPTER_CONFIG).is_file():
         return [f"{path} is a LoRA adapter, not a model; the model it belongs to is beside it"]
@@ -126,7 +126,7 @@ def describe(address: str, recipe: Recipe) -> ModelInfo:
     """
     path = locate(address)
     if is_checkpoint(path):
-        return _describe_checkpoint(path)
+        return describe_checkpoint(path)
     is_pipeline = has_components(path)
     pipeline = path if is_pipeline else resolve_pipeline(recipe.model.teacher)
     lineage = read_json(path / LINEAGE) if (path / LINEAGE).is_file() else {}
@@ -142,8 +142,8 @@ def describe(address: str, recipe: Recipe) -> ModelInfo:
     return ModelInfo(path, pipeline, config.two_time, causal, lineage, sources)
 
 
-def _describe_checkpoint(path: Path) -> ModelInfo:
-    """A checkpoint may add the second time or the chunks to the model its run started from."""
+def describe_checkpoint(path: Path) -> ModelInfo:
+    """Describe a checkpoint; it may add the second time or the chunks to the model its run started from."""
     if not (path / MARKER).is_file():
         raise UsageError(f"The checkpoint {path} is not complete.", "Use another one of the same run.")
     run, names = run_of(path), trained_names(path)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from anyflow_cli.model.layouts.quantized import dequantized, scale_names
-from anyflow_cli.model.layouts.tensor_files import QUANTIZED_TYPES, TYPES, TensorFiles
+from anyflow_cli.model.layouts.tensor_files import PICKLE_SUFFIXES, QUANTIZED_TYPES, TYPES, TensorFiles
 from anyflow_cli.model.weights_io import LazyWeight, TensorInfo, check_finite
 
 
@@ -74,8 +74,9 @@ class NamedWeights:
         """Replace the parameters of a module on the meta device, frozen, each cast as it is read."""
         for name in [name for name, _ in module.named_parameters()]:
             path, _, last = name.rpartition(".")
-            parameter = nn.Parameter(self.read(name).to(dtype_of(name)), requires_grad=False)
-            setattr(module.get_submodule(path), last, parameter)
+            copy = self.stored(name).file.suffix in PICKLE_SUFFIXES  # so that its pages can be given back
+            value = self.read(name).to(dtype_of(name), copy=copy)
+            setattr(module.get_submodule(path), last, nn.Parameter(value, requires_grad=False))
 
     def lazy(self) -> dict[str, LazyWeight]:
         """Every tensor, to be read when it is written to another file."""

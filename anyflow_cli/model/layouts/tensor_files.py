@@ -22,7 +22,7 @@ PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 WEIGHT_SUFFIXES = (".safetensors", *PICKLE_SUFFIXES)
 # Entries of a pickled training state that hold the weights, the preferred one first.
 WRAPPERS = ("generator_ema", "ema", "generator", "state_dict", "model", "module", "generator_lora")
-MAPPED_BYTES = 256 << 20  # read from a mapped file before its pages are given back
+MAPPED_BYTES = 64 << 20  # read from a mapped file before its pages are given back
 QUANTIZED_TYPES = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I8": torch.int8}
 INTEGER_TYPES = {
     "I64": torch.int64,
@@ -75,7 +75,10 @@ class TensorFiles:
         return cls(tuple(files), tensors, metadata, wrapper)
 
     def read(self, name: str) -> Tensor:
-        """Load one tensor onto the CPU, as stored."""
+        """Load one tensor onto the CPU, as stored.
+
+        It is a view of the mapped file. One of a pickled file keeps all pages resident that were read.
+        """
         file = self.tensors[name].file
         if file.suffix not in PICKLE_SUFFIXES:
             with opened(file) as handle:

@@ -1,0 +1,204 @@
+"""What a file, folder, run or checkpoint is, from its headers: family, sizes, times, types, missing parts.
+
+Nothing is loaded or downloaded. What cannot be used is described, too, with the reason and an alternative.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from anyflow_cli.errors import AnyflowError, UsageError
+from anyflow_cli.model.config import NetworkConfig
+from anyflow_cli.model.folder_check import check_folder
+from anyflow_cli.model.known_models import KNOWN_MODELS
+from anyflow_cli.model.layouts.components import component_config, open_component
+from anyflow_cli.model.layouts.families import family_of
+from anyflow_cli.model.layouts.tensor_files import PICKLE_SUFFIXES, WEIGHT_SUFFIXES
+from anyflow_cli.model.layouts.transformer import TransformerFiles, open_transformer
+from anyflow_cli.model.pipeline_io import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    BUILT_IN,
+    FROZEN,
+    INDEX,
+    component,
+    has_components,
+    load_adapter,
+    read_shift,
+)
+from anyflow_cli.model.weights_io import TensorInfo
+from anyflow_cli.runs.checkpoint import is_checkpoint
+from anyflow_cli.runs.open import describe_checkpoint, locate
+from anyflow_cli.utils.hub import cached_snapshot, is_hub_name
+
+Facts = dict[str, Any]
+TYPE_NAMES = {
+    "F64": "fp64", "F32": "fp32", "F16": "fp16", "BF16": "bf16", "F8_E4M3": "fp8_e4m3", "F8_E5M2": "fp8_e5m2",
+    "I8": "int8",
+}  # fmt: skip
+
+
+def inspect_address(address: str) -> Facts:
+    """Describe what is at an address; ``usable`` tells whether a command can take it as a model.
+
+    Raises:
+        UsageError: There is nothing at the address.
+    """
+    if address not in BUILT_IN and is_hub_name(address) and cached_snapshot(address) is None:
+        return {"address": address, **_not_downloaded(address)}
+    path = locate(address)
+    facts = {"address": address, "path": str(path)}
+    try:
+        return facts | _described(path)
+    except AnyflowError as error:
+        return facts | {"kind": "unknown", "usable": False, "problem": error.message, "instead": error.hint}
+
+
+def _not_downloaded(name: str) -> Facts:
+    known = KNOWN_MODELS.get(name)
+    if known is None:
+        raise UsageError(
+            f"{name} is not here; on the Hub it may be.", f"Download it first: `hf download {name}`."
+        )
+    missing = [f"the download of about {known.download} GB: `hf download {name}`"]
+    return {"kind": "model on the Hub", "usable": True, **_sizes(known.network), "missing": missing}
+
+
+def _described(path: Path) -> Facts:
+    if is_checkpoint(path):
+        return _checkpoint(path)
+    if (path / ADAPTER_CONFIG).is_file():
+        return _adapter(path)
+    if path.is_file() and path.suffix in WEIGHT_SUFFIXES:
+        component_facts = _component(path)
+        if component_facts is not None:
+            return component_facts
+    return _transformer(path)
+
+
+def _checkpoint(path: Path) -> Facts:
+    """A checkpoint holds only what was trained; the rest is that of the model its run started from."""
+    info = describe_checkpoint(path)
+    base = _transformer(info.pipeline)
+    facts = {"kind": "checkpoint of a training run", "base": str(info.pipeline), "step": info.path.name}
+    times = {"times": 2 if info.two_time else 1, "causal": info.causal and info.causal.partition}
+    return base | facts | times | {"shift": info.shift}
+
+
+def _adapter(path: Path) -> Facts:
+    adapter = load_adapter(path)
+    return {
+        "kind": "LoRA adapter of PEFT",
+        "usable": False,
+        "rank": adapter.size.rank,
+        "alpha": adapter.size.alpha,
+        "base": adapter.base,
+        "tensors": len(adapter.weights),
+        "file": str(path / ADAPTER_WEIGHTS),
+        "instead": "The model it belongs to is beside it.",
+    }
+
+
+def _component(path: Path) -> Facts | None:
+    """A VAE or a text encoder in a file of its own; None if it is neither."""
+    try:
+        opened = open_component(path)
+    except UsageError:
+        return None
+    is_vae = "z_dim" in opened.config
+    sizes = {
+        key: opened.config[key] for key in (("z_dim", "base_dim") if is_vae else ("d_model", "num_layers"))
+    }
+    return {
+        "kind": "VAE" if is_vae else "text encoder",
+        "usable": False,
+        "layout": opened.weights.layout,
+        **sizes,
+        **_stored(opened.weights.files.tensors.values()),
+        "instead": "Put it beside the transformer's file; it is found by its published name.",
+    }
+
+
+def _transformer(path: Path) -> Facts:
+    transformer = open_transformer(path)
+    config, weights = transformer.config, transformer.tensors
+    kind = "pipeline folder" if has_components(path) else "transformer"
+    if path.is_file():
+        kind = "transformer in one file"
+    facts = {"kind": kind, "usable": True, **_sizes(config), "layout": weights.layout}
+    facts |= _stored(weights.stored(name) for name in weights.stored_names)
+    if has_components(path):
+        facts |= {"shift": read_shift(path)} | {name: _place(path, name) for name in FROZEN}
+    problems = check_folder(path) if path.is_dir() else []
+    return facts | {"missing": _missing(path), "problems": problems, "notes": _notes(transformer)}
+
+
+def _sizes(config: NetworkConfig) -> Facts:
+    return {
+        "family": family_of(config),
+        "times": 2 if config.two_time else 1,
+        "causal": list(config.causal.partition) if config.causal else None,
+        "layers": config.layers,
+        "width": config.dim,
+        "heads": config.heads,
+        "feed_forward": config.ffn_dim,
+        "channels": config.in_channels,
+        "text_width": config.text_dim,
+    } | ({"gate": config.gate, "second_time": config.delta} if config.two_time else {})
+
+
+def _stored(tensors: Iterable[TensorInfo]) -> Facts:
+    """Number of weights and the share of each type."""
+    counts = Counter[str]()
+    for tensor in tensors:
+        size = 1
+        for axis in tensor.shape:
+            size *= axis
+        counts[TYPE_NAMES.get(tensor.dtype, tensor.dtype)] += size
+    total = sum(counts.values())
+    shares = {dtype: round(count / total, 4) for dtype, count in counts.most_common()}
+    return {"parameters": total, "types": shares}
+
+
+def _place(pipeline: Path, name: str) -> str:
+    try:
+        place = component(pipeline, name)
+    except UsageError:
+        return "missing"
+    if name != "vae":
+        return str(place)
+    config = component_config(place)
+    return f"{place} ({config.get('z_dim', 16)} channels)"
+
+
+def _missing(path: Path) -> list[str]:
+    if has_components(path):
+        names = [name for name in FROZEN if _place(path, name) == "missing"]
+        return [
+            *names,
+            *(["scheduler"] if (path / INDEX).is_file() and not (path / "scheduler").is_dir() else []),
+        ]
+    return [f"{', '.join(FROZEN)}: taken from the recipe's teacher (model.teacher)"]
+
+
+def _notes(transformer: TransformerFiles) -> list[str]:
+    """What a user should know before using the model as the network that its weights fit."""
+    notes = []
+    files, config = transformer.tensors.files, transformer.config
+    if files.wrapper in ("generator", "generator_ema"):
+        notes.append("few-step causal students of this kind are run bidirectionally here")
+    if config.causal is not None and not config.causal.is_stated:
+        notes.append("chunk_partition is not stated; the default of the class is used")
+    if (
+        config.two_time
+        and transformer.stated is None
+        and "gate" not in files.metadata
+        and "config" not in files.metadata
+    ):
+        notes.append(f"the gate of the second time is not stated; {config.gate} is used")
+    if any(file.suffix in PICKLE_SUFFIXES for file in transformer.weight_files):
+        notes.append("pickled; read with weights_only, so that nothing in it is executed")
+    return notes

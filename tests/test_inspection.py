@@ -1,0 +1,148 @@
+"""What is at an address, from headers alone: every layout, runs, other models, parts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from anyflow_cli.cli import app
+from anyflow_cli.errors import UsageError
+from anyflow_cli.inspection import inspect_address
+from anyflow_cli.model import pipeline_io
+from anyflow_cli.model.layouts.named_weights import NamedWeights
+from anyflow_cli.model.network import two_time_from
+from anyflow_cli.model.pipeline_io import load_network, save_pipeline
+from tests.model.layouts import written
+from tests.test_export import make_run
+from tests.tiny_pipeline import make_wan_folder
+
+
+@pytest.fixture(scope="module")
+def wan(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_wan_folder(tmp_path_factory.mktemp("models") / "wan")
+
+
+def inspected(address: object) -> dict[str, Any]:
+    """Facts about an address, while no weight may be read."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(NamedWeights, "read", lambda *_: pytest.fail("a weight was read"))
+        return inspect_address(str(address))
+
+
+def test_a_built_in_any_step_model() -> None:
+    facts = inspected("tiny-anyflow")
+    assert facts["usable"]
+    assert (facts["kind"], facts["times"], facts["causal"]) == ("pipeline folder", 2, None)
+    assert (facts["gate"], facts["second_time"]) == (0.25, "r")
+    assert facts["missing"] == facts["problems"] == []
+    assert facts["types"] == {"bf16": 1.0} or sum(facts["types"].values()) == pytest.approx(1, abs=1e-3)
+
+
+def test_parameters_are_counted(wan: Path) -> None:
+    facts = inspected(wan)
+    network = load_network(wan)
+    assert facts["parameters"] == sum(parameter.numel() for parameter in network.parameters())
+    assert facts["types"] == {"fp32": 1.0}
+    assert facts["family"] == "Wan architecture, other sizes"
+
+
+@pytest.mark.parametrize("layout", written.EXACT | written.QUANTIZED)
+def test_every_layout(tmp_path: Path, layout: str) -> None:
+    weights = dict(written.reference().state_dict())
+    path = (written.EXACT | written.QUANTIZED)[layout](tmp_path, weights)
+    facts = inspected(path)
+    assert facts["usable"]
+    assert (facts["layers"], facts["width"], facts["heads"], facts["channels"]) == (2, 256, 2, 8)
+    assert ("original Wan names" in facts["layout"]) == (layout not in PLAIN)
+    assert any(dtype in facts["types"] for dtype in ("fp8_e4m3", "int8")) == (layout in written.QUANTIZED)
+    assert "taken from the recipe's teacher" in facts["missing"][0]
+    assert any("few-step causal" in note for note in facts["notes"]) == (layout in STUDENTS)
+
+
+PLAIN = ("diffusers file", "AnyFlow training state", "FastWan, sparse attention")
+STUDENTS = ("Self-Forcing", "Self-Forcing, FSDP", "CausVid directory")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "family"),
+    [
+        ((12, 30, 8960, 16), "Wan 2.1 T2V 1.3B"),
+        ((24, 30, 14336, 48), "Wan 2.2 TI2V 5B"),
+        ((40, 40, 13824, 16), "Wan 2.1 T2V 14B or one expert of Wan 2.2 T2V A14B"),
+    ],
+)
+def test_published_sizes_have_names(tmp_path: Path, sizes: tuple[int, ...], family: str) -> None:
+    heads, layers, ffn, channels = sizes
+    config = {
+        "dim": 128 * heads, "num_heads": heads, "num_layers": layers, "ffn_dim": ffn, "in_dim": channels,
+        "out_dim": channels, "model_type": "t2v",
+    }  # fmt: skip
+    weights = written.as_original(written.reference().state_dict())
+    facts = inspected(written.folder(tmp_path / "wan", weights, config))
+    assert facts["family"] == family
+    assert facts["problems"]  # these weights are not of that model
+
+
+def test_a_run_and_its_checkpoint(wan: Path, tmp_path: Path) -> None:
+    make_run(tmp_path / "run", wan, lora=True)
+    facts = inspected(tmp_path / "run")
+    assert (facts["kind"], facts["step"], facts["times"]) == (
+        "checkpoint of a training run",
+        "step-000007",
+        2,
+    )
+    assert (facts["base"], facts["shift"]) == (str(wan), 3.0)
+    save_pipeline(tmp_path / "run" / "model", two_time_from(load_network(wan)), wan, {})
+    assert inspected(tmp_path / "run")["kind"] == "pipeline folder"
+
+
+def test_what_cannot_be_used_says_why(tmp_path: Path) -> None:
+    for name, tensors, words in (
+        ("vace", {"vace_blocks.0.before_proj.weight": torch.zeros(1)}, "VACE"),
+        ("lora", {"blocks.0.self_attn.q.lora_down.weight": torch.zeros(1)}, "LoRA"),
+    ):
+        save_file(tensors, tmp_path / f"{name}.safetensors")
+        facts = inspected(tmp_path / f"{name}.safetensors")
+        assert not facts["usable"]
+        assert words in facts["problem"]
+        assert facts["instead"]
+    (tmp_path / "x.gguf").touch()
+    assert "GGUF" in inspected(tmp_path / "x.gguf")["problem"]
+    with pytest.raises(UsageError, match="There is no model at"):
+        inspected(tmp_path / "nothing")
+
+
+def test_parts_of_a_pipeline(tmp_path: Path) -> None:
+    tensors = {
+        "encoder.conv1.weight": torch.zeros(96, 3, 3, 3, 3),
+        "decoder.conv1.weight": torch.zeros(384, 16, 3, 3, 3), "conv2.weight": torch.zeros(16, 16, 1, 1, 1),
+    }  # fmt: skip
+    save_file(tensors, tmp_path / "vae.safetensors")
+    facts = inspected(tmp_path / "vae.safetensors")
+    assert (facts["kind"], facts["z_dim"], facts["base_dim"]) == ("VAE", 16, 96)
+
+
+def test_a_model_of_the_hub_is_not_downloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline_io, "_from_hub", lambda name: pytest.fail("downloaded"))
+    monkeypatch.setenv("HF_HUB_CACHE", "/nowhere")
+    facts = inspected("nvidia/AnyFlow-FAR-Wan2.1-1.3B-Diffusers")
+    assert (facts["family"], facts["times"]) == ("Wan 2.1 T2V 1.3B", 2)
+    assert facts["causal"] == [1, 3, 3, 3, 3, 3, 3, 2]
+    assert "download" in facts["missing"][0]
+    with pytest.raises(UsageError, match="on the Hub it may be"):
+        inspected("someone/some-model")
+
+
+def test_the_command_prints_a_table_or_json(wan: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert app.main(["inspect", str(wan), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["times"], facts["usable"]) == (1, True)
+    assert app.main(["inspect", str(wan)]) == 0
+    shown = capsys.readouterr().out
+    assert "fp32 100.0%" in shown
+    assert "usable" in shown
