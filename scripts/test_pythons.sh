@@ -4,7 +4,7 @@
 #   scripts/test_pythons.sh [--all]
 #
 # By default without PyTorch and what builds on it: each interpreter compiles every module and runs the tests of
-# recipes, prompts, scores, plans and command lines, in about half a minute. --all installs everything
+# recipes, prompts, scores, files and command lines, in about half a minute. --all installs everything
 # (several GB) and runs the whole suite.
 #
 #   PYTHONS="3.10 3.13"   versions to look for, on the PATH and below ~/.pyenv
@@ -12,9 +12,10 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 light=(
-  tests/recipe tests/data/test_prompts.py tests/data/test_shapes_world.py tests/evaluate/test_bootstrap.py
-  tests/evaluate/test_frechet.py tests/evaluate/test_suite.py tests/evaluate/vbench/test_sums.py
-  tests/runs/test_paths.py tests/test_readme.py
+  tests/recipe tests/data/test_prompts.py tests/data/test_shapes_world.py tests/evaluate/test_frechet.py
+  tests/evaluate/test_per_chunk.py tests/evaluate/test_suite.py
+  tests/evaluate/vbench/test_prompts.py tests/runs/test_paths.py tests/utils/test_contact_sheet.py
+  tests/utils/test_records.py tests/utils/test_safe_child.py tests/test_readme.py
 )
 
 find_python() {  # the path of an interpreter of version $1, or nothing
@@ -37,7 +38,7 @@ import re
 heavy = {"torch", "diffusers", "transformers", "peft", "accelerate", "tensorboard"}
 with open("pyproject.toml", "rb") as file:
     project = tomllib.load(file)["project"]
-for requirement in [*project["dependencies"], "pytest>=8.3"]:
+for requirement in [*project["dependencies"], "pyarrow", "pytest", "pytest-xdist"]:
     if re.split("[<>=]", requirement)[0] not in heavy:
         print(requirement)
 LIST
@@ -58,6 +59,6 @@ for version in ${PYTHONS:-3.10 3.13}; do
     [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
     light_requirements "$venv" | xargs "$venv/bin/python" -m pip install --quiet --disable-pip-version-check
     "$venv/bin/python" -m compileall -q anyflow_cli tests scripts benchmarks
-    OMP_NUM_THREADS=1 "$venv/bin/python" -m pytest -q -p no:cacheprovider "${light[@]}"
+    OMP_NUM_THREADS=1 "$venv/bin/python" -m pytest -q -n "${WORKERS:-auto}" -p no:cacheprovider "${light[@]}"
   fi
 done

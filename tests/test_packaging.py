@@ -38,6 +38,23 @@ def test_the_metadata_names_each_supported_python() -> None:
     assert "${PYTHONS:-3.10 3.13}" in (ROOT / "scripts/test_pythons.sh").read_text(encoding="utf-8")
 
 
+WITHOUT_TORCH = """
+import sys
+import pytest
+sys.modules["torch"] = None  # importing it fails
+sys.exit(pytest.main(["--collect-only", "-q", "-p", "no:cacheprovider", *sys.argv[1:]]))
+"""
+
+
+def test_the_tests_for_other_pythons_need_no_torch() -> None:
+    script = (ROOT / "scripts/test_pythons.sh").read_text(encoding="utf-8")
+    light = re.search(r"light=\(\n(.*?)\n\)", script, flags=re.DOTALL)
+    assert light is not None
+    command = [sys.executable, "-c", WITHOUT_TORCH, *light[1].split()]
+    done = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
 def test_no_large_file_ships_twice() -> None:
     sizes: dict[str, list[str]] = {}
     for path in (ROOT / "anyflow_cli").rglob("*"):
