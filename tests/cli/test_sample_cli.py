@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 from pathlib import Path
 from typing import Any
 
@@ -255,6 +256,71 @@ def test_what_is_no_preview_is_not_refined(small: list[str], tmp_path: Path, cap
         error = capsys.readouterr().err
         assert message in error
         assert "hint: " in error
+
+
+def mutated(record: Any, rng: random.Random) -> Any:
+    """The record with one value anywhere replaced or removed."""
+    spots: list[tuple[Any, Any]] = []
+
+    def walk(node: Any) -> None:
+        for key in node if isinstance(node, dict) else range(len(node)):
+            spots.append((node, key))
+            if isinstance(node[key], dict | list):
+                walk(node[key])
+
+    walk(record)
+    node, key = rng.choice(spots)
+    if rng.random() < 0.25:
+        del node[key]
+    else:
+        node[key] = rng.choice(
+            [
+                None,
+                True,
+                -1,
+                10**9,
+                10**30,
+                2**64,
+                1.5,
+                "",
+                "x",
+                "../../x",
+                "a\0b",
+                "\ud800",
+                [],
+                [[]],
+                {},
+                "9" * 5000,
+            ]
+        )
+    return record
+
+
+@pytest.mark.parametrize("count", [60, pytest.param(600, marks=pytest.mark.slow)])
+def test_mutated_records_end_in_sentences(small: list[str], tmp_path: Path, capsys: Run, count: int) -> None:
+    preview = sampled([*small, "-p", "a circle", "-p", "a square", "--preview"], capsys)
+    folder, rng = Path(preview["out"]), random.Random(count)
+    original = (folder / "samples.json").read_text()
+    before = {path for path in tmp_path.rglob("*") if path.is_file()}
+    command = ["sample", "--refine", str(folder), "--dry-run", "--runs", small[-1]]
+    for _ in range(count):
+        (folder / "samples.json").write_text(json.dumps(mutated(json.loads(original), rng)))
+        code, error = app.main(command), capsys.readouterr().err
+        assert code in (0, 2), (folder / "samples.json").read_text()
+        assert "Traceback" not in error
+    assert {path for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("name", ["../../../x", "/x", "..", "a/b", "x" * 300, "a\nb"])
+def test_the_name_of_a_recorded_recipe_leads_nowhere_else(
+    small: list[str], tmp_path: Path, capsys: Run, name: str
+) -> None:
+    preview = sampled([*small, "-p", "a circle", "--preview"], capsys)
+    file = Path(preview["out"]) / "samples.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"recipe": {"name": name, "digest": ""}}))
+    assert app.main(["sample", "--refine", preview["out"], "--nfe", "1", "--runs", small[-1]]) == 2
+    assert "recipe.name" in capsys.readouterr().err
+    assert not [path for path in tmp_path.rglob("*") if path.name.startswith("x")]
 
 
 def test_a_budget_picks_the_steps(small: list[str], capsys: Run) -> None:

@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from anyflow_cli.data.shapes_world import WORLDS, render
 from anyflow_cli.data.video import (
@@ -314,6 +315,40 @@ def test_a_picture_too_large_to_hold_is_named(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(UnusableClipError, match="512 pixels"):
         read_image(tmp_path / "large.png", ClipFormat(9, 8, 16, 32))
+
+
+def test_transparent_parts_of_a_picture_turn_white(tmp_path: Path) -> None:
+    pixels = np.zeros((16, 32, 4), np.uint8)
+    pixels[..., 0] = 200  # hidden below the transparent right half
+    pixels[:, :16, 3] = 255
+    Image.fromarray(pixels).save(tmp_path / "half.png")
+    clip = read_image(tmp_path / "half.png", ClipFormat(1, 8, 16, 32))
+    assert clip.changes == ("transparent parts on white",)
+    assert clip.pixels[0, 0, 0].tolist() == [200, 0, 0]
+    assert clip.pixels[0, 0, 31].tolist() == [255, 255, 255]
+
+
+def test_pictures_that_unpack_to_more_than_memory_holds_are_refused(tmp_path: Path) -> None:
+    text = PngImagePlugin.PngInfo()
+    text.add_text("comment", "x" * (1 << 27), zip=True)
+    Image.new("RGB", (16, 16)).save(tmp_path / "text.png", pnginfo=text)
+    Image.new("1", (20_000, 20_000)).save(tmp_path / "wide.png")
+    for name in ("text.png", "wide.png"):
+        with pytest.raises(UnusableClipError, match=r"^unreadable"):
+            read_image(tmp_path / name, ClipFormat(1, 8, 16, 32))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF"])
+def test_damaged_pictures_end_in_sentences(tmp_path: Path, kind: str) -> None:
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 256, (24, 24, 3), np.uint8)).save(tmp_path / "whole", kind)
+    whole = (tmp_path / "whole").read_bytes()
+    for _ in range(40):
+        damaged = bytearray(whole[: rng.integers(1, len(whole) + 1)])
+        damaged[rng.integers(len(damaged))] ^= 1 << int(rng.integers(8))
+        (tmp_path / "damaged").write_bytes(damaged)
+        with suppress(UnusableClipError):
+            assert read_image(tmp_path / "damaged", ClipFormat(1, 8, 16, 32)).pixels.shape == (1, 16, 32, 3)
 
 
 def test_the_start_of_a_short_video_is_all_of_it(tmp_path: Path) -> None:
