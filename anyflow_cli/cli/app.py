@@ -32,6 +32,7 @@ from anyflow_cli.cli.errors import failure_of
 from anyflow_cli.cli.launch import command_line
 from anyflow_cli.cli.options import examples
 from anyflow_cli.errors import ExitCode
+from anyflow_cli.utils.environment import check_environment
 from anyflow_cli.utils.signals import interruptible
 
 TRAIN = "Data and training, in order"
@@ -145,6 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command_line.set(given)
     command: Any = typer.main.get_command(app)
     try:
+        check_environment()
         with interruptible():
             code = command.main(given, prog_name="anyflow", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort) as error:

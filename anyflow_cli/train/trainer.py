@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, nullcontext
 from dataclasses import replace
@@ -35,6 +36,7 @@ from anyflow_cli.train.ema import WeightEma
 from anyflow_cli.train.metrics import Metrics, finish_trackers, start_trackers
 from anyflow_cli.train.objectives import Objective, Phase, Sums, micro_batch
 from anyflow_cli.train.rng import BoundaryMean, StepRng, stream_seed
+from anyflow_cli.utils.distributed import world_size
 from anyflow_cli.utils.signals import stop_requests
 
 log = logging.getLogger(__name__)
@@ -389,6 +391,12 @@ def make_accelerator(launch: schema.LaunchSection = NOT_SHARDED, *, causal: bool
     """
     from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if world_size() > 1 and missing:
+        raise UsageError(
+            f"WORLD_SIZE is {world_size()}, and {missing[0]} is not set.",
+            "Start the processes with --nproc, torchrun or accelerate launch.",
+        )
     cpu = not torch.cuda.is_available()  # unless told so, accelerate does not see several processes on CPUs
     backend = "cpu:gloo,cuda:nccl" if launch.offload and not cpu else None  # offloaded gradients are on CPUs
     handlers = [

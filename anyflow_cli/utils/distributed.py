@@ -1,6 +1,7 @@
 """Which of several processes this one is, as torchrun, accelerate or a cluster's script has set it.
 
-Read from the environment, so that it is known before torch is imported or a process group is formed.
+It is read from the environment, so it is known before torch is imported or a process group is formed.
+``utils.environment`` refuses values that are not numbers; here they count as absent.
 """
 
 from __future__ import annotations
@@ -14,17 +15,22 @@ if TYPE_CHECKING:
 
 def rank() -> int:
     """Number of this process among all, from 0."""
-    return int(os.environ.get("RANK", "0"))
+    return _number("RANK", 0)
 
 
 def world_size() -> int:
     """Number of processes."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return _number("WORLD_SIZE", 1)
 
 
 def local_rank() -> int:
     """Number of this process among those of its machine."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
+    return _number("LOCAL_RANK", 0)
+
+
+def _number(name: str, default: int) -> int:
+    text = os.environ.get(name, "")
+    return int(text) if text.isdecimal() and len(text) < 10 else default
 
 
 def is_launched() -> bool:
