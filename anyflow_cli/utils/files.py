@@ -1,20 +1,26 @@
-"""Files and directories that are whole or absent: written under a temporary name, flushed, then renamed.
+"""Files and directories that are complete or absent: written under a temporary name, flushed, then renamed.
 
-The temporary name of a file carries the rank alone, so what a killed process left behind is overwritten by
-its restart, or cleared by whoever writes the file instead.
+The temporary name of a file has the rank alone, so what a killed process left is overwritten by its restart,
+or cleared by whoever writes the file instead. Nothing that was not written here is deleted: a directory that
+holds other files is kept beside its replacement.
 """
 
 from __future__ import annotations
 
 import errno
 import hashlib
+import itertools
 import json
+import logging
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
+
+import psutil
 
 from anyflow_cli.errors import AnyflowError, UsageError
 from anyflow_cli.utils.distributed import rank
@@ -22,7 +28,10 @@ from anyflow_cli.utils.distributed import rank
 DISK_ERRORS = (
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOTDIR,
 )  # fmt: skip
+SHARD_FILE = re.compile(r".+-\d{5}-of-\d{5}\.safetensors|.+\.safetensors(\.index\.json)?")  # by size
 BLOCK = 1 << 20  # bytes hashed at a time
+
+log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -49,32 +58,80 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_directory(target: Path) -> Iterator[Path]:
-    """Yield a fresh directory beside ``target`` that takes its name when the block ends without an error.
+    """Yield a new directory beside ``target`` that takes its name when the block ends without an error.
+
+    An older directory is replaced. One that holds files of other names, which someone else put there, is kept
+    as ``NAME.before-1``.
 
     Raises:
         AnyflowError: The disk is full or read-only; nothing half-written is left.
     """
-    folder = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    shutil.rmtree(folder, ignore_errors=True)
+    folder = _temporary(target, "partial")
     try:
         with disk_errors(target):
+            _clear_dead(target)
             folder.mkdir(parents=True)
             yield folder
             for file in folder.rglob("*"):
                 if file.is_file():
                     flush(file)
-            if target.exists():
-                shutil.rmtree(target)
+            old = _set_aside(target, folder)
             folder.rename(target)
             flush(target.parent)
+            if old is not None:
+                shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def _temporary(target: Path, kind: str) -> Path:
+    return target.with_name(f".{target.name}.{os.getpid()}.{kind}")
+
+
+def _clear_dead(target: Path) -> None:
+    """Remove the temporary directories that killed processes left; one killed while it replaced is undone."""
+    pattern = re.compile(rf"\.{re.escape(target.name)}\.(\d+)\.(partial|replaced)")
+    for path in target.parent.glob(".*") if target.parent.is_dir() else ():
+        match = pattern.fullmatch(path.name)
+        if not match or (int(match[1]) != os.getpid() and psutil.pid_exists(int(match[1]))):
+            continue
+        if match[2] == "replaced" and not target.exists():
+            path.rename(target)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _set_aside(target: Path, new: Path) -> Path | None:
+    """Rename what is at ``target``; return the name if it may be deleted once ``new`` has taken its place."""
+    if target.is_symlink():
+        target.unlink()  # of a link, only the link
+        return None
+    if not target.exists():
+        return None
+    ours = {file.relative_to(new) for file in new.rglob("*")}
+    others = [
+        file for file in target.rglob("*")
+        if file.relative_to(target) not in ours and not SHARD_FILE.fullmatch(file.name)
+    ]  # fmt: skip
+    if not others and target.is_dir():
+        return target.rename(_temporary(target, "replaced"))
+    names = (target.with_name(f"{target.name}.before-{number}") for number in itertools.count(1))
+    kept = target.rename(next(name for name in names if not name.exists()))
+    log.warning(
+        "%s holds other files than it was written with, e.g. %s; it is now %s.",
+        target,
+        others[0].name if others else target.name,
+        kept,
+    )
+    return None
+
+
 def clear_leftovers(directory: Path, stem: str = "*") -> None:
     """Remove what killed processes left of files with this stem; no process may be writing one."""
-    for left in directory.glob(f".{stem}.*.tmp.*"):
-        left.unlink(missing_ok=True)
+    name = ".+" if stem == "*" else re.escape(stem)
+    for left in directory.glob(".*.tmp*"):
+        if re.fullmatch(rf"\.{name}\.\d+\.tmp(\.\w+)?", left.name):
+            left.unlink(missing_ok=True)
 
 
 @contextmanager
