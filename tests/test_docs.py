@@ -18,7 +18,7 @@ GUIDES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
 PAGES = [*sorted(ROOT.glob("docs/*.md")), *(ROOT / name for name in GUIDES)]
 TO_WRAP = ("recipes",)
 NOT_KEYS = ("architecture", "CHANGELOG")  # names of functions; former keys
-VBENCH_WORKER = {"TORCH_HOME"}  # set by the worker for the processes that it starts
+FOR_CHILDREN = {"TORCH_HOME", "TORCHELASTIC_SIGNALS_TO_HANDLE"}  # set for processes that are started
 SECTIONS = "|".join(Recipe.model_fields)
 
 
@@ -87,6 +87,6 @@ def test_the_messages_that_the_page_explains_exist() -> None:
 
 def test_every_environment_variable_that_is_read_is_documented() -> None:
     source = "".join(path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py"))
-    read = set(re.findall(r"""environ(?:\.get\(|\.setdefault\(|\[)"([A-Z_]+)""", source)) - VBENCH_WORKER
+    read = set(re.findall(r"""environ(?:\.get\(|\.setdefault\(|\[)"([A-Z_]+)""", source)) - FOR_CHILDREN
     page = text_of(ROOT / "docs/troubleshooting.md")
     assert {name for name in read if f"`{name}`" not in page} == set()
