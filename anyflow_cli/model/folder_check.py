@@ -11,6 +11,7 @@ from pathlib import Path
 
 from anyflow_cli.errors import AnyflowError, UsageError
 from anyflow_cli.model.encoders import TextEncoderConfig, VaeConfig
+from anyflow_cli.model.layouts.components import open_component
 from anyflow_cli.model.layouts.transformer import open_transformer
 from anyflow_cli.model.lora import adapter_problems
 from anyflow_cli.model.network import on_meta
@@ -18,9 +19,9 @@ from anyflow_cli.model.pipeline_io import (
     ADAPTER_CONFIG,
     ADAPTER_PREFIX,
     ADAPTER_WEIGHTS,
-    INDEX,
     AdapterConfig,
     component,
+    has_components,
     read_shift,
     shapes_of,
 )
@@ -48,7 +49,7 @@ def check_folder(path: Path) -> list[str]:
     if (path / ADAPTER_CONFIG).is_file():
         return _problems([lambda: _check_adapter(path)])
     checks: list[Callable[[], Iterator[str]]] = [lambda: _check_transformer(path)]
-    if (path / INDEX).is_file():
+    if has_components(path):
         checks += [
             lambda: _check_scheduler(path),
             lambda: _check_text_encoder(path),
@@ -83,6 +84,9 @@ def _check_scheduler(path: Path) -> Iterator[str]:
 
 def _check_text_encoder(path: Path) -> Iterator[str]:
     folder = component(path, "text_encoder")
+    if folder.is_file():
+        open_component(folder)  # refuses one that is incomplete
+        return
     config = read_record(folder / "config.json", TextEncoderConfig, FETCH)
     yield from _compare(folder, TEXT_ENCODER_STEM, umt5_shapes(config))
 
@@ -98,13 +102,17 @@ def _check_vae(path: Path) -> Iterator[str]:
     from diffusers import AutoencoderKLWan
 
     folder = component(path, "vae")
+    if folder.is_file():
+        open_component(folder)
+        return
     config = read_record(folder / "config.json", VaeConfig, FETCH).model_dump(exclude={"class_name"})
     config = {name: value for name, value in config.items() if value is not None}
     try:
         with torch.device("meta"):
             expected = shapes_of(AutoencoderKLWan.from_config(config).state_dict())
     except Exception as error:  # whatever a wrong value leads to in diffusers' constructor
-        raise UsageError(f"{folder / 'config.json'} does not describe a VAE ({error}).", FETCH) from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UsageError(f"{folder / 'config.json'} does not describe a VAE ({reason}).", FETCH) from error
     yield from _compare(folder, TRANSFORMER_STEM, expected)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from anyflow_cli.errors import UsageError
 from anyflow_cli.model.encoders import TextEncoder, VideoVAE
+from anyflow_cli.model.folder_check import check_folder
 from anyflow_cli.model.layouts.components import STATISTICS_21, STATISTICS_22, open_component
 from anyflow_cli.model.network import two_time_from
 from anyflow_cli.model.pipeline_io import component, load_network, read_config, read_shift, save_pipeline
@@ -268,3 +270,13 @@ def test_a_folder_without_a_text_encoder_says_which_file_it_lacks(folders: Folde
     assert component(tmp_path, "vae").name == "Wan2.1_VAE.pth"
     with pytest.raises(UsageError, match=r"has no text_encoder directory, nor models_t5\S+\.pth"):
         component(tmp_path, "text_encoder")
+
+
+def test_an_original_folder_is_checked_whole(folders: Folders, tmp_path: Path) -> None:
+    assert check_folder(folders.original) == []
+    folder = shutil.copytree(folders.original, tmp_path / "original")
+    os.truncate(folder / "Wan2.1_VAE.pth", 1000)
+    (folder / "models_t5_umt5-xxl-enc-bf16.pth").write_bytes(b"")
+    problems = "\n".join(check_folder(folder))
+    assert "Wan2.1_VAE.pth is damaged" in problems
+    assert "models_t5_umt5-xxl-enc-bf16.pth is damaged" in problems
