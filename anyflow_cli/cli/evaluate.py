@@ -221,7 +221,7 @@ def _facts(job: EvaluationJob) -> dict[str, object]:
 
 def _time(job: EvaluationJob, seconds: float | None, processes: int) -> str | None:
     """Time of the missing videos, from the finished ones or else from the peak of this machine's GPUs."""
-    from anyflow_cli.plan.evaluation import evaluation_seconds
+    from anyflow_cli.plan.estimate import evaluation_seconds
 
     if seconds is not None:
         return in_words(seconds)

@@ -120,6 +120,24 @@ class Layout:
         return sum(segment.frames for segment in self.inputs)
 
     @cached_property
+    def tokens(self) -> int:
+        """Tokens of the input, over all its segments."""
+        return sum(map(self.tokens_of, self.inputs))
+
+    @cached_property
+    def pairs(self) -> int:
+        """Pairs of query and key in one self-attention."""
+        return sum(
+            _length(group.queries) * sum(map(_length, group.keys + group.cached)) for group in self.groups
+        )
+
+    @cached_property
+    def cache_tokens(self) -> int:
+        """Tokens of the cache up to the last that is read or written."""
+        read = [tokens for group in self.groups for tokens in group.cached]
+        return max((int(one.stop) for one in (*read, *(write.cache for write in self.writes))), default=0)
+
+    @cached_property
     def spans(self) -> tuple[Span, ...]:
         """Span of each input."""
         spans, frame, token = [], 0, 0
@@ -179,6 +197,10 @@ def _merged(ranges: Iterable[slice]) -> tuple[slice, ...]:
         touches = merged and merged[-1].stop == tokens.start
         merged.append(_joined(merged.pop(), tokens) if touches else tokens)
     return tuple(merged)
+
+
+def _length(tokens: slice) -> int:
+    return int(tokens.stop - tokens.start)
 
 
 def _joined(first: slice, second: slice) -> slice:

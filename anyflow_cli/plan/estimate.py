@@ -1,134 +1,320 @@
-"""The plan of a recipe: what each stage holds and takes, what would make it fit, what it leaves on disk."""
+"""The plan of a recipe: memory and FLOPs of each stage, settings that would make it fit, and disk space.
+
+Each process holds a copy of weights, gradients and optimizer (DDP), or a part of one copy (FSDP2). Only the
+division of sharded runs has been checked, not a measured peak.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from anyflow_cli.plan import disk, stages
+from anyflow_cli.errors import UsageError
+from anyflow_cli.evaluate.generate import EvaluationJob
+from anyflow_cli.model.config import NetworkConfig
+from anyflow_cli.model.precision import Precision, resolve_precision
 from anyflow_cli.plan.advice import Advice, advise
-from anyflow_cli.plan.hardware import RESERVE, Hardware
-from anyflow_cli.plan.stages import Stage, Target, target_of
-from anyflow_cli.plan.steps import RoleSize
-from anyflow_cli.recipe.schema import Recipe
+from anyflow_cli.plan.hardware import Hardware, this_machine
+from anyflow_cli.plan.model_sizes import PipelineSizes, pipeline_sizes
+from anyflow_cli.plan.networks import Setup, decoding_cost, gathered_bytes, role_sizes
+from anyflow_cli.plan.steps import Moment, keeps_gradients, sampling_cost, step_cost
+from anyflow_cli.recipe import schema
+from anyflow_cli.runs.checkpoint import is_checkpoint
+from anyflow_cli.runs.lineage import run_of
+from anyflow_cli.runs.open import locate
 from anyflow_cli.runs.paths import RunPaths
 from anyflow_cli.runs.resources import Resource, inputs
 
-
-class Builder(NamedTuple):
-    """How a stage is planned, and the section of the recipe that its settings are in."""
-
-    build: Callable[[Target], Stage]
-    section: str
-
-
-BUILDERS = {
-    "synthesize": Builder(stages.synthesis, "synthesize"),
-    "tune": Builder(stages.tuning, "train_flowmap"),
-    "train-flowmap": Builder(stages.stage_one, "train_flowmap"),
-    "distill": Builder(stages.stage_two, "distill"),
-    "finetune": Builder(stages.finetuning, "finetune"),
-    "sample": Builder(stages.sampling, "sample"),
-    "stream": Builder(stages.streaming, "sample"),
-}
+FP32 = 4
+MACHINE = 8  # GPUs that a machine is assumed to have
 COMMANDS = ("synthesize", "train-flowmap", "distill", "sample")
+STAGES = {  # name, command, and section of the recipe; a step of finetune is one of stage 1
+    "synthesize": ("synthesis", "synthesize", "synthesize"),
+    "tune": ("teacher tuning", "train-flowmap --objective flow-matching", "train_flowmap"),
+    "train-flowmap": ("stage 1", "train-flowmap", "train_flowmap"),
+    "distill": ("stage 2", "distill", "distill"),
+    "sample": ("sampling", "sample", "sample"),
+    "stream": ("streaming", "sample --stream", "sample"),
+}
+TRAINING = ("tune", "train-flowmap", "distill")
+CHECKPOINTING = {"with checkpointing": True, "without checkpointing": False}
+
+log = logging.getLogger(__name__)
 
 
-def chain_of(recipe: Recipe) -> tuple[str, ...]:
-    """The stages of a plan; a step of finetune is one of stage 1."""
-    chain = ("synthesize", "tune", "train-flowmap", "distill", "sample")
-    return chain if recipe.model.causal is None else (*chain, "stream")
+class Target(NamedTuple):
+    """A recipe on a machine."""
 
-
-@dataclass(frozen=True)
-class Planned:
-    """A stage, and advice where it does not fit."""
-
-    stage: Stage
-    advice: Advice | None
+    recipe: schema.Recipe
+    pipeline: PipelineSizes  # of the teacher
+    hardware: Hardware
 
     @property
-    def fits(self) -> bool:
-        """Whether it does as it is."""
-        return self.advice is None
+    def precision(self) -> Precision:
+        """What ``auto`` means on the machine."""
+        setting = self.recipe.model.precision
+        return "bf16" if self.hardware.is_gpu and setting == "auto" else resolve_precision(setting, "cpu")
+
+    def setup(self, settings: schema.TrainingSection | None, frames: int | None, **other: Any) -> Setup:
+        """What one process runs, on videos of so many frames (None: the recipe's)."""
+        model, network = self.recipe.model, self.pipeline.network
+        latent = self.pipeline.latent_shape(frames or model.frames, model.height, model.width)
+        text = (model.max_text_tokens, network.text_dim)
+        return Setup(model, settings, network, latent, text, self.precision, self.hardware.is_gpu, **other)
 
 
-@dataclass(frozen=True)
-class Plan:
-    """All of a recipe on a cluster. ``disk``: bytes by what lies there; ``needs``: of each command."""
+def target_of(recipe: schema.Recipe, hardware: Hardware) -> Target:
+    """Look up the sizes of the recipe's teacher."""
+    return Target(recipe, pipeline_sizes(recipe.model.teacher), hardware)
+
+
+class Stage(NamedTuple):
+    """One command, or one objective of it, on one process."""
+
+    name: str
+    command: str
+    setup: Setup
+    peak: Moment
+    flops: float  # of an iteration, or of a video
+    repeats: int  # iterations, or videos
+    processes: int = 1  # that share the repeats
+    rollout: int = 0  # bytes of stage 2's rollout and its graph
+    host: int = 0  # bytes in the host's memory
+
+    def hours(self, hardware: Hardware) -> float | None:
+        """Time of all repeats; None where the speed of the hardware is unknown."""
+        seconds = hardware.seconds(self.flops)
+        return None if seconds is None else seconds * self.repeats / self.processes / 3600
+
+    @property
+    def activations(self) -> dict[str, int]:
+        """Bytes of activations at the peak of a training step, with checkpointing and without."""
+        steps = {name: step_cost(self.setup.with_checkpointing(on)) for name, on in CHECKPOINTING.items()
+                 if self.setup.settings}  # fmt: skip
+        peaks = {name: max(step.moments, key=lambda one: one.total) for name, step in steps.items()}
+        return {name: peak.parts["activations"] for name, peak in peaks.items()}
+
+
+class Plan(NamedTuple):
+    """A recipe on a machine."""
 
     target: Target
-    stages: Mapping[str, Planned]
-    disk: Mapping[str, int]
-    needs: Mapping[str, Sequence[Resource]]
-
-    @property
-    def roles(self) -> Mapping[str, RoleSize]:
-        """Of stage 2, which has all of them."""
-        return self.stages["distill"].stage.roles
+    stages: Mapping[str, Stage]
+    advice: Mapping[str, Advice]  # for the stages that do not fit
+    disk: Mapping[str, int]  # bytes
+    needs: Mapping[str, Sequence[Resource]]  # of each command
 
 
-def plan(recipe: Recipe, cluster: Hardware, paths: RunPaths) -> Plan:
-    """Plan the chain of a recipe, whose runs are in ``paths``."""
-    target = target_of(recipe, cluster)
-    planned = {name: plan_stage(target, name) for name in chain_of(recipe)}
+def make_plan(recipe: schema.Recipe, hardware: Hardware, paths: RunPaths) -> Plan:
+    """Plan all stages of a recipe, whose runs are in ``paths``."""
+    target = target_of(recipe, hardware)
+    stages = {key: plan_stage(target, key) for key in STAGES if key != "stream" or recipe.model.causal}
+    too_large = [key for key, stage in stages.items() if stage.peak.total > hardware.usable]
+    advice = {key: advise_stage(target, key) for key in too_large}
     needs = {name: inputs(recipe, paths, name) for name in COMMANDS}
-    return Plan(target, planned, _disk(target, planned), needs)
+    disk = {f"data: {part}": size for part, size in data_usage(target).items()}
+    for stage in (stages[key] for key in TRAINING):
+        disk[f"{stage.name}: checkpoints"] = checkpoint_usage(stage.setup)
+        disk[f"{stage.name}: model"] = model_usage(stage.setup)
+    return Plan(target, stages, advice, disk, needs)
 
 
-def plan_stage(target: Target, name: str) -> Planned:
-    """Plan one stage, and look for settings that make it fit."""
-    build, section = BUILDERS[name]
-    stage = build(target)
-    fits = stage.peak.total <= target.cluster.usable
-    return Planned(stage, None if fits else advise(build, section, target))
+def plan_stage(target: Target, key: str) -> Stage:
+    """Plan one of ``STAGES``."""
+    return _training(target, key) if key in TRAINING else _sampling(target, key)
 
 
-def _disk(target: Target, planned: Mapping[str, Planned]) -> dict[str, int]:
-    recipe = target.recipe
-    found = {f"data: {part}": size for part, size in disk.dataset(target).items()}
-    for name in ("tune", "train-flowmap", "distill"):
-        stage = planned[name].stage
-        settings = recipe.distill if name == "distill" else recipe.train_flowmap
-        found[f"{stage.name}: checkpoints"] = disk.checkpoints(stage.roles, settings)
-        found[f"{stage.name}: model"] = disk.finished(stage.setup, stage.roles)
-    return found
+def advise_stage(target: Target, key: str) -> Advice:
+    """Look for settings that make a stage fit."""
+    name, _, section = STAGES[key]
+    log.info("Looking for settings that make %s fit.", name)
+
+    def peak_of(recipe: schema.Recipe) -> int:
+        return plan_stage(target._replace(recipe=recipe), key).peak.total
+
+    return advise(peak_of, section, target.recipe, target.hardware)
 
 
-def as_values(made: Plan) -> dict[str, Any]:
-    """Everything as plain values, for ``--json``: bytes, operations, seconds, hours."""
-    target, cluster = made.target, made.target.cluster
+def training_setup(target: Target, key: str) -> Setup:
+    """What one process of a training stage runs."""
+    count, launch = target.hardware.count, target.recipe.launch
+    settings = getattr(target.recipe, STAGES[key][2])
+    if key == "tune":
+        settings = settings.model_copy(update={"objective": "flow-matching"})
+    if settings.global_batch % count:
+        raise UsageError(
+            f"A global batch of {settings.global_batch} does not divide among {count} processes.",
+            f"Set global_batch to a multiple of {count}, or plan for another number of GPUs.",
+        )
+    return target.setup(
+        settings,
+        None,
+        two_time=getattr(settings, "objective", None) != "flow-matching",
+        scores=_own_scores(target, settings) if key == "distill" else None,
+        ranks=count,
+        shards={"none": None, "full": count, "hybrid": min(count, MACHINE)}[launch.sharding],
+        offload=launch.offload and target.hardware.is_gpu,
+    )
+
+
+def _own_scores(target: Target, settings: schema.DistillSection) -> NetworkConfig | None:
+    """Sizes of the scores' base; None where start and real score are adapters of the same teacher."""
+    teacher = scores = target.pipeline.network
+    if settings.real_score is not None:
+        place = Path(settings.real_score)
+        found = locate(settings.real_score) if place.is_dir() else place
+        scores = pipeline_sizes(str(run_of(found).base if is_checkpoint(found) else found)).network
+    given = [Path(address) for address in (settings.init_from, settings.real_score) if address is not None]
+    are_adapters = target.recipe.model.lora and all((one.parent / "adapter").is_dir() for one in given)
+    sizes = [(network.dim, network.layers, network.ffn_dim) for network in (teacher, scores)]
+    return None if are_adapters and sizes[0] == sizes[1] else scores
+
+
+def _training(target: Target, key: str) -> Stage:
+    setup, (name, command, _) = training_setup(target, key), STAGES[key]
+    step, settings = step_cost(setup), setup.settings
+    assert settings is not None
+    moments = [*step_moments(setup), *_preview_moments(target, setup, settings)]
+    host = sum(_unsharded(setup).values()) // (setup.shards or 1) if setup.offload else 0
+    peak = max(moments, key=lambda one: one.total)
+    return Stage(name, command, setup, peak, step.flops, settings.steps, rollout=step.rollout, host=host)
+
+
+def _unsharded(setup: Setup) -> dict[str, int]:
+    """Bytes of weights and what goes with them, that a process without sharding holds all the time."""
+    sizes = role_sizes(setup)
+    trained = [size["trainable_bytes"] for size in sizes.values()]
+    # DDP's buckets outlive the step; otherwise the gradients of a phase are freed before the next one
+    gradients = sum(trained) if setup.ranks > 1 and setup.shards is None else max(trained)
     return {
-        "recipe": target.recipe.name,
-        "teacher": target.recipe.model.teacher,
-        "precision": target.precision,
-        "cluster": {
-            "devices": cluster.count, "memory": cluster.memory, "usable": cluster.usable,
-            "reserve": RESERVE if cluster.is_gpu else 0, "peak": cluster.peak,
-            "utilisation": cluster.utilisation,
-        },
-        "roles": {name: size._asdict() for name, size in made.roles.items()},
-        "stages": {name: _stage_values(planned) for name, planned in made.stages.items()},
-        "disk": dict(made.disk),
-        "needs": {name: [need._asdict() for need in needs] for name, needs in made.needs.items()},
-    }  # fmt: skip
-
-
-def _stage_values(planned: Planned) -> dict[str, Any]:
-    stage, advice = planned.stage, planned.advice
-    values = {
-        "command": f"anyflow {stage.command}",
-        "memory": dict(stage.peak.parts),
-        "peak": stage.peak.total,
-        "at": stage.peak.name,
-        "fits": planned.fits,
-        "activations": stages.activations(stage),
-        "rollout": stage.rollout,
-        "host": stage.host,
-        **stage.work._asdict(),
+        "weights": sum(size["bytes"] for size in sizes.values()),
+        "gradients": gradients * keeps_gradients(setup),
+        "optimizer": 2 * sum(trained),
+        "ema": sizes["student"]["trainable_bytes"],
     }
-    if advice is not None:
-        settings = [f"{key}={value}" for change in advice.changes for key, value in change.values.items()]
-        values["advice"] = {"set": settings, "fits": advice.fits, "peak": advice.peak}
-    return values
+
+
+def held(setup: Setup) -> dict[str, int]:
+    """Bytes that a process holds all the time."""
+    parts = _unsharded(setup)
+    if setup.shards is not None:
+        parts = {part: 0 if setup.offload else size // setup.shards for part, size in parts.items()}
+        parts["weights"] += gathered_bytes(setup)
+    samples = setup.settings.global_batch // setup.ranks if setup.settings else 0
+    return {**parts, "data": FP32 * samples * (math.prod(setup.latent) + math.prod(setup.text))}
+
+
+def step_moments(setup: Setup) -> Iterator[Moment]:
+    """The moments of a training step: network calls, then updates."""
+    base = held(setup)
+    for name, parts, _ in step_cost(setup).moments:
+        yield Moment(name, {**base, **parts, "gradients": base["gradients"] + parts["gradients"]})
+    for role, size in role_sizes(setup).items():
+        if own := size["trainable_bytes"]:  # AdamW on a GPU makes the roots of all second moments at once
+            passing = own // (setup.shards or 1) if setup.gpu else 0
+            gradients = base["gradients"] or (0 if setup.offload else own)
+            yield Moment(f"{role}: update", {**base, "gradients": gradients, "activations": passing})
+
+
+def _preview_moments(target: Target, setup: Setup, settings: schema.TrainingSection) -> Iterator[Moment]:
+    """The main process samples with the student, then loads the VAE and decodes."""
+    if settings.preview_every and settings.preview_prompts:
+        base, keeps_casts = held(setup), replace(setup, shards=None)
+        cost = sampling_cost(keeps_casts, settings.preview_prompts, is_guided=not setup.two_time)
+        yield Moment("preview: sampling", {**base, "cache": cost.cache, "activations": cost.activations})
+        vae, decoding = decoding_cost(target.pipeline.vae, setup.latent)
+        yield Moment("preview: decoding", {**base, "weights": base["weights"] + vae, "activations": decoding})
+
+
+def _sampling(target: Target, key: str) -> Stage:
+    """Sampling: guided by a teacher, or with the any-step model at the largest of its step counts."""
+    recipe, (name, command, _) = target.recipe, STAGES[key]
+    is_guided, streams, made = key == "synthesize", key == "stream", recipe.synthesize
+    batch, steps, videos = recipe.sample.batch_size, max(recipe.sample.nfe), 1
+    if is_guided:
+        batch, steps, videos = made.batch_size, made.steps, made.count or 1
+        target = target._replace(pipeline=pipeline_sizes(made.teacher or recipe.model.teacher))
+    setup = target.setup(None, None if is_guided else recipe.sample.frames, two_time=not is_guided)
+    cost = sampling_cost(setup, 1 if streams else batch, is_guided=is_guided)
+    # a stream decodes chunk after chunk, beside the cache
+    decoded = 2 * max(recipe.model.causal.partition) if streams and recipe.model.causal else setup.latent[0]
+    vae, decoding = decoding_cost(target.pipeline.vae, (decoded, *setup.latent[1:]))
+    encoder = target.pipeline.text_parameters * (2 if setup.gpu else FP32)
+    weights = role_sizes(setup)["student"]["bytes"] + encoder + vae
+    network = {"weights": weights, "cache": cost.cache, "activations": cost.activations}
+    pixels = {"weights": weights, "cache": cost.cache * streams, "activations": decoding}
+    peak = max(Moment("network", network), Moment("decoding", pixels), key=lambda one: one.total)
+    flops, processes = steps * cost.step_flops + cost.cache_flops, target.hardware.count if is_guided else 1
+    return Stage(name, command, setup, peak, flops, videos, processes)
+
+
+def data_usage(target: Target) -> dict[str, int]:
+    """Bytes of the synthetic data set. Text is stored without padding: its size is the most it can take."""
+    setup, element = target.setup(None, None), 2 if target.precision == "bf16" else FP32
+    each = element * (target.recipe.synthesize.count or 0)
+    return {"latents": each * math.prod(setup.latent), "text, at most": each * math.prod(setup.text)}
+
+
+def checkpoint_usage(setup: Setup) -> int:
+    """Bytes of a run's checkpoints: what trains, both moments of its optimizer, and the student's EMA."""
+    sizes, kept = role_sizes(setup), setup.settings.keep_checkpoints if setup.settings else 0
+    trained = sum(size["trainable_bytes"] for size in sizes.values())
+    return (kept + 1) * (3 * trained + sizes["student"]["trainable_bytes"])  # one is being written
+
+
+def model_usage(setup: Setup) -> int:
+    """Bytes of the finished network, always fp32, and of its adapter where one was trained."""
+    network = role_sizes(replace(setup, settings=None, scores=None))["student"]["parameters"]
+    return FP32 * network + (role_sizes(setup)["student"]["bytes"] if setup.model.lora else 0)
+
+
+def as_values(plan: Plan) -> dict[str, Any]:
+    """Everything as plain values, for ``--json``: bytes, FLOPs, seconds, hours."""
+    recipe, hardware = plan.target.recipe, plan.target.hardware
+    return {
+        "recipe": recipe.name,
+        "teacher": recipe.model.teacher,
+        "precision": plan.target.precision,
+        "hardware": {**asdict(hardware), "usable": hardware.usable},
+        "roles": {name: dict(size) for name, size in role_sizes(plan.stages["distill"].setup).items()},
+        "stages": {key: _stage_values(plan, key, stage) for key, stage in plan.stages.items()},
+        "disk": dict(plan.disk),
+        "needs": {name: [need._asdict() for need in needs] for name, needs in plan.needs.items()},
+    }
+
+
+def _stage_values(plan: Plan, key: str, stage: Stage) -> dict[str, Any]:
+    hardware, advice = plan.target.hardware, plan.advice.get(key)
+    values = {
+        "command": f"anyflow {stage.command}", "memory": dict(stage.peak.parts), "peak": stage.peak.total,
+        "at": stage.peak.name, "fits": advice is None, "activations": stage.activations,
+        "rollout": stage.rollout, "host": stage.host, "flops": stage.flops, "repeats": stage.repeats,
+        "seconds": hardware.seconds(stage.flops), "hours": stage.hours(hardware),
+    }  # fmt: skip
+    if advice is None:
+        return values
+    settings = [f"{name}={value}" for change in advice.changes for name, value in change.values.items()]
+    return {**values, "advice": {"set": settings, "fits": advice.fits, "peak": advice.peak}}
+
+
+def evaluation_seconds(
+    job: EvaluationJob, processes: int = 1, hardware: Hardware | None = None
+) -> float | None:
+    """Time to sample the missing videos of an evaluation, without decoding and scoring them.
+
+    None on a CPU, whose speed is unknown, and for a model whose sizes are unknown.
+    """
+    hardware, flops = hardware or this_machine(), 0.0
+    try:
+        target = target_of(job.recipe, hardware)
+    except UsageError:
+        return None
+    for one in job.variants if hardware.peak else ():
+        setup = target.setup(None, None, two_time=not one.model.teacher)
+        cost = sampling_cost(setup, job.recipe.evaluate.batch_size, is_guided=one.model.teacher)
+        flops += len(job.missing(one)) * (one.steps * cost.step_flops + cost.cache_flops)
+    return hardware.seconds(flops / processes)

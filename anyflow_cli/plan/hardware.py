@@ -1,7 +1,7 @@
-"""The machine a plan is for: how many GPUs, how much each holds, how fast each multiplies.
+"""The machine of a plan: number of GPUs, memory and speed of each.
 
-Peaks are dense bf16 without sparsity, from NVIDIA's data sheets. What a process cannot use of its GPU (the
-driver's context, cuBLAS and NCCL buffers, gaps between blocks) is an assumption, stated as ``RESERVE``.
+Peaks are dense bf16 without sparsity, from NVIDIA's data sheets. ``RESERVE`` is an assumption: what a process
+cannot use of its GPU (the driver's context, cuBLAS and NCCL buffers, fragmentation).
 """
 
 from __future__ import annotations
@@ -13,10 +13,7 @@ from anyflow_cli.errors import UsageError
 from anyflow_cli.utils.units import GIB
 
 RESERVE = 3 * GIB
-UTILISATION = 0.4
-
-# name: memory in GiB as sold, dense bf16 TFLOPS
-GPUS = {
+GPUS = {  # name: memory in GiB as sold, dense bf16 TFLOPS
     "A100": (80, 312),
     "H100": (80, 989),
     "H200": (141, 989),
@@ -24,57 +21,57 @@ GPUS = {
     "L40S": (48, 362),
     "RTX4090": (24, 165),
 }
-REFERENCE = "H100"  # whose peak a plan takes where only the memory is said
+REFERENCE = "H100"  # whose speed a plan takes where only the memory is given
 HINT = f"Write --gpus 8x80GB, or a number and one of {', '.join(GPUS)}: --gpus 8xH100."
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """``peak``: floating-point operations a second and GPU; None where it is not known (a CPU)."""
+    """Devices of one kind: GPUs, or one CPU."""
 
     count: int
-    memory: int  # bytes a device
-    peak: float | None
-    utilisation: float = UTILISATION
+    memory: int  # bytes per device
+    peak: float | None  # FLOPs per second and device; None where it is unknown (a CPU)
+    mfu: float = 0.4  # model FLOPs utilization
     is_gpu: bool = True
 
     @property
     def usable(self) -> int:
-        """Bytes a process may fill with tensors."""
+        """Bytes per device that a process may fill with tensors."""
         return self.memory - RESERVE if self.is_gpu else self.memory
 
-    def seconds(self, operations: float) -> float | None:
-        """How long a device takes for so many operations."""
-        return None if self.peak is None else operations / (self.peak * self.utilisation)
+    def seconds(self, flops: float) -> float | None:
+        """Time that one device takes."""
+        return None if self.peak is None else flops / (self.peak * self.mfu)
 
     def __str__(self) -> str:
-        """As people say it."""
+        """As in ``--gpus``."""
         memory = f"{self.memory / GIB:.3g} GB"
         return f"{self.count} x {memory}" if self.is_gpu else f"CPU with {memory}"
 
 
-def parse_hardware(text: str, teraflops: float | None = None, utilisation: float = UTILISATION) -> Hardware:
-    """Read ``8x80GB`` or ``8xH100``; ``teraflops`` replaces the peak that goes with it."""
-    match = re.fullmatch(r"(\d+)\s*x\s*(?:(\d+(?:\.\d+)?)\s*GB|([A-Za-z]\w*))", text.strip(), re.IGNORECASE)
+def parse_hardware(text: str, teraflops: float | None = None, mfu: float = Hardware.mfu) -> Hardware:
+    """Read ``8x80GB`` or ``8xH100``; ``teraflops`` replaces the GPU's peak."""
+    match = re.fullmatch(r"(\d+)\s*x\s*(?:(\d+(?:\.\d+)?)\s*GB|([a-z]\w*))", text.strip(), re.IGNORECASE)
     if match is None or int(match[1]) == 0:
-        raise UsageError(f"--gpus does not understand {text!r}.", HINT)
+        raise UsageError(f"{text!r} is not a value of --gpus.", HINT)
     name = (match[3] or REFERENCE).upper()
     if name not in GPUS:
-        raise UsageError(f"--gpus does not know a GPU named {match[3]}.", HINT)
+        raise UsageError(f"{match[3]} is not a GPU that --gpus knows.", HINT)
     memory, peak = GPUS[name]
     size = float(match[2]) if match[2] else memory
-    return Hardware(int(match[1]), int(size * GIB), 1e12 * (teraflops or peak), utilisation)
+    return Hardware(int(match[1]), int(size * GIB), 1e12 * (teraflops or peak), mfu)
 
 
-def this_machine(teraflops: float | None = None, utilisation: float = UTILISATION) -> Hardware:
-    """The GPUs of this machine, or its CPU, whose peak nobody states."""
+def this_machine(teraflops: float | None = None, mfu: float = Hardware.mfu) -> Hardware:
+    """The GPUs of this machine, or its CPU, whose peak is unknown."""
     import psutil
     import torch
 
     peak = teraflops and 1e12 * teraflops
     if not torch.cuda.is_available():
-        return Hardware(1, int(psutil.virtual_memory().total), peak, utilisation, is_gpu=False)
+        return Hardware(1, int(psutil.virtual_memory().total), peak, mfu, is_gpu=False)
     properties = torch.cuda.get_device_properties(0)
     label = properties.name.upper().replace(" ", "")
-    known = next((1e12 * tera for name, (_, tera) in GPUS.items() if name in label), None)
-    return Hardware(torch.cuda.device_count(), properties.total_memory, peak or known, utilisation)
+    known = next((1e12 * speed for name, (_, speed) in GPUS.items() if name in label), None)
+    return Hardware(torch.cuda.device_count(), properties.total_memory, peak or known, mfu)

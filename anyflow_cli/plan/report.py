@@ -7,92 +7,82 @@ from collections.abc import Sequence
 from rich.table import Table
 from rich.text import Text
 
-from anyflow_cli.plan.estimate import Plan, Planned
+from anyflow_cli.plan.advice import Advice
+from anyflow_cli.plan.estimate import CHECKPOINTING, Plan, Stage
 from anyflow_cli.plan.hardware import RESERVE
-from anyflow_cli.plan.setup import Setup
-from anyflow_cli.plan.stages import Stage, activations
+from anyflow_cli.plan.networks import role_sizes
 from anyflow_cli.utils.units import GIB
 
-PARTS = ("weights", "gradients", "optimizer", "average", "data", "cache", "activations")
-LONG = {"average": "moving average", "data": "batch", "cache": "cache of keys"}
-DECIMAL = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
-OPERATIONS = ((1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"), (1e6, "MFLOP"))
+PARTS = {
+    "weights": "weights", "gradients": "gradients", "optimizer": "optimizer", "ema": "EMA", "data": "batch",
+    "cache": "key-value cache", "activations": "activations",
+}  # fmt: skip
+SIZES = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
+FLOPS = ((1e15, "PFLOPs"), (1e12, "TFLOPs"), (1e9, "GFLOPs"), (1e6, "MFLOPs"))
 
 
 def as_table(plan: Plan) -> Table:
-    """Everything, one block under another."""
+    """Everything, one block below another."""
     whole = Table.grid(padding=(0, 0, 1, 0))
-    blocks = (_head, _roles, _memory, _work, _disk, _needs, _notes)
-    for block in blocks:
+    for block in (_head, _roles, _memory, _work, _disk, _needs, _notes):
         whole.add_row(block(plan))
     return whole
 
 
 def _head(plan: Plan) -> Text:
     target, model = plan.target, plan.target.recipe.model
-    text = Text(f"{target.recipe.name} on {target.cluster}", style="bold")
+    text = Text(f"{target.recipe.name} on {target.hardware}", style="bold")
     size = f"{model.frames} frames of {model.height}x{model.width}, {target.precision}"
-    text.append(f"\nteacher {model.teacher}; {size}", style="not bold")
-    return text
+    return text.append(f"\nteacher {model.teacher}; {size}", style="not bold")
 
 
 def _roles(plan: Plan) -> Table:
     table = _table("Weights of stage 2", "role", "parameters", "trainable", "size")
-    for name, size in plan.roles.items():
-        table.add_row(name, f"{size.parameters:,}", f"{size.trainable:,}", _memory_of(size.bytes))
+    for name, size in role_sizes(plan.stages["distill"].setup).items():
+        counts = f"{size['parameters']:,}", f"{size['trainable']:,}"
+        table.add_row(name, *counts, _memory_size(size["bytes"]))
     return table
 
 
 def _memory(plan: Plan) -> Table:
-    stages = [planned.stage for planned in plan.stages.values()]
-    unit = GIB if max(stage.peak.total for stage in stages) > GIB else 2**20
-    name = "GiB" if unit == GIB else "MiB"
-    table = _table(f"Memory of a process at its peak, {name}", "", *(stage.name for stage in stages))
+    stages, kinds = list(plan.stages.values()), [stage.activations for stage in plan.stages.values()]
+    unit, name = (GIB, "GiB") if any(stage.peak.total > GIB for stage in stages) else (2**20, "MiB")
+    table = _table(f"Peak memory per process, {name}", "", *(stage.name for stage in stages))
 
-    def row(label: str, sizes: Sequence[int | None], style: str = "", *, last: bool = False) -> None:
+    def row(label: str, sizes: Sequence[int | None], style: str = "", *, is_last: bool = False) -> None:
         cells = ("" if size is None else f"{size / unit:,.1f}" for size in sizes)
-        table.add_row(label, *cells, style=style, end_section=last)
+        table.add_row(label, *cells, style=style, end_section=is_last)
 
-    for part in PARTS:
+    for part, label in PARTS.items():
         sizes = [stage.peak.parts.get(part, 0) for stage in stages]
         if any(sizes) or part != "cache":
-            row(LONG.get(part, part), sizes)
-    row("in all", [stage.peak.total for stage in stages], "bold", last=True)
-    table.add_row("fits", *(_fits(planned) for planned in plan.stages.values()))
-    both = [activations(stage) for stage in stages]
-    for label in ("with checkpointing", "without checkpointing"):
-        row(f"activations {label}", [found.get(label) for found in both], "dim")
+            row(label, sizes)
+    row("total", [stage.peak.total for stage in stages], "bold", is_last=True)
+    yes, no = Text("yes", style="green"), Text("no", style="bold red")
+    table.add_row("fits", *(no if key in plan.advice else yes for key in plan.stages))
+    for label in CHECKPOINTING:
+        row(f"activations {label}", [found.get(label) for found in kinds], "dim")
     row("rollout and its graph", [stage.rollout or None for stage in stages], "dim")
     if any(stage.host for stage in stages):
-        row("in the CPU's memory", [stage.host or None for stage in stages], "dim")
+        row("in the host's memory", [stage.host or None for stage in stages], "dim")
     return table
-
-
-def _fits(planned: Planned) -> Text:
-    return Text("yes", style="green") if planned.fits else Text("no", style="bold red")
 
 
 def _work(plan: Plan) -> Table:
-    table = _table("Work", "", "count", "operations each", "time each", "time in all", "command")
-    for planned in plan.stages.values():
-        stage, work = planned.stage, planned.stage.work
-        times = [None if time is None else _duration(time) for time in (work.seconds, _seconds(stage))]
-        table.add_row(
-            stage.name, f"{work.repeats:,}", _scaled(work.operations, OPERATIONS),
-            *(time or "unknown" for time in times), f"anyflow {stage.command}",
-        )  # fmt: skip
+    hardware = plan.target.hardware
+    table = _table("Work", "", "count", "FLOPs each", "time each", "total time", "command")
+    for stage in plan.stages.values():
+        seconds, hours = hardware.seconds(stage.flops), stage.hours(hardware)
+        times = ["unknown" if time is None else _duration(time) for time in (seconds, hours and 3600 * hours)]
+        count, flops = f"{stage.repeats:,}", _scaled(stage.flops, FLOPS)
+        table.add_row(stage.name, count, flops, *times, f"anyflow {stage.command}")
     return table
-
-
-def _seconds(stage: Stage) -> float | None:
-    return None if stage.work.hours is None else 3600 * stage.work.hours
 
 
 def _disk(plan: Plan) -> Table:
     table = _table("Disk", "", "size")
-    for name, size in plan.disk.items():
-        table.add_row(name, _scaled(size, DECIMAL))
-    table.add_row("in all", _scaled(sum(plan.disk.values()), DECIMAL), style="bold")
+    for name, size in {**plan.disk, "total": sum(plan.disk.values())}.items():
+        table.add_row(name, _scaled(size, SIZES), style="bold" if name == "total" else "")
     return table
 
 
@@ -100,54 +90,41 @@ def _needs(plan: Plan) -> Table:
     table = _table("Needs", "command", "", "")
     for command, needs in plan.needs.items():
         for number, need in enumerate(needs):
-            table.add_row(command if number == 0 else "", need.name, Text(str(need)))
+            table.add_row("" if number else command, need.name, Text(str(need)))
     table.columns[1].justify = table.columns[2].justify = "left"
     table.columns[2].overflow = "fold"
     return table
 
 
 def _notes(plan: Plan) -> Text:
-    cluster = plan.target.cluster
-    notes = [
-        f"{planned.stage.name}: the peak is at {planned.stage.peak.name}. {_advice(planned)}"
-        for planned in plan.stages.values()
-        if not planned.fits
-    ]
-    if cluster.is_gpu:
-        notes.append(
-            f"Of each GPU {RESERVE / GIB:.0f} GiB are left to the driver, the libraries and fragmentation. "
-            + _division(plan.stages["distill"].stage.setup)
-        )
-    if plan.target.recipe.model.compile:
-        notes.append(
-            "model.compile is not counted: neither the time it takes, nor what fused operators save."
-        )
-    if cluster.peak is None:
-        notes.append("Times are not known: state the speed of this machine with --peak.")
+    hardware, recipe = plan.target.hardware, plan.target.recipe
+    notes = [_advice(plan.stages[key], advice) for key, advice in plan.advice.items()]
+    if hardware.is_gpu:
+        reserve = f"{RESERVE / GIB:.0f} GiB of each GPU are reserved for driver, libraries and fragmentation."
+        setup = plan.stages["distill"].setup
+        place = ", in the host's memory" if setup.offload else ""
+        sharded = f"Weights, gradients and optimizer are sharded over {setup.shards} processes{place}."
+        notes.append(f"{reserve} {'Nothing is sharded.' if setup.shards is None else sharded}")
+    if recipe.model.compile:
+        notes.append("model.compile is not counted: neither its compile time nor the memory that it saves.")
+    if hardware.peak is None:
+        notes.append("Times are unknown: state the speed of this machine with --peak.")
     else:
         notes.append(
-            f"Times are those of {cluster.utilisation:.0%} of {cluster.peak / 1e12:,.4g} TFLOPS, "
-            "recomputation counted; without reading data, previews, checkpoints and the VAE."
+            f"Times assume {hardware.mfu:.0%} of {hardware.peak / 1e12:,.4g} TFLOPS and count recomputation, "
+            "but not reading data, previews, checkpoints and the VAE."
         )
     return Text("\n".join(notes))
 
 
-def _division(setup: Setup) -> str:
-    if setup.shards is None:
-        return "Every process holds a whole copy: nothing is sharded."
-    place = ", in the CPU's memory" if setup.offload else ""
-    return f"Weights, gradients and optimizer are divided among {setup.shards} processes{place}."
-
-
-def _advice(planned: Planned) -> str:
-    advice = planned.advice
-    assert advice is not None
-    settings = " ".join(str(change) for change in advice.changes)
+def _advice(stage: Stage, advice: Advice) -> str:
+    settings = " ".join(map(str, advice.changes))
     prices = "; ".join(dict.fromkeys(change.price for change in advice.changes))
+    at = f"{stage.name}: the peak is at {stage.peak.name}."
     if advice.fits:
-        return f"It fits with {settings} ({prices}): {_memory_of(advice.peak)}."
-    least = f" The least it can be brought to is {_memory_of(advice.peak)}, with {settings}."
-    return f"No setting makes it fit; it needs larger GPUs.{least if settings else ''}"
+        return f"{at} It fits with {settings} ({prices}): {_memory_size(advice.peak)}."
+    least = f" The lowest peak is {_memory_size(advice.peak)}, with {settings}." if settings else ""
+    return f"{at} No setting makes it fit; it needs larger GPUs.{least}"
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -158,15 +135,13 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
-def _memory_of(size: int) -> str:
+def _memory_size(size: int) -> str:
     return f"{size / GIB:,.1f} GiB" if size > GIB else f"{size / 2**20:,.1f} MiB"
 
 
 def _scaled(value: float, units: Sequence[tuple[float, str]]) -> str:
-    for unit, name in units:
-        if value >= unit:
-            return f"{value / unit:,.1f} {name}"
-    return f"{value:,.0f}"
+    number, name = next(((value / unit, name) for unit, name in units if value >= unit), (value, ""))
+    return f"{number:,.1f} {name}" if name else f"{number:,.0f}"
 
 
 def _duration(seconds: float) -> str:

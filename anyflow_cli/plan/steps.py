@@ -1,202 +1,181 @@
-"""What one step of a stage costs: sizes of the roles, bytes by part at the peak, operations.
+"""Peak memory and FLOPs of a training step and of sampling, from the network calls that they declare.
 
-Networks are rehearsed with two and with three blocks. All but the first are alike, so whatever a stretch of a
-step holds or computes is a straight line in their number, and the full depth follows.
+A call with gradient keeps its graph until the backward pass of its term, which frees the last graph first. A
+group of calls that runs again in the backward pass keeps nothing until then. Of each kind of call the
+heaviest is measured; others are scaled by tokens, or by pairs of query and key.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
-from torch import nn
+import torch
 
-from anyflow_cli.model.backbone import Backbone
-from anyflow_cli.plan.calls import calls_of_step
-from anyflow_cli.plan.ledger import Label, Segment
-from anyflow_cli.plan.rehearsal import Rehearsal
-from anyflow_cli.plan.setup import Setup, backbone_on_meta
-from anyflow_cli.recipe import schema
-from anyflow_cli.train.rng import StepRng
+from anyflow_cli.model.backbone import Role
+from anyflow_cli.model.causal import causal_of, partition_for, remembered_for
+from anyflow_cli.plan.networks import DEPTHS, CallCost, Setup, call_cost, fake_backbone, role_sizes
+from anyflow_cli.train.causal_windows import NetworkCall, rollout_calls
+from anyflow_cli.train.objectives import objective_of
+from anyflow_cli.train.rng import StepRng, micro_positions
 
-DEPTHS = (2, 3)  # the first block differs: where adapters train, its input needs no gradient
-SAMPLED_STEPS = range(1, 65)  # of a run; the calls of a step are averaged over them
-BASE = "frozen base"
+SAMPLED_STEPS = range(1, 65)  # of a run; FLOPs are averaged over them
 
 
-class RoleSize(NamedTuple):
-    """Weights that a role owns."""
+class Moment(NamedTuple):
+    """A moment of a stage, and the bytes held then by part."""
 
-    parameters: int
-    trainable: int
-    bytes: int
-    trainable_bytes: int
-    largest: int  # bytes of the largest trainable tensor
-
-
-@dataclass(frozen=True)
-class Step:
-    """A step's costs on one process. ``operations``: of the average step, recomputation included."""
-
-    roles: Mapping[str, RoleSize]
-    segments: Sequence[Segment]
-    operations: float
-    keeps_gradients: bool
+    name: str
+    parts: Mapping[str, int]
+    graphs: int = 0  # bytes that earlier calls of the term keep
 
     @property
-    def rollout(self) -> int:
-        """Bytes of the student's own sample and its graph, as the scores are first asked."""
-        return next((s.start for s in self.segments if s.label.role in ("real", "fake")), 0)
+    def total(self) -> int:
+        """Sum of all parts."""
+        return sum(self.parts.values())
+
+
+class CallCosts:
+    """Costs of a process's network calls."""
+
+    def __init__(self, setup: Setup, calls: Iterable[NetworkCall]) -> None:
+        self.setup, self._cache_tokens = setup, 0
+        self._heaviest: dict[tuple[Role, bool, bool], NetworkCall] = {}
+        for call in calls:
+            kind = (call.role, call.gradient, call.cache is None)
+            most = max(self._heaviest.get(kind, call), call, key=lambda one: self.weight([one]))
+            self._heaviest[kind] = most
+            self._cache_tokens = max(self._cache_tokens, call.layout.cache_tokens if call.layout else 0)
+
+    def cost(self, call: NetworkCall) -> CallCost:
+        """Cost of one call, scaled from the heaviest of its kind: per token, those cost the same."""
+        like = self._heaviest.get((call.role, call.gradient, call.cache is None), call)
+        cost = call_cost(self.setup, like._replace(group=None, joined=False, cache=like.cache and 0))
+        (_, tokens, pairs), (_, its_tokens, its_pairs) = self.weight([call]), self.weight([like])
+        ratios = {True: pairs / its_pairs, False: tokens / its_tokens}
+        return CallCost(*(int(ratios["attention" in key] * value) for key, value in cost._asdict().items()))
+
+    def flops(self, call: NetworkCall) -> float:
+        """FLOPs of one call, recomputation included."""
+        cost = self.cost(call)
+        forward = (cost.linear + cost.attention) * (1 if call.group is None else 2)
+        return forward + cost.linear_backward + cost.attention_backward
+
+    def weight(self, calls: Iterable[NetworkCall]) -> tuple[int, int, int]:
+        """Tokens with gradient, all tokens, and pairs of query and key; of all samples."""
+        with_gradient = tokens = pairs = 0
+        for call in calls:
+            layout = self.setup.layout_of(call)
+            own = call.samples * layout.tokens
+            with_gradient, tokens = with_gradient + own * call.gradient, tokens + own
+            pairs += call.samples * layout.pairs + own * self.setup.text[0]
+        return with_gradient, tokens, pairs
+
+    def moments(
+        self, calls: Sequence[NetworkCall], gradients: int = 0, *, are_there: bool = False
+    ) -> Iterator[Moment]:
+        """The peaks of a term that makes these calls, forward and backward.
+
+        ``gradients`` is what the step itself allocates of them; they may be there from an earlier term.
+        """
+        graphs, shared = list[NetworkCall](), dict[Role, int]()
+
+        def moment(call: NetworkCall, what: str, peak: int, gradients: int) -> Moment:
+            kept = sum(self.cost(graph).graph for graph in graphs) + sum(shared.values())
+            states = {one.cache for one in (*graphs, call)} - {None}
+            parts = {"gradients": gradients, "cache": len(states) * self._cache(call.samples)}
+            name = f"{call.role}: {what}, {call.samples} sample{'s' * (call.samples > 1)}"
+            return Moment(name, {**parts, "activations": kept + peak}, kept)
+
+        for call in calls:
+            keeps_graph = call.gradient and call.group is None
+            cost = self.cost(call._replace(gradient=keeps_graph))
+            shared[call.role] = max(cost.shared, shared.get(call.role, 0))
+            what = "caching a chunk" if only_caches(call) else "forward"
+            yield moment(call, what, cost.forward + cost.shared * call.joined, gradients * are_there)
+            graphs += [call] * keeps_graph
+        shared = {graph.role: self.cost(graph).shared_backward for graph in graphs}
+        while graphs:
+            call = graphs.pop()
+            cost, before, are_there = self.cost(call), are_there, True
+            # the first backward pass trades its graph for gradients
+            traded = 0 if before or gradients < cost.graph else cost.graph
+            yield moment(call, "backward", cost.backward - traded, gradients if before or traded else 0)
+        numbers = {call.group for call in calls} - {None}
+        groups = [[one._replace(group=None) for one in calls if one.group == number] for number in numbers]
+        if groups:  # which run one at a time
+            yield from self.moments(max(groups, key=self.weight), gradients, are_there=are_there)
+
+    def _cache(self, samples: int) -> int:
+        """Bytes of one key-value cache."""
+        config, element = self.setup.network, 2 if self.setup.precision == "bf16" else 4
+        return 2 * element * config.layers * config.dim * samples * self._cache_tokens
+
+
+def only_caches(call: NetworkCall) -> bool:
+    """Whether a call has no output, and only fills the key-value cache."""
+    return call.layout is not None and not any(segment.is_output for segment in call.layout.inputs)
+
+
+class StepCost(NamedTuple):
+    """What a training step costs one process."""
+
+    moments: Sequence[Moment]  # of each call: activations, cache, and gradients that do not outlive a step
+    flops: float  # of the average step, recomputation included
+    rollout: int  # bytes of the student's own sample and its graph, when the scores are evaluated
 
 
 @lru_cache(maxsize=256)
-def step_of(setup: Setup) -> Step:
-    """Rehearse the heaviest micro batches of a training stage."""
+def step_cost(setup: Setup) -> StepCost:
+    """Memory of the heaviest micro batch of many steps, term by term, and FLOPs of the average step."""
     assert setup.settings is not None
-    keeps = setup.ranks > 1 or setup.micro < setup.share or setup.shards is not None
-    micros, calls = sampled(setup)
-    draws = heaviest(setup, micros, calls)
-    segments = at_full_depth(setup, lambda depth: Rehearsal(setup, depth, keeps_gradients=keeps).step(draws))
-    every = [label for terms in calls for labels in terms for label in labels]
-    spent = operations(setup, segments, every)
-    return Step(roles_of(setup), segments, spent / len(SAMPLED_STEPS), keeps)
-
-
-def sampled(setup: Setup) -> tuple[list[StepRng], list[list[list[Label]]]]:
-    """Micro batches of many steps, and the calls of each term of theirs."""
-    steps = [micro_batches(setup, step) for step in SAMPLED_STEPS]
-    calls = [own for micros in steps for own in calls_of_step(setup, micros)]
-    return [draws for micros in steps for draws in micros], calls
-
-
-def heaviest(
-    setup: Setup, micros: Sequence[StepRng], calls: Sequence[Sequence[Sequence[Label]]]
-) -> tuple[StepRng, ...]:
-    """For each term, of the micro batches of many steps, the one that holds most: with a graph first."""
-
-    def weight(labels: Sequence[Label]) -> tuple[int, int]:
-        forward = [label for label in labels if label.direction == "forward"]
-        held = sum(_tokens(setup, label) for label in forward if label.with_gradient)
-        return held, sum(_tokens(setup, label) for label in forward) - held
-
-    def most(term: int) -> StepRng:
-        return micros[max(range(len(micros)), key=lambda number: weight(calls[number][term]))]
-
-    shares_rollout = isinstance(setup.settings, schema.DistillSection) and setup.settings.reuse_rollout
-    return tuple(most(0 if shares_rollout else term) for term in range(len(calls[0])))
-
-
-def _tokens(setup: Setup, label: Label) -> int:
-    """Of small latents, all samples together."""
-    high, wide = (size // patch for size, patch in zip(setup.small, setup.config.patch, strict=True))
-    return label.samples * (setup.latent[0] * high * wide if label.layout is None else label.tokens)
-
-
-def micro_batches(setup: Setup, step: int) -> list[StepRng]:
-    """The random numbers of each micro batch of a step, on the process that has most to do.
-
-    That is the last one: boundary samples come first in the global batch, and cost least.
-    """
-    assert setup.settings is not None
-    settings, ranks = setup.settings, setup.ranks
-    positions = tuple(range(ranks - 1, settings.global_batch, ranks))
-    return [
-        StepRng(settings.seed, step, settings.global_batch, positions[start : start + setup.micro])
-        for start in range(0, setup.share, setup.micro)
+    backbone, negative = fake_backbone(setup, DEPTHS[0]), torch.empty(*setup.text, device="meta")
+    seed, count = setup.settings.seed, setup.settings.global_batch
+    # the last process has most to do: boundary samples come first in the global batch, and cost least
+    micro = micro_positions(count, setup.settings.micro_batch, setup.ranks - 1, setup.ranks)
+    draws = [StepRng(seed, step, count, positions) for step in SAMPLED_STEPS for positions in micro]
+    declared = [
+        (phase.role, number > 0, [term.network_calls(setup.latent, one) for one in draws])
+        for phase in objective_of(setup.model, setup.settings, backbone, negative).phases
+        for number, term in enumerate(phase.terms)
     ]
+    every = [call for _, _, batches in declared for calls in batches for call in calls]
+    costs, moments = CallCosts(setup, every), list[Moment]()
+    for role, are_there, batches in declared:
+        gradients = 0 if keeps_gradients(setup) else role_sizes(setup)[role]["trainable_bytes"]
+        moments += costs.moments(max(batches, key=costs.weight), gradients, are_there=are_there)
+    scores = (one.graphs for one in moments if not one.name.startswith("student"))
+    return StepCost(moments, sum(map(costs.flops, every)) / len(SAMPLED_STEPS), next(scores, 0))
 
 
-def operations(setup: Setup, segments: Sequence[Segment], calls: Iterable[Label]) -> float:
-    """Operations of all ``calls``, at the price that a sample of such a call has in ``segments``.
-
-    Those that are not there are rehearsed by themselves: the calls of other chunks than the heaviest.
-    """
-    calls = list(calls)
-    priced = {_price_of(segment.label) for segment in segments}
-    missing = dict.fromkeys(
-        label._replace(samples=1, direction="forward") for label in calls if _price_of(label) not in priced
-    )
-    if missing:
-        segments = [
-            *segments,
-            *at_full_depth(setup, lambda depth: Rehearsal(setup, depth, keeps_gradients=True).alone(missing)),
-        ]
-    spent: Counter[Hashable] = Counter()
-    samples: Counter[Hashable] = Counter()
-    for segment in segments:
-        spent[_price_of(segment.label)] += segment.operations
-        samples[_price_of(segment.label)] += segment.label.samples
-    return sum(label.samples * spent[_price_of(label)] / samples[_price_of(label)] for label in calls)
+def keeps_gradients(setup: Setup) -> bool:
+    """Whether gradients outlive a backward pass: in DDP's buckets, sharded, or over micro batches."""
+    settings = setup.settings
+    alone = setup.ranks == 1 and setup.shards is None
+    return not alone or (settings is not None and 0 < (settings.micro_batch or 0) < settings.global_batch)
 
 
-def _price_of(label: Label) -> Hashable:
-    """Calls that are alike in this cost the same."""
-    return label.role, label.direction, label.layout
+class SamplingCost(NamedTuple):
+    """Bytes at the peak of sampling, weights aside, and FLOPs per sample."""
 
-
-def at_full_depth(setup: Setup, run: Callable[[int], list[Segment]]) -> list[Segment]:
-    """Segments of a run as they are with all blocks of the network."""
-    layers = setup.depth
-    unit = (
-        setup.model.checkpoint_every_n_blocks if setup.model.gradient_checkpointing else 1
-    )  # blocks that repeat
-    depths = (DEPTHS[0] * unit, DEPTHS[1] * unit)
-    if layers <= depths[1]:
-        return run(layers)
-    units = layers // unit
-    return [_line(low, high, units) for low, high in zip(*map(run, depths), strict=True)]
-
-
-def _line(low: Segment, high: Segment, layers: int) -> Segment:
-    assert low.label == high.label
-    parts = {part: _along(low.parts[part], high.parts[part], layers) for part in {**low.parts, **high.parts}}
-    start = _along(low.start, high.start, layers)
-    return Segment(low.label, start, Counter(parts), _along(low.operations, high.operations, layers))
-
-
-def _along(low: int, high: int, layers: int) -> int:
-    return low + (high - low) * (layers - DEPTHS[0]) // (DEPTHS[1] - DEPTHS[0])
-
-
-def roles_of(setup: Setup) -> dict[str, RoleSize]:
-    """Weights by role; what belongs to none is the frozen base."""
-    layers = setup.depth
-    if layers <= DEPTHS[1]:
-        return _sizes(backbone_on_meta(setup, layers))
-    low, high = (_sizes(backbone_on_meta(setup, depth)) for depth in DEPTHS)
-    return {
-        role: RoleSize(*(_along(a, b, layers) for a, b in zip(low[role], high[role], strict=True)))
-        for role in low
-    }
+    cache: int
+    activations: int
+    step_flops: float
+    cache_flops: float  # of caching the finished chunks
 
 
 @lru_cache(maxsize=64)
-def gathered_of(setup: Setup) -> int:
-    """Bytes of sharded weights held whole at once: a block, the next one, and what is outside of blocks."""
-    low, high = (
-        sum(size.bytes for size in _sizes(backbone_on_meta(setup, depth)).values()) for depth in DEPTHS
-    )
-    block = high - low
-    return low - DEPTHS[0] * block + 2 * block
-
-
-def _sizes(backbone: Backbone) -> dict[str, RoleSize]:
-    own = {role: backbone.named_parameters_of(role).values() for role in backbone.roles}
-    owned = {id(parameter) for parameters in own.values() for parameter in parameters}
-    rest = [parameter for parameter in backbone.parameters() if id(parameter) not in owned]
-    groups: dict[str, list[nn.Parameter]] = {BASE: rest} | {role: list(own[role]) for role in own}
-    return {role: _size(parameters) for role, parameters in groups.items() if parameters}
-
-
-def _size(parameters: Sequence[nn.Parameter]) -> RoleSize:
-    trained = [parameter for parameter in parameters if parameter.requires_grad]
-    return RoleSize(
-        sum(p.numel() for p in parameters),
-        sum(p.numel() for p in trained),
-        sum(p.nbytes for p in parameters),
-        sum(p.nbytes for p in trained),
-        max((p.nbytes for p in trained), default=0),
-    )
+def sampling_cost(setup: Setup, samples: int, *, is_guided: bool = False) -> SamplingCost:
+    """Cost of sampling ``samples`` videos at once; guidance doubles the batch of every evaluation."""
+    network = fake_backbone(setup, DEPTHS[0]).network_of("student")
+    calls = [NetworkCall("student", samples * (1 + is_guided), gradient=False, joined=is_guided)]
+    if network.config.causal is not None:
+        causal, frames = causal_of(network.config), setup.latent[0]
+        partition, remember = partition_for(causal, frames), remembered_for(causal, frames)
+        calls = rollout_calls(calls, network, partition, setup.latent, remember=remember)
+    costs, flops = CallCosts(setup, calls), {True: 0.0, False: 0.0}
+    for call in calls:
+        flops[only_caches(call)] += costs.flops(call) / samples
+    peak = max(costs.moments(calls), key=lambda moment: moment.total)
+    return SamplingCost(peak.parts["cache"], peak.parts["activations"], flops[False], flops[True])

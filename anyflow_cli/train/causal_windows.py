@@ -87,6 +87,7 @@ class NetworkCall(NamedTuple):
         layout: Token layout; None: whole videos, bidirectionally.
         group: Calls of one group run again in the backward pass, together; None: the graph is kept.
         cache: Number of the state of the key-value cache that the call reads or writes; None: no cache.
+        joined: Whether it evaluates several conditions at once, for which their text keys are copied.
     """
 
     role: Role
@@ -95,6 +96,7 @@ class NetworkCall(NamedTuple):
     layout: Layout | None = None
     group: int | None = None
     cache: int | None = None
+    joined: bool = False
 
 
 class Window(NamedTuple):

@@ -89,6 +89,26 @@ class Objective:
     phases: tuple[Phase, ...]
 
 
+def objective_of(
+    model: schema.ModelSection, settings: schema.TrainingSection, backbone: Backbone, negative: Tensor
+) -> Objective:
+    """The objective of a training stage.
+
+    Args:
+        model: Model section of the recipe.
+        settings: The stage's section.
+        backbone: The networks.
+        negative: Embedding (L, D) of the negative prompt.
+    """
+    if isinstance(settings, schema.DistillSection):
+        return on_policy(backbone, negative, settings, model.shift, model.causal)
+    assert isinstance(settings, schema.TrainFlowMapSection | schema.FinetuneSection)
+    name = settings.objective if isinstance(settings, schema.TrainFlowMapSection) else "flow-map"
+    return stage_one(
+        name, backbone, negative, settings.flow_map, settings.optimizer, model.shift, model.causal
+    )
+
+
 def stage_one(
     name: Literal["flow-map", "flow-matching", "consistency-ode"],
     backbone: Backbone,
@@ -217,7 +237,8 @@ class FlowMapTerm:
         else:
             without_gradient = [guided + 2 * inner or 1]
         call = NetworkCall("student", len(t), gradient=True, layout=layout)
-        return [call._replace(samples=n, gradient=False) for n in without_gradient if n] + [call]
+        others = [call._replace(samples=n, gradient=False, joined=True) for n in without_gradient if n]
+        return [*others, call]
 
     def _times(self, rng: StepRng, times_per_sample: int | None) -> tuple[Tensor, Tensor]:
         """Draw t and r of the micro-batch, (B,) or, with K times per sample, (B, K).
@@ -337,9 +358,9 @@ class OnPolicyTerms:
 
     def matching_calls(self, latent: LatentShape, rng: StepRng) -> list[NetworkCall]:
         """A rollout with gradient, then both scores without; the real score is guided: 2B samples."""
-        count = len(rng.positions)
-        scores = NetworkCall("fake", count, gradient=False), NetworkCall("real", 2 * count, gradient=False)
-        return [*self._rollout_calls(latent, rng, "rollout", gradient=True), *scores]
+        fake = NetworkCall("fake", len(rng.positions), gradient=False)
+        real = NetworkCall("real", 2 * fake.samples, gradient=False, joined=True)
+        return [*self._rollout_calls(latent, rng, "rollout", gradient=True), fake, real]
 
     def fake_score(self, batch: Batch, rng: StepRng) -> tuple[Tensor, Sums]:
         """Evaluate flow matching of the fake score on the student's samples."""

@@ -24,6 +24,7 @@ from anyflow_cli.recipe import schema
 from anyflow_cli.runs.checkpoint import is_checkpoint, trained_weights
 from anyflow_cli.runs.lineage import RunInputs, RunLineage, begin_run
 from anyflow_cli.runs.open import last_checkpoint, merged_student, open_model
+from anyflow_cli.train.objectives import objective_of
 from anyflow_cli.train.preview import make_preview
 from anyflow_cli.train.stages import STAGES, adapter_on_teacher, training_section
 from anyflow_cli.train.trainer import OnStep, Trainer, make_accelerator
@@ -90,7 +91,7 @@ def prepare_training(
         preview = make_preview(inputs.directory, backbone, data, inputs.base, how, recipe.model, writes)
     trainer = Trainer(
         inputs.directory,
-        stage.objective(recipe, backbone, data.negative),
+        objective_of(recipe.model, settings, backbone, data.negative),
         Batches(data, settings.global_batch, settings.seed, recipe.data.max_corrupt),
         settings,
         accelerator=accelerator,

@@ -82,3 +82,10 @@ class StepRng:
     def _seeds(self, stream: str) -> list[int]:
         seeds = [stream_seed(self.seed, self.step, stream, position) for position in self.positions]
         return [seed & GENERATOR_BITS for seed in seeds]
+
+
+def micro_positions(count: int, micro_batch: int | None, rank: int, ranks: int) -> list[tuple[int, ...]]:
+    """Positions in a global batch of ``count`` of each micro-batch of a rank; None: its whole share."""
+    own = tuple(range(rank, count, ranks))
+    size = micro_batch or len(own)
+    return [own[start : start + size] for start in range(0, len(own), size)]

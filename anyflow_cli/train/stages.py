@@ -15,7 +15,6 @@ from torch import Tensor
 
 from anyflow_cli.data.shards import read_manifest
 from anyflow_cli.errors import UsageError
-from anyflow_cli.model.backbone import Backbone
 from anyflow_cli.model.lora import LoraSize
 from anyflow_cli.model.pipeline_io import load_adapter, resolve_pipeline
 from anyflow_cli.recipe import schema
@@ -23,7 +22,6 @@ from anyflow_cli.runs.checkpoint import is_checkpoint
 from anyflow_cli.runs.lineage import RunInputs, read_lineage, run_of
 from anyflow_cli.runs.open import locate
 from anyflow_cli.runs.paths import ADAPTER_FOLDER, LINEAGE, MODEL, RunPaths
-from anyflow_cli.train import objectives
 from anyflow_cli.train.preview import PreviewSettings
 
 
@@ -33,13 +31,11 @@ class Stage(NamedTuple):
     Attributes:
         inputs: Finds paths and checks them, from the places of what the stage starts from, by name
             (``runs.resources``).
-        objective: Builds losses and optimizer settings, from the embedding (L, D) of the negative prompt.
         directory: Directory of the run; the finished model is ``model`` in it, an adapter ``adapter``.
         preview: How the student is sampled for previews.
     """
 
     inputs: Callable[[schema.Recipe, RunPaths, Mapping[str, str]], RunInputs]
-    objective: Callable[[schema.Recipe, Backbone, Tensor], objectives.Objective]
     directory: Callable[[schema.Recipe, RunPaths], Path]
     preview: Callable[[schema.Recipe], PreviewSettings]
 
@@ -58,19 +54,6 @@ def flowmap_inputs(recipe: schema.Recipe, paths: RunPaths, found: Mapping[str, s
     teacher = resolve_pipeline(found["teacher"])
     directory = STAGES["train_flowmap"].directory(recipe, paths)
     return RunInputs(directory, "train_flowmap", data, {"teacher": teacher}, teacher)
-
-
-def _flowmap_objective(recipe: schema.Recipe, backbone: Backbone, negative: Tensor) -> objectives.Objective:
-    settings, model = recipe.train_flowmap, recipe.model
-    return objectives.stage_one(
-        settings.objective,
-        backbone,
-        negative,
-        settings.flow_map,
-        settings.optimizer,
-        model.shift,
-        model.causal,
-    )
 
 
 def _flowmap_preview(recipe: schema.Recipe) -> PreviewSettings:
@@ -109,11 +92,6 @@ def _began_on(directory: Path, base: Path) -> bool:
     return (directory / LINEAGE).is_file() and Path(read_lineage(directory).base) == base.resolve()
 
 
-def _distill_objective(recipe: schema.Recipe, backbone: Backbone, negative: Tensor) -> objectives.Objective:
-    model = recipe.model
-    return objectives.on_policy(backbone, negative, recipe.distill, model.shift, model.causal)
-
-
 def _distill_preview(recipe: schema.Recipe) -> PreviewSettings:
     simulation, prompts = recipe.distill.simulation, recipe.distill.preview_prompts
     return PreviewSettings(
@@ -131,29 +109,19 @@ def finetune_inputs(recipe: schema.Recipe, paths: RunPaths, found: Mapping[str, 
     return RunInputs(directory, "finetune", data, {"start": start}, _base_of(recipe, start))
 
 
-def _finetune_objective(recipe: schema.Recipe, backbone: Backbone, negative: Tensor) -> objectives.Objective:
-    settings, model = recipe.finetune, recipe.model
-    return objectives.stage_one(
-        "flow-map", backbone, negative, settings.flow_map, settings.optimizer, model.shift, model.causal
-    )
-
-
 STAGES = {
     "train_flowmap": Stage(
         inputs=flowmap_inputs,
-        objective=_flowmap_objective,
         directory=lambda recipe, paths: paths.stage_1(recipe.train_flowmap.objective),
         preview=_flowmap_preview,
     ),
     "distill": Stage(
         inputs=distill_inputs,
-        objective=_distill_objective,
         directory=lambda recipe, paths: paths.stage_2(recipe.distill.simulation),
         preview=_distill_preview,
     ),
     "finetune": Stage(
         inputs=finetune_inputs,
-        objective=_finetune_objective,
         directory=lambda recipe, paths: paths.finetune,
         preview=lambda recipe: PreviewSettings(
             "flow-map", recipe.sample.nfe, recipe.finetune.preview_prompts

@@ -35,7 +35,7 @@ from anyflow_cli.train.checkpointer import Checkpointer
 from anyflow_cli.train.ema import WeightEma
 from anyflow_cli.train.metrics import Metrics, finish_trackers, start_trackers
 from anyflow_cli.train.objectives import Objective, Phase, Sums, micro_batch
-from anyflow_cli.train.rng import BoundaryMean, StepRng, stream_seed
+from anyflow_cli.train.rng import BoundaryMean, StepRng, micro_positions, stream_seed
 from anyflow_cli.utils.distributed import world_size
 from anyflow_cli.utils.signals import stop_requests
 
@@ -180,7 +180,6 @@ class Trainer:
                 everywhere=True,
             )
         self.local_batch = settings.global_batch // self.ranks
-        self.micro_batch = min(settings.micro_batch or self.local_batch, self.local_batch)
         self.sharded = launch.sharding != "none"
         self.optimizers = [
             RoleOptimizer(
@@ -288,12 +287,12 @@ class Trainer:
         if self.rollbacks:  # the same numbers would lead to the same alarm
             seed = stream_seed(seed, "rolled back", self.rollbacks)
         means = [BoundaryMean(self._reduce) for _ in role.terms]
-        own = range(self.rank, self.settings.global_batch, self.ranks)
-        for start in range(0, self.local_batch, self.micro_batch):
-            stop = min(start + self.micro_batch, self.local_batch)
-            micro, positions = micro_batch(batch, start, stop), tuple(own[start:stop])
+        count, stop = self.settings.global_batch, 0
+        for positions in micro_positions(count, self.settings.micro_batch, self.rank, self.ranks):
+            start, stop = stop, stop + len(positions)
+            micro = micro_batch(batch, start, stop)
             for term, mean in enumerate(means):
-                rng = StepRng(seed, self.step, self.settings.global_batch, positions, mean)
+                rng = StepRng(seed, self.step, count, positions, mean)
                 yield term, micro, rng, stop == self.local_batch and term == len(means) - 1
 
     def _reduce(self, values: Tensor) -> Tensor:

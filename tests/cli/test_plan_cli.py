@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from anyflow_cli.cli.app import main
+from anyflow_cli.plan.hardware import RESERVE
 from tests.tiny_pipeline import make_wan_folder
 
 RECIPE = """
@@ -52,13 +53,13 @@ def values(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str, 
 
 def test_values_agree_with_one_another(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = values(capsys, "-r", recipe, "--gpus", "1x24GB", "--peak", 100, "--mfu", 0.5)
-    assert found["cluster"]["usable"] == found["cluster"]["memory"] - found["cluster"]["reserve"]
+    assert found["hardware"]["usable"] == found["hardware"]["memory"] - RESERVE
     assert list(found["stages"]) == ["synthesize", "tune", "train-flowmap", "distill", "sample"]
     for stage in found["stages"].values():
         assert stage["peak"] == sum(stage["memory"].values())
         assert stage["fits"]
         assert "advice" not in stage
-        assert stage["seconds"] == pytest.approx(stage["operations"] / 50e12)
+        assert stage["seconds"] == pytest.approx(stage["flops"] / 50e12)
     assert found["roles"]["student"]["trainable"] > 0 == found["roles"]["real"]["trainable"]
     assert found["stages"]["distill"]["rollout"] > 0
     assert (

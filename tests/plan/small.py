@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -13,16 +14,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from anyflow_cli.data.dataset import Batch
-from anyflow_cli.model.backbone import Backbone
-from anyflow_cli.model.causal import as_causal
-from anyflow_cli.model.config import CausalConfig, NetworkConfig
-from anyflow_cli.model.lora import LoraSize
-from anyflow_cli.model.network import FlowMapTransformer, two_time_from
-from anyflow_cli.plan.setup import Kind, Setup
-from anyflow_cli.plan.steps import heaviest, sampled
+from anyflow_cli.model.backbone import Backbone, BackboneSources
+from anyflow_cli.model.config import NetworkConfig
+from anyflow_cli.model.network import FlowMapTransformer
+from anyflow_cli.model.parallelize import apply_checkpointing
+from anyflow_cli.plan.networks import SCORES, START, Setup
+from anyflow_cli.plan.steps import SAMPLED_STEPS, CallCosts
 from anyflow_cli.recipe import schema
 from anyflow_cli.train import objectives
-from anyflow_cli.train.rng import StepRng
+from anyflow_cli.train.rng import StepRng, micro_positions
 from anyflow_cli.train.trainer import Trainer, make_accelerator
 
 CONFIG = NetworkConfig(
@@ -31,10 +31,24 @@ CONFIG = NetworkConfig(
 LATENT = (4, 8, 8, 8)  # F, C, H, W
 TEXT = (16, 32)  # L, D
 LORA = schema.LoraSection(rank=8, alpha=8)
+Kind = Literal["flow-map", "flow-matching", "consistency-ode", "on-policy"]
 
 
-def heaviest_of(wanted: Setup) -> tuple[StepRng, ...]:
-    return heaviest(wanted, *sampled(wanted))
+def heaviest_steps(wanted: Setup) -> set[int]:
+    """Steps with the micro batches that a plan takes its memory from."""
+    costs = CallCosts(wanted, [])
+    own = wanted.settings
+    assert own is not None
+    draws = [
+        StepRng(own.seed, step, own.global_batch, positions)
+        for step in SAMPLED_STEPS
+        for positions in micro_positions(own.global_batch, own.micro_batch, 0, 1)
+    ]
+    terms = [term for phase in objective(wanted, backbone(wanted)).phases for term in phase.terms]
+    return {
+        max(draws, key=lambda one: costs.weight(term.network_calls(wanted.latent, one))).step
+        for term in terms
+    }
 
 
 def settings(kind: Kind, **changes: Any) -> schema.TrainingSection:
@@ -54,53 +68,41 @@ def setup(
         lora=LORA if lora else None, gradient_checkpointing=checkpointing, frames=frames, causal=causal
     )
     latent = ((frames - 1) // 4 + 1, *LATENT[1:])
+    own_scores = scores if lora or scores else config
     return Setup(
-        kind, config, model, settings(kind, **changes), latent, TEXT, cast("Any", precision), ranks, gpu,
-        separate=scores is not None, scores=scores,
+        model, settings(kind, **changes), config, latent, TEXT, cast("Any", precision), gpu,
+        two_time=kind != "flow-matching",
+        scores=own_scores if kind == "on-policy" else None,
+        ranks=ranks,
     )  # fmt: skip
 
 
 def backbone(wanted: Setup) -> Backbone:
-    """Built as ``train.stages`` builds it, from random weights instead of files."""
-    lora = LoraSize(LORA.rank, LORA.alpha) if wanted.lora else None
+    """Built as training builds it, from random weights instead of files."""
+    sizes = {START: wanted.network, SCORES: wanted.scores or wanted.network}
+    lora, is_on_policy = wanted.model.lora is not None, isinstance(wanted.settings, schema.DistillSection)
+
+    def load(path: Path, dtype: torch.dtype) -> FlowMapTransformer:
+        return FlowMapTransformer(sizes[path]).store_as(dtype).requires_grad_(False)
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        plain = FlowMapTransformer(wanted.network)
-        tuned = FlowMapTransformer(wanted.network)
-        other = FlowMapTransformer(wanted.scores) if wanted.scores else None
-    for one in (plain, other):
-        if one is not None:
-            one.store_as(torch.bfloat16 if lora and wanted.precision == "bf16" else torch.float32)
-    network = plain.requires_grad_(False)
-    if wanted.kind != "flow-matching":
-        network = two_time_from(network)
-        if wanted.model.causal is not None:
-            network = as_causal(network, CausalConfig.from_recipe(wanted.model.causal))
-    on_policy = wanted.kind == "on-policy"
-    shared = lora and on_policy and other is None
-    adapter = Backbone(tuned, lora=lora).state_dict_of("student") if shared else None
-    teacher = tuned if on_policy and not lora else None
-    result = Backbone(network, wanted.roles, lora=lora, teacher=other or teacher, real_adapter=adapter)
-    for module in result.modules():
-        if isinstance(module, FlowMapTransformer):
-            module.gradient_checkpointing = wanted.model.gradient_checkpointing
+        sources = BackboneSources(START, two_time=wanted.two_time)
+        if is_on_policy:
+            scores = None if wanted.scores is None else SCORES
+            sources = replace(sources, roles=("student", "real", "fake"), scores=scores)
+        if is_on_policy and lora and wanted.scores is None:
+            tuned = Backbone.build(wanted.model, BackboneSources(START, two_time=False), load)
+            sources = replace(sources, real_adapter=tuned.state_dict_of("student"))
+        result = Backbone.build(wanted.model, sources, load, precision=wanted.precision)
+    for network in result.networks():
+        apply_checkpointing(network, wanted.model)
     return result
 
 
 def objective(wanted: Setup, roles: Backbone) -> objectives.Objective:
-    if isinstance(wanted.settings, schema.DistillSection):
-        return objectives.on_policy(roles, torch.randn(*TEXT), wanted.settings, 5.0, wanted.model.causal)
-    assert isinstance(wanted.settings, schema.TrainFlowMapSection)
-    own = wanted.settings
-    return objectives.stage_one(
-        own.objective,
-        roles,
-        torch.randn(*TEXT),
-        own.flow_map,
-        own.optimizer,
-        wanted.model.shift,
-        wanted.model.causal,
-    )
+    assert wanted.settings is not None
+    return objectives.objective_of(wanted.model, wanted.settings, roles, torch.randn(*TEXT))
 
 
 def batch(samples: int, latent: tuple[int, ...] = LATENT) -> Batch:
@@ -148,13 +150,14 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def measured_peak(wanted: Setup, directory: Path) -> int:
-    """The most that a real trainer's tensors take in a step: in some, and in those that were rehearsed.
+    """The most that a real trainer's tensors take in a step: in some, and in those that the plan looks at.
 
     The first makes the states of the optimizers, and is not looked at.
     """
-    run, samples = trainer(wanted, directory), batch(wanted.share, wanted.latent)
+    assert wanted.settings is not None
+    run, samples = trainer(wanted, directory), batch(wanted.settings.global_batch, wanted.latent)
     most = 0
-    for run.step in (1, *sorted({2, 3, *(draws.step for draws in heaviest_of(wanted))} - {1})):
+    for run.step in (1, *sorted({2, 3, *heaviest_steps(wanted)} - {1})):
         states = [
             value
             for phase in run.optimizers

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import pytest
 
-from anyflow_cli.plan.advice import Advice, advise, changed, kinds_of
+from anyflow_cli.plan.advice import Advice, advise, changed, kinds_of_change
 from anyflow_cli.plan.hardware import Hardware, parse_hardware
-from anyflow_cli.plan.setup import Setup
-from anyflow_cli.plan.stages import Moment, Stage, Target, Work, target_of
 from anyflow_cli.recipe import schema
 
 
@@ -19,20 +15,15 @@ def recipe(**model: object) -> schema.Recipe:
     return schema.Recipe(name="t", model=own, distill=schema.DistillSection(global_batch=8, micro_batch=4))
 
 
-def cost(target: Target) -> Stage:
-    """A stage of a made-up price: a known sum of its settings."""
-    model, settings = target.recipe.model, target.recipe.distill
+def cost(recipe: schema.Recipe) -> int:
+    """A made-up peak: a known sum of the recipe's settings."""
+    model, settings = recipe.model, recipe.distill
     total = model.frames * (1 if model.gradient_checkpointing else 10) * (settings.micro_batch or 1)
-    total += model.lora.rank if model.lora else 10_000
-    moment = Moment("made up", {"activations": total})
-    return Stage("t", "distill", {}, moment, Work(0.0, None, 1, None), cast("Setup", None), 0)
+    return total + (model.lora.rank if model.lora else 10_000)
 
 
 def advice(limit: int, **model: object) -> Advice:
-    target = target_of(recipe(**model), parse_hardware("8x80GB"))
-    return advise(
-        cost, "distill", Target(target.recipe, target.pipeline, Hardware(8, limit, None, is_gpu=False))
-    )
+    return advise(cost, "distill", recipe(**model), Hardware(8, limit, None, is_gpu=False))
 
 
 def said(found: Advice) -> str:
@@ -77,7 +68,7 @@ def test_whole_weights_may_become_adapters() -> None:
 
 
 def test_a_change_is_checked_and_leaves_the_rest() -> None:
-    (kind, *_) = kinds_of("distill", target_of(recipe(), parse_hardware("8x80GB")))
+    (kind, *_) = kinds_of_change("distill", recipe(), parse_hardware("8x80GB"))
     after = changed(recipe(), [kind[0]])
     assert after.model.gradient_checkpointing
     assert after.model.model_copy(update={"gradient_checkpointing": False}) == recipe().model
@@ -86,13 +77,13 @@ def test_a_change_is_checked_and_leaves_the_rest() -> None:
 
 def test_sampling_takes_fewer_at_once() -> None:
     wanted = recipe().model_copy(update={"sample": schema.SampleSection(batch_size=4)})
-    (kind, *_) = kinds_of("sample", target_of(wanted, parse_hardware("8x80GB")))
+    (kind, *_) = kinds_of_change("sample", wanted, parse_hardware("8x80GB"))
     sizes = [change.values["sample.batch_size"] for change in kind]
     assert sizes == [2, 1]
 
 
 def kinds(given: schema.Recipe, gpus: str) -> list[str]:
-    return [str(kind[-1]) for kind in kinds_of("distill", target_of(given, parse_hardware(gpus)))]
+    return [str(kind[-1]) for kind in kinds_of_change("distill", given, parse_hardware(gpus))]
 
 
 def test_what_costs_time_alone_comes_before_what_changes_the_model() -> None:
@@ -103,8 +94,8 @@ def test_what_costs_time_alone_comes_before_what_changes_the_model() -> None:
 
 
 def test_one_gpu_can_offload_and_not_divide() -> None:
-    target = target_of(recipe(), parse_hardware("1x80GB"))
-    (sharding,) = (kind for kind in kinds_of("distill", target) if "launch.sharding" in str(kind[0]))
+    found = kinds_of_change("distill", recipe(), parse_hardware("1x80GB"))
+    (sharding,) = (kind for kind in found if "launch.sharding" in str(kind[0]))
     assert [str(change) for change in sharding] == ["--set launch.sharding=full --set launch.offload=true"]
     unguided = recipe().model_copy(
         update={"distill": schema.DistillSection(flow_map=schema.FlowMapSection(guidance=1.0))}

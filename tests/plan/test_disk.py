@@ -12,11 +12,9 @@ from anyflow_cli.data.shards import LatentSample, shard_path, write_shard
 from anyflow_cli.model.lora import MergedNetwork
 from anyflow_cli.model.network import FlowMapTransformer
 from anyflow_cli.model.pipeline_io import save_adapter, save_pipeline
-from anyflow_cli.plan import disk
+from anyflow_cli.plan.estimate import checkpoint_usage, data_usage, model_usage, target_of
 from anyflow_cli.plan.hardware import parse_hardware
-from anyflow_cli.plan.setup import Setup
-from anyflow_cli.plan.stages import target_of
-from anyflow_cli.plan.steps import roles_of
+from anyflow_cli.plan.networks import Setup
 from anyflow_cli.recipe import schema
 from anyflow_cli.runs import checkpoint
 from tests.plan.small import CONFIG, backbone, setup, trainer
@@ -35,14 +33,14 @@ def test_a_data_set_takes_what_its_shards_take(tmp_path: Path) -> None:
     )
     target = target_of(recipe, parse_hardware("1x80GB"))
     text = torch.zeros(64, 4096, dtype=torch.bfloat16)
-    latents = torch.zeros(target.latent, dtype=torch.bfloat16)
+    latents = torch.zeros(target.setup(None, None).latent, dtype=torch.bfloat16)
     facts = {"seed": 1, "source": "teacher", "fps": 16, "frames": 9}
     write_shard(
         shard_path(tmp_path, 0), [LatentSample(i, "a caption", latents, text, facts) for i in range(3)]
     )
-    planned = sum(disk.dataset(target).values())
+    planned = sum(data_usage(target).values())
     assert planned == pytest.approx(size_of(tmp_path, "*.tar"), rel=0.01)
-    assert disk.dataset(target)["latents"] == 3 * latents.nbytes
+    assert data_usage(target)["latents"] == 3 * latents.nbytes
 
 
 @pytest.mark.parametrize("lora", [False, True])
@@ -54,8 +52,7 @@ def test_checkpoints_take_what_the_trainer_saves(lora: bool, tmp_path: Path) -> 
             parameter.grad = torch.zeros_like(parameter)
         phase.update(1)
     saved = checkpoint.save(tmp_path / "checkpoints", run.state(), keep=2)
-    assert wanted.settings is not None
-    planned = disk.checkpoints(roles_of(wanted), wanted.settings)
+    planned = checkpoint_usage(wanted)
     state = checkpoint.load(saved)
     tensors = [tensor for group in state.tensors.values() for tensor in group.values()]
     for optimizer in state.optimizers.values():
@@ -77,10 +74,10 @@ def test_a_finished_model_takes_its_network_and_its_adapter(wanted: Setup, tmp_p
     roles = backbone(wanted)
     source = make_wan_folder(tmp_path / "wan")
     start = FlowMapTransformer(roles.network_of("student").config)
-    merged = MergedNetwork(start, roles.state_dict_of("student"), wanted.lora)
+    merged = MergedNetwork(start, roles.state_dict_of("student"), roles.lora)
     folders = [save_pipeline(tmp_path / "model", merged, source, {}, shift=5.0) / "transformer"]
-    if wanted.lora:
+    if roles.lora:
         folders.append(tmp_path / "adapter")
-        save_adapter(folders[-1], roles.state_dict_of("student"), wanted.lora, str(source))
+        save_adapter(folders[-1], roles.state_dict_of("student"), roles.lora, str(source))
     written = sum(size_of(path, "*.safetensors") for path in folders)
-    assert disk.finished(wanted, roles_of(wanted)) == pytest.approx(written, rel=0.05)
+    assert model_usage(wanted) == pytest.approx(written, rel=0.05)

@@ -8,9 +8,8 @@ import pytest
 
 from anyflow_cli.errors import UsageError
 from anyflow_cli.model.known_models import KNOWN_MODELS
-from anyflow_cli.plan.model_sizes import TextSizes, pipeline_of
-from anyflow_cli.plan.setup import Setup
-from anyflow_cli.plan.steps import roles_of
+from anyflow_cli.plan.model_sizes import PipelineSizes, pipeline_sizes
+from anyflow_cli.plan.networks import Setup, role_sizes
 from anyflow_cli.recipe import schema
 from tests.tiny_pipeline import CHANNELS, TEXT_DIM, make_wan_folder
 
@@ -24,9 +23,9 @@ UMT5_XXL = 5_680_910_336
 @pytest.mark.parametrize("address", PUBLISHED)
 def test_parameters_are_the_published_ones(address: str) -> None:
     network = KNOWN_MODELS[address].network
-    text = (512, network.text_dim)
-    wan = Setup("synthesis", network, schema.ModelSection(), None, (21, 16, 60, 104), text, "bf16", 1, True)
-    assert roles_of(wan)["student"].parameters == PUBLISHED[address]
+    shapes = (21, 16, 60, 104), (512, network.text_dim)
+    wan = Setup(schema.ModelSection(), None, network, *shapes, "bf16", True, two_time=False)
+    assert role_sizes(wan)["student"]["parameters"] == PUBLISHED[address]
 
 
 @pytest.mark.parametrize("address", PUBLISHED)
@@ -46,26 +45,21 @@ def test_the_sizes_are_those_of_the_diffusers_class(address: str) -> None:
 
 
 def test_the_text_encoder_is_umt5_xxl() -> None:
-    assert TextSizes().parameters == UMT5_XXL
+    network = KNOWN_MODELS[next(iter(PUBLISHED))].network
+    assert PipelineSizes(network).text_parameters == UMT5_XXL
 
 
 def test_a_local_folder_says_its_own_sizes(tmp_path: Path) -> None:
     from transformers import UMT5EncoderModel
 
     folder = make_wan_folder(tmp_path / "wan")
-    pipeline = pipeline_of(str(folder))
+    pipeline = pipeline_sizes(str(folder))
     encoder = UMT5EncoderModel.from_pretrained(folder / "text_encoder")
-    assert pipeline.text.parameters == sum(p.numel() for p in encoder.parameters())
+    assert pipeline.text_parameters == sum(p.numel() for p in encoder.parameters())
     assert (pipeline.network.in_channels, pipeline.network.text_dim) == (CHANNELS, TEXT_DIM)
-    assert pipeline.latent_shape(9, 32, 48) == (3, CHANNELS, 4, 6)
-
-
-def test_latents_of_a_paper_video() -> None:
-    pipeline = pipeline_of("Wan-AI/Wan2.1-T2V-1.3B-Diffusers")
-    assert pipeline.latent_shape(81, 480, 832) == (21, 16, 60, 104)
 
 
 @pytest.mark.parametrize("address", ["someone/else", "no/such/folder"])
 def test_other_models_are_not_guessed(address: str) -> None:
     with pytest.raises(UsageError, match="not known without its files"):
-        pipeline_of(address)
+        pipeline_sizes(address)

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch import distributed, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -18,10 +17,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from anyflow_cli.model.backbone import Backbone, Role
 from anyflow_cli.model.parallelize import apply_fsdp
 from anyflow_cli.model.precision import autocast
+from anyflow_cli.plan.estimate import target_of, training_setup
 from anyflow_cli.plan.hardware import parse_hardware
-from anyflow_cli.plan.rehearsal import own_rotations
-from anyflow_cli.plan.setup import Setup, backbone_on_meta
-from anyflow_cli.plan.stages import target_of, training_setup
+from anyflow_cli.plan.networks import Setup, fake_backbone, fake_tensors
 from anyflow_cli.recipe import schema
 from anyflow_cli.recipe.load import load_recipe
 
@@ -38,37 +36,25 @@ def group() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def setup() -> Setup:
     recipe = load_recipe("bidirectional14b")
-    return training_setup(target_of(recipe, parse_hardware("8x80GB")), "on-policy", recipe.distill)
-
-
-def without_storage(module: nn.Module, fakes: FakeTensorMode) -> None:
-    """Turn a module's meta parameters into fake ones, which know a device."""
-    for part in module.modules():
-        for name, parameter in list(part.named_parameters(recurse=False)):
-            with fakes:
-                fake = torch.empty(parameter.shape, dtype=parameter.dtype)
-            part.register_parameter(name, nn.Parameter(fake, requires_grad=parameter.requires_grad))
+    return training_setup(target_of(recipe, parse_hardware("8x80GB")), "distill")
 
 
 def test_all_roles_of_14b_are_adapters_on_one_base(setup: Setup) -> None:
-    backbone = backbone_on_meta(setup, setup.network.layers)
+    backbone = fake_backbone(setup, setup.network.layers)
     assert len(backbone.networks()) == 1
     assert sum(parameter.numel() for parameter in backbone.student.parameters()) > 14e9
-    assert {role: len(backbone.named_parameters_of(role)) for role in setup.roles} == {
+    assert {role: len(backbone.named_parameters_of(role)) for role in backbone.roles} == {
         "student": (40 * 6 + 4) * 2, "real": 40 * 6 * 2, "fake": 40 * 6 * 2,
     }  # fmt: skip
 
 
 @pytest.mark.parametrize("layers", [2, pytest.param(40, marks=pytest.mark.slow)])
-@own_rotations()
 def test_stage_two_of_14b_is_divided_and_stepped_without_memory(
     group: None, setup: Setup, layers: int
 ) -> None:
     """Blocks are alike: two of them tell the fast tests what forty do."""
-    fakes = FakeTensorMode()
-    backbone = backbone_on_meta(setup, layers)
+    backbone = fake_backbone(setup, layers)
     sizes = {name: parameter.numel() for name, parameter in backbone.named_parameters()}
-    without_storage(backbone, fakes)
     apply_fsdp(backbone.networks(), schema.LaunchSection(sharding="full"), torch.device("cpu"))
     units = [module for module in backbone.modules() if isinstance(module, FSDPModule)]
     assert len(units) == layers + 1
@@ -80,7 +66,7 @@ def test_stage_two_of_14b_is_divided_and_stepped_without_memory(
         trained = backbone.parameters_of(role)
         assert {parameter.dtype for parameter in trained} == {torch.float32}
     assert not backbone.parameters_of("real")
-    with fakes:
+    with fake_tensors():
         _step(backbone, setup, backbone.parameters_of("student"))
 
 

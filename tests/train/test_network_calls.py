@@ -12,11 +12,10 @@ import torch
 
 from anyflow_cli.model.backbone import Backbone, Role
 from anyflow_cli.model.layout import Layout
-from anyflow_cli.plan.setup import Kind
 from anyflow_cli.recipe import schema
 from anyflow_cli.train.causal_windows import NetworkCall
 from anyflow_cli.train.rng import StepRng
-from tests.plan.small import CONFIG, backbone, batch, objective, setup
+from tests.plan.small import CONFIG, Kind, backbone, batch, objective, setup
 
 STEPS = range(1, 7)  # enough that each kind of window, rollout and share occurs
 CAUSAL = schema.CausalSection(partition=(1, 2, 2, 2), full_chunks=2, bidirectional=0.5)

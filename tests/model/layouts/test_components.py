@@ -20,7 +20,7 @@ from anyflow_cli.model.folder_check import check_folder
 from anyflow_cli.model.layouts.components import STATISTICS_21, STATISTICS_22, open_component
 from anyflow_cli.model.network import two_time_from
 from anyflow_cli.model.pipeline_io import component, load_network, read_config, read_shift, save_pipeline
-from anyflow_cli.plan.model_sizes import pipeline_of
+from anyflow_cli.plan.model_sizes import pipeline_sizes
 from anyflow_cli.recipe.load import load_recipe
 from anyflow_cli.runs.open import describe, open_model
 from tests.model.helpers import distance
@@ -237,10 +237,10 @@ def test_an_original_folder_is_a_model_by_itself(folders: Folders) -> None:
     opened = open_model(str(folders.original), load_recipe("tiny"))
     assert opened.pipeline == folders.original
     assert opened.shift == read_shift(folders.original) == 5.0
-    sizes = pipeline_of(str(folders.original))
+    sizes = pipeline_sizes(str(folders.original))
     assert sizes.network == read_config(folders.diffusers)
     assert sizes.latent_shape(5, 32, 32) == (2, 16, 4, 4)
-    assert sizes.text == pipeline_of(str(folders.diffusers)).text
+    assert sizes.text_parameters == pipeline_sizes(str(folders.diffusers)).text_parameters
     info = describe(str(folders.original / written.SINGLE), load_recipe("tiny"))
     assert len(info.sources) == 4
 

@@ -1,0 +1,292 @@
+"""The networks of one process on fake tensors, built as training builds them: sizes, and costs of calls.
+
+torch's fake tensors have shapes, types and a device, but no storage; ``MemoryTracker`` adds up what they
+would hold. torch's own ``MemTracker`` refuses a network that is called more than once per step, as every
+objective does, and ``FlopCounterMode`` keeps tensors alive, so its formulas are applied here (tests compare
+with both). Blocks are alike: what networks of one and of two blocks hold or compute extends linearly to full
+depth. They take their path for CPUs, on which tests can measure real memory.
+
+Legend: B batch, F latent frames, C channels, H W latent height and width, L text tokens, D text width.
+"""
+
+from __future__ import annotations
+
+import json
+import weakref
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+from anyflow_cli.model.backbone import Backbone, BackboneSources
+from anyflow_cli.model.blocks import LayerKeys
+from anyflow_cli.model.config import NetworkConfig
+from anyflow_cli.model.encoders import VideoVAE
+from anyflow_cli.model.layout import Layout, bidirectional
+from anyflow_cli.model.network import FlowMapTransformer
+from anyflow_cli.model.parallelize import apply_checkpointing
+from anyflow_cli.model.precision import Precision, autocast
+from anyflow_cli.model.rotary import rotation
+from anyflow_cli.recipe import schema
+from anyflow_cli.train.causal_windows import NetworkCall
+
+FAKE = FakeTensorMode(allow_non_fake_inputs=True)
+DEPTHS = (1, 2)  # times the blocks after which checkpointing repeats itself
+DECODED_FRAMES = (3, 4)  # from which the cost of decoding any number follows
+START, SCORES = Path("start"), Path("scores")  # stand for the folders that a stage loads
+BASE = "frozen base"
+RoleSize = Counter[str]  # parameters, trainable, bytes, trainable_bytes
+ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What one process runs: a training stage, or sampling (``settings`` is None)."""
+
+    model: schema.ModelSection
+    settings: schema.TrainingSection | None
+    network: NetworkConfig  # of the model that the student starts from
+    latent: tuple[int, int, int, int]  # F, C, H, W
+    text: tuple[int, int]  # L, D
+    precision: Precision
+    gpu: bool
+    two_time: bool = True  # False: a teacher as it is
+    scores: NetworkConfig | None = None  # of the scores' own base; None: they share the student's
+    ranks: int = 1
+    shards: int | None = None  # processes that share one copy (FSDP2); None: each has its own
+    offload: bool = False
+
+    @property
+    def unit(self) -> int:
+        """Blocks after which the pattern of recomputed and kept blocks repeats itself."""
+        return self.model.checkpoint_every_n_blocks if self.model.gradient_checkpointing else 1
+
+    def layout_of(self, call: NetworkCall) -> Layout:
+        """The token layout of a call."""
+        frames, _, height, width = self.latent
+        return call.layout or bidirectional(frames, height, width, self.network.patch)
+
+    def with_checkpointing(self, on: bool) -> Setup:
+        """The same process with gradient checkpointing or without."""
+        return replace(self, model=self.model.model_copy(update={"gradient_checkpointing": on}))
+
+    def at_full_depth(self, role: str, low: Iterable[float], high: Iterable[float]) -> list[int]:
+        """Values for the whole network of a role, from those at both depths."""
+        config = self.scores if self.scores and role in ("real", "fake") else self.network
+        more = config.layers / self.unit - DEPTHS[0]
+        return [int(one + (two - one) * more) for one, two in zip(low, high, strict=True)]
+
+
+@lru_cache(maxsize=48)
+def fake_backbone(setup: Setup, depth: int) -> Backbone:
+    """The backbone of a process with ``depth`` units of blocks, and gradients where it trains."""
+    sizes = {START: setup.network, SCORES: setup.scores or setup.network}
+    trains = setup.settings is not None
+    model = setup.model if trains else setup.model.model_copy(update={"lora": None})
+    in_bf16 = setup.precision == "bf16" and (model.lora is not None or (setup.gpu and not trains))
+
+    def load(path: Path, dtype: torch.dtype) -> FlowMapTransformer:
+        network = FlowMapTransformer(replace(sizes[path], layers=depth * setup.unit))
+        return network.store_as(torch.bfloat16 if in_bf16 else dtype).requires_grad_(False)
+
+    with torch.device("meta"):
+        sources = BackboneSources(START, two_time=setup.two_time)
+        if isinstance(setup.settings, schema.DistillSection):
+            sources = replace(sources, roles=("student", "real", "fake"))
+            if setup.scores:
+                sources = replace(sources, scores=SCORES)
+            else:  # as in the paper, the real score is the teacher after its tuning
+                tuned = Backbone.build(model, BackboneSources(START, two_time=False), load)
+                sources = replace(sources, real_adapter=tuned.state_dict_of("student"))
+        backbone = Backbone.build(model, sources, load, precision=setup.precision)
+    for network in backbone.networks():
+        apply_checkpointing(network, model)
+    with FAKE:
+        backbone.to_empty(device="cpu")
+        for weight in backbone.parameters():
+            weight.requires_grad_(weight.requires_grad and trains)
+            weight.grad = torch.empty_like(weight) if weight.requires_grad else None
+    return backbone
+
+
+@lru_cache(maxsize=64)
+def role_sizes(setup: Setup) -> dict[str, RoleSize]:
+    """Weights by role; those that no role owns are the frozen base."""
+    low, high = (_sizes(fake_backbone(setup, depth)) for depth in DEPTHS)
+    sizes: dict[str, RoleSize] = {}
+    for (owner, runs), size in low.items():
+        full = setup.at_full_depth(runs, size.values(), high[owner, runs].values())
+        sizes.setdefault(owner, Counter()).update(dict(zip(size, full, strict=True)))
+    return {owner: size for owner, size in sizes.items() if size["parameters"]}
+
+
+def _sizes(backbone: Backbone) -> dict[tuple[str, str], RoleSize]:
+    """Sizes by owner, and by the first role whose network the weights are in."""
+    owners = {id(p): role for role in backbone.roles for p in backbone.named_parameters_of(role).values()}
+    runs = {backbone.network_of(role): role for role in reversed(backbone.roles)}
+    sizes: dict[tuple[str, str], RoleSize] = {}
+    for network, role in runs.items():
+        for weight in network.parameters():
+            count, size, trains = weight.numel(), weight.nbytes, weight.requires_grad
+            own = sizes.setdefault((owners.get(id(weight), BASE), role), Counter())
+            own.update(parameters=count, trainable=count * trains, bytes=size, trainable_bytes=size * trains)
+    return sizes
+
+
+def gathered_bytes(setup: Setup) -> int:
+    """Bytes of sharded weights that are whole at once: two blocks, and what is outside of blocks."""
+    return sum(weight.nbytes for weight in fake_backbone(setup.with_checkpointing(False), 2).parameters())
+
+
+@contextmanager
+def fake_tensors() -> Iterator[None]:
+    """Make all new tensors fake, and keep them out of the cache of rotations that real networks share."""
+    rotation.cache_clear()
+    try:
+        with FAKE:
+            yield
+    finally:
+        rotation.cache_clear()
+
+
+class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Bytes of the storages that operators allocate, while they live, and FLOPs.
+
+    ``known`` tensors are not counted. With ``gpu``, the backward pass of attention takes what FlashAttention
+    does: the gradient of the queries in fp32.
+    """
+
+    def __init__(self, known: Iterable[Tensor] = (), *, gpu: bool = False) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.gpu, self._alive = gpu, dict[int, weakref.ref[Any]]()
+        self.held = self.peak = self.linear = self.attention = 0
+        for tensor in known:
+            self._add(tensor, counted=False)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operator, then count it."""
+        out, operator = func(*args, **(kwargs or {})), func._overloadpacket
+        for tensor in (out,) if isinstance(out, Tensor) else tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                self._add(tensor)
+        if operator is ATTENTION:
+            self.attention += sdpa_flop_count(*(x.shape for x in args[:3]))  # type: ignore[no-untyped-call]
+        elif operator is ATTENTION_BACKWARD:
+            shapes = [x.shape for x in args[:4]]
+            self.attention += sdpa_backward_flop_count(*shapes)  # type: ignore[no-untyped-call]
+            self.peak = max(self.peak, self.held + self.gpu * 4 * args[1].numel())
+        elif operator in flop_registry:
+            self.linear += flop_registry[operator](*args, **(kwargs or {}), out_val=out)
+        return out
+
+    def restart(self) -> int:
+        """Start to count anew; what is held stays so, and is returned."""
+        self.peak, self.linear, self.attention = self.held, 0, 0
+        return self.held
+
+    def _add(self, tensor: Tensor, *, counted: bool = True) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes() * counted
+        if key not in self._alive:
+            self._alive[key] = weakref.ref(storage, lambda _: self._free(key, size))
+            self.held += size
+            self.peak = max(self.peak, self.held)
+
+    def _free(self, key: int, size: int) -> None:
+        del self._alive[key]
+        self.held -= size
+
+
+class CallCost(NamedTuple):
+    """What a network call adds to weights, gradients and the key-value cache, in bytes, and its FLOPs."""
+
+    shared: int  # what calls of one role share: keys of the text, casts of weights under autocast
+    shared_backward: int  # what remains of that until the backward pass
+    forward: int  # peak
+    graph: int  # kept for the backward pass
+    backward: int  # peak, the graph included
+    linear: int  # FLOPs of matrix products, forward
+    attention: int
+    linear_backward: int  # recomputed blocks included
+    attention_backward: int
+
+
+@lru_cache(maxsize=512)
+def call_cost(setup: Setup, call: NetworkCall) -> CallCost:
+    """Cost of a call at the full depth of its role's network."""
+    if setup.model.gradient_checkpointing and not call.gradient:  # where it changes nothing
+        return call_cost(setup.with_checkpointing(False), call)
+    low, high = (_measure(setup, fake_backbone(setup, depth), call) for depth in DEPTHS)
+    return CallCost(*setup.at_full_depth(call.role, low, high))
+
+
+def _measure(setup: Setup, backbone: Backbone, call: NetworkCall) -> CallCost:
+    """Run a call forward, with gradient also backward.
+
+    Where casts of weights are kept, it runs forward twice, so that the second call finds what both share.
+    """
+    layout, keeps_casts, samples = setup.layout_of(call), setup.shards is None, call.samples
+    by_frame = call.layout is not None and call.cache is None  # each frame has times of its own
+    with fake_tensors():
+        z = torch.empty(samples, layout.frames, *setup.latent[1:], requires_grad=call.gradient)
+        t, text = torch.empty(samples, *[layout.frames] * by_frame), torch.empty(samples, *setup.text)
+        cache = _cache_of(setup, backbone.network_of(call.role), samples, layout.cache_tokens)
+        known = [z, t, text, *tree_leaves(list(cache.layers) if cache else [])]
+        known += [tensor for weight in backbone.parameters() for tensor in (weight, weight.grad)]
+        tracker = MemoryTracker([tensor for tensor in known if tensor is not None], gpu=setup.gpu)
+        with tracker, torch.set_grad_enabled(call.gradient):
+            with autocast(setup.precision, "cpu", keeps_casts=keeps_casts):
+                velocity = backbone.velocity(call.role, text).with_layout(layout, cache)
+                outputs = [velocity(z, t, t) for _ in range(call.gradient and keeps_casts)]
+                before = tracker.restart()
+                outputs.append(velocity(z, t, t))
+                graph, peak = tracker.held - before, tracker.peak - before
+                flops = tracker.linear, tracker.attention
+            start, times = tracker.restart(), len(outputs)
+            if call.gradient:
+                outputs[-1].backward(torch.empty_like(outputs[-1]))  # type: ignore[no-untyped-call]
+    shared, backward = (before - (times - 1) * graph, start - times * graph), tracker.peak - start + graph
+    return CallCost(*shared, peak, graph, backward, *flops, tracker.linear, tracker.attention)
+
+
+def _cache_of(setup: Setup, network: FlowMapTransformer, samples: int, tokens: int) -> LayerKeys | None:
+    shape = (samples, tokens, network.config.heads, network.config.head_dim)
+    dtype = torch.bfloat16 if setup.precision == "bf16" else torch.float32
+    pairs = [(torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype)) for _ in network.blocks]
+    return LayerKeys(tuple(pairs)) if tokens else None
+
+
+def decoding_cost(vae: Mapping[str, Any], latent: Sequence[int]) -> tuple[int, int]:
+    """Bytes of the VAE's weights, and of what decoding latents (F, C, H, W) adds.
+
+    The VAE of this configuration decodes one latent frame after another: the cost is linear in their number.
+    """
+    config, frames = json.dumps(dict(vae)), latent[0]
+    if frames <= DECODED_FRAMES[1]:
+        return _decode(config, *latent)
+    (weights, low), (_, high) = (_decode(config, some, *latent[1:]) for some in DECODED_FRAMES)
+    return weights, low + (high - low) * (frames - DECODED_FRAMES[0])
+
+
+@lru_cache(maxsize=16)
+def _decode(vae: str, *latent: int) -> tuple[int, int]:
+    from diffusers import AutoencoderKLWan
+
+    with torch.device("meta"):
+        model: Any = AutoencoderKLWan.from_config(json.loads(vae))
+    with fake_tensors():
+        weights = list(model.to_empty(device="cpu").parameters())
+        with MemoryTracker(weights) as tracker:
+            VideoVAE(model).decode(torch.empty(1, *latent))
+    return sum(weight.nbytes for weight in weights), tracker.peak
