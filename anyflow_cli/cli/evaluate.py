@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 def evaluate(
     nfe: options.NfeOption = None,
     model: options.ModelOption = None,
+    lora: options.LoraOption = None,
     videos: options.VideosOption = None,
     suite: options.SuiteOption = None,
     task: options.TaskOption = None,
@@ -63,6 +64,7 @@ def evaluate(
         "--nproc": ("launch.processes", processes),
     }
     settings = options.load_settings(recipe, assignments, overrides)
+    model = options.with_lora_files(model, lora)
     if compare is not None:
         refused = {"--model": model, "--fail-below": fail_below, "--videos": videos, "--export": export}
         _refuse_beside("--compare", refused | {"--prune": prune or None})

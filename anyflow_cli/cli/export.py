@@ -13,6 +13,7 @@ log = logging.getLogger(__name__)
 def export(
     out: options.ExportPathOption,
     model: options.ModelOption = None,
+    lora: options.LoraOption = None,
     kind: options.FormatOption = "diffusers",
     dtype: options.DtypeOption = None,
     recipe: options.RecipeOption = options.DEFAULT_RECIPE,
@@ -30,6 +31,7 @@ def export(
     copy of its first.
     """
     settings = options.load_settings(recipe, assignments)
+    model = options.with_lora_files(model, lora)
 
     from anyflow_cli import export as job
     from anyflow_cli.runs.paths import RunPaths

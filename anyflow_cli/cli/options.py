@@ -149,6 +149,13 @@ ModelOption = Annotated[
         metavar="ADDRESS",
     ),
 ]  # fmt: skip
+LoraOption = Annotated[
+    list[str] | None,
+    _option(
+        "LoRA file to merge into --model, at a strength of 1 if none is given; repeatable.", "--lora",
+        metavar="FILE[:STRENGTH]",
+    ),
+]  # fmt: skip
 InitFromOption = Annotated[
     str | None,
     _option(
@@ -433,3 +440,22 @@ def parse_steps(text: str | None) -> tuple[int, ...] | None:
 def examples(*lines: str) -> str:
     """Format the examples at the end of a command's help."""
     return "\n\n".join(["[bold]Examples[/bold]", *(f"  [dim]$[/dim] {escape(line)}" for line in lines)])
+
+
+def with_lora_files(model: str | None, files: list[str] | None) -> str | None:
+    """The address of ``--model`` with the files of ``--lora``."""
+    if not files:
+        return model
+    if model is None:
+        raise UsageError("--lora needs a model to be merged into.", "Name it with --model.")
+
+    from anyflow_cli.model.lora_formats import split_loras, with_loras
+
+    address = with_loras(model, files)
+    _, found = split_loras(address)
+    if len(found) != len(files):
+        raise UsageError(
+            f"--lora takes FILE or FILE:STRENGTH, not {', '.join(files)}.",
+            "Files end with .safetensors or .pt.",
+        )
+    return address

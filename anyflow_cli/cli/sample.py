@@ -41,6 +41,7 @@ def sample(
     count: options.SeedCountOption = 1,
     teacher: options.TeacherOption = False,
     model: options.ModelOption = None,
+    lora: options.LoraOption = None,
     sampler: options.SamplerOption = None,
     image: options.ImageOption = None,
     video: options.VideoOption = None,
@@ -81,13 +82,14 @@ def sample(
             read_steps(nfe, preview=preview) or default,
             read_prompt_switches(then, settings.model.frames),
             read_conditioning_frames(settings, image, video, video_frames),
-            model,
+            options.with_lora_files(model, lora),
             sampler,
         )
     else:
         recorded = {
             "--prompt": prompt, "--prompts": prompts, "--preview": preview or None, "--frames": frames,
             "--count": None if count == 1 else count, "--teacher": teacher or None, "--model": model,
+            "--lora": lora,
             "--sampler": sampler, "--image": image, "--video": video, "--video-frames": video_frames,
             "--then": then, "--seed": seed,
         }  # fmt: skip

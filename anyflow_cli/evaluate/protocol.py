@@ -226,7 +226,8 @@ def evaluated_model(choice: ModelChoice, recipe: Recipe, sampler: Method | None 
     partition = None
     if info.causal is not None:
         partition = partition_for(info.causal, latent_frames(recipe.model.frames))
-    weights = json_sha256([_content_hash(source) for source in info.sources])
+    strengths = [strength for _, strength in info.loras]
+    weights = json_sha256([*(_content_hash(source) for source in info.sources), *strengths])
     teacher = not info.two_time and sampler in (None, "euler")
     return EvaluatedModel(
         choice.address, choice.why, teacher, weights, info.lineage, partition, sampler, info.scheduler

@@ -24,6 +24,7 @@ from anyflow_cli.model.causal import FAR, resolved_chunks
 from anyflow_cli.model.config import CausalConfig
 from anyflow_cli.model.folder_check import check_folder
 from anyflow_cli.model.lora import LoraSize, MergedNetwork
+from anyflow_cli.model.lora_formats import LoraRequest, merge_loras, split_loras
 from anyflow_cli.model.network import FlowMapTransformer
 from anyflow_cli.model.pipeline_io import (
     ADAPTER_CONFIG,
@@ -84,6 +85,7 @@ class ModelInfo:
         lineage: Content of ``lineage.json``, empty where there is none.
         sources: Files and folders that determine what the model samples.
         run: Training run of a checkpoint; None for a model folder.
+        loras: LoRA files that are merged into it.
     """
 
     path: Path
@@ -93,6 +95,7 @@ class ModelInfo:
     lineage: dict[str, Any]
     sources: tuple[Path, ...]
     run: TrainingRun | None = None
+    loras: tuple[LoraRequest, ...] = ()
 
     @property
     def shift(self) -> float:
@@ -110,7 +113,7 @@ class ModelInfo:
 
 def model_problems(address: str) -> list[str]:
     """List what is wrong with the model at ``address``, by the headers of its files; empty if it is sound."""
-    path = locate(address)
+    path = locate(split_loras(address)[0])
     if is_checkpoint(path):
         describe_checkpoint(path)
         return []
@@ -124,7 +127,16 @@ def describe(address: str, recipe: Recipe) -> ModelInfo:
 
     A transformer without text encoder and VAE, a folder or a file, takes those of the recipe's teacher.
     """
-    path = locate(address)
+    model, loras = split_loras(address)
+    info = _describe(locate(model), recipe)
+    if not loras:
+        return info
+    lineage = info.lineage | {"loras": [[str(path), strength] for path, strength in loras]}
+    sources = (*info.sources, *(path for path, _ in loras))
+    return replace(info, lineage=lineage, sources=sources, loras=loras)
+
+
+def _describe(path: Path, recipe: Recipe) -> ModelInfo:
     if is_checkpoint(path):
         return describe_checkpoint(path)
     is_pipeline = has_components(path)
@@ -164,6 +176,7 @@ def open_model(address: str, recipe: Recipe, dtype: torch.dtype | None = torch.f
         network.config = replace(network.config, causal=info.causal)
     else:
         network = _checkpoint_weights(info, info.run).load(dtype)
+    merge_loras(network, info.loras)
     return OpenedModel(network, info.pipeline, info.lineage, info.shift)
 
 
@@ -174,7 +187,13 @@ def _warn_once(message: str) -> None:
 
 def weight_source(info: ModelInfo) -> WeightSource:
     """Weights of a model as stored, for saving them one at a time."""
-    return load_network(info.path, None) if info.run is None else _checkpoint_weights(info, info.run)
+    if info.run is not None and not info.loras:
+        return _checkpoint_weights(info, info.run)
+    network = (
+        load_network(info.path, None) if info.run is None else _checkpoint_weights(info, info.run).load()
+    )
+    merge_loras(network, info.loras)
+    return network
 
 
 def _checkpoint_weights(info: ModelInfo, run: TrainingRun) -> MergedNetwork:
@@ -199,7 +218,13 @@ def merged_student(
 
 def locate(address: str) -> Path:
     """The model folder or checkpoint that an address leads to."""
-    path = resolve_pipeline(address)
+    model, loras = split_loras(address)
+    if loras:
+        raise UsageError(
+            f"LoRA files are not merged here, as {address} asks for.",
+            f"Make a model of it first: `anyflow export --model {address} --out DIR`.",
+        )
+    path = resolve_pipeline(model)
     if (path / MODEL / "model_index.json").is_file():
         return path / MODEL
     return last_checkpoint(path) if (path / RECIPE).is_file() else path

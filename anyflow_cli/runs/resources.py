@@ -16,6 +16,7 @@ from anyflow_cli.data.shards import MANIFEST, PROVENANCE, read_manifest
 from anyflow_cli.data.video import require_ffmpeg
 from anyflow_cli.errors import AnyflowError, UsageError
 from anyflow_cli.model.known_models import KNOWN_MODELS
+from anyflow_cli.model.lora_formats import split_loras
 from anyflow_cli.model.pipeline_io import BUILT_IN
 from anyflow_cli.recipe.schema import Recipe
 from anyflow_cli.runs.open import ModelChoice, model_problems
@@ -212,14 +213,18 @@ _INPUTS: dict[str, Callable[[Recipe, RunPaths, Given], list[Resource]]] = {
 
 def _model(name: str, address: str) -> Resource:
     """A model at an address that the user or the recipe names."""
-    on_hub = address not in BUILT_IN and is_hub_name(address)
-    snapshot = cached_snapshot(address) if on_hub else None
+    try:
+        model, _ = split_loras(address)
+    except AnyflowError as error:
+        return _unusable(name, address, error)
+    on_hub = model not in BUILT_IN and is_hub_name(model)
+    snapshot = cached_snapshot(model) if on_hub else None
     if on_hub and snapshot is None:
-        return _on_hub(name, address)
-    if address in BUILT_IN:
+        return _on_hub(name, model)
+    if model in BUILT_IN:
         return Resource(name, address, "ready", "part of anyflow")
     try:
-        problems = model_problems(str(snapshot or address))
+        problems = model_problems(str(snapshot or model))
     except AnyflowError as error:
         return _unusable(name, address, error)
     if problems and on_hub:  # an interrupted download, which the command completes
