@@ -1,13 +1,13 @@
-"""How fast latents are read for training: samples and megabytes a second, beside the floor of raw bytes.
+"""Throughput of reading latents for training, in samples and megabytes per second, next to raw bytes.
 
     python benchmarks/loader.py                                    128 samples of the size of Wan at 480p
-    python benchmarks/loader.py --data runs/tiny/data --tokens 32  a data set of yours
-    python benchmarks/loader.py --data s3://bucket/data            the same elsewhere
+    python benchmarks/loader.py --data runs/tiny/data --tokens 32  an existing data set
+    python benchmarks/loader.py --data s3://bucket/data            one on another machine
 
-The floor reads the same ranges of bytes of the same archives with one thread and makes nothing of them. The
-page cache is dropped for the archives before each measurement (where the system lets a process do so), so
-that the disk is measured and not memory; --warm leaves it. ``--index`` measures instead what a data set of
-so many samples costs before its first batch: the size of the indices, the time to read them, the memory held.
+"Raw bytes" reads the same byte ranges of the same archives with one thread, without decoding. The archives
+are dropped from the page cache before each measurement (where the system allows it), so that the disk is
+measured and not memory; --warm keeps them. ``--index`` measures instead the cost of a data set of so many
+samples before its first batch: size of the indices, time to read them, memory.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ MB = 1e6
 
 
 def make_data(directory: Path, count: int, shard_size: int) -> None:
-    """A data set of random bf16 latents."""
+    """Write a data set of random bf16 latents."""
     latents, text = torch.randn(WAN).bfloat16(), torch.randn(TEXT).bfloat16()
     records = [
         write_shard(
@@ -55,15 +55,15 @@ def make_data(directory: Path, count: int, shard_size: int) -> None:
     write_manifest(directory, records, {})
 
 
-def forget(directory: Path) -> None:
-    """Ask the system to drop these files from its cache."""
+def drop_from_cache(directory: Path) -> None:
+    """Drop the archives from the page cache."""
     for path in directory.glob("*.tar"):
         with path.open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def floor(data: LatentData, batches: Batches, steps: int) -> int:
-    """Read the ranges of the first steps, no more; gives bytes."""
+def read_raw(data: LatentData, batches: Batches, steps: int) -> int:
+    """Read the byte ranges of the first steps without decoding; return their total size."""
     total = 0
     ends = np.cumsum([record.samples for record in data.manifest.shards])
     for position in (p for step in range(steps) for p in batches.positions(step)):
@@ -75,26 +75,26 @@ def floor(data: LatentData, batches: Batches, steps: int) -> int:
 
 
 def measure(args: argparse.Namespace, address: str) -> None:
-    """The table: the floor, then each number of workers."""
+    """Print a table: raw bytes, then each number of workers."""
     data = LatentData(address, args.tokens)
     batches = Batches(data, args.batch, seed=0)
     steps = min(args.steps, len(data) // args.batch)
-    size = floor(data, batches, steps)  # reads the indices as well, which is not measured
+    size = read_raw(data, batches, steps)  # also reads the indices, which are not measured
     print(
         f"{len(data)} samples, {size / steps / args.batch / MB:.2f} MB each; {steps} batches of {args.batch}"
     )
-    print(f"{'':>12} {'samples/s':>10} {'MB/s':>8} {'per worker':>11} {'of floor':>9}")
+    print(f"{'':>12} {'samples/s':>10} {'MB/s':>8} {'per worker':>11} {'of raw':>9}")
     cases: list[tuple[str, int, Callable[[], object]]] = [
-        ("raw bytes", 1, lambda: floor(data, batches, steps))
+        ("raw bytes", 1, lambda: read_raw(data, batches, steps))
     ]
     for workers in args.workers:
         read = lambda workers=workers: [None for _ in islice(batches.stream(0, workers=workers), steps)]  # noqa: E731
         cases.append((f"{workers} workers", max(workers, 1), read))
     seconds: dict[str, list[float]] = {name: [] for name, _, _ in cases}
-    for _ in range(args.repeats):  # in turn, so that a machine that slows down slows all
+    for _ in range(args.repeats):  # in turn, so that a machine that slows down affects all
         for name, _, call in cases:
             if not args.warm and Path(address).is_dir():
-                forget(Path(address))
+                drop_from_cache(Path(address))
             start = time.perf_counter()
             call()
             seconds[name].append(time.perf_counter() - start)
@@ -106,13 +106,13 @@ def measure(args: argparse.Namespace, address: str) -> None:
 
 
 def measure_index(count: int, shard_size: int, directory: Path) -> None:
-    """What so many samples cost before the first batch. The archives are empty files of the right size."""
+    """Measure the cost of so many samples before the first batch; the archives are sparse files."""
     row = np.zeros(1, ROW)[0]
     records = []
     for number, indices in enumerate(shard_ranges(count, shard_size)):
         path = shard_path(directory, number)
         with path.open("wb") as file:
-            file.truncate(1 << 30)  # no block of the disk is used
+            file.truncate(1 << 30)  # uses no disk blocks
         rows = np.full(len(indices), row)
         rows["sample"] = indices
         np.save(index_path(path), rows)
@@ -130,8 +130,8 @@ def measure_index(count: int, shard_size: int, directory: Path) -> None:
         data._index(shard)
     every = time.perf_counter() - start
     held = process.memory_info().rss - before
-    print(f"{count} samples in {len(records)} shards, {len(positions)} a batch")
-    print(f"indices on disk {size / MB:.1f} MB, memory held with all of them {held / MB:.1f} MB")
+    print(f"{count} samples in {len(records)} shards, {len(positions)} per batch")
+    print(f"indices on disk {size / MB:.1f} MB, memory with all of them {held / MB:.1f} MB")
     print(f"opened in {opened:.2f} s, first batch known after {first:.2f} s, all indices after {every:.2f} s")
 
 
@@ -140,13 +140,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data", help="a data set; without it, one is made and removed")
+    parser.add_argument("--data", help="a data set; by default a temporary one")
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2, 4])
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--warm", action="store_true", help="leave the page cache as it is")
+    parser.add_argument("--warm", action="store_true", help="keep the page cache")
     parser.add_argument("--index", type=int, metavar="SAMPLES", help="measure the index of so many samples")
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -1,9 +1,9 @@
-"""The shapes world: short captioned clips, drawn rather than filmed, infinite and seeded.
+"""The shapes world: an endless, seeded supply of short captioned clips.
 
-One coloured shape moves in a straight line over a plain background, behind four small white dots that stand
-still. The dots are in no caption: several independent, sharply placed things are what a few large sampling
-steps get wrong, so they leave something to distil. ``shapes`` is the world of the built-in models;
-``shapes-shifted`` has colours and diagonal motions that those models never saw, for fine-tuning.
+One colored shape moves in a straight line over a plain background, behind four small white dots that do not
+move. No caption mentions the dots: a few large sampling steps misplace several independent, sharp objects, so
+the dots leave something to distill. ``shapes`` is the world of the built-in models; ``shapes-shifted`` has
+colors and diagonal motions that those models never saw, for fine-tuning.
 
 Legend: T frames, H W height and width in pixels; pixels are uint8 RGB.
 """
@@ -33,7 +33,7 @@ RGB: dict[str, Rgb] = {
     "purple": (170, 60, 214), "orange": (246, 140, 30), "cyan": (44, 208, 220),
 }  # fmt: skip
 SIZES = {"small": 6.0, "large": 11.0}  # radius of the enclosing circle of equal visual weight, in pixels
-SPEEDS = {"slowly": 0.4, "quickly": 0.85}  # pixels a frame
+SPEEDS = {"slowly": 0.4, "quickly": 0.85}  # pixels per frame
 DIRECTIONS: dict[str, tuple[float, float]] = {
     "left": (-1.0, 0.0), "right": (1.0, 0.0), "up": (0.0, -1.0), "down": (0.0, 1.0),
     "up and left": (-sqrt(0.5), -sqrt(0.5)), "up and right": (sqrt(0.5), -sqrt(0.5)),
@@ -49,7 +49,7 @@ OMITTED = {"size": 0.1, "direction": 0.1, "speed": 0.4, "background": 0.1}
 
 @dataclass(frozen=True)
 class Scene:
-    """Everything in one clip. ``start`` is the centre in frame 0, ``step`` the motion a frame, in pixels."""
+    """A clip's content: ``start`` is the center in frame 0, ``step`` the motion per frame, in pixels."""
 
     shape: str
     colour: str
@@ -65,27 +65,27 @@ class Scene:
 
     @property
     def caption(self) -> str:
-        """The sentence that goes with the clip, without what it happens to leave out."""
+        """The clip's caption, without the attributes it omits."""
         return _sentence(self, self.omitted)
 
     @property
     def full_caption(self) -> str:
-        """The sentence that names every attribute."""
+        """A caption with every attribute."""
         return _sentence(self, frozenset())
 
 
 @dataclass(frozen=True)
 class ShapesWorld:
-    """A family of scenes: which colours and directions occur."""
+    """A family of scenes: the colors and directions that occur."""
 
     name: str
     colours: tuple[str, ...]
     directions: tuple[str, ...]
 
     def scene(self, seed: int, named: Mapping[str, str] = MappingProxyType({})) -> Scene:
-        """The scene of this seed; equal seeds give equal scenes on every machine.
+        """Draw the scene of a seed; equal seeds give equal scenes on every machine.
 
-        ``named`` attributes (see ``parse_caption``) are as they say, the others as the seed has them.
+        ``named`` fixes attributes (see ``parse_caption``); the seed determines the others.
         """
         rng = np.random.default_rng([seed, *self.name.encode()])
         size, speed = _pick(rng, SIZES, named.get("size")), _pick(rng, SPEEDS, named.get("speed"))
@@ -119,7 +119,7 @@ WORLDS = {
 
 
 def render(scene: Scene, frames: int = FRAMES, first: int = 0) -> RgbPixels:
-    """Draw ``frames`` frames of a scene from frame ``first`` on, with edges one pixel soft, (T, H, W, 3)."""
+    """Draw frames of a scene from frame ``first`` on, with edges one pixel soft: (T, H, W, 3)."""
     time = np.arange(first, first + frames, dtype=np.float32)[:, None, None]
     dx = _axis(WIDTH)[None, None, :] - (scene.start[0] + scene.step[0] * time)
     dy = _axis(HEIGHT)[None, :, None] - (scene.start[1] + scene.step[1] * time)
@@ -132,9 +132,9 @@ def render(scene: Scene, frames: int = FRAMES, first: int = 0) -> RgbPixels:
 
 
 def parse_caption(caption: str) -> dict[str, str]:
-    """The attributes a sentence names, among shape, colour, size, direction, speed and background.
+    """Find the attributes that a caption names: shape, colour, size, direction, speed and background.
 
-    Written for the captions of the worlds; in a free sentence it finds the same words and ignores the others.
+    Meant for captions of the worlds; in other sentences it finds the same words and ignores the rest.
     """
     words = re.findall(r"[a-z]+", caption.lower())
     found: dict[str, str] = {}
@@ -166,7 +166,7 @@ def _sentence(scene: Scene, omitted: frozenset[str]) -> str:
 
 
 def _pick(rng: np.random.Generator, values: Iterable[str], named: str | None) -> str:
-    """One of the values; what is named takes its place, the draws that follow stay the same."""
+    """Draw one of the values; a named one replaces it without changing later draws."""
     names = tuple(values)
     drawn = names[int(rng.integers(len(names)))]
     return named or drawn
