@@ -32,7 +32,7 @@ RGB: dict[str, Rgb] = {
     "red": (224, 44, 44), "green": (44, 190, 70), "blue": (70, 120, 250), "yellow": (244, 212, 44),
     "purple": (170, 60, 214), "orange": (246, 140, 30), "cyan": (44, 208, 220),
 }  # fmt: skip
-SIZES = {"small": 6.0, "large": 11.0}  # radius of the enclosing circle of equal visual weight, in pixels
+SHAPE_RADII = {"small": 6.0, "large": 11.0}  # of circles of equal visual weight, in pixels
 SPEEDS = {"slowly": 0.4, "quickly": 0.85}  # pixels per frame
 DIRECTIONS: dict[str, tuple[float, float]] = {
     "left": (-1.0, 0.0), "right": (1.0, 0.0), "up": (0.0, -1.0), "down": (0.0, 1.0),
@@ -88,9 +88,9 @@ class ShapesWorld:
         ``named`` fixes attributes (see ``parse_caption``); the seed determines the others.
         """
         rng = np.random.default_rng([seed, *self.name.encode()])
-        size, speed = _pick(rng, SIZES, named.get("size")), _pick(rng, SPEEDS, named.get("speed"))
+        size, speed = _pick(rng, SHAPE_RADII, named.get("size")), _pick(rng, SPEEDS, named.get("speed"))
         direction = _pick(rng, self.directions, named.get("direction"))
-        radius = SIZES[size] * rng.uniform(0.93, 1.07)
+        radius = SHAPE_RADII[size] * rng.uniform(0.93, 1.07)
         pace = SPEEDS[speed] * rng.uniform(0.92, 1.08)
         step = (DIRECTIONS[direction][0] * pace, DIRECTIONS[direction][1] * pace)
         return Scene(
@@ -141,7 +141,7 @@ def parse_caption(caption: str) -> dict[str, str]:
     for name, before in zip(words[1:], words, strict=False):
         if name == "background" and before in BACKGROUNDS:
             found["background"] = before
-    for name, values in (("shape", SHAPES), ("size", SIZES), ("colour", RGB), ("speed", SPEEDS)):
+    for name, values in (("shape", SHAPES), ("size", SHAPE_RADII), ("colour", RGB), ("speed", SPEEDS)):
         named = [word for word in words if word in values]
         if named:
             found[name] = named[0]

@@ -24,7 +24,7 @@ MAX_STEPS = 50  # no model is trained for more
 log = logging.getLogger(__name__)
 
 
-class SamplingCost(NamedTuple):
+class VideoCost(NamedTuple):
     """Seconds per step, and seconds of a video that do not depend on its steps."""
 
     step: float
@@ -35,7 +35,7 @@ class SamplingCost(NamedTuple):
         return self.fixed + steps * self.step
 
 
-def measure_cost(sampler: VideoSampler, prompt: str) -> SamplingCost:
+def measure_cost(sampler: VideoSampler, prompt: str) -> VideoCost:
     """Sample a video a few times at two step counts, after a warm-up, and take the fastest of each.
 
     Other work on the machine only ever adds time.
@@ -53,7 +53,7 @@ def measure_cost(sampler: VideoSampler, prompt: str) -> SamplingCost:
         output = min(output, time.perf_counter() - start)
     difference = (network[MORE] - network[FEW]) / (MORE - FEW)
     step = max(difference, network[MORE] / (2 * MORE))  # at least half of the network's time is steps
-    return SamplingCost(step, network[FEW] - FEW * step + output)
+    return VideoCost(step, network[FEW] - FEW * step + output)
 
 
 def steps_within(seconds: float, sampler: VideoSampler, prompt: str) -> int:

@@ -27,15 +27,15 @@ from anyflow_cli.data.shapes_world import (
     BACKGROUNDS,
     DIRECTIONS,
     RGB,
+    SHAPE_RADII,
     SHAPES,
-    SIZES,
     SPEEDS,
     WORLDS,
     parse_caption,
 )
 
 ATTRIBUTES = {
-    "shape": list(SHAPES), "colour": list(RGB), "size": list(SIZES),
+    "shape": list(SHAPES), "colour": list(RGB), "size": list(SHAPE_RADII),
     "direction": list(DIRECTIONS), "speed": list(SPEEDS), "background": list(BACKGROUNDS),
 }  # fmt: skip
 PREFIXES = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from anyflow_cli.data.shapes_world import SIZES, WORLDS, parse_caption
+from anyflow_cli.data.shapes_world import SHAPE_RADII, WORLDS, parse_caption
 
 WORLD = WORLDS["shapes"]
 
@@ -21,7 +21,7 @@ def test_what_is_not_named_stays_as_the_seed_has_it() -> None:
         other = WORLD.scene(seed, {"colour": "cyan"})
         assert other == replace(scene, colour="cyan")
         larger = WORLD.scene(seed, {"size": "large"})
-        assert larger.radius > 0.9 * SIZES["large"]
+        assert larger.radius > 0.9 * SHAPE_RADII["large"]
         assert (larger.shape, larger.colour, larger.background) == (
             scene.shape,
             scene.colour,

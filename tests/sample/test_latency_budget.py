@@ -11,7 +11,7 @@ import pytest
 from anyflow_cli.errors import AnyflowError
 from anyflow_cli.recipe.schema import ModelSection
 from anyflow_cli.sample import latency_budget
-from anyflow_cli.sample.latency_budget import MAX_STEPS, SamplingCost, measure_cost, steps_within
+from anyflow_cli.sample.latency_budget import MAX_STEPS, VideoCost, measure_cost, steps_within
 from anyflow_cli.sample.sampler import Latency, VideoSampler
 
 
@@ -66,7 +66,7 @@ def slow() -> VideoSampler:
 
 
 def test_what_slows_single_videos_does_not_count() -> None:
-    assert measure_cost(slow(), "a circle") == SamplingCost(0.25, 1.0)
+    assert measure_cost(slow(), "a circle") == VideoCost(0.25, 1.0)
 
 
 @pytest.mark.parametrize(("seconds", "steps"), [(1.25, 1), (1.49, 1), (1.5, 2), (3.0, 8), (1000, MAX_STEPS)])

@@ -19,8 +19,8 @@ from anyflow_cli.data.shapes_world import (
     DOT_RADIUS,
     HEIGHT,
     RGB,
+    SHAPE_RADII,
     SHAPES,
-    SIZES,
     WIDTH,
     RgbPixels,
     Scene,
@@ -253,8 +253,8 @@ def _known_forms() -> dict[str, Form]:
 
 
 def _known_form(name: str) -> Form:
-    tracks = [_drawn_track(name, radius) for radius in SIZES.values()]
-    areas = [float(t.area.mean()) / r**2 for t, r in zip(tracks, SIZES.values(), strict=True)]
+    tracks = [_drawn_track(name, radius) for radius in SHAPE_RADII.values()]
+    areas = [float(t.area.mean()) / r**2 for t, r in zip(tracks, SHAPE_RADII.values(), strict=True)]
     profile = np.mean([track.profile.mean(0) for track in tracks], axis=0)
     return Form(name, np.asarray(profile, np.float32), float(np.mean(areas)))
 

@@ -14,7 +14,7 @@ from math import hypot, inf, log
 
 import numpy as np
 
-from anyflow_cli.data.shapes_world import BACKGROUNDS, DIRECTIONS, DOT_COUNT, RGB, SIZES, SPEEDS, Rgb
+from anyflow_cli.data.shapes_world import BACKGROUNDS, DIRECTIONS, DOT_COUNT, RGB, SHAPE_RADII, SPEEDS, Rgb
 from anyflow_cli.evaluate.shapes.components import Floats
 from anyflow_cli.evaluate.shapes.observe import Observation, observe
 from anyflow_cli.evaluate.shapes.unmix import rgb_array
@@ -146,7 +146,7 @@ def shown_attributes(seen: Observation) -> dict[str, str | None]:
     return {
         "shape": seen.shape,
         "colour": _nearest_color(seen.track.color[seen.track.seen].mean(0), RGB),
-        "size": _nearest_ratio(float(np.median(seen.radius)), SIZES),
+        "size": _nearest_ratio(float(np.median(seen.radius)), SHAPE_RADII),
         "direction": min(DIRECTIONS, key=lambda name: _angle(seen, name)) if travels else None,
         "speed": _nearest_ratio(pace, SPEEDS) if travels else None,
         "background": seen.mixture.background,
@@ -163,7 +163,7 @@ def _color_score(seen: Observation, name: str) -> float:
 
 
 def _size_score(seen: Observation, name: str) -> float:
-    ratios = np.abs(np.log(np.maximum(seen.radius, 1e-3) / SIZES[name]))
+    ratios = np.abs(np.log(np.maximum(seen.radius, 1e-3) / SHAPE_RADII[name]))
     return sum(ramp(float(ratio), "size offset") for ratio in ratios) / len(seen.track.seen)
 
 
