@@ -16,7 +16,6 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "anyflow_cli"
 GUIDES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
 PAGES = [*sorted(ROOT.glob("docs/*.md")), *(ROOT / name for name in GUIDES)]
-TO_WRAP = ("recipes",)
 NOT_KEYS = ("architecture", "CHANGELOG")  # names of functions; former keys
 FOR_CHILDREN = {"TORCH_HOME", "TORCHELASTIC_SIGNALS_TO_HANDLE"}  # set for processes that are started
 SECTIONS = "|".join(Recipe.model_fields)
@@ -56,9 +55,7 @@ def test_every_recipe_key_on_a_page_exists(page: Path) -> None:
     assert {key for key in keys if not is_recipe_key(key)} == set()
 
 
-@pytest.mark.parametrize(
-    "page", [page for page in PAGES if page.stem not in TO_WRAP], ids=lambda page: page.name
-)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_lines_are_at_most_110_columns_long(page: Path) -> None:
     fenced = re.sub(r"```.*?```", "", text_of(page), flags=re.DOTALL)
     kept = [line for line in fenced.splitlines() if not line.startswith(("|", "    ", "!["))]
