@@ -20,6 +20,7 @@ CONTINUE = "Start the same command again: it continues from the last checkpoint.
 FREE_SPACE = "Free some space, or choose another disk with --runs; starting the same command again continues."
 OTHER_PLACE = "Correct its permissions, or choose another place with --runs."
 OTHER_NAME = "Choose another path."
+UNUSABLE_PATH = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
 # errno -> sentence about a path, hint
 SYSTEM = {
     errno.ENOSPC: ("No space is left on the disk{of}.", FREE_SPACE),
@@ -107,7 +108,8 @@ def _system(error: BaseException) -> Failure | None:
             if not name and sentence.startswith("{name}"):
                 continue
             filled = sentence.format(of=f" of {name}" if name else "", name=f" {name}" if name else "")
-            return Failure(filled.strip(), hint, ExitCode.FAILED)
+            code = ExitCode.USAGE if cause.errno in UNUSABLE_PATH else ExitCode.FAILED
+            return Failure(filled.strip(), hint, code)
     return None
 
 

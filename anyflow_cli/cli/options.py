@@ -37,7 +37,14 @@ if TYPE_CHECKING:
 DEFAULT_RECIPE = "tiny"
 DEFAULT_RUNS = Path("runs")
 
-PATHS = ("DIR", "FILE", "PATH", "NAME|PATH", "ADDRESS")  # placeholders of options that take one
+PATHS = (
+    "DIR",
+    "FILE",
+    "PATH",
+    "NAME|PATH",
+    "ADDRESS",
+    "RUN_A RUN_B",
+)  # placeholders of options that take one
 _RECIPE = "Recipe"
 _OUTPUT = "Output"
 _STEPS = "Steps"
@@ -47,9 +54,11 @@ _MACHINE = "Machine"
 
 def _check_path(param: typer.CallbackParam, value: Any) -> Any:
     """Refuse what cannot be a path or an address, whatever the command would do with it."""
-    text = os.fspath(value) if isinstance(value, Path) else value
-    if text is not None and (problem := path_problem(text)):
-        raise UsageError(f"{param.opts[0]} must {problem}, got {shortened(escaped(text))!r}.", "Correct it.")
+    for one in value if isinstance(value, tuple | list) else (value,):
+        text = os.fspath(one) if isinstance(one, Path) else one
+        if text is not None and (problem := path_problem(text)):
+            option = param.opts[0]
+            raise UsageError(f"{option} must {problem}, got {shortened(escaped(text))!r}.", "Correct it.")
     return value
 
 
@@ -67,6 +76,14 @@ def _check_directory(param: typer.CallbackParam, value: Path | None) -> Path | N
     _check_path(param, value)
     if value is not None and value != Path("-"):
         require_local_directory(param.opts[0], value)
+    return value
+
+
+def _check_output(param: typer.CallbackParam, value: Path | None) -> Path | None:
+    """Refuse a file or directory to write that cannot be in its directory."""
+    _check_path(param, value)
+    if value is not None:
+        require_local_directory(param.opts[0], value.parent)
     return value
 
 
@@ -138,6 +155,10 @@ DebugOption = Annotated[
         panel=_OUTPUT, callback=set_debug, envvar="ANYFLOW_DEBUG", show_envvar=False,
     ),
 ]  # fmt: skip
+TargetArgument = Annotated[
+    Path,
+    typer.Argument(metavar="FILE", help="YAML file to create; never overwritten.", callback=_check_output),
+]
 RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A shipped recipe or a YAML file.")]
 
 # --- models, prompts and samplers
@@ -363,7 +384,7 @@ ExportPathOption = Annotated[
     Path,
     _option(
         "Output: a directory, or a .safetensors file for merged and comfyui.", "--out",
-        metavar="PATH", panel=_OUTPUT,
+        metavar="PATH", panel=_OUTPUT, callback=_check_output,
     ),
 ]  # fmt: skip
 FormatOption = Annotated[

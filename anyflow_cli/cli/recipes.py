@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -49,7 +48,7 @@ def show(
 @recipes_app.command("copy", epilog=options.examples("anyflow recipes copy tiny mine.yaml"))
 def copy(
     recipe: options.RecipeArgument,
-    target: Annotated[Path, typer.Argument(metavar="FILE", help="YAML file to create; never overwritten.")],
+    target: options.TargetArgument,
     as_json: options.JsonOption = False,
     debug: options.DebugOption = False,
 ) -> None:

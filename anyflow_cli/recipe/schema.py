@@ -24,7 +24,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]  # the same rule for every command
 StepCount = Annotated[int, Field(ge=1, le=10**8)]  # of an optimizer
 EvaluationCount = Annotated[int, Field(ge=1, le=10**4)]  # of a network, for one video
 BatchSize = Annotated[int, Field(ge=1, le=2**16)]
-VideoCount = Annotated[int, Field(ge=1, le=10**7)]
+VideoCount = Annotated[int, Field(ge=1, le=10**6)]
 PixelCount = Annotated[int, Field(ge=1, le=8192)]
 FrameCount = Annotated[int, Field(ge=1, le=10**5)]
 ChunkCount = Annotated[int, Field(ge=1, le=10**4)]

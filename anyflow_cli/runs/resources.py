@@ -227,6 +227,8 @@ def _model(name: str, address: str) -> Resource:
         problems = model_problems(str(snapshot or model))
     except AnyflowError as error:
         return _unusable(name, address, error)
+    except OSError as error:
+        return _unusable(name, address, UsageError(f"{address} cannot be read: {error.strerror}."))
     if problems and on_hub:  # an interrupted download, which the command completes
         return _on_hub(name, address)
     if problems:

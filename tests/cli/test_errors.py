@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from anyflow_cli.cli.errors import KINDS, SYSTEM, Failure, failure_of
+from anyflow_cli.cli.errors import KINDS, SYSTEM, UNUSABLE_PATH, Failure, failure_of
 from anyflow_cli.errors import AnyflowError, ExitCode, UsageError
 
 
@@ -18,7 +18,7 @@ from anyflow_cli.errors import AnyflowError, ExitCode, UsageError
 def test_the_disk_names_the_file(code: int) -> None:
     failure = failure_of(OSError(code, "words of the system", "some/file"))
     assert failure
-    assert failure.code == ExitCode.FAILED
+    assert failure.code == (ExitCode.USAGE if code in UNUSABLE_PATH else ExitCode.FAILED)
     assert failure.hint
     assert "some/file" in failure.message or code == errno.EMFILE
     assert "  " not in failure.message
