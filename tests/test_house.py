@@ -22,7 +22,7 @@ LONGEST = 80  # lines of a function
 SHORT = 5  # lines: a private function below, with one caller, could stand in its place
 INLINEABLE = 70  # how many there may be; lower it when there are fewer
 TWICE = {  # public names that still have two definitions; remove each with its second definition
-    "FP32", "FRAMES", "STEPS", "Segment", "Stage", "plan", "stage_one",
+    "FRAMES", "SIZES", "STAGES", "SamplingCost", "Stage",
 }  # fmt: skip
 
 

@@ -8,17 +8,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-TRAINING = ("train_flowmap", "distill", "finetune")
-OPTIMIZERS = (*((stage, "optimizer") for stage in TRAINING), ("distill", "fake_optimizer"))
+_TRAINING = ("train_flowmap", "distill", "finetune")
+OPTIMIZERS = (*((stage, "optimizer") for stage in _TRAINING), ("distill", "fake_optimizer"))
 
 # section -> old key -> new key; sections by their new names
 RENAMED: dict[tuple[str, ...], dict[str, str]] = {
     ("model",): {"checkpointed_every": "checkpoint_every_n_blocks", "shipped": "pretrained_any_step"},
     ("launch",): {"checkpoints_wait": "async_checkpoint"},
     **{(name,): {"batch": "batch_size"} for name in ("synthesize", "sample", "evaluate")},
-    **{(stage,): {"batch": "global_batch", "optimiser": "optimizer"} for stage in TRAINING},
-    **{(stage, "flow_map"): {"given": "conditioning_prob"} for stage in TRAINING},
-    **{(stage, "alarms"): {"then": "action"} for stage in TRAINING},
+    **{(stage,): {"batch": "global_batch", "optimiser": "optimizer"} for stage in _TRAINING},
+    **{(stage, "flow_map"): {"given": "conditioning_prob"} for stage in _TRAINING},
+    **{(stage, "alarms"): {"then": "action"} for stage in _TRAINING},
     **{section: {"warmup": "warmup_steps", "clip": "grad_clip"} for section in OPTIMIZERS},
 }
 RENAMED[("distill",)] |= {
