@@ -3,7 +3,8 @@
 ``diffusers``  a pipeline folder, for ``AnyFlowPipeline.from_pretrained`` (``WanPipeline`` with one time)
 ``merged``     the network in one safetensors file with diffusers' names, its configuration in the metadata
 ``comfyui``    the same with Wan's original names under ComfyUI's prefix, ``model.diffusion_model.``
-``adapter``    the result of LoRA training as a PEFT adapter for the diffusers class
+``adapter``    a LoRA, of a run trained with one or extracted from full weights against a base: a directory
+               that PEFT, ``pipe.load_lora_weights`` of diffusers and ComfyUI load, each its own file
 
 Original Wan has one time embedder. The second is written as ``delta_embedding.{0,2}``, a name of this
 project: a loader for plain Wan reports it as unexpected and would sample without it, which is another model;
@@ -14,31 +15,42 @@ written as it was read. Files are complete or absent, and none is replaced.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 
 from anyflow_cli.errors import UsageError
 from anyflow_cli.model.layouts.names import TRANSFORMER_NAMES
 from anyflow_cli.model.lora import LoraSize
-from anyflow_cli.model.network import folded
-from anyflow_cli.model.pipeline_io import load_adapter, save_adapter, save_pipeline
+from anyflow_cli.model.network import folded, two_time_from
+from anyflow_cli.model.pipeline_io import Adapter, load_adapter, save_adapter, save_pipeline
 from anyflow_cli.model.weights_io import LazyWeight, WeightSource, write_weights
 from anyflow_cli.recipe.schema import Recipe
 from anyflow_cli.runs.checkpoint import is_checkpoint, trained_weights
 from anyflow_cli.runs.lineage import run_of
-from anyflow_cli.runs.open import describe, locate, weight_source
+from anyflow_cli.runs.open import describe, locate, open_model, weight_source
 from anyflow_cli.utils.files import atomic_write
 
+log = logging.getLogger(__name__)
+
 Format = Literal["diffusers", "merged", "comfyui", "adapter"]
+DIFFUSERS_LORA, COMFYUI_LORA = "pytorch_lora_weights.safetensors", "comfyui_lora.safetensors"
 ADAPTER = "adapter"  # directory of a finished run with its adapter
 COMFYUI_PREFIX = "model.diffusion_model."
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def export_model(address: str, recipe: Recipe, kind: Format, out: Path, dtype: str | None = None) -> Path:
+def export_model(
+    address: str,
+    recipe: Recipe,
+    kind: Format,
+    out: Path,
+    dtype: str | None = None,
+    extraction: Extraction | None = None,
+) -> Path:
     """Export a model.
 
     Args:
@@ -47,13 +59,16 @@ def export_model(address: str, recipe: Recipe, kind: Format, out: Path, dtype: s
         kind: Format.
         out: Folder or file to write.
         dtype: Type of all weights (``fp32``, ``bf16``, ``fp16``); None: as they are.
+        extraction: For ``adapter``: extract it from full weights.
 
     Returns:
         The folder or file that was written.
     """
     target = destination(kind, out)
     if kind == "adapter":
-        _write_adapter(target, address)
+        adapter = _adapter_of_run(address) if extraction is None else _extracted(address, recipe, extraction)
+        save_adapter(target, *adapter)
+        write_lora_files(target, adapter)
         return target
     info = describe(address, recipe)
     network, lineage = weight_source(info), info.lineage | {"exported_from": address}
@@ -75,20 +90,91 @@ def destination(kind: Format, out: Path) -> Path:
     return target
 
 
-def _write_adapter(target: Path, address: str) -> None:
-    """Write the adapter of a finished run or of a checkpoint."""
+def _adapter_of_run(address: str) -> Adapter:
+    """The adapter of a finished run or of a checkpoint."""
     path = locate(address)
     if is_checkpoint(path):
         run = run_of(path)
         if run.recipe.model.lora is not None:
             size = LoraSize(run.recipe.model.lora.rank, run.recipe.model.lora.alpha)
-            return save_adapter(target, trained_weights(path), size, str(run.base))
+            return Adapter(trained_weights(path), size, str(run.base))
     elif (path.parent / ADAPTER).is_dir():
-        return save_adapter(target, *load_adapter(path.parent / ADAPTER))
+        return load_adapter(path.parent / ADAPTER)
     raise UsageError(
         f"{address} has no adapter: all its weights were trained, or it is not a training run.",
-        "Use --format diffusers, merged or comfyui.",
+        "Extract one with --base ADDRESS --rank R, or use --format diffusers, merged or comfyui.",
     )
+
+
+class Extraction(NamedTuple):
+    """Base and rank of a LoRA that is extracted from full weights."""
+
+    base: str
+    rank: int
+
+
+def _extracted(address: str, recipe: Recipe, extraction: Extraction) -> Adapter:
+    """The best LoRA of a rank for the difference of two models, by singular values; its error is logged."""
+    model, base = open_model(address, recipe).network, open_model(extraction.base, recipe).network
+    if model.config.two_time and not base.config.two_time:
+        base = two_time_from(base, model.config.gate)
+    weights: dict[str, torch.Tensor] = {}
+    change = missed = 0.0
+    start = dict(base.named_parameters())
+    for name, parameter in model.named_parameters():
+        if name not in start or start[name].shape != parameter.shape:
+            raise UsageError(
+                f"{extraction.base} is not a base of {address}: {name} differs in shape.",
+                "Choose another --base.",
+            )
+        delta = (parameter - start[name]).float()
+        total = float(delta.square().sum())
+        kept = 0.0
+        if delta.dim() == 2 and total:
+            u, s, v = torch.linalg.svd(delta, full_matrices=False)
+            rank, root = min(extraction.rank, len(s)), s[: extraction.rank].sqrt()
+            a, b = torch.zeros(extraction.rank, v.shape[1]), torch.zeros(u.shape[0], extraction.rank)
+            a[:rank], b[:, :rank] = root[:, None] * v[:rank], u[:, :rank] * root
+            layer = name.removesuffix(".weight")
+            weights |= {f"{layer}.lora_A.weight": a, f"{layer}.lora_B.weight": b}
+            kept = float(s[:rank].square().sum())
+        change, missed = change + total, missed + max(total - kept, 0.0)
+    if not weights:
+        raise UsageError(
+            f"{address} equals {extraction.base}: there is nothing to extract.", "Choose another --base."
+        )
+    log.info(
+        "Rank %d misses %.1f %% of the change (relative norm).",
+        extraction.rank,
+        100 * (missed / change) ** 0.5,
+    )
+    return Adapter(weights, LoraSize(extraction.rank, extraction.rank), extraction.base)
+
+
+def write_lora_files(folder: Path, adapter: Adapter) -> None:
+    """Write an adapter for diffusers and for ComfyUI, with its scale alpha / rank multiplied into B.
+
+    Diffusers finds its file by name. Modules that were trained in full have no place in either.
+    """
+    if any(".lora_" not in name for name in adapter.weights):
+        log.warning("Modules trained in full are in PEFT's files alone; others need --format diffusers.")
+        return
+    scale = adapter.size.alpha / adapter.size.rank
+    scaled = {n: w.float() * (scale if ".lora_B." in n else 1.0) for n, w in adapter.weights.items()}
+    layers = sorted({name.rpartition(".lora_")[0] for name in scaled})
+    facts = {"r": adapter.size.rank, "lora_alpha": adapter.size.rank, "target_modules": layers}
+    metadata = {
+        "lora_adapter_metadata": json.dumps({f"transformer.{key}": value for key, value in facts.items()})
+    }
+    for file, prefix, name_of in (
+        (DIFFUSERS_LORA, "transformer.", str),
+        (COMFYUI_LORA, "diffusion_model.", TRANSFORMER_NAMES.to_original),
+    ):
+        stored = {}
+        for name, weight in scaled.items():
+            layer, _, side = name.rpartition(".lora_")
+            stored[f"{prefix}{name_of(layer)}.lora_{side}"] = LazyWeight.of(weight)
+        _write(folder / file, stored, metadata if file == DIFFUSERS_LORA else {}, None)
 
 
 def write_merged(

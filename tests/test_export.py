@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,11 +12,20 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from anyflow_cli.errors import UsageError
-from anyflow_cli.export import COMFYUI_PREFIX, export_model, write_comfyui, write_merged
+from anyflow_cli.export import (
+    COMFYUI_LORA,
+    COMFYUI_PREFIX,
+    DIFFUSERS_LORA,
+    Extraction,
+    export_model,
+    write_comfyui,
+    write_merged,
+)
 from anyflow_cli.model.backbone import Backbone
 from anyflow_cli.model.config import NetworkConfig
 from anyflow_cli.model.layouts.names import TRANSFORMER_NAMES
 from anyflow_cli.model.lora import LoraSize, MergedNetwork
+from anyflow_cli.model.lora_formats import LoraRequest, merge_loras
 from anyflow_cli.model.network import FlowMapTransformer, two_time_from
 from anyflow_cli.model.pipeline_io import load_adapter, load_network, save_pipeline
 from anyflow_cli.recipe.compare import dump
@@ -293,3 +303,56 @@ def test_adapters_trained_in_bf16_leave_the_base_as_it_was_read(wan: Path, tmp_p
         made = export_model(str(address), recipe, "merged", tmp_path / f"{address.name}.safetensors")
         exported = load_file(made)
         assert all(torch.equal(exported[name], value) for name, value in stored.items())
+
+
+# --- adapters for other loaders
+
+
+def anyflow_pipeline_of(base: Path, folder: Path) -> Any:
+    """The two-time start of a run as diffusers' pipeline."""
+    from diffusers import AnyFlowPipeline
+
+    return AnyFlowPipeline.from_pretrained(save_pipeline(folder, two_time_from(load_network(base)), base, {}))
+
+
+def test_diffusers_loads_an_adapter_at_its_strength(wan: Path, tmp_path: Path) -> None:
+    expected = make_run(tmp_path / "run", wan, lora=True)
+    made = export_model(str(tmp_path / "run"), recipe_for(wan), "adapter", tmp_path / "out")
+    pipeline = anyflow_pipeline_of(wan, tmp_path / "start")
+    pipeline.load_lora_weights(made)
+    pipeline.fuse_lora()
+    pipeline.unload_lora_weights()
+    ours = expected.state_dict()
+    for name, weight in pipeline.transformer.state_dict().items():
+        torch.testing.assert_close(weight, ours[name], rtol=1e-4, atol=1e-5)
+
+
+def test_an_exported_adapter_is_a_lora_that_merges_to_the_trained_network(wan: Path, tmp_path: Path) -> None:
+    expected = make_run(tmp_path / "run", wan, lora=True)
+    made = export_model(str(tmp_path / "run"), recipe_for(wan), "adapter", tmp_path / "out")
+    for file in (DIFFUSERS_LORA, COMFYUI_LORA, "adapter_model.safetensors"):
+        network = two_time_from(load_network(wan))
+        merge_loras(network, [LoraRequest(made / file)])
+        for name, weight in expected.state_dict().items():
+            torch.testing.assert_close(network.state_dict()[name], weight, rtol=1e-4, atol=1e-5)
+
+
+def test_a_lora_is_extracted_from_full_weights(
+    wan: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = make_run(tmp_path / "run", wan, lora=True)
+    save_pipeline(tmp_path / "full", expected, wan, {})
+    for rank, exact in ((4, True), (2, False)):
+        caplog.clear()
+        with caplog.at_level("INFO", logger="anyflow_cli.export"):
+            made = export_model(
+                str(tmp_path / "full"), recipe_for(wan), "adapter", tmp_path / str(rank),
+                extraction=Extraction(str(wan), rank),
+            )  # fmt: skip
+        assert ("misses 0.0 %" in caplog.text) == exact
+        network = two_time_from(load_network(wan))
+        merge_loras(network, [LoraRequest(made / DIFFUSERS_LORA)])
+        errors = [(network.state_dict()[n] - w).abs().max() for n, w in expected.state_dict().items()]
+        assert bool(max(errors) < 1e-4) == exact
+    with pytest.raises(UsageError, match="nothing to extract"):
+        export_model(str(wan), recipe_for(wan), "adapter", tmp_path / "x", extraction=Extraction(str(wan), 4))

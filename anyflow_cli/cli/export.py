@@ -6,6 +6,7 @@ import logging
 
 from anyflow_cli.cli import options
 from anyflow_cli.cli.console import print_dry_run, print_result
+from anyflow_cli.errors import UsageError
 
 log = logging.getLogger(__name__)
 
@@ -16,6 +17,8 @@ def export(
     lora: options.LoraOption = None,
     kind: options.FormatOption = "diffusers",
     dtype: options.DtypeOption = None,
+    base: options.BaseOption = None,
+    rank: options.RankOption = 64,
     recipe: options.RecipeOption = options.DEFAULT_RECIPE,
     assignments: options.SetOption = None,
     runs: options.RunsOption = options.DEFAULT_RUNS,
@@ -32,6 +35,8 @@ def export(
     """
     settings = options.load_settings(recipe, assignments)
     model = options.with_lora_files(model, lora)
+    if base is not None and kind != "adapter":
+        raise UsageError("--base is for --format adapter.", "Add --format adapter, or omit --base.")
 
     from anyflow_cli import export as job
     from anyflow_cli.runs.paths import RunPaths
@@ -45,7 +50,8 @@ def export(
         facts = {"model": choice.address, "because": choice.why, "format": kind, "out": target}
         return print_dry_run("export", facts, needs, as_json=as_json)
     require_inputs(needs)
-    made = job.export_model(choice.address, settings, kind, out, dtype)
+    extraction = None if base is None else job.Extraction(base, rank)
+    made = job.export_model(choice.address, settings, kind, out, dtype, extraction)
     if kind == "comfyui":
         log.info("ComfyUI's own Wan nodes pass one time; this file needs a node that passes two.")
     print_result({"model": choice.address, "format": kind, "out": made}, as_json=as_json, text=str(made))

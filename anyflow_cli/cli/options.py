@@ -177,6 +177,13 @@ LoraOption = Annotated[
         metavar="FILE[:STRENGTH]",
     ),
 ]  # fmt: skip
+BaseOption = Annotated[
+    str | None,
+    _option("With --format adapter: extract a LoRA against this model.", "--base", metavar="ADDRESS"),
+]
+RankOption = Annotated[
+    int, _option("Rank of the LoRA that --base extracts.", "--rank", min=1, max=4096, metavar="R")
+]
 InitFromOption = Annotated[
     str | None,
     _option(
