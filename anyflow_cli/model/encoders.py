@@ -34,6 +34,7 @@ from anyflow_cli.model.weights_io import (
 )
 from anyflow_cli.utils.records import read_record
 
+WAN_21_CHANNELS = 16
 REST_OF_UMT5 = ("decoder.", "lm_head.")  # a whole model is more than its encoder
 
 
@@ -67,8 +68,17 @@ class VaeConfig(BaseModel):
 
     class_name: Literal["AutoencoderKLWan"] = Field("AutoencoderKLWan", alias="_class_name")
     base_dim: Size = 96
+    decoder_base_dim: Size | None = None
     z_dim: Size = 16
+    dim_mult: list[Annotated[int, Field(ge=1, le=64)]] = [1, 2, 4, 4]
     num_res_blocks: Annotated[int, Field(ge=1, le=100)] = 2
+    attn_scales: list[FiniteFloat] = []
+    temperal_downsample: list[bool] = [False, True, True]
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    is_residual: bool = False
+    in_channels: Size = 3
+    out_channels: Size = 3
+    patch_size: Annotated[int, Field(ge=1, le=16)] | None = None
     scale_factor_spatial: Annotated[int, Field(ge=1, le=64)] = 8
     scale_factor_temporal: Annotated[int, Field(ge=1, le=64)] = 4
     latents_mean: list[FiniteFloat] | None = None
@@ -77,9 +87,11 @@ class VaeConfig(BaseModel):
     @model_validator(mode="after")
     def _one_statistic_per_channel(self) -> VaeConfig:
         for name in ("latents_mean", "latents_std"):
-            values = getattr(self, name)
-            if values is not None and len(values) != self.z_dim:
-                raise ValueError(f"{name} has {len(values)} values for {self.z_dim} channels")
+            count = len(
+                getattr(self, name) or range(WAN_21_CHANNELS)
+            )  # diffusers' default is that of Wan 2.1
+            if count != self.z_dim:
+                raise ValueError(f"{name} has {count} values for {self.z_dim} channels")
         return self
 
 

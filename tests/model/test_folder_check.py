@@ -77,7 +77,8 @@ PROBLEMS: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     ),
     "wider VAE": (config("vae", base_dim=16), ["vae do not fit config.json"]),
     "fewer means": (config("vae", latents_mean=[0.0]), ["latents_mean has 1 values for 8 channels"]),
-    "odd VAE": (config("vae", dim_mult="x"), ["does not describe a VAE"]),
+    "odd VAE": (config("vae", dim_mult="x"), ["config.json is damaged: dim_mult"]),
+    "no VAE": (config("vae", temperal_downsample=[]), ["does not describe a VAE"]),
     "original Wan": (config("transformer", _class_name="WanModel"), ["'WanModel', which anyflow cannot run"]),
     "shift": (
         lambda p: (p / "scheduler/scheduler_config.json").write_text('{"shift": "x"}'),
