@@ -94,7 +94,7 @@ class Attention(nn.Module):
             for group in layout.groups
         ]
         if cache is not None:
-            _write(cache, (key, value), layout)
+            _write_cache(cache, (key, value), layout)
         return self._project(parts[0] if len(parts) == 1 else torch.cat(parts, dim=1))
 
     def text_keys(self, text: Tensor) -> KeyValue:
@@ -132,7 +132,7 @@ def _gather(x: Tensor, group: Group, cache: Tensor | None) -> Tensor:
     return torch.cat([*(cache[:, place] for place in group.cached), *own], dim=1)
 
 
-def _write(cache: KeyValue, new: KeyValue, layout: Layout) -> None:
+def _write_cache(cache: KeyValue, new: KeyValue, layout: Layout) -> None:
     """Write keys and values of the input to the layout's places in the cache, without gradient."""
     for stored, x in zip(cache, new, strict=True):
         for write in layout.writes:

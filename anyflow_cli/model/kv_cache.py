@@ -121,7 +121,7 @@ class KeyCache:
             self._encode(range(state.first, state.done), x[:, ends[state.first] :], model)
 
     def _encode(self, inputs: Sequence[int], z: Tensor, model: Conditioned) -> None:
-        """Write the keys of the chunks ``inputs``, z (B, F, C, H, W); the others are cached."""
+        """Encode the chunks ``inputs``, z (B, F, C, H, W); blocks.py writes their keys and values."""
         zero = z.new_zeros(len(z))
         model.with_layout(self._layout(self._segments(inputs)), self._memory)(z, zero, zero)
 

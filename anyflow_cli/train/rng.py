@@ -6,7 +6,7 @@ the number of processes nor on the micro-batch.
 
 Positions: the samples of a global batch are numbered 0..N-1. Of K processes, process k has k, k+K, k+2K, ...
 Its micro-batches are consecutive pieces of these, so the m-th micro-batches of all processes together are a
-consecutive piece of the global batch. Objectives put boundary samples first, which makes the mean of Eq. (7)
+consecutive piece of the global batch. Objectives put boundary samples first, which makes the mean of Eq. 7
 exact under gradient accumulation: see ``BoundaryMean``.
 
 Legend: N global batch, B micro-batch.
