@@ -42,8 +42,10 @@ def test_a_missing_other_teacher_is_found_before_anything_starts(tmp_path: Path)
 
 
 def test_clips_are_encoded_by_the_recipes_own_teacher(tmp_path: Path) -> None:
-    (tmp_path / "clips").mkdir()
+    for name in ("clips", "own"):
+        (tmp_path / name).mkdir()
     (tmp_path / "clips" / "a.mp4").touch()
+    (tmp_path / "clips" / "a.txt").write_text("a clip")
     job = prepare_synthesis(
         recipe(tmp_path / "own", tmp_path / "other"), tmp_path / "out", tmp_path / "clips"
     )
