@@ -69,7 +69,7 @@ def set_debug(on: bool) -> bool:
 
 
 def debugging() -> bool:
-    """Whether ``--debug`` was given."""
+    """Whether ``--debug`` is set."""
     return logging.getLogger(PACKAGE).isEnabledFor(logging.DEBUG)
 
 

@@ -41,8 +41,8 @@ def finetune(
 ) -> None:
     """Continue training an any-step model on your own videos; it stays any-step.
 
-    Says how 4 and 32 steps fare before and after: by score where the built-in suite can judge the captions,
-    else by the flow-map error on clips held out. The same command continues a run that was stopped.
+    Compares 4 and 32 steps before and after: by score if the built-in suite can judge the captions, otherwise
+    by the flow-map error on held-out clips. The same command continues a run that was stopped.
     """
     run_training(
         TrainingCommand(

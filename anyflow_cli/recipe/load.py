@@ -38,7 +38,7 @@ _OWN = ("name", "description", "extends")
 
 @dataclass(frozen=True)
 class Override:
-    """One value set from the command line; ``option`` is how it was given, for messages."""
+    """One value from the command line; ``option`` names it in messages."""
 
     key: str
     value: Any
@@ -95,7 +95,7 @@ def recipe_names() -> list[str]:
 
 
 def find_recipe(address: str, beside: Path | None = None) -> tuple[Path, str]:
-    """Give the file of a recipe, and what messages call it; a path is relative to ``beside`` if given."""
+    """Return a recipe's file and its name in messages; a path is relative to ``beside``, if there is one."""
     if problem := path_problem(address):
         raise UsageError(f"The name of a recipe must {problem}, got {in_yaml(address)}.", RECIPE_HINT)
     if "/" in address or "\\" in address or address.endswith((".yaml", ".yml")):
@@ -121,7 +121,7 @@ def _unknown_recipe(address: str) -> UsageError:
 
 
 def _resolved(path: Path, shown: str, chain: tuple[tuple[Path, str], ...]) -> YamlSource:
-    """Read a file and what it extends; the nearer file wins key by key."""
+    """Read a file and those it extends; the nearer file wins key by key."""
     if len(chain) > MOST_PARENTS:
         raise UsageError(f"{shown} is the end of a chain of more than {MOST_PARENTS} recipes.", RECIPE_HINT)
     real = path.resolve()
@@ -153,7 +153,7 @@ def _resolved(path: Path, shown: str, chain: tuple[tuple[Path, str], ...]) -> Ya
 
 
 def _merged(base: Mapping[str, Any], nearer: Mapping[str, Any]) -> dict[str, Any]:
-    """Lay one mapping over another, section by section; anything else is replaced whole."""
+    """Merge two mappings section by section; other values are replaced."""
     result = dict(base)
     for key, value in nearer.items():
         below = result.get(key)
@@ -165,7 +165,7 @@ def _merged(base: Mapping[str, Any], nearer: Mapping[str, Any]) -> dict[str, Any
 def _override(
     content: dict[str, Any], places: dict[Key, YamlLocation], item: str | Override
 ) -> Mistake | None:
-    """Write one override into ``content``, or say what is wrong with it."""
+    """Write one override into ``content``; return what is wrong with it."""
     if isinstance(item, str):
         name, equals, text = item.partition("=")
         item = Override(name.strip(), parse_value(text), f"--set {shortened(escaped(item), 120)}")

@@ -1,6 +1,6 @@
 """What a recipe may contain: one YAML file describes one model family through all commands.
 
-The classes hold meaning, defaults, ranges and the rules between keys; files, inheritance and messages are in
+The classes define meaning, defaults, ranges and rules between keys; files, inheritance and messages are in
 ``load.py``. No torch here: a recipe is checked on any machine. Defaults are the paper's, with a section named
 beside each. Upper bounds are far beyond what any run uses: they stop a typing error, or a hostile file, from
 filling the memory.
@@ -49,17 +49,17 @@ Address = Annotated[str, AfterValidator(_path)]  # of a file, a directory or a m
 
 
 def latent_frames(frames: int) -> int:
-    """Latent frames of a video: the VAE encodes the first frame alone, then four at a time."""
+    """Number of latent frames of a video: the VAE encodes the first frame alone, then four at a time."""
     return (frames - 1) // 4 + 1
 
 
 def whole_latents(frames: int) -> int:
-    """Refuse a number of frames that the VAE does not take."""
-    return require((frames - 1) % 4 == 0, frames, "be 4 n + 1, as the VAE takes frames (33, 49, 81, ...)")
+    """Refuse a number of frames that the VAE cannot encode."""
+    return require((frames - 1) % 4 == 0, frames, "be 4 n + 1, as the VAE encodes frames (33, 49, 81, ...)")
 
 
 def _laid_over(default: object, value: object) -> object:
-    """Complete a section that is given in part."""
+    """Fill a partial section with the values of its default."""
     if isinstance(default, Section) and isinstance(value, dict):
         return {**default.model_dump(), **value}
     return value
@@ -70,7 +70,7 @@ Task = Literal["t2v", "i2v"]
 
 
 class Section(BaseModel):
-    """Base of every section: unknown keys are refused, types not guessed, values fixed once loaded."""
+    """Base of every section: unknown keys are refused, types are strict, values do not change."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, validate_default=True, allow_inf_nan=False
@@ -79,7 +79,7 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _keep_other_defaults(cls, value: object, info: ValidationInfo) -> object:
-        """A section given in part keeps the rest of *this* field's default, not of its class."""
+        """Fill a partial section from the default of *this* field, not of its class."""
         default = cls.model_fields[info.field_name or ""].default
         return _laid_over(default, value)
 

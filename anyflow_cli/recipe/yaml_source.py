@@ -44,7 +44,7 @@ class YamlLocation:
 
 @dataclass(frozen=True)
 class YamlSource:
-    """The content of one file, and the place of each key in it."""
+    """Content of one file, and the place of each key in it."""
 
     content: Mapping[str, Any]
     places: Mapping[Key, YamlLocation]
@@ -86,13 +86,13 @@ def parse_source(text: str, shown: str) -> YamlSource:
     except NOT_YAML as error:
         raise UsageError(f"{shown} is not a YAML file.", RECIPE_HINT) from error
     if not isinstance(content, dict):
-        found = "is empty" if content is None else "does not hold keys and values"
+        found = "is empty" if content is None else "has no keys and values"
         raise UsageError(f"{shown} {found}, so it is not a recipe.", RECIPE_HINT)
     return YamlSource(content, reader.places)
 
 
 def parse_value(text: str) -> Any:
-    """Give the value that ``text`` has in YAML; text that is not YAML is its own value."""
+    """Return the value of ``text`` in YAML; text that is not YAML is its own value."""
     try:
         return _Reader("", {}).read(text)
     except (*NOT_YAML, RecursionError):
@@ -101,20 +101,20 @@ def parse_value(text: str) -> Any:
 
 @dataclass
 class _Reader:
-    """Turns YAML nodes into values, refusing what YAML allows and a recipe cannot mean."""
+    """Turns YAML nodes into values; refuses what YAML allows and a recipe cannot mean."""
 
     shown: str
     places: dict[Key, YamlLocation]
     values: int = 0
 
     def read(self, text: str) -> Any:
-        """Give the value of a whole text."""
+        """Return the value of a whole text."""
         loader = _Loader(text)
         node = loader.get_single_node()
         return None if node is None else self.value(node, ())
 
     def value(self, node: yaml.Node, key: Key) -> Any:
-        """Give the value of a node; ``key`` is the path that leads to it."""
+        """Return the value of a node; ``key`` is the path that leads to it."""
         self.values += 1
         if self.values > MOST_VALUES or len(key) > DEEPEST:
             limit = f"{MOST_VALUES} values" if self.values > MOST_VALUES else f"{DEEPEST} levels"
@@ -131,7 +131,7 @@ class _Reader:
         return _scalar(node)
 
     def mapping(self, node: yaml.MappingNode, key: Key) -> dict[str, Any]:
-        """Give the keys and values of a mapping; each key may stand once."""
+        """Return the keys and values of a mapping; each key may appear once."""
         content: dict[str, Any] = {}
         for name_node, item in node.value:
             name = str(name_node.value)
@@ -150,7 +150,7 @@ class _Reader:
 
 
 def _scalar(node: yaml.Node) -> Any:
-    """Give the value of a single word or number, whose tag may be explicit (``!!int 7``)."""
+    """Return the value of a single word or number; its tag may be explicit (``!!int 7``)."""
     digits = sum(map(str.isdigit, node.value))
     if node.tag == INTEGER and digits > MOST_DIGITS:
         problem = f"a number of {digits} digits is too long"

@@ -43,7 +43,7 @@ class RunPaths:
 
     @property
     def finetune_clips(self) -> Path:
-        """Clips that ``finetune`` draws where it is given no videos."""
+        """Clips that ``finetune`` draws without --data."""
         return self.home / "finetune-clips"
 
     @property

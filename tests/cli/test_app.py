@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run the command line in a process of its own, coloured unless ``environment`` says otherwise."""
+    """Run the command line in a process of its own, in color unless ``environment`` has NO_COLOR."""
     inherited = {name: value for name, value in os.environ.items() if name != "NO_COLOR"}
     return subprocess.run(
         [sys.executable, "-m", "anyflow_cli", *arguments],
@@ -33,7 +33,7 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
 
 @pytest.fixture
 def failing(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException], int]:
-    """Run a command line whose one verb raises what is given."""
+    """Return a function that runs a command line whose one verb raises an error."""
 
     def run_failing(error: BaseException, *arguments: str) -> int:
         app = typer.Typer()
@@ -185,6 +185,7 @@ def test_a_reader_that_has_seen_enough_ends_it_quietly() -> None:
 
 
 def test_only_the_first_of_several_processes_prints(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RANK", "1")
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
     assert main(["recipes", "list"]) == 0
     assert capsys.readouterr().out == ""

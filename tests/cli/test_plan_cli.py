@@ -99,7 +99,7 @@ def test_a_bad_machine_is_a_wrong_use(recipe: Path, capsys: pytest.CaptureFixtur
 def test_a_dry_run_names_what_is_missing_and_fetches_nothing(
     recipe: Path, command: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The teacher is on the Hub, and neither data nor models are there: the dry run says so and ends well."""
+    """The teacher is on the Hub, data and models are missing: the dry run lists both and ends with 0."""
     hub = "model.teacher=Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
     assert main([command, "-r", str(recipe), "--set", hub, "--dry-run", "--json"]) == 0
     needs = {need["name"]: need for need in json.loads(capsys.readouterr().out)["needs"]}

@@ -1,4 +1,4 @@
-"""``anyflow sample`` and ``anyflow doctor`` as their users see them: what is written, said and refused."""
+"""``anyflow sample`` and ``anyflow doctor`` as users see them: files, messages and refusals."""
 
 from __future__ import annotations
 

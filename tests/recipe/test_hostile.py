@@ -33,7 +33,7 @@ def _in_an_empty_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def bomb(levels: int = 9) -> str:
-    """A list whose aliases stand for 9 ** levels values."""
+    """A list whose aliases expand to 9 ** levels values."""
     parts = ["&l0 [1, 1, 1, 1, 1, 1, 1, 1, 1]"]
     parts += [f"&l{n} [{', '.join([f'*l{n - 1}'] * 9)}]" for n in range(1, levels)]
     return f"[{', '.join(parts)}]"

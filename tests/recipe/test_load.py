@@ -132,7 +132,7 @@ LONG = "x" * 90
         ("name: 7", "1: name must be text (put it in quotes), got 7."),
         ("model:", "1: model must be a section of keys, got nothing."),
         ("model: {frames: 32}",
-         "1: model.frames must be 4 n + 1, as the VAE takes frames (33, 49, 81, ...), got 32."),
+         "1: model.frames must be 4 n + 1, as the VAE encodes frames (33, 49, 81, ...), got 32."),
         ("model: {width: 500}",
          "1: model.width must be a multiple of 16 (8 of the VAE times 2 of a patch), got 500."),
         ("model: {fps: 8.5}", "1: model.fps must be a whole number, got 8.5."),
