@@ -284,3 +284,10 @@ def test_every_module_of_the_table_is_a_module_of_wan() -> None:
     for theirs_name, our_name in originals().items():
         assert TRANSFORMER_NAMES.to_original(our_name) == theirs_name
         assert TRANSFORMER_NAMES.from_original(f"{theirs_name}.weight") == f"{our_name}.weight"
+
+
+def test_the_page_on_models_names_every_layout_family() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "models.md").read_text()
+    for words in ("original Wan file", "ComfyUI", "fp8", "Self-Forcing", "rCM", "FAR_Wan_Transformer3DModel"):
+        assert words in page
+    assert all(words.split()[-1] in page for words in set(FOREIGN.values()) - {"image-to-video"})
