@@ -14,16 +14,18 @@ import resource
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from pydantic import BaseModel
 
 from anyflow_cli.errors import UsageError
 from anyflow_cli.utils.files import atomic_write, disk_errors
+from anyflow_cli.utils.records import parse_record
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard.writer import SummaryWriter
@@ -75,9 +77,9 @@ class Metrics:
             with disk_errors(self.tensorboard_directory):
                 self.tensorboard = _open_tensorboard(self.tensorboard_directory, step)
         if self.writes and self.path.exists():
-            lines = self.path.read_text().splitlines(keepends=True)
+            kept = b"".join(_rows_until(self.path, step))
             with atomic_write(self.path) as temporary:
-                temporary.write_text("".join(line for line in lines if _is_until(line, step)))
+                temporary.write_bytes(kept)
 
     def _end_row(self, step: int) -> dict[str, Any]:
         means = {name: total / count for name, (total, count) in self.sums.items()}
@@ -151,8 +153,14 @@ def finish_trackers(accelerator: Any) -> None:
         tracker.finish()
 
 
-def _is_until(line: str, step: int) -> bool:
-    try:
-        return bool(json.loads(line)["step"] <= step)
-    except json.JSONDecodeError:  # the last line of a killed run may be torn
-        return False
+class _Row(BaseModel):
+    step: int
+
+
+def _rows_until(path: Path, step: int) -> Iterator[bytes]:
+    """The lines of the rows up to ``step``; the last line of a killed run may be torn, and is dropped."""
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
+        if line.endswith(b"\n"):
+            row = parse_record(line, _Row, f"{path}, line {number},", "Remove that line, or the file.")
+            if row.step <= step:
+                yield line

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from anyflow_cli.errors import AnyflowError
+from anyflow_cli.errors import AnyflowError, UsageError
 from anyflow_cli.train.metrics import Metrics
 
 
@@ -64,6 +64,15 @@ def test_resumed_rows_are_those_of_an_undisturbed_run(tmp_path: Path) -> None:
     for step in range(1, 7):
         undisturbed.add(step, {"loss": 0.1 * step})
     assert rows(tmp_path) == rows(tmp_path / "other")
+
+
+@pytest.mark.parametrize("line", ["{}", '{"step": "2"}', '{"step": null}', "[]", "3", "loss 3", '{"step": 2'])
+def test_a_damaged_row_names_file_and_line(tmp_path: Path, line: str) -> None:
+    (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1, "loss": NaN}}\n{line}\n{{"step": 3}}\n')
+    before = (tmp_path / "metrics.jsonl").read_text()
+    with pytest.raises(UsageError, match=r"metrics\.jsonl, line 2, is "):
+        metrics(tmp_path).resume(3, {}, 0)
+    assert (tmp_path / "metrics.jsonl").read_text() == before
 
 
 def test_a_start_from_nothing_drops_rows_of_a_start_that_saved_nothing(tmp_path: Path) -> None:
