@@ -56,12 +56,12 @@ def _run(count: int, arguments: Sequence[str]) -> None:
 
     os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // count, 1)))
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SHUTDOWN_SECONDS))
-    names = [one.name for one in (*stop_signals(), signal.SIGQUIT)]
-    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = ",".join(names)  # not an ignored SIGHUP
     # each process reports for itself
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     given = ["--standalone", "--nproc-per-node", str(count), "-m", "anyflow_cli"]
     options = parse_args(given)  # type: ignore[no-untyped-call]
+    # those that it passes on: with SIGUSR1, and without an ignored SIGHUP
+    options.signals_to_handle = ",".join(one.name for one in (*stop_signals(), signal.SIGQUIT))
     options.training_script_args = list(arguments)  # torchrun's parser would take --nproc as its own
     try:
         run(options)  # type: ignore[no-untyped-call]

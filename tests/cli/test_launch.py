@@ -26,7 +26,6 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     seen: list[Any] = []
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("TORCHELASTIC_SIGNALS_TO_HANDLE", "")
     monkeypatch.setattr("torch.distributed.run.run", seen.append)
     return seen
 
@@ -38,6 +37,7 @@ def test_nproc_starts_the_same_command_in_so_many_processes(
     assert main(given) == 0
     assert (started[0].nproc_per_node, started[0].training_script) == ("2", "anyflow_cli")
     assert started[0].training_script_args == given
+    assert started[0].signals_to_handle == "SIGINT,SIGTERM,SIGHUP,SIGUSR1,SIGQUIT"
     assert {path.name for path in tmp_path.rglob("*") if path.is_file()} == {".lock"}
 
 
