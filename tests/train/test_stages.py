@@ -19,7 +19,7 @@ from anyflow_cli.runs import checkpoint
 from anyflow_cli.runs.open import open_model
 from anyflow_cli.runs.paths import RunPaths
 from anyflow_cli.sample.sampler import VideoSampler
-from anyflow_cli.train.prepare import load_backbone
+from anyflow_cli.train.prepare import load_backbone, prepare_training
 from anyflow_cli.train.validation import TrainingPart, flow_map_error
 from anyflow_cli.utils.contact_sheet import SheetRow, contact_sheet
 from tests.tiny_pipeline import make_wan_folder
@@ -260,3 +260,50 @@ def test_precision_is_kept(wan: Path, data: Path, tmp_path: Path, monkeypatch: p
 
 def _with_precision(recipe: Recipe, precision: str) -> Recipe:
     return recipe.model_copy(update={"model": recipe.model.model_copy(update={"precision": precision})})
+
+
+def test_a_run_that_is_complete_but_for_its_model_saves_it_on_the_next_start(
+    wan: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after running out of memory or disk while the finished model was saved."""
+    recipe, place = make_recipe(wan, data, model={"lora": LORA}), paths(tmp_path)
+    expected = train(recipe, inputs_of("train-flowmap", recipe, paths(tmp_path / "undisturbed")))
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("anyflow_cli.train.prepare.save_pipeline", fail)
+        with pytest.raises(MemoryError):
+            train(recipe, inputs_of("train-flowmap", recipe, place))
+    rows = (place.stage_1() / "metrics.jsonl").read_text()
+    assert not (place.stage_1() / "model").exists()
+    found = train(recipe, inputs_of("train-flowmap", recipe, place))
+    assert (place.stage_1() / "metrics.jsonl").read_text() == rows
+    weights = [load_network(result.model).state_dict() for result in (expected, found)]
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
+def test_adapters_share_the_teacher_under_a_relative_address_too(
+    wan: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(wan.parent)
+    recipe, place = make_recipe(Path(wan.name), data, model={"lora": LORA}), paths(tmp_path)
+    train(recipe, inputs_of("train-flowmap", recipe, place))
+    inputs = inputs_of("distill", recipe, place)
+    assert inputs.base == Path(wan.name)
+    backbone = load_backbone(recipe, inputs, "fp32")
+    assert backbone.network_of("student") is backbone.network_of("real")
+
+
+def test_a_run_that_did_not_share_the_teacher_goes_on_as_it_began(
+    wan: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As version 0.1 began it under a relative address: its checkpoints hold adapters on the start."""
+    recipe, place = make_recipe(wan, data, model={"lora": LORA}), paths(tmp_path)
+    start = train(recipe, inputs_of("train-flowmap", recipe, place)).model
+    with monkeypatch.context() as patch:
+        patch.setattr("anyflow_cli.train.stages.adapter_on_teacher", lambda *_: None)
+        before = inputs_of("distill", recipe, place)
+        prepare_training(recipe, before).trainer.run()
+    assert inputs_of("distill", recipe, place).base == before.base == start
