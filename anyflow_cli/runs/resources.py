@@ -17,9 +17,10 @@ from anyflow_cli.data.video import require_ffmpeg
 from anyflow_cli.errors import AnyflowError, UsageError
 from anyflow_cli.model.known_models import KNOWN_MODELS
 from anyflow_cli.model.lora_formats import split_loras
-from anyflow_cli.model.pipeline_io import BUILT_IN
+from anyflow_cli.model.pipeline_io import BUILT_IN, has_components
 from anyflow_cli.recipe.schema import Recipe
-from anyflow_cli.runs.open import ModelChoice, model_problems
+from anyflow_cli.runs.checkpoint import is_checkpoint
+from anyflow_cli.runs.open import ModelChoice, locate, model_problems
 from anyflow_cli.runs.paths import MODEL, RunPaths
 from anyflow_cli.utils.hub import cached_snapshot, is_hub_name
 
@@ -162,7 +163,8 @@ def _distill(recipe: Recipe, paths: RunPaths, given: Given) -> list[Resource]:
 
 
 def _finetune(recipe: Recipe, paths: RunPaths, given: Given) -> list[Resource]:
-    start, data = _any_step(recipe, paths, Given(recipe.finetune.init_from)), given.data
+    start = [_whole(one) for one in _any_step(recipe, paths, Given(recipe.finetune.init_from))]
+    data = given.data
     if data is not None and ((data / MANIFEST).exists() or (data / PROVENANCE).exists()):
         return [*start, _latents(str(data), recipe)]
     if data is not None:
@@ -237,7 +239,20 @@ def _model(name: str, address: str) -> Resource:
             name, address, "unusable", "fetch or save the model again", f"{problems[0].rstrip('.')}{more}."
         )
     known = KNOWN_MODELS.get(address)
-    return Resource(name, address, "ready", f"license: {known.license}" if known else "")
+    found = Resource(name, address, "ready", f"license: {known.license}" if known else "")
+    return _whole(found) if name in ("teacher", "stage-1 model") and not on_hub else found
+
+
+def _whole(found: Resource) -> Resource:
+    """A model whose VAE, text encoder and tokenizer are used too, or saved with what is trained from it."""
+    if found.state != "ready" or found.place in BUILT_IN or not Path(found.place).expanduser().exists():
+        return found
+    path = locate(split_loras(found.place)[0])
+    if is_checkpoint(path) or has_components(path):
+        return found
+    how = f"run `anyflow export --model {path} --out DIR` and name that directory"
+    problem = f"{path} has a transformer but no VAE, text encoder and tokenizer."
+    return Resource(found.name, found.place, "unusable", how, problem)
 
 
 def _on_hub(name: str, address: str) -> Resource:

@@ -19,6 +19,9 @@ from anyflow_cli.model.config import CausalConfig
 from anyflow_cli.model.layouts.transformer import open_transformer
 from anyflow_cli.model.network import FlowMapTransformer
 from anyflow_cli.model.pipeline_io import load_network, resolve_pipeline
+from anyflow_cli.recipe.load import load_recipe
+from anyflow_cli.runs import resources
+from anyflow_cli.runs.paths import RunPaths
 from tests.model.helpers import distance, inputs, ours, theirs, wan_velocity
 from tests.model.layouts import written
 from tests.model.layouts.written import EXACT, ORIGINAL_CONFIG, QUANTIZED, as_original, originals
@@ -291,3 +294,12 @@ def test_the_page_on_models_names_every_layout_family() -> None:
     for words in ("original Wan file", "ComfyUI", "fp8", "Self-Forcing", "rCM", "FAR_Wan_Transformer3DModel"):
         assert words in page
     assert all(words.split()[-1] in page for words in set(FOREIGN.values()) - {"image-to-video"})
+
+
+def test_a_bare_transformer_is_refused_where_its_parts_are_needed(wan: Any, tmp_path: Path) -> None:
+    file = EXACT["original file"](tmp_path, dict(wan.state_dict()))
+    recipe = load_recipe("tiny", [f"model.teacher={file}"])
+    found = {one.name: one for one in resources.inputs(recipe, RunPaths(tmp_path, "tiny"), "train-flowmap")}
+    assert found["teacher"].state == "unusable"
+    assert "no VAE, text encoder and tokenizer" in found["teacher"].problem
+    assert f"anyflow export --model {file}" in found["teacher"].how_to_get_it
