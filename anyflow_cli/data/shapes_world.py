@@ -124,7 +124,7 @@ def render(scene: Scene, frames: int = FRAMES, first: int = 0) -> RgbPixels:
     dx = _axis(WIDTH)[None, None, :] - (scene.start[0] + scene.step[0] * time)
     dy = _axis(HEIGHT)[None, :, None] - (scene.start[1] + scene.step[1] * time)
     video = np.broadcast_to(np.asarray(BACKGROUNDS[scene.background], np.float32), (frames, HEIGHT, WIDTH, 3))
-    video = _paint(video, _distance(scene.shape, dx, dy, scene.radius), RGB[scene.colour])
+    video = _paint(video, outline_distance(scene.shape, dx, dy, scene.radius), RGB[scene.colour])
     for x, y in scene.dots:
         dot = np.hypot(_axis(WIDTH)[None, :] - x, _axis(HEIGHT)[:, None] - y) - DOT_RADIUS
         video = _paint(video, dot[None], DOT_COLOUR)
@@ -191,10 +191,10 @@ def _axis(length: int) -> NDArray[np.float32]:
     return np.arange(length, dtype=np.float32) + np.float32(0.5)
 
 
-def _distance(
-    shape: str, dx: NDArray[np.float32], dy: NDArray[np.float32], radius: float
+def outline_distance(
+    shape: str, dx: NDArray[np.float32], dy: NDArray[np.float32], radius: float | NDArray[np.float32]
 ) -> NDArray[np.float32]:
-    """Signed distance to the outline, negative inside, (T, H, W)."""
+    """Signed distance to the outline of a shape, in pixels, negative inside, (T, H, W)."""
     if shape == "circle":
         return np.asarray(np.hypot(dx, dy) - radius)
     if shape == "square":

@@ -1,9 +1,10 @@
-"""Confidence intervals of Total by a bootstrap over prompts, and its trend over step counts.
+"""Confidence intervals of Total by a bootstrap over prompts and training seeds; its trend over step counts.
 
 Prompts are drawn with replacement, each with all of its videos, and every model and step count gets the same
-draws. A difference between two step counts is thereby paired: variation between prompts cancels.
+draws. A difference between two step counts is thereby paired: variation between prompts cancels. Training
+runs that differ in their seed are a second level: each draw also resamples the runs.
 
-Legend: V videos, P prompts, D dimensions, R draws.
+Legend: V videos, P prompts, D dimensions, R draws, S training seeds.
 """
 
 from __future__ import annotations
@@ -77,6 +78,25 @@ def draw_totals(suite: Suite, scores: Sequence[VideoScore], prompts: Sequence[in
     counted[counted == 0] = np.nan
     low, high = (np.array([getattr(d, side) for d in suite.dimensions]) for side in ("low", "high"))
     return np.asarray(100 * ((draws @ sums / counted - low) / (high - low)) @ _weights(suite))
+
+
+def draw_seeds(totals: Sequence[Draws], stream: int = 0) -> Draws:
+    """Mean Total over training runs in each draw, (R,), with the runs resampled along with the prompts.
+
+    A bootstrap over S runs has (S - 1) / S of the variance between them, so deviations from the mean over
+    runs are scaled up accordingly.
+
+    Args:
+        totals: ``draw_totals`` of each training run, on the same prompts.
+        stream: Runs of two methods are paired, seed by seed, if they have the same stream.
+    """
+    runs = np.stack(totals)  # (S, R)
+    mean: Draws = runs.mean(0)
+    if len(runs) == 1:
+        return mean
+    picked = np.random.default_rng(1 + stream).integers(len(runs), size=runs.shape)  # (S, R)
+    resampled = np.take_along_axis(runs, picked, 0).mean(0)
+    return np.asarray(mean + np.sqrt(len(runs) / (len(runs) - 1)) * (resampled - mean))
 
 
 def interval(values: Draws) -> Interval | None:

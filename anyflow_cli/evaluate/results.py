@@ -137,6 +137,7 @@ def _entry(one: Measured, teacher: Measured | None) -> dict[str, Any]:
         **result["groups"],
         "correct": result["correct"],
         "distance": result["distance"],
+        "figures": result["figures"],
         "interval": None if one.interval is None else [one.interval.low, one.interval.high],
         "share_of_teacher": share_of_teacher(one, teacher),
         "dimensions": result["dimensions"],

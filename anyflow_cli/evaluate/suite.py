@@ -113,6 +113,7 @@ class SuiteResult(ScoreSummary):
     videos: int
     correct: float | None  # percentage of videos that show every attribute their prompt names
     distance: float | None  # Fréchet distance to fresh clips of the world
+    figures: dict[str, float | None] = field(default_factory=dict)  # 0..100, not part of Total
     reasons: dict[str, str] = field(default_factory=dict)  # of missing dimensions
 
 
@@ -142,6 +143,11 @@ class Suite(Protocol):
     @property
     def groups(self) -> Mapping[str, float]:
         """Weight of each group in Total, in the order of reports."""
+        ...
+
+    @property
+    def figures(self) -> tuple[str, ...]:
+        """Notes of videos, 0..1, whose mean is reported beside the scores."""
         ...
 
     def check(self, model: ModelSection) -> None:
@@ -188,6 +194,7 @@ def result_of(suite: Suite, assessment: Assessment) -> SuiteResult:
         videos=len(scores),
         correct=100 * float(np.mean(correct)) if correct else None,
         distance=suite.distance(features) if features else None,
+        figures={name: _mean_note(scores, name) for name in suite.figures},
         reasons={name: assessment.missing.get(name, NO_PROMPT) for name in summary.missing},
     )
 
@@ -215,6 +222,12 @@ def total_score(means: Mapping[str, float | None], groups: Mapping[str, float]) 
     """Weighted mean of the groups; None where a group is missing."""
     weighed = [weight * mean for name, weight in groups.items() if (mean := means[name]) is not None]
     return sum(weighed) / sum(groups.values()) if len(weighed) == len(groups) else None
+
+
+def _mean_note(scores: Sequence[VideoScore], name: str) -> float | None:
+    """Mean of a note in percent; None where a video lacks it, as those scored by version 0.1 do."""
+    known = [score.notes[name] for score in scores if name in score.notes]
+    return 100 * float(np.mean(known)) if known and len(known) == len(scores) else None
 
 
 def _group_mean(members: Sequence[Dimension], known: Mapping[str, float]) -> float | None:

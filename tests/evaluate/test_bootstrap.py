@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from anyflow_cli.evaluate.bootstrap import draw_totals, interval, trend
+from anyflow_cli.evaluate.bootstrap import draw_seeds, draw_totals, interval, trend
 from anyflow_cli.evaluate.report.tables import trend_sentence
 from anyflow_cli.evaluate.suite import VideoScore, summarize
 from tests.evaluate.test_suite import Toy
@@ -79,6 +79,26 @@ def test_a_verdict_needs_more_than_noise(gain: float, verdict: str) -> None:
     assert found.change == pytest.approx(by_steps[32][0] - by_steps[4][0])
     assert found.interval.low < found.change < found.interval.high
     assert found.verdict == verdict
+
+
+def test_training_seeds_add_their_variance_without_bias() -> None:
+    """Over many repetitions the variance of the draws is that of the mean over seeds and prompts."""
+    rng, seeds, prompts = np.random.default_rng(3), 3, 25
+    found = []
+    for _ in range(200):
+        prompt = rng.normal(80, 5, prompts)
+        weights = rng.multinomial(prompts, np.full(prompts, 1 / prompts), size=500) / prompts  # (R, P)
+        found.append(draw_seeds([weights @ prompt + shift for shift in rng.normal(0, 2, seeds)]).var())
+    assert np.mean(found) == pytest.approx(2**2 / seeds + 5**2 / prompts * (prompts - 1) / prompts, rel=0.1)
+
+
+def test_seeds_of_two_methods_are_paired_in_one_stream() -> None:
+    shifts, draws = (-3.0, 0.0, 3.0), np.zeros(2000)
+    first = [draws + shift for shift in shifts]
+    second = [draws + shift + 1 for shift in shifts]
+    assert np.ptp(draw_seeds(second) - draw_seeds(first)) == pytest.approx(0, abs=1e-9)
+    assert np.ptp(draw_seeds(second, stream=1) - draw_seeds(first)) > 5
+    assert (draw_seeds(first[:1]) == first[0]).all()
 
 
 def test_one_step_count_has_no_trend() -> None:

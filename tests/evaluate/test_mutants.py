@@ -10,7 +10,7 @@ import pytest
 
 from anyflow_cli.evaluate.compare import compare, read_side
 from anyflow_cli.evaluate.generate import EvaluationJob
-from anyflow_cli.evaluate.report.page import write_results
+from anyflow_cli.evaluate.report.page import render_page, write_results
 from anyflow_cli.evaluate.run import run_evaluation
 from anyflow_cli.evaluate.store import EvaluationDirectory
 from anyflow_cli.evaluate.suite import SuiteClip, VideoScore
@@ -45,7 +45,7 @@ def test_records(cases: int, job: EvaluationJob, tmp_path: Path) -> None:
     def use() -> None:
         before = file.read_bytes()
         result = run_evaluation(job, Drawn().open)
-        write_results(result, job.protocol.suite, job.out)
+        render_page(result, job.protocol.suite)
         compare(job.protocol.suite, *[read_side(job.out)] * 2)
         file.write_bytes(before)  # what was sampled again is not for the next mutant
 

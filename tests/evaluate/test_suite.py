@@ -32,6 +32,7 @@ class Toy:
         Dimension("lively", "quality", weight=0.5),
         Dimension("named", "semantic"),
     )
+    figures: tuple[str, ...] = ("clean",)
     groups: Mapping[str, float] = field(default_factory=lambda: TEXT_TO_VIDEO)
 
     def check(self, model: ModelSection) -> None:
@@ -89,6 +90,14 @@ def test_correct_counts_only_videos_whose_prompt_names_an_attribute() -> None:
     ]
     assert summarize(Toy(), scores).correct == 50
     assert summarize(Toy(), scores[2:]).correct is None
+
+
+def test_a_figure_is_the_mean_of_a_note_that_every_video_has() -> None:
+    notes = [VideoScore({"steady": 0.7}, notes={"clean": value}) for value in (0.5, 0.7)]
+    result = summarize(Toy(), notes)
+    assert result.figures == {"clean": pytest.approx(60)}
+    assert summarize(Toy(), [*notes, VideoScore({"steady": 0.7})]).figures == {"clean": None}
+    assert result.total == summarize(Toy(), [VideoScore({"steady": 0.7})]).total
 
 
 def test_the_distance_uses_all_videos_with_features() -> None:

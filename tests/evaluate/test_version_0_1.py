@@ -19,6 +19,7 @@ from anyflow_cli.evaluate.protocol import RENAMED_KEYS
 from anyflow_cli.evaluate.report.page import write_results
 from anyflow_cli.evaluate.results import read_results
 from anyflow_cli.evaluate.run import run_evaluation
+from anyflow_cli.evaluate.shapes.suite import EDGE_FIDELITY
 from anyflow_cli.evaluate.store import RESULTS
 from tests.evaluate.drawn import CAPTIONED, drawn, make_job
 
@@ -42,6 +43,8 @@ def test_its_videos_and_scores_are_reused_unchanged(job: EvaluationJob) -> None:
     found = run_evaluation(job, lambda of, recipe: pytest.fail("a model was loaded"))
     write_results(found, job.protocol.suite, job.out)
     new = json.loads((job.out / RESULTS).read_text())
+    figures = [entry.pop("figures") for entry in new["scores"]]
+    assert figures == [{EDGE_FIDELITY: None}] * 3  # which 0.1 did not measure
     assert [renamed(entry) for entry in old["scores"]] == [renamed(entry) for entry in new["scores"]]
     assert new["trend"]["interval"] == old["trend"]["interval"]
 

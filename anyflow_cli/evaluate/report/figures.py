@@ -73,7 +73,7 @@ def chunks_png(
         axes.set_title(f"{group_title(name)}, single frames (0 to 100)")
         most = max(len(curve.partition) for curve in curves.values())
         _dress(axes, range(most), "chunk", theme)
-    axes.legend(frameon=False, labelcolor=theme.ink, fontsize=8)
+    axes.legend(frameon=False, labelcolor=theme.ink, fontsize=8, loc="lower left")
     return _png(figure)
 
 
@@ -97,7 +97,7 @@ def _draw_scores(axes: Axes, evaluation: Evaluation, theme: FigureTheme) -> None
     _draw_interval(axes, evaluation.models, theme)
     axes.set_title("score (0 to 100)")
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False, labelcolor=theme.ink, fontsize=8)
+        axes.legend(frameon=False, labelcolor=theme.ink, fontsize=8, loc="lower right")
 
 
 def _score(one: Measured, name: str) -> float | None:
@@ -123,7 +123,7 @@ def _draw_latency(axes: Axes, evaluation: Evaluation, theme: FigureTheme) -> Non
         axes.axhline(evaluation.teacher.seconds, color=theme.lines[0], ls="--", lw=1.2, label=label)
     axes.set_yscale("log")
     axes.set_title("seconds per video")
-    axes.legend(frameon=False, labelcolor=theme.ink, fontsize=8)
+    axes.legend(frameon=False, labelcolor=theme.ink, fontsize=8, loc="upper left")
 
 
 def _dress(axes: Axes, ticks: Sequence[float], label: str, theme: FigureTheme) -> None:

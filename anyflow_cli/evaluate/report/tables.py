@@ -75,6 +75,7 @@ def summary_cells(one: Measured, evaluation: Evaluation) -> dict[str, str]:
         **{group_title(name): number(mean) for name, mean in one.result.groups.items()},
         "all attributes correct, %": number(one.result.correct),
         "Fréchet distance": number(one.result.distance),
+        **{name: number(value) for name, value in one.result.figures.items()},
         "seconds per video": f"{one.seconds:.3g}" if one.steps else NO_VALUE,
         "  network only": f"{one.network_seconds:.3g}" if one.steps else NO_VALUE,
     }

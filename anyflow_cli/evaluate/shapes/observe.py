@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from math import inf
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +25,7 @@ from anyflow_cli.data.shapes_world import (
     WIDTH,
     RgbPixels,
     Scene,
+    outline_distance,
     render,
 )
 from anyflow_cli.evaluate.shapes.components import Floats, Mask, component_labels, largest_component
@@ -38,6 +40,7 @@ DISC = "circle"
 CORNERED = 0.4  # fraction of a form's corners above which a profile is that form rather than a disc
 REACH = 5  # half width in pixels of the window around a dot
 SHARPNESS_STRIDE = 4  # frames between those whose sharpness is measured
+PIXEL_CENTERS = np.mgrid[:HEIGHT, :WIDTH] + 0.5  # y and x, (2, H, W)
 FAINT = 12.0  # levels; smaller steps between adjacent pixels are not edges
 
 
@@ -71,6 +74,8 @@ class Observation:
     """All measurements of one clip."""
 
     mixture: Mixture
+    presence: Floats  # (T, H, W) share of the shape, inpainted under the dots
+    inside: Mask  # (T, H, W) pixels of the moving shape
     dots: Dots
     track: Track
     shape: str | None  # nearest form over the whole clip
@@ -94,6 +99,8 @@ def observe(video: RgbPixels) -> Observation:
     outside = ~(_grown(inside) | (mixture.white > 0.05))
     return Observation(
         mixture=mixture,
+        presence=presence,
+        inside=inside,
         dots=dots,
         track=track,
         shape=shape,
@@ -114,7 +121,7 @@ def _dots(white: Floats) -> Dots:
     mean = white.mean(0)
     labels = component_labels(mean > DOT_SHARE)
     mass = np.bincount(labels.ravel(), mean.ravel())[1:]
-    y, x = np.mgrid[:HEIGHT, :WIDTH] + 0.5
+    y, x = PIXEL_CENTERS
     found = []
     for number in np.flatnonzero(mass >= LEAST_DOT):
         weight = mean * (labels == number + 1)
@@ -131,11 +138,11 @@ def _dots(white: Floats) -> Dots:
 
 
 def dot_likeness(white: Floats, center: tuple[float, float]) -> float:
-    """Overlap of the white around ``centre`` with an ideal dot: sum of minima over sum of maxima."""
+    """Overlap of the white around ``center`` with an ideal dot: sum of minima over sum of maxima."""
     column, row = int(center[0]), int(center[1])
     rows = slice(max(row - REACH, 0), min(row + REACH + 1, HEIGHT))
     columns = slice(max(column - REACH, 0), min(column + REACH + 1, WIDTH))
-    y, x = np.mgrid[rows, columns] + 0.5
+    y, x = PIXEL_CENTERS[:, rows, columns]
     ideal = np.clip(0.5 - (np.hypot(x - center[0], y - center[1]) - DOT_RADIUS), 0, 1)
     seen = white[:, rows, columns]
     overlap = np.minimum(seen, ideal).sum((1, 2)) / np.maximum(seen, ideal).sum((1, 2))
@@ -160,12 +167,12 @@ def _filled(shape: Floats, white: Floats, centers: Floats) -> Floats:
 def _box(values: Floats, reach: int = 3) -> Floats:
     """Sum over a square window of 2 reach + 1 pixels, (T, H, W)."""
     for axis in (1, 2):
-        pad = [(0, 0)] * 3
-        pad[axis] = (reach, reach)
-        padded = np.pad(values, pad)
-        length = values.shape[axis]
-        shifted = [np.take(padded, range(i, i + length), axis) for i in range(2 * reach + 1)]
-        values = np.add.reduce(shifted)
+        along = np.moveaxis(values, axis, 0)
+        total = np.zeros_like(along)
+        for offset in range(-reach, reach + 1):
+            after, before = max(offset, 0), max(-offset, 0)
+            total[before : len(total) - after] += along[after : len(along) - before]
+        values = np.moveaxis(total, 0, axis)
     return values
 
 
@@ -280,6 +287,26 @@ def _forms(profiles: Floats) -> tuple[str, ...]:
     best = present.argmax(1)
     sharp = present.max(1) >= CORNERED
     return tuple(cornered[i].name if is_sharp else DISC for i, is_sharp in zip(best, sharp, strict=True))
+
+
+def edge_error(seen: Observation) -> float:
+    """Mean distance between the outlines of the shape and of its ideal form, in pixels; inf without a shape.
+
+    It is the area between the two outlines, which blur increases too, over the length of the ideal one.
+    Pixels under dots are left out.
+    """
+    if seen.shape is None:
+        return inf
+    frames = np.flatnonzero(seen.track.seen)
+    y, x = PIXEL_CENTERS.astype(np.float32)
+    across, down = seen.track.center[frames].T[..., None, None]  # each (T, 1, 1)
+    distance = outline_distance(seen.shape, x - across, y - down, seen.radius[:, None, None])  # (T, H, W)
+    visible = seen.mixture.white[frames] <= 0.05
+    near = _grown(_grown(seen.inside[frames]))
+    presence = np.where(near, seen.presence[frames], 0)
+    area = (np.abs(presence - np.clip(0.5 - distance, 0, 1)) * visible).sum((1, 2))
+    length = ((np.abs(distance) < 1) * visible).sum((1, 2)) / 2
+    return float((area / np.maximum(length, 1)).mean())
 
 
 # -- the rest of the frame -----------------------------------------------------------------------------------

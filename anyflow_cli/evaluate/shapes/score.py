@@ -16,7 +16,7 @@ import numpy as np
 
 from anyflow_cli.data.shapes_world import BACKGROUNDS, DIRECTIONS, DOT_COUNT, RGB, SHAPE_RADII, SPEEDS, Rgb
 from anyflow_cli.evaluate.shapes.components import Floats
-from anyflow_cli.evaluate.shapes.observe import Observation, observe
+from anyflow_cli.evaluate.shapes.observe import Observation, edge_error, observe
 from anyflow_cli.evaluate.shapes.unmix import rgb_array
 from anyflow_cli.evaluate.suite import Dimension, VideoPixels
 
@@ -50,6 +50,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "size offset":       (0.12,  0.30),  # log of the ratio; halfway between the sizes is 0.30
     "speed offset":      (0.12,  0.38),  # log of the ratio; halfway between the speeds is 0.38
     "angle":             (10.0,  45.0),  # degrees
+    "edge error":        (0.16,  0.90),  # pixels between the outlines of shape and ideal form
     #  relative to the conditioning image
     "first frame":       (2.00, 28.00),  # root mean square in levels; 8 for an autoencoder at 30 dB
     "form kept":         (0.20,  0.80),  # distance from the profile in the image
@@ -121,6 +122,11 @@ def _details(seen: Observation) -> float:
     """Quality of the dots, which no prompt names: likeness, with missing and extra dots penalized."""
     drawn = sum(ramp(float(value), "dot likeness") for value in seen.dots.likeness) / DOT_COUNT
     return drawn * DOT_COUNT / (DOT_COUNT + seen.dots.extra)
+
+
+def edge_fidelity(seen: Observation) -> float:
+    """How straight and round the shape's edges are: reported beside the scores, not part of Total."""
+    return float(seen.track.seen.mean()) * ramp(edge_error(seen), "edge error")
 
 
 # -- attributes named by the prompt --------------------------------------------------------------------------

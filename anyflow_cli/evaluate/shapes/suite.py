@@ -21,6 +21,7 @@ from anyflow_cli.evaluate.shapes.i2v import I2V_DIMENSIONS, image_for, image_sco
 from anyflow_cli.evaluate.shapes.observe import observe
 from anyflow_cli.evaluate.shapes.score import (
     DIMENSIONS,
+    edge_fidelity,
     piece_scores,
     quality_notes,
     quality_scores,
@@ -42,6 +43,7 @@ from anyflow_cli.evaluate.suite import (
 )
 from anyflow_cli.recipe.schema import ModelSection, Task
 
+EDGE_FIDELITY = "edge fidelity"
 PROMPT_SEED = 2**41  # scene of the first prompt; far from the training and the reference scenes
 
 
@@ -63,6 +65,11 @@ class ShapesSuite:
     def dimensions(self) -> tuple[Dimension, ...]:
         """Quality and semantic dimensions; for ``i2v`` quality and agreement with the image."""
         return DIMENSIONS if self.task == "t2v" else I2V_DIMENSIONS
+
+    @property
+    def figures(self) -> tuple[str, ...]:
+        """Edge fidelity."""
+        return (EDGE_FIDELITY,)
 
     @property
     def groups(self) -> Mapping[str, float]:
@@ -120,12 +127,13 @@ def score_video(video: VideoPixels, prompt: str, image: Image | None = None) -> 
     _check(video)
     named = parse_caption(prompt)
     seen = observe(video)
+    notes = quality_notes(seen) | {EDGE_FIDELITY: edge_fidelity(seen)}
     kept = {} if image is None else image_scores(video, seen, image, named)
     return VideoScore(
         scores=quality_scores(seen, named) | semantic_scores(seen, named) | kept,
         right=right_attributes(seen, named),
         features=features(video),
-        notes={name: value for name, value in quality_notes(seen).items() if isfinite(value)},
+        notes={name: value for name, value in notes.items() if isfinite(value)},
         pieces=piece_scores(video, named),
     )
 

@@ -56,9 +56,9 @@ def unmix(video: RgbPixels) -> Mixture:
     counts = np.bincount(labels.ravel(), minlength=len(PALETTE_NAMES))
     background = max(BACKGROUNDS, key=lambda name: counts[PALETTE_NAMES.index(name)])
     ground = _median_color(video[::4][labels[::4] == PALETTE_NAMES.index(background)])
-    contrast = video - ground
-    where = np.einsum("thwc,thwc->thw", contrast, contrast) > FOREGROUND**2
-    found = contrast[where]  # (K, 3)
+    squares = (np.arange(256, dtype=np.float32)[:, None] - ground) ** 2  # of each level, exact
+    where = sum(squares[video[..., c], c] for c in range(3)) > FOREGROUND**2
+    found = video[where] - ground  # (K, 3)
     color = _dominant_color(found, ground)
     rgb = _core_color(found, ground, rgb_array(RGB[color])) if color else ground
     shares = np.zeros((3, *where.shape), np.float32)

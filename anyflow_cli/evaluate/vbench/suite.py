@@ -92,6 +92,11 @@ class VBenchSuite:
         """Weights of Quality and Semantic, or of Quality and I2V."""
         return GROUPS[self.name]
 
+    @property
+    def figures(self) -> tuple[str, ...]:
+        """None beside the scores."""
+        return ()
+
     def check(self, model: ModelSection) -> None:
         """Accept any size and length, but require the conditioning images of VBench-I2V."""
         if self.name == "vbench":
