@@ -259,6 +259,13 @@ def variant(
     return Variant(of, steps, settings, reference)
 
 
+def sampling_note(one: Variant) -> str:
+    """Sampler and shift of a variant, beside those of the model's own folder."""
+    assert isinstance(one.settings, SamplingSettings)
+    own = f" (its own scheduler: {one.model.scheduler})" if one.model.scheduler else ""
+    return f"{one.settings.sampler}, {one.label} steps, shift {one.settings.shift:g}{own}"
+
+
 class ModelCard(BaseModel):
     """One variant on the protocol card: its settings, its model, and notes of the suite."""
 

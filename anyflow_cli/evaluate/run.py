@@ -38,6 +38,7 @@ from anyflow_cli.evaluate.protocol import (
     Variant,
     evaluated_model,
     protocol_card,
+    sampling_note,
     variant,
 )
 from anyflow_cli.evaluate.registry import ProtocolOutline, outline, protocol_for, suite_resources
@@ -130,13 +131,9 @@ def prepare_evaluation(recipe: Recipe, protocol: Protocol, choice: ModelChoice, 
         log.info("The teacher is omitted: %s is not conditioned on images.", recipe.model.teacher)
     elif recipe.evaluate.teacher:
         teacher = ModelChoice(recipe.model.teacher, f"the teacher of recipe {recipe.name}")
-        described, steps = evaluated_model(teacher, recipe), recipe.sample.teacher_steps
-        if described.scheduler is not None:
-            log.info(
-                "The teacher is sampled with Euler at shift %g; its own scheduler is %s.",
-                recipe.model.shift, described.scheduler,
-            )  # fmt: skip
-        beside = variant(described, steps, protocol, recipe, reference=True)
+        steps = recipe.sample.teacher_steps
+        beside = variant(evaluated_model(teacher, recipe), steps, protocol, recipe, reference=True)
+        log.info("Teacher: %s.", sampling_note(beside))
         variants += [beside] if beside.key not in {one.key for one in variants} else []
     return EvaluationJob(recipe, protocol, tuple(variants), out)
 

@@ -17,6 +17,7 @@ from anyflow_cli.evaluate.protocol import (
     Variant,
     evaluated_model,
     protocol_card,
+    sampling_note,
     variant,
 )
 from anyflow_cli.evaluate.results import Evaluation
@@ -264,7 +265,7 @@ def test_the_card_names_the_scheduler_that_the_sampler_replaces(tmp_path: Path) 
     before, after = job.variants[1], make_job(tmp_path, nfe=(1,)).variants[1]
     assert before.model.scheduler is None
     assert after.model.scheduler == "Some, shift 3"
-    assert settings_of(after).sampler == "guided Euler"
+    assert sampling_note(after) == "guided Euler, 5x2 steps, shift 5 (its own scheduler: Some, shift 3)"
     card = protocol_card(job.protocol, [after], job.recipe, [Assessment([], {})])
     assert card.as_json()["models"][after.key]["scheduler"] == "Some, shift 3"
 
