@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from anyflow_cli.evaluate.registry import ProtocolOutline
     from anyflow_cli.evaluate.run import EvaluationRequest, FinishedEvaluation
     from anyflow_cli.evaluate.store import OtherVariants
+    from anyflow_cli.plan.hardware import Hardware
     from anyflow_cli.runs.open import ModelChoice
 
 MEGABYTE = 1e6
@@ -223,12 +224,29 @@ def _facts(job: EvaluationJob) -> dict[str, object]:
 
 def _time(job: EvaluationJob, seconds: float | None, processes: int) -> str | None:
     """Time of the missing videos, from the finished ones or else from the peak of this machine's GPUs."""
-    from anyflow_cli.plan.estimate import evaluation_seconds
+    from anyflow_cli.plan.hardware import this_machine
 
     if seconds is not None:
         return in_words(seconds)
-    planned = evaluation_seconds(job, processes)
+    planned = network_seconds(job, processes, this_machine())
     return None if planned is None else f"{in_words(planned)} without decoding, at the GPUs' peak"
+
+
+def network_seconds(job: EvaluationJob, processes: int, hardware: Hardware) -> float | None:
+    """Time of the network alone for the missing videos; None where speed or sizes are unknown."""
+    from anyflow_cli.plan.estimate import target_of
+    from anyflow_cli.plan.steps import sampling_cost
+
+    flops = 0.0
+    try:
+        target = target_of(job.recipe, hardware)
+    except UsageError:
+        return None
+    for one in job.variants if hardware.peak else ():
+        setup = target.setup(None, None, two_time=not one.model.teacher)
+        cost = sampling_cost(setup, job.recipe.evaluate.batch_size, is_guided=one.model.teacher)
+        flops += len(job.missing(one)) * (one.steps * cost.step_flops + cost.cache_flops)
+    return hardware.seconds(flops / processes)
 
 
 def _refuse_beside(option: str, options: Mapping[str, object]) -> None:

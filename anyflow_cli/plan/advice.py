@@ -6,10 +6,11 @@ mildest value with which it still fits. Each change states what it costs in time
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from anyflow_cli.plan.hardware import Hardware
+from anyflow_cli.recipe.compare import with_values
 from anyflow_cli.recipe.schema import Recipe
 
 RANKS = (256, 128, 64, 32, 16)
@@ -47,7 +48,8 @@ def advise(peak_of: Callable[[Recipe], int], section: str, recipe: Recipe, hardw
     """
 
     def peak(changes: Sequence[Change]) -> int:
-        return peak_of(changed(recipe, changes))
+        values = {key: value for change in changes for key, value in change.values.items()}
+        return peak_of(with_values(recipe, values))
 
     kept, tried, least = list[Change](), list[Sequence[Change]](), peak([])
     for kind in kinds_of_change(section, recipe, hardware):
@@ -100,15 +102,3 @@ def _of_training(section: str, recipe: Recipe, hardware: Hardware) -> Iterator[l
 
 def _halves(key: str, size: int, price: str) -> list[Change]:
     return [Change({key: size >> shift}, price) for shift in range(1, size.bit_length())]
-
-
-def changed(recipe: Recipe, changes: Iterable[Change]) -> Recipe:
-    """The same recipe with other values, checked."""
-    content = recipe.model_dump()
-    for key, value in (pair for change in changes for pair in change.values.items()):
-        *sections, last = key.split(".")
-        inner: dict[str, Any] = content
-        for section in sections:
-            inner[section] = inner = inner[section] or {}
-        inner[last] = value
-    return Recipe.model_validate(content)

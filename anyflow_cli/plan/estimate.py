@@ -1,12 +1,10 @@
 """The plan of a recipe: memory and FLOPs of each stage, settings that would make it fit, and disk space.
 
-Each process holds a copy of weights, gradients and optimizer (DDP), or a part of one copy (FSDP2). Only the
-division of sharded runs has been checked, not a measured peak.
+Of sharded runs only the division has been checked.
 """
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -14,13 +12,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from anyflow_cli.errors import UsageError
-from anyflow_cli.evaluate.generate import EvaluationJob
 from anyflow_cli.model.config import NetworkConfig
+from anyflow_cli.model.pipeline_sizes import PipelineSizes, pipeline_sizes
 from anyflow_cli.model.precision import Precision, resolve_precision
 from anyflow_cli.plan.advice import Advice, advise
-from anyflow_cli.plan.hardware import Hardware, this_machine
-from anyflow_cli.plan.model_sizes import PipelineSizes, pipeline_sizes
-from anyflow_cli.plan.networks import Setup, decoding_cost, gathered_bytes, role_sizes
+from anyflow_cli.plan.hardware import Hardware
+from anyflow_cli.plan.networks import Setup, decoding_cost, fake_backbone, role_sizes
 from anyflow_cli.plan.steps import Moment, keeps_gradients, sampling_cost, step_cost
 from anyflow_cli.recipe import schema
 from anyflow_cli.runs.checkpoint import is_checkpoint
@@ -31,7 +28,6 @@ from anyflow_cli.runs.resources import Resource, inputs
 
 FP32 = 4
 MACHINE = 8  # GPUs that a machine is assumed to have
-COMMANDS = ("synthesize", "train-flowmap", "distill", "sample")
 STAGES = {  # name, command, and section of the recipe; a step of finetune is one of stage 1
     "synthesize": ("synthesis", "synthesize", "synthesize"),
     "tune": ("teacher tuning", "train-flowmap --objective flow-matching", "train_flowmap"),
@@ -42,8 +38,6 @@ STAGES = {  # name, command, and section of the recipe; a step of finetune is on
 }
 TRAINING = ("tune", "train-flowmap", "distill")
 CHECKPOINTING = {"with checkpointing": True, "without checkpointing": False}
-
-log = logging.getLogger(__name__)
 
 
 class Target(NamedTuple):
@@ -115,7 +109,8 @@ def make_plan(recipe: schema.Recipe, hardware: Hardware, paths: RunPaths) -> Pla
     stages = {key: plan_stage(target, key) for key in STAGES if key != "stream" or recipe.model.causal}
     too_large = [key for key, stage in stages.items() if stage.peak.total > hardware.usable]
     advice = {key: advise_stage(target, key) for key in too_large}
-    needs = {name: inputs(recipe, paths, name) for name in COMMANDS}
+    commands = dict.fromkeys(command.split()[0] for _, command, _ in STAGES.values())
+    needs = {name: inputs(recipe, paths, name) for name in commands}
     disk = {f"data: {part}": size for part, size in data_usage(target).items()}
     for stage in (stages[key] for key in TRAINING):
         disk[f"{stage.name}: checkpoints"] = checkpoint_usage(stage.setup)
@@ -130,13 +125,11 @@ def plan_stage(target: Target, key: str) -> Stage:
 
 def advise_stage(target: Target, key: str) -> Advice:
     """Look for settings that make a stage fit."""
-    name, _, section = STAGES[key]
-    log.info("Looking for settings that make %s fit.", name)
 
     def peak_of(recipe: schema.Recipe) -> int:
         return plan_stage(target._replace(recipe=recipe), key).peak.total
 
-    return advise(peak_of, section, target.recipe, target.hardware)
+    return advise(peak_of, STAGES[key][2], target.recipe, target.hardware)
 
 
 def training_setup(target: Target, key: str) -> Setup:
@@ -150,15 +143,11 @@ def training_setup(target: Target, key: str) -> Setup:
             f"A global batch of {settings.global_batch} does not divide among {count} processes.",
             f"Set global_batch to a multiple of {count}, or plan for another number of GPUs.",
         )
-    return target.setup(
-        settings,
-        None,
-        two_time=getattr(settings, "objective", None) != "flow-matching",
-        scores=_own_scores(target, settings) if key == "distill" else None,
-        ranks=count,
-        shards={"none": None, "full": count, "hybrid": min(count, MACHINE)}[launch.sharding],
-        offload=launch.offload and target.hardware.is_gpu,
-    )
+    two_time = getattr(settings, "objective", None) != "flow-matching"
+    scores = _own_scores(target, settings) if key == "distill" else None
+    shards = {"none": None, "full": count, "hybrid": min(count, MACHINE)}[launch.sharding]
+    own = {"scores": scores, "ranks": count, "shards": shards, "two_time": two_time}
+    return target.setup(settings, None, offload=launch.offload and target.hardware.is_gpu, **own)
 
 
 def _own_scores(target: Target, settings: schema.DistillSection) -> NetworkConfig | None:
@@ -203,7 +192,8 @@ def held(setup: Setup) -> dict[str, int]:
     parts = _unsharded(setup)
     if setup.shards is not None:
         parts = {part: 0 if setup.offload else size // setup.shards for part, size in parts.items()}
-        parts["weights"] += gathered_bytes(setup)
+        gathered = fake_backbone(setup.with_checkpointing(False), 2)  # two blocks, and what is outside
+        parts["weights"] += sum(weight.nbytes for weight in gathered.parameters())
     samples = setup.settings.global_batch // setup.ranks if setup.settings else 0
     return {**parts, "data": FP32 * samples * (math.prod(setup.latent) + math.prod(setup.text))}
 
@@ -299,22 +289,3 @@ def _stage_values(plan: Plan, key: str, stage: Stage) -> dict[str, Any]:
         return values
     settings = [f"{name}={value}" for change in advice.changes for name, value in change.values.items()]
     return {**values, "advice": {"set": settings, "fits": advice.fits, "peak": advice.peak}}
-
-
-def evaluation_seconds(
-    job: EvaluationJob, processes: int = 1, hardware: Hardware | None = None
-) -> float | None:
-    """Time to sample the missing videos of an evaluation, without decoding and scoring them.
-
-    None on a CPU, whose speed is unknown, and for a model whose sizes are unknown.
-    """
-    hardware, flops = hardware or this_machine(), 0.0
-    try:
-        target = target_of(job.recipe, hardware)
-    except UsageError:
-        return None
-    for one in job.variants if hardware.peak else ():
-        setup = target.setup(None, None, two_time=not one.model.teacher)
-        cost = sampling_cost(setup, job.recipe.evaluate.batch_size, is_guided=one.model.teacher)
-        flops += len(job.missing(one)) * (one.steps * cost.step_flops + cost.cache_flops)
-    return hardware.seconds(flops / processes)

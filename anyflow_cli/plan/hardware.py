@@ -1,7 +1,6 @@
 """The machine of a plan: number of GPUs, memory and speed of each.
 
-Peaks are dense bf16 without sparsity, from NVIDIA's data sheets. ``RESERVE`` is an assumption: what a process
-cannot use of its GPU (the driver's context, cuBLAS and NCCL buffers, fragmentation).
+Peaks are dense bf16, from NVIDIA's data sheets.
 """
 
 from __future__ import annotations
@@ -12,15 +11,11 @@ from dataclasses import dataclass
 from anyflow_cli.errors import UsageError
 from anyflow_cli.utils.units import GIB
 
-RESERVE = 3 * GIB
+RESERVE = 3 * GIB  # assumed to be lost to the driver, cuBLAS, NCCL and fragmentation
 GPUS = {  # name: memory in GiB as sold, dense bf16 TFLOPS
-    "A100": (80, 312),
-    "H100": (80, 989),
-    "H200": (141, 989),
-    "B200": (180, 2250),
-    "L40S": (48, 362),
+    "A100": (80, 312), "H100": (80, 989), "H200": (141, 989), "B200": (180, 2250), "L40S": (48, 362),
     "RTX4090": (24, 165),
-}
+}  # fmt: skip
 REFERENCE = "H100"  # whose speed a plan takes where only the memory is given
 HINT = f"Write --gpus 8x80GB, or a number and one of {', '.join(GPUS)}: --gpus 8xH100."
 

@@ -1,10 +1,7 @@
 """The networks of one process on fake tensors, built as training builds them: sizes, and costs of calls.
 
-torch's fake tensors have shapes, types and a device, but no storage; ``MemoryTracker`` adds up what they
-would hold. torch's own ``MemTracker`` refuses a network that is called more than once per step, as every
-objective does, and ``FlopCounterMode`` keeps tensors alive, so its formulas are applied here (tests compare
-with both). Blocks are alike: what networks of one and of two blocks hold or compute extends linearly to full
-depth. They take their path for CPUs, on which tests can measure real memory.
+torch's fake tensors have no storage. Blocks are alike: what networks of one and of two blocks hold or compute
+extends linearly to full depth. They take their path for CPUs, on which tests can measure real memory.
 
 Legend: B batch, F latent frames, C channels, H W latent height and width, L text tokens, D text width.
 """
@@ -12,7 +9,6 @@ Legend: B batch, F latent frames, C channels, H W latent height and width, L tex
 from __future__ import annotations
 
 import json
-import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,11 +18,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from anyflow_cli.model.backbone import Backbone, BackboneSources
 from anyflow_cli.model.blocks import LayerKeys
@@ -39,6 +32,7 @@ from anyflow_cli.model.precision import Precision, autocast
 from anyflow_cli.model.rotary import rotation
 from anyflow_cli.recipe import schema
 from anyflow_cli.train.causal_windows import NetworkCall
+from anyflow_cli.utils.memory_tracker import MemoryTracker
 
 FAKE = FakeTensorMode(allow_non_fake_inputs=True)
 DEPTHS = (1, 2)  # times the blocks after which checkpointing repeats itself
@@ -46,8 +40,6 @@ DECODED_FRAMES = (3, 4)  # from which the cost of decoding any number follows
 START, SCORES = Path("start"), Path("scores")  # stand for the folders that a stage loads
 BASE = "frozen base"
 RoleSize = Counter[str]  # parameters, trainable, bytes, trainable_bytes
-ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 @dataclass(frozen=True)
@@ -144,11 +136,6 @@ def _sizes(backbone: Backbone) -> dict[tuple[str, str], RoleSize]:
     return sizes
 
 
-def gathered_bytes(setup: Setup) -> int:
-    """Bytes of sharded weights that are whole at once: two blocks, and what is outside of blocks."""
-    return sum(weight.nbytes for weight in fake_backbone(setup.with_checkpointing(False), 2).parameters())
-
-
 @contextmanager
 def fake_tensors() -> Iterator[None]:
     """Make all new tensors fake, and keep them out of the cache of rotations that real networks share."""
@@ -158,54 +145,6 @@ def fake_tensors() -> Iterator[None]:
             yield
     finally:
         rotation.cache_clear()
-
-
-class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Bytes of the storages that operators allocate, while they live, and FLOPs.
-
-    ``known`` tensors are not counted. With ``gpu``, the backward pass of attention takes what FlashAttention
-    does: the gradient of the queries in fp32.
-    """
-
-    def __init__(self, known: Iterable[Tensor] = (), *, gpu: bool = False) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.gpu, self._alive = gpu, dict[int, weakref.ref[Any]]()
-        self.held = self.peak = self.linear = self.attention = 0
-        for tensor in known:
-            self._add(tensor, counted=False)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operator, then count it."""
-        out, operator = func(*args, **(kwargs or {})), func._overloadpacket
-        for tensor in (out,) if isinstance(out, Tensor) else tree_leaves(out):
-            if isinstance(tensor, Tensor):
-                self._add(tensor)
-        if operator is ATTENTION:
-            self.attention += sdpa_flop_count(*(x.shape for x in args[:3]))  # type: ignore[no-untyped-call]
-        elif operator is ATTENTION_BACKWARD:
-            shapes = [x.shape for x in args[:4]]
-            self.attention += sdpa_backward_flop_count(*shapes)  # type: ignore[no-untyped-call]
-            self.peak = max(self.peak, self.held + self.gpu * 4 * args[1].numel())
-        elif operator in flop_registry:
-            self.linear += flop_registry[operator](*args, **(kwargs or {}), out_val=out)
-        return out
-
-    def restart(self) -> int:
-        """Start to count anew; what is held stays so, and is returned."""
-        self.peak, self.linear, self.attention = self.held, 0, 0
-        return self.held
-
-    def _add(self, tensor: Tensor, *, counted: bool = True) -> None:
-        storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes() * counted
-        if key not in self._alive:
-            self._alive[key] = weakref.ref(storage, lambda _: self._free(key, size))
-            self.held += size
-            self.peak = max(self.peak, self.held)
-
-    def _free(self, key: int, size: int) -> None:
-        del self._alive[key]
-        self.held -= size
 
 
 class CallCost(NamedTuple):
@@ -232,10 +171,7 @@ def call_cost(setup: Setup, call: NetworkCall) -> CallCost:
 
 
 def _measure(setup: Setup, backbone: Backbone, call: NetworkCall) -> CallCost:
-    """Run a call forward, with gradient also backward.
-
-    Where casts of weights are kept, it runs forward twice, so that the second call finds what both share.
-    """
+    """Run a call: forward, twice where casts are kept, so that the second finds what both share; backward."""
     layout, keeps_casts, samples = setup.layout_of(call), setup.shards is None, call.samples
     by_frame = call.layout is not None and call.cache is None  # each frame has times of its own
     with fake_tensors():

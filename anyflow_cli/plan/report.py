@@ -11,7 +11,7 @@ from anyflow_cli.plan.advice import Advice
 from anyflow_cli.plan.estimate import CHECKPOINTING, Plan, Stage
 from anyflow_cli.plan.hardware import RESERVE
 from anyflow_cli.plan.networks import role_sizes
-from anyflow_cli.utils.units import GIB
+from anyflow_cli.utils.units import GIB, duration, in_units, memory_size
 
 PARTS = {
     "weights": "weights", "gradients": "gradients", "optimizer": "optimizer", "ema": "EMA", "data": "batch",
@@ -40,7 +40,7 @@ def _roles(plan: Plan) -> Table:
     table = _table("Weights of stage 2", "role", "parameters", "trainable", "size")
     for name, size in role_sizes(plan.stages["distill"].setup).items():
         counts = f"{size['parameters']:,}", f"{size['trainable']:,}"
-        table.add_row(name, *counts, _memory_size(size["bytes"]))
+        table.add_row(name, *counts, memory_size(size["bytes"]))
     return table
 
 
@@ -73,8 +73,8 @@ def _work(plan: Plan) -> Table:
     table = _table("Work", "", "count", "FLOPs each", "time each", "total time", "command")
     for stage in plan.stages.values():
         seconds, hours = hardware.seconds(stage.flops), stage.hours(hardware)
-        times = ["unknown" if time is None else _duration(time) for time in (seconds, hours and 3600 * hours)]
-        count, flops = f"{stage.repeats:,}", _scaled(stage.flops, FLOPS)
+        times = ["unknown" if time is None else duration(time) for time in (seconds, hours and 3600 * hours)]
+        count, flops = f"{stage.repeats:,}", in_units(stage.flops, FLOPS)
         table.add_row(stage.name, count, flops, *times, f"anyflow {stage.command}")
     return table
 
@@ -82,7 +82,7 @@ def _work(plan: Plan) -> Table:
 def _disk(plan: Plan) -> Table:
     table = _table("Disk", "", "size")
     for name, size in {**plan.disk, "total": sum(plan.disk.values())}.items():
-        table.add_row(name, _scaled(size, SIZES), style="bold" if name == "total" else "")
+        table.add_row(name, in_units(size, SIZES), style="bold" if name == "total" else "")
     return table
 
 
@@ -107,14 +107,10 @@ def _notes(plan: Plan) -> Text:
         notes.append(f"{reserve} {'Nothing is sharded.' if setup.shards is None else sharded}")
     if recipe.model.compile:
         notes.append("model.compile is not counted: neither its compile time nor the memory that it saves.")
-    if hardware.peak is None:
-        notes.append("Times are unknown: state the speed of this machine with --peak.")
-    else:
-        notes.append(
-            f"Times assume {hardware.mfu:.0%} of {hardware.peak / 1e12:,.4g} TFLOPS and count recomputation, "
-            "but not reading data, previews, checkpoints and the VAE."
-        )
-    return Text("\n".join(notes))
+    assumed = f"Times assume {hardware.mfu:.0%} of {(hardware.peak or 0) / 1e12:,.4g} TFLOPS"
+    counted = "and count recomputation, but not reading data, previews, checkpoints and the VAE."
+    unknown = "Times are unknown: state the speed of this machine with --peak."
+    return Text("\n".join([*notes, f"{assumed} {counted}" if hardware.peak else unknown]))
 
 
 def _advice(stage: Stage, advice: Advice) -> str:
@@ -122,30 +118,14 @@ def _advice(stage: Stage, advice: Advice) -> str:
     prices = "; ".join(dict.fromkeys(change.price for change in advice.changes))
     at = f"{stage.name}: the peak is at {stage.peak.name}."
     if advice.fits:
-        return f"{at} It fits with {settings} ({prices}): {_memory_size(advice.peak)}."
-    least = f" The lowest peak is {_memory_size(advice.peak)}, with {settings}." if settings else ""
+        return f"{at} It fits with {settings} ({prices}): {memory_size(advice.peak)}."
+    least = f" The lowest peak is {memory_size(advice.peak)}, with {settings}." if settings else ""
     return f"{at} No setting makes it fit; it needs larger GPUs.{least}"
 
 
 def _table(title: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left", title_style="cyan", box=None, pad_edge=False)
     for number, column in enumerate(columns):
-        left = number == 0 or column == "command"
-        table.add_column(column, justify="left" if left else "right", no_wrap=left)
+        is_text = number == 0 or column == "command"
+        table.add_column(column, justify="left" if is_text else "right", no_wrap=is_text)
     return table
-
-
-def _memory_size(size: int) -> str:
-    return f"{size / GIB:,.1f} GiB" if size > GIB else f"{size / 2**20:,.1f} MiB"
-
-
-def _scaled(value: float, units: Sequence[tuple[float, str]]) -> str:
-    number, name = next(((value / unit, name) for unit, name in units if value >= unit), (value, ""))
-    return f"{number:,.1f} {name}" if name else f"{number:,.0f}"
-
-
-def _duration(seconds: float) -> str:
-    for unit, name, limit in ((1.0, "s", 120), (60.0, "min", 120), (3600.0, "h", 96)):
-        if seconds < limit * unit:
-            return f"{seconds / unit:.3g} {name}"
-    return f"{seconds / 86400:,.0f} days"

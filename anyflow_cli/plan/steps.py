@@ -75,10 +75,7 @@ class CallCosts:
     def moments(
         self, calls: Sequence[NetworkCall], gradients: int = 0, *, are_there: bool = False
     ) -> Iterator[Moment]:
-        """The peaks of a term that makes these calls, forward and backward.
-
-        ``gradients`` is what the step itself allocates of them; they may be there from an earlier term.
-        """
+        """The peaks of a term that makes these calls; ``gradients``: bytes that the step itself allocates."""
         graphs, shared = list[NetworkCall](), dict[Role, int]()
 
         def moment(call: NetworkCall, what: str, peak: int, gradients: int) -> Moment:
@@ -92,7 +89,7 @@ class CallCosts:
             keeps_graph = call.gradient and call.group is None
             cost = self.cost(call._replace(gradient=keeps_graph))
             shared[call.role] = max(cost.shared, shared.get(call.role, 0))
-            what = "caching a chunk" if only_caches(call) else "forward"
+            what = "caching a chunk" if call.only_caches else "forward"
             yield moment(call, what, cost.forward + cost.shared * call.joined, gradients * are_there)
             graphs += [call] * keeps_graph
         shared = {graph.role: self.cost(graph).shared_backward for graph in graphs}
@@ -111,11 +108,6 @@ class CallCosts:
         """Bytes of one key-value cache."""
         config, element = self.setup.network, 2 if self.setup.precision == "bf16" else 4
         return 2 * element * config.layers * config.dim * samples * self._cache_tokens
-
-
-def only_caches(call: NetworkCall) -> bool:
-    """Whether a call has no output, and only fills the key-value cache."""
-    return call.layout is not None and not any(segment.is_output for segment in call.layout.inputs)
 
 
 class StepCost(NamedTuple):
@@ -176,6 +168,6 @@ def sampling_cost(setup: Setup, samples: int, *, is_guided: bool = False) -> Sam
         calls = rollout_calls(calls, network, partition, setup.latent, remember=remember)
     costs, flops = CallCosts(setup, calls), {True: 0.0, False: 0.0}
     for call in calls:
-        flops[only_caches(call)] += costs.flops(call) / samples
+        flops[call.only_caches] += costs.flops(call) / samples
     peak = max(costs.moments(calls), key=lambda moment: moment.total)
     return SamplingCost(peak.parts["cache"], peak.parts["activations"], flops[False], flops[True])

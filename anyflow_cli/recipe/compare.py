@@ -30,6 +30,18 @@ def differing_keys(a: Recipe, b: Recipe, sections: Iterable[str] | None = None) 
     return [key for key in keys if left.get(key, _ABSENT) != right.get(key, _ABSENT)]
 
 
+def with_values(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
+    """The same recipe with other values, by dotted key, checked."""
+    content = recipe.model_dump()
+    for key, value in values.items():
+        *sections, last = key.split(".")
+        inner: dict[str, Any] = content
+        for section in sections:
+            inner[section] = inner = inner[section] or {}
+        inner[last] = value
+    return Recipe.model_validate(content)
+
+
 def digest(recipe: Recipe) -> str:
     """SHA-256 of all values except the description, which does not affect results."""
     values = {key: value for key, value in flat(recipe).items() if key != "description"}

@@ -98,6 +98,11 @@ class NetworkCall(NamedTuple):
     cache: int | None = None
     joined: bool = False
 
+    @property
+    def only_caches(self) -> bool:
+        """Whether the call has no output, and only fills the key-value cache."""
+        return self.layout is not None and not any(segment.is_output for segment in self.layout.inputs)
+
 
 class Window(NamedTuple):
     """Latent frames of each chunk that a step trains on; the last ``noisy`` chunks are noised."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from anyflow_cli.plan.advice import Advice, advise, changed, kinds_of_change
+from anyflow_cli.plan.advice import Advice, advise, kinds_of_change
 from anyflow_cli.plan.hardware import Hardware, parse_hardware
 from anyflow_cli.recipe import schema
+from anyflow_cli.recipe.compare import with_values
 
 
 def recipe(**model: object) -> schema.Recipe:
@@ -69,7 +70,7 @@ def test_whole_weights_may_become_adapters() -> None:
 
 def test_a_change_is_checked_and_leaves_the_rest() -> None:
     (kind, *_) = kinds_of_change("distill", recipe(), parse_hardware("8x80GB"))
-    after = changed(recipe(), [kind[0]])
+    after = with_values(recipe(), kind[0].values)
     assert after.model.gradient_checkpointing
     assert after.model.model_copy(update={"gradient_checkpointing": False}) == recipe().model
     assert after.distill == recipe().distill

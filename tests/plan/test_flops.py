@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 from torch.utils.flop_counter import FlopCounterMode
 
-from anyflow_cli.plan.networks import ATTENTION, ATTENTION_BACKWARD, Setup, call_cost
+from anyflow_cli.plan.networks import Setup, call_cost
 from anyflow_cli.plan.steps import SAMPLED_STEPS, CallCosts
 from anyflow_cli.recipe import schema
 from anyflow_cli.train.causal_windows import NetworkCall
 from anyflow_cli.train.rng import StepRng, micro_positions
+from anyflow_cli.utils.memory_tracker import ATTENTION, ATTENTION_BACKWARD
 from tests.plan.small import CONFIG, Kind, backbone, batch, objective, setup
 
 DEEP = replace(CONFIG, layers=4)

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils.flop_counter import FlopCounterMode
 
-from anyflow_cli.plan.networks import ATTENTION, ATTENTION_BACKWARD, MemoryTracker, fake_tensors
+from anyflow_cli.plan.networks import fake_tensors
+from anyflow_cli.utils.memory_tracker import ATTENTION, ATTENTION_BACKWARD, MemoryTracker
 
 KB = 1024
 

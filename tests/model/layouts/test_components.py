@@ -20,7 +20,7 @@ from anyflow_cli.model.folder_check import check_folder
 from anyflow_cli.model.layouts.components import STATISTICS_21, STATISTICS_22, open_component
 from anyflow_cli.model.network import two_time_from
 from anyflow_cli.model.pipeline_io import component, load_network, read_config, read_shift, save_pipeline
-from anyflow_cli.plan.model_sizes import pipeline_sizes
+from anyflow_cli.model.pipeline_sizes import pipeline_sizes
 from anyflow_cli.recipe.load import load_recipe
 from anyflow_cli.runs.open import describe, open_model
 from tests.model.helpers import distance

@@ -8,7 +8,7 @@ import pytest
 
 from anyflow_cli.errors import UsageError
 from anyflow_cli.model.known_models import KNOWN_MODELS
-from anyflow_cli.plan.model_sizes import PipelineSizes, pipeline_sizes
+from anyflow_cli.model.pipeline_sizes import PipelineSizes, pipeline_sizes
 from anyflow_cli.plan.networks import Setup, role_sizes
 from anyflow_cli.recipe import schema
 from tests.tiny_pipeline import CHANNELS, TEXT_DIM, make_wan_folder
