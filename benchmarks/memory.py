@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator, Mapping
 
-from anyflow_cli.plan.estimate import Stage, plan_stage, target_of
+from anyflow_cli.plan.estimate import StagePlan, plan_stage, target_of
 from anyflow_cli.plan.hardware import parse_hardware
 from anyflow_cli.plan.networks import BASE, role_sizes
 from anyflow_cli.recipe.load import load_recipe
@@ -53,8 +53,8 @@ def ways(recipe: str, processes: int) -> Iterator[tuple[str, Mapping[str, int]]]
     yield "all weights", planned(recipe, processes, "model.lora=null").peak.parts
 
 
-def planned(recipe: str, processes: int, *changes: str) -> Stage:
-    """Stage 2 of a recipe, whether it fits or not."""
+def planned(recipe: str, processes: int, *changes: str) -> StagePlan:
+    """StagePlan 2 of a recipe, whether it fits or not."""
     resolved = load_recipe(recipe, [*ALONE, *changes])
     return plan_stage(target_of(resolved, parse_hardware(f"{processes}x80GB")), "distill")
 

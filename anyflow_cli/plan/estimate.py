@@ -66,7 +66,7 @@ def target_of(recipe: schema.Recipe, hardware: Hardware) -> Target:
     return Target(recipe, pipeline_sizes(recipe.model.teacher), hardware)
 
 
-class Stage(NamedTuple):
+class StagePlan(NamedTuple):
     """One command, or one objective of it, on one process."""
 
     name: str
@@ -97,7 +97,7 @@ class Plan(NamedTuple):
     """A recipe on a machine."""
 
     target: Target
-    stages: Mapping[str, Stage]
+    stages: Mapping[str, StagePlan]
     advice: Mapping[str, Advice]  # for the stages that do not fit
     disk: Mapping[str, int]  # bytes
     needs: Mapping[str, Sequence[Resource]]  # of each command
@@ -118,7 +118,7 @@ def make_plan(recipe: schema.Recipe, hardware: Hardware, paths: RunPaths) -> Pla
     return Plan(target, stages, advice, disk, needs)
 
 
-def plan_stage(target: Target, key: str) -> Stage:
+def plan_stage(target: Target, key: str) -> StagePlan:
     """Plan one of ``STAGES``."""
     return _training(target, key) if key in TRAINING else _sampling(target, key)
 
@@ -163,14 +163,14 @@ def _own_scores(target: Target, settings: schema.DistillSection) -> NetworkConfi
     return None if are_adapters and sizes[0] == sizes[1] else scores
 
 
-def _training(target: Target, key: str) -> Stage:
+def _training(target: Target, key: str) -> StagePlan:
     setup, (name, command, _) = training_setup(target, key), STAGES[key]
     step, settings = step_cost(setup), setup.settings
     assert settings is not None
     moments = [*step_moments(setup), *_preview_moments(target, setup, settings)]
     host = sum(_unsharded(setup).values()) // (setup.shards or 1) if setup.offload else 0
     peak = max(moments, key=lambda one: one.total)
-    return Stage(name, command, setup, peak, step.flops, settings.steps, rollout=step.rollout, host=host)
+    return StagePlan(name, command, setup, peak, step.flops, settings.steps, rollout=step.rollout, host=host)
 
 
 def _unsharded(setup: Setup) -> dict[str, int]:
@@ -220,7 +220,7 @@ def _preview_moments(target: Target, setup: Setup, settings: schema.TrainingSect
         yield Moment("preview: decoding", {**base, "weights": base["weights"] + vae, "activations": decoding})
 
 
-def _sampling(target: Target, key: str) -> Stage:
+def _sampling(target: Target, key: str) -> StagePlan:
     """Sampling: guided by a teacher, or with the any-step model at the largest of its step counts."""
     recipe, (name, command, _) = target.recipe, STAGES[key]
     is_guided, streams, made = key == "synthesize", key == "stream", recipe.synthesize
@@ -239,7 +239,7 @@ def _sampling(target: Target, key: str) -> Stage:
     pixels = {"weights": weights, "cache": cost.cache * streams, "activations": decoding}
     peak = max(Moment("network", network), Moment("decoding", pixels), key=lambda one: one.total)
     flops, processes = steps * cost.step_flops + cost.cache_flops, target.hardware.count if is_guided else 1
-    return Stage(name, command, setup, peak, flops, videos, processes)
+    return StagePlan(name, command, setup, peak, flops, videos, processes)
 
 
 def data_usage(target: Target) -> dict[str, int]:
@@ -277,7 +277,7 @@ def as_values(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _stage_values(plan: Plan, key: str, stage: Stage) -> dict[str, Any]:
+def _stage_values(plan: Plan, key: str, stage: StagePlan) -> dict[str, Any]:
     hardware, advice = plan.target.hardware, plan.advice.get(key)
     values = {
         "command": f"anyflow {stage.command}", "memory": dict(stage.peak.parts), "peak": stage.peak.total,

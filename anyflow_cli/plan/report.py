@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from anyflow_cli.plan.advice import Advice
-from anyflow_cli.plan.estimate import CHECKPOINTING, Plan, Stage
+from anyflow_cli.plan.estimate import CHECKPOINTING, Plan, StagePlan
 from anyflow_cli.plan.hardware import RESERVE
 from anyflow_cli.plan.networks import role_sizes
 from anyflow_cli.utils.units import GIB, duration, in_units, memory_size
@@ -113,7 +113,7 @@ def _notes(plan: Plan) -> Text:
     return Text("\n".join([*notes, f"{assumed} {counted}" if hardware.peak else unknown]))
 
 
-def _advice(stage: Stage, advice: Advice) -> str:
+def _advice(stage: StagePlan, advice: Advice) -> str:
     settings = " ".join(map(str, advice.changes))
     prices = "; ".join(dict.fromkeys(change.price for change in advice.changes))
     at = f"{stage.name}: the peak is at {stage.peak.name}."

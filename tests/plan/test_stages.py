@@ -14,7 +14,7 @@ from anyflow_cli.model.config import CausalConfig
 from anyflow_cli.model.encoders import VideoVAE
 from anyflow_cli.model.kv_cache import KeyCache
 from anyflow_cli.model.network import FlowMapTransformer
-from anyflow_cli.plan.estimate import Stage, Target, plan_stage, target_of, training_setup
+from anyflow_cli.plan.estimate import StagePlan, Target, plan_stage, target_of, training_setup
 from anyflow_cli.plan.hardware import Hardware, parse_hardware
 from anyflow_cli.plan.networks import BASE, DECODED_FRAMES, RoleSize, _decode, decoding_cost, role_sizes
 from anyflow_cli.plan.steps import sampling_cost
@@ -76,7 +76,7 @@ def test_sharding_divides_what_is_held_and_gathers_a_block_at_a_time(folder: Pat
     four = parse_hardware("4x80GB")
     plain = {"global_batch": 4, "preview_every": 0}
 
-    def planned(**launch: Any) -> Stage:
+    def planned(**launch: Any) -> StagePlan:
         return plan_stage(target(folder, four, distill=plain, launch=launch), "distill")
 
     whole, full = planned(), planned(sharding="full")
