@@ -104,17 +104,14 @@ def _system(error: BaseException) -> Failure | None:
     for cause in system_errors(error):
         if cause.errno in SYSTEM:
             sentence, hint = SYSTEM[cause.errno]
-            name = shortened(os.fsdecode(cause.filename), 200) if _is_path(cause.filename) else ""
+            path = cause.filename  # a file descriptor where the path is not known
+            name = shortened(os.fsdecode(path), 200) if isinstance(path, str | bytes | os.PathLike) else ""
             if not name and sentence.startswith("{name}"):
                 continue
             filled = sentence.format(of=f" of {name}" if name else "", name=f" {name}" if name else "")
             code = ExitCode.USAGE if cause.errno in UNUSABLE_PATH else ExitCode.FAILED
             return Failure(filled.strip(), hint, code)
     return None
-
-
-def _is_path(name: object) -> bool:
-    return isinstance(name, str | bytes | os.PathLike) and bool(name)
 
 
 KINDS = (

@@ -87,7 +87,11 @@ def validation_error(
     found += others
 
     def place_of(item: Mistake | ErrorDetails) -> YamlLocation:
-        return item.place if isinstance(item, Mistake) else _place(_key(item), places, whole)
+        """Where a key was written, or else the nearest section around it."""
+        if isinstance(item, Mistake):
+            return item.place
+        key = _key(item)
+        return next((places[key[:n]] for n in range(len(key), 0, -1) if key[:n] in places), whole)
 
     in_order = sorted(found, key=lambda item: (place_of(item).source, place_of(item).line))
     shown = [
@@ -130,11 +134,6 @@ def _section(annotation: Any) -> type[Section] | None:
         kind for kind in kinds if isinstance(kind, type) and not get_origin(kind)
     )  # 3.10: tuple[int] is one
     return next((kind for kind in classes if issubclass(kind, Section)), None)
-
-
-def _place(key: Key, places: Mapping[Key, YamlLocation], whole: YamlLocation) -> YamlLocation:
-    """Where a key was written, or else the nearest section around it."""
-    return next((places[key[:depth]] for depth in range(len(key), 0, -1) if key[:depth] in places), whole)
 
 
 def _words(detail: ErrorDetails) -> str:
