@@ -99,7 +99,8 @@ def facts_table(values: Mapping[str, Any]) -> Table:
     table.add_column(style="cyan", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in values.items():
-        table.add_row(Text(name), Text(str(value)))
+        listed = isinstance(value, list | tuple) and not hasattr(value, "_fields")
+        table.add_row(Text(name), Text(", ".join(map(str, value)) if listed else str(value)))
     return table
 
 

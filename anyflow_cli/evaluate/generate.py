@@ -7,14 +7,10 @@ before a kill are kept; damaged ones are detected by size and hash and sampled a
 
 from __future__ import annotations
 
-import fcntl
 import logging
-import os
 import shutil
-import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol as Interface
@@ -31,7 +27,6 @@ from anyflow_cli.utils.distributed import rank, world_size
 
 OnProgress = Callable[[int], None]  # called with the number of finished videos
 
-LOCK = ".anyflow-evaluation.lock"
 POLL_SECONDS = 2.0  # between looks at what other processes have finished
 STALL_SECONDS = 1800.0  # without a new video, after which other processes count as lost
 BITS_PER_PIXEL = 0.25  # of an mp4 at preview quality, to estimate sizes before there are any
@@ -135,27 +130,6 @@ class EvaluationJob:
     def done(self) -> int:
         """Number of finished videos, by any process."""
         return sum(len(self.finished(one)) for one in self.variants)
-
-
-@contextmanager
-def exclusive(out: Path) -> Iterator[None]:
-    """Lock the directory of an evaluation against a second one; the lock of a dead process is void."""
-    out.mkdir(parents=True, exist_ok=True)
-    if (out / LOCK).is_symlink() or ((out / LOCK).exists() and not (out / LOCK).is_file()):
-        raise UsageError(f"{out / LOCK} is not a regular file.", "Remove it, or use another --out.")
-    with (out / LOCK).open("a+") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            handle.seek(0)
-            raise UsageError(
-                f"Another evaluation is running in {out} ({handle.read().strip() or 'unknown process'}).",
-                "Wait for it to end, or use another --out.",
-            ) from error
-        handle.truncate(0)
-        handle.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        handle.flush()
-        yield
 
 
 def generate_videos(

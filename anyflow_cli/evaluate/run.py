@@ -26,7 +26,6 @@ from anyflow_cli.evaluate.generate import (
     VideoGenerator,
     WorkShare,
     check_free_space,
-    exclusive,
     generate_videos,
     remaining_cost,
     wait_for_others,
@@ -57,6 +56,7 @@ from anyflow_cli.runs.paths import RunPaths
 from anyflow_cli.runs.resources import Given, Resource, find_model, inputs
 from anyflow_cli.sample.sampler import VideoSampler
 from anyflow_cli.utils.distributed import default_device
+from anyflow_cli.utils.run_lock import RunLock
 
 log = logging.getLogger(__name__)
 
@@ -145,7 +145,7 @@ def run_evaluation(
     share: WorkShare = SINGLE_PROCESS,
 ) -> Evaluation:
     """Generate what is missing and score it, in the first of several processes."""
-    with exclusive(job.out):
+    with RunLock(job.out):
         return _run(job, open_model, on_progress, share)
 
 
@@ -192,7 +192,7 @@ def evaluate_and_report(
     if job.external is None:
         check_free_space(job.out, remaining_cost(job, share.world).size)
     EvaluationDirectory(job.out).check()
-    with exclusive(job.out):
+    with RunLock(job.out):
         evaluation = _run(job, None, on_progress, share)
         files = write_results(evaluation, job.protocol.suite, job.out)
         exported = [] if export is None else export_leaderboard(job, evaluation, export)
@@ -253,7 +253,7 @@ def compare_and_report(
         for address in addresses
     )
     comparison = compare(protocol.suite, first, second)
-    with exclusive(out):
+    with RunLock(out):
         return comparison, write_comparison(comparison, out)
 
 

@@ -449,6 +449,11 @@ class EvaluateSection(Section):
     batch_size: BatchSize = 8
     teacher: bool = Field(True, description="Also evaluate the teacher, at its own step count.")
 
+    @property
+    def is_conditioned(self) -> bool:
+        """Whether videos are conditioned on images, which a teacher cannot be."""
+        return self.suite == "vbench-i2v" or (self.suite == "shapes" and self.task == "i2v")
+
 
 class LaunchSection(Section):
     """How training is distributed over processes and devices; the results do not depend on it."""

@@ -186,7 +186,7 @@ def _sample(recipe: Recipe, paths: RunPaths, given: Given) -> list[Resource]:
 def _evaluate(recipe: Recipe, paths: RunPaths, given: Given) -> list[Resource]:
     if given.data is not None:
         return [*_broken_ffmpeg(), _videos(given.data)]
-    beside = recipe.evaluate.teacher and recipe.evaluate.task == "t2v"
+    beside = recipe.evaluate.teacher and not recipe.evaluate.is_conditioned
     teacher = [_model("teacher", recipe.model.teacher)] if beside else []
     return [*_broken_ffmpeg(), *_any_step(recipe, paths, given), *teacher]
 

@@ -42,6 +42,8 @@ class RunLock:
     def __enter__(self) -> RunLock:
         if not is_main_process():
             return self
+        if self.path.is_symlink() or (self.path.exists() and not self.path.is_file()):
+            raise UsageError(f"{self.path} is not a regular file.", "Remove it, or choose another directory.")
         with disk_errors(self.path):
             self.directory.mkdir(parents=True, exist_ok=True)
             self._file = self.path.open("a+", encoding="utf-8")

@@ -54,7 +54,7 @@ def test_scores_are_shown_and_a_report_is_written(
     out = tmp_path / "runs" / "tiny" / "evaluate"
     assert (out / "report.html").stat().st_size > 50_000
     assert {path.name for path in out.iterdir() if path.is_file()} == {
-        ".anyflow-evaluation.json", ".anyflow-evaluation.lock", "report.html", "results.json",
+        ".anyflow-evaluation.json", ".lock", "report.html", "results.json",
         "scores.md", "scores.png", "scores.tex",
     }  # fmt: skip
 
@@ -206,15 +206,18 @@ def bare_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_dry_run_of_vbench_needs_neither_environment_nor_model(
     bare_machine: Path, capsys: Capture, options: list[str], prompts: int, videos: int, complete: bool
 ) -> None:
-    command = ["evaluate", "-r", "causal14b", *options, "--nfe", "4", "--set", "evaluate.teacher=false"]
+    command = ["evaluate", "-r", "causal14b", *options, "--nfe", "4"]
     assert app.main([*command, "--dry-run", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
-    assert (facts["prompts"], facts["videos"], facts["comparable"]) == (prompts, videos, complete)
+    beside = "vbench-i2v" not in options  # a teacher cannot be conditioned on images
+    assert (facts["prompts"], facts["comparable"]) == (prompts, complete)
+    assert facts["videos"] == videos * (1 + beside)
     assert len(facts["dimensions"]) == (9 if "vbench-i2v" in options else 16)
     needs = {need["name"]: need for need in facts["needs"]}
     assert needs["VBench environment"]["state"] == "missing"
     assert "anyflow doctor --fix vbench" in needs["VBench environment"]["how_to_get_it"]
     assert needs["VBench weights"]["state"] == "optional"
+    assert ("teacher" in needs) == beside
     assert needs.keys() >= ({"VBench-I2V prompts", "VBench-I2V images"} if "vbench-i2v" in options else set())
     assert list(bare_machine.iterdir()) == []
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from anyflow_cli.errors import UsageError
-from anyflow_cli.evaluate.generate import LOCK, EvaluationJob
+from anyflow_cli.evaluate.generate import EvaluationJob
 from anyflow_cli.evaluate.report.page import render_page, write_results
 from anyflow_cli.evaluate.results import Evaluation
 from anyflow_cli.evaluate.run import evaluate_and_report, run_evaluation
@@ -26,6 +26,7 @@ from anyflow_cli.evaluate.store import (
 )
 from anyflow_cli.evaluate.vbench.environment import ENVIRONMENT_MARKER, create_environment
 from anyflow_cli.evaluate.vbench.leaderboard import export_leaderboard
+from anyflow_cli.utils.run_lock import RUN_LOCK
 from tests.evaluate.drawn import Drawn, make_job
 
 
@@ -97,8 +98,8 @@ def test_records_are_not_appended_through_a_link(job: EvaluationJob, tmp_path: P
 
 def test_a_lock_is_not_written_through_a_link(job: EvaluationJob, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    (job.out / LOCK).unlink()
-    (job.out / LOCK).symlink_to(tmp_path / "notes.txt")
+    (job.out / RUN_LOCK).unlink()
+    (job.out / RUN_LOCK).symlink_to(tmp_path / "notes.txt")
     with pytest.raises(UsageError, match="not a regular file"):
         run_evaluation(job, Drawn().open)
     assert (tmp_path / "notes.txt").read_text() == "mine"

@@ -11,7 +11,6 @@ import torch
 
 from anyflow_cli.data.video import ClipFormat, read_clip
 from anyflow_cli.errors import AnyflowError, UsageError
-from anyflow_cli.evaluate.generate import exclusive
 from anyflow_cli.evaluate.protocol import (
     SamplingSettings,
     Variant,
@@ -28,6 +27,7 @@ from anyflow_cli.recipe.schema import ModelSection, Recipe
 from anyflow_cli.runs.checkpoint import CheckpointState, LoopState, save
 from anyflow_cli.runs.lineage import RunLineage
 from anyflow_cli.runs.open import ModelChoice
+from anyflow_cli.utils.run_lock import RunLock
 from tests.evaluate.drawn import CAPTIONED, Drawn, KilledError, make_folder, make_job
 from tests.evaluate.drawn import drawn as drawn_clip
 
@@ -222,8 +222,8 @@ def test_a_damaged_record_is_named(tmp_path: Path) -> None:
 def test_a_second_evaluation_in_a_directory_is_refused(tmp_path: Path) -> None:
     job = make_job(tmp_path, nfe=(1,), teacher=False)
     with (
-        exclusive(job.out),
-        pytest.raises(UsageError, match=r"Another evaluation is running in .* \(process \d+ on "),
+        RunLock(job.out),
+        pytest.raises(UsageError, match=r"out is in use by process \d+ on "),
     ):
         run_evaluation(job, Drawn().open)
 
