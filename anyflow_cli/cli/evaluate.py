@@ -42,7 +42,7 @@ def evaluate(
     prune: options.PruneOption = False,
     export: options.LeaderboardOption = None,
     out: options.OutOption = None,
-    recipe: options.RecipeOption = options.DEFAULT_RECIPE,
+    recipe: options.ModelRecipeOption = None,
     assignments: options.SetOption = None,
     runs: options.RunsOption = options.DEFAULT_RUNS,
     seed: options.SeedOption = None,
@@ -64,7 +64,7 @@ def evaluate(
         "--seed": ("evaluate.seed", seed),
         "--nproc": ("launch.processes", processes),
     }
-    settings = options.load_settings(recipe, assignments, overrides)
+    settings = options.load_settings(recipe or options.recipe_of_model(model), assignments, overrides)
     model = options.with_lora_files(model, lora)
     if compare is not None:
         refused = {"--model": model, "--fail-below": fail_below, "--videos": videos, "--export": export}

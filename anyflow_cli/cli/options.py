@@ -17,6 +17,7 @@ sentences. Results go to stdout through ``print_result``; everything else is log
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -33,6 +34,8 @@ from anyflow_cli.utils.user_text import escaped, path_problem, shortened
 
 if TYPE_CHECKING:
     from anyflow_cli.recipe.schema import Recipe
+
+log = logging.getLogger(__name__)
 
 DEFAULT_RECIPE = "tiny"
 DEFAULT_RUNS = Path("runs")
@@ -452,6 +455,18 @@ def load_settings(
     named = ((option, key, value) for option, (key, value) in (options or {}).items() if value is not None)
     overrides = [Override(key, value, option) for option, key, value in named]
     return load_recipe(recipe, [*(assignments or ()), *overrides])
+
+
+def recipe_of_model(model: str | None) -> str:
+    """Recipe for ``--model`` where ``--recipe`` is not given: the model's own, if it is known."""
+    from anyflow_cli.runs.families import family_recipe
+
+    if model is None:
+        return DEFAULT_RECIPE
+    found = family_recipe(model)
+    if found is None:
+        log.warning("%s belongs to no known family; recipe %s is used.", model, DEFAULT_RECIPE)
+    return found or DEFAULT_RECIPE
 
 
 def parse_steps(text: str | None) -> tuple[int, ...] | None:

@@ -67,7 +67,7 @@ def sample(
     )
     if refine is None:
         overrides = {"--frames": ("sample.frames", frames), "--seed": ("sample.seed", seed)}
-        named = recipe or _recipe_of(model)
+        named = recipe or options.recipe_of_model(model)
         settings = with_sampled_length(options.load_settings(named, assignments, overrides))
         default = (settings.sample.teacher_steps,) if teacher else settings.sample.nfe
         last_seed = settings.sample.seed + count - 1
@@ -167,18 +167,6 @@ def _sample(
     lines = f"{folder / record['sheet']}\n" + "\n".join(str(folder / s["file"]) for s in record["samples"])
     print_result({"out": folder, **record}, as_json=as_json, text=lines)
     return folder
-
-
-def _recipe_of(model: str | None) -> str:
-    """Recipe to sample a model with where none is named: the model's own, if it is known."""
-    from anyflow_cli.runs.families import family_recipe
-
-    if model is None:
-        return DEFAULT_RECIPE
-    found = family_recipe(model)
-    if found is None:
-        log.warning("%s belongs to no known family; sampling as recipe %s says.", model, DEFAULT_RECIPE)
-    return found or DEFAULT_RECIPE
 
 
 def with_sampled_length(recipe: Recipe) -> Recipe:

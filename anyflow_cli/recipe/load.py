@@ -48,6 +48,8 @@ class Override:
 def load_recipe(address: str = DEFAULT, overrides: Iterable[str | Override] = ()) -> Recipe:
     """Read, resolve and check a recipe.
 
+    In the record of a run, a ``recipe.yaml`` beside a ``lineage.json``, renamed keys are translated.
+
     Args:
         address: The name of a shipped recipe, or the path of a YAML file.
         overrides: ``KEY=VALUE`` texts, as ``--set`` takes them, or ``Override``s; later ones win.
@@ -57,7 +59,9 @@ def load_recipe(address: str = DEFAULT, overrides: Iterable[str | Override] = ()
     """
     path, shown = find_recipe(address)
     source = _resolved(path, shown, ())
-    content, places = dict(source.content), dict(source.places)
+    is_record = (path.parent / "lineage.json").is_file()
+    content = with_new_keys(source.content) if is_record else dict(source.content)
+    places = dict(source.places)
     content.setdefault("name", path.stem)
     mistakes = [mistake for item in overrides if (mistake := _override(content, places, item))]
     try:

@@ -247,3 +247,14 @@ def test_more_videos_or_seeds_than_there_can_be_are_refused_at_once(
 ) -> None:
     assert app.main(["evaluate", *options, "--dry-run"]) == 2
     assert "evaluate" in capsys.readouterr().err
+
+
+def test_a_model_without_a_recipe_is_evaluated_as_its_own_run_was_trained(
+    capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the run's record still has the old names of keys."""
+    monkeypatch.chdir(Path(__file__).parents[1] / "fixtures/v0.1")
+    command = ["evaluate", "--model", "runs/whole/train-flowmap", "--dry-run", "--json"]
+    assert app.main([*command, "--set", "evaluate.suite=vbench"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert Path(shown["out"]).parts[:2] == ("runs", "whole")
