@@ -13,7 +13,7 @@ from anyflow_cli.cli.console import facts_table, print_dry_run, print_result
 from anyflow_cli.cli.launch import start_processes
 from anyflow_cli.cli.progress import Progress
 from anyflow_cli.runs.paths import RunPaths
-from anyflow_cli.utils.distributed import is_main_process
+from anyflow_cli.utils.distributed import is_main_process, process_group
 from anyflow_cli.utils.run_lock import RunLock
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ def run_training(command: TrainingCommand) -> None:
             log.info("%s: %s", name, path)
         if checkpoint := newest(directory / "checkpoints"):
             log.info("continues from %s", checkpoint)
-        with Progress(command.verb, settings.steps) as progress:
+        with process_group(), Progress(command.verb, settings.steps) as progress:
             training = prepare_training(
                 recipe,
                 inputs,

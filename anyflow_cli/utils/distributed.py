@@ -7,7 +7,11 @@ It is read from the environment, so it is known before torch is imported or a pr
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
+
+from anyflow_cli.errors import AnyflowError
 
 if TYPE_CHECKING:
     import torch
@@ -41,6 +45,29 @@ def is_launched() -> bool:
 def is_main_process() -> bool:
     """Whether this is the process that logs and writes for all."""
     return rank() == 0
+
+
+@contextmanager
+def process_group() -> Iterator[None]:
+    """Leave the group of processes at the end of the block, if one was formed.
+
+    Otherwise the interpreter's end may abort a process whose work is done. After an error that not all
+    processes raise, the others cannot be waited for.
+    """
+    try:
+        yield
+    except AnyflowError as error:
+        if error.everywhere:
+            _leave_group()
+        raise
+    _leave_group()
+
+
+def _leave_group() -> None:
+    from torch import distributed
+
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def default_device() -> torch.device:
