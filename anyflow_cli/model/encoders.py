@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -117,6 +118,8 @@ class TextEncoder:
         tokenizer = _load(AutoTokenizer, folder, trust_remote_code=False)
         if tokenizer.pad_token is None:
             raise UsageError(f"The tokenizer in {folder} has no padding token.", FETCH)
+        with _library_errors(folder):
+            tokenizer(["", "a"], padding="max_length", max_length=2, truncation=True)
         place = component(pipeline, "text_encoder")
         if place.is_file():
             return cls(tokenizer, open_component(place).load(dtype).to(device))
@@ -277,8 +280,17 @@ def _load(kind: Any, folder: Path, **options: Any) -> Any:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    try:
+    with _library_errors(folder):
         return kind.from_pretrained(folder, local_files_only=True, **options)
-    except Exception as error:  # whatever a damaged file leads to in the library
+
+
+@contextmanager
+def _library_errors(folder: Path) -> Iterator[None]:
+    """Refuse a component whose damage shows in its library, whatever it raises."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # panics of libraries in Rust are not of the class Exception
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UsageError(f"{folder} cannot be loaded: {reason}", FETCH) from error
