@@ -378,7 +378,7 @@ def test_weights_that_do_not_fit_their_config_are_refused(wan: Path, tmp_path: P
     shutil.copytree(wan, folder)
     file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
     save_file({name: w for name, w in load_file(file).items() if "proj_out" not in name}, file)
-    with pytest.raises(UsageError, match="proj_out.weight, proj_out.bias are missing"):
+    with pytest.raises(UsageError, match=r"proj_out.* are missing"):
         VideoSampler.load(str(folder), recipe_for(wan))
 
 
