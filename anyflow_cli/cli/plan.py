@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from anyflow_cli.cli import options
 from anyflow_cli.cli.console import print_result
 from anyflow_cli.runs.paths import RunPaths
@@ -28,5 +32,17 @@ def plan(
     from anyflow_cli.plan.report import as_table
 
     hardware = this_machine(peak, mfu) if gpus is None else parse_hardware(gpus, peak, mfu)
-    found = make_plan(settings, hardware, RunPaths(runs, settings.name))
-    print_result(as_values(found), as_json=as_json, text=as_table(found))
+    with _without_garbage_collection():
+        found = make_plan(settings, hardware, RunPaths(runs, settings.name))
+        values, table = as_values(found), as_table(found)
+    print_result(values, as_json=as_json, text=table)
+
+
+@contextmanager
+def _without_garbage_collection() -> Iterator[None]:
+    """Collect no cycles in the block: among a plan's many small objects, it takes a tenth of the time."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
