@@ -14,7 +14,7 @@ from anyflow_cli.recipe.compare import with_values
 from anyflow_cli.recipe.schema import Recipe
 
 RANKS = (256, 128, 64, 32, 16)
-FRAMES = (49, 33, 17)
+SHORTER_VIDEOS = (49, 33, 17)
 
 
 class Change(NamedTuple):
@@ -71,7 +71,7 @@ def kinds_of_change(section: str, recipe: Recipe, hardware: Hardware) -> list[Se
         kinds = [_halves(f"{section}.batch_size", settings.batch_size, "fewer videos at once")]
     else:
         kinds = list(_of_training(section, recipe, hardware))
-    shorter = [frames for frames in FRAMES if frames < model.frames and model.causal is None]
+    shorter = [frames for frames in SHORTER_VIDEOS if frames < model.frames and model.causal is None]
     kinds.append([Change({"model.frames": one}, "shorter videos, of new data") for one in shorter])
     return [kind for kind in kinds if kind]
 

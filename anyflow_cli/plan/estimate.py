@@ -28,7 +28,7 @@ from anyflow_cli.runs.resources import Resource, inputs
 
 FP32 = 4
 MACHINE = 8  # GPUs that a machine is assumed to have
-STAGES = {  # name, command, and section of the recipe; a step of finetune is one of stage 1
+PLANNED_STAGES = {  # name, command, and section of the recipe; a step of finetune is one of stage 1
     "synthesize": ("synthesis", "synthesize", "synthesize"),
     "tune": ("teacher tuning", "train-flowmap --objective flow-matching", "train_flowmap"),
     "train-flowmap": ("stage 1", "train-flowmap", "train_flowmap"),
@@ -106,10 +106,12 @@ class Plan(NamedTuple):
 def make_plan(recipe: schema.Recipe, hardware: Hardware, paths: RunPaths) -> Plan:
     """Plan all stages of a recipe, whose runs are in ``paths``."""
     target = target_of(recipe, hardware)
-    stages = {key: plan_stage(target, key) for key in STAGES if key != "stream" or recipe.model.causal}
+    stages = {
+        key: plan_stage(target, key) for key in PLANNED_STAGES if key != "stream" or recipe.model.causal
+    }
     too_large = [key for key, stage in stages.items() if stage.peak.total > hardware.usable]
     advice = {key: advise_stage(target, key) for key in too_large}
-    commands = dict.fromkeys(command.split()[0] for _, command, _ in STAGES.values())
+    commands = dict.fromkeys(command.split()[0] for _, command, _ in PLANNED_STAGES.values())
     needs = {name: inputs(recipe, paths, name) for name in commands}
     disk = {f"data: {part}": size for part, size in data_usage(target).items()}
     for stage in (stages[key] for key in TRAINING):
@@ -119,7 +121,7 @@ def make_plan(recipe: schema.Recipe, hardware: Hardware, paths: RunPaths) -> Pla
 
 
 def plan_stage(target: Target, key: str) -> StagePlan:
-    """Plan one of ``STAGES``."""
+    """Plan one of ``PLANNED_STAGES``."""
     return _training(target, key) if key in TRAINING else _sampling(target, key)
 
 
@@ -129,13 +131,13 @@ def advise_stage(target: Target, key: str) -> Advice:
     def peak_of(recipe: schema.Recipe) -> int:
         return plan_stage(target._replace(recipe=recipe), key).peak.total
 
-    return advise(peak_of, STAGES[key][2], target.recipe, target.hardware)
+    return advise(peak_of, PLANNED_STAGES[key][2], target.recipe, target.hardware)
 
 
 def training_setup(target: Target, key: str) -> Setup:
     """What one process of a training stage runs."""
     count, launch = target.hardware.count, target.recipe.launch
-    settings = getattr(target.recipe, STAGES[key][2])
+    settings = getattr(target.recipe, PLANNED_STAGES[key][2])
     if key == "tune":
         settings = settings.model_copy(update={"objective": "flow-matching"})
     if settings.global_batch % count:
@@ -164,7 +166,7 @@ def _own_scores(target: Target, settings: schema.DistillSection) -> NetworkConfi
 
 
 def _training(target: Target, key: str) -> StagePlan:
-    setup, (name, command, _) = training_setup(target, key), STAGES[key]
+    setup, (name, command, _) = training_setup(target, key), PLANNED_STAGES[key]
     step, settings = step_cost(setup), setup.settings
     assert settings is not None
     moments = [*step_moments(setup), *_preview_moments(target, setup, settings)]
@@ -222,7 +224,7 @@ def _preview_moments(target: Target, setup: Setup, settings: schema.TrainingSect
 
 def _sampling(target: Target, key: str) -> StagePlan:
     """Sampling: guided by a teacher, or with the any-step model at the largest of its step counts."""
-    recipe, (name, command, _) = target.recipe, STAGES[key]
+    recipe, (name, command, _) = target.recipe, PLANNED_STAGES[key]
     is_guided, streams, made = key == "synthesize", key == "stream", recipe.synthesize
     batch, steps, videos = recipe.sample.batch_size, max(recipe.sample.nfe), 1
     if is_guided:
