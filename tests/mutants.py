@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,25 @@ def mutant(content: bytes, rng: random.Random) -> bytes:
         target[path[-1]] = rng.choice(VALUES)
     lines[number] = json.dumps(document)
     return ("\n".join(lines) + "\n").encode()
+
+
+def mutate_json(content: Any, rng: random.Random, values: Sequence[Any]) -> Any:
+    """Remove one value of a JSON document, or replace it by one of ``values``."""
+    spots: list[tuple[Any, Any]] = []
+
+    def walk(node: Any) -> None:
+        for key in node if isinstance(node, dict) else range(len(node)):
+            spots.append((node, key))
+            if isinstance(node[key], dict | list):
+                walk(node[key])
+
+    walk(content)
+    node, key = rng.choice(spots)
+    if rng.random() < 0.25:
+        del node[key]
+    else:
+        node[key] = rng.choice(values)
+    return content
 
 
 def check(file: Path, use: Callable[[], object], cases: int, seed: int, *, refused: float = 0.25) -> None:

@@ -1,7 +1,4 @@
-"""The machine of a plan: number of GPUs, memory and speed of each.
-
-Peaks are dense bf16, from NVIDIA's data sheets.
-"""
+"""The machine of a plan: GPUs, their memory, and their dense bf16 peaks from NVIDIA's data sheets."""
 
 from __future__ import annotations
 

@@ -17,6 +17,7 @@ from anyflow_cli.data.video import ClipFormat, read_start, write_mp4
 from anyflow_cli.model.network import two_time_from
 from anyflow_cli.model.pipeline_io import load_network, save_pipeline
 from anyflow_cli.utils.contact_sheet import LIGHT_SHEET
+from tests.mutants import mutate_json
 from tests.tiny_pipeline import make_wan_folder
 
 Run = pytest.CaptureFixture[str]
@@ -258,42 +259,9 @@ def test_what_is_no_preview_is_not_refined(small: list[str], tmp_path: Path, cap
         assert "hint: " in error
 
 
-def mutated(record: Any, rng: random.Random) -> Any:
-    """The record with one value anywhere replaced or removed."""
-    spots: list[tuple[Any, Any]] = []
-
-    def walk(node: Any) -> None:
-        for key in node if isinstance(node, dict) else range(len(node)):
-            spots.append((node, key))
-            if isinstance(node[key], dict | list):
-                walk(node[key])
-
-    walk(record)
-    node, key = rng.choice(spots)
-    if rng.random() < 0.25:
-        del node[key]
-    else:
-        node[key] = rng.choice(
-            [
-                None,
-                True,
-                -1,
-                10**9,
-                10**30,
-                2**64,
-                1.5,
-                "",
-                "x",
-                "../../x",
-                "a\0b",
-                "\ud800",
-                [],
-                [[]],
-                {},
-                "9" * 5000,
-            ]
-        )
-    return record
+VALUES: tuple[Any, ...] = (
+    None, True, -1, 10**9, 10**30, 2**64, 1.5, "", "x", "../../x", "a\0b", "\ud800", [], [[]], {}, "9" * 5000,
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("count", [60, pytest.param(600, marks=pytest.mark.slow)])
@@ -304,7 +272,7 @@ def test_mutated_records_end_in_sentences(small: list[str], tmp_path: Path, caps
     before = {path for path in tmp_path.rglob("*") if path.is_file()}
     command = ["sample", "--refine", str(folder), "--dry-run", "--runs", small[-1]]
     for _ in range(count):
-        (folder / "samples.json").write_text(json.dumps(mutated(json.loads(original), rng)))
+        (folder / "samples.json").write_text(json.dumps(mutate_json(json.loads(original), rng, VALUES)))
         code, error = app.main(command), capsys.readouterr().err
         assert code in (0, 2), (folder / "samples.json").read_text()
         assert "Traceback" not in error

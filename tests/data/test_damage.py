@@ -30,6 +30,7 @@ from anyflow_cli.data.verify import verify
 from anyflow_cli.errors import AnyflowError, UsageError
 from anyflow_cli.utils.files import write_json
 from tests.data.datasets import SHAPE, TEXT_DIM, make_data
+from tests.mutants import mutate_json
 
 FAST, ALL = 150, 3000
 JSON_FILES = ("manifest.json", "provenance.json", "00001.json")
@@ -70,25 +71,6 @@ def use_everything(directory: Path) -> list[AnyflowError]:
     return problems
 
 
-def mutate_json(content: Any, rng: random.Random) -> Any:
-    """Replace, remove or add one value anywhere."""
-    spots: list[tuple[Any, Any]] = []
-
-    def walk(node: Any) -> None:
-        for key in node if isinstance(node, dict) else range(len(node)):
-            spots.append((node, key))
-            if isinstance(node[key], dict | list):
-                walk(node[key])
-
-    walk(content)
-    node, key = rng.choice(spots)
-    if rng.random() < 0.25:
-        del node[key]
-    else:
-        node[key] = rng.choice(VALUES)
-    return content
-
-
 def mutate_bytes(content: bytes, rng: random.Random) -> bytes:
     """Flip a bit, truncate, repeat or overwrite a stretch."""
     changed = bytearray(content)
@@ -119,7 +101,7 @@ def test_mutants_end_in_sentences_and_are_found(whole: Path, tmp_path: Path, see
         name = rng.choice(JSON_FILES + BINARY_FILES)
         before = (directory / name).read_bytes()
         if name in JSON_FILES:
-            after = json.dumps(mutate_json(json.loads(before), rng), indent=1).encode() + b"\n"
+            after = json.dumps(mutate_json(json.loads(before), rng, VALUES), indent=1).encode() + b"\n"
         else:
             after = mutate_bytes(before, rng)
         (directory / name).write_bytes(after)
