@@ -17,12 +17,10 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
+from anyflow_cli.model.attention import SDPA, Kernel, attend
 from anyflow_cli.model.config import NetworkConfig
 from anyflow_cli.model.layout import Group, Layout, Span
 from anyflow_cli.model.rotary import rotate
-
-# With fewer queries torch's fp32 attention is faster than bf16 on a CPU (backward: 2 to 6 times).
-CPU_SHORT = 1024
 
 KeyValue = tuple[Tensor, Tensor]
 
@@ -68,6 +66,7 @@ class Attention(nn.Module):
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
         self.heads = config.heads
+        self.kernel: Kernel = SDPA
         self.to_q = nn.Linear(config.dim, config.dim)
         self.to_k = nn.Linear(config.dim, config.dim)
         self.to_v = nn.Linear(config.dim, config.dim)
@@ -90,6 +89,7 @@ class Attention(nn.Module):
                 query[:, group.queries],
                 _gather(key, group, cached_key),
                 _gather(value, group, cached_value),
+                self.kernel,
             )
             for group in layout.groups
         ]
@@ -105,22 +105,12 @@ class Attention(nn.Module):
     def over_text(self, x: Tensor, keys: KeyValue) -> Tensor:
         """Cross-attention of tokens (B, L, D) to the keys and values of the text."""
         key, value = keys
-        out = attend(self.split(self.norm_q(self.to_q(x))), key, value)
+        out = attend(self.split(self.norm_q(self.to_q(x))), key, value, self.kernel)
         return self._project(out.to(x.dtype))  # shared keys may be of another type
 
     def _project(self, x: Tensor) -> Tensor:
         projected: Tensor = self.to_out[0](x.flatten(-2))
         return projected
-
-
-def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Dense attention without a mask; all (B, L, E, d), the output in the type of ``value``."""
-    on_cpu = query.device.type == "cpu"
-    kernel = torch.float32 if on_cpu and query.shape[1] < CPU_SHORT else value.dtype
-    heads_first = [x.to(kernel).transpose(1, 2) for x in (query, key, value)]
-    with torch.autocast(query.device.type, enabled=False):  # it would override the kernel type
-        out = nnf.scaled_dot_product_attention(heads_first[0], heads_first[1], heads_first[2])
-    return out.transpose(1, 2).to(value.dtype)
 
 
 def _gather(x: Tensor, group: Group, cache: Tensor | None) -> Tensor:

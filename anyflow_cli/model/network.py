@@ -12,7 +12,7 @@ Legend: B batch, F latent frames, C channels, H W latent height and width, L tok
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import cast
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
+from anyflow_cli.model.attention import AttentionShape, Kernel
 from anyflow_cli.model.blocks import Block, KeyValue, LayerKeys, modulated
 from anyflow_cli.model.config import Conditioning, NetworkConfig
 from anyflow_cli.model.layout import Layout, Segment, bidirectional
@@ -198,6 +199,19 @@ class FlowMapTransformer(nn.Module):
         """Keys and values of text embeddings (B, L', text_dim) for every block, to share among calls."""
         projected = self._project_text(text)
         return LayerKeys(tuple(block.text_keys(projected) for block in self._typed_blocks))
+
+    def use_kernel(self, kernel: Kernel) -> None:
+        """Compute every attention with this kernel."""
+        for block in self._typed_blocks:
+            block.attn1.kernel = block.attn2.kernel = kernel
+
+    def attention_shape(self, latent_shape: Sequence[int]) -> AttentionShape:
+        """Sizes of the largest attention over a video of latents (F, C, H, W)."""
+        config, (frames, _, height, width) = self.config, latent_shape
+        tokens = (height // config.patch[0]) * (width // config.patch[1])
+        causal = config.causal
+        queries = frames if causal is None else min(max(causal.partition), frames)
+        return AttentionShape(queries * tokens, frames * tokens, config.heads, config.head_dim)
 
     def text_parameters(self) -> list[nn.Parameter]:
         """Parameters that ``text_keys`` depends on."""

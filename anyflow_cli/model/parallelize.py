@@ -1,4 +1,4 @@
-"""What wraps a network for training, applied in this order: checkpointing, compilation, FSDP2.
+"""What wraps a network, applied in this order: checkpointing, compilation, FSDP2; and its attention kernel.
 
 Compilation: each block's ``forward`` is compiled instead of the module, so that what surrounds a block stays
 around it: FSDP2's hooks, which gather its weights, and checkpointing, which calls it again. Each combination
@@ -34,7 +34,9 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from anyflow_cli.model.attention import AttentionShape, Kernel, choose_kernel
 from anyflow_cli.model.network import FlowMapTransformer
+from anyflow_cli.model.precision import Precision
 from anyflow_cli.recipe import schema
 
 COMPILED_VERSIONS = 128  # per block: roles, with and without gradient, times numbers of samples and layouts
@@ -69,6 +71,24 @@ def apply_compile(network: FlowMapTransformer) -> None:
     torch._dynamo.config.recompile_limit = COMPILED_VERSIONS
     for block in network.blocks:
         block.forward = torch.compile(block.forward, dynamic=False)
+
+
+def apply_attention(
+    networks: Iterable[FlowMapTransformer],
+    setting: str,
+    latent_shape: Sequence[int],
+    precision: Precision,
+    *,
+    trains: bool = False,
+) -> None:
+    """Choose the attention kernel of networks on their device, for latents (F, C, H, W) of a video."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    kernels: dict[AttentionShape, Kernel] = {}
+    for network in networks:
+        shape = network.attention_shape(latent_shape)
+        if shape not in kernels:
+            kernels[shape] = choose_kernel(setting, shape, network.device, dtype, trains=trains)
+        network.use_kernel(kernels[shape])
 
 
 def apply_fsdp(

@@ -139,6 +139,10 @@ class ModelSection(Section):
     max_text_tokens: Annotated[int, Field(ge=1, le=4096)] = 512
     negative_prompt: Annotated[str, Field(max_length=20_000)] = ""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
+    attention: Literal["auto", "sdpa", "flash", "efficient", "cudnn", "flash3", "sage"] = Field(
+        "auto",
+        description="Kernel; auto: the fastest exact one, measured at the start (on a CPU sdpa, torch's).",
+    )
     gradient_checkpointing: bool = False
     checkpoint_every_n_blocks: ChunkCount = Field(
         1, description="With gradient_checkpointing: 2 recomputes every second block."

@@ -15,6 +15,7 @@ from typing import Literal, NamedTuple
 from anyflow_cli.data.shards import MANIFEST, PROVENANCE, read_manifest
 from anyflow_cli.data.video import require_ffmpeg
 from anyflow_cli.errors import AnyflowError, UsageError
+from anyflow_cli.model.attention import backend_problem
 from anyflow_cli.model.known_models import KNOWN_MODELS
 from anyflow_cli.model.lora_formats import split_loras
 from anyflow_cli.model.pipeline_io import BUILT_IN, has_components
@@ -22,6 +23,7 @@ from anyflow_cli.recipe.schema import Recipe
 from anyflow_cli.runs.checkpoint import is_checkpoint
 from anyflow_cli.runs.open import ModelChoice, locate, model_problems
 from anyflow_cli.runs.paths import MODEL, RunPaths
+from anyflow_cli.utils.distributed import default_device
 from anyflow_cli.utils.hub import cached_snapshot, is_hub_name
 
 ResourceState = Literal["ready", "to download", "missing", "optional", "unusable"]
@@ -135,12 +137,13 @@ def _synthesize(recipe: Recipe, paths: RunPaths, given: Given) -> list[Resource]
     if given.data is not None:  # real videos are encoded, which takes the model's own VAE and text encoder
         return [*_broken_ffmpeg(), _videos(given.data), _model("teacher", recipe.model.teacher)]
     teacher = _model("teacher", recipe.synthesize.teacher or recipe.model.teacher)
-    return [*(_broken_ffmpeg() if recipe.synthesize.previews else ()), *_prompts(recipe), teacher]
+    broken = _broken_ffmpeg() if recipe.synthesize.previews else []
+    return [*broken, *_attention(recipe), *_prompts(recipe), teacher]
 
 
 def _train(recipe: Recipe, paths: RunPaths, given: Given) -> list[Resource]:
     latents = _latents(recipe.data.path or str(paths.data), recipe)
-    return [latents, _model("teacher", recipe.model.teacher)]
+    return [latents, _model("teacher", recipe.model.teacher), *_attention(recipe, trains=True)]
 
 
 def _distill(recipe: Recipe, paths: RunPaths, given: Given) -> list[Resource]:
@@ -164,6 +167,7 @@ def _distill(recipe: Recipe, paths: RunPaths, given: Given) -> list[Resource]:
 
 def _finetune(recipe: Recipe, paths: RunPaths, given: Given) -> list[Resource]:
     start = [_whole(one) for one in _any_step(recipe, paths, Given(recipe.finetune.init_from))]
+    start += _attention(recipe, trains=True)
     data = given.data
     if data is not None and ((data / MANIFEST).exists() or (data / PROVENANCE).exists()):
         return [*start, _latents(str(data), recipe)]
@@ -180,7 +184,7 @@ def _finetune(recipe: Recipe, paths: RunPaths, given: Given) -> list[Resource]:
 
 def _sample(recipe: Recipe, paths: RunPaths, given: Given) -> list[Resource]:
     prompts = [] if given.prompts else _prompts(recipe)
-    return [*_broken_ffmpeg(), *_any_step(recipe, paths, given), *prompts]
+    return [*_broken_ffmpeg(), *_attention(recipe), *_any_step(recipe, paths, given), *prompts]
 
 
 def _evaluate(recipe: Recipe, paths: RunPaths, given: Given) -> list[Resource]:
@@ -188,7 +192,7 @@ def _evaluate(recipe: Recipe, paths: RunPaths, given: Given) -> list[Resource]:
         return [*_broken_ffmpeg(), _videos(given.data)]
     beside = recipe.evaluate.teacher and not recipe.evaluate.is_conditioned
     teacher = [_model("teacher", recipe.model.teacher)] if beside else []
-    return [*_broken_ffmpeg(), *_any_step(recipe, paths, given), *teacher]
+    return [*_broken_ffmpeg(), *_attention(recipe), *_any_step(recipe, paths, given), *teacher]
 
 
 def _any_step(recipe: Recipe, paths: RunPaths, given: Given) -> list[Resource]:
@@ -310,6 +314,13 @@ def _broken_ffmpeg() -> list[Resource]:
     except UsageError as error:
         return [_unusable("ffmpeg", "IMAGEIO_FFMPEG_EXE or imageio-ffmpeg", error)]
     return []
+
+
+def _attention(recipe: Recipe, *, trains: bool = False) -> list[Resource]:
+    """The attention backend if the recipe names one that cannot run here; others need no line."""
+    name = recipe.model.attention
+    problem = None if name == "auto" else backend_problem(name, default_device().type, trains=trains)
+    return [Resource("attention", name, "unusable", problem[1], problem[0])] if problem else []
 
 
 def _unusable(name: str, place: str, error: AnyflowError) -> Resource:

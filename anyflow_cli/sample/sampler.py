@@ -34,6 +34,7 @@ from anyflow_cli.model.chunk_sampling import sample_chunks
 from anyflow_cli.model.conditioned import Conditioned
 from anyflow_cli.model.encoders import TextEncoder, VideoVAE
 from anyflow_cli.model.network import FlowMapTransformer
+from anyflow_cli.model.parallelize import apply_attention
 from anyflow_cli.model.precision import autocast, resolve_precision
 from anyflow_cli.recipe.schema import ModelSection, Recipe
 from anyflow_cli.runs.open import open_model
@@ -145,10 +146,14 @@ class VideoSampler:
         vae = VideoVAE.load(opened.pipeline, target)
         check_fit(opened.network, encoder, vae)
         is_teacher = not two_time and method in (None, "euler", "unipc")
+        network = opened.network.to(target).eval().requires_grad_(False)
+        shape = vae.latent_shape(recipe.model.frames, recipe.model.height, recipe.model.width)
+        precision = resolve_precision(recipe.model.precision, target)
+        apply_attention([network], recipe.model.attention, shape, precision)
         return cls(
-            opened.network.to(target).eval().requires_grad_(False),
+            network,
             recipe.model,
-            vae.latent_shape(recipe.model.frames, recipe.model.height, recipe.model.width),
+            shape,
             method=method or (recipe.sample.teacher_sampler if is_teacher else None),
             guidance=recipe.sample.teacher_guidance if is_teacher else None,
             encoder=encoder,

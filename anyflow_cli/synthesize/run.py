@@ -49,7 +49,9 @@ from anyflow_cli.data.video import (
 )
 from anyflow_cli.errors import AnyflowError, UsageError
 from anyflow_cli.model.encoders import TextEncoder, VideoVAE
+from anyflow_cli.model.parallelize import apply_attention
 from anyflow_cli.model.pipeline_io import load_network, resolve_pipeline
+from anyflow_cli.model.precision import resolve_precision
 from anyflow_cli.sample.sampler import VideoSampler
 from anyflow_cli.synthesize.job import SynthesisJob
 from anyflow_cli.synthesize.quality_checks import find_defect
@@ -201,8 +203,10 @@ class TeacherSource:
                 f"{job.teacher} is an any-step model, not a teacher.",
                 "Set synthesize.teacher or model.teacher to a plain Wan pipeline.",
             )
+        model, shape = job.recipe.model, self._encoders.latent_shape
+        apply_attention([network], model.attention, shape, resolve_precision(model.precision, device))
         self._sampler = VideoSampler(
-            network, job.recipe.model, self._encoders.latent_shape, method=job.recipe.sample.teacher_sampler,
+            network, model, shape, method=job.recipe.sample.teacher_sampler,
             guidance=job.recipe.synthesize.guidance, negative=self._encoders.padded([self.negative])[0],
         )  # fmt: skip
 

@@ -17,7 +17,7 @@ from anyflow_cli.errors import UsageError
 from anyflow_cli.model.backbone import Backbone, BackboneSources, Role
 from anyflow_cli.model.causal import check_partition
 from anyflow_cli.model.network import FlowMapTransformer
-from anyflow_cli.model.parallelize import parallelize
+from anyflow_cli.model.parallelize import apply_attention, parallelize
 from anyflow_cli.model.pipeline_io import save_adapter, save_pipeline
 from anyflow_cli.model.precision import Precision, resolve_precision
 from anyflow_cli.recipe import schema
@@ -83,7 +83,9 @@ def prepare_training(
     data = dataset(inputs.data, recipe.model.max_text_tokens)
     backbone = load_backbone(recipe, inputs, precision)
     _check_data(recipe, backbone, data)
-    parallelize(backbone.networks(), recipe.model, recipe.launch, accelerator.device)
+    networks = backbone.networks()
+    parallelize(networks, recipe.model, recipe.launch, accelerator.device)
+    apply_attention(networks, recipe.model.attention, data.latent_shape, precision, trains=True)
     preview, writes = None, accelerator.is_main_process
     samples = writes or recipe.launch.sharding != "none"  # all processes sample a sharded network
     if samples and settings.preview_every and settings.preview_prompts:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from anyflow_cli.cli.app import main
 from anyflow_cli.recipe.load import recipe_names
@@ -51,3 +52,15 @@ def test_a_dry_run_answers_in_five_seconds(verb: str, tmp_path: Path) -> None:
     after = os.times()
     used = after.children_user + after.children_system - before.children_user - before.children_system
     assert used < SECONDS
+
+
+@pytest.mark.parametrize("verb", ["sample", "synthesize", "train-flowmap", "distill", "evaluate"])
+def test_an_attention_that_cannot_run_here_is_refused_by_a_dry_run(
+    verb: str, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("anyflow_cli.runs.resources.default_device", lambda: torch.device("cuda"))
+    prompt = ["--prompt", "a circle"] if verb == "sample" else []
+    assert main([verb, *prompt, "--set", "model.attention=flash3", "--dry-run"]) == 2
+    shown = capsys.readouterr().err
+    assert "needs the Python package flash_attn_interface, which is not installed" in shown
+    assert "set model.attention to auto" in shown

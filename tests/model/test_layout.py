@@ -8,6 +8,7 @@ from torch import Tensor
 
 from anyflow_cli.errors import UsageError
 from anyflow_cli.model import blocks
+from anyflow_cli.model.attention import Kernel, attend
 from anyflow_cli.model.causal import teacher_forcing
 from anyflow_cli.model.layout import Layout, Segment, bidirectional
 from tests.model.helpers import distance, inputs, ours, theirs
@@ -71,11 +72,10 @@ def test_query_groups_equal_a_mask(partition: tuple[int, ...], monkeypatch: pyte
 
     chunk_of_token = torch.repeat_interleave(torch.arange(len(partition)), torch.tensor(partition) * 6)
     mask = chunk_of_token[:, None] >= chunk_of_token[None, :]
-    attend = blocks.attend
 
-    def masked(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def masked(query: Tensor, key: Tensor, value: Tensor, kernel: Kernel) -> Tensor:
         if key.shape[1] != len(mask):  # the text's
-            return attend(query, key, value)
+            return attend(query, key, value, kernel)
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         out = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         return out.transpose(1, 2)
