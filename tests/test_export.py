@@ -25,8 +25,8 @@ from anyflow_cli.model.backbone import Backbone
 from anyflow_cli.model.config import NetworkConfig
 from anyflow_cli.model.layouts.names import TRANSFORMER_NAMES
 from anyflow_cli.model.lora import LoraSize, MergedNetwork
-from anyflow_cli.model.lora_formats import LoraRequest, merge_loras
-from anyflow_cli.model.network import FlowMapTransformer, two_time_from
+from anyflow_cli.model.lora_formats import LoraMerged, LoraRequest
+from anyflow_cli.model.network import FlowMapTransformer, network_from, two_time_from
 from anyflow_cli.model.pipeline_io import load_adapter, load_network, save_pipeline
 from anyflow_cli.recipe.compare import dump
 from anyflow_cli.recipe.schema import LoraSection, ModelSection, Recipe
@@ -144,7 +144,7 @@ def make_run(folder: Path, wan: Path, lora: bool) -> FlowMapTransformer:
         "inputs": {}, "precision": "fp32", "processes": 1,
     }  # fmt: skip
     (folder / "lineage.json").write_text(json.dumps(lineage))
-    return MergedNetwork(two_time_from(load_network(wan)), average, size).load()
+    return network_from(MergedNetwork(two_time_from(load_network(wan)), average, size))
 
 
 def assert_same(network: FlowMapTransformer, other: FlowMapTransformer) -> None:
@@ -295,7 +295,7 @@ def test_adapters_trained_in_bf16_leave_the_base_as_it_was_read(wan: Path, tmp_p
     start = two_time_from(load_network(wan))
     stored, adapter = load_network(finished.model, None).state_dict(), load_adapter(finished.adapter)
     assert_same(
-        load_network(finished.model, None), MergedNetwork(start, adapter.weights, adapter.size).load()
+        load_network(finished.model, None), network_from(MergedNetwork(start, adapter.weights, adapter.size))
     )
     changed = {name for name, value in start.state_dict().items() if not torch.equal(stored[name], value)}
     assert changed == {name.replace(".lora_B", "") for name in adapter.weights if ".lora_B" in name}
@@ -332,7 +332,7 @@ def test_an_exported_adapter_is_a_lora_that_merges_to_the_trained_network(wan: P
     made = export_model(str(tmp_path / "run"), recipe_for(wan), "adapter", tmp_path / "out")
     for file in (DIFFUSERS_LORA, COMFYUI_LORA, "adapter_model.safetensors"):
         network = two_time_from(load_network(wan))
-        merge_loras(network, [LoraRequest(made / file)])
+        network = network_from(LoraMerged.of(network, [LoraRequest(made / file)]))
         for name, weight in expected.state_dict().items():
             torch.testing.assert_close(network.state_dict()[name], weight, rtol=1e-4, atol=1e-5)
 
@@ -351,7 +351,7 @@ def test_a_lora_is_extracted_from_full_weights(
             )  # fmt: skip
         assert ("misses 0.0 %" in caplog.text) == exact
         network = two_time_from(load_network(wan))
-        merge_loras(network, [LoraRequest(made / DIFFUSERS_LORA)])
+        network = network_from(LoraMerged.of(network, [LoraRequest(made / DIFFUSERS_LORA)]))
         errors = [(network.state_dict()[n] - w).abs().max() for n, w in expected.state_dict().items()]
         assert bool(max(errors) < 1e-4) == exact
     with pytest.raises(UsageError, match="nothing to extract"):

@@ -35,7 +35,7 @@ from anyflow_cli.model.config import CausalConfig
 from anyflow_cli.model.lora import LoraAdapters, LoraSize
 from anyflow_cli.model.network import FlowMapTransformer, two_time_from
 from anyflow_cli.model.parallelize import shard_like
-from anyflow_cli.model.precision import Precision
+from anyflow_cli.model.precision import DTYPES_OF_PRECISION, Precision
 from anyflow_cli.recipe.schema import ModelSection
 
 Role = Literal["student", "real", "fake"]
@@ -76,6 +76,7 @@ class Backbone(nn.Module):
         lora: Rank and alpha of the adapters; None trains whole networks.
         teacher: Origin of the scores, where it is not ``network``.
         real_adapter: Adapter of a tuned teacher; without it the real score is the origin.
+        precision: Of the arithmetic: a frozen network without adapters is stored in it.
         seed: Seed of the adapters' first weights.
     """
 
@@ -87,6 +88,7 @@ class Backbone(nn.Module):
         lora: LoraSize | None = None,
         teacher: FlowMapTransformer | None = None,
         real_adapter: Mapping[str, Tensor] | None = None,
+        precision: Precision = "fp32",
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -97,7 +99,7 @@ class Backbone(nn.Module):
         self._adapters: dict[FlowMapTransformer, LoraAdapters] = {}
         self._adapted: set[Role] = set()  # roles with an adapter, whose name is the role's
         if lora is None:
-            self._copy_networks(network, teacher)
+            self._copy_networks(network, teacher, DTYPES_OF_PRECISION[precision])
         else:
             self._share_network(network, teacher or network, lora, real_adapter, seed)
         # One object per role, so that conditions can tell whether they run in the same role.
@@ -133,13 +135,16 @@ class Backbone(nn.Module):
             lora=lora,
             teacher=None if sources.scores is None else load(sources.scores, dtype),
             real_adapter=sources.real_adapter,
+            precision=precision,
             seed=seed,
         )
         if sources.student_adapter is not None:
             backbone.load_state_dict_of("student", sources.student_adapter)
         return backbone
 
-    def _copy_networks(self, network: FlowMapTransformer, teacher: FlowMapTransformer | None) -> None:
+    def _copy_networks(
+        self, network: FlowMapTransformer, teacher: FlowMapTransformer | None, frozen_dtype: torch.dtype
+    ) -> None:
         self.student = network.requires_grad_("student" in self.roles)
         if set(self.roles) == {"student"}:
             return
@@ -148,6 +153,7 @@ class Backbone(nn.Module):
         if "fake" in self.roles:
             self.fake = copy.deepcopy(self.origin).requires_grad_(True)
             self._networks["fake"] = self.fake
+        self.origin.store_as(frozen_dtype)
 
     def _share_network(
         self,

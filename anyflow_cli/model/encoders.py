@@ -122,7 +122,7 @@ class TextEncoder:
             tokenizer(["", "a"], padding="max_length", max_length=2, truncation=True)
         place = component(pipeline, "text_encoder")
         if place.is_file():
-            return cls(tokenizer, open_component(place).load(dtype).to(device))
+            return cls(tokenizer, open_component(place).load(dtype, device))
         read_record(place / "config.json", TextEncoderConfig, FETCH)
         model = _load_model(UMT5EncoderModel, place, TEXT_ENCODER_STEM, dtype=dtype)
         return cls(tokenizer, model.to(device))
@@ -182,7 +182,7 @@ class VideoVAE:
 
         place = component(pipeline, "vae")
         if place.is_file():
-            return cls(open_component(place).load(torch.float32).to(device))
+            return cls(open_component(place).load(torch.float32, device))
         read_record(place / "config.json", VaeConfig, FETCH)
         model = _load_model(AutoencoderKLWan, place, TRANSFORMER_STEM, torch_dtype=torch.float32)
         return cls(model.to(device))

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from anyflow_cli.errors import UsageError
-from anyflow_cli.model.network import FlowMapTransformer, kept_in_fp32, on_meta
+from anyflow_cli.model.network import FlowMapTransformer
 from anyflow_cli.model.weights_io import LazyWeight, listed, shown
 
 BLOCKS = r"blocks\.\d+\.(attn1\.to_(q|k|v|out\.0)|ffn\.net\.(0\.proj|2))"
@@ -155,16 +155,6 @@ class MergedNetwork:
         """Weights by name; see ``WeightSource``."""
         return {name: self._weight(name) for name in self._base}
 
-    def load(self, dtype: torch.dtype | None = None) -> FlowMapTransformer:
-        """A plain frozen network, weights as ``dtype`` (None: as stored, merged ones in fp32)."""
-        network = on_meta(self.config)
-        weights = {}
-        for name, weight in self.lazy_weights().items():
-            kind = weight.dtype if dtype is None else torch.float32 if kept_in_fp32(name) else dtype
-            weights[name] = weight.load().to(kind)
-        network.load_state_dict(weights, assign=True)
-        return network.requires_grad_(False)
-
     def _weight(self, name: str) -> LazyWeight:
         layer = name.removesuffix(".weight")
         if f"{layer}.lora_B.weight" in self._trained:
@@ -173,8 +163,8 @@ class MergedNetwork:
 
     @torch.no_grad()
     def _merge(self, layer: str) -> Tensor:
-        base = self._base[f"{layer}.weight"]
-        a, b = (self._trained[f"{layer}.lora_{side}.weight"].to(base.device).float() for side in "AB")
+        a, b = (self._trained[f"{layer}.lora_{side}.weight"].float() for side in "AB")
+        base = self._base[f"{layer}.weight"].to(a.device)  # one tensor: products are slow on a CPU
         merged: Tensor = base.float() + (b @ a) * self._scale
         return merged
 

@@ -31,10 +31,10 @@ import torch
 from torch import Tensor
 
 from anyflow_cli.errors import UsageError
+from anyflow_cli.model.config import NetworkConfig
 from anyflow_cli.model.layouts.names import TRANSFORMER_NAMES
 from anyflow_cli.model.layouts.tensor_files import TensorFiles
-from anyflow_cli.model.network import FlowMapTransformer
-from anyflow_cli.model.weights_io import listed
+from anyflow_cli.model.weights_io import LazyWeight, WeightSource, listed
 from anyflow_cli.utils.files import read_json
 
 # prefix of the keys -> family, and alpha where a file states none (None: the rank, so that the scale is 1)
@@ -97,30 +97,56 @@ class LoraFile:
     additions: Mapping[str, Tensor]
     replacements: Mapping[str, Tensor]
 
+    def changes(self) -> set[str]:
+        """Names of the parameters that it changes."""
+        return {*self.pairs, *self.additions, *self.replacements}
+
     @torch.no_grad()
-    def merge(self, network: FlowMapTransformer, strength: float) -> None:
-        """Add the changes to a network in fp32, each weight then rounded to its own type."""
-        parameters = dict(network.named_parameters())
-        for name, (a, b, scale) in self.pairs.items():
-            _add(parameters[name], strength * scale * (b.float() @ a.float()))
-        for name, addition in self.additions.items():
-            _add(parameters[name], strength * addition.float())
-        for name, value in self.replacements.items():
-            _add(parameters[name], strength * (value.float() - parameters[name].float()))
+    def change(self, name: str, weight: Tensor, strength: float) -> Tensor:
+        """A weight with the file's changes, fp32."""
+        weight = weight.float()
+        if name in self.pairs:
+            a, b, scale = self.pairs[name]
+            weight = weight + (strength * scale * (b.float() @ a.float())).reshape(weight.shape)
+        if name in self.additions:
+            weight = weight + strength * self.additions[name].float().reshape(weight.shape)
+        if name in self.replacements:
+            weight = weight + strength * (self.replacements[name].float().reshape(weight.shape) - weight)
+        return weight
 
 
-def _add(parameter: torch.nn.Parameter, change: Tensor) -> None:
-    changed = parameter.float() + change.reshape(parameter.shape).to(parameter.device)
-    parameter.data = changed.to(parameter.dtype)
+@dataclass(frozen=True)
+class LoraMerged:
+    """A network with LoRA files in it, in order, merged tensor by tensor when each is read."""
+
+    base: WeightSource
+    loras: tuple[tuple[LoraFile, float], ...]  # files and strengths
+
+    @classmethod
+    def of(cls, base: WeightSource, requests: Iterable[LoraRequest]) -> LoraMerged:
+        """Read the files for a network; see ``read_lora``."""
+        return cls(base, tuple((read_lora(path, base), strength) for path, strength in requests))
+
+    @property
+    def config(self) -> NetworkConfig:
+        """Sizes of the network."""
+        return self.base.config
+
+    def lazy_weights(self) -> dict[str, LazyWeight]:
+        """Weights by name, of the type of the base's; see ``WeightSource``."""
+        return {name: self._weight(name, weight) for name, weight in self.base.lazy_weights().items()}
+
+    def _weight(self, name: str, weight: LazyWeight) -> LazyWeight:
+        def load() -> Tensor:
+            value = weight.load()
+            for lora, strength in self.loras:
+                value = lora.change(name, value, strength) if name in lora.changes() else value
+            return value
+
+        return LazyWeight(weight.shape, weight.dtype, load)
 
 
-def merge_loras(network: FlowMapTransformer, requests: Iterable[LoraRequest]) -> None:
-    """Merge LoRA files into a network, in order."""
-    for path, strength in requests:
-        read_lora(path, network).merge(network, strength)
-
-
-def read_lora(path: Path, network: FlowMapTransformer) -> LoraFile:
+def read_lora(path: Path, base: WeightSource) -> LoraFile:
     """Read a LoRA file for a network.
 
     Raises:
@@ -129,7 +155,7 @@ def read_lora(path: Path, network: FlowMapTransformer) -> LoraFile:
     files = TensorFiles.open((path,))
     prefix = next(prefix for prefix in LORA_FAMILIES if any(key.startswith(prefix) for key in files.tensors))
     family, default = LORA_FAMILIES[prefix]
-    parameters = {name: tuple(value.shape) for name, value in network.named_parameters()}
+    parameters = {name: tuple(weight.shape) for name, weight in base.lazy_weights().items()}
     modules = _modules(parameters)
     pairs: dict[str, tuple[Tensor, Tensor, float]] = {}
     additions: dict[str, Tensor] = {}

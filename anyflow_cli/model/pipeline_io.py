@@ -28,7 +28,7 @@ from anyflow_cli.model.layouts.components import (
 )
 from anyflow_cli.model.layouts.transformer import open_transformer
 from anyflow_cli.model.lora import LoraSize, adapter_problems
-from anyflow_cli.model.network import FlowMapTransformer, folded
+from anyflow_cli.model.network import FlowMapTransformer, folded, network_from
 from anyflow_cli.model.weights_io import (
     FETCH,
     TRANSFORMER_STEM,
@@ -165,12 +165,11 @@ def read_config(path: Path) -> NetworkConfig:
     return open_transformer(path).config
 
 
-def load_network(path: Path, dtype: torch.dtype | None = torch.float32) -> FlowMapTransformer:
-    """Load the network of a pipeline folder, transformer folder or file, frozen; weights as ``dtype``.
-
-    With None weights stay as stored.
-    """
-    return open_transformer(path).load(dtype)
+def load_network(
+    path: Path, dtype: torch.dtype | None = torch.float32, device: torch.device | str = "cpu"
+) -> FlowMapTransformer:
+    """Load the network of a pipeline folder, transformer folder or file, see ``network_from``."""
+    return network_from(open_transformer(path), dtype, device)
 
 
 def shapes_of(weights: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:

@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 
 Precision = Literal["fp32", "bf16"]
+DTYPES_OF_PRECISION: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def resolve_precision(setting: Literal["auto", "fp32", "bf16"], device: torch.device | str) -> Precision:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from pydantic import BaseModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from anyflow_cli.errors import UsageError
 from anyflow_cli.utils.files import safe_child
@@ -192,7 +192,13 @@ def opened(file: Path) -> Iterator[Any]:
 
 @dataclass(frozen=True)
 class LazyWeight:
-    """A tensor that is computed when it is written, of a type and shape known before."""
+    """A tensor that is computed when it is used, of a shape known before.
+
+    Attributes:
+        shape: Its shape.
+        dtype: Type to store it as; ``load`` may return a more precise one.
+        load: Computes it.
+    """
 
     shape: torch.Size
     dtype: torch.dtype
@@ -221,7 +227,27 @@ class WeightSource(Protocol):
         """Sizes of the network."""
 
     def lazy_weights(self) -> dict[str, LazyWeight]:
-        """Weights by name, loaded when they are written."""
+        """Weights by name, loaded when they are used."""
+
+
+def fill_module(
+    module: nn.Module,
+    weights: Mapping[str, LazyWeight],
+    dtype_of: Callable[[str], torch.dtype],
+    device: torch.device | str = "cpu",
+) -> None:
+    """Replace the parameters of a module, frozen, one tensor after another.
+
+    Args:
+        module: A module, usually on the meta device.
+        weights: Weights by the names of its parameters.
+        dtype_of: Type of each parameter, by name.
+        device: Device of the parameters; nothing but the tensor at hand is in the host's memory.
+    """
+    for name in [name for name, _ in module.named_parameters()]:
+        path, _, last = name.rpartition(".")
+        value = weights[name].load().detach().to(device, dtype_of(name))
+        setattr(module.get_submodule(path), last, nn.Parameter(value, requires_grad=False))
 
 
 def write_weights(file: Path, weights: Mapping[str, LazyWeight], metadata: Mapping[str, str]) -> None:

@@ -23,9 +23,10 @@ from anyflow_cli.model.backbone import start_network
 from anyflow_cli.model.causal import FAR, resolved_chunks
 from anyflow_cli.model.config import CausalConfig
 from anyflow_cli.model.folder_check import check_folder
+from anyflow_cli.model.layouts.transformer import open_transformer
 from anyflow_cli.model.lora import LoraSize, MergedNetwork
-from anyflow_cli.model.lora_formats import LoraRequest, merge_loras, split_loras
-from anyflow_cli.model.network import FlowMapTransformer
+from anyflow_cli.model.lora_formats import LoraMerged, LoraRequest, split_loras
+from anyflow_cli.model.network import FlowMapTransformer, network_from
 from anyflow_cli.model.pipeline_io import (
     ADAPTER_CONFIG,
     FROZEN,
@@ -168,15 +169,16 @@ def describe_checkpoint(path: Path) -> ModelInfo:
     return ModelInfo(path, run.base, two_time, causal, lineage, (*weight_files(path), run.base), run)
 
 
-def open_model(address: str, recipe: Recipe, dtype: torch.dtype | None = torch.float32) -> OpenedModel:
-    """Open the model at ``address``, with weights as ``dtype`` (None: as stored)."""
+def open_model(
+    address: str,
+    recipe: Recipe,
+    dtype: torch.dtype | None = torch.float32,
+    device: torch.device | str = "cpu",
+) -> OpenedModel:
+    """Open the model at ``address`` tensor by tensor, see ``network_from``."""
     info = describe(address, recipe)
-    if info.run is None:
-        network = load_network(info.path, dtype)
-        network.config = replace(network.config, causal=info.causal)
-    else:
-        network = _checkpoint_weights(info, info.run).load(dtype)
-    merge_loras(network, info.loras)
+    network = network_from(weight_source(info), dtype, device)
+    network.config = replace(network.config, causal=info.causal)
     return OpenedModel(network, info.pipeline, info.lineage, info.shift)
 
 
@@ -186,18 +188,15 @@ def _warn_once(message: str) -> None:
 
 
 def weight_source(info: ModelInfo) -> WeightSource:
-    """Weights of a model as stored, for saving them one at a time."""
-    if info.run is not None and not info.loras:
-        return _checkpoint_weights(info, info.run)
-    network = (
-        load_network(info.path, None) if info.run is None else _checkpoint_weights(info, info.run).load()
+    """Weights of a model as stored, to be read one at a time."""
+    source: WeightSource = (
+        open_transformer(info.path)
+        if info.run is None
+        else merged_student(
+            info.run.base, info.run.recipe.model, trained_weights(info.path), two_time=info.two_time
+        )
     )
-    merge_loras(network, info.loras)
-    return network
-
-
-def _checkpoint_weights(info: ModelInfo, run: TrainingRun) -> MergedNetwork:
-    return merged_student(run.base, run.recipe.model, trained_weights(info.path), two_time=info.two_time)
+    return LoraMerged.of(source, info.loras) if info.loras else source
 
 
 def merged_student(

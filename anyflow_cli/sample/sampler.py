@@ -21,6 +21,7 @@ from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as nnf
 from torch import Tensor
 
 from anyflow_cli.data.video import Pixels, from_pixels, to_pixels
@@ -35,7 +36,7 @@ from anyflow_cli.model.conditioned import Conditioned
 from anyflow_cli.model.encoders import TextEncoder, VideoVAE
 from anyflow_cli.model.network import FlowMapTransformer
 from anyflow_cli.model.parallelize import apply_attention
-from anyflow_cli.model.precision import autocast, resolve_precision
+from anyflow_cli.model.precision import DTYPES_OF_PRECISION, autocast, resolve_precision
 from anyflow_cli.recipe.schema import ModelSection, Recipe
 from anyflow_cli.runs.open import open_model
 from anyflow_cli.sample.unipc import sample_unipc
@@ -111,6 +112,7 @@ class VideoSampler:
         self._network, self._bind = network, bind or partial(Conditioned, network)
         self._encoder, self._vae, self._streams = encoder, vae, streams
         self._negative = None if negative is None else negative[None].to(self.device)
+        self._embeddings: dict[str, Tensor] = {}  # (L, D) of each prompt so far, without padding
         self._first_latents: Tensor | None = None
         self._reset_clock()
 
@@ -126,7 +128,8 @@ class VideoSampler:
     ) -> VideoSampler:
         """Open a model by its address (see ``runs/open.py``), on the GPU if there is one."""
         target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        opened = open_model(address, recipe)
+        precision = resolve_precision(recipe.model.precision, target)
+        opened = open_model(address, recipe, DTYPES_OF_PRECISION[precision], target)
         two_time = opened.network.config.two_time
         if teacher and two_time:
             raise UsageError(
@@ -140,15 +143,12 @@ class VideoSampler:
             )  # fmt: skip
         # UMT5-XXL takes 22 GB in fp32
         text_dtype = torch.bfloat16 if target.type == "cuda" else torch.float32
-        if target.type == "cuda" and resolve_precision(recipe.model.precision, target) == "bf16":
-            opened.network.store_as(torch.bfloat16)
         encoder = TextEncoder.load(opened.pipeline, text_dtype, target)
         vae = VideoVAE.load(opened.pipeline, target)
         check_fit(opened.network, encoder, vae)
         is_teacher = not two_time and method in (None, "euler", "unipc")
-        network = opened.network.to(target).eval().requires_grad_(False)
+        network = opened.network.eval()
         shape = vae.latent_shape(recipe.model.frames, recipe.model.height, recipe.model.width)
-        precision = resolve_precision(recipe.model.precision, target)
         apply_attention([network], recipe.model.attention, shape, precision)
         return cls(
             network,
@@ -323,14 +323,23 @@ class VideoSampler:
 
     def _condition(self, prompts: Prompts) -> Conditioned:
         if not isinstance(prompts, Tensor):
-            prompts = self.encoder.encode(prompts, self.model.max_text_tokens)
+            prompts = self._embed(prompts)
         return self._bind(prompts.to(self.device))
+
+    def _embed(self, prompts: Sequence[str]) -> Tensor:
+        """Embeddings (B, L, D) of prompts; each text is encoded once in the life of the sampler."""
+        limit = self.model.max_text_tokens
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._embeddings]
+        if new:
+            encoded, lengths = self.encoder.encode(new, limit).cpu(), self.encoder.tokens(new)
+            for prompt, text, length in zip(new, encoded, lengths, strict=True):
+                self._embeddings[prompt] = text[:length].clone()
+        texts = [self._embeddings[prompt] for prompt in prompts]
+        return torch.stack([nnf.pad(text, (0, 0, 0, limit - len(text))) for text in texts])
 
     def _null_condition(self, count: int) -> Conditioned:
         if self._negative is None:
-            self._negative = self.encoder.encode([self.model.negative_prompt], self.model.max_text_tokens).to(
-                self.device
-            )
+            self._negative = self._embed([self.model.negative_prompt]).to(self.device)
         return self._bind(self._negative.expand(count, -1, -1))
 
     def _reset_clock(self) -> None:

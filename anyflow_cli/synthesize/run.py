@@ -197,7 +197,7 @@ class TeacherSource:
         self._job = job
         self._encoders = Encoders(job, folder, device)
         self.negative = self._encoders.negative
-        network = load_network(folder, job.stored).to(device)
+        network = load_network(folder, job.stored, device)
         if network.config.two_time:
             raise UsageError(
                 f"{job.teacher} is an any-step model, not a teacher.",

@@ -81,7 +81,9 @@ def prepare_training(
     accelerator, lineage, precision = _begin(recipe, inputs)
     dataset = TrainingPart if inputs.section == "finetune" else LatentData
     data = dataset(inputs.data, recipe.model.max_text_tokens)
-    backbone = load_backbone(recipe, inputs, precision)
+    # FSDP2 moves its shards itself
+    place = "cpu" if recipe.launch.sharding != "none" else accelerator.device
+    backbone = load_backbone(recipe, inputs, precision, place)
     _check_data(recipe, backbone, data)
     networks = backbone.networks()
     parallelize(networks, recipe.model, recipe.launch, accelerator.device)
@@ -121,13 +123,15 @@ def _begin(recipe: schema.Recipe, inputs: RunInputs) -> tuple[Any, RunLineage, P
     return accelerator, lineage, precision
 
 
-def load_backbone(recipe: schema.Recipe, inputs: RunInputs, precision: Precision) -> Backbone:
-    """Load the networks of a stage."""
+def load_backbone(
+    recipe: schema.Recipe, inputs: RunInputs, precision: Precision, device: torch.device | str = "cpu"
+) -> Backbone:
+    """Load the networks of a stage straight onto a device."""
     sources = _backbone_sources(recipe, inputs)
     must_be_any_step = inputs.section == "finetune" or sources.scores is not None
 
     def load(path: Path, dtype: torch.dtype) -> FlowMapTransformer:
-        network = open_model(str(path), recipe, dtype).network
+        network = open_model(str(path), recipe, dtype, device).network
         if path == sources.network and must_be_any_step:
             _check_any_step(network, path, recipe)
         elif path == sources.network and not sources.two_time and network.config.two_time:

@@ -11,7 +11,7 @@ from anyflow_cli.model.backbone import Backbone, Role
 from anyflow_cli.model.causal import FAR, TeacherForced, causal_from
 from anyflow_cli.model.config import CausalConfig
 from anyflow_cli.model.lora import LoraSize, MergedNetwork
-from anyflow_cli.model.network import FlowMapTransformer, two_time_from
+from anyflow_cli.model.network import FlowMapTransformer, network_from, two_time_from
 from anyflow_cli.model.pipeline_io import load_adapter, save_adapter
 from anyflow_cli.model.precision import autocast
 from tests.model.helpers import distance, inputs, ours, theirs
@@ -64,7 +64,7 @@ def test_a_state_and_a_merged_network_hold_it() -> None:
     other.load_state_dict_of("student", made.state_dict_of("student"))
     expected = forced(made, "student")
     torch.testing.assert_close(forced(other, "student"), expected, rtol=0, atol=0)
-    plain = Backbone(MergedNetwork(network(), made.state_dict_of("student"), LORA).load())
+    plain = Backbone(network_from(MergedNetwork(network(), made.state_dict_of("student"), LORA)))
     assert distance(forced(plain, "student"), expected) < 1e-5
     assert distance(expected, forced(Backbone(network(), lora=LORA), "student")) > 1e-3
 
@@ -89,6 +89,6 @@ def test_a_saved_adapter_holds_it_and_opens_in_peft(tmp_path: Path) -> None:
     base = AnyFlowFARTransformer3DModel.from_config(network().config.to_diffusers())
     base.load_state_dict(network().state_dict())
     opened = PeftModel.from_pretrained(base, tmp_path / "adapter").merge_and_unload()
-    expected = MergedNetwork(network(), made.state_dict_of("student"), LORA).load().state_dict()
+    expected = network_from(MergedNetwork(network(), made.state_dict_of("student"), LORA)).state_dict()
     for name, value in opened.state_dict().items():
         torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-6)

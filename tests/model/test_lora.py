@@ -12,7 +12,7 @@ from torch import Tensor
 from anyflow_cli.errors import UsageError
 from anyflow_cli.model.backbone import Backbone, Role
 from anyflow_cli.model.lora import LoraSize, MergedNetwork
-from anyflow_cli.model.network import FlowMapTransformer, two_time_from
+from anyflow_cli.model.network import FlowMapTransformer, network_from, two_time_from
 from anyflow_cli.model.pipeline_io import load_network, save_pipeline
 from anyflow_cli.model.weights_io import LazyWeight, read_tensors, write_weights
 from tests.model.helpers import distance, inputs, ours, theirs
@@ -39,7 +39,7 @@ def trained(scale: float = 0.1) -> Backbone:
 @pytest.mark.parametrize("role", ["student", "fake"])
 def test_it_computes_what_the_role_does(role: Role) -> None:
     backbone = trained()
-    plain = MergedNetwork(base(), backbone.state_dict_of(role), LORA).load()
+    plain = network_from(MergedNetwork(base(), backbone.state_dict_of(role), LORA))
     assert plain.state_dict().keys() == base().state_dict().keys()
     assert distance(plain(X.z, T, R, X.text), backbone.velocity(role, X.text)(X.z, T, R)) < 1e-5
 
@@ -47,7 +47,7 @@ def test_it_computes_what_the_role_does(role: Role) -> None:
 def test_weights_trained_in_full_replace_the_base() -> None:
     network = base()
     weights = {name: torch.randn_like(value) for name, value in network.state_dict().items()}
-    result = MergedNetwork(base(), weights).load().state_dict()
+    result = network_from(MergedNetwork(base(), weights)).state_dict()
     assert all(torch.equal(result[name], value) for name, value in weights.items())
 
 
@@ -75,7 +75,7 @@ def test_a_small_adapter_survives_a_base_in_bf16() -> None:
     added = added - stored.state_dict()[f"{name}.weight"]
     # rank 4 of 1e-3 times 1e-3, scaled by alpha / rank = 2; a step of bf16 is 200 times as large
     torch.testing.assert_close(added, torch.full_like(added, 8e-6), rtol=0.01, atol=0)
-    half = MergedNetwork(stored, pair, LORA).load(torch.bfloat16).state_dict()
+    half = network_from(MergedNetwork(stored, pair, LORA), torch.bfloat16).state_dict()
     assert half[f"{name}.weight"].dtype == torch.bfloat16
     assert half["condition_embedder.time_proj.weight"].dtype == torch.float32
 

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from anyflow_cli.errors import UsageError
 from anyflow_cli.model.layouts.names import TRANSFORMER_NAMES
-from anyflow_cli.model.lora_formats import LoraRequest, merge_loras, read_lora, split_loras, with_loras
-from anyflow_cli.model.network import FlowMapTransformer
+from anyflow_cli.model.lora_formats import LoraMerged, LoraRequest, read_lora, split_loras, with_loras
+from anyflow_cli.model.network import FlowMapTransformer, network_from
 from anyflow_cli.recipe.load import load_recipe
 from anyflow_cli.runs.open import describe, open_model
 from tests.model.helpers import distance, inputs, ours, theirs, wan_velocity
@@ -85,7 +85,7 @@ def test_every_family_merges_at_its_scale(network: FlowMapTransformer, tmp_path:
     write, scale = FAMILIES[family]
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     save_file(write(pairs(network)), tmp_path / "lora.safetensors")
-    merge_loras(network, [LoraRequest(tmp_path / "lora.safetensors", 0.5)])
+    network = network_from(LoraMerged.of(network, [LoraRequest(tmp_path / "lora.safetensors", 0.5)]))
     for name, tensor in network.state_dict().items():
         expected = before[name]
         if name.removesuffix(".weight") in LAYERS:
@@ -109,7 +109,7 @@ def test_the_merged_network_is_that_of_diffusers_loader(tmp_path: Path, family: 
     reference: Any = theirs("WanTransformer3DModel")
     network = ours(reference)
     save_file(FAMILIES[family][0](pairs(network)), tmp_path / "lora.safetensors")
-    merge_loras(network, [LoraRequest(tmp_path / "lora.safetensors")])
+    network = network_from(LoraMerged.of(network, [LoraRequest(tmp_path / "lora.safetensors")]))
     state = WanLoraLoaderMixin.lora_state_dict(str(tmp_path / "lora.safetensors"))
     reference.load_lora_adapter(state, prefix="transformer")
     x = inputs()
@@ -128,7 +128,7 @@ def test_differences_and_replacements_are_merged(network: FlowMapTransformer, tm
         f"{block}.ffn.2.set_weight": torch.zeros(32, 64),
     }  # fmt: skip
     save_file(stored, tmp_path / "lora.safetensors")
-    merge_loras(network, [LoraRequest(tmp_path / "lora.safetensors", 0.25)])
+    network = network_from(LoraMerged.of(network, [LoraRequest(tmp_path / "lora.safetensors", 0.25)]))
     after = network.state_dict()
     for name in ("blocks.0.norm2.weight", "blocks.0.attn1.to_q.bias", "blocks.0.scale_shift_table",
                  "scale_shift_table", "patch_embedding.weight"):  # fmt: skip

@@ -23,6 +23,7 @@ from anyflow_cli.model.weights_io import (
     TEXT_ENCODER_STEM,
     TRANSFORMER_STEM,
     check_names_and_shapes,
+    fill_module,
     write_weights,
 )
 from anyflow_cli.utils.files import read_json, write_json
@@ -81,13 +82,13 @@ class OriginalComponent:
     config: Mapping[str, Any]
     stem: str
 
-    def load(self, dtype: torch.dtype) -> Any:
-        """Load the component with weights of a type."""
+    def load(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> Any:
+        """Load the component with weights of a type, straight onto a device."""
         with torch.device("meta"):
             model = self._build()
         expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         check_names_and_shapes(expected, self.weights.shapes, self.path, "each other")
-        self.weights.fill(model, lambda name: dtype)
+        fill_module(model, self.weights.lazy(), lambda name: dtype, device)
         if hasattr(model, "tie_weights"):
             model.tie_weights()
         return model.eval()

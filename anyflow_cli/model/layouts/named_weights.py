@@ -1,12 +1,13 @@
-"""Tensors of files under the names of a module, and the module filled with them one tensor at a time."""
+"""Tensors of files under the names of a module, read one at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from anyflow_cli.model.layouts.quantized import dequantized, scale_names
 from anyflow_cli.model.layouts.tensor_files import PICKLE_SUFFIXES, QUANTIZED_TYPES, TYPES, TensorFiles
@@ -67,21 +68,15 @@ class NamedWeights:
         stored = self.stored_names[name]
         scale = self.scales.get(stored)
         weight = dequantized(self.files.read(stored), None if scale is None else self.files.read(scale))
-        check_finite({name: weight}, str(self.stored(name).file))
+        file = self.stored(name).file
+        check_finite({name: weight}, str(file))
+        if file.suffix in PICKLE_SUFFIXES and scale is None:
+            weight = weight.clone()  # a view would keep the pages of other tensors in memory
         return weight.reshape(self.shape(name))
 
-    def fill(self, module: nn.Module, dtype_of: Callable[[str], torch.dtype]) -> None:
-        """Replace the parameters of a module on the meta device, frozen, each cast as it is read."""
-        for name in [name for name, _ in module.named_parameters()]:
-            path, _, last = name.rpartition(".")
-            copy = self.stored(name).file.suffix in PICKLE_SUFFIXES  # so that its pages can be given back
-            value = self.read(name).to(dtype_of(name), copy=copy)
-            setattr(module.get_submodule(path), last, nn.Parameter(value, requires_grad=False))
-
     def lazy(self) -> dict[str, LazyWeight]:
-        """Every tensor, to be read when it is written to another file."""
-        return {name: self._lazy(name) for name in self.stored_names}
-
-    def _lazy(self, name: str) -> LazyWeight:
-        dtype = self.dtype(name)
-        return LazyWeight(torch.Size(self.shape(name)), dtype, lambda: self.read(name).to(dtype))
+        """Every tensor, to be read when it is used."""
+        return {
+            name: LazyWeight(torch.Size(self.shape(name)), self.dtype(name), partial(self.read, name))
+            for name in self.stored_names
+        }

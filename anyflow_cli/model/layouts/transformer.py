@@ -9,7 +9,7 @@ quantized                  either names with fp8 or int8 weights
 =========================  ==========================================================================
 
 Sizes come from ``config.json`` where there is one, else from the shapes of the tensors. Weights are read one
-at a time into the type in which they are used.
+at a time, into the type and onto the device where they are used.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import torch
 from pydantic import BaseModel
 
 from anyflow_cli.errors import UsageError
@@ -33,9 +32,10 @@ from anyflow_cli.model.layouts.named_weights import NamedWeights
 from anyflow_cli.model.layouts.names import TRANSFORMER_NAMES
 from anyflow_cli.model.layouts.quantized import is_quantization
 from anyflow_cli.model.layouts.tensor_files import WEIGHT_SUFFIXES, TensorFiles
-from anyflow_cli.model.network import FlowMapTransformer, kept_in_fp32, on_meta
+from anyflow_cli.model.network import on_meta
 from anyflow_cli.model.weights_io import (
     FETCH,
+    LazyWeight,
     check_names_and_shapes,
     component_files,
 )
@@ -97,22 +97,14 @@ class TransformerFiles:
         """Its tensors under our names; only headers are read."""
         return transformer_weights(TensorFiles.open(self.weight_files), self.path)
 
-    def load(self, dtype: torch.dtype | None = torch.float32) -> FlowMapTransformer:
-        """Load the network, frozen.
-
-        Args:
-            dtype: Type of the weights; None: as stored, and bf16 where they are quantized.
-        """
+    def lazy_weights(self) -> dict[str, LazyWeight]:
+        """Weights by name, bf16 where they are quantized; see ``WeightSource``."""
         network, source = on_meta(self.config), self.tensors
         expected = {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
         check_names_and_shapes(
             expected, source.shapes, self.path, "config.json" if self.stated else "each other"
         )
-        if dtype is None:
-            source.fill(network, source.dtype)
-        else:
-            source.fill(network, lambda name: torch.float32 if kept_in_fp32(name) else dtype)
-        return network
+        return source.lazy()
 
 
 def transformer_weights(files: TensorFiles, place: Path) -> NamedWeights:

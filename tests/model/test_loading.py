@@ -1,0 +1,110 @@
+"""Weights are read once, tensor by tensor, in the type and on the device where they are used."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from anyflow_cli.model.backbone import Backbone
+from anyflow_cli.model.encoders import TextEncoder
+from anyflow_cli.model.lora import LoraSize, MergedNetwork
+from anyflow_cli.model.network import FlowMapTransformer, kept_in_fp32, two_time_from
+from anyflow_cli.model.pipeline_io import load_network, save_pipeline
+from anyflow_cli.recipe.load import load_recipe
+from anyflow_cli.runs.open import open_model
+from anyflow_cli.sample.sampler import VideoSampler
+from tests.plan.small import Live
+
+PROMPTS = ["a small red circle moving left", "a large blue square"]
+
+
+class HostLive(Live):  # type: ignore[no-untyped-call]
+    """Bytes of live tensors on the CPU."""
+
+    def _see(self, tensor: Tensor) -> None:
+        if tensor.device.type == "cpu":
+            super()._see(tensor)
+
+
+def recipe(**sample: Any) -> Any:
+    values = {"model.precision": "bf16", "model.frames": 5, "model.height": 32, "model.width": 32}
+    return load_recipe("tiny", [f"{key}={value}" for key, value in (values | sample).items()])
+
+
+def dtypes(network: FlowMapTransformer) -> dict[str, torch.dtype]:
+    return {name: parameter.dtype for name, parameter in network.named_parameters()}
+
+
+def test_sampling_in_bf16_stores_the_weights_in_bf16() -> None:
+    opened = VideoSampler.load("tiny-anyflow", recipe(), device="cpu")
+    for name, dtype in dtypes(opened._network).items():
+        assert dtype == (torch.float32 if kept_in_fp32(name) else torch.bfloat16), name
+
+
+def test_weights_in_bf16_give_the_video_of_weights_that_autocast_casts_in_every_call() -> None:
+    stored = VideoSampler.load("tiny-anyflow", recipe(), device="cpu")
+    cast = VideoSampler.load("tiny-anyflow", recipe(), device="cpu")
+    cast._network = open_model("tiny-anyflow", recipe()).network.eval()
+    cast._bind = lambda text: type(stored._bind(text))(cast._network, text)
+    videos = [next(one.latents(PROMPTS[:1], [0], 2)) for one in (stored, cast)]
+    assert torch.equal(*videos)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, None])
+def test_weights_go_straight_to_the_device(wan_folder: Path, dtype: torch.dtype | None) -> None:
+    """In bytes of live tensors on the CPU: one tensor at a time."""
+    live = HostLive([])
+    with live:
+        network = load_network(wan_folder, dtype, "meta")
+    assert {parameter.device.type for parameter in network.parameters()} == {"meta"}
+    stored = load_network(wan_folder)
+    largest = max(parameter.nbytes for parameter in stored.parameters())
+    whole = sum(parameter.nbytes for parameter in stored.parameters())
+    assert 0 < live.peak <= 2 * largest < whole / 2
+
+
+def test_a_checkpoint_is_merged_where_its_weights_are(wan_folder: Path) -> None:
+    """The adapter's device multiplies; the base is moved there one tensor at a time."""
+    size = LoraSize(4, 4)
+    adapter = Backbone(two_time_from(load_network(wan_folder)), lora=size).state_dict_of("student")
+    on_meta = {name: value.to("meta") for name, value in adapter.items()}
+    merged = MergedNetwork(two_time_from(load_network(wan_folder)), on_meta, size).lazy_weights()
+    assert merged["blocks.0.attn1.to_q.weight"].load().device.type == "meta"
+    assert merged["blocks.0.attn2.to_q.weight"].load().device.type == "cpu"
+
+
+def test_a_frozen_score_without_adapters_is_stored_in_the_precision_of_the_products() -> None:
+    network = open_model("tiny", load_recipe("tiny")).network
+    roles = Backbone(two_time_from(network), ("student", "real", "fake"), teacher=network, precision="bf16")
+    for role, expected in {"student": torch.float32, "real": torch.bfloat16, "fake": torch.float32}.items():
+        assert dtypes(roles.network_of(role))["blocks.0.attn1.to_q.weight"] == expected, role  # type: ignore[arg-type]
+
+
+def test_every_prompt_is_encoded_once_for_all_step_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoded: list[str] = []
+    original = TextEncoder.encode
+
+    def encode(self: TextEncoder, prompts: Any, *args: Any, **options: Any) -> Tensor:
+        encoded.extend(prompts)
+        return original(self, prompts, *args, **options)
+
+    monkeypatch.setattr(TextEncoder, "encode", encode)
+    opened = VideoSampler.load("tiny-anyflow", recipe(), device="cpu")
+    prompts = [PROMPTS[0], PROMPTS[1], PROMPTS[0]]
+    for nfe in (1, 2):
+        for _ in opened.latents(prompts, [0, 1, 2], nfe, batch=2):
+            pass
+    assert encoded == PROMPTS
+
+
+def test_a_bf16_folder_opens_as_stored(wan_folder: Path, tmp_path: Path) -> None:
+    save_pipeline(tmp_path / "half", load_network(wan_folder), wan_folder, {}, dtype=torch.bfloat16)
+    live = HostLive([])
+    with live:
+        network = load_network(tmp_path / "half", torch.bfloat16)
+    held = sum(p.nbytes for p in network.parameters())
+    assert live.peak <= 1.5 * held
