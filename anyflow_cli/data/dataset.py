@@ -39,6 +39,7 @@ from anyflow_cli.data.shards import (
 )
 from anyflow_cli.data.storage import Storage
 from anyflow_cli.errors import UsageError
+from anyflow_cli.flow.condition import Condition
 from anyflow_cli.flow.noise import fold_seed
 
 MAX_CONSECUTIVE = 16  # corrupt samples side by side; more are not a matter of single samples
@@ -51,7 +52,7 @@ class Batch:
     """Samples of one step, or one rank's part of them, in fp32."""
 
     latents: Tensor  # (B, F, C, H, W)
-    text: Tensor  # (B, L, D), zeros after a prompt's own tokens
+    condition: Condition  # its text has zeros after a prompt's own tokens
     captions: list[str]
     seeds: Sequence[int | None] = ()  # of the noise each was sampled from; None for real clips
     replaced: Sequence[int] = ()  # positions in this part whose own samples are corrupt
@@ -106,7 +107,7 @@ class LatentData:
         samples = [sample for _, sample in found]
         return Batch(
             torch.stack([sample.latents.float() for sample in samples]),
-            torch.stack([self._padded(sample.text.float()) for sample in samples]),
+            Condition(torch.stack([self._padded(sample.text.float()) for sample in samples])),
             [sample.caption for sample in samples],
             [_noise_seed(sample) for sample in samples],
             [i for i, (position, _) in enumerate(found) if position != positions[i]],

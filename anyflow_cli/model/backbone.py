@@ -10,8 +10,6 @@ becomes the real score of stage 2.
 
 The student of a causal network also trains the compressed patch embedding, in full and in place: the other
 roles run bidirectionally and never use it.
-
-Legend: B batch, L text tokens, D text width.
 """
 
 from __future__ import annotations
@@ -28,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from anyflow_cli.errors import UsageError
+from anyflow_cli.flow.condition import Condition
 from anyflow_cli.flow.noise import fold_seed
 from anyflow_cli.model.causal import FAR, as_causal
 from anyflow_cli.model.conditioned import Conditioned
@@ -194,9 +193,9 @@ class Backbone(nn.Module):
             return nullcontext()
         return self._adapters[network].use(name if name in self._adapted else None)
 
-    def velocity(self, name: Role, text: Tensor) -> Conditioned:
-        """``u(z, t, r)`` of a role under text embeddings (B, L, D); each call activates the role."""
-        return Conditioned(self._networks[name], text, self._scopes[name])
+    def velocity(self, name: Role, condition: Condition) -> Conditioned:
+        """``u(z, t, r)`` of a role under a condition; each call activates the role."""
+        return Conditioned(self._networks[name], condition, self._scopes[name])
 
     def network_of(self, name: Role) -> FlowMapTransformer:
         """The network of a role, to be called inside ``role(name)``."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as nnf
@@ -22,26 +23,31 @@ from anyflow_cli.model.config import NetworkConfig
 from anyflow_cli.model.layout import Group, Layout, Span
 from anyflow_cli.model.rotary import rotate
 
-KeyValue = tuple[Tensor, Tensor]
+KeyValue = tuple[Tensor, ...]  # key and value; then, in an image-to-video network, those of the picture
+
+
+class Projected(NamedTuple):
+    """A condition in the network's width: text (B, L, D), and the picture's tokens (B, P, D)."""
+
+    text: Tensor
+    picture: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class LayerKeys:
-    """Keys and values (B, L, E, d) for each block, of text or of cached chunks."""
+    """Keys and values (B, L, E, d) for each block, of a condition or of cached chunks."""
 
     layers: tuple[KeyValue, ...]
 
     def select(self, index: Tensor) -> LayerKeys:
         """Keep the samples ``index`` (N,) of the batch; it may repeat and reorder."""
-        return LayerKeys(tuple((key[index], value[index]) for key, value in self.layers))
+        return LayerKeys(tuple(tuple(part[index] for part in layer) for layer in self.layers))
 
     @staticmethod
     def concat(parts: Sequence[LayerKeys]) -> LayerKeys:
         """Concatenate along the batch."""
         layers = zip(*(part.layers for part in parts), strict=True)
-        return LayerKeys(
-            tuple((torch.cat([k for k, _ in pairs]), torch.cat([v for _, v in pairs])) for pairs in layers)
-        )
+        return LayerKeys(tuple(tuple(map(torch.cat, zip(*batch, strict=True))) for batch in layers))
 
 
 class RmsNorm(nn.Module):
@@ -63,7 +69,7 @@ class RmsNorm(nn.Module):
 class Attention(nn.Module):
     """Projections and attention; the layout decides which tokens attend to which."""
 
-    def __init__(self, config: NetworkConfig) -> None:
+    def __init__(self, config: NetworkConfig, *, over_pictures: bool = False) -> None:
         super().__init__()
         self.heads = config.heads
         self.kernel: Kernel = SDPA
@@ -73,6 +79,10 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(config.dim, config.dim)])
         self.norm_q = RmsNorm(config.dim, config.eps)
         self.norm_k = RmsNorm(config.dim, config.eps)
+        if over_pictures:
+            self.add_k_proj = nn.Linear(config.dim, config.dim)
+            self.add_v_proj = nn.Linear(config.dim, config.dim)
+            self.norm_added_k = RmsNorm(config.dim, config.eps)
 
     def split(self, x: Tensor) -> Tensor:
         """Split the width into heads, (B, L, D) to (B, L, E, d)."""
@@ -97,16 +107,24 @@ class Attention(nn.Module):
             _write_cache(cache, (key, value), layout)
         return self._project(parts[0] if len(parts) == 1 else torch.cat(parts, dim=1))
 
-    def text_keys(self, text: Tensor) -> KeyValue:
-        """Keys and values of the projected text (B, L, D), each (B, L, E, d)."""
+    def condition_keys(self, condition: Projected) -> KeyValue:
+        """Keys and values of a condition's tokens (B, L, D), each (B, L, E, d)."""
+        text, picture = condition
         value = self.split(self.to_v(text))
-        return self.split(self.norm_k(self.to_k(text))).to(value.dtype), value
+        keys = self.split(self.norm_k(self.to_k(text))).to(value.dtype), value
+        if picture is None:
+            return keys
+        value = self.split(self.add_v_proj(picture))
+        return *keys, self.split(self.norm_added_k(self.add_k_proj(picture))).to(value.dtype), value
 
-    def over_text(self, x: Tensor, keys: KeyValue) -> Tensor:
-        """Cross-attention of tokens (B, L, D) to the keys and values of the text."""
-        key, value = keys
-        out = attend(self.split(self.norm_q(self.to_q(x))), key, value, self.kernel)
-        return self._project(out.to(x.dtype))  # shared keys may be of another type
+    def over_condition(self, x: Tensor, keys: KeyValue) -> Tensor:
+        """Cross-attention of tokens (B, L, D) to the keys and values of text and picture, added up."""
+        query = self.split(self.norm_q(self.to_q(x)))
+        pairs = zip(keys[::2], keys[1::2], strict=True)
+        # shared keys may be of another type
+        out = sum(attend(query, key, value, self.kernel).to(x.dtype) for key, value in pairs)
+        assert isinstance(out, Tensor)
+        return self._project(out)
 
     def _project(self, x: Tensor) -> Tensor:
         projected: Tensor = self.to_out[0](x.flatten(-2))
@@ -132,25 +150,26 @@ def _write_cache(cache: KeyValue, new: KeyValue, layout: Layout) -> None:
 class GeluLinear(nn.Module):
     """Linear layer and GELU (tanh approximation)."""
 
-    def __init__(self, dim: int, width: int) -> None:
+    def __init__(self, dim: int, width: int, approximate: str) -> None:
         super().__init__()
         self.proj = nn.Linear(dim, width)
+        self.approximate = approximate
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., D) to (..., width)."""
-        return nnf.gelu(self.proj(x), approximate="tanh")
+        return nnf.gelu(self.proj(x), approximate=self.approximate)
 
 
 class FeedForward(nn.Module):
     """Two layers; the identity between them stands for the dropout of the diffusers classes."""
 
-    def __init__(self, config: NetworkConfig) -> None:
+    def __init__(self, dim: int, inner: int, out: int, approximate: str = "tanh") -> None:
         super().__init__()
-        up, down = GeluLinear(config.dim, config.ffn_dim), nn.Linear(config.ffn_dim, config.dim)
+        up, down = GeluLinear(dim, inner, approximate), nn.Linear(inner, out)
         self.net = nn.Sequential(up, nn.Identity(), down)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map tokens (B, L, D) to the same shape."""
+        """Map tokens (B, L, dim) to (B, L, out)."""
         out: Tensor = self.net(x)
         return out
 
@@ -162,15 +181,15 @@ class Block(nn.Module):
         super().__init__()
         self.eps = config.eps
         self.attn1 = Attention(config)
-        self.attn2 = Attention(config)
+        self.attn2 = Attention(config, over_pictures=config.image_dim is not None)
         self.norm2 = nn.LayerNorm(config.dim, config.eps) if config.cross_attn_norm else None
-        self.ffn = FeedForward(config)
+        self.ffn = FeedForward(config.dim, config.ffn_dim, config.dim)
         self.scale_shift_table = nn.Parameter(torch.randn(1, 6, config.dim) / config.dim**0.5)
 
     def forward(
         self,
         h: Tensor,
-        text: Tensor | KeyValue,
+        condition: Projected | KeyValue,
         modulation: Tensor,
         turns: Tensor,
         layout: Layout,
@@ -180,7 +199,7 @@ class Block(nn.Module):
 
         Args:
             h: Tokens (B, L, D).
-            text: Projected text (B, L', D), or its keys and values (B, L', E, d) each.
+            condition: Projected condition, or its keys and values (B, L', E, d) each.
             modulation: Modulation by the times (B, F, 6, D), added to the block's own table.
             turns: Rotations of the tokens (L, 1, d / 2, 2).
             layout: Token layout.
@@ -191,20 +210,21 @@ class Block(nn.Module):
         spans = layout.even_spans
         x = modulated(h, shift_attn, scale_attn, self.eps, spans)
         h = gated(h, self.attn1.over_video(x, turns, layout, cache), gate_attn, spans)
-        keys = text if isinstance(text, tuple) else self.attn2.text_keys(text)
-        h = h + self.attn2.over_text(self._text_norm(h), keys)
+        keys = self.attn2.condition_keys(condition) if isinstance(condition, Projected) else condition
+        normed = h if self.norm2 is None else fp32_norm(h, self.norm2)
+        h = h + self.attn2.over_condition(normed, keys)
         x = modulated(h, shift_ffn, scale_ffn, self.eps, spans)
         return gated(h, self.ffn(x), gate_ffn, spans)
 
-    def text_keys(self, text: Tensor) -> KeyValue:
-        """Keys and values of the projected text (B, L', D), each (B, L', E, d)."""
-        return self.attn2.text_keys(text)
+    def condition_keys(self, condition: Projected) -> KeyValue:
+        """Keys and values of a projected condition, each (B, L', E, d)."""
+        return self.attn2.condition_keys(condition)
 
-    def _text_norm(self, h: Tensor) -> Tensor:
-        if self.norm2 is None:
-            return h
-        weight, bias = self.norm2.weight.float(), self.norm2.bias.float()
-        return nnf.layer_norm(h.float(), (h.shape[-1],), weight, bias, self.eps).to(h.dtype)
+
+def fp32_norm(h: Tensor, norm: nn.LayerNorm) -> Tensor:
+    """Layer norm in fp32 of tokens (B, L, D) of any type, which the output has, too."""
+    weight, bias = norm.weight.float(), norm.bias.float()
+    return nnf.layer_norm(h.float(), (h.shape[-1],), weight, bias, norm.eps).to(h.dtype)
 
 
 def modulated(h: Tensor, shift: Tensor, scale: Tensor, eps: float, spans: Sequence[Span]) -> Tensor:

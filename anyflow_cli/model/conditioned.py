@@ -1,10 +1,12 @@
 """A network with its condition bound, as the ``u(z, t, r)`` of ``flow``.
 
-Keys and values of the text do not change between steps, so they are computed once, at the first call, unless
-a parameter that they depend on is being trained: then they could become stale and would need gradient.
+Keys and values of the condition do not change between steps, so they are computed once, at the first call,
+unless a parameter that they depend on is being trained: then they could become stale and would need gradient.
 
-Legend: B batch, F latent frames, C channels, H W latent height and width, L text tokens, D text width, N
-selected samples.
+Given frames are put in their place before every call and have time 0; their velocity is 0, so that no sampler
+moves them.
+
+Legend: B batch, F latent frames, C channels, H W latent height and width, N selected samples.
 """
 
 from __future__ import annotations
@@ -13,8 +15,10 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+import torch.nn.functional as nnf
 from torch import Tensor
 
+from anyflow_cli.flow.condition import Condition
 from anyflow_cli.flow.velocity import Velocity
 from anyflow_cli.model.blocks import LayerKeys
 from anyflow_cli.model.layout import Layout
@@ -24,19 +28,19 @@ Scope = Callable[[], AbstractContextManager[None]]
 
 
 class Conditioned:
-    """Velocity of a network under text embeddings (B, L, D), called inside ``scope``, such as a role."""
+    """Velocity of a network under a condition, called inside ``scope``, such as a role."""
 
     def __init__(
         self,
         network: FlowMapTransformer,
-        text: Tensor,
+        condition: Condition,
         scope: Scope = nullcontext,
         layout: Layout | None = None,
         keys: LayerKeys | None = None,
         cache: LayerKeys | None = None,
     ) -> None:
         self.network = network
-        self.text = text
+        self.condition = condition
         self._scope = scope
         self._layout = layout
         self._keys = keys
@@ -44,21 +48,33 @@ class Conditioned:
 
     def __call__(self, z: Tensor, t: Tensor, r: Tensor) -> Tensor:
         """Predict the velocity of z (B, F, C, H, W) at t and r, (B,) or (B, F)."""
-        keys = self._shared_keys()
+        condition, keys = self.condition, self._shared_keys()
+        if condition.frames is not None:
+            z, t, r = condition.put_back(z), self._clean(t, z), self._clean(r, z)
+        x = z if condition.channels is None else torch.cat((z, condition.channels.to(z)), dim=2)
         with self._scope():
-            text = self.text if keys is None else keys
-            velocity: Tensor = self.network(z, t, r, text, self._layout, self._cache)
+            velocity: Tensor = self.network(
+                x, t, r, condition.text if keys is None else keys, self._layout, self._cache,
+                picture=condition.picture,
+            )  # fmt: skip
+        if condition.frames is None:
             return velocity
+        return nnf.pad(velocity[:, condition.given :], (0, 0, 0, 0, 0, 0, condition.given, 0))
+
+    def _clean(self, t: Tensor, z: Tensor) -> Tensor:
+        """Times of all frames (B, F) from those of z, (B,) or (B, F): 0 for the given frames."""
+        by_frame = t.unsqueeze(1).expand(z.shape[:2]) if t.dim() == 1 else t
+        return nnf.pad(by_frame[:, self.condition.given :], (self.condition.given, 0))
 
     def with_layout(self, layout: Layout, cache: LayerKeys | None = None) -> Conditioned:
         """The same condition over another layout and its cache."""
-        return Conditioned(self.network, self.text, self._scope, layout, self._shared_keys(), cache)
+        return Conditioned(self.network, self.condition, self._scope, layout, self._shared_keys(), cache)
 
     def select(self, index: Tensor) -> Conditioned:
         """Conditions of the samples ``index`` (N,); it may repeat and reorder."""
         keys = self._shared_keys()
         return self._with(
-            self.text[index], keys and keys.select(index), self._cache and self._cache.select(index)
+            self.condition[index], keys and keys.select(index), self._cache and self._cache.select(index)
         )
 
     def concat(self, *others: Velocity) -> Conditioned:
@@ -72,18 +88,19 @@ class Conditioned:
             assert other.network is self.network, "the conditions differ in network"
             assert other._layout == self._layout, "the conditions differ in layout"
             parts.append(other)
+        condition = self.condition.concat(*(part.condition for part in parts[1:]))
         keys = _concat([part._shared_keys() for part in parts])
-        return self._with(torch.cat([part.text for part in parts]), keys, _concat([p._cache for p in parts]))
+        return self._with(condition, keys, _concat([part._cache for part in parts]))
 
-    def _with(self, text: Tensor, keys: LayerKeys | None, cache: LayerKeys | None) -> Conditioned:
-        return Conditioned(self.network, text, self._scope, self._layout, keys, cache)
+    def _with(self, condition: Condition, keys: LayerKeys | None, cache: LayerKeys | None) -> Conditioned:
+        return Conditioned(self.network, condition, self._scope, self._layout, keys, cache)
 
     def _shared_keys(self) -> LayerKeys | None:
-        """Keys of the text, computed once; None where each call has to compute its own."""
-        if self._keys is None and not any(p.requires_grad for p in self.network.text_parameters()):
+        """Keys of the condition, computed once; None where each call has to compute its own."""
+        if self._keys is None and not any(p.requires_grad for p in self.network.key_parameters()):
             # They outlive this call, so they may be neither inference tensors nor part of a graph.
             with torch.inference_mode(False), torch.no_grad(), self._scope():
-                self._keys = self.network.text_keys(self.text)
+                self._keys = self.network.condition_keys(self.condition.text, self.condition.picture)
         return self._keys
 
 

@@ -1,7 +1,8 @@
 """Sizes of the network, read from and written as the configuration of the diffusers classes.
 
 Three classes share one architecture: ``WanTransformer3DModel`` (one time), ``AnyFlowTransformer3DModel`` (two
-times) and ``AnyFlowFARTransformer3DModel`` (two times, causal). The AnyFlow authors' own class,
+times) and ``AnyFlowFARTransformer3DModel`` (two times, causal). Two times with CLIP's tokens of a picture are
+``AnyFlowImageTransformer3DModel``, a name of this package. The AnyFlow authors' own class,
 ``FAR_Wan_Transformer3DModel``, is each of them by its flags. A configuration that this network cannot
 represent exactly is refused here, before a weight is read.
 """
@@ -28,7 +29,8 @@ Conditioning = Literal["interpolate", "zero-init"]
 WAN = "WanTransformer3DModel"
 ANYFLOW = "AnyFlowTransformer3DModel"
 ANYFLOW_FAR = "AnyFlowFARTransformer3DModel"
-CLASSES = (WAN, ANYFLOW, ANYFLOW_FAR)
+ANYFLOW_IMAGE = "AnyFlowImageTransformer3DModel"  # with CLIP's tokens; diffusers has no class for it
+CLASSES = (WAN, ANYFLOW, ANYFLOW_FAR)  # of diffusers
 NVLABS = "FAR_Wan_Transformer3DModel"  # the authors' own class, for all kinds
 QK_NORM = "rms_norm_across_heads"
 
@@ -56,8 +58,9 @@ class TransformerConfig(BaseModel):
     eps: Annotated[float, Field(gt=0, lt=1)] = 1e-6
     rope_max_seq_len: Size = 1024
     qk_norm: str | None = QK_NORM
-    image_dim: int | None = None
+    image_dim: Size | None = None
     added_kv_proj_dim: int | None = None
+    pos_embed_seq_len: Size | None = None
     gate_value: Annotated[float, Field(ge=0, le=1)] = 0.25
     deltatime_type: str = "r"
     compressed_patch_size: PatchSize = (1, 4, 4)
@@ -110,6 +113,8 @@ class NetworkConfig:
     delta: Literal["r", "t-r"] = "r"
     conditioning: Conditioning = "interpolate"
     causal: CausalConfig | None = None
+    image_dim: int | None = None  # of CLIP's tokens; None: the network does not take them
+    image_tokens: int | None = None  # CLIP's tokens with learned positions: of two pictures; None: none has
 
     @property
     def dim(self) -> int:
@@ -121,6 +126,8 @@ class NetworkConfig:
         """Diffusers class with this configuration and these parameter names."""
         if not self.two_time:
             return WAN
+        if self.image_dim is not None:
+            return ANYFLOW_IMAGE
         return ANYFLOW if self.causal is None else ANYFLOW_FAR
 
     @classmethod
@@ -162,6 +169,8 @@ class NetworkConfig:
             gate=config.gate_value if two_time else cls.gate,
             delta="t-r" if two_time and config.deltatime_type == "t-r" else "r",
             causal=_causal(config) if config.class_name == ANYFLOW_FAR else None,
+            image_dim=config.image_dim,
+            image_tokens=config.pos_embed_seq_len,
         )
 
     def to_diffusers(self) -> dict[str, Any]:
@@ -180,12 +189,16 @@ class NetworkConfig:
             "num_layers": self.layers,
             "cross_attn_norm": self.cross_attn_norm,
             "eps": self.eps,
-            "image_dim": None,
+            "image_dim": self.image_dim,
             "rope_max_seq_len": self.rope_max_seq_len,
         }
+        if not self.two_time or self.image_dim is not None:
+            added = None if self.image_dim is None else self.dim
+            config |= {
+                "qk_norm": QK_NORM, "added_kv_proj_dim": added, "pos_embed_seq_len": self.image_tokens,
+            }  # fmt: skip
         if not self.two_time:
-            one_time = {"qk_norm": QK_NORM, "added_kv_proj_dim": None, "pos_embed_seq_len": None}
-            return config | one_time
+            return config
         config |= {"gate_value": self.gate, "deltatime_type": self.delta}
         if self.causal is not None:
             config |= {
@@ -223,7 +236,7 @@ def _causal(config: TransformerConfig) -> CausalConfig:
 
 
 def _refuse_unsupported(config: TransformerConfig) -> None:
-    if config.class_name not in CLASSES:
+    if config.class_name not in (*CLASSES, ANYFLOW_IMAGE):
         raise UsageError(
             f"The transformer is a {config.class_name!a}, which anyflow cannot run.",
             f"Use one of {', '.join(CLASSES)}.",
@@ -237,10 +250,14 @@ def _refuse_unsupported(config: TransformerConfig) -> None:
                 f"The transformer's {name} spans {patch[0]} latent frames instead of one.",
                 "Use a model whose patch_size starts with 1, as that of every Wan 2 model does.",
             )
-    if config.image_dim is not None or config.added_kv_proj_dim is not None:
+    width = config.num_attention_heads * config.attention_head_dim
+    added = None if config.image_dim is None else width
+    takes_pictures = config.class_name in (WAN, ANYFLOW_IMAGE)
+    if config.added_kv_proj_dim != added or (added is not None and not takes_pictures):
         raise UsageError(
-            "The transformer takes image embeddings (an image-to-video Wan), which anyflow does not train.",
-            "Use the text-to-video model of the same family.",
+            f"The transformer takes image tokens of {config.image_dim} with projections from "
+            f"{config.added_kv_proj_dim}, as no Wan does.",
+            "Use the text-to-video or image-to-video model of the same family.",
         )
     if config.deltatime_type not in ("r", "t-r"):
         raise UsageError(

@@ -101,7 +101,7 @@ class KeyCache:
         changed = range(after.border if before.border < after.border else before.done, after.done)
         if not self._in_place:
             self._memory = LayerKeys(
-                tuple((key.clone(), value.clone()) for key, value in self._memory.layers)
+                tuple(tuple(part.clone() for part in layer) for layer in self._memory.layers)
             )
         self._move_compressed(after)
         self._state = after

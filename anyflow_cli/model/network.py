@@ -24,7 +24,15 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from anyflow_cli.model.attention import AttentionShape, Kernel
-from anyflow_cli.model.blocks import Block, KeyValue, LayerKeys, modulated
+from anyflow_cli.model.blocks import (
+    Block,
+    FeedForward,
+    KeyValue,
+    LayerKeys,
+    Projected,
+    fp32_norm,
+    modulated,
+)
 from anyflow_cli.model.config import Conditioning, NetworkConfig
 from anyflow_cli.model.layout import Layout, Segment, bidirectional
 from anyflow_cli.model.rotary import rotation
@@ -70,8 +78,24 @@ class Embedder(nn.Module):
         return out
 
 
+class PictureEmbedder(nn.Module):
+    """Maps CLIP's tokens of one or two pictures to the width; norms are fp32."""
+
+    def __init__(self, width: int, dim: int, tokens: int | None) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width)
+        self.ff = FeedForward(width, width, dim, approximate="none")
+        self.norm2 = nn.LayerNorm(dim)
+        self.pos_embed = nn.Parameter(torch.zeros(1, tokens, width)) if tokens else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, P, width) to (B, P, D)."""
+        x = x if self.pos_embed is None else x + self.pos_embed.to(x)
+        return fp32_norm(self.ff(fp32_norm(x, self.norm1)), self.norm2)
+
+
 class ConditionEmbedder(nn.Module):
-    """Embedding of times, as modulation of the blocks, and of text."""
+    """Embedding of times, as modulation of the blocks, and of text and pictures."""
 
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
@@ -84,6 +108,8 @@ class ConditionEmbedder(nn.Module):
                 nn.init.zeros_(self.delta_proj.weight)
         self.time_proj = nn.Linear(config.dim, config.dim * 6)
         self.text_embedder = Embedder(config.text_dim, config.dim, nn.GELU(approximate="tanh"))
+        if config.image_dim is not None:
+            self.image_embedder = PictureEmbedder(config.image_dim, config.dim, config.image_tokens)
 
     def times(self, t: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
         """Embed times (B, F): embedding (B, F, D) and the blocks' modulation (B, F, 6, D), fp32."""
@@ -168,16 +194,20 @@ class FlowMapTransformer(nn.Module):
         text: Tensor | LayerKeys,
         layout: Layout | None = None,
         cache: LayerKeys | None = None,
+        *,
+        picture: Tensor | None = None,
     ) -> Tensor:
         """Predict the velocity of the layout's output segments.
 
         Args:
-            z: Latents (B, F, C, H, W), the frames of all input segments in order.
+            z: Latents (B, F, C, H, W), the frames of all input segments in order; C includes the channels of
+                an image-to-video network's pictures.
             t: Start times in [0, 1], (B,) or (B, F).
             r: End times in the shape of t.
-            text: Embeddings (B, L', text_dim), or their keys and values from ``text_keys``.
+            text: Embeddings (B, L', text_dim), or keys and values from ``condition_keys``.
             layout: Token layout; None is bidirectional.
             cache: Keys and values that the layout reads and writes.
+            picture: CLIP's tokens (B, P, image_dim); not read with keys and values.
 
         Returns:
             Velocity (B, F', C, H, W) of the F' output frames, in the type of ``z``.
@@ -188,17 +218,23 @@ class FlowMapTransformer(nn.Module):
         turns = rotation(layout, self.config.head_dim, z.device)
         h = self._tokens(z, layout)
         caches = [None] * len(self.blocks) if cache is None else cache.layers
-        texts = self._text_of_blocks(text)
-        for number, (block, keys, cached) in enumerate(zip(self.blocks, texts, caches, strict=True)):
-            h = self._run(number, block, h, keys, modulation, turns, layout, cached)
+        conditions = self._condition_of_blocks(text, picture)
+        for number, (block, condition, cached) in enumerate(
+            zip(self.blocks, conditions, caches, strict=True)
+        ):
+            h = self._run(number, block, h, condition, modulation, turns, layout, cached)
         if not any(segment.is_output for segment in layout.inputs):  # the pass only writes the cache
-            return z[:, :0]
+            return z[:, :0, : self.config.out_channels]
         return self._output(h, embedding, layout).to(z.dtype)
 
-    def text_keys(self, text: Tensor) -> LayerKeys:
-        """Keys and values of text embeddings (B, L', text_dim) for every block, to share among calls."""
-        projected = self._project_text(text)
-        return LayerKeys(tuple(block.text_keys(projected) for block in self._typed_blocks))
+    def condition_keys(self, text: Tensor, picture: Tensor | None = None) -> LayerKeys:
+        """Keys and values of a condition for every block, to share among calls.
+
+        ``text`` is (B, L', text_dim); an image-to-video network with CLIP also takes its tokens (B, P,
+        image_dim).
+        """
+        projected = self._projected(text, picture)
+        return LayerKeys(tuple(block.condition_keys(projected) for block in self._typed_blocks))
 
     def use_kernel(self, kernel: Kernel) -> None:
         """Compute every attention with this kernel."""
@@ -213,12 +249,11 @@ class FlowMapTransformer(nn.Module):
         queries = frames if causal is None else min(max(causal.partition), frames)
         return AttentionShape(queries * tokens, frames * tokens, config.heads, config.head_dim)
 
-    def text_parameters(self) -> list[nn.Parameter]:
-        """Parameters that ``text_keys`` depends on."""
-        parts: list[nn.Module] = [self.condition_embedder.text_embedder]
-        for block in self._typed_blocks:
-            parts += [block.attn2.to_k, block.attn2.to_v, block.attn2.norm_k]
-        return [parameter for part in parts for parameter in part.parameters()]
+    def key_parameters(self) -> list[nn.Parameter]:
+        """Parameters that ``condition_keys`` depends on."""
+        own = ("text_embedder", "image_embedder", "attn2.to_k", "attn2.to_v", "attn2.norm_k", "attn2.add_",
+               "attn2.norm_added_k")  # fmt: skip
+        return [parameter for name, parameter in self.named_parameters() if any(part in name for part in own)]
 
     @torch.no_grad()
     def embedding_norm(self) -> Tensor:
@@ -242,16 +277,22 @@ class FlowMapTransformer(nn.Module):
     def _typed_blocks(self) -> list[Block]:
         return cast("list[Block]", list(self.blocks))
 
-    def _project_text(self, text: Tensor) -> Tensor:
-        """Project text embeddings (B, L', text_dim) to the width (B, L', D)."""
-        projected: Tensor = self.condition_embedder.text_embedder(text.to(self.proj_out.weight.dtype))
-        return projected
+    def _projected(self, text: Tensor, picture: Tensor | None) -> Projected:
+        """Project text (B, L', text_dim) and picture tokens (B, P, image_dim) to the network's width."""
+        embedder, dtype = self.condition_embedder, self.proj_out.weight.dtype
+        projected: Tensor = embedder.text_embedder(text.to(dtype))
+        if self.config.image_dim is None:
+            return Projected(projected)
+        assert picture is not None, "an image-to-video network needs a picture"
+        return Projected(projected, embedder.image_embedder(picture.to(dtype)))
 
-    def _text_of_blocks(self, text: Tensor | LayerKeys) -> list[Tensor] | tuple[KeyValue, ...]:
-        """Projected text, the same for every block, or the keys and values of each block."""
+    def _condition_of_blocks(
+        self, text: Tensor | LayerKeys, picture: Tensor | None
+    ) -> list[Projected] | tuple[KeyValue, ...]:
+        """The projected condition, the same for every block, or the keys and values of each block."""
         if isinstance(text, LayerKeys):
             return text.layers
-        return [self._project_text(text)] * len(self.blocks)
+        return [self._projected(text, picture)] * len(self.blocks)
 
     def _tokens(self, z: Tensor, layout: Layout) -> Tensor:
         """Embed latents (B, F, C, H, W) as tokens (B, L, D)."""

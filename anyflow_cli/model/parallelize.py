@@ -107,7 +107,7 @@ def apply_fsdp(
     for network in networks:
         for module in (*network.blocks, network):
             fully_shard(module, **options)
-            register_fsdp_forward_method(module, "text_keys")
+            register_fsdp_forward_method(module, "condition_keys")
         register_fsdp_forward_method(network, "embedding_norm")
 
 

@@ -21,6 +21,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
+from anyflow_cli.flow.condition import Condition
 from anyflow_cli.model.backbone import Backbone, BackboneSources
 from anyflow_cli.model.blocks import LayerKeys
 from anyflow_cli.model.config import NetworkConfig
@@ -176,14 +177,15 @@ def _measure(setup: Setup, backbone: Backbone, call: NetworkCall) -> CallCost:
     by_frame = call.layout is not None and call.cache is None  # each frame has times of its own
     with fake_tensors():
         z = torch.empty(samples, layout.frames, *setup.latent[1:], requires_grad=call.gradient)
-        t, text = torch.empty(samples, *[layout.frames] * by_frame), torch.empty(samples, *setup.text)
+        t = torch.empty(samples, *[layout.frames] * by_frame)
+        text = torch.empty(samples, *setup.text)
         cache = _cache_of(setup, backbone.network_of(call.role), samples, layout.cache_tokens)
         known = [z, t, text, *tree_leaves(list(cache.layers) if cache else [])]
         known += [tensor for weight in backbone.parameters() for tensor in (weight, weight.grad)]
         tracker = MemoryTracker([tensor for tensor in known if tensor is not None], gpu=setup.gpu)
         with tracker, torch.set_grad_enabled(call.gradient):
             with autocast(setup.precision, "cpu", keeps_casts=keeps_casts):
-                velocity = backbone.velocity(call.role, text).with_layout(layout, cache)
+                velocity = backbone.velocity(call.role, Condition(text)).with_layout(layout, cache)
                 outputs = [velocity(z, t, t) for _ in range(call.gradient and keeps_casts)]
                 before = tracker.restart()
                 outputs.append(velocity(z, t, t))

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from anyflow_cli.data.video import Pixels, from_pixels, to_pixels
 from anyflow_cli.errors import UsageError
+from anyflow_cli.flow.condition import Condition
 from anyflow_cli.flow.noise import noise, noise_stream
 from anyflow_cli.flow.samplers import SAMPLERS
 from anyflow_cli.flow.times import grid
@@ -43,7 +44,7 @@ from anyflow_cli.sample.unipc import sample_unipc
 
 Method = Literal["flow-map", "euler", "unipc", "consistency"]
 Steps = int | tuple[int, ...]  # per sampled chunk, in order; the last count serves all remaining chunks
-Prompts = Sequence[str] | Tensor  # texts, or their embeddings (B, L, D), zero-padded
+Prompts = Sequence[str] | Condition  # texts, or their embeddings, zero-padded
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +75,7 @@ class VideoSampler:
         encoder: Needed to sample prompts; not for embeddings.
         vae: Needed for pixels and for conditioning frames; not for latents.
         negative: Embedding (L, D) of the negative prompt, where it is already known.
-        bind: Binds embeddings (B, L, D) to the network, for one that several roles share.
+        bind: Binds a condition to the network, for one that several roles share.
         streams: Starting noise, and the generator for later noise, of a seed and shape.
         lineage: Where the network comes from, for records.
     """
@@ -90,7 +91,7 @@ class VideoSampler:
         encoder: TextEncoder | None = None,
         vae: VideoVAE | None = None,
         negative: Tensor | None = None,
-        bind: Callable[[Tensor], Conditioned] | None = None,
+        bind: Callable[[Condition], Conditioned] | None = None,
         streams: Callable[[int, Sequence[int]], tuple[Tensor, torch.Generator]] = noise_stream,
         lineage: dict[str, Any] | None = None,
     ) -> None:
@@ -268,9 +269,10 @@ class VideoSampler:
         else:
             start, generators = self._noise(seeds)
             with autocast(self.precision, self.device):
-                velocity: Velocity = self._condition(prompts)
+                bound = self._condition(prompts)
+                velocity: Velocity = bound
                 if self.guidance is not None:
-                    velocity = guided(velocity, self._null_condition(len(prompts)), self.guidance)
+                    velocity = guided(bound, self._null_condition(bound.condition), self.guidance)
                 with self._timed("network"):
                     (times,) = self._grids(nfe)
                     if self.method == "unipc":
@@ -322,8 +324,8 @@ class VideoSampler:
         return [grid(count, self.model.shift) for count in counts]
 
     def _condition(self, prompts: Prompts) -> Conditioned:
-        if not isinstance(prompts, Tensor):
-            prompts = self._embed(prompts)
+        if not isinstance(prompts, Condition):
+            prompts = Condition(self._embed(prompts))
         return self._bind(prompts.to(self.device))
 
     def _embed(self, prompts: Sequence[str]) -> Tensor:
@@ -337,10 +339,10 @@ class VideoSampler:
         texts = [self._embeddings[prompt] for prompt in prompts]
         return torch.stack([nnf.pad(text, (0, 0, 0, limit - len(text))) for text in texts])
 
-    def _null_condition(self, count: int) -> Conditioned:
+    def _null_condition(self, condition: Condition) -> Conditioned:
         if self._negative is None:
             self._negative = self._embed([self.model.negative_prompt]).to(self.device)
-        return self._bind(self._negative.expand(count, -1, -1))
+        return self._bind(condition.with_text(self._negative))
 
     def _reset_clock(self) -> None:
         self._count, self._spent = 0, {"network": 0.0, "decode": 0.0}

@@ -48,6 +48,7 @@ from anyflow_cli.data.video import (
     write_mp4,
 )
 from anyflow_cli.errors import AnyflowError, UsageError
+from anyflow_cli.flow.condition import Condition
 from anyflow_cli.model.encoders import TextEncoder, VideoVAE
 from anyflow_cli.model.parallelize import apply_attention
 from anyflow_cli.model.pipeline_io import load_network, resolve_pipeline
@@ -207,7 +208,7 @@ class TeacherSource:
         apply_attention([network], model.attention, shape, resolve_precision(model.precision, device))
         self._sampler = VideoSampler(
             network, model, shape, method=job.recipe.sample.teacher_sampler,
-            guidance=job.recipe.synthesize.guidance, negative=self._encoders.padded([self.negative])[0],
+            guidance=job.recipe.synthesize.guidance, negative=self._encoders.padded([self.negative]).text[0],
         )  # fmt: skip
 
     def results(self, indices: range) -> Iterator[LatentSample | Rejection]:
@@ -343,11 +344,11 @@ class Encoders:
                 self._truncated, self._job.recipe.model.max_text_tokens, self._first_truncated,
             )  # fmt: skip
 
-    def padded(self, texts: Sequence[Tensor]) -> Tensor:
-        """Embeddings (L', D) -> (B, L, D) on the device, zeros after each."""
+    def padded(self, texts: Sequence[Tensor]) -> Condition:
+        """Embeddings (L', D) as a condition on the device, zeros after each."""
         limit = self._job.recipe.model.max_text_tokens
         rows = [torch.nn.functional.pad(text.float(), (0, 0, 0, limit - len(text))) for text in texts]
-        return torch.stack(rows).to(self._device)
+        return Condition(torch.stack(rows)).to(self._device)
 
     def sample(
         self, index: int, latents: Tensor, text: Tensor, video: Tensor, facts: Mapping[str, Any]

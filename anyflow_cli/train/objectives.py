@@ -202,7 +202,7 @@ class FlowMapTerm:
         t, r = map(window.by_frame, self._times(rng, window.times_per_sample))
         batch, dropped = drop_text(batch, self.negative, settings.text_dropout, rng)
         result = losses.flow_map_loss(
-            window.bind(self.backbone.velocity("student", batch.text)),
+            window.bind(self.backbone.velocity("student", batch.condition)),
             window.bind(_uncond(self.backbone, "student", self.negative, batch)),
             x, rng.noise("noise", x.shape[1:]).to(x), t, r,
             guidance=settings.guidance,
@@ -265,7 +265,7 @@ class FlowMatchingTerm:
         x = batch.latents
         t = rng.local(times.sample_logit_normal(rng.count, self.shift, rng.generator("times"))).to(x)
         batch, _ = drop_text(batch, self.negative, self.text_dropout, rng)
-        model = self.backbone.velocity("student", batch.text)
+        model = self.backbone.velocity("student", batch.condition)
         loss = losses.flow_matching_loss(model, x, rng.noise("noise", x.shape[1:]).to(x), t)
         return loss, {"loss": sums(loss, len(x))}
 
@@ -302,7 +302,7 @@ class ConsistencyTerm:
         eps = window.of(batch_noise(seeds, videos.shape[1:]).to(videos))
         z = losses.interpolate(window.x, eps, t)
         weight = times.loss_weight(self.settings.weight, self.shift)
-        model = window.bind(self.backbone.velocity("student", batch.text))
+        model = window.bind(self.backbone.velocity("student", batch.condition))
         loss = losses.consistency_loss(model, z, t, window.x, weight)
         return loss, {"loss": sums(loss, len(videos))}
 
@@ -343,8 +343,8 @@ class OnPolicyTerms:
         )
         loss = matching.distribution_matching_loss(
             x,
-            self.backbone.velocity("fake", batch.text),
-            self.backbone.velocity("real", batch.text),
+            self.backbone.velocity("fake", batch.condition),
+            self.backbone.velocity("real", batch.condition),
             _uncond(self.backbone, "real", self.negative, batch),
             rng.local(t).to(x),
             rng.noise("matching-noise", x.shape[1:]).to(x),
@@ -371,7 +371,7 @@ class OnPolicyTerms:
                 x = self._rollout(batch, rng, "fake-rollout")
         t = times.sample_logit_normal(rng.count, self.score_shift, rng.generator("fake-times"))
         eps, t = rng.noise("fake-noise", x.shape[1:]).to(x), rng.local(t).to(x)
-        loss = matching.fake_score_loss(self.backbone.velocity("fake", batch.text), x, eps, t)
+        loss = matching.fake_score_loss(self.backbone.velocity("fake", batch.condition), x, eps, t)
         return loss, {"fake": sums(loss, len(x))}
 
     def fake_score_calls(self, latent: LatentShape, rng: StepRng) -> list[NetworkCall]:
@@ -382,7 +382,7 @@ class OnPolicyTerms:
 
     def _rollout(self, batch: Batch, rng: StepRng, stream: str) -> Tensor:
         """Generate samples of the student, (B, F, C, H, W)."""
-        model = self.backbone.velocity("student", batch.text)
+        model = self.backbone.velocity("student", batch.condition)
         noise = rng.noise(f"{stream}-start", batch.latents.shape[1:]).to(batch.latents)
         simulate = self._simulation(rng, stream)
         recomputes = self.settings.recompute_rollout and torch.is_grad_enabled()
@@ -487,9 +487,10 @@ def weighted(term: LossTerm, weight: float, prefix: str) -> LossTerm:
 
 def drop_text(batch: Batch, negative: Tensor, share: float, rng: StepRng) -> tuple[Batch, Tensor]:
     """Replace the text of a ``share`` of the samples by ``negative`` (L, D); also return which, (B,)."""
-    dropped = dropped_text(share, rng).to(batch.text.device)
-    text = torch.where(dropped[:, None, None], negative.to(batch.text), batch.text)
-    return replace(batch, text=text), dropped
+    own = batch.condition.text
+    dropped = dropped_text(share, rng).to(own.device)
+    text = torch.where(dropped[:, None, None], negative.to(own), own)
+    return replace(batch, condition=batch.condition.with_text(text)), dropped
 
 
 def dropped_text(share: float, rng: StepRng) -> Tensor:
@@ -513,10 +514,10 @@ def power_and_motion(name: str, x: Tensor) -> Sums:
 
 def _uncond(backbone: Backbone, role: Role, negative: Tensor, batch: Batch) -> Conditioned:
     """The role's velocity under the negative prompt."""
-    return backbone.velocity(role, negative.to(batch.text).expand_as(batch.text))
+    return backbone.velocity(role, batch.condition.with_text(negative))
 
 
 def micro_batch(batch: Batch, start: int, stop: int) -> Batch:
     """Cut samples ``start`` to ``stop`` out of a batch."""
     part = slice(start, stop)
-    return Batch(batch.latents[part], batch.text[part], batch.captions[part], batch.seeds[part])
+    return Batch(batch.latents[part], batch.condition[part], batch.captions[part], batch.seeds[part])

@@ -58,7 +58,7 @@ def make_preview(
         writes: Whether this process writes. All processes have to sample a sharded network.
     """
     batch = data.batch(range(min(settings.captions, len(data))))
-    seeds = range(len(batch.captions))
+    condition, seeds = batch.condition, range(len(batch.captions))
 
     @torch.no_grad()
     def preview(step: int) -> None:
@@ -68,7 +68,7 @@ def make_preview(
             bind=partial(backbone.velocity, "student"), streams=_preview_streams,
         )  # fmt: skip
         # to the CPU: the average must not leave its place before the last weights were read
-        latents = [next(sampler.latents(batch.text, seeds, nfe, len(seeds))).cpu() for nfe in settings.nfe]
+        latents = [next(sampler.latents(condition, seeds, nfe, len(seeds))).cpu() for nfe in settings.nfe]
         if not writes:
             return
         vae = VideoVAE.load(pipeline, sampler.device)

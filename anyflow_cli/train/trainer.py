@@ -255,7 +255,7 @@ class Trainer:
         corrupt = torch.zeros(self.settings.global_batch, dtype=torch.float64, device=device)
         if batch.replaced:
             corrupt[[self.rank + place * self.ranks for place in batch.replaced]] = 1
-        batch = replace(batch, latents=batch.latents.to(device), text=batch.text.to(device))
+        batch = replace(batch, latents=batch.latents.to(device), condition=batch.condition.to(device))
         values: dict[str, float] = {}
         for number, role in enumerate(self.optimizers):
             sums: dict[str, Tensor] = {}  # name -> (sum, count)

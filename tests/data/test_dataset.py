@@ -56,9 +56,12 @@ def test_a_sample_keeps_its_caption_text_and_latents(data: LatentData) -> None:
     batch = data.batch([7, 2])
     assert batch.captions == ["caption 7", "caption 2"]
     assert torch.equal(batch.latents, torch.stack([torch.full(SHAPE, 7.0), torch.full(SHAPE, 2.0)]))
-    assert batch.text.shape == (2, TOKENS, TEXT_DIM)
-    assert batch.text.sum((1, 2)).tolist() == [2 * TEXT_DIM, 3 * TEXT_DIM]  # 1 + index % 3 tokens, then zeros
-    assert torch.equal(batch.text[1, 3:], torch.zeros(TOKENS - 3, TEXT_DIM))
+    assert batch.condition.text.shape == (2, TOKENS, TEXT_DIM)
+    assert batch.condition.text.sum((1, 2)).tolist() == [
+        2 * TEXT_DIM,
+        3 * TEXT_DIM,
+    ]  # 1 + index % 3 tokens, then zeros
+    assert torch.equal(batch.condition.text[1, 3:], torch.zeros(TOKENS - 3, TEXT_DIM))
 
 
 def test_what_the_data_set_says_of_itself(data: LatentData) -> None:
@@ -72,7 +75,7 @@ def test_stored_bf16_is_read_as_fp32(tmp_path: Path) -> None:
     sample = LatentSample(0, "a", torch.ones(SHAPE).bfloat16(), torch.ones(2, TEXT_DIM).bfloat16())
     write_manifest(tmp_path, [write_shard(shard_path(tmp_path, 0), [sample])], {})
     batch = LatentData(tmp_path, TOKENS).batch([0])
-    assert batch.latents.dtype == batch.text.dtype == torch.float32
+    assert batch.latents.dtype == batch.condition.text.dtype == torch.float32
 
 
 def test_longer_texts_than_the_model_takes_are_refused(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from anyflow_cli.errors import UsageError
+from anyflow_cli.flow.condition import Condition
 from anyflow_cli.model.backbone import Backbone, Role
 from anyflow_cli.model.lora import LoraSize
 from anyflow_cli.model.network import FlowMapTransformer, two_time_from
@@ -38,7 +39,7 @@ def disturb(made: Backbone, *roles: Role) -> None:
 
 
 def evaluate(made: Backbone, role: Role, r: Tensor = R) -> Tensor:
-    return made.velocity(role, X.text)(X.z, T, r)
+    return made.velocity(role, Condition(X.text))(X.z, T, r)
 
 
 BOTH = pytest.mark.parametrize("lora", [LORA, None], ids=["lora", "full"])

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from anyflow_cli.errors import UsageError
+from anyflow_cli.flow.condition import Condition
 from anyflow_cli.model.causal import (
     TeacherForced,
     causal_from,
@@ -57,7 +58,7 @@ def test_teacher_forcing_equals_the_masked_path_of_diffusers(
             z, 1000 * t, 1000 * r, x.text, list(partition), return_dict=False,
             clean_hidden_states=video[:, frames - noisy :], clean_timestep=torch.zeros(2, noisy),
         )[0]  # fmt: skip
-    model = TeacherForced(Conditioned(ours(reference), x.text), video, partition)
+    model = TeacherForced(Conditioned(ours(reference), Condition(x.text)), video, partition)
     got = model(x.z[:, model.window], x.t[:, model.window], x.r[:, model.window])
     assert distance(got, expected) < 1e-5
 
@@ -82,7 +83,7 @@ def clean_like(frames: int, size: tuple[int, int]) -> Tensor:
 
 def forced(network: FlowMapTransformer, x: Inputs, video: Tensor, partition: tuple[int, ...]) -> Tensor:
     """Velocity of the window, all of whose frames are noised alike."""
-    model = TeacherForced(Conditioned(network, x.text), video, partition)
+    model = TeacherForced(Conditioned(network, Condition(x.text)), video, partition)
     return model(x.z[:, model.window], x.t[:, 0], x.r[:, 0])
 
 
@@ -128,7 +129,7 @@ def test_a_forced_velocity_carries_its_video() -> None:
     partition = (1, 2, 1, 2)
     network = ours(far(2, partition))
     x, video = inputs(frames=6, height=8, width=8), clean_like(6, (8, 8))
-    model = TeacherForced(Conditioned(network, x.text), video, partition)
+    model = TeacherForced(Conditioned(network, Condition(x.text)), video, partition)
     z, t, r = x.z[:, model.window], x.t[:, 0], x.r[:, 0]
     whole = model(z, t, r)
     order = torch.tensor([1, 0, 1])

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from anyflow_cli.flow.condition import Condition
 from anyflow_cli.model.backbone import Backbone, Role
 from anyflow_cli.model.causal import FAR, TeacherForced, causal_from
 from anyflow_cli.model.config import CausalConfig
@@ -29,7 +30,7 @@ def network() -> FlowMapTransformer:
 
 def forced(made: Backbone, role: Role) -> Tensor:
     """Velocity of the last two chunks by teacher forcing; the first is compressed."""
-    model = TeacherForced(made.velocity(role, X.text), X.z, PARTITION)
+    model = TeacherForced(made.velocity(role, Condition(X.text)), X.z, PARTITION)
     return model(X.z[:, model.window].flip(1), T, R)
 
 
@@ -56,7 +57,9 @@ def test_the_other_roles_do_not_own_it_nor_change_with_it() -> None:
     assert not [name for name in made.named_parameters_of("fake") if FAR in name]
     expected = network()(X.z, T, T, X.text)  # bidirectional: what the scores see
     for role in ("fake", "real"):
-        torch.testing.assert_close(made.velocity(role, X.text)(X.z, T, T), expected, rtol=0, atol=0)
+        torch.testing.assert_close(
+            made.velocity(role, Condition(X.text))(X.z, T, T), expected, rtol=0, atol=0
+        )
 
 
 def test_a_state_and_a_merged_network_hold_it() -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from anyflow_cli.errors import UsageError
+from anyflow_cli.flow.condition import Condition
 from anyflow_cli.flow.samplers import SAMPLERS, flow_map_euler
 from anyflow_cli.flow.times import grid
 from anyflow_cli.flow.velocity import batch_time, flow_map, guided
@@ -37,7 +38,7 @@ def noise(frames: int = 4, height: int = 8, width: int = 8, batch: int = 2) -> T
 
 
 def sample(network: FlowMapTransformer, z: Tensor, *steps: int, **options: Any) -> Tensor:
-    model = Conditioned(network, TEXT[: len(z)])
+    model = Conditioned(network, Condition(TEXT[: len(z)]))
     grids = [grid(n, SHIFT) for n in steps]
     sampler = SAMPLERS[options.pop("sampler", "flow-map")]
     return torch.cat(list(sample_chunks(model, z, PARTITION, sampler, grids, **options)), dim=1)
@@ -76,7 +77,7 @@ def test_steps_can_differ_from_chunk_to_chunk(network: FlowMapTransformer) -> No
     assert distance(mixed[:, 1:], many[:, 1:]) > 1e-3
     assert distance(mixed[:, 1:], few[:, 1:]) > 1e-3
     # One step is one jump over the clean past.
-    model = Conditioned(network, TEXT)
+    model = Conditioned(network, Condition(TEXT))
     cache = KeyCache(network, PARTITION, (8, 8), 2)
     cache.append(mixed[:, :1], model)
     z = noise()[:, 1:3]
@@ -98,14 +99,17 @@ def test_a_chunk_given_in_part_is_completed_under_its_given_frames(network: Flow
     start = noise().flip(1)[:, :2]
     x = sample(network, noise(), 1, given=start)
     video = torch.cat((start, x[:, 2:3]), dim=1)
-    forced = TeacherForced(Conditioned(network, TEXT), video, (1, 1, 1))
+    forced = TeacherForced(Conditioned(network, Condition(TEXT)), video, (1, 1, 1))
     z = noise()[:, 1:3]  # the window; only its second frame is asked for
     expected = flow_map(forced, z, batch_time(1, z), batch_time(0, z))[:, 1:]
     assert distance(x[:, 2:3], expected) < 1e-5
 
 
 def test_guidance_is_that_of_two_models_side_by_side(network: FlowMapTransformer) -> None:
-    model, null = Conditioned(network, TEXT), Conditioned(network, torch.zeros_like(TEXT))
+    model, null = (
+        Conditioned(network, Condition(TEXT)),
+        Conditioned(network, Condition(torch.zeros_like(TEXT))),
+    )
     x = sample(network, noise(), 2, guidance=Guidance(null, 3.0))
     caches = [KeyCache(network, PARTITION, (8, 8), 2) for _ in range(2)]
     parts = []
@@ -122,7 +126,9 @@ def test_chunks_arrive_as_they_are_finished(network: FlowMapTransformer) -> None
     """The first is there before the second has been begun."""
     z = noise()
     z[:, 1:] = torch.nan
-    arriving = sample_chunks(Conditioned(network, TEXT), z, PARTITION, flow_map_euler, [grid(2, SHIFT)])
+    arriving = sample_chunks(
+        Conditioned(network, Condition(TEXT)), z, PARTITION, flow_map_euler, [grid(2, SHIFT)]
+    )
     assert next(arriving).isfinite().all()
     assert next(arriving).isnan().any()
 

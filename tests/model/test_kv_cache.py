@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from anyflow_cli.flow.condition import Condition
 from anyflow_cli.flow.velocity import batch_time
 from anyflow_cli.model.causal import TeacherForced, chunks_of
 from anyflow_cli.model.conditioned import Conditioned
@@ -30,7 +31,7 @@ def far(full_chunks: int = 3) -> Any:
 
 
 def model_of(network: FlowMapTransformer) -> Conditioned:
-    return Conditioned(network, inputs().text)
+    return Conditioned(network, Condition(inputs().text))
 
 
 def video(partition: tuple[int, ...], batch: int = 2) -> Tensor:
@@ -205,7 +206,7 @@ def test_diffusers_own_step_lets_zero_keys_in(height: int, width: int, least: fl
     network = ours(reference)
     z = torch.randn(1, 1, 8, height, width, generator=torch.Generator().manual_seed(0))
     text = inputs(batch=1).text
-    mine = KeyCache(network, (1, 1), (height, width), 1).next_velocity(Conditioned(network, text))
+    mine = KeyCache(network, (1, 1), (height, width), 1).next_velocity(Conditioned(network, Condition(text)))
     own = mine(z, batch_time(0.7, z), batch_time(0.2, z))
     gap = distance(their_step(reference, text, z), own)
     assert least <= gap < most

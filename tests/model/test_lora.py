@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from anyflow_cli.errors import UsageError
+from anyflow_cli.flow.condition import Condition
 from anyflow_cli.model.backbone import Backbone, Role
 from anyflow_cli.model.lora import LoraSize, MergedNetwork
 from anyflow_cli.model.network import FlowMapTransformer, network_from, two_time_from
@@ -41,7 +42,7 @@ def test_it_computes_what_the_role_does(role: Role) -> None:
     backbone = trained()
     plain = network_from(MergedNetwork(base(), backbone.state_dict_of(role), LORA))
     assert plain.state_dict().keys() == base().state_dict().keys()
-    assert distance(plain(X.z, T, R, X.text), backbone.velocity(role, X.text)(X.z, T, R)) < 1e-5
+    assert distance(plain(X.z, T, R, X.text), backbone.velocity(role, Condition(X.text))(X.z, T, R)) < 1e-5
 
 
 def test_weights_trained_in_full_replace_the_base() -> None:

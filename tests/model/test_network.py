@@ -156,22 +156,22 @@ def test_one_time_for_all_frames_equals_the_same_time_in_each() -> None:
     assert distance(network(x.z, t, r, x.text), per_frame) < 1e-6
 
 
-def test_text_keys_can_be_shared() -> None:
+def test_condition_keys_can_be_shared() -> None:
     network = ours(theirs("AnyFlowTransformer3DModel"))
     x = inputs()
-    keys = network.text_keys(x.text)
+    keys = network.condition_keys(x.text)
     torch.testing.assert_close(network(x.z, x.t, x.r, keys), network(x.z, x.t, x.r, x.text), rtol=0, atol=0)
     index = torch.tensor([1, 0, 1])
     taken = network(x.z[index], x.t[index], x.r[index], keys.select(index))
     assert distance(taken, network(x.z, x.t, x.r, x.text)[index]) < 1e-6
 
 
-def test_text_parameters_are_those_that_the_keys_depend_on() -> None:
+def test_key_parameters_are_those_that_the_keys_depend_on() -> None:
     network = ours(theirs("AnyFlowTransformer3DModel")).requires_grad_(True)
-    keys = network.text_keys(inputs().text)
+    keys = network.condition_keys(inputs().text)
     sum(part.square().sum() for layer in keys.layers for part in layer).backward()  # type: ignore[union-attr]
     reached = {id(parameter) for parameter in network.parameters() if parameter.grad is not None}
-    assert reached == {id(parameter) for parameter in network.text_parameters()}
+    assert reached == {id(parameter) for parameter in network.key_parameters()}
 
 
 def test_checkpointing_changes_no_gradient() -> None:

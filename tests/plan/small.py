@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from anyflow_cli.data.dataset import Batch
+from anyflow_cli.flow.condition import Condition
 from anyflow_cli.model.backbone import Backbone, BackboneSources
 from anyflow_cli.model.config import NetworkConfig
 from anyflow_cli.model.network import FlowMapTransformer
@@ -107,7 +108,10 @@ def objective(wanted: Setup, roles: Backbone) -> objectives.Objective:
 
 def batch(samples: int, latent: tuple[int, ...] = LATENT) -> Batch:
     return Batch(
-        torch.randn(samples, *latent), torch.randn(samples, *TEXT), [""] * samples, list(range(samples))
+        torch.randn(samples, *latent),
+        Condition(torch.randn(samples, *TEXT)),
+        [""] * samples,
+        list(range(samples)),
     )
 
 
@@ -164,7 +168,13 @@ def measured_peak(wanted: Setup, directory: Path) -> int:
             for state in phase.optimizer.state.values()
             for value in state.values()
         ]
-        there = [*run.backbone.parameters(), *run.ema.shadow.values(), samples.latents, samples.text, *states]
+        there = [
+            *run.backbone.parameters(),
+            *run.ema.shadow.values(),
+            samples.latents,
+            samples.condition.text,
+            *states,
+        ]
         live = Live(there)
         with live:
             run.train_step(samples)

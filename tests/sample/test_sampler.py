@@ -16,6 +16,7 @@ from torch import Tensor
 
 from anyflow_cli.data.video import Pixels, from_pixels
 from anyflow_cli.errors import UsageError
+from anyflow_cli.flow.condition import Condition
 from anyflow_cli.flow.noise import noise
 from anyflow_cli.flow.samplers import SAMPLERS, flow_map_euler
 from anyflow_cli.flow.times import grid
@@ -176,7 +177,7 @@ def test_the_three_samplers_differ(any_step: Path, wan: Path) -> None:
 
 
 def test_embeddings_give_the_latents_of_their_prompts(sampler: VideoSampler) -> None:
-    text = sampler.encoder.encode(PROMPTS[:2], 16)
+    text = Condition(sampler.encoder.encode(PROMPTS[:2], 16))
     for a, b in zip(
         sampler.latents(text, [3, 4], 2, batch=2),
         sampler.latents(PROMPTS[:2], [3, 4], 2, batch=2),
@@ -259,7 +260,7 @@ def test_a_causal_model_is_sampled_chunk_by_chunk_whatever_its_batch(causal: Pat
     assert alone[0].shape == (13, 64, 64, 3)
     assert largest_difference(alone, list(sampler.videos(PROMPTS[:3], seeds, 2, batch=3))) <= 1
     latents = next(sampler.latents(PROMPTS[:1], seeds[:1], 2))
-    model = Conditioned(sampler._network, sampler.encoder.encode(PROMPTS[:1], 16))
+    model = Conditioned(sampler._network, Condition(sampler.encoder.encode(PROMPTS[:1], 16)))
     times = grid(2, 3.0)
     chunks = sample_chunks(model, noise(3, sampler.shape)[None], (1, 2, 1), flow_map_euler, [times])
     torch.testing.assert_close(latents, torch.cat(list(chunks), dim=1), rtol=0, atol=0)

@@ -27,6 +27,7 @@ from anyflow_cli.data.shards import Rejection, read_manifest
 from anyflow_cli.data.verify import verify
 from anyflow_cli.data.video import from_pixels, write_mp4
 from anyflow_cli.errors import AnyflowError, UsageError
+from anyflow_cli.flow.condition import Condition
 from anyflow_cli.flow.noise import fold_seed, noise
 from anyflow_cli.flow.times import grid
 from anyflow_cli.model.encoders import TextEncoder, VideoVAE
@@ -87,7 +88,7 @@ def test_samples_are_the_guided_ode_from_their_own_seed(teacher: Path, undisturb
                 u, u_null = (network(z, t[None], t[None], condition) for condition in (text, null))
                 z = z - (t - r) * (u_null + GUIDANCE * (u - u_null))
         assert torch.allclose(sample.latents, z[0], atol=1e-4), index
-        assert torch.allclose(data.batch([index]).text, text, atol=1e-6)
+        assert torch.allclose(data.batch([index]).condition.text, text, atol=1e-6)
         assert sample.facts["seed"] == 10 + index
         assert sample.caption == WORLDS["shapes"].scene(10 + index).caption
 
@@ -124,7 +125,7 @@ def test_truncated_captions_are_counted(
     model = recipe.model.model_copy(update={"max_text_tokens": 4})
     run_synthesis(prepare_synthesis(recipe.model_copy(update={"model": model}), tmp_path / "d"))
     assert caplog.text.count("3 captions have more than 4 tokens (model.max_text_tokens)") == 1
-    assert LatentData(tmp_path / "d", 4).batch([0, 1, 2]).text.shape == (3, 4, 32)
+    assert LatentData(tmp_path / "d", 4).batch([0, 1, 2]).condition.text.shape == (3, 4, 32)
 
 
 def test_a_second_start_makes_nothing(
@@ -239,7 +240,7 @@ def rejecting(seeds: dict[int, str], monkeypatch: pytest.MonkeyPatch) -> None:
     sampled: list[int] = []
     latents = VideoSampler.latents
 
-    def recorded(self: VideoSampler, prompts: Tensor, seeds: list[int], *rest: Any) -> Iterator[Tensor]:
+    def recorded(self: VideoSampler, prompts: Condition, seeds: list[int], *rest: Any) -> Iterator[Tensor]:
         sampled.extend(seeds)
         return latents(self, prompts, seeds, *rest)
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from anyflow_cli.data.dataset import Batch
+from anyflow_cli.flow.condition import Condition
 from anyflow_cli.model.backbone import Backbone, Role
 from anyflow_cli.model.causal import causal_from
 from anyflow_cli.model.config import CausalConfig, NetworkConfig
@@ -48,7 +49,7 @@ class RandomData:
     def stream(self, start: int, part: slice = slice(None), workers: int = 0) -> Iterator[Batch]:
         for step in count(start):
             at = [(step * self.batch + i) % 8 for i in range(self.batch)][part]
-            yield Batch(self.latents[at], self.text[at], [""] * len(at), at)
+            yield Batch(self.latents[at], Condition(self.text[at]), [""] * len(at), at)
 
     def account(self, step: int, places: Iterable[int]) -> None:
         raise AssertionError(f"corrupt at step {step}: {list(places)}")

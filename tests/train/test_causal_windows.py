@@ -15,6 +15,7 @@ from torch import Tensor
 
 from anyflow_cli.data.dataset import Batch
 from anyflow_cli.flow import simulation
+from anyflow_cli.flow.condition import Condition
 from anyflow_cli.flow.losses import interpolate
 from anyflow_cli.flow.times import TimeRatios, loss_weight, sample_times
 from anyflow_cli.flow.velocity import Velocity, batch_time, flow_map
@@ -60,7 +61,7 @@ def rng_of(step: int = 1, count: int = 2, **options: Any) -> StepRng:
 
 def batch(count: int = 2, seed: int = 0) -> Batch:
     text = torch.randn(count, *NEGATIVE.shape, generator=torch.Generator().manual_seed(5))
-    return Batch(videos(count, seed), text, [""] * count, list(range(count)))
+    return Batch(videos(count, seed), Condition(text), [""] * count, list(range(count)))
 
 
 # --- windows
@@ -143,7 +144,9 @@ def direct_loss(backbone: Backbone, x: Tensor, text: Tensor, step: StepRng, g: f
         v, z = noise - clean, interpolate(clean, noise, at)
 
         def ask(condition: Tensor, z: Tensor, at: Tensor, to: Tensor, video: Tensor = video) -> Tensor:
-            return TeacherForced(backbone.velocity("student", condition), video, partition, noisy)(z, at, to)
+            return TeacherForced(backbone.velocity("student", Condition(condition)), video, partition, noisy)(
+                z, at, to
+            )
 
         with torch.no_grad():
             null = ask(NEGATIVE[None], z, at, to)
@@ -167,7 +170,7 @@ def test_the_loss_is_alg_1_under_teacher_forcing(step: int) -> None:
     settings = schema.FlowMapSection(text_dropout=0.0)
     term = FlowMapTerm(backbone, NEGATIVE, settings, SHIFT, TeacherForcing(CAUSAL))
     loss, report = term(data, rng_of(step, 4))
-    expected = direct_loss(backbone, data.latents, data.text, rng_of(step, 4), 3.0, 0.005)
+    expected = direct_loss(backbone, data.latents, data.condition.text, rng_of(step, 4), 3.0, 0.005)
     torch.testing.assert_close(loss, expected, rtol=2e-4, atol=1e-6)
     parameters = backbone.parameters_of("student")
     ours, theirs = (torch.autograd.grad(x, parameters, allow_unused=True) for x in (loss, expected))
@@ -257,7 +260,7 @@ def test_every_chunk_is_made_by_three_jumps_over_the_clean_past() -> None:
             z = noise[:, start : start + frames]
             seen = torch.cat((made, z), dim=1)  # the last chunk's own clean copy is seen by none
             model = TeacherForced(
-                backbone.velocity("student", data.text), seen, causal.partition[: i + 1], noisy=1
+                backbone.velocity("student", data.condition), seen, causal.partition[: i + 1], noisy=1
             )
             made = torch.cat((made, simulation.flow_map_rollout(model, z, steps, k, SHIFT)), dim=1)
         torch.testing.assert_close(x, made, rtol=1e-4, atol=1e-5)
@@ -289,7 +292,7 @@ def test_gradient_reaches_every_chunks_three_jumps_and_no_other_chunk(lora: bool
         return simulation.flow_map_rollout(jumps.over(model), noise, 4, 1, SHIFT)
 
     noise = videos()
-    model = backbone.velocity("student", batch().text)
+    model = backbone.velocity("student", batch().condition)
     x = roll_out(model, noise, CAUSAL.partition, simulate, given=noise[:, :0])
     assert len(made) == 3 * len(CAUSAL.partition)
     last = x[:, -CAUSAL.partition[-1] :].square().sum()
@@ -397,7 +400,7 @@ def test_consistency_simulation_ends_every_chunk_at_one_step() -> None:
     backbone, data = roles(), batch()
     terms = policy(backbone, simulation="consistency", consistency_steps=1)
     x = terms._rollout(data, rng_of(), "rollout")
-    model, noise = backbone.velocity("student", data.text), rng_of().noise("rollout-start", SHAPE)
+    model, noise = backbone.velocity("student", data.condition), rng_of().noise("rollout-start", SHAPE)
     expected = roll_out(
         model, noise, CAUSAL.partition,
         lambda model, z, _: flow_map(model, z, batch_time(1.0, z), batch_time(0.0, z)),
@@ -411,9 +414,11 @@ def test_the_scores_see_the_whole_video_bidirectionally(monkeypatch: pytest.Monk
     network, layouts = backbone.network_of("real"), []
     forward = type(network).forward
 
-    def noting(self: Any, z: Tensor, t: Tensor, r: Tensor, text: Any, layout: Any = None, *rest: Any) -> Any:
+    def noting(
+        self: Any, z: Tensor, t: Tensor, r: Tensor, text: Any, layout: Any = None, *rest: Any, **more: Any
+    ) -> Any:
         layouts.append((layout, z.shape[1]))
-        return forward(self, z, t, r, text, layout, *rest)
+        return forward(self, z, t, r, text, layout, *rest, **more)
 
     monkeypatch.setattr(type(network), "forward", noting)
     policy(backbone).matching(batch(), rng_of())

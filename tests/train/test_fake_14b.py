@@ -14,6 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from anyflow_cli.flow.condition import Condition
 from anyflow_cli.model.backbone import Backbone, Role
 from anyflow_cli.model.parallelize import apply_fsdp
 from anyflow_cli.model.precision import autocast
@@ -74,11 +75,11 @@ def _step(backbone: Backbone, setup: Setup, trained: list[nn.Parameter]) -> None
     z, t = torch.randn(1, *setup.latent), torch.ones(1)
     text = torch.randn(1, *setup.text)
     with autocast("bf16", "cpu", keeps_casts=False):
-        u = backbone.velocity("student", text)(z, t, t / 2)
+        u = backbone.velocity("student", Condition(text))(z, t, t / 2)
         with torch.no_grad():
             scores: tuple[Role, ...] = ("fake", "real")
             for role in scores:
-                assert backbone.velocity(role, text)(u, t, t).shape == z.shape
+                assert backbone.velocity(role, Condition(text))(u, t, t).shape == z.shape
     assert u.shape == z.shape
     u.square().mean().backward()  # type: ignore[no-untyped-call]
     assert all(parameter.grad is not None for parameter in trained)

@@ -60,9 +60,9 @@ def test_scores_are_of_the_larger_network_and_start_as_it(case: Case) -> None:
     batch = LatentData(case.inputs.data, 8).batch([0, 1])
     t = torch.tensor([0.3, 0.9])
     with torch.no_grad():
-        expected = load_network(case.large)(batch.latents, t, t, batch.text)
+        expected = load_network(case.large)(batch.latents, t, t, batch.condition.text)
         for role in ("real", "fake"):
-            found = backbone.velocity(role, batch.text)(batch.latents, t, t)
+            found = backbone.velocity(role, batch.condition)(batch.latents, t, t)
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from anyflow_cli.data.dataset import Batch
 from anyflow_cli.errors import UsageError
 from anyflow_cli.flow import matching
+from anyflow_cli.flow.condition import Condition
 from anyflow_cli.flow.noise import batch_noise
 from anyflow_cli.flow.simulation import BUDGETS
 from anyflow_cli.flow.times import shift
@@ -87,9 +88,12 @@ def test_the_fake_score_moves_and_the_real_one_stands(tmp_path: Path, lora: bool
     z, t = torch.randn(2, *small.LATENT, generator=torch.manual_seed(1)), torch.tensor([0.3, 0.8])
 
     def answers() -> dict[str, Tensor]:
-        text = batch(2).text
+        text = batch(2).condition.text
         with torch.no_grad():
-            return {role: run.backbone.velocity(role, text)(z, t, t) for role in ("student", "real", "fake")}
+            return {
+                role: run.backbone.velocity(role, Condition(text))(z, t, t)
+                for role in ("student", "real", "fake")
+            }
 
     before = answers()
     torch.testing.assert_close(before["fake"], before["real"])
@@ -208,7 +212,8 @@ def test_dropped_text_is_the_negative_prompts(share: float, dropped: int) -> Non
     negative = torch.full_like(small.NEGATIVE, 3.0)
     result, mask = drop_text(batch(), negative, share, StepRng(0, 1, 4, (0, 1, 2, 3)))
     assert int(mask.sum()) == dropped
-    assert torch.equal(result.text, negative.expand_as(batch().text) if dropped else batch().text)
+    own = batch().condition.text
+    assert torch.equal(result.condition.text, negative.expand_as(own) if dropped else own)
 
 
 def test_text_is_dropped_by_position() -> None:

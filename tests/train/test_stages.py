@@ -105,13 +105,13 @@ def test_stage_2_begins_at_the_student_and_the_tuned_teacher(chain: Chain) -> No
     batch = LatentData(inputs.data, 8).batch([0, 1])
     t, r = torch.tensor([0.3, 0.9]), torch.tensor([0.1, 0.9])
     student, tuned = (load_network(stage.model) for stage in (chain.first, chain.teacher))
-    expected = student(batch.latents, t, r, batch.text)
+    expected = student(batch.latents, t, r, batch.condition.text)
     torch.testing.assert_close(
-        backbone.velocity("student", batch.text)(batch.latents, t, r), expected, rtol=1e-4, atol=1e-4
+        backbone.velocity("student", batch.condition)(batch.latents, t, r), expected, rtol=1e-4, atol=1e-4
     )
-    expected = tuned(batch.latents, t, t, batch.text)
+    expected = tuned(batch.latents, t, t, batch.condition.text)
     for role in ("real", "fake"):
-        found = backbone.velocity(role, batch.text)(batch.latents, t, t)
+        found = backbone.velocity(role, batch.condition)(batch.latents, t, t)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -168,7 +168,7 @@ def test_the_last_preview_shows_the_videos_of_the_finished_model(
     sampler = VideoSampler.load(str(finished.model), recipe)
     rows = [SheetRow(caption, list(videos)) for caption, videos in zip(
         batch.captions,
-        zip(*(sampler.videos(batch.text, [0, 1], nfe, 2) for nfe in recipe.sample.nfe), strict=True),
+        zip(*(sampler.videos(batch.condition, [0, 1], nfe, 2) for nfe in recipe.sample.nfe), strict=True),
         strict=True,
     )]  # fmt: skip
     sheet = contact_sheet(rows, [f"{nfe} step{'s' * (nfe > 1)}" for nfe in recipe.sample.nfe], title="step 2")

@@ -26,7 +26,16 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from anyflow_cli.errors import UsageError
-from anyflow_cli.model.config import ANYFLOW, ANYFLOW_FAR, CLASSES, NVLABS, WAN, NetworkConfig, Size
+from anyflow_cli.model.config import (
+    ANYFLOW,
+    ANYFLOW_FAR,
+    ANYFLOW_IMAGE,
+    CLASSES,
+    NVLABS,
+    WAN,
+    NetworkConfig,
+    Size,
+)
 from anyflow_cli.model.layouts.families import refuse_foreign, refuse_type
 from anyflow_cli.model.layouts.named_weights import NamedWeights
 from anyflow_cli.model.layouts.names import TRANSFORMER_NAMES
@@ -273,7 +282,7 @@ def inferred_config(weights: NamedWeights) -> NetworkConfig:
     """
     metadata, place = weights.files.metadata, weights.files.files[0]
     stated = json.loads(metadata.get("config", "{}"))
-    if stated.get("_class_name") in (*CLASSES, NVLABS):
+    if stated.get("_class_name") in (*CLASSES, ANYFLOW_IMAGE, NVLABS):
         return NetworkConfig.from_diffusers(stated)
 
     def size(name: str, axis: int) -> int:
