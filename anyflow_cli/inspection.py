@@ -15,9 +15,10 @@ from anyflow_cli.model.config import NetworkConfig
 from anyflow_cli.model.folder_check import check_folder
 from anyflow_cli.model.known_models import KNOWN_MODELS
 from anyflow_cli.model.layouts.components import component_config, open_component
+from anyflow_cli.model.layouts.expert_files import open_network
 from anyflow_cli.model.layouts.families import family_of
 from anyflow_cli.model.layouts.tensor_files import PICKLE_SUFFIXES, WEIGHT_SUFFIXES
-from anyflow_cli.model.layouts.transformer import TransformerFiles, open_transformer
+from anyflow_cli.model.layouts.transformer import TransformerFiles
 from anyflow_cli.model.pipeline_io import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -123,16 +124,20 @@ def _component(path: Path) -> Facts | None:
 
 
 def _transformer(path: Path) -> Facts:
-    transformer = open_transformer(path)
-    config, weights = transformer.config, transformer.tensors
+    opened = open_network(path)
+    config, transformer = opened.config, opened.transformers[0]
     kind = "pipeline folder" if has_components(path) else "transformer"
     if path.is_file():
         kind = "transformer in one file"
-    facts = {"kind": kind, "usable": True, **_sizes(config), "layout": weights.layout}
-    facts |= _stored(weights.stored(name) for name in weights.stored_names)
+    if not path.exists():
+        kind = "two experts in two places"
+    facts = {"kind": kind, "usable": True, **_sizes(config), "layout": transformer.tensors.layout}
+    facts |= _stored(
+        one.tensors.stored(name) for one in opened.transformers for name in one.tensors.stored_names
+    )
     if has_components(path):
         facts |= {"shift": read_shift(path)} | {name: _place(path, name) for name in FROZEN}
-    problems = check_folder(path) if path.is_dir() else []
+    problems = check_folder(path) if path.is_dir() or not path.exists() else []
     return facts | {"missing": _missing(path), "problems": problems, "notes": _notes(transformer)}
 
 
@@ -147,6 +152,7 @@ def _sizes(config: NetworkConfig) -> Facts:
         "feed_forward": config.ffn_dim,
         "channels": config.in_channels,
         "text_width": config.text_dim,
+        "experts": None if config.boundary is None else f"2, which meet at t = {config.boundary:g}",
     } | ({"gate": config.gate, "second_time": config.delta} if config.two_time else {})
 
 

@@ -23,10 +23,11 @@ from anyflow_cli.export import (
 )
 from anyflow_cli.model.backbone import Backbone
 from anyflow_cli.model.config import NetworkConfig
+from anyflow_cli.model.experts import network_from
 from anyflow_cli.model.layouts.names import TRANSFORMER_NAMES
 from anyflow_cli.model.lora import LoraSize, MergedNetwork
 from anyflow_cli.model.lora_formats import LoraMerged, LoraRequest
-from anyflow_cli.model.network import FlowMapTransformer, network_from, two_time_from
+from anyflow_cli.model.network import FlowMapTransformer, two_time_from
 from anyflow_cli.model.pipeline_io import load_adapter, load_network, save_pipeline
 from anyflow_cli.recipe.compare import dump
 from anyflow_cli.recipe.schema import LoraSection, ModelSection, Recipe

@@ -35,6 +35,26 @@ def make_wan_folder(target: Path, seed: int = 0, **changes: Any) -> Path:
     return target
 
 
+def make_expert_folder(target: Path, seed: int = 0, boundary: float = 0.875, **changes: Any) -> Path:
+    """Write a Wan 2.2 folder with two experts, as diffusers does, and return it."""
+    from diffusers import UniPCMultistepScheduler, WanPipeline
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        WanPipeline(
+            tokenizer=_tokenizer(),
+            text_encoder=_text_encoder(),
+            transformer=wan_transformer(**changes),
+            transformer_2=wan_transformer(**changes),
+            vae=_vae(),
+            scheduler=UniPCMultistepScheduler(
+                prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=SHIFT
+            ),
+            boundary_ratio=boundary,
+        ).save_pretrained(target)
+    return target
+
+
 def wan_transformer(**changes: Any) -> Any:
     """The diffusers network of the folder, with weights large enough that every part matters."""
     from diffusers import WanTransformer3DModel

@@ -22,7 +22,7 @@ import anyflow_cli
 from anyflow_cli.evaluate.suite import Assessment, Suite
 from anyflow_cli.model.causal import partition_for
 from anyflow_cli.model.precision import resolve_precision
-from anyflow_cli.recipe.schema import Recipe, latent_frames
+from anyflow_cli.recipe.schema import Recipe, guidance_record, latent_frames
 from anyflow_cli.runs.open import ModelChoice, describe
 from anyflow_cli.runs.paths import LINEAGE
 from anyflow_cli.sample.sampler import Method
@@ -171,7 +171,7 @@ class SamplingSettings:
     weights: str
     steps: int
     sampler: str
-    guidance: float | None
+    guidance: float | dict[str, float] | None
     negative_prompt: str | None
     shift: float
     size: tuple[int, int, int]  # frames, height, width
@@ -249,7 +249,7 @@ def variant(
         weights=of.weights,
         steps=steps,
         sampler=_teacher_sampler(of, recipe) if of.teacher else SAMPLER_NAMES[of.sampler],
-        guidance=recipe.sample.teacher_guidance if of.teacher else None,
+        guidance=guidance_record(recipe.sample.teacher_guidance) if of.teacher else None,
         negative_prompt=model.negative_prompt if of.teacher else None,
         shift=model.shift,
         size=(model.frames, model.height, model.width),
@@ -280,7 +280,7 @@ class ModelCard(BaseModel):
     steps: int | None = None
     sampler: str | None = None
     scheduler: str | None = None  # of the model's folder, which the sampler replaces
-    guidance: float | None = None
+    guidance: float | dict[str, float] | None = None
     negative_prompt: str | None = None
     shift: float | None = None
     size: tuple[int, int, int] | None = None

@@ -104,6 +104,7 @@ def flow_map_loss(
     guidance_path: GuidancePath = "data",
     global_mean: GlobalMean = local_mean,
     null_mask: Tensor | None = None,
+    t_max: float = 1.0,
 ) -> FlowMapLoss:
     """Forward flow-map training (Alg. 1; Eq. 3, 4, 6, 7).
 
@@ -130,6 +131,7 @@ def flow_map_loss(
         null_mask: (B,) marks samples whose prompt was replaced by the negative one. For them ``u_c`` and
             ``u_null`` agree, so g is 1 and ``u_null`` is not evaluated. Without the mask they would be
             trained towards ``u = v - (t - r) / g du/dt``, which is not a flow map.
+        t_max: Last time that the network is trained at.
     """
     z = interpolate(x, eps, t)
     v = eps - x
@@ -141,9 +143,9 @@ def flow_map_loss(
         if bool((t == r).all()):
             with torch.no_grad():
                 evaluate_together(cond.select(t.new_zeros(1, dtype=torch.long)))  # all ranks make the call
-        _, du_dt = _null_and_derivative(cond, None, g * v + (1 - g) * u_null, delta, g)
+        _, du_dt = _null_and_derivative(cond, None, g * v + (1 - g) * u_null, delta, g, t_max)
     else:
-        u_null, du_dt = _null_and_derivative(cond, uncond if guidance != 1 else None, v, delta, g)
+        u_null, du_dt = _null_and_derivative(cond, uncond if guidance != 1 else None, v, delta, g, t_max)
 
     # Guidance-fused training (Eq. 6)
     u_c = model(z, t, r)
@@ -171,20 +173,25 @@ def _null(uncond: VelocityInputs, g: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _null_and_derivative(
-    cond: VelocityInputs, uncond: VelocityInputs | None, v: Tensor, delta: float, g: Tensor
+    cond: VelocityInputs,
+    uncond: VelocityInputs | None,
+    v: Tensor,
+    delta: float,
+    g: Tensor,
+    t_max: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Compute u_null and du/dt without gradient, (B, F, C, H, W) each, in one forward of G + 2I samples.
 
     Where g is 1, u_null has no effect and is 0.
 
-    Both sides of the quotient stay in [r, 1], where the model is trained, and are divided by their true
-    distance. For t in [r + delta, 1 - delta] that is 2 delta, as in Alg. 1, and the error is O(delta^2).
+    Both sides of the quotient stay in [r, t_max], where the model is trained, and are divided by their true
+    distance. For t in [r + delta, t_max - delta] that is 2 delta, as in Alg. 1, and the error is O(delta^2).
     Beyond, the quotient is one-sided and the error O(delta); for t < r + delta Eq. 3 multiplies it by t - r <
     delta.
     """
     z, t, r = cond.z, cond.t, cond.r
     inner = (t > r).reshape(len(t), -1).any(1).nonzero().squeeze(1)  # (I,)
-    t_plus = (t + delta).clamp(max=1)
+    t_plus = (t + delta).clamp(max=t_max)
     t_minus = torch.maximum(t - delta, r)
     z_plus = z + per_frame(t_plus - t, z) * v
     z_minus = z - per_frame(t - t_minus, z) * v

@@ -44,12 +44,17 @@ def flow_map_rollout(model: Velocity, noise: Tensor, steps: int, k: int, shift: 
     Returns:
         The sample x at time 0, (B, F, C, H, W).
     """
-    times = grid(steps, shift).tolist()
     z = noise
-    for t, r in ((1.0, times[k]), (times[k], times[k + 1]), (times[k + 1], 0.0)):
-        if t > r:
-            z = flow_map(model, z, batch_time(t, z), batch_time(r, z))
+    for t, r in rollout_jumps(steps, k, shift):
+        z = flow_map(model, z, batch_time(t, z), batch_time(r, z))
     return z
+
+
+def rollout_jumps(steps: int, k: int, shift: float) -> list[tuple[float, float]]:
+    """Start and end times of the jumps of ``flow_map_rollout``."""
+    times = grid(steps, shift).tolist()
+    jumps = ((1.0, times[k]), (times[k], times[k + 1]), (times[k + 1], 0.0))
+    return [(t, r) for t, r in jumps if t > r]
 
 
 def consistency_rollout(

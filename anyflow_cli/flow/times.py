@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,6 +35,23 @@ class TimeRatios:
             raise ValueError(f"boundary={self.boundary} and to_zero={self.to_zero} are not shares of a batch")
 
 
+class TimeInterval(NamedTuple):
+    """Times that a network is trained on: all of [0, 1], or the part of one of two experts."""
+
+    low: float = 0.0
+    high: float = 1.0
+
+    def shifted(self, tau: Tensor, k: float) -> Tensor:
+        """Uniform numbers tau in [0, 1] as shifted times of the interval, in the proportions of ``shift``."""
+        if self == WHOLE:
+            return shift(tau, k)
+        low, high = (end / (k + (1 - k) * end) for end in self)  # the ends before the shift
+        return shift(low + (high - low) * tau, k).clamp(*self)
+
+
+WHOLE = TimeInterval()
+
+
 def shift(tau: Tensor, k: float) -> Tensor:
     """Shift times towards noise: ``s(tau) = k tau / (1 + (k - 1) tau)``; 0 and 1 are exact fixed points."""
     return k * tau / (1 + (k - 1) * tau)
@@ -46,7 +63,12 @@ def grid(steps: int, k: float) -> Tensor:
 
 
 def sample_times(
-    count: int, k: float, ratios: TimeRatios, generator: torch.Generator, each: int | None = None
+    count: int,
+    k: float,
+    ratios: TimeRatios,
+    generator: torch.Generator,
+    each: int | None = None,
+    interval: TimeInterval = WHOLE,
 ) -> tuple[Tensor, Tensor]:
     """Draw t >= r for a global batch (Sec. 4.2.1).
 
@@ -60,6 +82,7 @@ def sample_times(
         ratios: Shares with r = t and r = 0.
         generator: Equally seeded on every rank.
         each: Times K per sample; None for one. All times of a sample have the same kind of r.
+        interval: Times to draw from; its start takes the place of ``r = 0``.
 
     Returns:
         t and r, each (B,) or, with ``each``, (B, K).
@@ -73,19 +96,28 @@ def sample_times(
     r = torch.where(position < ratios.boundary + ratios.to_zero, 0, r)
     r = torch.where(position < ratios.boundary, t, r)
     order = torch.randperm(count, generator=generator, device=generator.device)
-    return shift(t, k)[order], shift(r, k)[order]
+    return interval.shifted(t, k)[order], interval.shifted(r, k)[order]
 
 
-def sample_logit_normal(count: int, k: float, generator: torch.Generator) -> Tensor:
+def sample_logit_normal(
+    count: int, k: float, generator: torch.Generator, interval: TimeInterval = WHOLE
+) -> Tensor:
     """Draw ``t = s(sigmoid(N(0, 1)))``, (B,), for flow matching and the fake score."""
-    return shift(torch.randn(count, generator=generator, device=generator.device).sigmoid(), k)
+    tau = torch.randn(count, generator=generator, device=generator.device).sigmoid()
+    return interval.shifted(tau, k)
 
 
 def sample_uniform(
-    count: int, k: float, generator: torch.Generator, t_min: float = 0.0, t_max: float = 1.0
+    count: int,
+    k: float,
+    generator: torch.Generator,
+    t_min: float = 0.0,
+    t_max: float = 1.0,
+    interval: TimeInterval = WHOLE,
 ) -> Tensor:
-    """Draw ``t = s(U(0, 1))`` clamped to [t_min, t_max], (B,), for distribution matching."""
-    return shift(torch.rand(count, generator=generator, device=generator.device), k).clamp(t_min, t_max)
+    """Draw ``t = s(U(0, 1))``, (B,), for distribution matching, clamped to [t_min, t_max] in the interval."""
+    tau = torch.rand(count, generator=generator, device=generator.device)
+    return interval.shifted(tau, k).clamp(max(t_min, interval.low), min(t_max, interval.high))
 
 
 def loss_weight(kind: WeightKind, k: float) -> TimeWeight:

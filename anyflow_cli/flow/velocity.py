@@ -77,17 +77,22 @@ def from_function(function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Veloc
     return _Unconditional(function)
 
 
+GuidanceScale = float | Callable[[Tensor], Tensor]
+"""Scale of classifier-free guidance: one number, or a function of the times (B,) or (B, F)."""
+
+
 @dataclass(frozen=True)
 class _Guided:
     cond: Velocity
     uncond: Velocity
-    scale: float
+    scale: GuidanceScale
 
     def __call__(self, z: Tensor, t: Tensor, r: Tensor) -> Tensor:
         u, u_null = evaluate_together(
             VelocityInputs(self.cond, z, t, r), VelocityInputs(self.uncond, z, t, r)
         )
-        return u_null + self.scale * (u - u_null)
+        scale = per_frame(self.scale(t), z) if callable(self.scale) else self.scale
+        return u_null + scale * (u - u_null)
 
     def select(self, index: Tensor) -> Velocity:
         return _Guided(self.cond.select(index), self.uncond.select(index), self.scale)
@@ -100,7 +105,7 @@ class _Guided:
         return _Guided(cond, uncond, self.scale)
 
 
-def guided(cond: Velocity, uncond: Velocity, scale: float) -> Velocity:
+def guided(cond: Velocity, uncond: Velocity, scale: GuidanceScale) -> Velocity:
     """Classifier-free guidance, ``u_null + scale (u - u_null)``, in one call of twice the batch."""
     return _Guided(cond, uncond, scale)
 

@@ -8,6 +8,8 @@ two-time network whose second embedder is an untouched copy equals the pretraine
 adapt the embedders. A tuned teacher is the student of a one-time network; its adapter, or its network,
 becomes the real score of stage 2.
 
+Of a model with two experts (Wan 2.2 A14B) every role has both; ``model.expert`` says which one is trained.
+
 The student of a causal network also trains the compressed patch embedding, in full and in place: the other
 roles run bidirectionally and never use it.
 """
@@ -28,9 +30,10 @@ from torch import Tensor, nn
 from anyflow_cli.errors import UsageError
 from anyflow_cli.flow.condition import Condition
 from anyflow_cli.flow.noise import fold_seed
+from anyflow_cli.flow.velocity import Velocity
 from anyflow_cli.model.causal import FAR, as_causal
-from anyflow_cli.model.conditioned import Conditioned
 from anyflow_cli.model.config import CausalConfig
+from anyflow_cli.model.experts import bind, each_expert, networks_of
 from anyflow_cli.model.lora import LoraAdapters, LoraSize
 from anyflow_cli.model.network import FlowMapTransformer, two_time_from
 from anyflow_cli.model.parallelize import shard_like
@@ -76,6 +79,7 @@ class Backbone(nn.Module):
         teacher: Origin of the scores, where it is not ``network``.
         real_adapter: Adapter of a tuned teacher; without it the real score is the origin.
         precision: Of the arithmetic: a frozen network without adapters is stored in it.
+        expert: Which of two experts student and fake score train.
         seed: Seed of the adapters' first weights.
     """
 
@@ -88,11 +92,12 @@ class Backbone(nn.Module):
         teacher: FlowMapTransformer | None = None,
         real_adapter: Mapping[str, Tensor] | None = None,
         precision: Precision = "fp32",
+        expert: Literal["both", "high", "low"] = "both",
         seed: int = 0,
     ) -> None:
         super().__init__()
         assert lora is not None or real_adapter is None, "a real_adapter needs lora"
-        self.lora = lora
+        self.lora, self.expert = lora, expert
         self.roles = tuple(roles)
         self._networks: dict[Role, FlowMapTransformer] = {"student": network}
         self._adapters: dict[FlowMapTransformer, LoraAdapters] = {}
@@ -135,6 +140,7 @@ class Backbone(nn.Module):
             teacher=None if sources.scores is None else load(sources.scores, dtype),
             real_adapter=sources.real_adapter,
             precision=precision,
+            expert=model.expert,
             seed=seed,
         )
         if sources.student_adapter is not None:
@@ -144,15 +150,26 @@ class Backbone(nn.Module):
     def _copy_networks(
         self, network: FlowMapTransformer, teacher: FlowMapTransformer | None, frozen_dtype: torch.dtype
     ) -> None:
-        self.student = network.requires_grad_("student" in self.roles)
+        self.student = self._trainable(network.requires_grad_(False), "student" in self.roles)
         if set(self.roles) == {"student"}:
             return
         self.origin = (teacher or copy.deepcopy(network)).requires_grad_(False)
         self._networks["real"] = self.origin
         if "fake" in self.roles:
-            self.fake = copy.deepcopy(self.origin).requires_grad_(True)
+            self.fake = self._trainable(copy.deepcopy(self.origin))
             self._networks["fake"] = self.fake
         self.origin.store_as(frozen_dtype)
+
+    def _trainable(self, network: FlowMapTransformer, trains: bool = True) -> FlowMapTransformer:
+        """Let gradient reach a network, or the expert that is trained."""
+        for name, parameter in network.named_parameters():
+            parameter.requires_grad_(trains and self._is_trained(network, name))
+        return network
+
+    def _is_trained(self, network: FlowMapTransformer, name: str) -> bool:
+        """Whether a parameter is of the expert that is trained; those of one network all are."""
+        of_experts = network.config.boundary is not None and self.expert != "both"
+        return not of_experts or name.startswith(f"{self.expert}.")
 
     def _share_network(
         self,
@@ -179,7 +196,7 @@ class Backbone(nn.Module):
     def _add_adapter(self, name: Role, lora: LoraSize) -> None:
         network = self._networks[name]
         adapt_times = name == "student" and network.config.two_time
-        self._adapters[network].add(name, lora, adapt_times=adapt_times)
+        self._adapters[network].add(name, lora, adapt_times=adapt_times, expert=self.expert)
         self._adapted.add(name)
         if name == "student" and network.config.causal is not None:
             network.far_patch_embedding.float()  # as adapters are
@@ -193,17 +210,17 @@ class Backbone(nn.Module):
             return nullcontext()
         return self._adapters[network].use(name if name in self._adapted else None)
 
-    def velocity(self, name: Role, condition: Condition) -> Conditioned:
+    def velocity(self, name: Role, condition: Condition) -> Velocity:
         """``u(z, t, r)`` of a role under a condition; each call activates the role."""
-        return Conditioned(self._networks[name], condition, self._scopes[name])
+        return bind(self._networks[name], condition, self._scopes[name])
 
     def network_of(self, name: Role) -> FlowMapTransformer:
         """The network of a role, to be called inside ``role(name)``."""
         return self._networks[name]
 
     def networks(self) -> list[FlowMapTransformer]:
-        """All networks, each once."""
-        return list(dict.fromkeys(self._networks.values()))
+        """All networks, each once; two experts are two."""
+        return list(dict.fromkeys(one for pair in self._networks.values() for one in networks_of(pair)))
 
     # --- weights
 
@@ -211,7 +228,8 @@ class Backbone(nn.Module):
         """Weights of a role only: its adapter and what it trains in full, or its copy of the network."""
         network = self._networks[name]
         if network not in self._adapters:
-            return {} if name == "real" else dict(network.named_parameters())
+            named = {} if name == "real" else dict(network.named_parameters())
+            return {key: weight for key, weight in named.items() if self._is_trained(network, key)}
         if name not in self._adapted:
             return {}
         own = self._adapters[network].parameters(name)
@@ -245,8 +263,12 @@ def start_network(network: FlowMapTransformer, model: ModelSection, *, two_time:
         two_time: Whether the student is a flow map; without, the network stays as it is.
     """
     if two_time and not network.config.two_time:
-        network = two_time_from(network, model.gate, model.conditioning)
+        network = each_expert(network, lambda one: two_time_from(one, model.gate, model.conditioning))
     if two_time and model.causal is not None:
+        if network.config.boundary is not None:
+            raise UsageError(
+                "A model with two experts (Wan 2.2 A14B) cannot be made causal.", "Set model.causal=null."
+            )
         network = as_causal(network, CausalConfig.from_recipe(model.causal))
     return network
 

@@ -26,6 +26,7 @@ from anyflow_cli.errors import UsageError
 from anyflow_cli.flow.velocity import Velocity
 from anyflow_cli.model.conditioned import Conditioned
 from anyflow_cli.model.config import CausalConfig, NetworkConfig
+from anyflow_cli.model.experts import one_network
 from anyflow_cli.model.layout import Layout, Segment
 from anyflow_cli.model.network import FlowMapTransformer, on_meta
 
@@ -192,9 +193,10 @@ class TeacherForced:
     """
 
     def __init__(
-        self, model: Conditioned, x: Tensor, partition: tuple[int, ...], noisy: int | None = None
+        self, model: Velocity, x: Tensor, partition: tuple[int, ...], noisy: int | None = None
     ) -> None:
         check_partition(partition, x.shape[1])
+        model = one_network(model)
         config, (height, width) = model.network.config, x.shape[-2:]
         full = causal_of(config).full_chunks
         self.layout = teacher_forcing(config, partition, height, width, noisy)

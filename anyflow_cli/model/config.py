@@ -94,7 +94,10 @@ class CausalConfig:
 
 @dataclass(frozen=True)
 class NetworkConfig:
-    """Sizes and time conditioning; the second time enters as ``r`` or ``t - r`` (``delta``)."""
+    """Sizes and time conditioning; the second time enters as ``r`` or ``t - r`` (``delta``).
+
+    A model of two experts has two networks of these sizes, which meet at the time ``boundary``.
+    """
 
     heads: int
     head_dim: int
@@ -115,6 +118,7 @@ class NetworkConfig:
     causal: CausalConfig | None = None
     image_dim: int | None = None  # of CLIP's tokens; None: the network does not take them
     image_tokens: int | None = None  # CLIP's tokens with learned positions: of two pictures; None: none has
+    boundary: float | None = None
 
     @property
     def dim(self) -> int:

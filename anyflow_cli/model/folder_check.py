@@ -7,12 +7,13 @@ folder refuses the same problems by itself.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from anyflow_cli.errors import AnyflowError, UsageError
 from anyflow_cli.model.encoders import TextEncoderConfig, VaeConfig
 from anyflow_cli.model.layouts.components import open_component
-from anyflow_cli.model.layouts.transformer import open_transformer
+from anyflow_cli.model.layouts.expert_files import open_network
 from anyflow_cli.model.lora import adapter_problems
 from anyflow_cli.model.network import on_meta
 from anyflow_cli.model.pipeline_io import (
@@ -71,10 +72,11 @@ def _problems(checks: list[Callable[[], Iterator[str]]]) -> list[str]:
 
 
 def _check_transformer(path: Path) -> Iterator[str]:
-    transformer = open_transformer(path)
-    expected = shapes_of(on_meta(transformer.config).state_dict())
-    for problem in differences(expected, transformer.tensors.shapes):
-        yield f"The weights of {transformer.path} do not fit config.json: {problem}"
+    opened = open_network(path)
+    expected = shapes_of(on_meta(replace(opened.config, boundary=None)).state_dict())
+    for transformer in opened.transformers:
+        for problem in differences(expected, transformer.tensors.shapes):
+            yield f"The weights of {transformer.path} do not fit config.json: {problem}"
 
 
 def _check_scheduler(path: Path) -> Iterator[str]:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from anyflow_cli.errors import UsageError
+from anyflow_cli.model.experts import networks_of
 from anyflow_cli.model.network import FlowMapTransformer
 from anyflow_cli.model.weights_io import LazyWeight, listed, shown
 
@@ -46,14 +47,20 @@ class LoraAdapters:
         self.network = network.requires_grad_(False)
         self.active: str | None = None
         self._layers: list[tuple[str, Any]] = []
-        network.checkpoint_contexts = lambda: (nullcontext(), self.use(self.active))
+        for one in networks_of(network):
+            one.checkpoint_contexts = lambda: (nullcontext(), self.use(self.active))
 
-    def add(self, name: str, size: LoraSize, *, adapt_times: bool) -> None:
-        """Add an adapter that changes nothing yet, to self-attention, feed-forward and time embedders."""
+    def add(self, name: str, size: LoraSize, *, adapt_times: bool, expert: str = "both") -> None:
+        """Add an adapter that changes nothing yet, to self-attention, feed-forward and time embedders.
+
+        Of a network with two experts: to both, or to one.
+        """
         from peft import LoraConfig, inject_adapter_in_model
         from peft.tuners.lora import LoraLayer
 
-        targets = f"({BLOCKS}|{TIMES})" if adapt_times else BLOCKS
+        within = "(high|low)" if expert == "both" else expert
+        prefix = "" if self.network.config.boundary is None else rf"{within}\."
+        targets = rf"{prefix}({BLOCKS}|{TIMES})" if adapt_times else prefix + BLOCKS
         config = LoraConfig(r=size.rank, lora_alpha=size.alpha, target_modules=targets)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several on purpose
@@ -148,7 +155,9 @@ class MergedNetwork:
                 yield f"{shown(name)} has shape {shape} beside a weight of shape {tuple(stored.shape)}"
             elif not is_adapter and shape != stored.shape:
                 yield f"{shown(name)} has shape {shape} instead of {tuple(stored.shape)}"
-        if not any(".lora_" in name for name in shapes) and (missing := self._base.keys() - shapes.keys()):
+        experts = {name.partition(".")[0] for name in shapes} if self.config.boundary is not None else {""}
+        wanted = {name for name in self._base if "" in experts or name.partition(".")[0] in experts}
+        if not any(".lora_" in name for name in shapes) and (missing := wanted - shapes.keys()):
             yield f"{listed(sorted(missing))} missing"
 
     def lazy_weights(self) -> dict[str, LazyWeight]:

@@ -36,7 +36,7 @@ from anyflow_cli.model.blocks import (
 from anyflow_cli.model.config import Conditioning, NetworkConfig
 from anyflow_cli.model.layout import Layout, Segment, bidirectional
 from anyflow_cli.model.rotary import rotation
-from anyflow_cli.model.weights_io import LazyWeight, WeightSource, fill_module
+from anyflow_cli.model.weights_io import LazyWeight
 
 TIME_SCALE = 1000.0
 # Stored in fp32 by ``store_as``: small, and on the path of times and norms.
@@ -356,26 +356,6 @@ def on_meta(config: NetworkConfig) -> FlowMapTransformer:
     """A network without storage, to be filled by ``load_state_dict(..., assign=True)``."""
     with torch.device("meta"):
         return FlowMapTransformer(config)
-
-
-def network_from(
-    source: WeightSource, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
-) -> FlowMapTransformer:
-    """Load a frozen network tensor by tensor, straight onto a device.
-
-    Args:
-        source: Its configuration and weights.
-        dtype: Type of the weights, except for those on the path of times and norms, which are then fp32;
-            None: as stored.
-        device: Device of the weights.
-    """
-    network, weights = on_meta(source.config), source.lazy_weights()
-
-    def dtype_of(name: str) -> torch.dtype:
-        return weights[name].dtype if dtype is None else torch.float32 if kept_in_fp32(name) else dtype
-
-    fill_module(network, weights, dtype_of, device)
-    return network
 
 
 def two_time_from(

@@ -8,27 +8,36 @@ absent.
 from __future__ import annotations
 
 import os
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 import torch
 from pydantic import BaseModel, Field
 from torch import Tensor
 
 from anyflow_cli.errors import AnyflowError, UsageError
+from anyflow_cli.flow.experts import EXPERTS
 from anyflow_cli.model.config import ANYFLOW, ANYFLOW_FAR, WAN, NetworkConfig
+from anyflow_cli.model.experts import network_from
 from anyflow_cli.model.layouts.components import (
     ORIGINAL_FILES,
     open_component,
     original_place,
     tokenizer_class,
 )
-from anyflow_cli.model.layouts.transformer import open_transformer
+from anyflow_cli.model.layouts.expert_files import (
+    EXPERT_FOLDERS,
+    ORIGINAL_FOLDERS,
+    expert_places,
+    open_network,
+    split_places,
+)
 from anyflow_cli.model.lora import LoraSize, adapter_problems
-from anyflow_cli.model.network import FlowMapTransformer, folded, network_from
+from anyflow_cli.model.network import FlowMapTransformer, folded
 from anyflow_cli.model.weights_io import (
     FETCH,
     TRANSFORMER_STEM,
@@ -47,8 +56,11 @@ ASSETS = Path(__file__).resolve().parent.parent / "assets"
 FROZEN = ("vae", "text_encoder", "tokenizer")  # components that no training changes
 SHARD_BYTES = 5_000_000_000
 PIPELINES = {WAN: "WanPipeline", ANYFLOW: "AnyFlowPipeline", ANYFLOW_FAR: "AnyFlowFARPipeline"}
+# Diffusers has no pipeline of two any-step experts; one that ignored the second would sample another model.
+TWO_TIME_EXPERTS = "AnyFlowExpertsPipeline"
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 ADAPTER_PREFIX = "base_model.model."
+Part = TypeVar("Part")
 _Class = tuple[str | None, str | None]  # library and class; nulls for a component that the pipeline lacks
 _Positive = Annotated[float, Field(gt=0, lt=1e6)]
 HUB_FILES = [
@@ -56,7 +68,8 @@ HUB_FILES = [
     *ORIGINAL_FILES["vae"],
     *ORIGINAL_FILES["text_encoder"],
 ]
-ORIGINAL_SHIFT = 5.0  # of Wan's own generate.py for every model with one transformer
+ORIGINAL_SHIFT = 5.0  # of Wan's own generate.py for every model but the text-to-video one of two experts
+ORIGINAL_EXPERTS_SHIFT = 12.0
 ORIGINAL_SCHEDULER: dict[str, Any] = {
     "_class_name": "UniPCMultistepScheduler", "prediction_type": "flow_prediction", "use_flow_sigmas": True
 }  # fmt: skip
@@ -87,7 +100,12 @@ class AdapterConfig(BaseModel):
 
 
 def resolve_pipeline(address: str) -> Path:
-    """Find the folder or file that ``address`` names: a built-in model, a path, or a model of the Hub."""
+    """Find the folder or file that ``address`` names: a built-in model, a path, or a model of the Hub.
+
+    Two places of two experts (``HIGH,LOW``) are resolved each, and stay two places.
+    """
+    if (places := split_places(address)) is not None:
+        return each_place(places, resolve_pipeline)
     if address in BUILT_IN:
         return _built_in(address)
     path = Path(address).expanduser()
@@ -99,6 +117,18 @@ def resolve_pipeline(address: str) -> Path:
         f"There is no model at {address}.",
         f"Give a pipeline folder, a Hub name (Wan-AI/Wan2.1-T2V-1.3B-Diffusers), {' or '.join(BUILT_IN)}.",
     )
+
+
+def each_place(places: re.Match[str], find: Callable[[str], Path]) -> Path:
+    """Two places of two experts, each found by ``find``, as one path."""
+    boundary = f"@{places['boundary']}" if places["boundary"] else ""
+    return Path(f"{find(places['high'])},{find(places['low'])}{boundary}")
+
+
+def component_home(path: Path) -> Path:
+    """Where the VAE, the text encoder and the tokenizer of a model are: of two places, the first."""
+    places = split_places(path)
+    return path if places is None else Path(places["high"])
 
 
 def _built_in(name: str) -> Path:
@@ -130,6 +160,7 @@ def component(pipeline: Path, name: str) -> Path:
 
     The built-in models share one copy of their frozen components, stored in ``tiny``.
     """
+    pipeline = component_home(pipeline)
     path = pipeline / name
     if name in FROZEN and pipeline.parent == ASSETS and not path.is_dir():
         path = ASSETS / "tiny" / name
@@ -147,11 +178,23 @@ def component(pipeline: Path, name: str) -> Path:
 
 def has_components(pipeline: Path) -> bool:
     """Whether a folder, or the folder of a file, also holds the VAE, the text encoder and the tokenizer."""
+    pipeline = component_home(pipeline)
     return (pipeline / INDEX).is_file() or all(original_place(pipeline, name) for name in FROZEN)
 
 
 def pipeline_files(pipeline: Path) -> dict[str, Path]:
-    """Files of a pipeline folder by their name in it, shared components of built-in models included."""
+    """Files of a pipeline folder by their name in it, shared components of built-in models included.
+
+    Of two places of two experts: the files of both under the experts' folders, and components of the first.
+    """
+    places = expert_places(pipeline) if split_places(pipeline) else None
+    if places is not None:
+        named: dict[str, Path] = {}
+        for expert, place in places.items():
+            found = pipeline_files(place) if place.is_dir() else {place.name: place}
+            named |= {f"{EXPERT_FOLDERS[expert]}/{name}": file for name, file in found.items()}
+        home = pipeline_files(component_home(pipeline)) if component_home(pipeline).is_dir() else {}
+        return named | {name: file for name, file in home.items() if name.split("/")[0] in FROZEN}
     files = {file.relative_to(pipeline): file for file in pipeline.rglob("*")}
     if pipeline.parent == ASSETS:
         for name in FROZEN:
@@ -162,14 +205,14 @@ def pipeline_files(pipeline: Path) -> dict[str, Path]:
 
 def read_config(path: Path) -> NetworkConfig:
     """Read the sizes of the network of a pipeline folder, transformer folder or file."""
-    return open_transformer(path).config
+    return open_network(path).config
 
 
 def load_network(
     path: Path, dtype: torch.dtype | None = torch.float32, device: torch.device | str = "cpu"
 ) -> FlowMapTransformer:
     """Load the network of a pipeline folder, transformer folder or file, see ``network_from``."""
-    return network_from(open_transformer(path), dtype, device)
+    return network_from(open_network(path), dtype, device)
 
 
 def shapes_of(weights: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
@@ -200,15 +243,22 @@ def save_pipeline(
     """
     if target.exists() and not replace:
         raise UsageError(f"{target} exists already.", "Choose another directory, or remove it.")
-    config, weights = folded(network.config, network.lazy_weights())
+    source_pipeline, config = component_home(source_pipeline), network.config
     with atomic_directory(target) as folder:
         for name in FROZEN:
             _write_component(component(source_pipeline, name), folder / name)
         _write_scheduler(folder / "scheduler", source_pipeline, config, shift)
-        write_transformer(folder / "transformer", config, weights, dtype)
+        for name, weights in transformer_weights_of(network).items():
+            write_transformer(folder / name, *folded(config, weights), dtype)
         write_json(folder / INDEX, _model_index(config, source_pipeline))
         write_json(folder / "lineage.json", dict(lineage))
     return target
+
+
+def transformer_weights_of(network: WeightSource) -> dict[str, dict[str, LazyWeight]]:
+    """Weights by the folder of their transformer: of one network, or of each expert under its own names."""
+    parts = by_expert(network.lazy_weights())
+    return {EXPERT_FOLDERS["low" if expert == "low" else "high"]: own for expert, own in parts.items()}
 
 
 def write_transformer(
@@ -255,9 +305,11 @@ def _write_scheduler(folder: Path, source: Path, config: NetworkConfig, shift: f
 
 
 def read_shift(pipeline: Path) -> float:
-    """Timestep shift of a pipeline's scheduler; 1 where its class has none, 5 in an original folder."""
+    """Timestep shift of a pipeline's scheduler; 1 where its class has none, Wan's in an original folder."""
+    pipeline = component_home(pipeline)
     if not (pipeline / INDEX).is_file() and original_place(pipeline, "vae") is not None:
-        return ORIGINAL_SHIFT
+        experts = (pipeline / ORIGINAL_FOLDERS["high"]).is_dir() and read_config(pipeline).in_channels == 16
+        return ORIGINAL_EXPERTS_SHIFT if experts else ORIGINAL_SHIFT
     file = component(pipeline, "scheduler") / "scheduler_config.json"
     scheduler = read_record(file, SchedulerConfig, FETCH)
     return scheduler.flow_shift or scheduler.shift or 1.0
@@ -275,12 +327,17 @@ def _model_index(config: NetworkConfig, source: Path) -> dict[str, Any]:
         )
     scheduler = ("diffusers", "FlowMapEulerDiscreteScheduler") if config.two_time else index.scheduler
     components = {name: getattr(index, name) for name in ("text_encoder", "tokenizer", "vae")}
+    folders = EXPERT_FOLDERS.values() if config.boundary is not None else [EXPERT_FOLDERS["high"]]
+    name = PIPELINES[config.class_name]
+    if config.boundary is not None and config.two_time:
+        name = TWO_TIME_EXPERTS
     return {
-        "_class_name": PIPELINES[config.class_name],
+        "_class_name": name,
         "_diffusers_version": version("diffusers"),
         **components,
-        "transformer": ["diffusers", config.class_name],
+        **{folder: ["diffusers", config.class_name] for folder in folders},
         "scheduler": scheduler,
+        **({"boundary_ratio": config.boundary} if config.boundary is not None else {}),
     }
 
 
@@ -307,6 +364,7 @@ def save_adapter(folder: Path, weights: Mapping[str, Tensor], size: LoraSize, ba
 
     ``PeftModel.from_pretrained(transformer, folder)`` opens it on the diffusers class of its base. Modules
     that were trained in full (a causal model's compressed patch embedding) are PEFT's ``modules_to_save``.
+    Adapters of two experts are in the folders ``high`` and ``low``.
 
     Args:
         folder: Directory to write.
@@ -314,9 +372,25 @@ def save_adapter(folder: Path, weights: Mapping[str, Tensor], size: LoraSize, ba
         size: Rank and alpha.
         base: Address of the model that the adapter was trained on.
     """
+    with atomic_directory(folder) as partial:
+        for expert, own in by_expert(weights).items():
+            _write_adapter(partial / expert, own, size, base)
+
+
+def by_expert(weights: Mapping[str, Part]) -> dict[str, dict[str, Part]]:
+    """Weights under their own names by the expert they belong to; by "" where they are of one network."""
+    parts: dict[str, dict[str, Part]] = {}
+    for name, weight in weights.items():
+        expert = next((expert for expert in EXPERTS if name.startswith(f"{expert}.")), "")
+        parts.setdefault(expert, {})[name.removeprefix(f"{expert}.")] = weight
+    return parts
+
+
+def _write_adapter(folder: Path, weights: Mapping[str, Tensor], size: LoraSize, base: str) -> None:
     from peft import LoraConfig
     from safetensors.torch import save_file
 
+    folder.mkdir(exist_ok=True)
     layers = sorted({name.rpartition(".lora_")[0] for name in weights if ".lora_" in name})
     whole = sorted({name.rpartition(".")[0] for name in weights if ".lora_" not in name})
     config = LoraConfig(
@@ -327,9 +401,8 @@ def save_adapter(folder: Path, weights: Mapping[str, Tensor], size: LoraSize, ba
         base_model_name_or_path=base,
     )
     stored = {ADAPTER_PREFIX + name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
-    with atomic_directory(folder) as partial:
-        config.save_pretrained(partial)
-        save_file(stored, partial / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    config.save_pretrained(folder)
+    save_file(stored, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
 
 
 class Adapter(NamedTuple):
@@ -346,6 +419,10 @@ def load_adapter(folder: Path) -> Adapter:
     Raises:
         UsageError: It is damaged, or its weights are not pairs of the rank that its configuration states.
     """
+    if parts := {expert: folder / expert for expert in EXPERTS if (folder / expert).is_dir()}:
+        found = {expert: load_adapter(part) for expert, part in parts.items()}
+        weights = {f"{e}.{name}": weight for e, one in found.items() for name, weight in one.weights.items()}
+        return next(iter(found.values()))._replace(weights=weights)
     config = read_record(folder / ADAPTER_CONFIG, AdapterConfig, FETCH)
     file = folder / ADAPTER_WEIGHTS
     weights = {name.removeprefix(ADAPTER_PREFIX): weight for name, weight in read_tensors(file).items()}

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from anyflow_cli.plan.hardware import Hardware
 from anyflow_cli.recipe.compare import with_values
-from anyflow_cli.recipe.schema import Recipe
+from anyflow_cli.recipe.schema import Recipe, scales_of
 
 RANKS = (256, 128, 64, 32, 16)
 SHORTER_VIDEOS = (49, 33, 17)
@@ -83,7 +83,8 @@ def _of_training(section: str, recipe: Recipe, hardware: Hardware) -> Iterator[l
     if section == "distill" and not settings.recompute_rollout:
         yield [Change({"distill.recompute_rollout": True}, "the rollout is computed twice")]
     # a recipe cannot combine sharding with guidance 1
-    if all(one.flow_map.guidance != 1 for one in (recipe.train_flowmap, recipe.distill, recipe.finetune)):
+    stages = (recipe.train_flowmap, recipe.distill, recipe.finetune)
+    if all(1 not in scales_of(stage.flow_map.guidance) for stage in stages):
         full, sharding = {"launch.sharding": "full"}, list[Change]()
         if recipe.launch.sharding != "full" and hardware.count > 1:
             sharding.append(Change(full, "weights are exchanged block by block"))

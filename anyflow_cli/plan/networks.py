@@ -26,6 +26,7 @@ from anyflow_cli.model.backbone import Backbone, BackboneSources
 from anyflow_cli.model.blocks import LayerKeys
 from anyflow_cli.model.config import NetworkConfig
 from anyflow_cli.model.encoders import VideoVAE
+from anyflow_cli.model.experts import one_network
 from anyflow_cli.model.layout import Layout, bidirectional
 from anyflow_cli.model.network import FlowMapTransformer
 from anyflow_cli.model.parallelize import apply_checkpointing
@@ -185,7 +186,8 @@ def _measure(setup: Setup, backbone: Backbone, call: NetworkCall) -> CallCost:
         tracker = MemoryTracker([tensor for tensor in known if tensor is not None], gpu=setup.gpu)
         with tracker, torch.set_grad_enabled(call.gradient):
             with autocast(setup.precision, "cpu", keeps_casts=keeps_casts):
-                velocity = backbone.velocity(call.role, Condition(text)).with_layout(layout, cache)
+                velocity = one_network(backbone.velocity(call.role, Condition(text)))
+                velocity = velocity.with_layout(layout, cache)
                 outputs = [velocity(z, t, t) for _ in range(call.gradient and keeps_casts)]
                 before = tracker.restart()
                 outputs.append(velocity(z, t, t))

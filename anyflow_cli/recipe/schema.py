@@ -97,6 +97,26 @@ class LoraSection(Section):
     alpha: PositiveNumber = 256
 
 
+class ExpertGuidance(Section):
+    """A scale of guidance for each expert of a model that has two."""
+
+    high: PositiveNumber
+    low: PositiveNumber
+
+
+GuidanceSetting = PositiveNumber | ExpertGuidance
+
+
+def scales_of(guidance: float | ExpertGuidance) -> tuple[float, float]:
+    """The scales of guidance of the high-noise and the low-noise expert; both alike for one network."""
+    return (guidance.high, guidance.low) if isinstance(guidance, ExpertGuidance) else (guidance, guidance)
+
+
+def guidance_record(guidance: float | ExpertGuidance | None) -> float | dict[str, float] | None:
+    """A scale of guidance as a plain value, for records."""
+    return guidance.model_dump() if isinstance(guidance, ExpertGuidance) else guidance
+
+
 class CausalSection(Section):
     """A causal (FAR) model, sec. 4.3: how frames are divided into chunks, and the windows of its training."""
 
@@ -134,6 +154,11 @@ class ModelSection(Section):
     height: PixelCount = 480
     width: PixelCount = 832
     frames: FrameCount = 81
+    expert: Literal["both", "high", "low"] = Field(
+        "both",
+        description="Which expert of a model with two (Wan 2.2 A14B) is trained, on its own times; both: one "
+        "is drawn in each step.",
+    )
     causal: CausalSection | None = Field(None, description="Makes the model causal; null: bidirectional.")
     fps: Annotated[int, Field(ge=1, le=240)] = 16
     max_text_tokens: Annotated[int, Field(ge=1, le=4096)] = 512
@@ -205,7 +230,7 @@ class SynthesizeSection(Section):
     )
     count: VideoCount | None = Field(None, description="Number of videos; null: one per prompt.")
     steps: EvaluationCount = 50
-    guidance: PositiveNumber = 5.0
+    guidance: GuidanceSetting = Field(5.0, description="One scale, or {high: ..., low: ...} for two experts.")
     batch_size: BatchSize = 1
     shard_size: Annotated[int, Field(ge=1, le=10**6)] = 256
     previews: bool = False
@@ -288,7 +313,9 @@ class TrainingSection(Section):
 class FlowMapSection(Section):
     """Alg. 1: the forward flow-map loss, alone in stage 1 and beside the matching loss in stage 2."""
 
-    guidance: PositiveNumber = 3.0  # g of Eq. 6
+    guidance: GuidanceSetting = Field(
+        3.0, description="g of Eq. 6: one scale, or {high: ..., low: ...} for two experts."
+    )
     delta: Annotated[float, Field(gt=0, le=1)] = 0.005  # of Eq. 4
     weight: Literal["beta", "uniform", "normal"] = "beta"  # w(t), Fig. 10
     guidance_path: Literal["data", "guided"] = Field(
@@ -338,7 +365,11 @@ class DistillSection(TrainingSection):
     reuse_rollout: bool = Field(
         False, description="Train the fake score on the student's rollout instead of a fresh one."
     )
-    real_guidance: Annotated[float, Field(ge=1, le=1000)] = 4.0  # usual convention: x_null + 4 (x_c - x_null)
+    real_guidance: Annotated[float, Field(ge=1, le=1000)] | ExpertGuidance = Field(
+        4.0,
+        description="Usual convention, x_null + 4 (x_c - x_null): one scale, or {high: ..., low: ...} for "
+        "two experts.",
+    )
     t_min: Fraction = 0.02
     t_max: Fraction = 0.98
     score_shift: PositiveNumber | None = Field(
@@ -400,7 +431,9 @@ class SampleSection(Section):
     teacher_sampler: Literal["euler", "unipc"] = Field(
         "euler", description="Of teachers, in synthesize and evaluate too; Wan's folders name unipc."
     )
-    teacher_guidance: PositiveNumber = 5.0
+    teacher_guidance: GuidanceSetting = Field(
+        5.0, description="One scale, or {high: ..., low: ...} for two experts."
+    )
 
     @field_validator("frames")
     @classmethod
@@ -512,6 +545,6 @@ class Recipe(Section):
     @classmethod
     def _call_alike(cls, launch: LaunchSection, info: ValidationInfo) -> LaunchSection:
         stages = [info.data[name] for name in ("train_flowmap", "distill", "finetune") if name in info.data]
-        alike = all(stage.flow_map.guidance != 1 for stage in stages)
+        alike = all(1 not in scales_of(stage.flow_map.guidance) for stage in stages)
         must = "have sharding none where a flow_map.guidance is 1: processes would not call the network alike"
         return require(launch.sharding == "none" or alike, launch, must)

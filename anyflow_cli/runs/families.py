@@ -41,4 +41,6 @@ def family_recipe(address: str) -> str | None:
 
 
 def _by_sizes(config: NetworkConfig) -> str | None:
+    if config.boundary is not None:
+        return "bidirectional-a14b" if (config.heads, config.layers) == (40, 40) else None
     return RECIPE_BY_SIZES.get((config.heads, config.layers, config.causal is not None))

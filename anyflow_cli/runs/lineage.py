@@ -25,7 +25,7 @@ from anyflow_cli import __version__
 from anyflow_cli.data.shards import MANIFEST
 from anyflow_cli.data.storage import Storage
 from anyflow_cli.errors import UsageError
-from anyflow_cli.model.layouts.transformer import open_transformer
+from anyflow_cli.model.layouts.expert_files import open_network
 from anyflow_cli.model.precision import Precision
 from anyflow_cli.recipe.compare import differing_keys, dump, flat
 from anyflow_cli.recipe.load import load_recorded_recipe
@@ -240,5 +240,6 @@ def _identifying_files(model: Path) -> tuple[list[Path], Path | None]:
     if is_checkpoint(model):
         weights = [*model.glob("*.safetensors"), *model.glob(f"{SHARDS}/*.distcp")]
         return sorted(weights), model / STATE
-    transformer = open_transformer(model)
-    return sorted(transformer.weight_files), transformer.config_file
+    transformers = open_network(model).transformers
+    weights = [file for transformer in transformers for file in sorted(transformer.weight_files)]
+    return weights, transformers[0].config_file

@@ -22,17 +22,19 @@ from anyflow_cli.errors import UsageError
 from anyflow_cli.model.backbone import start_network
 from anyflow_cli.model.causal import FAR, resolved_chunks
 from anyflow_cli.model.config import CausalConfig
+from anyflow_cli.model.experts import network_from
 from anyflow_cli.model.folder_check import check_folder
-from anyflow_cli.model.layouts.transformer import open_transformer
+from anyflow_cli.model.layouts.expert_files import expert_places, open_network, split_places
 from anyflow_cli.model.lora import LoraSize, MergedNetwork
 from anyflow_cli.model.lora_formats import LoraMerged, LoraRequest, split_loras
-from anyflow_cli.model.network import FlowMapTransformer, network_from
+from anyflow_cli.model.network import FlowMapTransformer
 from anyflow_cli.model.pipeline_io import (
     ADAPTER_CONFIG,
     FROZEN,
     INDEX,
     PipelineIndex,
     component,
+    each_place,
     has_components,
     load_network,
     read_config,
@@ -140,18 +142,21 @@ def describe(address: str, recipe: Recipe) -> ModelInfo:
 def _describe(path: Path, recipe: Recipe) -> ModelInfo:
     if is_checkpoint(path):
         return describe_checkpoint(path)
-    is_pipeline = has_components(path)
+    is_pipeline, places = has_components(path), expert_places(path)
     pipeline = path if is_pipeline else resolve_pipeline(recipe.model.teacher)
     lineage = read_json(path / LINEAGE) if (path / LINEAGE).is_file() else {}
+    if not path.exists() and places is not None:
+        lineage = {"experts": {name: str(place) for name, place in places.items()}}
     config = read_config(path)
     causal = config.causal
     if causal is not None:
         causal, message = resolved_chunks(causal, recipe.model.causal, path)
         if message:
             _warn_once(message)
-    sources: tuple[Path, ...] = (path,) if is_pipeline else (path, pipeline)
-    if is_pipeline and path.is_file():
-        sources = (path, *(component(path, name) for name in FROZEN))
+    weights = (path,) if path.exists() or places is None else tuple(places.values())
+    sources = weights if is_pipeline else (*weights, pipeline)
+    if is_pipeline and not path.is_dir():
+        sources = (*weights, *(component(path, name) for name in FROZEN))
     return ModelInfo(path, pipeline, config.two_time, causal, lineage, sources)
 
 
@@ -190,7 +195,7 @@ def _warn_once(message: str) -> None:
 def weight_source(info: ModelInfo) -> WeightSource:
     """Weights of a model as stored, to be read one at a time."""
     source: WeightSource = (
-        open_transformer(info.path)
+        open_network(info.path)
         if info.run is None
         else merged_student(
             info.run.base, info.run.recipe.model, trained_weights(info.path), two_time=info.two_time
@@ -223,6 +228,8 @@ def locate(address: str) -> Path:
             f"LoRA files are not merged here, as {address} asks for.",
             f"Make a model of it first: `anyflow export --model {address} --out DIR`.",
         )
+    if (places := split_places(model)) is not None:
+        return each_place(places, locate)
     path = resolve_pipeline(model)
     if (path / MODEL / "model_index.json").is_file():
         return path / MODEL

@@ -21,7 +21,7 @@ import anyflow_cli
 from anyflow_cli.data.video import Pixels, write_mp4
 from anyflow_cli.errors import AnyflowError, UsageError
 from anyflow_cli.recipe.compare import digest
-from anyflow_cli.recipe.schema import Recipe
+from anyflow_cli.recipe.schema import Recipe, guidance_record
 from anyflow_cli.runs.open import ModelChoice
 from anyflow_cli.sample.fragmented_mp4 import growing_mp4, partial_path
 from anyflow_cli.sample.sampler import Steps, VideoSampler
@@ -246,7 +246,7 @@ def _sampling_record(sampler: VideoSampler, recipe: Recipe, choice: ModelChoice)
         "anyflow": anyflow_cli.__version__,
         "model": {"address": choice.address, "why": choice.why, "lineage": sampler.lineage},
         "sampler": sampler.method,
-        "guidance": sampler.guidance,
+        "guidance": guidance_record(sampler.guidance),
         "then": [list(switch) for switch in sampler.prompt_switches],
         "precision": sampler.precision,
         "device": str(sampler.device),

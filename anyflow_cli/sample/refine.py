@@ -17,7 +17,7 @@ from pydantic import BaseModel, Field, ValidationError
 from anyflow_cli.data.prompts import check_text
 from anyflow_cli.errors import AnyflowError, UsageError
 from anyflow_cli.recipe.renamed import with_new_keys
-from anyflow_cli.recipe.schema import ModelSection, Name, Recipe
+from anyflow_cli.recipe.schema import ExpertGuidance, ModelSection, Name, Recipe
 from anyflow_cli.sample.output import SAMPLES_JSON, ConditioningFrames
 from anyflow_cli.sample.sampler import Method, PromptSwitch, VideoSampler
 from anyflow_cli.utils.records import read_record
@@ -64,7 +64,7 @@ class SamplesRecord(BaseModel):
 
     model: RecordedModel
     sampler: Method
-    guidance: float | None
+    guidance: float | ExpertGuidance | None
     then: tuple[tuple[int, str], ...]
     versions: Mapping[str, str]
     recipe: RecordedRecipe

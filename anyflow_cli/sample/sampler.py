@@ -35,10 +35,12 @@ from anyflow_cli.model.causal import causal_of, partition_for, remembered_for
 from anyflow_cli.model.chunk_sampling import sample_chunks
 from anyflow_cli.model.conditioned import Conditioned
 from anyflow_cli.model.encoders import TextEncoder, VideoVAE
+from anyflow_cli.model.experts import bind as bind_network
+from anyflow_cli.model.experts import guidance_of, one_network
 from anyflow_cli.model.network import FlowMapTransformer
 from anyflow_cli.model.parallelize import apply_attention
 from anyflow_cli.model.precision import DTYPES_OF_PRECISION, autocast, resolve_precision
-from anyflow_cli.recipe.schema import ModelSection, Recipe
+from anyflow_cli.recipe.schema import ExpertGuidance, ModelSection, Recipe
 from anyflow_cli.runs.open import open_model
 from anyflow_cli.sample.unipc import sample_unipc
 
@@ -87,11 +89,11 @@ class VideoSampler:
         latent_shape: tuple[int, ...],
         *,
         method: Method | None = None,
-        guidance: float | None = None,
+        guidance: float | ExpertGuidance | None = None,
         encoder: TextEncoder | None = None,
         vae: VideoVAE | None = None,
         negative: Tensor | None = None,
-        bind: Callable[[Condition], Conditioned] | None = None,
+        bind: Callable[[Condition], Velocity] | None = None,
         streams: Callable[[int, Sequence[int]], tuple[Tensor, torch.Generator]] = noise_stream,
         lineage: dict[str, Any] | None = None,
     ) -> None:
@@ -110,7 +112,7 @@ class VideoSampler:
         self.device = network.device
         self.precision = resolve_precision(model.precision, self.device)
         self.prompt_switches: Sequence[PromptSwitch] = ()
-        self._network, self._bind = network, bind or partial(Conditioned, network)
+        self._network, self._bind = network, bind or partial(bind_network, network)
         self._encoder, self._vae, self._streams = encoder, vae, streams
         self._negative = None if negative is None else negative[None].to(self.device)
         self._embeddings: dict[str, Tensor] = {}  # (L, D) of each prompt so far, without padding
@@ -269,10 +271,11 @@ class VideoSampler:
         else:
             start, generators = self._noise(seeds)
             with autocast(self.precision, self.device):
-                bound = self._condition(prompts)
-                velocity: Velocity = bound
+                condition = self._condition(prompts)
+                velocity = self._bind(condition)
                 if self.guidance is not None:
-                    velocity = guided(bound, self._null_condition(bound.condition), self.guidance)
+                    scale = guidance_of(self._network, self.guidance)
+                    velocity = guided(velocity, self._null_condition(condition), scale)
                 with self._timed("network"):
                     (times,) = self._grids(nfe)
                     if self.method == "unipc":
@@ -287,9 +290,9 @@ class VideoSampler:
         start, generators = self._noise(seeds)
         causal, frames, first = causal_of(self._network.config), self.shape[0], self._first_latents
         with autocast(self.precision, self.device):
-            condition = self._condition(prompts)
+            condition = self._causal_condition(prompts)
             later = {
-                self.vae.latent_of(switch.frame): self._condition([switch.prompt] * len(prompts))
+                self.vae.latent_of(switch.frame): self._causal_condition([switch.prompt] * len(prompts))
                 for switch in self.prompt_switches
             }
         chunks = sample_chunks(
@@ -323,10 +326,13 @@ class VideoSampler:
             self.require_causal()
         return [grid(count, self.model.shift) for count in counts]
 
-    def _condition(self, prompts: Prompts) -> Conditioned:
+    def _condition(self, prompts: Prompts) -> Condition:
         if not isinstance(prompts, Condition):
             prompts = Condition(self._embed(prompts))
-        return self._bind(prompts.to(self.device))
+        return prompts.to(self.device)
+
+    def _causal_condition(self, prompts: Prompts) -> Conditioned:
+        return one_network(self._bind(self._condition(prompts)))
 
     def _embed(self, prompts: Sequence[str]) -> Tensor:
         """Embeddings (B, L, D) of prompts; each text is encoded once in the life of the sampler."""
@@ -339,7 +345,7 @@ class VideoSampler:
         texts = [self._embeddings[prompt] for prompt in prompts]
         return torch.stack([nnf.pad(text, (0, 0, 0, limit - len(text))) for text in texts])
 
-    def _null_condition(self, condition: Condition) -> Conditioned:
+    def _null_condition(self, condition: Condition) -> Velocity:
         if self._negative is None:
             self._negative = self._embed([self.model.negative_prompt]).to(self.device)
         return self._bind(condition.with_text(self._negative))

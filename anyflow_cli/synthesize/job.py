@@ -22,7 +22,7 @@ from anyflow_cli.data.shards import PROVENANCE, ShardRecord, read_shard_record, 
 from anyflow_cli.errors import UsageError
 from anyflow_cli.model.pipeline_io import pipeline_files, resolve_pipeline
 from anyflow_cli.model.precision import resolve_precision
-from anyflow_cli.recipe.schema import Recipe
+from anyflow_cli.recipe.schema import Recipe, guidance_record
 from anyflow_cli.synthesize.content_hashes import ContentHashes
 from anyflow_cli.utils.distributed import default_device, rank, world_size
 from anyflow_cli.utils.files import json_sha256
@@ -162,7 +162,8 @@ def _provenance(
     if clips is None:
         sampler = recipe.sample.teacher_sampler
         return common | {
-            "steps": made.steps, "guidance": made.guidance, "shift": model.shift, "seed": made.seed,
+            "steps": made.steps, "guidance": guidance_record(made.guidance),
+            "shift": model.shift, "seed": made.seed,
             **({} if sampler == "euler" else {"sampler": sampler}),  # absent in data sets of version 0.1
         }  # fmt: skip
     assert videos is not None

@@ -27,6 +27,7 @@ from anyflow_cli.model.backbone import Role
 from anyflow_cli.model.causal import TeacherForced, chunks_of, split_after, teacher_forcing
 from anyflow_cli.model.conditioned import Conditioned
 from anyflow_cli.model.config import NetworkConfig
+from anyflow_cli.model.experts import one_network
 from anyflow_cli.model.kv_cache import KeyCache
 from anyflow_cli.model.layout import Layout
 from anyflow_cli.model.network import FlowMapTransformer
@@ -48,7 +49,7 @@ class TrainingWindow:
     """
 
     x: Tensor
-    bind: Callable[[Conditioned], Velocity]
+    bind: Callable[[Velocity], Velocity]
     frames: slice
     chunks: tuple[int, ...] | None = None
 
@@ -154,7 +155,7 @@ def draw_conditioning_frames(settings: schema.CausalSection, share: float, gener
 
 
 def roll_out(
-    model: Conditioned,
+    model: Velocity,
     noise: Tensor,
     partition: tuple[int, ...],
     simulate: Simulate,
@@ -175,7 +176,7 @@ def roll_out(
         recomputes: Recompute a chunk's jumps, and the keys of its past, in the backward pass, so that the
             graph of one chunk is in memory at a time.
     """
-    known = given.shape[1]
+    model, known = one_network(model), given.shape[1]
     chunks, size = split_after(partition, known), (noise.shape[-2], noise.shape[-1])
     # a recomputed block has to find the same keys as the first time
     in_place = not (model.network.gradient_checkpointing and torch.is_grad_enabled())

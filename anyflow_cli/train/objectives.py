@@ -35,12 +35,13 @@ from anyflow_cli.flow import losses, matching, simulation, times
 from anyflow_cli.flow.noise import batch_noise
 from anyflow_cli.flow.velocity import Velocity, checkpointed
 from anyflow_cli.model.backbone import Backbone, Role
-from anyflow_cli.model.conditioned import Conditioned
+from anyflow_cli.model.experts import guidance_of
 from anyflow_cli.model.parallelize import local_tensor
 from anyflow_cli.recipe import schema
 from anyflow_cli.train import causal_windows
 from anyflow_cli.train.causal_windows import NetworkCall
 from anyflow_cli.train.rng import StepRng, stream_seed
+from anyflow_cli.train.trained_expert import ONE_NETWORK, TrainedExpert
 
 Sums = Mapping[str, Tensor]  # name -> (sum, count), (2,)
 LatentShape = tuple[int, int, int, int]  # F, C, H, W
@@ -100,13 +101,23 @@ def objective_of(
         backbone: The networks.
         negative: Embedding (L, D) of the negative prompt.
     """
+    experts = TrainedExpert(backbone.network_of("student").config.boundary, model.expert)
+    _check_guidance(settings, backbone)
     if isinstance(settings, schema.DistillSection):
-        return on_policy(backbone, negative, settings, model.shift, model.causal)
+        return on_policy(backbone, negative, settings, model.shift, model.causal, experts)
     assert isinstance(settings, schema.TrainFlowMapSection | schema.FinetuneSection)
     name = settings.objective if isinstance(settings, schema.TrainFlowMapSection) else "flow-map"
     return stage_one(
-        name, backbone, negative, settings.flow_map, settings.optimizer, model.shift, model.causal
+        name, backbone, negative, settings.flow_map, settings.optimizer, model.shift, model.causal, experts
     )
+
+
+def _check_guidance(settings: schema.TrainingSection, backbone: Backbone) -> None:
+    """Refuse a scale of guidance per expert for a model that is one network."""
+    assert isinstance(settings, schema.TrainFlowMapSection | schema.DistillSection | schema.FinetuneSection)
+    guidance_of(backbone.network_of("student"), settings.flow_map.guidance)
+    if isinstance(settings, schema.DistillSection):
+        guidance_of(backbone.network_of("real"), settings.real_guidance)
 
 
 def stage_one(
@@ -117,6 +128,7 @@ def stage_one(
     optimizer: schema.OptimizerSection,
     shift: float,
     causal: schema.CausalSection | None = None,
+    experts: TrainedExpert = ONE_NETWORK,
 ) -> Objective:
     """Build an objective of the student alone, on data.
 
@@ -128,13 +140,14 @@ def stage_one(
         optimizer: AdamW and its schedule.
         shift: Timestep shift of the model.
         causal: Chunks and windows of a causal student; None: bidirectional.
+        experts: Which expert each step trains, of a model that has two.
     """
     windows = windows_for(causal, settings)
-    matching = FlowMatchingTerm(backbone, negative, settings.text_dropout, shift)
+    matching = FlowMatchingTerm(backbone, negative, settings.text_dropout, shift, experts)
     terms: dict[str, LossTerm] = {
-        "flow-map": FlowMapTerm(backbone, negative, settings, shift, windows),
+        "flow-map": FlowMapTerm(backbone, negative, settings, shift, windows, experts),
         "flow-matching": matching,
-        "consistency-ode": ConsistencyTerm(backbone, settings, shift, windows),
+        "consistency-ode": ConsistencyTerm(backbone, settings, shift, windows, experts),
     }
     student: tuple[LossTerm, ...] = (terms[name],)
     if causal is not None and name != "flow-matching":
@@ -150,6 +163,7 @@ def on_policy(
     settings: schema.DistillSection,
     shift: float,
     causal: schema.CausalSection | None = None,
+    experts: TrainedExpert = ONE_NETWORK,
 ) -> Objective:
     """Build stage 2: the student by Alg. 2 and, in the same update, by Alg. 1 on data; then the fake score.
 
@@ -159,12 +173,13 @@ def on_policy(
         settings: The recipe's section.
         shift: Timestep shift of the model.
         causal: Chunks of a causal student; None: bidirectional.
+        experts: Which expert each step trains, of a model that has two.
     """
-    policy = OnPolicyTerms(backbone, negative, settings, shift, causal)
+    policy = OnPolicyTerms(backbone, negative, settings, shift, causal, experts)
     student: tuple[LossTerm, ...] = (FunctionTerm(policy.matching, policy.matching_calls),)
     if settings.joint:
         flow_map = FlowMapTerm(
-            backbone, negative, settings.flow_map, shift, windows_for(causal, settings.flow_map)
+            backbone, negative, settings.flow_map, shift, windows_for(causal, settings.flow_map), experts
         )
         student += (weighted(flow_map, settings.joint_weight, "flow_map_"),)
     if causal is not None:
@@ -194,10 +209,12 @@ class FlowMapTerm:
     settings: schema.FlowMapSection
     shift: float
     window_of: causal_windows.WindowOf = causal_windows.whole_video
+    experts: TrainedExpert = ONE_NETWORK
 
     def __call__(self, batch: Batch, rng: StepRng) -> tuple[Tensor, Sums]:
         """Evaluate ``losses.flow_map_loss``."""
         settings, window = self.settings, self.window_of(batch.latents, rng)
+        expert = self.experts.of_step(rng)
         x = window.x
         t, r = map(window.by_frame, self._times(rng, window.times_per_sample))
         batch, dropped = drop_text(batch, self.negative, settings.text_dropout, rng)
@@ -205,7 +222,7 @@ class FlowMapTerm:
             window.bind(self.backbone.velocity("student", batch.condition)),
             window.bind(_uncond(self.backbone, "student", self.negative, batch)),
             x, rng.noise("noise", x.shape[1:]).to(x), t, r,
-            guidance=settings.guidance,
+            guidance=expert.scale(settings.guidance),
             delta=settings.delta,
             weight=times.loss_weight(settings.weight, self.shift),
             adaptive=settings.adaptive,
@@ -213,6 +230,7 @@ class FlowMapTerm:
             guidance_path=settings.guidance_path,
             global_mean=rng.global_mean,
             null_mask=dropped,
+            t_max=expert.interval.high,
         )  # fmt: skip
         boundary = t == r
         return result.loss, {
@@ -230,7 +248,7 @@ class FlowMapTerm:
         inner = int((t != r).reshape(len(t), -1).any(1).sum())
         guided = int((~dropped_text(self.settings.text_dropout, rng)).sum())
         # with guidance a call without samples takes one: every rank must make the same calls
-        if self.settings.guidance == 1:
+        if self.experts.of_step(rng).scale(self.settings.guidance) == 1:
             without_gradient = [2 * inner]
         elif self.settings.guidance_path == "guided":
             without_gradient = [guided or 1, 2 * inner or 1]
@@ -246,7 +264,10 @@ class FlowMapTerm:
         Boundary samples (r = t) come first in the global batch, as ``BoundaryMean`` needs them.
         """
         ratios = times.TimeRatios(self.settings.boundary, self.settings.to_zero)
-        t, r = times.sample_times(rng.count, self.shift, ratios, rng.generator("times"), times_per_sample)
+        interval = self.experts.of_step(rng).interval
+        t, r = times.sample_times(
+            rng.count, self.shift, ratios, rng.generator("times"), times_per_sample, interval
+        )
         order = (t != r).reshape(len(t), -1).any(1).to(torch.uint8).argsort(stable=True)
         return rng.local(t[order]), rng.local(r[order])
 
@@ -259,11 +280,14 @@ class FlowMatchingTerm:
     negative: Tensor  # (L, D)
     text_dropout: float
     shift: float
+    experts: TrainedExpert = ONE_NETWORK
 
     def __call__(self, batch: Batch, rng: StepRng) -> tuple[Tensor, Sums]:
         """Evaluate ``losses.flow_matching_loss``."""
         x = batch.latents
-        t = rng.local(times.sample_logit_normal(rng.count, self.shift, rng.generator("times"))).to(x)
+        interval = self.experts.of_step(rng).interval
+        t = times.sample_logit_normal(rng.count, self.shift, rng.generator("times"), interval)
+        t = rng.local(t).to(x)
         batch, _ = drop_text(batch, self.negative, self.text_dropout, rng)
         model = self.backbone.velocity("student", batch.condition)
         loss = losses.flow_matching_loss(model, x, rng.noise("noise", x.shape[1:]).to(x), t)
@@ -286,6 +310,7 @@ class ConsistencyTerm:
     settings: schema.FlowMapSection
     shift: float
     window_of: causal_windows.WindowOf = causal_windows.whole_video
+    experts: TrainedExpert = ONE_NETWORK
 
     def __call__(self, batch: Batch, rng: StepRng) -> tuple[Tensor, Sums]:
         """Evaluate ``losses.consistency_loss``."""
@@ -297,7 +322,9 @@ class ConsistencyTerm:
                 "Train it on videos that `anyflow synthesize` sampled from the teacher.",
             )
         shape = (rng.count, *([] if window.times_per_sample is None else [window.times_per_sample]))
-        t = times.sample_uniform(math.prod(shape), self.shift, rng.generator("times")).reshape(shape)
+        interval = self.experts.of_step(rng).interval
+        drawn = times.sample_uniform(math.prod(shape), self.shift, rng.generator("times"), interval=interval)
+        t = drawn.reshape(shape)
         t = window.by_frame(rng.local(t))
         eps = window.of(batch_noise(seeds, videos.shape[1:]).to(videos))
         z = losses.interpolate(window.x, eps, t)
@@ -326,10 +353,11 @@ class OnPolicyTerms:
         settings: schema.DistillSection,
         shift: float,
         causal: schema.CausalSection | None = None,
+        experts: TrainedExpert = ONE_NETWORK,
     ) -> None:
         self.backbone, self.negative, self.settings, self.shift = backbone, negative, settings, shift
         self.score_shift = settings.score_shift or shift
-        self.causal = causal
+        self.causal, self.experts = causal, experts
         self._rollouts: dict[tuple[int, ...], Tensor] = {}  # of this step, by the positions of a micro-batch
 
     def matching(self, batch: Batch, rng: StepRng) -> tuple[Tensor, Sums]:
@@ -338,8 +366,14 @@ class OnPolicyTerms:
         x = self._rollout(batch, rng, "rollout")
         if settings.reuse_rollout:
             self._rollouts[rng.positions] = x.detach()
+        expert = self.experts.of_step(rng)
         t = times.sample_uniform(
-            rng.count, self.score_shift, rng.generator("matching-times"), settings.t_min, settings.t_max
+            rng.count,
+            self.score_shift,
+            rng.generator("matching-times"),
+            settings.t_min,
+            settings.t_max,
+            expert.interval,
         )
         loss = matching.distribution_matching_loss(
             x,
@@ -348,7 +382,7 @@ class OnPolicyTerms:
             _uncond(self.backbone, "real", self.negative, batch),
             rng.local(t).to(x),
             rng.noise("matching-noise", x.shape[1:]).to(x),
-            settings.real_guidance,
+            expert.scale(settings.real_guidance),
         )
         return loss, {
             "matching": sums(loss, len(x)),
@@ -369,7 +403,8 @@ class OnPolicyTerms:
         else:
             with torch.no_grad():
                 x = self._rollout(batch, rng, "fake-rollout")
-        t = times.sample_logit_normal(rng.count, self.score_shift, rng.generator("fake-times"))
+        interval = self.experts.of_step(rng).interval
+        t = times.sample_logit_normal(rng.count, self.score_shift, rng.generator("fake-times"), interval)
         eps, t = rng.noise("fake-noise", x.shape[1:]).to(x), rng.local(t).to(x)
         loss = matching.fake_score_loss(self.backbone.velocity("fake", batch.condition), x, eps, t)
         return loss, {"fake": sums(loss, len(x))}
@@ -398,12 +433,16 @@ class OnPolicyTerms:
     ) -> list[NetworkCall]:
         """List the calls of ``_rollout``; of a consistency rollout only the last one has a gradient."""
         settings, generator = self.settings, rng.generator(stream)
+        calls = self.experts.evaluations
         if settings.simulation == "flow-map":
             steps, k = simulation.draw_segment(settings.step_budgets, generator)
-            jumps = [gradient] * ((k > 0) + 1 + (k < steps - 1))  # jumps of zero length are skipped
+            segment = simulation.rollout_jumps(steps, k, self.shift)
+            jumps = [gradient] * sum(calls(t, r) for t, r in segment)
         else:
             exit_step = int(torch.randint(settings.consistency_steps, (), generator=generator))
-            jumps = [False] * exit_step + [gradient]
+            grid = times.grid(settings.consistency_steps, self.shift).tolist()
+            jumps = [False] * sum(calls(t, 0.0) for t in grid[:exit_step])
+            jumps += [gradient] * calls(grid[exit_step], 0.0)
         recomputes = settings.recompute_rollout and gradient
         simulated = [NetworkCall("student", len(rng.positions), gradient=jump) for jump in jumps]
         if self.causal is None:
@@ -512,7 +551,7 @@ def power_and_motion(name: str, x: Tensor) -> Sums:
     return {f"{name}_power": sums(power, len(x)), f"{name}_motion": sums(motion, len(x))}
 
 
-def _uncond(backbone: Backbone, role: Role, negative: Tensor, batch: Batch) -> Conditioned:
+def _uncond(backbone: Backbone, role: Role, negative: Tensor, batch: Batch) -> Velocity:
     """The role's velocity under the negative prompt."""
     return backbone.velocity(role, batch.condition.with_text(negative))
 

@@ -21,7 +21,7 @@ from anyflow_cli.data.video import to_pixels
 from anyflow_cli.flow.noise import noise
 from anyflow_cli.model.backbone import Backbone
 from anyflow_cli.model.encoders import VideoVAE
-from anyflow_cli.recipe.schema import ModelSection
+from anyflow_cli.recipe.schema import ExpertGuidance, ModelSection
 from anyflow_cli.sample.sampler import Method, VideoSampler
 from anyflow_cli.utils.contact_sheet import SheetRow, contact_sheet
 from anyflow_cli.utils.files import atomic_write
@@ -34,7 +34,7 @@ class PreviewSettings:
     method: Method
     nfe: Sequence[int]
     captions: int
-    guidance: float | None = None
+    guidance: float | ExpertGuidance | None = None
 
 
 def make_preview(

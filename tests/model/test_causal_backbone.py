@@ -11,8 +11,9 @@ from anyflow_cli.flow.condition import Condition
 from anyflow_cli.model.backbone import Backbone, Role
 from anyflow_cli.model.causal import FAR, TeacherForced, causal_from
 from anyflow_cli.model.config import CausalConfig
+from anyflow_cli.model.experts import network_from
 from anyflow_cli.model.lora import LoraSize, MergedNetwork
-from anyflow_cli.model.network import FlowMapTransformer, network_from, two_time_from
+from anyflow_cli.model.network import FlowMapTransformer, two_time_from
 from anyflow_cli.model.pipeline_io import load_adapter, save_adapter
 from anyflow_cli.model.precision import autocast
 from tests.model.helpers import distance, inputs, ours, theirs

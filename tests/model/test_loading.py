@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from anyflow_cli.model.backbone import Backbone
 from anyflow_cli.model.encoders import TextEncoder
+from anyflow_cli.model.experts import bind
 from anyflow_cli.model.lora import LoraSize, MergedNetwork
 from anyflow_cli.model.network import FlowMapTransformer, kept_in_fp32, two_time_from
 from anyflow_cli.model.pipeline_io import load_network, save_pipeline
@@ -49,7 +51,7 @@ def test_weights_in_bf16_give_the_video_of_weights_that_autocast_casts_in_every_
     stored = VideoSampler.load("tiny-anyflow", recipe(), device="cpu")
     cast = VideoSampler.load("tiny-anyflow", recipe(), device="cpu")
     cast._network = open_model("tiny-anyflow", recipe()).network.eval()
-    cast._bind = lambda text: type(stored._bind(text))(cast._network, text)
+    cast._bind = partial(bind, cast._network)
     videos = [next(one.latents(PROMPTS[:1], [0], 2)) for one in (stored, cast)]
     assert torch.equal(*videos)
 

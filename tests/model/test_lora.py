@@ -12,8 +12,9 @@ from torch import Tensor
 from anyflow_cli.errors import UsageError
 from anyflow_cli.flow.condition import Condition
 from anyflow_cli.model.backbone import Backbone, Role
+from anyflow_cli.model.experts import network_from
 from anyflow_cli.model.lora import LoraSize, MergedNetwork
-from anyflow_cli.model.network import FlowMapTransformer, network_from, two_time_from
+from anyflow_cli.model.network import FlowMapTransformer, two_time_from
 from anyflow_cli.model.pipeline_io import load_network, save_pipeline
 from anyflow_cli.model.weights_io import LazyWeight, read_tensors, write_weights
 from tests.model.helpers import distance, inputs, ours, theirs

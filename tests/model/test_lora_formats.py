@@ -13,9 +13,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from anyflow_cli.errors import UsageError
+from anyflow_cli.model.experts import network_from
 from anyflow_cli.model.layouts.names import TRANSFORMER_NAMES
 from anyflow_cli.model.lora_formats import LoraMerged, LoraRequest, read_lora, split_loras, with_loras
-from anyflow_cli.model.network import FlowMapTransformer, network_from
+from anyflow_cli.model.network import FlowMapTransformer
 from anyflow_cli.recipe.load import load_recipe
 from anyflow_cli.runs.open import describe, open_model
 from tests.model.helpers import distance, inputs, ours, theirs, wan_velocity

@@ -23,7 +23,6 @@ from anyflow_cli.model.pipeline_io import (
     component,
     load_network,
     pipeline_files,
-    read_config,
     read_shift,
     resolve_pipeline,
     save_pipeline,
@@ -235,13 +234,6 @@ def test_a_broken_folder_is_refused_in_one_sentence(wan_folder: Path, tmp_path: 
         load_network(path)
     assert caught.value.hint
     assert "\n" not in caught.value.message
-
-
-def test_a_pipeline_of_two_experts_is_refused(wan_folder: Path, tmp_path: Path) -> None:
-    shutil.copytree(wan_folder, tmp_path / "model")
-    rewrite("model_index.json", transformer_2=["diffusers", "WanTransformer3DModel"])(tmp_path / "model")
-    with pytest.raises(UsageError, match="two transformers"):
-        read_config(tmp_path / "model")
 
 
 def test_addresses(wan_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

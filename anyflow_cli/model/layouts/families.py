@@ -73,7 +73,8 @@ FOREIGN_TYPES = {
 def family_of(config: NetworkConfig) -> str:
     """Name of the published model with these sizes."""
     sizes = (config.dim, config.layers, config.ffn_dim, config.in_channels, config.out_channels)
-    return next((name for name, *known in FAMILIES if tuple(known) == sizes), "Wan architecture, other sizes")
+    name = next((name for name, *known in FAMILIES if tuple(known) == sizes), "Wan architecture, other sizes")
+    return name if config.boundary is None else name.rpartition("one expert of ")[2]
 
 
 def refuse_foreign(names: Iterable[str], place: object) -> None:

@@ -48,7 +48,7 @@ from anyflow_cli.model.weights_io import (
     check_names_and_shapes,
     component_files,
 )
-from anyflow_cli.utils.records import parse_record, read_bytes, read_record
+from anyflow_cli.utils.records import parse_record, read_bytes
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +66,6 @@ ANCHORS = {"head.modulation": "original Wan", "condition_embedder.time_proj.weig
 UNUSED_PARTS = re.compile(
     r"^(_cls_pred_branch|_register_tokens|_gan_ca_blocks)\b|^accum_|\.to_gate_compress\.|\.norm_added_q\.|^freqs$"
 )
-EXPERT_PAIR = "has two transformers (a Wan 2.2 expert pair), which anyflow cannot distill."
 
 
 @dataclass(frozen=True)
@@ -100,6 +99,11 @@ class TransformerFiles:
                 "Use the text-to-video model of the same family.",
             )
         return config
+
+    @property
+    def transformers(self) -> tuple[TransformerFiles, ...]:
+        """This one; a model of two experts has two."""
+        return (self,)
 
     @cached_property
     def tensors(self) -> NamedWeights:
@@ -173,12 +177,6 @@ def _what_it_is(names: Iterable[str]) -> str:
 # --- finding files
 
 
-class ExpertPair(BaseModel):
-    """``model_index.json``: the second transformer of Wan 2.2; nulls or absent elsewhere."""
-
-    transformer_2: tuple[str | None, str | None] | None = None
-
-
 def open_transformer(path: Path) -> TransformerFiles:
     """Find the transformer in a pipeline folder, a transformer folder, an original folder, or a file.
 
@@ -189,9 +187,6 @@ def open_transformer(path: Path) -> TransformerFiles:
         return _open_file(path)
     if (path / "model_index.json").is_file():
         return _open_folder(_transformer_of(path))
-    if (path / "high_noise_model").is_dir():
-        hint = f"Name one of them, {path / 'low_noise_model'}, or a model with one transformer."
-        raise UsageError(f"{path} {EXPERT_PAIR}", hint)
     return _open_folder(path)
 
 
@@ -210,10 +205,6 @@ def _open_file(path: Path) -> TransformerFiles:
 
 
 def _transformer_of(pipeline: Path) -> Path:
-    second = read_record(pipeline / "model_index.json", ExpertPair, FETCH).transformer_2
-    if second is not None and second[0] is not None:
-        hint = "Use a model with one transformer, such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers."
-        raise UsageError(f"{pipeline} {EXPERT_PAIR}", hint)
     if not (pipeline / "transformer").is_dir():
         raise UsageError(
             f"{pipeline} has no transformer directory.",

@@ -275,12 +275,6 @@ def test_missing_and_extra_tensors_are_named(wan: Any, tmp_path: Path) -> None:
         load_network(tmp_path / "model.safetensors")
 
 
-def test_an_expert_pair_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "high_noise_model").mkdir()
-    with pytest.raises(UsageError, match="two transformers"):
-        open_transformer(tmp_path)
-
-
 def test_every_module_of_the_table_is_a_module_of_wan() -> None:
     from anyflow_cli.model.layouts.names import TRANSFORMER_NAMES
 
