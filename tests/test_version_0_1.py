@@ -17,6 +17,7 @@ import yaml
 
 from anyflow_cli.cli.app import main
 from anyflow_cli.data.dataset import LatentData
+from anyflow_cli.data.shards import read_manifest
 from anyflow_cli.data.verify import verify
 from anyflow_cli.recipe.compare import dump
 from anyflow_cli.recipe.load import load_recorded_recipe
@@ -93,7 +94,7 @@ def test_a_finished_model_samples_the_same_video(old: Path, name: str) -> None:
 def test_a_data_set_opens(old: Path) -> None:
     data = LatentData("runs/whole/data", 8)
     assert len(data) == 12
-    assert len(data.manifest.shards) == 2
+    assert len(read_manifest("runs/whole/data").shards) == 2
     assert data.batch([0]).captions == ["a red circle moves left"]
     assert not verify(Path("runs/whole/data")).problems
 

@@ -15,6 +15,7 @@ from anyflow_cli.runs.paths import RunPaths
 from anyflow_cli.utils.distributed import world_size
 
 if TYPE_CHECKING:
+    from anyflow_cli.data.dataset import LatentData
     from anyflow_cli.recipe.schema import Recipe
     from anyflow_cli.runs.lineage import RunInputs
     from anyflow_cli.runs.open import ModelChoice
@@ -90,28 +91,28 @@ def _compare(
     recipe: Recipe, paths: RunPaths, inputs: RunInputs, finished: TrainingResult
 ) -> dict[str, dict[str, Any]]:
     """Scores or errors of the model before and after."""
+    from anyflow_cli.data.dataset import LatentData
+    from anyflow_cli.runs.latents import open_latents
     from anyflow_cli.runs.open import ModelChoice
     from anyflow_cli.runs.resources import find_model
 
     before = find_model(recipe, paths, recipe.finetune.init_from)
     models = {"before": before, "after": ModelChoice(str(finished.model), "fine-tuned")}
-    latents = Path(inputs.data)
-    world = _world_of(recipe, latents)
+    clips = open_latents(recipe, inputs.data, inputs.base, inputs.directory, LatentData)
+    world = _world_of(recipe, clips)
     if world is None:
-        return {name: _error(choice, recipe, latents) for name, choice in models.items()}
+        return {name: _error(choice, recipe, clips) for name, choice in models.items()}
     return {name: _scores(choice, recipe, paths, world) for name, choice in models.items()}
 
 
-def _world_of(settings: Recipe, latents: Path) -> str | None:
+def _world_of(settings: Recipe, clips: LatentData) -> str | None:
     """The world whose captions these are, if the suite can score this recipe's videos."""
-    from anyflow_cli.data.dataset import LatentData
     from anyflow_cli.data.shapes_world import FRAMES, HEIGHT, WIDTH, WORLDS, parse_caption
 
     model = settings.model
     if (model.frames, model.height, model.width) != (FRAMES, HEIGHT, WIDTH):
         return None
-    clips = LatentData(latents, model.max_text_tokens)
-    captions = clips.batch(range(min(LOOKED_AT, len(clips)))).captions
+    captions = clips.batch(clips.buckets[0].positions[:LOOKED_AT]).captions
     named = [parse_caption(caption) for caption in captions]
     for world in WORLDS.values():
         if all("shape" in one and one.get("colour") in world.colours for one in named):
@@ -135,9 +136,9 @@ def _scores(choice: ModelChoice, settings: Recipe, paths: RunPaths, world: str) 
     return {f"total at {one.steps} steps": one.result.total for one in result.measured}
 
 
-def _error(choice: ModelChoice, settings: Recipe, latents: Path) -> dict[str, Any]:
+def _error(choice: ModelChoice, settings: Recipe, clips: LatentData) -> dict[str, Any]:
     from anyflow_cli.runs.open import open_model
     from anyflow_cli.train.validation import flow_map_error
 
-    found = flow_map_error(open_model(choice.address, settings).network, settings, latents)
+    found = flow_map_error(open_model(choice.address, settings).network, settings, clips)
     return {"flow-map error": found.error, "clips": found.clips, "held out": found.unseen}

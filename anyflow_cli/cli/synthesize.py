@@ -86,21 +86,21 @@ def _run(job: SynthesisJob, *, as_json: bool) -> None:
 
 
 def _verify(address: str, *, as_json: bool) -> None:
-    from anyflow_cli.data.shards import parse_manifest
-    from anyflow_cli.data.verify import verify
+    from anyflow_cli.data.published import recognize
+    from anyflow_cli.data.verify import number_of_files, verify
 
-    with Progress("verify", len(parse_manifest(address).shards), "shards") as progress:
-        found = verify(address, lambda record: progress.update(progress.done + 1))
+    with Progress("verify", number_of_files(address), "shards") as progress:
+        found = verify(address, lambda name: progress.update(progress.done + 1))
     values = {"data": address, "shards": found.shards, "samples": found.samples, "problems": found.problems}
     print_result(values, as_json=as_json, text=facts_table(values | {"problems": len(found.problems)}))
     for problem in found.problems:
         log.warning("%s", problem)
     if found.problems:
         number = len(found.problems)
-        raise AnyflowError(
-            f"The data set {address} has {number} problem{'s' * (number > 1)}.",
-            "Remove the shards named above and run `anyflow synthesize` again: it makes what is missing.",
-        )
+        hint = "Remove the shards named above and run `anyflow synthesize` again: it makes what is missing."
+        if recognize(address) is not None:
+            hint = "Download the files named above again, or allow for their samples with data.max_corrupt."
+        raise AnyflowError(f"The data set {address} has {number} problem{'s' * (number > 1)}.", hint)
 
 
 def _facts(job: SynthesisJob) -> dict[str, Any]:

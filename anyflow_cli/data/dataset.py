@@ -16,22 +16,26 @@ Legend: B batch, F latent frames, C channels, H W latent height and width, L tex
 from __future__ import annotations
 
 import logging
-from bisect import bisect_right
+import math
+from bisect import bisect_left, bisect_right
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import accumulate, count
 from pathlib import Path
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from anyflow_cli.data.published import ModelSide, PublishedData, recognize
 from anyflow_cli.data.shard_index import REPAIR, Index, read_index
 from anyflow_cli.data.shards import (
     CorruptSampleError,
     LatentSample,
+    StoredShape,
     read_manifest,
     read_negative,
     read_sample,
@@ -58,31 +62,50 @@ class Batch:
     replaced: Sequence[int] = ()  # positions in this part whose own samples are corrupt
 
 
-class LatentData:
-    """Samples of one data set by position, which is their order in the shards."""
+class Bucket(NamedTuple):
+    """The samples of one latent shape (F, C, H, W)."""
 
-    def __init__(self, address: str | Path, max_text_tokens: int) -> None:
+    shape: StoredShape
+    positions: Sequence[int]
+
+
+class LatentSource(Protocol):
+    """Samples by position, wherever and in whichever format they are."""
+
+    storage: Storage
+
+    @property
+    def text_dim(self) -> int:
+        """Width D of the text."""
+
+    def positions_by_shape(self) -> Mapping[StoredShape, Sequence[int]]:
+        """Positions of the samples of each latent shape; all positions are 0 to their number - 1."""
+
+    def read(self, position: int) -> LatentSample:
+        """Read one sample; a CorruptSampleError names one that cannot be read."""
+
+    def negative(self) -> Tensor:
+        """The negative prompt's embedding (L, D)."""
+
+
+class ShardedData:
+    """Samples of a data set of anyflow's by position, which is their order in the shards."""
+
+    def __init__(self, address: str | Path) -> None:
         self.storage = Storage.at(address)
-        self.max_text_tokens = max_text_tokens
         self.manifest = read_manifest(address)
-        self.latent_shape, self.text_dim = self.manifest.latent_shape, self.manifest.text_dim
+        self.text_dim = self.manifest.text_dim
         self._ends = list(accumulate(record.samples for record in self.manifest.shards))
         self._indices: dict[int, Index] = {}
-        self._warned: set[int] = set()  # corrupt samples
         sizes = self.storage.sizes([record.name for record in self.manifest.shards])
         for record, size in zip(self.manifest.shards, sizes, strict=True):
             require_size(self.storage.address_of(record.name), size, record)
 
-    def __len__(self) -> int:
-        """Number of samples."""
-        return self.manifest.count
+    def positions_by_shape(self) -> dict[StoredShape, Sequence[int]]:
+        """Positions of the samples of each latent shape."""
+        return {self.manifest.latent_shape: range(self.manifest.count)}
 
-    @cached_property
-    def negative(self) -> Tensor:
-        """The negative prompt's embedding, padded with zeros, (L, D)."""
-        return self._padded(read_negative(self.storage.address, self.manifest.negative_sha256))
-
-    def sample(self, position: int) -> LatentSample:
+    def read(self, position: int) -> LatentSample:
         """Read one sample as stored.
 
         Raises:
@@ -95,11 +118,90 @@ class LatentData:
         sample = read_sample(self.storage, record.name, row)
         name = f"Sample {sample.index:08d} of {self.storage.address_of(record.name)}"
         shape, width = tuple(sample.latents.shape), sample.text.shape[-1]
-        if shape != self.latent_shape:
-            raise UsageError(f"{name} has latents {shape}, the data set {self.latent_shape}.", REPAIR)
+        if shape != self.manifest.latent_shape:
+            raise UsageError(
+                f"{name} has latents {shape}, the data set {self.manifest.latent_shape}.", REPAIR
+            )
         if width != self.text_dim:
             raise UsageError(f"{name} has text of width {width}, the data set {self.text_dim}.", REPAIR)
         return sample
+
+    def negative(self) -> Tensor:
+        """The negative prompt's embedding (L, D)."""
+        return read_negative(self.storage.address, self.manifest.negative_sha256)
+
+    def _index(self, shard: int) -> Index:
+        """The index of a shard, read on first use."""
+        if shard not in self._indices:
+            record = self.manifest.shards[shard]
+            self._indices[shard] = read_index(self.storage, record.name, record.samples, record.bytes)
+        return self._indices[shard]
+
+
+class LatentData:
+    """Samples of one data set by position, as batches.
+
+    Args:
+        address: A directory, or any address that fsspec reads.
+        max_text_tokens: Length that text is padded to.
+        model: What the model supplies to a published data set; one of anyflow's needs none.
+        max_frames: Latent frames after which longer samples are cut; None cuts none. The VAE is causal, so
+            the first latent frames are those of the first frames of the video.
+    """
+
+    def __init__(
+        self,
+        address: str | Path,
+        max_text_tokens: int,
+        model: ModelSide | None = None,
+        max_frames: int | None = None,
+    ) -> None:
+        published = recognize(address) if model is not None else None
+        self.source: LatentSource = (
+            ShardedData(address) if published is None else PublishedData(published, model)
+        )
+        self.storage, self.max_text_tokens, self.max_frames = self.source.storage, max_text_tokens, max_frames
+        self._warned: set[int] = set()  # corrupt samples
+
+    @cached_property
+    def buckets(self) -> tuple[Bucket, ...]:
+        """Samples by latent shape after cutting, the largest shape first."""
+        found: dict[StoredShape, Sequence[int]] = {}
+        for shape, positions in self.source.positions_by_shape().items():
+            frames = shape[0] if self.max_frames is None else min(shape[0], self.max_frames)
+            cut = (frames, *shape[1:])
+            found[cut] = sorted([*found[cut], *positions]) if cut in found else positions
+        largest_first = sorted(found, key=lambda shape: (-math.prod(shape), shape))
+        return tuple(Bucket(shape, found[shape]) for shape in largest_first)
+
+    @property
+    def latent_shape(self) -> StoredShape:
+        """Shape (F, C, H, W) of the samples, the largest where there are several."""
+        return self.buckets[0].shape
+
+    @property
+    def text_dim(self) -> int:
+        """Width D of the text."""
+        return self.source.text_dim
+
+    def __len__(self) -> int:
+        """Number of samples."""
+        return sum(len(bucket.positions) for bucket in self.buckets)
+
+    @cached_property
+    def negative(self) -> Tensor:
+        """The negative prompt's embedding, padded with zeros, (L, D)."""
+        return self._padded(self.source.negative().float())
+
+    def sample(self, position: int) -> LatentSample:
+        """Read one sample, cut to ``max_frames``.
+
+        Raises:
+            CorruptSampleError: It cannot be read.
+            UsageError: It has another shape than the data set.
+        """
+        sample = self.source.read(position)
+        return replace(sample, latents=sample.latents[: self.max_frames])
 
     def batch(self, positions: Sequence[int]) -> Batch:
         """Load samples as one batch, text padded with zeros to ``max_text_tokens``."""
@@ -114,9 +216,11 @@ class LatentData:
         )
 
     def _usable(self, position: int) -> tuple[int, LatentSample]:
-        """Read a sample or, if it is corrupt, the next readable one; return its position too."""
-        for candidate in range(position, position + MAX_CONSECUTIVE + 1):
-            candidate %= len(self)
+        """Read a sample or, if it is corrupt, the next readable one of its shape; return its position too."""
+        places = ((bucket.positions, bisect_left(bucket.positions, position)) for bucket in self.buckets)
+        members, start = next((m, i) for m, i in places if i < len(m) and m[i] == position)
+        for place in range(start, start + MAX_CONSECUTIVE + 1):
+            candidate = members[place % len(members)]
             try:
                 return candidate, self.sample(candidate)
             except CorruptSampleError as error:
@@ -126,13 +230,6 @@ class LatentData:
         raise UsageError(
             f"More than {MAX_CONSECUTIVE} consecutive samples of {self.storage} cannot be read.", REPAIR
         )
-
-    def _index(self, shard: int) -> Index:
-        """The index of a shard, read on first use."""
-        if shard not in self._indices:
-            record = self.manifest.shards[shard]
-            self._indices[shard] = read_index(self.storage, record.name, record.samples, record.bytes)
-        return self._indices[shard]
 
     def _padded(self, text: Tensor) -> Tensor:
         """(L', D) -> (L, D). Wan attends to the zero padding, so its length is part of the model."""
@@ -153,7 +250,12 @@ def _noise_seed(sample: LatentSample) -> int | None:
 
 
 class Batches:
-    """Global batches by step; at most ``max_corrupt`` samples may be corrupt."""
+    """Global batches by step; at most ``max_corrupt`` samples may be corrupt.
+
+    A batch has one bucket. Buckets take turns in rounds of about one epoch: in round e, a bucket of n samples
+    has floor((e + 1) n / B) - floor(e n / B) batches, in an order that follows from (seed, e). So each bucket
+    has its share of the steps, and every epoch of a bucket visits each of its samples once.
+    """
 
     def __init__(self, data: LatentData, global_batch: int, seed: int, max_corrupt: int = 0) -> None:
         self.data = data
@@ -161,13 +263,39 @@ class Batches:
         self.seed = seed
         self.max_corrupt = max_corrupt
         self.corrupt: set[int] = set()  # positions counted so far, the same on all ranks
-        self._order = lru_cache(maxsize=2)(self._permutation)
+        self._order = lru_cache(maxsize=2 * len(data.buckets))(self._permutation)
+        self._round = lru_cache(maxsize=2)(self._turns)
 
     def positions(self, step: int) -> list[int]:
         """Positions of the samples of ``step`` (from 0), in global order."""
-        start = step * self.global_batch
-        drawn = [divmod(draw, len(self.data)) for draw in range(start, start + self.global_batch)]
-        return [int(self._order(epoch)[place]) for epoch, place in drawn]
+        bucket, batch = self.turn(step)
+        members, start = self.data.buckets[bucket].positions, batch * self.global_batch
+        drawn = [divmod(draw, len(members)) for draw in range(start, start + self.global_batch)]
+        return [members[int(self._order(bucket, epoch)[place])] for epoch, place in drawn]
+
+    def turn(self, step: int) -> tuple[int, int]:
+        """The bucket of a step, and the number of the bucket's batch."""
+        if len(self.data.buckets) == 1:
+            return 0, step
+        epoch = step * self.global_batch // sum(len(bucket.positions) for bucket in self.data.buckets)
+        while sum(self._batches_before(epoch)) > step:
+            epoch -= 1
+        while sum(self._batches_before(epoch + 1)) <= step:
+            epoch += 1
+        before = self._batches_before(epoch)
+        turns = self._round(epoch)[: step - sum(before) + 1]
+        return turns[-1], before[turns[-1]] + turns.count(turns[-1]) - 1
+
+    def _batches_before(self, epoch: int) -> list[int]:
+        """Batches of each bucket before a round."""
+        return [epoch * len(bucket.positions) // self.global_batch for bucket in self.data.buckets]
+
+    def _turns(self, epoch: int) -> list[int]:
+        """The bucket of each batch of a round."""
+        counts = zip(self._batches_before(epoch), self._batches_before(epoch + 1), strict=True)
+        turns = [bucket for bucket, (low, high) in enumerate(counts) for _ in range(high - low)]
+        order = torch.randperm(len(turns), generator=self._generator(len(self.data.buckets), epoch))
+        return [turns[int(place)] for place in order]
 
     def load(self, step: int, part: slice = slice(None)) -> Batch:
         """Load the batch of a step, or the part of one rank or micro-batch."""
@@ -207,7 +335,12 @@ class Batches:
         if len(self.corrupt) > before:
             log.info("%d of at most %d corrupt samples were replaced.", len(self.corrupt), self.max_corrupt)
 
-    def _permutation(self, epoch: int) -> Tensor:
-        # Seeding by a mix of both numbers keeps epoch 1 of seed 0 apart from epoch 0 of seed 1.
-        generator = torch.Generator().manual_seed(fold_seed(self.seed) * 1_000_003 + epoch)
-        return torch.randperm(len(self.data), generator=generator)
+    def _permutation(self, bucket: int, epoch: int) -> Tensor:
+        return torch.randperm(
+            len(self.data.buckets[bucket].positions), generator=self._generator(bucket, epoch)
+        )
+
+    def _generator(self, stream: int, epoch: int) -> torch.Generator:
+        # Seeding by a mix of the numbers keeps epoch 1 of seed 0 apart from epoch 0 of seed 1.
+        mixed = fold_seed(self.seed) * 1_000_003 + epoch
+        return torch.Generator().manual_seed(mixed if stream == 0 else fold_seed((mixed << 16) + stream))

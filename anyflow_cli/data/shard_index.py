@@ -17,7 +17,7 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -142,21 +142,29 @@ def index_members(path: Path) -> Members:
     Raises:
         UsageError: The archive is damaged or truncated.
     """
+    with path.open("rb") as file:
+        return archive_members(file, str(path), REPAIR)
+
+
+def archive_members(file: BinaryIO, name: str, hint: str) -> Members:
+    """Find each sample's members in an open archive; ``name`` and ``hint`` are for its errors."""
     members: Members = {}
     end = 0
     try:
-        with tarfile.open(path, "r:") as archive:
+        with tarfile.open(fileobj=file, mode="r:") as archive:
             for info in archive:
-                key, _, suffix = info.name.partition(".")
+                folder, slash, base = info.name.rpartition("/")
+                key, _, suffix = base.partition(".")
                 end = info.offset_data + -(-info.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
                 if info.isfile():
-                    members.setdefault(key, {})[suffix] = ByteSpan(info.offset_data, info.size)
-        with path.open("rb") as file:
-            file.seek(end)
-            # tarfile takes a broken header for the end; the true end is two blocks of zeros.
-            is_whole = file.read(2 * tarfile.BLOCKSIZE) == bytes(2 * tarfile.BLOCKSIZE)
+                    members.setdefault(folder + slash + key, {})[suffix] = ByteSpan(
+                        info.offset_data, info.size
+                    )
+        file.seek(end)
+        # tarfile takes a broken header for the end; the true end is two blocks of zeros.
+        is_whole = file.read(2 * tarfile.BLOCKSIZE) == bytes(2 * tarfile.BLOCKSIZE)
     except Exception as error:  # a parser of foreign bytes can raise anything
-        raise UsageError(f"The shard {path} is damaged: {error}.", REPAIR) from error
+        raise UsageError(f"The shard {name} is damaged: {error}.", hint) from error
     if not is_whole:
-        raise UsageError(f"The shard {path} is damaged or truncated after byte {end:,}.", REPAIR)
+        raise UsageError(f"The shard {name} is damaged or truncated after byte {end:,}.", hint)
     return members

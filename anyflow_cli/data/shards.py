@@ -289,7 +289,7 @@ def read_negative(address: str | Path, sha256: str | None = None) -> Tensor:
         text = safetensors.torch.load(content)["text"]
     except (FileNotFoundError, SafetensorError, KeyError) as error:
         raise UsageError(f"{path} is missing or damaged.", "Run `anyflow synthesize` again.") from error
-    problem = _tensor_problem(text, 2)
+    problem = tensor_problem(text, 2)
     if problem is not None:
         raise UsageError(f"{path} {problem}.", REWRITE)
     return text.float()
@@ -323,12 +323,12 @@ def read_sample(storage: Storage, shard: str, row: Any) -> LatentSample:
         raise CorruptSampleError(f"{name} is sample {index}.", REPAIR)
     if not isinstance(caption, str):
         raise CorruptSampleError(f"{name} has no caption.", REPAIR)
-    for problem in filter(None, (_tensor_problem(latents, 4), _tensor_problem(text, 2))):
+    for problem in filter(None, (tensor_problem(latents, 4), tensor_problem(text, 2))):
         raise CorruptSampleError(f"{name} {problem}.", REPAIR)
     return LatentSample(index, caption, latents, text, facts)
 
 
-def _tensor_problem(x: Tensor, rank: int) -> str | None:
+def tensor_problem(x: Tensor, rank: int) -> str | None:
     """What is wrong with a stored tensor, as the rest of a sentence."""
     if x.ndim != rank or 0 in x.shape:
         return f"has a tensor of shape {tuple(x.shape)}"

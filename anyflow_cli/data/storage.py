@@ -14,9 +14,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
@@ -28,6 +28,8 @@ from anyflow_cli.utils.records import MAX_BYTES
 RETRY_PAUSES = (0.5, 2.0, 8.0)  # seconds
 PARALLEL_REQUESTS = 16
 BLOCK_BYTES = 1 << 22
+SEEK_BYTES = 1 << 18
+MAX_DEPTH = 5  # of directories that are searched
 
 Result = TypeVar("Result")
 
@@ -87,6 +89,31 @@ class Storage:
         listed = {PurePosixPath(entry["name"]).name: entry.get("size") for entry in entries}
         with ThreadPoolExecutor(PARALLEL_REQUESTS) as pool:
             return list(pool.map(lambda name: listed.get(name) or self.size(name), names))
+
+    def below(self, name: str) -> tuple[Storage, str]:
+        """The directory of a file that ``find`` named, and the file's name in it."""
+        folder, _, file = name.rpartition("/")
+        if not folder:
+            return self, file
+        return replace(self, address=self.address_of(folder), root=f"{self.root}/{folder}"), file
+
+    def find(self) -> dict[str, int]:
+        """Bytes of all files by name, also in directories below; empty where nothing can be listed."""
+        try:
+            found = self.files.find(self.root, maxdepth=MAX_DEPTH, detail=True)
+        except Exception:  # each library has its own error for a server that does not list
+            return {}
+        start = len(self.root) + 1
+        names = {path[start:]: entry for path, entry in found.items() if entry["type"] == "file"}
+        return {name: int(names[name]["size"] or 0) for name in sorted(names)}
+
+    @contextmanager
+    def opened(self, name: str) -> Iterator[BinaryIO]:
+        """Open a file for random access; from another machine in blocks of ``SEEK_BYTES``."""
+        options = {} if self.is_local else {"block_size": SEEK_BYTES}
+        file = self._retry(name, lambda path: self.files.open(path, "rb", **options))
+        with file:
+            yield file
 
     def read(self, name: str, start: int = 0, length: int | None = None) -> bytes:
         """Read a file of at most ``MAX_BYTES``, or ``length`` bytes of any file, fewer at its end.

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from anyflow_cli.data.published import PublishedData, recognize
 from anyflow_cli.data.shard_index import Index, read_index, scan
 from anyflow_cli.data.shards import (
     MANIFEST,
@@ -52,18 +53,19 @@ class ShardFindings:
     types: Counter[str] = field(default_factory=Counter)
 
 
-def verify(
-    address: str | Path, on_shard: Callable[[ShardRecord], None] = lambda record: None
-) -> Verification:
-    """Check a data set against its manifest.
+def verify(address: str | Path, on_shard: Callable[[str], None] = lambda name: None) -> Verification:
+    """Check a data set against its manifest, or each sample of a published one.
 
     Args:
         address: A directory, or any address that fsspec reads.
-        on_shard: Called with the record of each checked shard, in order.
+        on_shard: Called with the name of each checked shard or file, in order.
 
     Raises:
-        UsageError: There is no manifest that can be read.
+        UsageError: There is no manifest that can be read, or a published file cannot be indexed.
     """
+    published = recognize(address)
+    if published is not None:
+        return _verify_published(PublishedData(published, None), on_shard)
     storage, manifest = Storage.at(address), parse_manifest(address)
     problems = [f"The manifest {problem}." for problem in manifest.problems()]
     problems += _provenance_problems(storage, manifest)
@@ -74,11 +76,38 @@ def verify(
         for record, findings in zip(manifest.shards, found, strict=True):
             problems += findings.problems
             types += findings.types
-            on_shard(record)
+            on_shard(record.name)
+    problems += _type_problems(types)
+    return Verification(len(manifest.shards), manifest.count, tuple(problems))
+
+
+def _type_problems(types: Counter[str]) -> Iterator[str]:
     if len(types) > 1:
         named = ", ".join(f"{count} as {kind}" for kind, count in types.most_common())
-        problems.append(f"The samples have several number types: {named}.")
-    return Verification(len(manifest.shards), manifest.count, tuple(problems))
+        yield f"The samples have several number types: {named}."
+
+
+def number_of_files(address: str | Path) -> int:
+    """Number of shards, or files, that ``verify`` will check."""
+    published = recognize(address)
+    return len(parse_manifest(address).shards) if published is None else len(published.sizes)
+
+
+def _verify_published(data: PublishedData, on_shard: Callable[[str], None]) -> Verification:
+    """Read every sample: its tensors need a shape, a number type and finite values, and it a caption."""
+    problems: list[str] = []
+    types: Counter[str] = Counter()
+    for name, positions in data.positions_by_file().items():
+        for position in positions:
+            try:
+                sample = data.read(position)
+            except CorruptSampleError as error:
+                problems.append(error.message)
+            else:
+                types[f"{sample.latents.dtype}".removeprefix("torch.")] += 1
+        on_shard(name)
+    problems += _type_problems(types)
+    return Verification(len(data.names), len(data), tuple(problems))
 
 
 def _provenance_problems(storage: Storage, manifest: Manifest) -> Iterator[str]:

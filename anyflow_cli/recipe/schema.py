@@ -214,6 +214,10 @@ class DataSection(Section):
         description="Data set of latents: a directory, or any address that fsspec reads (s3://, hf://, ...);"
         " null: the one that `synthesize` makes.",
     )
+    truncate: bool = Field(
+        False,
+        description="Cut clips of more than model.frames to their first frames, instead of refusing them.",
+    )
     workers: Annotated[int, Field(ge=0, le=256)] = Field(
         0, description="Threads per process that read batches ahead."
     )

@@ -22,6 +22,7 @@ from typing import Any, Literal, NamedTuple
 from pydantic import BaseModel
 
 from anyflow_cli import __version__
+from anyflow_cli.data.published import recognize
 from anyflow_cli.data.shards import MANIFEST
 from anyflow_cli.data.storage import Storage
 from anyflow_cli.errors import UsageError
@@ -36,12 +37,12 @@ from anyflow_cli.runs.paths import ADAPTER_FOLDER, LINEAGE, MODEL, RECIPE
 from anyflow_cli.utils.files import atomic_write, write_json
 from anyflow_cli.utils.records import read_record
 
-MAY_CHANGE = (
+MAY_CHANGE = {
     "steps", "micro_batch", "checkpoint_every", "keep_checkpoints", "log_every", "preview_every",
     "preview_prompts", "tensorboard", "trackers", "gradient_checkpointing",
     "checkpoint_every_n_blocks", "compile", "recompute_rollout", "pretrained_any_step",
-    "fps", "precision",
-)  # fmt: skip
+    "fps", "precision", "data.prompts", "data.world", "data.path", "data.workers", "data.max_corrupt",
+}  # fmt: skip
 # section -> key of a new run that starts from the weights of a run
 START_KEYS = {
     "train_flowmap": "model.teacher",
@@ -163,8 +164,8 @@ def check_run(recipe: Recipe, inputs: RunInputs) -> None:
     then, now = flat(recorded), flat(recipe)
     differing = [
         f"{key} ({then.get(key)} there, {now.get(key)} now)"
-        for key in differing_keys(recorded, recipe, ("model", inputs.section))
-        if key.rpartition(".")[2] not in MAY_CHANGE and ".alarms." not in key
+        for key in differing_keys(recorded, recipe, ("model", "data", inputs.section))
+        if MAY_CHANGE.isdisjoint((key, key.rpartition(".")[2])) and ".alarms." not in key
     ]
     if differing:
         key = START_KEYS[inputs.section]
@@ -212,8 +213,10 @@ def package_versions() -> dict[str, str]:
 
 
 def fingerprints(inputs: RunInputs) -> dict[str, Fingerprint]:
-    """Path and hash of the data set's manifest and of each parent."""
-    found = {"data": Fingerprint(path=str(inputs.data), sha256=Storage.at(inputs.data).sha256(MANIFEST))}
+    """Path and hash of the data set, by its manifest or its files' names and sizes, and of each parent."""
+    published = recognize(inputs.data)
+    sha256 = Storage.at(inputs.data).sha256(MANIFEST) if published is None else published.sha256
+    found = {"data": Fingerprint(path=str(inputs.data), sha256=sha256)}
     for name, path in inputs.parents.items():
         found[name] = Fingerprint(path=str(path), sha256=model_fingerprint(path))
     return found

@@ -7,6 +7,7 @@ from pathlib import Path
 
 # in the directory of a training run: its finished pipeline folder and adapter, recipe and record of inputs
 MODEL, ADAPTER_FOLDER, RECIPE, LINEAGE = "model", "adapter", "recipe.yaml", "lineage.json"
+CACHE = "cache"  # beside the runs: indices of published data sets, and the embeddings they lack
 STAGE_1 = {"flow-map": "train-flowmap", "flow-matching": "teacher", "consistency-ode": "consistency-ode"}
 STAGE_2 = {"flow-map": "distill", "consistency": "distill-consistency"}
 

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from anyflow_cli.data.clips import VIDEO_SUFFIXES
+from anyflow_cli.data.published import recognize
 from anyflow_cli.data.shards import MANIFEST, PROVENANCE, read_manifest
 from anyflow_cli.data.video import require_ffmpeg
 from anyflow_cli.errors import AnyflowError, UsageError
@@ -169,7 +171,7 @@ def _finetune(recipe: Recipe, paths: RunPaths, given: Given) -> list[Resource]:
     start = [_whole(one) for one in _any_step(recipe, paths, Given(recipe.finetune.init_from))]
     start += _attention(recipe, trains=True)
     data = given.data
-    if data is not None and ((data / MANIFEST).exists() or (data / PROVENANCE).exists()):
+    if data is not None and _has_latents(data):
         return [*start, _latents(str(data), recipe)]
     if data is not None:
         videos = _videos(data)
@@ -180,6 +182,14 @@ def _finetune(recipe: Recipe, paths: RunPaths, given: Given) -> list[Resource]:
         videos = Resource("videos", "--data", "missing", how, "finetune needs videos.")
     encoders = _model("teacher", recipe.model.teacher)
     return [*_broken_ffmpeg(), *start, videos, encoders]
+
+
+def _has_latents(data: Path) -> bool:
+    """Whether a directory is a data set of latents, complete or not, and not one of videos."""
+    is_own = (data / MANIFEST).exists() or (data / PROVENANCE).exists()
+    if is_own or not data.is_dir() or recognize(data) is None:
+        return is_own
+    return not any(file.suffix.lower() in VIDEO_SUFFIXES for file in data.rglob("*"))
 
 
 def _sample(recipe: Recipe, paths: RunPaths, given: Given) -> list[Resource]:
@@ -280,6 +290,12 @@ def _latents(address: str, recipe: Recipe) -> Resource:
     """A data set of latents."""
     if "://" in address:
         return Resource("data set", address, "ready", "read over the network while training")
+    try:
+        published = recognize(address)
+    except AnyflowError as error:
+        return _unusable("data set", address, error)
+    if published is not None:
+        return Resource("data set", address, "ready", f"{published}, read where it is")
     if not (Path(address) / MANIFEST).is_file():
         begun = " to complete it" if (Path(address) / PROVENANCE).exists() else ""
         return Resource("data set", address, "missing", f"run `anyflow synthesize -r {recipe.name}`{begun}")

@@ -15,13 +15,13 @@ import torch
 from anyflow_cli.data.dataset import Batches, LatentData
 from anyflow_cli.errors import UsageError
 from anyflow_cli.model.backbone import Backbone, BackboneSources, Role
-from anyflow_cli.model.causal import check_partition
 from anyflow_cli.model.network import FlowMapTransformer
 from anyflow_cli.model.parallelize import apply_attention, parallelize
 from anyflow_cli.model.pipeline_io import save_adapter, save_pipeline
 from anyflow_cli.model.precision import Precision, resolve_precision
 from anyflow_cli.recipe import schema
 from anyflow_cli.runs.checkpoint import is_checkpoint, trained_weights
+from anyflow_cli.runs.latents import open_latents
 from anyflow_cli.runs.lineage import RunInputs, RunLineage, begin_run
 from anyflow_cli.runs.open import last_checkpoint, merged_student, open_model
 from anyflow_cli.train.objectives import objective_of
@@ -78,9 +78,12 @@ def prepare_training(
 ) -> PreparedTraining:
     """Begin or continue a run: create its directory, load networks and data, build the trainer."""
     stage, settings = STAGES[inputs.section], training_section(recipe, inputs.section)
-    accelerator, lineage, precision = _begin(recipe, inputs)
-    dataset = TrainingPart if inputs.section == "finetune" else LatentData
-    data = dataset(inputs.data, recipe.model.max_text_tokens)
+    accelerator = make_accelerator(recipe.launch, causal=recipe.model.causal is not None)
+    kind = TrainingPart if inputs.section == "finetune" else LatentData
+    with accelerator.main_process_first():
+        data = open_latents(recipe, inputs.data, inputs.base, inputs.directory, kind)
+    _check_shape(recipe.model, data)  # before there is a run that another size would not fit
+    lineage, precision = _begin(recipe, inputs, accelerator)
     # FSDP2 moves its shards itself
     place = "cpu" if recipe.launch.sharding != "none" else accelerator.device
     backbone = load_backbone(recipe, inputs, precision, place)
@@ -108,11 +111,10 @@ def prepare_training(
     return PreparedTraining(recipe, inputs, trainer, lineage)
 
 
-def _begin(recipe: schema.Recipe, inputs: RunInputs) -> tuple[Any, RunLineage, Precision]:
+def _begin(recipe: schema.Recipe, inputs: RunInputs, accelerator: Any) -> tuple[RunLineage, Precision]:
     """Create the run's directory, on the main process first. A run keeps the precision it began with."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     precision = resolve_precision(recipe.model.precision, device)
-    accelerator = make_accelerator(recipe.launch, causal=recipe.model.causal is not None)
     with accelerator.main_process_first():
         lineage = begin_run(recipe, inputs, precision, accelerator.num_processes)
     if recipe.model.precision == "auto" and lineage.precision != precision:
@@ -120,7 +122,7 @@ def _begin(recipe: schema.Recipe, inputs: RunInputs) -> tuple[Any, RunLineage, P
             f"This run began in {lineage.precision}, and `auto` means {precision} on this machine.",
             f"Choose with --set model.precision={lineage.precision}.",
         )
-    return accelerator, lineage, precision
+    return lineage, precision
 
 
 def load_backbone(
@@ -177,22 +179,28 @@ def _check_any_step(network: FlowMapTransformer, path: Path, recipe: schema.Reci
 
 
 def _check_shape(model: schema.ModelSection, data: LatentData) -> None:
+    """Refuse latents of another size than the recipe's, with the settings that fit."""
     frames, _, height, width = data.latent_shape
     wanted = (schema.latent_frames(model.frames), model.height // VAE_SCALE, model.width // VAE_SCALE)
-    if (frames, height, width) != wanted:
-        raise UsageError(
-            f"{data.storage} has latents of {frames} frames of {height}x{width}; the recipe's {model.frames} "
-            f"frames of {model.height}x{model.width} have {wanted[0]} of {wanted[1]}x{wanted[2]}.",
-            "Set model.frames, model.height and model.width to what the data set was made with.",
-            everywhere=True,
-        )
+    if (frames, height, width) == wanted:
+        return
+    sizes = {"frames": 4 * frames - 3, "height": height * VAE_SCALE, "width": width * VAE_SCALE}
+    fitting = ", ".join(f"model.{key}={size}" for key, size in sizes.items())
+    if model.causal is not None:
+        size = max(model.causal.partition)
+        chunks = [*[frames % size] * (frames % size > 0), *[size] * (frames // size)]
+        fitting += f", model.causal.partition=[{','.join(map(str, chunks))}]"
+    cut = "; or cut the clips to the recipe's frames with data.truncate=true" if frames > wanted[0] else ""
+    raise UsageError(
+        f"{data.storage} has latents of {frames} frames of {height}x{width}; the recipe's {model.frames} "
+        f"frames of {model.height}x{model.width} have {wanted[0]} of {wanted[1]}x{wanted[2]}.",
+        f"Set {fitting}{cut}.",
+        everywhere=True,
+    )
 
 
 def _check_data(recipe: schema.Recipe, backbone: Backbone, data: LatentData) -> None:
     """Refuse data of another model than those of the roles, before the first step."""
-    if recipe.model.causal is not None:
-        check_partition(recipe.model.causal.partition, data.latent_shape[0])
-    _check_shape(recipe.model, data)
     networks: dict[str, tuple[Role, str]] = {
         "model": ("student", "Encode a data set with this recipe's teacher: `anyflow synthesize`.")
     }

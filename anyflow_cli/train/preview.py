@@ -57,7 +57,7 @@ def make_preview(
         model: Shift and precision.
         writes: Whether this process writes. All processes have to sample a sharded network.
     """
-    batch = data.batch(range(min(settings.captions, len(data))))
+    batch = data.batch(data.buckets[0].positions[: settings.captions])
     condition, seeds = batch.condition, range(len(batch.captions))
 
     @torch.no_grad()

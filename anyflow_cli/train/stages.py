@@ -13,6 +13,7 @@ from typing import NamedTuple, cast
 
 from torch import Tensor
 
+from anyflow_cli.data.published import recognize
 from anyflow_cli.data.shards import read_manifest
 from anyflow_cli.errors import UsageError
 from anyflow_cli.model.lora import LoraSize
@@ -135,7 +136,8 @@ STAGES = {
 
 def _data_set(found: Mapping[str, str]) -> str | Path:
     address = found["data set"]
-    read_manifest(address)
+    if recognize(address) is None:
+        read_manifest(address)
     return address if "://" in address else Path(address)
 
 

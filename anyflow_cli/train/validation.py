@@ -1,20 +1,19 @@
 """Clips held out of fine-tuning, and the flow-map error of a model on them.
 
-Held out is the last tenth of a data set, at most 64 clips. A data set of fewer than ten clips holds out none;
-the error is then that of clips trained on. Times and noise are fixed, so the errors before and after
-fine-tuning differ by the model alone.
+Held out is the last tenth of the clips of each latent shape, at most 64. A data set of fewer than ten clips
+holds out none; the error is then that of clips trained on. Times and noise are fixed, so the errors before
+and after fine-tuning differ by the model alone.
 
 Legend: B clips, F latent frames, C channels, H W latent height and width.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from anyflow_cli.data.dataset import LatentData
+from anyflow_cli.data.dataset import Bucket, LatentData
 from anyflow_cli.model.backbone import Backbone
 from anyflow_cli.model.network import FlowMapTransformer
 from anyflow_cli.model.precision import autocast, resolve_precision
@@ -30,9 +29,13 @@ SEED = 2**40
 class TrainingPart(LatentData):
     """A data set without the clips that are held out."""
 
-    def __len__(self) -> int:
-        """Number of clips to train on."""
-        return self.manifest.count - held_out(self.manifest.count)
+    @property
+    def buckets(self) -> tuple[Bucket, ...]:
+        """The clips to train on, by latent shape."""
+        return tuple(
+            Bucket(shape, positions[: len(positions) - held_out(len(positions))])
+            for shape, positions in super().buckets
+        )
 
 
 def held_out(count: int) -> int:
@@ -49,11 +52,12 @@ class FlowMapError(NamedTuple):
 
 
 @torch.no_grad()
-def flow_map_error(network: FlowMapTransformer, recipe: Recipe, data: Path) -> FlowMapError:
-    """Measure the error of a model on the clips held out of ``data``."""
-    clips = LatentData(data, recipe.model.max_text_tokens)
-    unseen = held_out(len(clips))
-    positions = range(len(clips) - unseen if unseen else 0, len(clips))
+def flow_map_error(network: FlowMapTransformer, recipe: Recipe, clips: LatentData) -> FlowMapError:
+    """Measure the error of a model on the clips held out of a data set."""
+    unseen = [
+        position for _, bucket in clips.buckets for position in bucket[len(bucket) - held_out(len(bucket)) :]
+    ]
+    positions = unseen or range(len(clips))
     settings = recipe.finetune.flow_map.model_copy(update={"adaptive": False, "text_dropout": 0.0})
     windows = windows_for(recipe.model.causal, settings)
     term = FlowMapTerm(Backbone(network, ("student",)), clips.negative, settings, recipe.model.shift, windows)
@@ -64,4 +68,4 @@ def flow_map_error(network: FlowMapTransformer, recipe: Recipe, data: Path) -> F
             for step in range(DRAWS):
                 _, report = term(batch, StepRng(SEED, step, len(positions), (place,)))
                 total += report["boundary"] + report["non_boundary"]
-    return FlowMapError(float(total[0] / total[1]), len(positions), unseen > 0)
+    return FlowMapError(float(total[0] / total[1]), len(positions), bool(unseen))

@@ -84,7 +84,7 @@ def test_data_of_another_length_are_refused(chain: Chain, tmp_path: Path, capsys
     command = chain.command("train-flowmap", "--set", f"data.path={data}")
     command[command.index("--runs") + 1] = str(tmp_path)
     assert main(command) == 2
-    assert "do not make up a video of 5" in capsys.readouterr().err
+    assert "latents of 5 frames of 4x4" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from anyflow_cli.cli.app import main
+from anyflow_cli.data.dataset import LatentData
 from tests.train.stage import make_data
 
 
@@ -106,9 +107,9 @@ def test_captions_tell_their_world(recipe: Path, shifted: Path) -> None:
 
     large = load_settings(str(recipe), LARGE)
     small = load_settings(str(recipe))
-    assert _world_of(large, shifted) == "shapes-shifted"
-    assert _world_of(small, shifted) is None  # the suite cannot score clips of this size
-    assert _world_of(large, recipe.parent / "data") is None  # captions of no world
+    assert _world_of(large, LatentData(shifted, 8)) == "shapes-shifted"
+    assert _world_of(small, LatentData(shifted, 8)) is None  # the suite cannot score clips of this size
+    assert _world_of(large, LatentData(recipe.parent / "data", 8)) is None  # captions of no world
 
 
 @pytest.mark.slow

@@ -238,7 +238,7 @@ def test_a_tenth_is_held_out(tmp_path: Path) -> None:
 def test_the_error_on_held_out_clips_is_fixed_and_says_what_it_is_of(chain: Chain) -> None:
     recipe, data = chain.recipe, Path(chain.recipe.data.path or "")
     network = load_network(chain.first.model)
-    first, second = (flow_map_error(network, recipe, data) for _ in range(2))
+    first, second = (flow_map_error(network, recipe, LatentData(data, 8)) for _ in range(2))
     assert first == second
     assert (first.clips, first.unseen) == (1, True)
     assert first.error > 0

@@ -1,0 +1,61 @@
+"""Latents of a run: data sets of anyflow's, and published ones with what the run's model supplies to them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from anyflow_cli.data.dataset import LatentData
+from anyflow_cli.data.published import ModelSide, PublishedData
+from anyflow_cli.model.encoders import TextEncoder, VaeConfig
+from anyflow_cli.model.layouts.components import STATISTICS_21, component_config
+from anyflow_cli.model.pipeline_io import component
+from anyflow_cli.recipe.schema import Recipe, latent_frames
+from anyflow_cli.runs.paths import CACHE
+from anyflow_cli.utils.distributed import default_device
+
+Kind = TypeVar("Kind", bound=LatentData)
+
+
+def open_latents(recipe: Recipe, address: str | Path, pipeline: Path, run: Path, kind: type[Kind]) -> Kind:
+    """Open the data set that a run trains on.
+
+    The first process to open a published one indexes it and embeds what it lacks; the others read that.
+
+    Args:
+        recipe: Text length, negative prompt, and whether longer clips are cut.
+        address: The data set.
+        pipeline: Folder with the VAE and the text encoder.
+        run: Directory of the run; what is cached is beside it.
+        kind: Which samples: all, or those that are not held out.
+    """
+    model = recipe.model
+    frames = latent_frames(model.frames) if recipe.data.truncate else None
+    supplied = model_side(recipe, pipeline, run.parent / CACHE)
+    data = kind(address, model.max_text_tokens, supplied, frames)
+    if isinstance(data.source, PublishedData):
+        data.source.prepare()
+    return data
+
+
+def model_side(recipe: Recipe, pipeline: Path, cache: Path) -> ModelSide:
+    """What a pipeline supplies to a published data set; the text encoder is loaded when it is needed."""
+    limit = recipe.model.max_text_tokens
+
+    def embed(captions: Sequence[str]) -> list[Tensor]:
+        device = default_device()
+        encoder = TextEncoder.load(
+            pipeline, torch.bfloat16 if device.type == "cuda" else torch.float32, device
+        )
+        padded, lengths = encoder.encode(captions, limit).cpu(), encoder.tokens(captions)
+        return [text[: min(length, limit)].clone() for text, length in zip(padded, lengths, strict=True)]
+
+    config = VaeConfig.model_validate(component_config(component(pipeline, "vae")))
+    mean = config.latents_mean or STATISTICS_21["latents_mean"]
+    std = config.latents_std or STATISTICS_21["latents_std"]
+    encoder = f"{component(pipeline, 'text_encoder').resolve()}, {limit} tokens"
+    return ModelSide(cache, mean, std, embed, encoder, recipe.model.negative_prompt)
