@@ -24,7 +24,7 @@ from anyflow_cli.model.pipeline_io import pipeline_files, resolve_pipeline
 from anyflow_cli.model.precision import resolve_precision
 from anyflow_cli.recipe.schema import Recipe, guidance_record
 from anyflow_cli.synthesize.content_hashes import ContentHashes
-from anyflow_cli.utils.distributed import default_device, rank, world_size
+from anyflow_cli.utils.distributed import default_device, is_main_process, rank, world_size
 from anyflow_cli.utils.files import json_sha256
 from anyflow_cli.utils.hub import is_hub_name
 from anyflow_cli.utils.records import read_record
@@ -111,7 +111,7 @@ def prepare_synthesis(
         _check_directory(out, provenance, choose_another)
         hashes = ContentHashes(out)
         provenance |= _contents(address, clips, videos, hashes)
-        if is_begun and not dry_run:
+        if is_begun and not dry_run and is_main_process():  # one writer; the others may be clearing up
             hashes.save()
     _check_directory(out, provenance, choose_another)
     return SynthesisJob(recipe, out, captions, clips, provenance)
