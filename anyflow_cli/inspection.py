@@ -33,6 +33,7 @@ from anyflow_cli.model.pipeline_io import (
 from anyflow_cli.model.weights_io import TensorInfo
 from anyflow_cli.runs.checkpoint import is_checkpoint
 from anyflow_cli.runs.open import describe_checkpoint, locate
+from anyflow_cli.sample.presets import presets_of
 from anyflow_cli.utils.hub import cached_snapshot, is_hub_name
 
 Facts = dict[str, Any]
@@ -138,7 +139,9 @@ def _transformer(path: Path) -> Facts:
     if has_components(path):
         facts |= {"shift": read_shift(path)} | {name: _place(path, name) for name in FROZEN}
     problems = check_folder(path) if path.is_dir() or not path.exists() else []
-    return facts | {"missing": _missing(path), "problems": problems, "notes": _notes(transformer)}
+    presets = [preset.name for preset in presets_of(str(path))]
+    facts |= {"missing": _missing(path), "problems": problems, "sampler_presets": presets}
+    return facts | {"notes": _notes(transformer)}
 
 
 def _sizes(config: NetworkConfig) -> Facts:
@@ -194,8 +197,11 @@ def _notes(transformer: TransformerFiles) -> list[str]:
     """What a user should know before using the model as the network that its weights fit."""
     notes = []
     files, config = transformer.tensors.files, transformer.config
-    if files.wrapper in ("generator", "generator_ema"):
-        notes.append("few-step causal students of this kind are run bidirectionally here")
+    if files.wrapper in ("generator", "generator_ema") and not presets_of(str(transformer.path)):
+        notes.append(
+            "a student in few steps, of a system that its name does not tell: choose one of "
+            "`anyflow sample --list-presets`"
+        )
     if config.causal is not None and not config.causal.is_stated:
         notes.append("chunk_partition is not stated; the default of the class is used")
     if (

@@ -35,6 +35,7 @@ def evaluate(
     suite: options.SuiteOption = None,
     task: options.TaskOption = None,
     sampler: options.SamplerOption = None,
+    sampler_preset: options.PresetOption = None,
     prompts: options.PromptsOption = None,
     limit: options.LimitOption = None,
     compare: options.CompareOption = None,
@@ -64,13 +65,17 @@ def evaluate(
         "--seed": ("evaluate.seed", seed),
         "--nproc": ("launch.processes", processes),
     }
-    settings = options.load_settings(recipe or options.recipe_of_model(model), assignments, overrides)
+    preset = options.read_preset(sampler_preset, nfe, {"--sampler": sampler})
+    named = recipe or options.recipe_of_model(model)
+    settings = options.load_settings(named, assignments, overrides, preset)
     model = options.with_lora_files(model, lora)
     if compare is not None:
         refused = {"--model": model, "--fail-below": fail_below, "--videos": videos, "--export": export}
-        _refuse_beside("--compare", refused | {"--prune": prune or None})
+        refused |= {"--prune": prune or None, "--sampler-preset": sampler_preset}
+        _refuse_beside("--compare", refused)
     if videos is not None:
         refused = {"--model": model, "--sampler": sampler, "--nfe": nfe, "--nproc": processes}
+        refused |= {"--sampler-preset": sampler_preset}
         _refuse_beside("--videos", refused)
     if export is not None and settings.evaluate.suite == "shapes":
         raise UsageError("--export is for the VBench suites.", "Add --suite vbench, or omit --export.")
@@ -79,7 +84,7 @@ def evaluate(
     from anyflow_cli.runs.resources import is_ready, require_inputs
 
     paths = RunPaths(runs, settings.name)
-    request = EvaluationRequest(settings, paths, model, videos, prompts, limit, out)
+    request = EvaluationRequest(settings, paths, model, videos, prompts, limit, out, preset)
     size = request.check()
     if compare is not None:
         return _compare(request, size, compare, dry_run=dry_run, as_json=as_json)

@@ -34,6 +34,7 @@ from anyflow_cli.utils.user_text import escaped, path_problem, shortened
 
 if TYPE_CHECKING:
     from anyflow_cli.recipe.schema import Recipe
+    from anyflow_cli.sample.presets import SamplerPreset
 
 log = logging.getLogger(__name__)
 
@@ -216,6 +217,16 @@ SamplerOption = Annotated[
     _option(
         "Sampler, instead of the model's own; consistency for students of rCM or Self-Forcing.", "--sampler"
     ),
+]
+PresetOption = Annotated[
+    str | None,
+    _option(
+        "Sample a published few-step or causal model as its own code does: steps, chunks, cache, size; "
+        "`anyflow sample --list-presets` lists them.", "--sampler-preset", metavar="NAME",
+    ),
+]  # fmt: skip
+ListPresetsOption = Annotated[
+    bool, _option("List the values of --sampler-preset and what each does.", "--list-presets")
 ]
 
 # --- synthesize
@@ -441,20 +452,46 @@ def load_settings(
     recipe: str,
     assignments: Iterable[str] | None = None,
     options: Mapping[str, tuple[str, Any]] | None = None,
+    preset: SamplerPreset | None = None,
 ) -> Recipe:
     """Load a recipe with the overrides of the command line.
 
     Args:
         recipe: The value of ``--recipe``.
-        assignments: The values of ``--set``.
+        assignments: The values of ``--set``; they win over the preset's.
         options: Other options that set a key, as ``{"--nfe": ("sample.nfe", (1, 4))}``; None leaves the
             recipe's value. They win over ``--set``, and a bad value is reported under the option's name.
+        preset: The value of ``--sampler-preset``.
     """
     from anyflow_cli.recipe.load import Override, load_recipe
 
     named = ((option, key, value) for option, (key, value) in (options or {}).items() if value is not None)
     overrides = [Override(key, value, option) for option, key, value in named]
-    return load_recipe(recipe, [*(assignments or ()), *overrides])
+    return load_recipe(recipe, [*(preset.overrides if preset else ()), *(assignments or ()), *overrides])
+
+
+def read_preset(name: str | None, steps: object, others: Mapping[str, object]) -> SamplerPreset | None:
+    """Read ``--sampler-preset``; refuse what it already says.
+
+    Args:
+        name: Its value.
+        steps: The value of an option that says how many steps to take.
+        others: Options that cannot be combined with it.
+    """
+    if name is None:
+        return None
+
+    from anyflow_cli.sample.presets import preset_of
+
+    preset = preset_of(name)
+    if preset is not None and preset.steps is not None:
+        others = {**others, "a number of steps": steps}
+    for option, value in others.items():
+        if value is not None:
+            raise UsageError(
+                f"--sampler-preset {name} says how to sample, and so does {option}.", "Omit one of the two."
+            )
+    return preset
 
 
 def recipe_of_model(model: str | None) -> str:

@@ -43,6 +43,8 @@ def sample(
     model: options.ModelOption = None,
     lora: options.LoraOption = None,
     sampler: options.SamplerOption = None,
+    sampler_preset: options.PresetOption = None,
+    list_presets: options.ListPresetsOption = False,
     image: options.ImageOption = None,
     video: options.VideoOption = None,
     video_frames: options.VideoFramesOption = None,
@@ -61,15 +63,20 @@ def sample(
 
     Without --model, the furthest model trained with the recipe is used, else the one that ships.
     """
+    if list_presets:
+        return _print_presets(as_json=as_json)
     refuse_together(
         {"--nfe": nfe, "--preview": preview or None, "--latency-budget": latency_budget},
         "how many steps to take",
     )
+    said = {"--sampler": sampler, "--teacher": teacher or None, "--latency-budget": latency_budget}
+    preset = options.read_preset(sampler_preset, nfe or preview or None, said)
     if refine is None:
         overrides = {"--frames": ("sample.frames", frames), "--seed": ("sample.seed", seed)}
         named = recipe or options.recipe_of_model(model)
-        settings = with_sampled_length(options.load_settings(named, assignments, overrides))
-        default = (settings.sample.teacher_steps,) if teacher else settings.sample.nfe
+        settings = with_sampled_length(options.load_settings(named, assignments, overrides, preset))
+        as_teacher = teacher or (preset is not None and preset.steps is None)
+        default = (settings.sample.teacher_steps,) if as_teacher else settings.sample.nfe
         last_seed = settings.sample.seed + count - 1
         if last_seed >= 1 << 63:
             raise UsageError(
@@ -83,13 +90,14 @@ def sample(
             read_prompt_switches(then, settings.model.frames),
             read_conditioning_frames(settings, image, video, video_frames),
             options.with_lora_files(model, lora),
-            sampler,
+            method=sampler,
+            preset=preset,
         )
     else:
         recorded = {
             "--prompt": prompt, "--prompts": prompts, "--preview": preview or None, "--frames": frames,
             "--count": None if count == 1 else count, "--teacher": teacher or None, "--model": model,
-            "--lora": lora,
+            "--lora": lora, "--sampler-preset": sampler_preset,
             "--sampler": sampler, "--image": image, "--video": video, "--video-frames": video_frames,
             "--then": then, "--seed": seed,
         }  # fmt: skip
@@ -116,8 +124,9 @@ def _sample(
 ) -> Path | None:
     """Sample and write the files; return their directory, None if there is none."""
     from anyflow_cli.runs.paths import RunPaths
-    from anyflow_cli.runs.resources import Given, find_model, inputs, require_inputs
+    from anyflow_cli.runs.resources import Given, find_model, inputs, is_ready, require_inputs
     from anyflow_cli.sample.output import SampleRequest, check_directory, make_directory, write_samples
+    from anyflow_cli.sample.presets import check_model
 
     settings = chosen.recipe
     paths = RunPaths(runs, settings.name)
@@ -130,6 +139,10 @@ def _sample(
     )  # fmt: skip
     named = settings.model.teacher if teacher else chosen.model
     needs = inputs(settings, paths, "sample", Given(named, prompts=bool(chosen.prompts)))
+    if chosen.preset is not None:
+        chosen.preset.check_frames(shape.frames)
+        if is_ready(needs):
+            check_model(chosen.preset, choice.address, settings)
     steps = tuple(dict.fromkeys(chosen.steps)) if budget is None else (1,)
     request = SampleRequest(chosen.prompts, chosen.seeds, steps, chosen.frames)
     total = len(request.pairs) * len(request.nfe)
@@ -141,6 +154,7 @@ def _sample(
         shown = request.nfe if budget is None else f"as many as fit into {budget:g} s"
         facts = {"model": choice.address, "because": choice.why, "prompts": len(chosen.prompts), "nfe": shown}
         facts |= {"seeds": list(request.seeds), "videos": total, "out": out or paths.samples}
+        facts |= {"sampling": chosen.preset.in_words} if chosen.preset else {}
         print_dry_run("sample", facts, needs, as_json=as_json)
         return None
     require_inputs(needs)
@@ -149,7 +163,9 @@ def _sample(
     from anyflow_cli.sample.sampler import VideoSampler
     from anyflow_cli.sample.streaming import stream_to_stdout
 
-    opened = VideoSampler.load(choice.address, settings, teacher=teacher, method=chosen.method)
+    opened = VideoSampler.load(
+        choice.address, settings, teacher=teacher, method=chosen.method, preset=chosen.preset
+    )
     if chosen.previous is not None:
         chosen.previous.check_model(opened)
     opened.condition_on(chosen.frames and chosen.frames.pixels, chosen.switches)
@@ -167,6 +183,14 @@ def _sample(
     lines = f"{folder / record['sheet']}\n" + "\n".join(str(folder / s["file"]) for s in record["samples"])
     print_result({"out": folder, **record}, as_json=as_json, text=lines)
     return folder
+
+
+def _print_presets(*, as_json: bool) -> None:
+    from anyflow_cli.sample.presets import preset_table
+
+    rows = preset_table()
+    lines = (f"{row['system']}\n  {row['sampling']}\n  {row['weights']}" for row in rows)
+    print_result({"presets": rows}, as_json=as_json, text="\n".join(lines))
 
 
 def with_sampled_length(recipe: Recipe) -> Recipe:

@@ -18,6 +18,7 @@ from anyflow_cli.utils.user_text import shortened
 if TYPE_CHECKING:
     from anyflow_cli.recipe.schema import Recipe
     from anyflow_cli.sample.output import ConditioningFrames
+    from anyflow_cli.sample.presets import SamplerPreset
     from anyflow_cli.sample.refine import PreviousSamples
     from anyflow_cli.sample.sampler import Method, PromptSwitch, Steps
 
@@ -40,6 +41,7 @@ class SampleOptions:
     frames: ConditioningFrames | None
     model: str | None
     method: Method | None
+    preset: SamplerPreset | None = None
     previous: PreviousSamples | None = None
 
 
@@ -47,6 +49,7 @@ def options_of_refine(
     path: Path, settings: Recipe, others: Mapping[str, object], steps: tuple[Steps, ...] | None
 ) -> SampleOptions:
     """Read what ``--refine`` repeats; refuse ``others``, the options whose values are in its record."""
+    from anyflow_cli.sample.presets import preset_of
     from anyflow_cli.sample.refine import REFINED_STEPS, read_previous_samples
 
     for option, value in others.items():
@@ -61,10 +64,16 @@ def options_of_refine(
         image, video = (Path(given.file) if given.kind == kind else None for kind in ("image", "video"))
         frames = read_conditioning_frames(recipe, image, video, given.frames if video else None)
     previous.check_frames(frames)
+    preset = preset_of(previous.record.preset)
+    if preset is not None and preset.steps is not None:
+        raise UsageError(
+            f"{path} was sampled with --sampler-preset {preset.name}, whose steps are fixed.",
+            "Sample again, with other seeds or prompts.",
+        )
     default = REFINED_STEPS if previous.record.guidance is None else recipe.sample.teacher_steps
     return SampleOptions(
         recipe, previous.prompts, previous.seeds, steps or (default,), previous.switches, frames,
-        previous.record.model.address, previous.record.sampler, previous,
+        previous.record.model.address, previous.record.sampler, preset, previous,
     )  # fmt: skip
 
 

@@ -25,6 +25,7 @@ from anyflow_cli.model.precision import resolve_precision
 from anyflow_cli.recipe.schema import Recipe, guidance_record, latent_frames
 from anyflow_cli.runs.open import ModelChoice, describe
 from anyflow_cli.runs.paths import LINEAGE
+from anyflow_cli.sample.presets import SamplerPreset, check_model
 from anyflow_cli.sample.sampler import Method
 from anyflow_cli.utils.distributed import default_device
 from anyflow_cli.utils.files import file_sha256, json_sha256
@@ -150,6 +151,7 @@ class EvaluatedModel:
         partition: Latent frames of each chunk; None for a bidirectional model.
         sampler: Requested sampler; None for that of its kind.
         scheduler: Scheduler of its pipeline folder, which the sampler replaces.
+        preset: Published system that it is sampled as.
     """
 
     address: str
@@ -160,6 +162,7 @@ class EvaluatedModel:
     partition: tuple[int, ...] | None = None
     sampler: Method | None = None
     scheduler: str | None = None
+    preset: SamplerPreset | None = None
 
 
 @dataclass(frozen=True)
@@ -217,25 +220,32 @@ class Variant:
         return f"{'teacher' if self.model.teacher else 'model'}-{self.label}-{digest[:12]}"
 
 
-def evaluated_model(choice: ModelChoice, recipe: Recipe, sampler: Method | None = None) -> EvaluatedModel:
+def evaluated_model(
+    choice: ModelChoice, recipe: Recipe, sampler: Method | None = None, preset: SamplerPreset | None = None
+) -> EvaluatedModel:
     """Describe and hash a model or checkpoint without loading it.
 
-    A plain Wan model is a teacher, unless it is sampled as a few-step student (``sampler``).
+    A plain Wan model is a teacher, unless it is sampled as a few-step student (``sampler``, ``preset``).
     """
     info = describe(choice.address, recipe)
-    partition = None
-    if info.causal is not None:
-        partition = partition_for(info.causal, latent_frames(recipe.model.frames))
+    if preset is not None:
+        check_model(preset, choice.address, recipe)
+    partition, causal = None, info.causal if preset is None else preset.causal
+    if causal is not None:
+        partition = partition_for(causal, latent_frames(recipe.model.frames))
     strengths = [strength for _, strength in info.loras]
     weights = json_sha256([*(_content_hash(source) for source in info.sources), *strengths])
-    teacher = not info.two_time and sampler in (None, "euler")
+    is_student = preset is not None and preset.steps is not None
+    teacher = not info.two_time and not is_student and sampler in (None, "euler")
     return EvaluatedModel(
-        choice.address, choice.why, teacher, weights, info.lineage, partition, sampler, info.scheduler
+        choice.address, choice.why, teacher, weights, info.lineage, partition, sampler, info.scheduler, preset
     )
 
 
-def _teacher_sampler(of: EvaluatedModel, recipe: Recipe) -> str:
-    return f"guided {SAMPLER_NAMES[of.sampler or recipe.sample.teacher_sampler]}"
+def _sampler_in_words(of: EvaluatedModel, recipe: Recipe) -> str:
+    if of.teacher:
+        return f"guided {SAMPLER_NAMES[of.sampler or recipe.sample.teacher_sampler]}"
+    return SAMPLER_NAMES[of.sampler] if of.preset is None else of.preset.in_words
 
 
 def variant(
@@ -248,7 +258,7 @@ def variant(
         suite_version=protocol.suite.version,
         weights=of.weights,
         steps=steps,
-        sampler=_teacher_sampler(of, recipe) if of.teacher else SAMPLER_NAMES[of.sampler],
+        sampler=_sampler_in_words(of, recipe),
         guidance=guidance_record(recipe.sample.teacher_guidance) if of.teacher else None,
         negative_prompt=model.negative_prompt if of.teacher else None,
         shift=model.shift,
@@ -280,6 +290,7 @@ class ModelCard(BaseModel):
     steps: int | None = None
     sampler: str | None = None
     scheduler: str | None = None  # of the model's folder, which the sampler replaces
+    preset: str | None = None
     guidance: float | dict[str, float] | None = None
     negative_prompt: str | None = None
     shift: float | None = None
@@ -360,6 +371,7 @@ def _model_card(one: Variant, assessment: Assessment) -> ModelCard:
         reason=one.model.reason,
         lineage=one.model.lineage,
         scheduler=one.model.scheduler,
+        **({} if one.model.preset is None else {"preset": one.model.preset.name}),
         **asdict(one.settings),
         **({} if assessment.notes is None else asdict(assessment.notes)),
     )

@@ -54,6 +54,7 @@ from anyflow_cli.recipe.schema import Recipe
 from anyflow_cli.runs.open import ModelChoice
 from anyflow_cli.runs.paths import RunPaths
 from anyflow_cli.runs.resources import Given, Resource, find_model, inputs
+from anyflow_cli.sample.presets import SamplerPreset
 from anyflow_cli.sample.sampler import VideoSampler
 from anyflow_cli.utils.distributed import default_device
 from anyflow_cli.utils.run_lock import RunLock
@@ -73,6 +74,7 @@ class EvaluationRequest:
         prompts: File of the user's own prompts.
         limit: Only so many prompts.
         out: Directory of the evaluation, if not the recipe's.
+        preset: Published system that the model is sampled as.
     """
 
     recipe: Recipe
@@ -82,6 +84,7 @@ class EvaluationRequest:
     prompts: Path | None = None
     limit: int | None = None
     out: Path | None = None
+    preset: SamplerPreset | None = None
 
     @property
     def directory(self) -> Path:
@@ -96,6 +99,8 @@ class EvaluationRequest:
     def check(self) -> ProtocolOutline:
         """Check options and directory without loading anything; return the size of the protocol."""
         EvaluationDirectory(self.directory).check()
+        if self.preset is not None:
+            self.preset.check_frames(self.recipe.model.frames)
         return outline(self.recipe, self.prompts, self.limit)
 
     def resources(self) -> list[Resource]:
@@ -111,15 +116,21 @@ class EvaluationRequest:
         """The evaluation with its models described."""
         choice, protocol = self.choice, self.protocol()
         if choice is not None:
-            return prepare_evaluation(self.recipe, protocol, choice, self.directory)
+            return prepare_evaluation(self.recipe, protocol, choice, self.directory, self.preset)
         assert self.videos is not None
         return prepare_external(self.recipe, protocol, self.videos, self.directory)
 
 
-def prepare_evaluation(recipe: Recipe, protocol: Protocol, choice: ModelChoice, out: Path) -> EvaluationJob:
+def prepare_evaluation(
+    recipe: Recipe,
+    protocol: Protocol,
+    choice: ModelChoice,
+    out: Path,
+    preset: SamplerPreset | None = None,
+) -> EvaluationJob:
     """Choose the variants: the model at each of the recipe's step counts, and its teacher."""
     protocol.suite.check(recipe.model)
-    of = evaluated_model(choice, recipe, recipe.evaluate.sampler)
+    of = evaluated_model(choice, recipe, recipe.evaluate.sampler, preset)
     conditioned = "i2v" in protocol.suite.groups
     if conditioned and of.partition is None:
         raise UsageError(
@@ -331,5 +342,10 @@ def _measure(
 
 def _open_sampler(of: EvaluatedModel, recipe: Recipe) -> VideoGenerator:
     return VideoSampler.load(
-        of.address, recipe, teacher=of.teacher, method=of.sampler, device=default_device()
+        of.address,
+        recipe,
+        teacher=of.teacher,
+        method=of.sampler,
+        preset=of.preset,
+        device=default_device(),
     )

@@ -9,8 +9,9 @@ Shapes: B batch, F latent frames, C channels, H W latent height and width, N ste
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import pairwise
+from types import MappingProxyType
 from typing import Protocol
 
 import torch
@@ -45,10 +46,26 @@ def euler(model: Velocity, z: Tensor, grid: Tensor, generator: Generators = None
 
 
 @torch.no_grad()
-def consistency(model: Velocity, z: Tensor, grid: Tensor, generator: Generators = None) -> Tensor:
-    """Predict ``x = f(z_t, t, 0)``, then noise x to the next time with fresh noise from the generator."""
+def consistency(
+    model: Velocity,
+    z: Tensor,
+    grid: Tensor,
+    generator: Generators = None,
+    network_times: Mapping[float, float] = MappingProxyType({}),
+) -> Tensor:
+    """Predict ``x = f(z_t, t, 0)``, then noise x to the next time with fresh noise from the generator.
+
+    Args:
+        model: The velocity.
+        z: State (B, F, C, H, W) at the first time of the grid.
+        grid: Times (N + 1,).
+        generator: Fresh noise.
+        network_times: What the network is given as a time of the grid, where the two differ.
+    """
     for t, r in _steps(z, grid):
-        z = interpolate(flow_map(model, z, t, torch.zeros_like(t)), noise_like(z, generator), r)
+        at = batch_time(network_times.get(t[0].item(), t[0].item()), z)
+        x = z - per_frame(t, z) * model(z, at, torch.zeros_like(t))
+        z = interpolate(x, noise_like(z, generator), r)
     return z
 
 

@@ -7,7 +7,7 @@ Legend: B batch, F latent frames, C channels, H W latent height and width, N ste
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -83,6 +83,40 @@ def sample_chunks(
         yield x
         if chunk is not cache.chunks[-1]:
             cache.append(torch.cat([x] * halves), model)
+
+
+def sample_rollouts(
+    sample: Callable[[Tensor, int, Tensor | None], Iterator[Tensor]],
+    noise: Tensor,
+    rollout: int,
+    continued: Callable[[Tensor], Tensor],
+    given: Tensor | None = None,
+) -> Iterator[Tensor]:
+    """Yield the chunks of a video (B, F, C, H, W) from a model that samples only ``rollout`` frames at once.
+
+    Each rollout starts a cache of its own, in which positions count from 0, with frames of the one before.
+
+    Args:
+        sample: Samples one rollout from its noise, the position of its first frame in the video, and the
+            frames that it is given; yields those unchanged first.
+        noise: Initial noise of the whole video.
+        rollout: Most frames of a rollout, those given included.
+        continued: From the new latents of a rollout to the frames that the next one is given.
+        given: Conditioning frames of the first rollout.
+    """
+    done, known = 0, 0
+    while done < noise.shape[1]:
+        first, stop = done - known, min(done - known + rollout, noise.shape[1])
+        finished, position = [], first
+        for chunk in sample(noise[:, first:stop], first, given):
+            position += chunk.shape[1]
+            if position > done:  # the frames given by the previous rollout are part of that one
+                finished.append(chunk)
+                yield chunk
+        done = stop
+        if done < noise.shape[1]:
+            given = continued(torch.cat(finished, dim=1))
+            known = given.shape[1]
 
 
 def _guided(both: Velocity, scale: float) -> Velocity:

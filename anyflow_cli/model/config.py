@@ -79,12 +79,16 @@ class CausalConfig:
         full_chunks: How many of the last chunks have full patches.
         partition: Latent frames per chunk.
         is_stated: Whether the model's files state the partition; older folders do not, then it is a default.
+        compresses: Whether chunks before the full ones stay in the cache, compressed; else they are dropped.
+        sink_chunks: How many of the first chunks are never dropped.
     """
 
     compressed_patch: tuple[int, int] = (4, 4)
     full_chunks: int = 3
     partition: tuple[int, ...] = (1, 3, 3, 3, 3, 3, 3, 2)
     is_stated: bool = field(default=True, compare=False)
+    compresses: bool = True
+    sink_chunks: int = 0
 
     @classmethod
     def from_recipe(cls, settings: schema.CausalSection) -> CausalConfig:

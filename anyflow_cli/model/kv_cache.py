@@ -6,6 +6,9 @@ the window of full chunks, it is encoded again, compressed, and so are the chunk
 they had attended to it in full. The result equals encoding the whole past anew, as the paper does, at a cost
 that does not grow with the past: compressed chunks attend to compressed chunks only and never change.
 
+A model that does not compress (``CausalConfig.compresses``) drops the chunks that leave the window, except
+the first ones (its sink); keys of the others stay as they were computed, under absolute positions.
+
 Legend: B batch (guidance halves included), F latent frames, C channels, H W latent height and width, L
 tokens, E heads, d channels per head.
 """
@@ -27,11 +30,21 @@ from anyflow_cli.model.network import FlowMapTransformer
 
 @dataclass(frozen=True)
 class _CacheState:
-    """Chunks ``[first, border)`` are cached compressed, ``[border, done)`` in full."""
+    """Chunks ``[0, sink)`` and ``[border, done)`` are cached in full, ``[first, border)`` compressed."""
 
+    sink: int
     first: int
     border: int
     done: int
+
+    @property
+    def cached(self) -> list[int]:
+        """Cached chunks, in order."""
+        return [*range(self.sink), *range(self.first, self.done)]
+
+    def is_compressed(self, i: int) -> bool:
+        """Whether chunk ``i`` is cached compressed."""
+        return self.first <= i < self.border
 
 
 class KeyCache:
@@ -61,14 +74,18 @@ class KeyCache:
     ) -> None:
         self.chunks = chunks_of(partition)
         self._config, self._size, self._in_place = network.config, size, in_place
-        self._full = causal_of(network.config).full_chunks - 1  # the chunk being sampled is the last full one
-        self._remember = remember
-        self._state = _CacheState(0, 0, 0)
+        causal = causal_of(network.config)
+        self._before = causal.full_chunks - 1  # full chunks before the one being sampled
+        # An appended chunk attends to its window before the oldest chunk leaves: compressed, or at the next.
+        self._full = self._before if causal.compresses else causal.full_chunks
+        self._compresses, self._sink = causal.compresses, causal.sink_chunks
+        self._remember = remember if causal.compresses else 0
+        self._state = _CacheState(0, 0, 0, 0)
         self._window: list[Tensor] = []  # latents of the chunks cached in full
         states = [self._state_after(done) for done in range(len(self.chunks))]
         small, large = self._tokens(compressed=True), self._tokens(compressed=False)
         self._compressed_tokens = max(self._frames(s.first, s.border) for s in states) * small
-        full_tokens = max(self._frames(s.border, s.done) for s in states) * large
+        full_tokens = max(self._frames(0, s.sink) + self._frames(s.border, s.done) for s in states) * large
         self._memory = _allocate(network, batch, self._compressed_tokens + full_tokens)
 
     @property
@@ -82,10 +99,11 @@ class KeyCache:
         return self._state.done
 
     def next_velocity(self, model: Conditioned) -> Conditioned:
-        """Velocity of the next chunk, which attends to everything in the cache."""
-        past = self._segments(())
-        chunk = self.chunks[self.done]
-        segment = Segment(chunk.first, chunk.frames, tuple(range(len(past) + 1)))
+        """Velocity of the next chunk, which attends to everything in the cache that is in its window."""
+        past, state = self._segments(()), self._state
+        chunk, oldest = self.chunks[self.done], self.done - self._before
+        seen = [n for n, i in enumerate(state.cached) if i < max(state.sink, state.border) or i >= oldest]
+        segment = Segment(chunk.first, chunk.frames, (*seen, len(past)))
         return model.with_layout(self._layout([*past, segment]), self._memory)
 
     @torch.no_grad()
@@ -98,15 +116,17 @@ class KeyCache:
         before, after = self._state, self._state_after(self.done + 1)
         latents = dict(zip(range(before.border, after.done), [*self._window, x.detach()], strict=True))
         leaving = range(max(before.border, after.first), after.border)
-        changed = range(after.border if before.border < after.border else before.done, after.done)
+        reencodes = self._compresses and before.border < after.border
+        inputs = [*leaving, *range(after.border if reencodes else before.done, after.done)]
         if not self._in_place:
             self._memory = LayerKeys(
                 tuple(tuple(part.clone() for part in layer) for layer in self._memory.layers)
             )
-        self._move_compressed(after)
+        for i in after.cached:
+            if i not in inputs:
+                self._move(i, after)
         self._state = after
         self._window = [latents[i] for i in range(after.border, after.done)]
-        inputs = [*leaving, *changed]
         if inputs:
             self._encode(inputs, torch.cat([latents[i] for i in inputs], dim=1), model)
 
@@ -114,6 +134,7 @@ class KeyCache:
     def prefill(self, x: Tensor, model: Conditioned) -> None:
         """Encode the first chunks, x (B, F, C, H, W), in one pass into an empty cache."""
         assert self.done == 0, "only an empty cache can be prefilled"
+        assert self._compresses, "dropped chunks had been attended to by those that stay"
         ends = [0, *(chunk.slice.stop for chunk in self.chunks)]
         state = self._state = self._state_after(ends.index(x.shape[1]))
         self._window = [x[:, chunk.slice].detach() for chunk in self.chunks[state.border : state.done]]
@@ -127,8 +148,10 @@ class KeyCache:
 
     def _state_after(self, done: int) -> _CacheState:
         """State of the cache once ``done`` chunks are finished."""
-        border = max(done - self._full, 0)
-        return _CacheState(0 if self._remember is None else max(border - self._remember, 0), border, done)
+        sink = min(self._sink, done)
+        border = max(done - self._full, sink)
+        first = 0 if self._remember is None else max(border - self._remember, sink)
+        return _CacheState(sink, first, border, done)
 
     def _segments(self, inputs: Sequence[int]) -> list[Segment]:
         """One segment per chunk, attending to itself and those before it; all but ``inputs`` are cached."""
@@ -137,30 +160,31 @@ class KeyCache:
             Segment(
                 first=self.chunks[i].first,
                 frames=self.chunks[i].frames,
-                attends_to=tuple(range(i - state.first + 1)),
-                patch="compressed" if i < state.border else "full",
+                attends_to=tuple(range(position + 1)),
+                patch="compressed" if state.is_compressed(i) else "full",
                 is_output=False,
                 cached=i not in inputs,
                 cache_offset=self._offset(i, state),
             )
-            for i in range(state.first, state.done)
+            for position, i in enumerate(state.cached)
         ]
 
     def _offset(self, i: int, state: _CacheState) -> int:
         """Token at which the keys of chunk ``i`` start: compressed chunks in order, then those in full."""
-        if i < state.border:
+        if state.is_compressed(i):
             return self._frames(state.first, i) * self._tokens(compressed=True)
-        return self._compressed_tokens + self._frames(state.border, i) * self._tokens(compressed=False)
+        before = self._frames(0, i) if i < state.sink else self._frames(0, state.sink)
+        before += self._frames(state.border, max(i, state.border))
+        return self._compressed_tokens + before * self._tokens(compressed=False)
 
-    def _move_compressed(self, after: _CacheState) -> None:
-        """Shift the compressed chunks that stay to the front, over those that are dropped."""
-        staying = range(after.first, self._state.border)
-        if not staying or after.first == self._state.first:
+    def _move(self, i: int, after: _CacheState) -> None:
+        """Shift a cached chunk to the place it has in the next state, over what is dropped before it."""
+        old, new = self._offset(i, self._state), self._offset(i, after)
+        if old == new:
             return
-        old = self._offset(after.first, self._state)
-        count = self._frames(staying.start, staying.stop) * self._tokens(compressed=True)
+        count = self.chunks[i].frames * self._tokens(compressed=after.is_compressed(i))
         for stored in (part for layer in self._memory.layers for part in layer):
-            stored[:, :count] = stored[:, old : old + count].clone()
+            stored[:, new : new + count] = stored[:, old : old + count].clone()
 
     def _frames(self, start: int, stop: int) -> int:
         """Latent frames of the chunks ``[start, stop)``."""

@@ -247,6 +247,8 @@ def _sampling_record(sampler: VideoSampler, recipe: Recipe, choice: ModelChoice)
         "model": {"address": choice.address, "why": choice.why, "lineage": sampler.lineage},
         "sampler": sampler.method,
         "guidance": guidance_record(sampler.guidance),
+        "preset": sampler.preset and sampler.preset.name,
+        "sampling": sampler.preset and sampler.preset.in_words,
         "then": [list(switch) for switch in sampler.prompt_switches],
         "precision": sampler.precision,
         "device": str(sampler.device),

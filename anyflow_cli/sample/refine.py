@@ -65,6 +65,7 @@ class SamplesRecord(BaseModel):
     model: RecordedModel
     sampler: Method
     guidance: float | ExpertGuidance | None
+    preset: str | None = None
     then: tuple[tuple[int, str], ...]
     versions: Mapping[str, str]
     recipe: RecordedRecipe

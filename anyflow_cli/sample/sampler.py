@@ -17,6 +17,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -27,12 +28,12 @@ from torch import Tensor
 from anyflow_cli.data.video import Pixels, from_pixels, to_pixels
 from anyflow_cli.errors import UsageError
 from anyflow_cli.flow.condition import Condition
-from anyflow_cli.flow.noise import noise, noise_stream
+from anyflow_cli.flow.noise import Generators, noise, noise_stream
 from anyflow_cli.flow.samplers import SAMPLERS
 from anyflow_cli.flow.times import grid
 from anyflow_cli.flow.velocity import Velocity, guided
 from anyflow_cli.model.causal import causal_of, partition_for, remembered_for
-from anyflow_cli.model.chunk_sampling import sample_chunks
+from anyflow_cli.model.chunk_sampling import sample_chunks, sample_rollouts
 from anyflow_cli.model.conditioned import Conditioned
 from anyflow_cli.model.encoders import TextEncoder, VideoVAE
 from anyflow_cli.model.experts import bind as bind_network
@@ -42,6 +43,7 @@ from anyflow_cli.model.parallelize import apply_attention
 from anyflow_cli.model.precision import DTYPES_OF_PRECISION, autocast, resolve_precision
 from anyflow_cli.recipe.schema import ExpertGuidance, ModelSection, Recipe
 from anyflow_cli.runs.open import open_model
+from anyflow_cli.sample.presets import SamplerPreset
 from anyflow_cli.sample.unipc import sample_unipc
 
 Method = Literal["flow-map", "euler", "unipc", "consistency"]
@@ -73,6 +75,7 @@ class VideoSampler:
         model: Shift, precision, text limit and negative prompt.
         latent_shape: (F, C, H, W) of each video.
         method: How to solve from noise to video; by default what the network was trained for.
+        preset: Sample as a published system does; says how to solve, too.
         guidance: Scale of classifier-free guidance, which doubles the evaluations; None samples without.
         encoder: Needed to sample prompts; not for embeddings.
         vae: Needed for pixels and for conditioning frames; not for latents.
@@ -89,6 +92,7 @@ class VideoSampler:
         latent_shape: tuple[int, ...],
         *,
         method: Method | None = None,
+        preset: SamplerPreset | None = None,
         guidance: float | ExpertGuidance | None = None,
         encoder: TextEncoder | None = None,
         vae: VideoVAE | None = None,
@@ -97,6 +101,8 @@ class VideoSampler:
         streams: Callable[[int, Sequence[int]], tuple[Tensor, torch.Generator]] = noise_stream,
         lineage: dict[str, Any] | None = None,
     ) -> None:
+        if preset is not None and preset.times:
+            method = preset.method
         self.method: Method = method or ("flow-map" if network.config.two_time else "euler")
         if self.method == "flow-map" and not network.config.two_time:
             raise UsageError(
@@ -108,7 +114,7 @@ class VideoSampler:
                 "The sampler unipc is for teachers, and this is an any-step model.", "Omit --sampler."
             )
         self.model, self.shape, self.guidance = model, latent_shape, guidance
-        self.lineage = lineage or {}
+        self.lineage, self.preset = lineage or {}, preset
         self.device = network.device
         self.precision = resolve_precision(model.precision, self.device)
         self.prompt_switches: Sequence[PromptSwitch] = ()
@@ -127,12 +133,16 @@ class VideoSampler:
         *,
         teacher: bool = False,
         method: Method | None = None,
+        preset: SamplerPreset | None = None,
         device: torch.device | str | None = None,
     ) -> VideoSampler:
         """Open a model by its address (see ``runs/open.py``), on the GPU if there is one."""
         target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         precision = resolve_precision(recipe.model.precision, target)
         opened = open_model(address, recipe, DTYPES_OF_PRECISION[precision], target)
+        if preset is not None:
+            preset.check(address, opened.network.config)
+            opened.network.config = replace(opened.network.config, causal=preset.causal)
         two_time = opened.network.config.two_time
         if teacher and two_time:
             raise UsageError(
@@ -149,7 +159,8 @@ class VideoSampler:
         encoder = TextEncoder.load(opened.pipeline, text_dtype, target)
         vae = VideoVAE.load(opened.pipeline, target)
         check_fit(opened.network, encoder, vae)
-        is_teacher = not two_time and method in (None, "euler", "unipc")
+        is_student = preset is not None and preset.steps is not None
+        is_teacher = not two_time and not is_student and method in (None, "euler", "unipc")
         network = opened.network.eval()
         shape = vae.latent_shape(recipe.model.frames, recipe.model.height, recipe.model.width)
         apply_attention([network], recipe.model.attention, shape, precision)
@@ -158,6 +169,7 @@ class VideoSampler:
             recipe.model,
             shape,
             method=method or (recipe.sample.teacher_sampler if is_teacher else None),
+            preset=preset,
             guidance=recipe.sample.teacher_guidance if is_teacher else None,
             encoder=encoder,
             vae=vae,
@@ -281,31 +293,41 @@ class VideoSampler:
                     if self.method == "unipc":
                         latents = sample_unipc(velocity, start, len(times) - 1, self.model.shift)
                     else:
-                        latents = SAMPLERS[self.method](velocity, start, times, generator=generators)
+                        latents = self._solve(velocity, start, times, generators)
         self._count += len(prompts)
         return latents
 
     def _sample_chunks(self, prompts: Prompts, seeds: Sequence[int], nfe: Steps) -> Iterator[Tensor]:
         """Sample a causal model's videos chunk by chunk: (B, F', C, H, W)."""
         start, generators = self._noise(seeds)
-        causal, frames, first = causal_of(self._network.config), self.shape[0], self._first_latents
+        causal, grids, given = causal_of(self._network.config), self._grids(nfe), self._first_latents
         with autocast(self.precision, self.device):
-            condition = self._causal_condition(prompts)
-            later = {
-                self.vae.latent_of(switch.frame): self._causal_condition([switch.prompt] * len(prompts))
-                for switch in self.prompt_switches
-            }
-        chunks = sample_chunks(
-            condition,
-            start,
-            partition_for(causal, frames),
-            SAMPLERS[self.method],
-            self._grids(nfe),
-            given=first if first is None else first.expand(len(start), -1, -1, -1, -1),
-            remember=remembered_for(causal, frames),
-            then=later,
-            generator=generators,
-        )
+            conditions = {0: self._causal_condition(prompts)}
+            for switch in self.prompt_switches:
+                same = [switch.prompt] * len(prompts)
+                conditions[self.vae.latent_of(switch.frame)] = self._causal_condition(same)
+
+        def sample(noise: Tensor, first: int, given: Tensor | None) -> Iterator[Tensor]:
+            frames = noise.shape[1]
+            then = {max(at - first, 0): one for at, one in conditions.items() if at < first + frames}
+            return sample_chunks(
+                then[0],
+                noise,
+                partition_for(causal, frames),
+                self._solve,
+                grids if first == 0 else grids[-1:],
+                given=given,
+                remember=remembered_for(causal, frames),
+                then=then,
+                generator=generators,
+            )
+
+        given = given if given is None else given.expand(len(start), -1, -1, -1, -1)
+        chunks = sample(start, 0, given)
+        preset = self.preset
+        if preset is not None and preset.rollout is not None and preset.rollout < self.shape[0]:
+            continued = self._continuation(preset.overlap)
+            chunks = sample_rollouts(sample, start, preset.rollout, continued, given)
         while True:  # the caller's work on a chunk must not run under this autocast
             with autocast(self.precision, self.device), self._timed("network"):
                 chunk = next(chunks, None)
@@ -313,12 +335,33 @@ class VideoSampler:
                 return
             yield chunk
 
+    def _continuation(self, overlap: int) -> Callable[[Tensor], Tensor]:
+        """From a rollout's new latents to the last ``overlap`` ones, as the start of a video.
+
+        The first latent of a video holds one frame, so the first of them is encoded again, from its pixels.
+        """
+        decoding, shown = self.vae.decoding(), (overlap - 1) * self.vae.temporal_factor + 1
+
+        def continued(latents: Tensor) -> Tensor:
+            with torch.autocast(self.device.type, enabled=False):
+                first = self.vae.encode(decoding(latents)[:, -shown:][:, :1]).to(latents)
+            return torch.cat((first, latents[:, -overlap:][:, 1:]), dim=1)
+
+        return continued
+
+    def _solve(self, model: Velocity, z: Tensor, grid: Tensor, generator: Generators = None) -> Tensor:
+        """Sample from noise z (B, F, C, H, W); a grid that starts below time 1 starts from less of it."""
+        sampler = SAMPLERS[self.method] if self.preset is None else self.preset.sampler
+        return sampler(model, grid[0].item() * z, grid, generator=generator)
+
     def _noise(self, seeds: Sequence[int]) -> tuple[Tensor, list[torch.Generator]]:
         """Return starting noise (B, F, C, H, W), and per video the generator of noise for later steps."""
         starts, generators = zip(*(self._streams(seed, self.shape) for seed in seeds), strict=True)
         return torch.stack(starts).to(self.device), list(generators)
 
     def _grids(self, nfe: Steps) -> list[Tensor]:
+        if self.preset is not None and self.preset.times:
+            return self.preset.grids
         counts = (nfe,) if isinstance(nfe, int) else nfe
         if min(counts) < 1:
             raise UsageError(f"{min(counts)} steps cannot be sampled.", "Give a number of steps from 1 on.")
