@@ -34,6 +34,7 @@ from anyflow_cli.model.precision import Precision, autocast
 from anyflow_cli.model.rotary import rotation
 from anyflow_cli.recipe import schema
 from anyflow_cli.train.causal_windows import NetworkCall
+from anyflow_cli.train.objectives import roles_of
 from anyflow_cli.utils.memory_tracker import MemoryTracker
 
 FAKE = FakeTensorMode(allow_non_fake_inputs=True)
@@ -95,9 +96,8 @@ def fake_backbone(setup: Setup, depth: int) -> Backbone:
         return network.store_as(torch.bfloat16 if in_bf16 else dtype).requires_grad_(False)
 
     with torch.device("meta"):
-        sources = BackboneSources(START, two_time=setup.two_time)
-        if isinstance(setup.settings, schema.DistillSection):
-            sources = replace(sources, roles=("student", "real", "fake"))
+        sources = BackboneSources(START, roles_of(setup.settings), two_time=setup.two_time)
+        if "real" in sources.roles:
             if setup.scores:
                 sources = replace(sources, scores=SCORES)
             else:  # as in the paper, the real score is the teacher after its tuning

@@ -363,6 +363,10 @@ class DistillSection(TrainingSection):
         None, description="Optimizer of the fake score; missing keys, or null: as the student's."
     )
     ema: EmaSection = EmaSection(decay=0.99, start=200)
+    matching: Literal["distribution", "none"] = Field(
+        "distribution",
+        description="none: the joint loss alone, without scores; the control for what matching adds.",
+    )
     simulation: Literal["flow-map", "consistency"] = "flow-map"
     step_budgets: Budgets = (2, 4, 8, 16, 50)  # N of Alg. 2
     consistency_steps: EvaluationCount = 4
@@ -395,6 +399,11 @@ class DistillSection(TrainingSection):
         None,
         description="Tuned teacher; null: the one trained with flow-matching if it exists, else the teacher.",
     )
+
+    @field_validator("joint")
+    @classmethod
+    def _leave_a_loss(cls, joint: bool, info: ValidationInfo) -> bool:
+        return require(joint or info.data.get("matching") != "none", joint, "be true where matching is none")
 
     @field_validator("fake_optimizer", mode="before")
     @classmethod

@@ -90,6 +90,13 @@ class Objective:
     phases: tuple[Phase, ...]
 
 
+def roles_of(settings: schema.TrainingSection | None) -> tuple[Role, ...]:
+    """The roles that a stage, or sampling (None), evaluates."""
+    if isinstance(settings, schema.DistillSection) and settings.matching == "distribution":
+        return ("student", "real", "fake")
+    return ("student",)
+
+
 def objective_of(
     model: schema.ModelSection, settings: schema.TrainingSection, backbone: Backbone, negative: Tensor
 ) -> Objective:
@@ -175,8 +182,9 @@ def on_policy(
         causal: Chunks of a causal student; None: bidirectional.
         experts: Which expert each step trains, of a model that has two.
     """
+    matches = settings.matching == "distribution"
     policy = OnPolicyTerms(backbone, negative, settings, shift, causal, experts)
-    student: tuple[LossTerm, ...] = (FunctionTerm(policy.matching, policy.matching_calls),)
+    student: tuple[LossTerm, ...] = (FunctionTerm(policy.matching, policy.matching_calls),) * matches
     if settings.joint:
         flow_map = FlowMapTerm(
             backbone, negative, settings.flow_map, shift, windows_for(causal, settings.flow_map), experts
@@ -186,7 +194,7 @@ def on_policy(
         student = tuple(touch_unused(term, backbone) for term in student)
     fake_score = FunctionTerm(policy.fake_score, policy.fake_score_calls)
     fake = Phase("fake", settings.fake_optimizer or settings.optimizer, (fake_score,))
-    return Objective(backbone, (Phase("student", settings.optimizer, student), fake))
+    return Objective(backbone, (Phase("student", settings.optimizer, student), *(fake,) * matches))
 
 
 def windows_for(

@@ -24,7 +24,7 @@ from anyflow_cli.runs.checkpoint import is_checkpoint, trained_weights
 from anyflow_cli.runs.latents import open_latents
 from anyflow_cli.runs.lineage import RunInputs, RunLineage, begin_run
 from anyflow_cli.runs.open import last_checkpoint, merged_student, open_model
-from anyflow_cli.train.objectives import objective_of
+from anyflow_cli.train.objectives import objective_of, roles_of
 from anyflow_cli.train.preview import make_preview
 from anyflow_cli.train.stages import STAGES, adapter_on_teacher, training_section
 from anyflow_cli.train.trainer import OnStep, Trainer, make_accelerator
@@ -33,8 +33,6 @@ from anyflow_cli.train.validation import TrainingPart
 VAE_SCALE = 8  # pixels per latent, along height and width
 
 log = logging.getLogger(__name__)
-
-ON_POLICY_ROLES: tuple[Role, ...] = ("student", "real", "fake")
 
 
 class TrainingResult(NamedTuple):
@@ -130,7 +128,7 @@ def load_backbone(
 ) -> Backbone:
     """Load the networks of a stage straight onto a device."""
     sources = _backbone_sources(recipe, inputs)
-    must_be_any_step = inputs.section == "finetune" or sources.scores is not None
+    must_be_any_step = sources.network == inputs.parents.get("start")
 
     def load(path: Path, dtype: torch.dtype) -> FlowMapTransformer:
         network = open_model(str(path), recipe, dtype, device).network
@@ -151,12 +149,12 @@ def _backbone_sources(recipe: schema.Recipe, inputs: RunInputs) -> BackboneSourc
     if inputs.section != "distill":
         tunes_teacher = (inputs.section, recipe.train_flowmap.objective) == ("train_flowmap", "flow-matching")
         return BackboneSources(start, two_time=not tunes_teacher)
-    real = inputs.parents["real score"]
+    real, roles = inputs.parents["real score"], roles_of(recipe.distill)
     if inputs.base == start or is_checkpoint(start):
-        return BackboneSources(start, ON_POLICY_ROLES, scores=real)
+        return BackboneSources(start, roles, scores=real if "real" in roles else None)
     return BackboneSources(
         inputs.base,
-        ON_POLICY_ROLES,
+        roles,
         student_adapter=adapter_on_teacher(recipe, start),
         real_adapter=adapter_on_teacher(recipe, real),
     )

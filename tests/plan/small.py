@@ -91,7 +91,7 @@ def backbone(wanted: Setup) -> Backbone:
         sources = BackboneSources(START, two_time=wanted.two_time)
         if is_on_policy:
             scores = None if wanted.scores is None else SCORES
-            sources = replace(sources, roles=("student", "real", "fake"), scores=scores)
+            sources = replace(sources, roles=objectives.roles_of(wanted.settings), scores=scores)
         if is_on_policy and lora and wanted.scores is None:
             tuned = Backbone.build(wanted.model, BackboneSources(START, two_time=False), load)
             sources = replace(sources, real_adapter=tuned.state_dict_of("student"))

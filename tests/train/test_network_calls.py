@@ -43,6 +43,8 @@ CASES: list[tuple[Kind, dict[str, Any]]] = [
     ("on-policy", {"recompute_rollout": True, "checkpointing": True}),
     ("on-policy", {"simulation": "consistency", "recompute_rollout": True}),
     ("on-policy", {"step_budgets": (1, 2), "lora": False}),
+    ("on-policy", {"matching": "none"}),
+    ("on-policy", {"causal": CAUSAL, "matching": "none", "lora": False}),
     ("on-policy", {"causal": CAUSAL, **GIVEN}),
     ("on-policy", {"causal": CAUSAL, "checkpointing": True, "lora": False}),
     ("on-policy", {"causal": CAUSAL, "recompute_rollout": True, **GIVEN}),

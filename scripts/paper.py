@@ -1,0 +1,64 @@
+"""The paper in miniature: train and measure its claims, each cell leaving a small record.
+
+    python scripts/paper.py run                    everything that has no record yet; resumable
+    python scripts/paper.py run --only 'causal/*'  some of it
+    python scripts/paper.py list                   what there is, and what is still to do
+    python scripts/paper.py run --quick            the same code at a few steps, to test it
+
+Records go to docs/paper, data sets and models to runs/paper. Several processes share the work if each is
+started with the same command. ``scripts/reproduction/rows.py`` has all cells as one table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import time
+from collections.abc import Sequence
+from fnmatch import fnmatch
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))  # for a caller that imports this file
+
+from reproduction.cells import ROOT, Workshop
+from reproduction.rows import PAPER, QUICK, Cell, cells
+
+POLL_SECONDS = 20  # while all that is left waits for what other processes make
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Do what the command line asks."""
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("command", choices=("run", "list"))
+    made.add_argument("--quick", action="store_true", help="a rehearsal in minutes")
+    made.add_argument("--only", nargs="+", default=["*"], help="patterns of cells, KIND/ROW-SEED")
+    made.add_argument("--records", type=Path, help="directory of the records")
+    made.add_argument("--runs", type=Path, help="directory of data sets and models")
+    given = made.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    name = "paper-quick" if given.quick else "paper"
+    runs = given.runs or Path("runs") / name
+    records = given.records or (runs / "records" if given.quick else ROOT / "docs" / "paper")
+    workshop = Workshop(QUICK if given.quick else PAPER, runs, records)
+    wanted = [cell for cell in cells() if any(fnmatch(cell.name, pattern) for pattern in given.only)]
+    if given.command == "run":
+        make_all(workshop, wanted)
+    else:
+        for cell in wanted:
+            state = "done" if workshop.is_done(cell) else "to do"
+            print(f"{cell.name:60}{workshop.steps_of(cell):>6} steps   {state}")
+
+
+def make_all(workshop: Workshop, wanted: Sequence[Cell]) -> None:
+    """Make the cells in order; those that other processes are making are waited for."""
+    while left := [cell for cell in wanted if not workshop.is_done(cell)]:
+        outcomes = {cell.name: workshop.make(cell) for cell in left}
+        if set(outcomes.values()) == {"waits"}:
+            raise SystemExit(f"Add the rows that these start from: {', '.join(outcomes)}")
+        if "done" not in outcomes.values():
+            time.sleep(POLL_SECONDS)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,248 @@
+"""Making a cell: train it by one command of anyflow, measure it, and leave a small record of both.
+
+Everything of a cell is in a directory of its own; training continues where it stopped, and a measured point
+is not measured again. The record is written last, and a cell with a record is done.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from datetime import date
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from reproduction.rows import DATA, REFERENCE, Cell, Kind, Overrides, Scale
+
+import anyflow_cli
+from anyflow_cli.errors import UsageError
+from anyflow_cli.plan.estimate import target_of, training_setup
+from anyflow_cli.plan.hardware import this_machine
+from anyflow_cli.plan.steps import step_cost
+from anyflow_cli.recipe.load import load_recipe
+from anyflow_cli.recipe.schema import Recipe
+from anyflow_cli.runs.paths import MODEL, RunPaths
+from anyflow_cli.utils.files import write_json
+from anyflow_cli.utils.run_lock import RunLock
+
+ROOT = Path(__file__).parents[2]
+RECIPES: dict[Kind, str] = {
+    "bidirectional": "scripts/reproduction/paper.yaml",
+    "causal": "scripts/reproduction/paper-causal.yaml",
+}
+Outcome = Literal["done", "busy", "waits"]
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """Where cells are made, and at what scale.
+
+    Attributes:
+        scale: Prompts, steps and data.
+        runs: Directory of data sets and training runs.
+        records: Directory of the records.
+    """
+
+    scale: Scale
+    runs: Path
+    records: Path
+
+    def record(self, cell: Cell) -> Path:
+        """The record of a cell."""
+        return self.records / f"{cell.name}.json"
+
+    def is_done(self, cell: Cell) -> bool:
+        """Whether the cell has its record."""
+        return self.record(cell).is_file()
+
+    def make(self, cell: Cell) -> Outcome:
+        """Make a cell, unless its start is not trained or another process is making it."""
+        start, home = cell.start, self.runs / cell.name
+        if start is not None and not self.model_of(start).is_dir():
+            return "waits"
+        try:
+            with RunLock(home):
+                if not self.is_done(cell):
+                    log.info("== %s", cell.name)
+                    self._make(cell, home)
+        except UsageError as error:
+            if "is in use by" not in str(error):
+                raise
+            return "busy"
+        return "done"
+
+    def _make(self, cell: Cell, home: Path) -> None:
+        from reproduction.measure import measure
+
+        trained = self._train(cell, home)
+        recipe, row = self.recipe_of(cell), cell.of
+        points = []
+        for sampled in row.sampled:
+            for steps in sampled.steps:
+                part = home / f"{sampled.method}-{steps}-{row.world}.json"
+                if not part.is_file():
+                    point = measure(
+                        self.address_of(cell), recipe, sampled.method, steps, self.scale.prompts, row.world
+                    )
+                    write_json(part, point.as_json())
+                points.append(json.loads(part.read_text()))
+        content = {
+            "row": cell.row, "kind": cell.kind, "seed": cell.seed, "start": row.start,
+            "changes": dict(row.changes), **trained, "prompts": self.scale.prompts, "points": points,
+            "made": provenance(),
+        }  # fmt: skip
+        write_json(self.record(cell), content)
+        shutil.rmtree(self.directory_of(cell) / "checkpoints", ignore_errors=True)
+
+    def _train(self, cell: Cell, home: Path) -> dict[str, Any]:
+        """Train a cell; return the command, the steps and what they cost."""
+        row, part = cell.of, home / "training.json"
+        if row.command is None:
+            return {"command": None, "steps": 0, "step_tflop": 0.0, "processor_seconds": 0.0}
+        if not part.is_file():
+            self._make_data(row.data)
+            words = ["anyflow", row.command, "--recipe", RECIPES[cell.kind], "--runs", str(home)]
+            if row.start is not None and cell.start is not None:
+                words += ["--model", str(self.model_of(cell.start))]
+            words += [f"--set={key}={json.dumps(value)}" for key, value in self.overrides(cell).items()]
+            begun = children_seconds()
+            run(words)
+            values = {
+                "command": " ".join(words), "steps": self.steps_of(cell),
+                "step_tflop": round(step_flops(cell, self.scale) / 1e12, 6),
+                "processor_seconds": round(children_seconds() - begun, 1),
+            }  # fmt: skip
+            write_json(part, values | {"metrics": self._metrics(cell)})
+        found: dict[str, Any] = json.loads(part.read_text())
+        return found
+
+    def _metrics(self, cell: Cell) -> list[dict[str, float]]:
+        """Every tenth part of a run's metrics, without times and memory."""
+        rows = [json.loads(line) for line in (self.directory_of(cell) / "metrics.jsonl").open()]
+        kept = rows[:: max(len(rows) // 10, 1)]
+        left_out = ("seconds", "memory")
+        return [{k: round(float(v), 5) for k, v in row.items() if k not in left_out} for row in kept]
+
+    def _make_data(self, name: str) -> None:
+        home = self.runs / "data" / name
+        words = ["anyflow", "synthesize", "--recipe", RECIPES["bidirectional"], "--runs", str(home)]
+        keys = {**DATA[name], **self.scale.data}
+        run([*words, *(f"--set={key}={json.dumps(value)}" for key, value in keys.items())])
+
+    # --- places
+
+    def paths_of(self, cell: Cell) -> RunPaths:
+        """Directories of a cell's runs."""
+        return RunPaths(self.runs / cell.name, Path(RECIPES[cell.kind]).stem)
+
+    def data_of(self, cell: Cell) -> Path:
+        """The data set that a cell trains on."""
+        return RunPaths(self.runs / "data" / cell.of.data, Path(RECIPES["bidirectional"]).stem).data
+
+    def directory_of(self, cell: Cell) -> Path:
+        """Directory of a cell's training run."""
+        paths, recipe = self.paths_of(cell), self.recipe_of(cell)
+        return {
+            "train-flowmap": paths.stage_1(recipe.train_flowmap.objective),
+            "distill": paths.stage_2(recipe.distill.simulation),
+            "finetune": paths.finetune,
+        }[cell.of.command or "train-flowmap"]
+
+    def model_of(self, cell: Cell) -> Path:
+        """The model that a cell trains."""
+        return self.directory_of(cell) / MODEL
+
+    def address_of(self, cell: Cell) -> str:
+        """The model that is measured."""
+        return cell.of.model or str(self.model_of(cell))
+
+    # --- recipes
+
+    def overrides(self, cell: Cell) -> Overrides:
+        """Recipe keys of a cell, its number of steps included."""
+        keys = overrides_of(cell, self.scale)
+        data = self.data_of(cell)
+        steps = {f"{section_of(cell)}.steps": self.steps_of(cell)} if cell.of.command else {}
+        return {**keys, **({} if cell.of.command == "finetune" else {"data.path": str(data)}), **steps}
+
+    def recipe_of(self, cell: Cell) -> Recipe:
+        """The recipe of a cell."""
+        return recipe_with(cell.kind, overrides_of(cell, self.scale))
+
+    def steps_of(self, cell: Cell) -> int:
+        """As many steps as cost what the reference row of the command costs."""
+        command = cell.of.command
+        if command is None:
+            return 0
+        reference = replace(cell, row=REFERENCE[command])
+        ratio = step_flops(reference, self.scale) / step_flops(cell, self.scale)
+        return max(1, int(self.scale.steps[command][cell.kind] * ratio + 0.5))
+
+
+def section_of(cell: Cell) -> str:
+    """Section of the recipe of a cell's command."""
+    return (cell.of.command or "train-flowmap").replace("-", "_")
+
+
+def overrides_of(cell: Cell, scale: Scale) -> Overrides:
+    """Recipe keys of a cell, without steps and data."""
+    return {**scale.common, **cell.of.changes, f"{section_of(cell)}.seed": cell.seed}
+
+
+def recipe_with(kind: Kind, overrides: Mapping[str, Any]) -> Recipe:
+    """The recipe of a kind with these keys."""
+    texts = [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
+    return load_recipe(str(ROOT / RECIPES[kind]), texts)
+
+
+def step_flops(cell: Cell, scale: Scale) -> float:
+    """FLOPs of an average training step of a cell's row, as planned; the same for all seeds."""
+    first = replace(cell, seed=0)
+    return _step_flops(first, json.dumps(overrides_of(first, scale)))
+
+
+@lru_cache(maxsize=256)
+def _step_flops(cell: Cell, overrides: str) -> float:
+    command = cell.of.command or "train-flowmap"
+    recipe = recipe_with(cell.kind, json.loads(overrides))
+    if command == "finetune":  # a step of stage 1
+        fields = {name: getattr(recipe.finetune, name) for name in ("global_batch", "flow_map", "seed")}
+        recipe = recipe.model_copy(update={"train_flowmap": recipe.train_flowmap.model_copy(update=fields)})
+        command = "train-flowmap"
+    tunes = command == "train-flowmap" and recipe.train_flowmap.objective == "flow-matching"
+    target = target_of(recipe, this_machine())
+    return step_cost(training_setup(target, "tune" if tunes else command)).flops
+
+
+def run(words: list[str]) -> None:
+    """Run a command of anyflow by this interpreter."""
+    log.info("%s", " ".join(words))
+    command = [sys.executable, "-m", "anyflow_cli", *words[1:]]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+
+
+def children_seconds() -> float:
+    """Processor seconds of all finished commands."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def provenance() -> dict[str, Any]:
+    """Where and by what a record was made."""
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
+    return {
+        "date": date.today().isoformat(), "commit": git.stdout.strip(), "anyflow": anyflow_cli.__version__,
+        "torch": torch.__version__, "device": f"{device}, {os.environ.get('OMP_NUM_THREADS', 'all')} threads",
+    }  # fmt: skip
