@@ -123,7 +123,7 @@ def _check_guidance(settings: schema.TrainingSection, backbone: Backbone) -> Non
     """Refuse a scale of guidance per expert for a model that is one network."""
     assert isinstance(settings, schema.TrainFlowMapSection | schema.DistillSection | schema.FinetuneSection)
     guidance_of(backbone.network_of("student"), settings.flow_map.guidance)
-    if isinstance(settings, schema.DistillSection):
+    if isinstance(settings, schema.DistillSection) and "real" in backbone.roles:
         guidance_of(backbone.network_of("real"), settings.real_guidance)
 
 
