@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from anyflow_cli.model.attention import SDPA, Kernel, attend
 from anyflow_cli.model.config import NetworkConfig
+from anyflow_cli.model.context_parallel import ContextGroup, real_keys
 from anyflow_cli.model.layout import Group, Layout, Span
 from anyflow_cli.model.rotary import rotate
 
@@ -35,7 +36,10 @@ class Projected(NamedTuple):
 
 @dataclass(frozen=True)
 class LayerKeys:
-    """Keys and values (B, L, E, d) for each block, of a condition or of cached chunks."""
+    """Keys and values (B, L, E, d) for each block, of a condition or of cached chunks.
+
+    Cached chunks of a context group are (B, N, L, e, d), see ``context_parallel``.
+    """
 
     layers: tuple[KeyValue, ...]
 
@@ -73,6 +77,7 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = config.heads
         self.kernel: Kernel = SDPA
+        self.context: ContextGroup | None = None
         self.to_q = nn.Linear(config.dim, config.dim)
         self.to_k = nn.Linear(config.dim, config.dim)
         self.to_v = nn.Linear(config.dim, config.dim)
@@ -93,6 +98,8 @@ class Attention(nn.Module):
         value = self.split(self.to_v(x))
         query = rotate(self.split(self.norm_q(self.to_q(x))), turns)
         key = rotate(self.split(self.norm_k(self.to_k(x))), turns)
+        if self.context is not None:
+            return self._over_parts(query, key, value, layout, cache, self.context)
         cached_key, cached_value = cache or (None, None)
         parts = [
             attend(
@@ -106,6 +113,32 @@ class Attention(nn.Module):
         if cache is not None:
             _write_cache(cache, (key, value), layout)
         return self._project(parts[0] if len(parts) == 1 else torch.cat(parts, dim=1))
+
+    def _over_parts(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        layout: Layout,
+        cache: KeyValue | None,
+        context: ContextGroup,
+    ) -> Tensor:
+        """The same with the tokens of several processes: tensors are (B, N, L, e, d), tokens in parts."""
+        query, key, value = (context.split_heads(part.to(value.dtype)) for part in (query, key, value))
+        key, value = context.gather_keys(key), context.gather_keys(value)
+        cached_key, cached_value = cache or (None, None)
+        out = []
+        for group, real in zip(layout.groups, real_keys(layout, key.device), strict=True):
+            keys, values = (
+                tokens.flatten(1, 2) if real is None else tokens.flatten(1, 2)[:, real]
+                for tokens in (_gather(key, group, cached_key), _gather(value, group, cached_value))
+            )
+            queries = query[:, :, group.queries]
+            attended = attend(queries.flatten(1, 2), keys, values, self.kernel)
+            out.append(torch.unflatten(attended, 1, queries.shape[1:3]))
+        if cache is not None:
+            _write_cache(cache, (key, value), layout)
+        return self._project(context.join_heads(torch.cat(out, dim=2)))
 
     def condition_keys(self, condition: Projected) -> KeyValue:
         """Keys and values of a condition's tokens (B, L, D), each (B, L, E, d)."""
@@ -134,17 +167,22 @@ class Attention(nn.Module):
 def _gather(x: Tensor, group: Group, cache: Tensor | None) -> Tensor:
     """Keys or values that a group attends to, of x and the cache; a view if they are one range of x."""
     if cache is None or not group.cached:
-        parts = [x[:, tokens] for tokens in group.keys]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-    own = [x[:, tokens].to(cache.dtype) for tokens in group.keys]
-    return torch.cat([*(cache[:, place] for place in group.cached), *own], dim=1)
+        parts = [_tokens(x, tokens) for tokens in group.keys]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-3)
+    own = [_tokens(x, tokens).to(cache.dtype) for tokens in group.keys]
+    return torch.cat([*(_tokens(cache, place) for place in group.cached), *own], dim=-3)
 
 
 def _write_cache(cache: KeyValue, new: KeyValue, layout: Layout) -> None:
     """Write keys and values of the input to the layout's places in the cache, without gradient."""
     for stored, x in zip(cache, new, strict=True):
         for write in layout.writes:
-            stored[:, write.cache] = x[:, write.tokens].detach()
+            _tokens(stored, write.cache).copy_(_tokens(x, write.tokens).detach())
+
+
+def _tokens(x: Tensor, tokens: slice) -> Tensor:
+    """A range of the tokens of x (..., L, E, d)."""
+    return x[..., tokens, :, :]
 
 
 class GeluLinear(nn.Module):

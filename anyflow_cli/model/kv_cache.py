@@ -74,6 +74,7 @@ class KeyCache:
     ) -> None:
         self.chunks = chunks_of(partition)
         self._config, self._size, self._in_place = network.config, size, in_place
+        self._parts = 1 if network.context is None else network.context.size
         causal = causal_of(network.config)
         self._before = causal.full_chunks - 1  # full chunks before the one being sampled
         # An appended chunk attends to its window before the oldest chunk leaves: compressed, or at the next.
@@ -184,25 +185,27 @@ class KeyCache:
             return
         count = self.chunks[i].frames * self._tokens(compressed=after.is_compressed(i))
         for stored in (part for layer in self._memory.layers for part in layer):
-            stored[:, new : new + count] = stored[:, old : old + count].clone()
+            stored[..., new : new + count, :, :] = stored[..., old : old + count, :, :].clone()
 
     def _frames(self, start: int, stop: int) -> int:
         """Latent frames of the chunks ``[start, stop)``."""
         return sum(chunk.frames for chunk in self.chunks[start:stop])
 
     def _tokens(self, *, compressed: bool) -> int:
-        """Tokens per frame."""
+        """Tokens per frame, of each process that shares the video."""
         patch = causal_of(self._config).compressed_patch if compressed else self._config.patch
-        return (self._size[0] // patch[0]) * (self._size[1] // patch[1])
+        return -(-(self._size[0] // patch[0]) * (self._size[1] // patch[1]) // self._parts)
 
     def _layout(self, segments: Sequence[Segment]) -> Layout:
         return causal_layout(self._config, segments, *self._size)
 
 
 def _allocate(network: FlowMapTransformer, batch: int, tokens: int) -> LayerKeys:
-    """Uninitialized keys and values, (B, L, E, d) for each block."""
-    config = network.config
-    shape = (batch, tokens, config.heads, config.head_dim)
+    """Uninitialized keys and values for each block: (B, L, E, d), or (B, N, L, e, d) of a context group."""
+    config, context = network.config, network.context
+    shape: tuple[int, ...] = (batch, tokens, config.heads, config.head_dim)
+    if context is not None:
+        shape = (batch, context.size, tokens, config.heads // context.head_parts, config.head_dim)
 
     def empty() -> Tensor:
         return torch.empty(shape, dtype=network.compute_dtype, device=network.device)

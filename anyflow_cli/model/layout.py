@@ -78,13 +78,19 @@ class KeyWrite:
 
 @dataclass(frozen=True)
 class Layout:
-    """Segments in token order, over latent frames of ``height`` x ``width``."""
+    """Segments in token order, over latent frames of ``height`` x ``width``.
+
+    With ``parts`` > 1 it is the layout of one process: its tokens are the ``part``-th of so many equal parts
+    of every frame's, padded where the number does not divide (``context_parallel``).
+    """
 
     segments: tuple[Segment, ...]
     height: int
     width: int
     patch: tuple[int, int] = (2, 2)
     compressed_patch: tuple[int, int] = (4, 4)
+    parts: int = 1
+    part: int = 0
 
     def __post_init__(self) -> None:
         for segment in self.segments:
@@ -105,9 +111,9 @@ class Layout:
         return self.height // high, self.width // wide
 
     def tokens_of(self, segment: Segment) -> int:
-        """Number of tokens of a segment."""
+        """Number of tokens of a segment, in this part."""
         down, across = self.grid_of(segment)
-        return segment.frames * down * across
+        return segment.frames * -(-down * across // self.parts)
 
     @cached_property
     def inputs(self) -> tuple[Segment, ...]:
@@ -126,8 +132,8 @@ class Layout:
 
     @cached_property
     def pairs(self) -> int:
-        """Pairs of query and key in one self-attention."""
-        return sum(
+        """Pairs of query and key in one self-attention, of this part's queries or its share of the heads."""
+        return self.parts * sum(
             _length(group.queries) * sum(map(_length, group.keys + group.cached)) for group in self.groups
         )
 

@@ -34,6 +34,7 @@ from anyflow_cli.model.blocks import (
     modulated,
 )
 from anyflow_cli.model.config import Conditioning, NetworkConfig
+from anyflow_cli.model.context_parallel import ContextGroup, own_tokens, shared_layout
 from anyflow_cli.model.layout import Layout, Segment, bidirectional
 from anyflow_cli.model.rotary import rotation
 from anyflow_cli.model.weights_io import LazyWeight
@@ -53,13 +54,15 @@ class PatchEmbedding(nn.Module):
         conv = nn.Conv3d(channels, dim, (1, *patch), (1, *patch))
         self.weight, self.bias = conv.weight, conv.bias
 
-    def forward(self, z: Tensor) -> Tensor:
-        """Embed latents (B, F, C, H, W) as tokens (B, L, D)."""
+    def forward(self, z: Tensor, layout: Layout | None = None) -> Tensor:
+        """Embed latents (B, F, C, H, W) as tokens (B, L, D): all, or this process's of a shared layout."""
         high, wide = self.weight.shape[-2:]
         z = torch.unflatten(
             torch.unflatten(z, 4, (-1, wide)), 3, (-1, high)
         )  # (B, F, C, down, high, across, wide)
         patches = z.permute(0, 1, 3, 5, 2, 4, 6).flatten(4).flatten(1, 3)
+        if layout is not None:
+            patches = own_tokens(patches, z.shape[1], layout)
         return nnf.linear(patches.to(self.weight.dtype), self.weight.flatten(1), self.bias)
 
 
@@ -160,6 +163,7 @@ class FlowMapTransformer(nn.Module):
         self.config = config
         self.gradient_checkpointing, self.checkpoint_every_n_blocks = False, 1
         self.checkpoint_contexts: Callable[[], Contexts] = plain_contexts
+        self.context: ContextGroup | None = None
         self.patch_embedding = PatchEmbedding(config.in_channels, config.dim, config.patch)
         if config.causal is not None:
             self.far_patch_embedding = PatchEmbedding(
@@ -213,6 +217,9 @@ class FlowMapTransformer(nn.Module):
             Velocity (B, F', C, H, W) of the F' output frames, in the type of ``z``.
         """
         layout = layout or bidirectional(z.shape[1], z.shape[3], z.shape[4], self.config.patch)
+        if self.context is not None:
+            layout = shared_layout(layout, self.context.size, self.context.rank)
+            z = self.context.replicated(z)
         assert z.shape[1] == layout.frames, f"{z.shape[1]} frames for a layout of {layout.frames}"
         embedding, modulation = self.condition_embedder.times(_by_frame(t), _by_frame(r))
         turns = rotation(layout, self.config.head_dim, z.device)
@@ -240,6 +247,12 @@ class FlowMapTransformer(nn.Module):
         """Compute every attention with this kernel."""
         for block in self._typed_blocks:
             block.attn1.kernel = block.attn2.kernel = kernel
+
+    def use_context(self, context: ContextGroup) -> None:
+        """Share the tokens of each video among the processes of a group, which call it together."""
+        self.context = context
+        for block in self._typed_blocks:
+            block.attn1.context = context
 
     def attention_shape(self, latent_shape: Sequence[int]) -> AttentionShape:
         """Sizes of the largest attention over a video of latents (F, C, H, W)."""
@@ -297,14 +310,14 @@ class FlowMapTransformer(nn.Module):
     def _tokens(self, z: Tensor, layout: Layout) -> Tensor:
         """Embed latents (B, F, C, H, W) as tokens (B, L, D)."""
         parts = [
-            self._embed(z[:, span.frames], segment)
+            self._embed(z[:, span.frames], layout, segment)
             for segment, span in zip(layout.inputs, layout.spans, strict=True)
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
-    def _embed(self, z: Tensor, segment: Segment) -> Tensor:
+    def _embed(self, z: Tensor, layout: Layout, segment: Segment) -> Tensor:
         full = segment.patch == "full"
-        tokens: Tensor = (self.patch_embedding if full else self.far_patch_embedding)(z)
+        tokens: Tensor = (self.patch_embedding if full else self.far_patch_embedding)(z, layout)
         return tokens.to(self.compute_dtype)  # it may be trained in fp32 on a bf16 base
 
     def _run(self, number: int, block: nn.Module, *args: object) -> Tensor:
@@ -337,7 +350,10 @@ class FlowMapTransformer(nn.Module):
 
     def _unpatch(self, out: Tensor, layout: Layout, segment: Segment) -> Tensor:
         """Rearrange patches (B, L, high wide C) as frames (B, F, C, H, W)."""
-        out = torch.unflatten(out, 1, (segment.frames, *layout.grid_of(segment)))
+        down, across = layout.grid_of(segment)
+        if self.context is not None:
+            out = self.context.gather_tokens(out, segment.frames, down * across)
+        out = torch.unflatten(out, 1, (segment.frames, down, across))
         out = torch.unflatten(out, -1, (*layout.patch, -1))
         return out.permute(0, 1, 6, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
 

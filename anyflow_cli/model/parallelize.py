@@ -35,6 +35,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from anyflow_cli.model.attention import AttentionShape, Kernel, choose_kernel
+from anyflow_cli.model.context_parallel import context_groups
 from anyflow_cli.model.network import FlowMapTransformer
 from anyflow_cli.model.precision import Precision
 from anyflow_cli.recipe import schema
@@ -89,6 +90,14 @@ def apply_attention(
         if shape not in kernels:
             kernels[shape] = choose_kernel(setting, shape, network.device, dtype, trains=trains)
         network.use_kernel(kernels[shape])
+
+
+def apply_context(networks: Sequence[FlowMapTransformer], size: int, device: torch.device) -> None:
+    """Let ``size`` consecutive processes share each video; all processes call this together."""
+    if size > 1:
+        groups = context_groups(size, [network.config.heads for network in networks], device.type)
+        for network in networks:
+            network.use_context(groups[network.config.heads])
 
 
 def apply_fsdp(

@@ -14,6 +14,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from anyflow_cli.model.context_parallel import own_tokens
 from anyflow_cli.model.layout import Layout, Segment
 
 THETA = 10000.0
@@ -24,7 +25,11 @@ def rotation(layout: Layout, head_dim: int, device: torch.device) -> Tensor:
     """Cosine and sine of every input token's angles, (L, 1, d / 2, 2) fp32, cached per layout."""
     # The cached tables are saved for later backward passes, which inference tensors cannot be.
     with torch.inference_mode(False), torch.no_grad():
-        turns = torch.cat([_segment_turns(layout, segment, head_dim) for segment in layout.inputs])
+        parts = [
+            own_tokens(_segment_turns(layout, segment, head_dim).unsqueeze(0), segment.frames, layout)
+            for segment in layout.inputs
+        ]
+        turns = torch.cat(parts, dim=1)[0]
         return torch.view_as_real(turns).float().unsqueeze(1).to(device)
 
 
