@@ -1,4 +1,7 @@
-"""What wraps a network, applied in this order: checkpointing, compilation, FSDP2; and its attention kernel.
+"""What wraps a network, applied in this order: context parallelism, checkpointing, compilation, FSDP2.
+
+Context parallelism: groups of consecutive processes share each video (``context_parallel``). The other axis
+of the device mesh is data. Gradients are averaged over both, so DDP and FSDP2 work over all processes.
 
 Compilation: each block's ``forward`` is compiled instead of the module, so that what surrounds a block stays
 around it: FSDP2's hooks, which gather its weights, and checkpointing, which calls it again. Each combination
@@ -36,6 +39,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from anyflow_cli.model.attention import AttentionShape, Kernel, choose_kernel
 from anyflow_cli.model.context_parallel import context_groups
+from anyflow_cli.model.experts import networks_of
 from anyflow_cli.model.network import FlowMapTransformer
 from anyflow_cli.model.precision import Precision
 from anyflow_cli.recipe import schema
@@ -50,6 +54,7 @@ def parallelize(
     device: torch.device,
 ) -> None:
     """Prepare networks for training in place, as the recipe says, and move them to ``device``."""
+    apply_context(networks, launch.context_parallel or 1, device)
     for network in networks:
         apply_checkpointing(network, model)
         if model.compile:
@@ -79,24 +84,26 @@ def apply_attention(
     setting: str,
     latent_shape: Sequence[int],
     precision: Precision,
+    device: torch.device,
     *,
     trains: bool = False,
 ) -> None:
-    """Choose the attention kernel of networks on their device, for latents (F, C, H, W) of a video."""
+    """Choose the attention kernel of networks on a device, for latents (F, C, H, W) of a video."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     kernels: dict[AttentionShape, Kernel] = {}
-    for network in networks:
+    for network in (one for pair in networks for one in networks_of(pair)):
         shape = network.attention_shape(latent_shape)
         if shape not in kernels:
-            kernels[shape] = choose_kernel(setting, shape, network.device, dtype, trains=trains)
+            kernels[shape] = choose_kernel(setting, shape, device, dtype, trains=trains)
         network.use_kernel(kernels[shape])
 
 
 def apply_context(networks: Sequence[FlowMapTransformer], size: int, device: torch.device) -> None:
     """Let ``size`` consecutive processes share each video; all processes call this together."""
     if size > 1:
-        groups = context_groups(size, [network.config.heads for network in networks], device.type)
-        for network in networks:
+        each = [network for pair in networks for network in networks_of(pair)]
+        groups = context_groups(size, [network.config.heads for network in each], device.type)
+        for network in each:
             network.use_context(groups[network.config.heads])
 
 

@@ -517,6 +517,11 @@ class LaunchSection(Section):
         description="FSDP2: shard weights, gradients and optimizer over all processes (full), or over those "
         "of a machine with replicas across machines (hybrid); none: replicate them.",
     )
+    context_parallel: Annotated[int, Field(ge=1, le=1024)] | None = Field(
+        None,
+        description="Processes that share the tokens of one video; null: 1, or in `sample` as many as it "
+        "takes to keep all processes busy.",
+    )
     offload: bool = Field(False, description="Keep shards in CPU memory and update them there.")
     async_checkpoint: bool = Field(False, description="Write sharded checkpoints in the background.")
 

@@ -163,7 +163,7 @@ class VideoSampler:
         is_teacher = not two_time and not is_student and method in (None, "euler", "unipc")
         network = opened.network.eval()
         shape = vae.latent_shape(recipe.model.frames, recipe.model.height, recipe.model.width)
-        apply_attention([network], recipe.model.attention, shape, precision)
+        apply_attention([network], recipe.model.attention, shape, precision, target)
         return cls(
             network,
             recipe.model,

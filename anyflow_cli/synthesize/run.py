@@ -205,7 +205,8 @@ class TeacherSource:
                 "Set synthesize.teacher or model.teacher to a plain Wan pipeline.",
             )
         model, shape = job.recipe.model, self._encoders.latent_shape
-        apply_attention([network], model.attention, shape, resolve_precision(model.precision, device))
+        precision = resolve_precision(model.precision, device)
+        apply_attention([network], model.attention, shape, precision, device)
         self._sampler = VideoSampler(
             network, model, shape, method=job.recipe.sample.teacher_sampler,
             guidance=job.recipe.synthesize.guidance, negative=self._encoders.padded([self.negative]).text[0],

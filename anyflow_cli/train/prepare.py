@@ -88,9 +88,12 @@ def prepare_training(
     _check_data(recipe, backbone, data)
     networks = backbone.networks()
     parallelize(networks, recipe.model, recipe.launch, accelerator.device)
-    apply_attention(networks, recipe.model.attention, data.latent_shape, precision, trains=True)
+    apply_attention(
+        networks, recipe.model.attention, data.latent_shape, precision, accelerator.device, trains=True
+    )
     preview, writes = None, accelerator.is_main_process
-    samples = writes or recipe.launch.sharding != "none"  # all processes sample a sharded network
+    together = recipe.launch.sharding != "none" or (recipe.launch.context_parallel or 1) > 1
+    samples = writes or together  # all processes call a sharded network, or one that shares videos
     if samples and settings.preview_every and settings.preview_prompts:
         how = stage.preview(recipe)
         preview = make_preview(inputs.directory, backbone, data, inputs.base, how, recipe.model, writes)

@@ -55,7 +55,7 @@ def make_preview(
         pipeline: Folder of the VAE, which is loaded for each preview and then freed.
         settings: Method, step counts, number of captions, guidance.
         model: Shift and precision.
-        writes: Whether this process writes. All processes have to sample a sharded network.
+        writes: Whether this process writes. All processes call a network that is sharded or shares videos.
     """
     batch = data.batch(data.buckets[0].positions[: settings.captions])
     condition, seeds = batch.condition, range(len(batch.captions))

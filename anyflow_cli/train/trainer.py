@@ -172,10 +172,12 @@ class Trainer:
         self.backbone, self.settings, self.accelerator = objective.backbone, settings, accelerator
         self.source, self.workers = source, workers
         self.on_step, self.preview = on_step, preview
-        self.rank, self.ranks = accelerator.process_index, accelerator.num_processes
+        shared = launch.context_parallel or 1  # processes with the same samples and random numbers
+        self.rank, self.ranks = accelerator.process_index // shared, accelerator.num_processes // shared
         if settings.global_batch % self.ranks:
             raise UsageError(
-                f"A global batch of {settings.global_batch} cannot be split over {self.ranks} processes.",
+                f"A global batch of {settings.global_batch} cannot be split over {self.ranks} "
+                + ("processes." if shared == 1 else f"groups of {shared} processes."),
                 f"Set global_batch to a multiple of {self.ranks}.",
                 everywhere=True,
             )

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, distributed
 
+from anyflow_cli.flow.condition import Condition
 from anyflow_cli.flow.samplers import flow_map_euler
 from anyflow_cli.flow.times import grid
 from anyflow_cli.model.causal import TeacherForced, causal_from
@@ -55,7 +56,7 @@ def drawn(causal: bool) -> tuple[Tensor, ...]:
 def velocity(model: FlowMapTransformer, z: Tensor, causal: bool) -> Tensor:
     """A bidirectional evaluation, or teacher forcing: compressed context, noisy chunks, clean copies."""
     x, t, r, text = drawn(causal)
-    condition = Conditioned(model, text)
+    condition = Conditioned(model, Condition(text))
     if not causal:
         return condition(z, t, r)
     forced = TeacherForced(condition, x, CAUSAL.partition)
@@ -109,9 +110,9 @@ def check_chunks(size: int, heads: int, remember: int | None) -> None:
     noise, _, _, text = drawn(True)
 
     def sampled(network: FlowMapTransformer) -> Tensor:
-        guidance = Guidance(Conditioned(network, torch.zeros_like(text)), 2.0)
+        guidance = Guidance(Conditioned(network, Condition(torch.zeros_like(text))), 2.0)
         chunks = sample_chunks(
-            Conditioned(network, text), noise, (1, 1, 1, 1), flow_map_euler, [grid(3, 5.0)],
+            Conditioned(network, Condition(text)), noise, (1, 1, 1, 1), flow_map_euler, [grid(3, 5.0)],
             guidance=guidance, remember=remember,
         )  # fmt: skip
         return torch.cat(list(chunks), dim=1)

@@ -33,13 +33,21 @@ class Case:
     sharding: Literal["none", "full", "hybrid"] = "none"
     checkpointing: bool = False
     waits: bool = True
+    context: int | None = None
 
     def __str__(self) -> str:
         parts = [self.kind, "lora" if self.lora else "full", str(self.micro), self.sharding]
-        return "-".join(parts + ["ckpt"] * self.checkpointing + ["async"] * (not self.waits))
+        return "-".join(
+            parts
+            + ["ckpt"] * self.checkpointing
+            + ["async"] * (not self.waits)
+            + [f"context{self.context}"] * bool(self.context)
+        )
 
     def run(self, directory: Path, **changes: Any) -> None:
-        launch = schema.LaunchSection(sharding=self.sharding, async_checkpoint=not self.waits)
+        launch = schema.LaunchSection(
+            sharding=self.sharding, async_checkpoint=not self.waits, context_parallel=self.context
+        )
         settings = SETTINGS | {"micro_batch": self.micro} | changes
         trainer(
             directory / str(self), self.kind, lora=self.lora, hooks={"launch": launch},
@@ -55,6 +63,8 @@ CASES = [
     Case("causal-on-policy", lora=True, micro=1),
     SHARDED,
     Case("causal-on-policy", lora=True, micro=1, sharding="full"),
+    Case("on-policy", lora=True, micro=2, context=2), Case("causal-flow-map", lora=True, context=2),
+    Case("causal-on-policy", lora=True, sharding="full", checkpointing=True, context=2),
     Case("on-policy", lora=True, sharding="full", checkpointing=True),
 ]  # fmt: skip
 
@@ -133,6 +143,9 @@ IN_FOUR = [
     Case("flow-map", sharding="full"), Case("on-policy", sharding="full", checkpointing=True),
     Case("on-policy", lora=True, sharding="hybrid"),
     Case("flow-map", lora=True, sharding="hybrid", waits=False),
+    Case("on-policy", lora=True, micro=1, context=2), Case("causal-flow-map", context=4),
+    Case("causal-on-policy", lora=True, sharding="full", context=2),
+    Case("on-policy", lora=True, sharding="hybrid", checkpointing=True, context=2),
 ]  # fmt: skip
 
 
