@@ -17,6 +17,7 @@ WORDS = (
 TEXT_DIM = 32
 CHANNELS = 8
 SHIFT = 5.0
+WAN21_SIZES = {"in_channels": 16, "out_channels": 16, "attention_head_dim": 128}
 
 
 def make_wan_folder(target: Path, seed: int = 0, **changes: Any) -> Path:
@@ -52,6 +53,15 @@ def make_expert_folder(target: Path, seed: int = 0, boundary: float = 0.875, **c
             ),
             boundary_ratio=boundary,
         ).save_pretrained(target)
+    return target
+
+
+def make_wan21_folder(target: Path, **changes: Any) -> Path:
+    """The same with the channels and the head size of every Wan 2.1."""
+    from diffusers import AutoencoderKLWan
+
+    make_wan_folder(target, **{**WAN21_SIZES, **changes})
+    AutoencoderKLWan(base_dim=4, num_res_blocks=1).save_pretrained(target / "vae")
     return target
 
 

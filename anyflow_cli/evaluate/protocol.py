@@ -243,9 +243,10 @@ def evaluated_model(
 
 
 def _sampler_in_words(of: EvaluatedModel, recipe: Recipe) -> str:
-    if of.teacher:
-        return f"guided {SAMPLER_NAMES[of.sampler or recipe.sample.teacher_sampler]}"
-    return SAMPLER_NAMES[of.sampler] if of.preset is None else of.preset.in_words
+    if not of.teacher:
+        return SAMPLER_NAMES[of.sampler] if of.preset is None else of.preset.in_words
+    solver = f"guided {SAMPLER_NAMES[of.sampler or recipe.sample.teacher_sampler]}"
+    return solver if of.preset is None else f"{solver} ({of.preset.in_words})"
 
 
 def variant(

@@ -32,6 +32,9 @@ ANYFLOW_FAR = "AnyFlowFARTransformer3DModel"
 ANYFLOW_IMAGE = "AnyFlowImageTransformer3DModel"  # with CLIP's tokens; diffusers has no class for it
 CLASSES = (WAN, ANYFLOW, ANYFLOW_FAR)  # of diffusers
 NVLABS = "FAR_Wan_Transformer3DModel"  # the authors' own class, for all kinds
+SKYREELS = "SkyReelsV2Transformer3DModel"  # Wan's parameters; an input of the frame rate is folded into them
+CAUSAL_WAN = "CausalWanTransformer3DModel"  # of FastVideo: Wan's parameters; its presets say how it is causal
+WAN_LIKE = (SKYREELS, CAUSAL_WAN)
 QK_NORM = "rms_norm_across_heads"
 
 Size = Annotated[int, Field(ge=1, le=1 << 20)]
@@ -68,6 +71,7 @@ class TransformerConfig(BaseModel):
     chunk_partition: Annotated[tuple[Size, ...], Field(min_length=1, max_length=100_000)] | None = None
     init_flowmap_model: bool = False  # of the authors' own class
     init_far_model: bool = False  # of the authors' own class
+    num_frame_per_block: int = 1  # of SkyReels-V2
 
 
 @dataclass(frozen=True)
@@ -158,6 +162,8 @@ class NetworkConfig:
     def _from_transformer(cls, config: TransformerConfig) -> NetworkConfig:
         if config.class_name == NVLABS:
             config = _as_diffusers(config)
+        if config.class_name in WAN_LIKE:
+            config = _as_wan(config)
         _refuse_unsupported(config)
         two_time = config.class_name != WAN
         return cls(
@@ -228,6 +234,16 @@ def _as_diffusers(config: TransformerConfig) -> TransformerConfig:
     name = ANYFLOW_FAR if config.init_far_model else ANYFLOW if config.init_flowmap_model else WAN
     gate = config.gate_value if "gate_value" in config.model_fields_set else 0.0
     return config.model_copy(update={"class_name": name, "gate_value": gate})
+
+
+def _as_wan(config: TransformerConfig) -> TransformerConfig:
+    if config.num_frame_per_block > 1:
+        raise UsageError(
+            f"The transformer is a SkyReels-V2 in asynchronous mode, with blocks of "
+            f"{config.num_frame_per_block} frames, which anyflow does not run.",
+            "Set num_frame_per_block to 1 in its config.json for synchronous mode.",
+        )
+    return config.model_copy(update={"class_name": WAN})
 
 
 def _causal(config: TransformerConfig) -> CausalConfig:

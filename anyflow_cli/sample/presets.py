@@ -69,6 +69,7 @@ class SamplerPreset:
             them encoded again as a picture; None: never.
         overlap: Latent frames that two rollouts share.
         longest: Most latent frames that the system samples.
+        overwrites: Whether its UniPC reads an overwritten state, see ``sample_unipc``.
         shape: Size of its videos.
         channels: Latent channels.
         settings: Further keys of the recipe.
@@ -89,6 +90,7 @@ class SamplerPreset:
     rollout: int | None = None
     overlap: int = 0
     longest: int | None = None
+    overwrites: bool = False
     shape: VideoShape = WAN_480P
     channels: int = 16
     settings: Mapping[str, Any] | None = None
@@ -318,7 +320,7 @@ PRESETS = {
         SamplerPreset(
             "skyreels-v2", "SkyReels-V2 DF at 540p, synchronous",
             "Skywork/SkyReels-V2-DF-{1.3B,14B}-540P-Diffusers",
-            r"SkyReels-V2-DF", shift=8, shape=VideoShape(97, 544, 960, 24), longest=25,
+            r"SkyReels-V2-DF", shift=8, shape=VideoShape(97, 544, 960, 24), longest=25, overwrites=True,
             settings={
                 "sample.teacher_sampler": "unipc", "sample.teacher_steps": 30, "sample.teacher_guidance": 6.0,
                 "evaluate.nfe": (30,),

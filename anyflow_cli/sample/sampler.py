@@ -291,7 +291,10 @@ class VideoSampler:
                 with self._timed("network"):
                     (times,) = self._grids(nfe)
                     if self.method == "unipc":
-                        latents = sample_unipc(velocity, start, len(times) - 1, self.model.shift)
+                        overwrites = self.preset is not None and self.preset.overwrites
+                        latents = sample_unipc(
+                            velocity, start, len(times) - 1, self.model.shift, overwrites=overwrites
+                        )
                     else:
                         latents = self._solve(velocity, start, times, generators)
         self._count += len(prompts)

@@ -12,8 +12,12 @@ from anyflow_cli.flow.velocity import Velocity, batch_time
 
 
 @torch.no_grad()
-def sample_unipc(model: Velocity, z: Tensor, steps: int, shift: float) -> Tensor:
-    """Solve a teacher's ODE from noise z (B, F, C, H, W) with second-order UniPC at diffusers' own times."""
+def sample_unipc(model: Velocity, z: Tensor, steps: int, shift: float, *, overwrites: bool = False) -> Tensor:
+    """Solve a teacher's ODE from noise z (B, F, C, H, W) with second-order UniPC at diffusers' own times.
+
+    ``overwrites`` repeats what the code of SkyReels-V2 does: it writes each state over the one before, which
+    the first correction of UniPC still reads.
+    """
     from diffusers import UniPCMultistepScheduler
 
     scheduler = UniPCMultistepScheduler(
@@ -22,5 +26,6 @@ def sample_unipc(model: Velocity, z: Tensor, steps: int, shift: float) -> Tensor
     scheduler.set_timesteps(steps, device=z.device)
     for timestep in scheduler.timesteps:
         t = batch_time(timestep.item() / scheduler.config.num_train_timesteps, z)
-        (z,) = scheduler.step(model(z, t, t), timestep, z, return_dict=False)
+        (after,) = scheduler.step(model(z, t, t), timestep, z, return_dict=False)
+        z = z.copy_(after) if overwrites else after
     return z

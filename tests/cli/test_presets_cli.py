@@ -15,30 +15,19 @@ from anyflow_cli.errors import UsageError
 from anyflow_cli.model.config import CausalConfig, NetworkConfig
 from anyflow_cli.sample.presets import PRESETS, presets_of
 from tests.model.layouts import written
-from tests.tiny_pipeline import make_wan_folder, wan_transformer
-
-SIZES = {**written.SIZES, "in_channels": 16, "out_channels": 16}
+from tests.tiny_pipeline import WAN21_SIZES, make_wan21_folder, wan_transformer
 
 OF_SHAPES = ["--set=model.height=64", "--set=model.width=64", "--set=model.frames=33"]
-
-
-def pipeline(target: Path) -> Path:
-    """A pipeline folder of 16 latent channels, as every Wan 2.1 has."""
-    from diffusers import AutoencoderKLWan
-
-    make_wan_folder(target, **SIZES)
-    AutoencoderKLWan(base_dim=4, num_res_blocks=1).save_pretrained(target / "vae")
-    return target
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Published files of several systems, each in its own layout, and a pipeline folder."""
     place = tmp_path_factory.mktemp("models")
-    pipeline(place / "wan")
+    make_wan21_folder(place / "wan")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        weights = wan_transformer(**SIZES).state_dict()
+        weights = wan_transformer(**WAN21_SIZES).state_dict()
     original = written.as_original(weights)
     torch.save(written.self_forcing(weights), place / "self_forcing_dmd.pt")
     torch.save(written.rcm(weights), place / "rCM_Wan2.1_T2V_1.3B_480p.pt")

@@ -59,7 +59,6 @@ FOREIGN = (
         "a TurboWan model (sparse-linear attention)",
         "Use the rCM model of the same size.",
     ),
-    Foreign(r"(^|\.)fps_(embedding|projection)\.", "a SkyReels-V2 model with a frame-rate input", PLAIN_WAN),
     Foreign(r"(^|\.)videodit_blocks\.layers\.", "a MAGI-1 model", PLAIN_WAN),
 )
 

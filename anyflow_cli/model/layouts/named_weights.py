@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -23,12 +23,14 @@ class NamedWeights:
         stored_names: Our name of each tensor with its name in the files.
         naming: How the names are written, in words.
         reshaped: Shapes of tensors that are stored with the same values in another shape.
+        added: What is added to a tensor when it is read.
     """
 
     files: TensorFiles
     stored_names: Mapping[str, str]
     naming: str
     reshaped: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    added: Mapping[str, Callable[[], Tensor]] = field(default_factory=dict)
     scales: Mapping[str, str] = field(init=False)  # stored name of a weight -> stored name of its scale
 
     def __post_init__(self) -> None:
@@ -72,6 +74,8 @@ class NamedWeights:
         check_finite({name: weight}, str(file))
         if file.suffix in PICKLE_SUFFIXES and scale is None:
             weight = weight.clone()  # a view would keep the pages of other tensors in memory
+        if name in self.added:
+            weight = (weight.float() + self.added[name]()).to(weight.dtype)
         return weight.reshape(self.shape(name))
 
     def lazy(self) -> dict[str, LazyWeight]:

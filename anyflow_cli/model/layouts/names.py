@@ -67,6 +67,8 @@ TRANSFORMER_NAMES = NameTable(
         ("condition_embedder.delta_embedder.linear_1",    "delta_embedding.0"),  # a name of this project
         ("condition_embedder.delta_embedder.linear_2",    "delta_embedding.2"),  # a name of this project
         ("condition_embedder.time_proj",                  "time_projection.1"),
+        ("fps_projection.net.0.proj",                     "fps_projection.0"),  # of SkyReels-V2
+        ("fps_projection.net.2",                          "fps_projection.2"),
         ("condition_embedder.image_embedder.norm1",       "img_emb.proj.0"),
         ("condition_embedder.image_embedder.ff.net.0.proj", "img_emb.proj.1"),
         ("condition_embedder.image_embedder.ff.net.2",    "img_emb.proj.3"),

@@ -18,12 +18,14 @@ import json
 import logging
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
+import torch.nn.functional as nnf
 from pydantic import BaseModel
+from torch import Tensor
 
 from anyflow_cli.errors import UsageError
 from anyflow_cli.model.config import (
@@ -33,6 +35,7 @@ from anyflow_cli.model.config import (
     CLASSES,
     NVLABS,
     WAN,
+    WAN_LIKE,
     NetworkConfig,
     Size,
 )
@@ -65,6 +68,11 @@ ANCHORS = {"head.modulation": "original Wan", "condition_embedder.time_proj.weig
 # the gate of sparse attention (the weights also run dense), a norm that diffusers ignores, too.
 UNUSED_PARTS = re.compile(
     r"^(_cls_pred_branch|_register_tokens|_gan_ca_blocks)\b|^accum_|\.to_gate_compress\.|\.norm_added_q\.|^freqs$"
+)
+# SkyReels-V2's embeddings of 16 and 24 fps, and the layers from them to the modulation.
+FRAME_RATE_PARTS = (
+    "fps_embedding.weight",
+    *(f"fps_projection.net.{layer}.{part}" for layer in ("0.proj", "2") for part in ("weight", "bias")),
 )
 
 
@@ -147,7 +155,16 @@ def transformer_weights(files: TensorFiles, place: Path) -> NamedWeights:
     linear = patch in named and len(files.tensors[named[patch]].shape) == 2  # rCM's; kernels of (1, 2, 2)
     rows, columns = files.tensors[named[patch]].shape[:2] if linear else (0, 0)
     reshaped = {patch: (rows, columns // 4, 1, 2, 2)} if linear else {}
-    return NamedWeights(files, named, ", ".join(words), reshaped)
+    parts = {name: named.pop(name) for name in FRAME_RATE_PARTS if name in named}
+    added = {"condition_embedder.time_proj.bias": partial(_frame_rate_bias, files, parts)} if parts else {}
+    return NamedWeights(files, named, ", ".join(words), reshaped, added)
+
+
+def _frame_rate_bias(files: TensorFiles, parts: Mapping[str, str]) -> Tensor:
+    """What SkyReels-V2's input of the frame rate adds to the modulation, at 24 fps: a constant."""
+    rates, *layers = (files.read(parts[name]).float() for name in FRAME_RATE_PARTS)
+    weight_1, bias_1, weight_2, bias_2 = layers
+    return weight_2 @ nnf.silu(weight_1 @ rates[1] + bias_1) + bias_2
 
 
 def _prefix_of(names: Iterable[str], place: Path) -> tuple[str, str]:
@@ -273,7 +290,7 @@ def inferred_config(weights: NamedWeights) -> NetworkConfig:
     """
     metadata, place = weights.files.metadata, weights.files.files[0]
     stated = json.loads(metadata.get("config", "{}"))
-    if stated.get("_class_name") in (*CLASSES, ANYFLOW_IMAGE, NVLABS):
+    if stated.get("_class_name") in (*CLASSES, ANYFLOW_IMAGE, NVLABS, *WAN_LIKE):
         return NetworkConfig.from_diffusers(stated)
 
     def size(name: str, axis: int) -> int:

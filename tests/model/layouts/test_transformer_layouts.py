@@ -170,6 +170,13 @@ def test_a_partition_that_is_null_or_absent_is_the_default(tmp_path: Path) -> No
         assert load_network(path).config.causal == CausalConfig()
 
 
+def test_a_causal_folder_of_fastvideo_opens_as_the_wan_that_it_is(wan: Any, tmp_path: Path) -> None:
+    config = dict(wan.config) | {"_class_name": "CausalWanTransformer3DModel", "num_frames_per_block": 3}
+    network = load_network(written.folder(tmp_path / "SFWan2.1", wan.state_dict(), config))
+    assert (network.config.two_time, network.config.causal) == (False, None)
+    assert network.state_dict().keys() == wan.state_dict().keys()
+
+
 # --- what is not a plain Wan
 
 FOREIGN = {
@@ -182,7 +189,6 @@ FOREIGN = {
     "img_emb.proj.0.weight": "image-to-video",
     "time_embedding_r.0.weight": "MeanFlow",
     "blocks.0.self_attn.attn_op.local_attn.proj_l.weight": "TurboWan",
-    "fps_embedding.weight": "SkyReels",
 }
 
 
