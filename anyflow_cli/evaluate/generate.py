@@ -42,6 +42,10 @@ class VideoGenerator(Interface):
         """Mean seconds per video of the last call: in the network, and in the decoder."""
         ...
 
+    def encode_prompts(self, prompts: Sequence[str]) -> None:
+        """Encode prompts before they are sampled."""
+        ...
+
     def condition_on(self, frames: VideoPixels) -> None:
         """Start the next videos with given frames (B, T, H, W, 3), one set per video."""
         ...
@@ -150,6 +154,8 @@ def generate_videos(
         if requests and (opened is None or opened[0] is not one.model):
             log.info("Loading %s (%s).", one.model.address, one.model.reason)
             opened = (one.model, open_model(one.model, job.recipe))
+        if opened is not None:
+            opened[1].encode_prompts([request.prompt for request in requests])
         for start in range(0, len(requests), batch_size):
             assert opened is not None
             batch = requests[start : start + batch_size]

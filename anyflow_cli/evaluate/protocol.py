@@ -265,7 +265,9 @@ def variant(
         shift=model.shift,
         size=(model.frames, model.height, model.width),
         text_tokens=model.max_text_tokens,
-        precision=resolve_precision(model.precision, default_device()),
+        precision=", ".join(
+            [resolve_precision(model.precision, default_device()), *recipe.memory.approximations]
+        ),
     )
     return Variant(of, steps, settings, reference)
 

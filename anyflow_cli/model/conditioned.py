@@ -1,7 +1,8 @@
 """A network with its condition bound, as the ``u(z, t, r)`` of ``flow``.
 
 Keys and values of the condition do not change between steps, so they are computed once, at the first call,
-unless a parameter that they depend on is being trained: then they could become stale and would need gradient.
+unless a parameter that they depend on is being trained (then they could become stale and would need
+gradient), or weights are streamed (then they are not there).
 
 Given frames are put in their place before every call and have time 0; their velocity is 0, so that no sampler
 moves them.
@@ -97,6 +98,8 @@ class Conditioned:
 
     def _shared_keys(self) -> LayerKeys | None:
         """Keys of the condition, computed once; None where each call has to compute its own."""
+        if self.network.streamed:
+            return None
         if self._keys is None and not any(p.requires_grad for p in self.network.key_parameters()):
             # They outlive this call, so they may be neither inference tensors nor part of a graph.
             with torch.inference_mode(False), torch.no_grad(), self._scope():

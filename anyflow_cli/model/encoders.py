@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
@@ -23,20 +24,19 @@ from torch import Tensor
 
 from anyflow_cli.errors import UsageError
 from anyflow_cli.model.config import Size
-from anyflow_cli.model.layouts.components import open_component
+from anyflow_cli.model.layouts.components import ComponentFiles, open_component, open_component_folder
 from anyflow_cli.model.pipeline_io import component
+from anyflow_cli.model.placement import free_cached, stream_weights
 from anyflow_cli.model.weights_io import (
     FETCH,
     TEXT_ENCODER_STEM,
     TRANSFORMER_STEM,
-    check_finite,
-    listed,
-    read_headers,
 )
 from anyflow_cli.utils.records import read_record
 
 WAN_21_CHANNELS = 16
-REST_OF_UMT5 = ("decoder.", "lm_head.")  # a whole model is more than its encoder
+ENCODED_TOGETHER = 32  # prompts
+Config = TypeVar("Config", bound=BaseModel)
 
 
 def clean_prompt(prompt: str) -> str:
@@ -97,22 +97,42 @@ class VaeConfig(BaseModel):
 
 
 class TextEncoder:
-    """UMT5 encoder and its tokenizer."""
+    """UMT5 encoder and its tokenizer.
 
-    def __init__(self, tokenizer: Any, model: Any) -> None:
-        self._tokenizer = tokenizer
-        self._model = model.eval().requires_grad_(False)
+    Args:
+        tokenizer: Tokenizer of transformers.
+        config: Sizes of the encoder.
+        load_model: Loads the encoder onto a device.
+        device: Device that encodes.
+        placement: Whether the encoder is kept, or loaded to encode and then freed, or also streamed.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        config: TextEncoderConfig,
+        load_model: Callable[[torch.device], Any],
+        device: torch.device,
+        placement: str = "kept",
+    ) -> None:
+        self._tokenizer, self._config = tokenizer, config
+        self._load_model, self._device, self._placement = load_model, device, placement
+        self._kept = None if placement in ("freed", "streamed") else load_model(device)
 
     @classmethod
     def load(
-        cls, pipeline: Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+        cls,
+        pipeline: Path,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        placement: str = "kept",
     ) -> TextEncoder:
-        """Load the text encoder of a pipeline folder.
+        """Open the text encoder of a pipeline folder, see ``MemorySection.text_encoder`` for placements.
 
         Raises:
             UsageError: Tokenizer or weights are damaged, incomplete, or of different models.
         """
-        from transformers import AutoTokenizer, UMT5EncoderModel
+        from transformers import AutoTokenizer
 
         folder = component(pipeline, "tokenizer")
         tokenizer = _load(AutoTokenizer, folder, trust_remote_code=False)
@@ -120,29 +140,40 @@ class TextEncoder:
             raise UsageError(f"The tokenizer in {folder} has no padding token.", FETCH)
         with _library_errors(folder):
             tokenizer(["", "a"], padding="max_length", max_length=2, truncation=True)
-        place = component(pipeline, "text_encoder")
-        if place.is_file():
-            return cls(tokenizer, open_component(place).load(dtype, device))
-        read_record(place / "config.json", TextEncoderConfig, FETCH)
-        model = _load_model(UMT5EncoderModel, place, TEXT_ENCODER_STEM, dtype=dtype)
-        return cls(tokenizer, model.to(device))
+        files, config = _open(pipeline, "text_encoder", TextEncoderConfig, TEXT_ENCODER_STEM)
+        return cls(tokenizer, config, partial(_load_weights, files, dtype), torch.device(device), placement)
 
     @property
     def dim(self) -> int:
         """Width D of the embeddings."""
-        return int(self._model.config.d_model)
+        return self._config.d_model
+
+    @contextmanager
+    def _at_work(self) -> Iterator[Any]:
+        """The encoder, loaded for the block where it is not kept."""
+        if self._kept is not None:
+            yield self._kept
+            return
+        streams = self._placement == "streamed"
+        model = self._load_model(torch.device("cpu") if streams else self._device)
+        if streams:
+            stream_weights(model, self._device, prefetch=True, whole_blocks=False)
+        yield model
+        del model
+        free_cached(self._device)
 
     def tokens(self, prompts: Sequence[str]) -> list[int]:
         """Number of tokens of each prompt without truncation, end token included."""
         return [len(ids) for ids in self._tokenizer([clean_prompt(p) for p in prompts]).input_ids]
 
     @torch.no_grad()
-    def encode(self, prompts: Sequence[str], max_tokens: int, batch: int = 32) -> Tensor:
+    def encode(self, prompts: Sequence[str], max_tokens: int, batch: int = ENCODED_TOGETHER) -> Tensor:
         """Encode prompts as (B, max_tokens, D) fp32, zero after their end; longer prompts are truncated."""
-        parts = [self._encode(prompts[i : i + batch], max_tokens) for i in range(0, len(prompts), batch)]
-        return torch.cat(parts)
+        starts = range(0, len(prompts), batch)
+        with self._at_work() as model:
+            return torch.cat([self._encode(model, prompts[i : i + batch], max_tokens) for i in starts])
 
-    def _encode(self, prompts: Sequence[str], max_tokens: int) -> Tensor:
+    def _encode(self, model: Any, prompts: Sequence[str], max_tokens: int) -> Tensor:
         inputs = self._tokenizer(
             [clean_prompt(prompt) for prompt in prompts],
             padding="max_length",
@@ -152,40 +183,57 @@ class TextEncoder:
             return_attention_mask=True,
             return_tensors="pt",
         )
-        largest, size = int(inputs.input_ids.max()), self._model.config.vocab_size
+        largest, size = int(inputs.input_ids.max()), self._config.vocab_size
         if largest >= size:
             raise UsageError(
                 f"The tokenizer has a token {largest}, but the text encoder has {size} embeddings.",
                 FETCH,
             )
-        mask = inputs.attention_mask.to(self._model.device)
-        hidden: Tensor = self._model(inputs.input_ids.to(self._model.device), mask).last_hidden_state
+        mask = inputs.attention_mask.to(self._device)
+        hidden: Tensor = model(inputs.input_ids.to(self._device), mask).last_hidden_state
         return hidden.float().masked_fill(mask.unsqueeze(-1) == 0, 0.0)
 
 
 class VideoVAE:
-    """Wan VAE in fp32; latents are normalized, videos are in [0, 1]."""
+    """Wan VAE in fp32; latents are normalized, videos are in [0, 1].
 
-    def __init__(self, model: Any) -> None:
+    Args:
+        model: VAE of diffusers.
+        device: Device that it works on; None: where its weights are.
+        placement: Whether it is kept there, or there only while it works, or also works in tiles.
+    """
+
+    def __init__(self, model: Any, device: torch.device | None = None, placement: str = "kept") -> None:
         self._model = model.eval().requires_grad_(False)
         config = model.config
         self.spatial_factor = int(config.scale_factor_spatial)
         self.temporal_factor = int(config.scale_factor_temporal)
         self.channels = int(config.z_dim)
-        self._mean = torch.tensor(config.latents_mean, device=model.device).view(1, -1, 1, 1, 1)
-        self._std = torch.tensor(config.latents_std, device=model.device).view(1, -1, 1, 1, 1)
+        self._device, self._stays = device or model.device, placement not in ("on-demand", "tiled")
+        self._works = 0  # blocks of ``at_work`` that are open
+        if placement == "tiled":
+            model.enable_tiling()
+        self._mean = torch.tensor(config.latents_mean, device=self._device).view(1, -1, 1, 1, 1)
+        self._std = torch.tensor(config.latents_std, device=self._device).view(1, -1, 1, 1, 1)
 
     @classmethod
-    def load(cls, pipeline: Path, device: torch.device | str = "cpu") -> VideoVAE:
-        """Load the VAE of a pipeline folder."""
-        from diffusers import AutoencoderKLWan
+    def load(cls, pipeline: Path, device: torch.device | str = "cpu", placement: str = "kept") -> VideoVAE:
+        """Load the VAE of a pipeline folder, see ``MemorySection.vae`` for placements."""
+        files, _ = _open(pipeline, "vae", VaeConfig, TRANSFORMER_STEM)
+        place = torch.device(device if placement in ("auto", "kept") else "cpu")
+        return cls(_load_weights(files, torch.float32, place), torch.device(device), placement)
 
-        place = component(pipeline, "vae")
-        if place.is_file():
-            return cls(open_component(place).load(torch.float32, device))
-        read_record(place / "config.json", VaeConfig, FETCH)
-        model = _load_model(AutoencoderKLWan, place, TRANSFORMER_STEM, torch_dtype=torch.float32)
-        return cls(model.to(device))
+    @contextmanager
+    def at_work(self) -> Iterator[Any]:
+        """The VAE on its device, which it leaves after the block where it is not kept there."""
+        self._works += 1
+        try:
+            yield self._model if self._stays else self._model.to(self._device)
+        finally:
+            self._works -= 1
+            if not (self._stays or self._works):
+                self._model.to("cpu")
+                free_cached(self._device)
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """Shape (F, C, h, w) of the latents of a video; refuses sizes that the factors do not divide."""
@@ -211,20 +259,29 @@ class VideoVAE:
     def encode(self, video: Tensor, batch: int = 1) -> Tensor:
         """Encode video (B, T, 3, H, W) in [0, 1] as normalized latents (B, F, C, h, w), the mode."""
         self.latent_shape(video.shape[1], video.shape[3], video.shape[4])
-        return torch.cat([self._encode(part) for part in torch.split(video, batch)])
+        with self.at_work() as model:
+            return torch.cat([self._encode(model, part) for part in torch.split(video, batch)])
 
     @torch.no_grad()
     def decode(self, latents: Tensor, batch: int = 1) -> Tensor:
         """Decode normalized latents (B, F, C, h, w) as video (B, T, 3, H, W) in [0, 1]."""
-        return torch.cat([self.decoding()(part) for part in torch.split(latents, batch)])
+        with self.at_work() as model:
+            if model.use_tiling:
+                return torch.cat([self._decode_tiled(model, part) for part in torch.split(latents, batch)])
+            return torch.cat([self.decoding()(part) for part in torch.split(latents, batch)])
 
-    def _encode(self, video: Tensor) -> Tensor:
-        pixels = video.to(self._model.device, torch.float32).transpose(1, 2) * 2 - 1
-        mode: Tensor = self._model.encode(pixels).latent_dist.mode()
+    def _decode_tiled(self, model: Any, latents: Tensor) -> Tensor:
+        z = latents.to(self._device, torch.float32).transpose(1, 2) * self._std + self._mean
+        video: Tensor = model.decode(z).sample
+        return (video.transpose(1, 2) / 2 + 0.5).clamp(0, 1)
+
+    def _encode(self, model: Any, video: Tensor) -> Tensor:
+        pixels = video.to(self._device, torch.float32).transpose(1, 2) * 2 - 1
+        mode: Tensor = model.encode(pixels).latent_dist.mode()
         return ((mode - self._mean) / self._std).transpose(1, 2)
 
     def decoding(self) -> ChunkDecoder:
-        """Start decoding a video in parts, as it is sampled."""
+        """Start decoding a video in parts, as it is sampled, inside ``at_work``; never in tiles."""
         return ChunkDecoder(self._model, self._mean, self._std)
 
 
@@ -258,21 +315,19 @@ class ChunkDecoder:
         return (video.transpose(1, 2) / 2 + 0.5).clamp(0, 1)
 
 
-def _load_model(kind: Any, folder: Path, stem: str, **options: Any) -> Any:
-    """Load a model by its library; refuse weights that are incomplete, left over or not finite.
+def _open(pipeline: Path, name: str, config: type[Config], stem: str) -> tuple[ComponentFiles, Config]:
+    """The files and the checked configuration of a component."""
+    place = component(pipeline, name)
+    if place.is_file():
+        files = open_component(place)
+        return files, config.model_validate(files.config)
+    sizes = read_record(place / "config.json", config, FETCH)
+    return open_component_folder(place, stem), sizes
 
-    A library fills what is missing with random values and says so in a warning at most.
-    """
-    read_headers(folder, stem)  # refuses a damaged file in words
-    model, info = _load(kind, folder, use_safetensors=True, output_loading_info=True, **options)
-    unused = REST_OF_UMT5 if stem == TEXT_ENCODER_STEM else ()
-    unexpected = [name for name in info["unexpected_keys"] if not name.startswith(unused)]
-    for names, problem in ((info["missing_keys"], "missing"), (unexpected, "unexpected")):
-        if names:
-            problem = f"{listed(sorted(names))} {problem}"
-            raise UsageError(f"The weights of {folder} do not fit config.json: {problem}.", FETCH)
-    check_finite(dict(model.named_parameters()), str(folder))
-    return model
+
+def _load_weights(files: ComponentFiles, dtype: torch.dtype, device: torch.device) -> Any:
+    with _library_errors(files.path):
+        return files.load(dtype, device).requires_grad_(False)
 
 
 def _load(kind: Any, folder: Path, **options: Any) -> Any:
@@ -289,7 +344,7 @@ def _library_errors(folder: Path) -> Iterator[None]:
     """Refuse a component whose damage shows in its library, whatever it raises."""
     try:
         yield
-    except (KeyboardInterrupt, SystemExit):
+    except (KeyboardInterrupt, SystemExit, UsageError):
         raise
     except BaseException as error:  # panics of libraries in Rust are not of the class Exception
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]

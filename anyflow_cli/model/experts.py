@@ -26,7 +26,7 @@ from anyflow_cli.model.blocks import LayerKeys
 from anyflow_cli.model.conditioned import Conditioned, Scope
 from anyflow_cli.model.config import NetworkConfig
 from anyflow_cli.model.layout import Layout
-from anyflow_cli.model.network import FlowMapTransformer, kept_in_fp32, on_meta
+from anyflow_cli.model.network import FlowMapTransformer, on_meta, weight_dtype
 from anyflow_cli.model.weights_io import WeightSource, fill_module
 from anyflow_cli.recipe.schema import ExpertGuidance
 
@@ -122,7 +122,10 @@ def empty_network(config: NetworkConfig) -> FlowMapTransformer:
 
 
 def network_from(
-    source: WeightSource, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+    source: WeightSource,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    storage: torch.dtype | None = None,
 ) -> FlowMapTransformer:
     """Load a frozen network, or two experts, tensor by tensor, straight onto a device.
 
@@ -131,11 +134,12 @@ def network_from(
         dtype: Type of the weights, except for those on the path of times and norms, which are then fp32;
             None: as stored.
         device: Device of the weights.
+        storage: Type of the blocks' matrices, see ``weight_dtype``.
     """
     network, weights = empty_network(source.config), source.lazy_weights()
 
     def dtype_of(name: str) -> torch.dtype:
-        return weights[name].dtype if dtype is None else torch.float32 if kept_in_fp32(name) else dtype
+        return weights[name].dtype if dtype is None else weight_dtype(name, dtype, storage)
 
     fill_module(network, weights, dtype_of, device)
     return network

@@ -162,6 +162,8 @@ class FlowMapTransformer(nn.Module):
         super().__init__()
         self.config = config
         self.gradient_checkpointing, self.checkpoint_every_n_blocks = False, 1
+        self.computes_on: torch.device | None = None  # where it computes, if its weights are elsewhere
+        self.streamed = False  # weights come to the device inside ``forward`` only
         self.checkpoint_contexts: Callable[[], Contexts] = plain_contexts
         self.context: ContextGroup | None = None
         self.patch_embedding = PatchEmbedding(config.in_channels, config.dim, config.patch)
@@ -177,6 +179,8 @@ class FlowMapTransformer(nn.Module):
     @property
     def device(self) -> torch.device:
         """Device that it computes on; offloaded shards of its weights may be on the CPU."""
+        if self.computes_on is not None:
+            return self.computes_on
         weight = self.proj_out.weight
         if not isinstance(weight, DTensor):
             return weight.device
@@ -276,10 +280,10 @@ class FlowMapTransformer(nn.Module):
         norms: Tensor = torch.linalg.vector_norm(embedding, dim=-1)
         return norms.mean()
 
-    def store_as(self, dtype: torch.dtype) -> FlowMapTransformer:
-        """Store the weights as ``dtype``; those on the path of times and norms stay fp32."""
+    def store_as(self, dtype: torch.dtype, storage: torch.dtype | None = None) -> FlowMapTransformer:
+        """Store the weights as ``weight_dtype`` says."""
         for name, parameter in self.named_parameters():
-            parameter.data = parameter.data.to(torch.float32 if kept_in_fp32(name) else dtype)
+            parameter.data = parameter.data.to(weight_dtype(name, dtype, storage))
         return self
 
     def lazy_weights(self) -> dict[str, LazyWeight]:
@@ -372,6 +376,24 @@ def on_meta(config: NetworkConfig) -> FlowMapTransformer:
     """A network without storage, to be filled by ``load_state_dict(..., assign=True)``."""
     with torch.device("meta"):
         return FlowMapTransformer(config)
+
+
+def is_quantizable(name: str) -> bool:
+    """Whether a parameter belongs to the matrices of the blocks, which nearly all weights are in."""
+    return "blocks." in name and not kept_in_fp32(name)
+
+
+def weight_dtype(name: str, dtype: torch.dtype, storage: torch.dtype | None = None) -> torch.dtype:
+    """Type in which a parameter is stored.
+
+    Args:
+        name: Name of the parameter.
+        dtype: Type of the products.
+        storage: Type of the blocks' matrices; None: as the products.
+    """
+    if kept_in_fp32(name):
+        return torch.float32
+    return storage if storage is not None and is_quantizable(name) else dtype
 
 
 def two_time_from(

@@ -209,10 +209,13 @@ def read_config(path: Path) -> NetworkConfig:
 
 
 def load_network(
-    path: Path, dtype: torch.dtype | None = torch.float32, device: torch.device | str = "cpu"
+    path: Path,
+    dtype: torch.dtype | None = torch.float32,
+    device: torch.device | str = "cpu",
+    storage: torch.dtype | None = None,
 ) -> FlowMapTransformer:
     """Load the network of a pipeline folder, transformer folder or file, see ``network_from``."""
-    return network_from(open_network(path), dtype, device)
+    return network_from(open_network(path), dtype, device, storage)
 
 
 def shapes_of(weights: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:

@@ -505,6 +505,59 @@ class EvaluateSection(Section):
         return self.suite == "vbench-i2v" or (self.suite == "shapes" and self.task == "i2v")
 
 
+class MemorySection(Section):
+    """Where the parts of a model are while it samples; "auto" is chosen by the plan, to fit ``limit``.
+
+    The values of each part are in order: the mildest that fits is taken, of the network first, then of the
+    VAE, then of the text encoder. Without a plan, "auto" is the first.
+    """
+
+    limit: Literal["auto"] | PositiveNumber = Field(
+        "auto", description="GiB of the device's memory; auto: all of a GPU's."
+    )
+    text_encoder: Literal["auto", "kept", "freed", "streamed"] = Field(
+        "auto",
+        description="freed: loaded to encode the prompts, then freed; streamed: layer by layer, then freed.",
+    )
+    vae: Literal["auto", "kept", "on-demand", "tiled"] = Field(
+        "auto",
+        description="on-demand: on the device only while it works; tiled: also in overlapping tiles of 256 "
+        "pixels, blended (not to the bit).",
+    )
+    network: Literal["auto", "kept", "alternating", "streamed", "blocks"] = Field(
+        "auto",
+        description="alternating: off the device while the VAE works; streamed: block by block from the "
+        "host's memory, the next one copied ahead; blocks: without copying ahead.",
+    )
+    weights: Literal["auto", "full", "fp8", "int8"] = Field(
+        "auto",
+        description="Type that the blocks' matrices are stored in; products stay in the precision. int8 is "
+        "torchao's and never chosen by itself.",
+    )
+
+    @property
+    def streams_network(self) -> bool:
+        """Whether the network's weights stay in the host's memory."""
+        return self.network in ("streamed", "blocks")
+
+    @property
+    def frees_text_encoder(self) -> bool:
+        """Whether the text encoder is only loaded to encode prompts."""
+        return self.text_encoder in ("freed", "streamed")
+
+    @property
+    def opens_on_host(self) -> bool:
+        """Whether the network is opened in the host's memory, and comes to the device later or in parts."""
+        return self.frees_text_encoder or self.network in ("alternating", "streamed", "blocks")
+
+    @property
+    def approximations(self) -> tuple[str, ...]:
+        """What changes the videos beyond rounding, in words."""
+        stored = {"fp8": "weights in fp8", "int8": "weights in int8"}.get(self.weights)
+        tiles = "decoded in tiles" if self.vae == "tiled" else None
+        return tuple(filter(None, (stored, tiles)))
+
+
 class LaunchSection(Section):
     """How training is distributed over processes and devices; the results do not depend on it."""
 
@@ -546,6 +599,7 @@ class Recipe(Section):
     finetune: FinetuneSection = FinetuneSection()
     sample: SampleSection = SampleSection()
     evaluate: EvaluateSection = EvaluateSection()
+    memory: MemorySection = MemorySection()
     launch: LaunchSection = LaunchSection()
 
     @field_validator("train_flowmap", "distill", "finetune")

@@ -179,10 +179,11 @@ def open_model(
     recipe: Recipe,
     dtype: torch.dtype | None = torch.float32,
     device: torch.device | str = "cpu",
+    storage: torch.dtype | None = None,
 ) -> OpenedModel:
     """Open the model at ``address`` tensor by tensor, see ``network_from``."""
     info = describe(address, recipe)
-    network = network_from(weight_source(info), dtype, device)
+    network = network_from(weight_source(info), dtype, device, storage)
     network.config = replace(network.config, causal=info.causal)
     return OpenedModel(network, info.pipeline, info.lineage, info.shift)
 

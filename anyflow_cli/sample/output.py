@@ -251,6 +251,7 @@ def _sampling_record(sampler: VideoSampler, recipe: Recipe, choice: ModelChoice)
         "sampling": sampler.preset and sampler.preset.in_words,
         "then": [list(switch) for switch in sampler.prompt_switches],
         "precision": sampler.precision,
+        "memory": sampler.memory.model_dump(mode="json"),
         "device": str(sampler.device),
         "machine": platform.machine(),
         "versions": {name: version(name) for name in ("torch", "diffusers", "transformers")},

@@ -40,8 +40,9 @@ from anyflow_cli.model.experts import bind as bind_network
 from anyflow_cli.model.experts import guidance_of, one_network
 from anyflow_cli.model.network import FlowMapTransformer
 from anyflow_cli.model.parallelize import apply_attention
+from anyflow_cli.model.placement import PlacedNetwork, storage_of
 from anyflow_cli.model.precision import DTYPES_OF_PRECISION, autocast, resolve_precision
-from anyflow_cli.recipe.schema import ExpertGuidance, ModelSection, Recipe
+from anyflow_cli.recipe.schema import ExpertGuidance, MemorySection, ModelSection, Recipe
 from anyflow_cli.runs.open import open_model
 from anyflow_cli.sample.presets import SamplerPreset
 from anyflow_cli.sample.unipc import sample_unipc
@@ -82,6 +83,7 @@ class VideoSampler:
         negative: Embedding (L, D) of the negative prompt, where it is already known.
         bind: Binds a condition to the network, for one that several roles share.
         streams: Starting noise, and the generator for later noise, of a seed and shape.
+        placed: Brings the network to the device and away, where it is not there all the time.
         lineage: Where the network comes from, for records.
     """
 
@@ -99,6 +101,7 @@ class VideoSampler:
         negative: Tensor | None = None,
         bind: Callable[[Condition], Velocity] | None = None,
         streams: Callable[[int, Sequence[int]], tuple[Tensor, torch.Generator]] = noise_stream,
+        placed: PlacedNetwork | None = None,
         lineage: dict[str, Any] | None = None,
     ) -> None:
         if preset is not None and preset.times:
@@ -114,7 +117,7 @@ class VideoSampler:
                 "The sampler unipc is for teachers, and this is an any-step model.", "Omit --sampler."
             )
         self.model, self.shape, self.guidance = model, latent_shape, guidance
-        self.lineage, self.preset = lineage or {}, preset
+        self.lineage, self.preset, self._placed = lineage or {}, preset, placed
         self.device = network.device
         self.precision = resolve_precision(model.precision, self.device)
         self.prompt_switches: Sequence[PromptSwitch] = ()
@@ -139,7 +142,9 @@ class VideoSampler:
         """Open a model by its address (see ``runs/open.py``), on the GPU if there is one."""
         target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         precision = resolve_precision(recipe.model.precision, target)
-        opened = open_model(address, recipe, DTYPES_OF_PRECISION[precision], target)
+        memory, dtype = recipe.memory, DTYPES_OF_PRECISION[precision]
+        place = "cpu" if memory.opens_on_host else target
+        opened = open_model(address, recipe, dtype, place, storage_of(memory))
         if preset is not None:
             preset.check(address, opened.network.config)
             opened.network.config = replace(opened.network.config, causal=preset.causal)
@@ -156,12 +161,13 @@ class VideoSampler:
             )  # fmt: skip
         # UMT5-XXL takes 22 GB in fp32
         text_dtype = torch.bfloat16 if target.type == "cuda" else torch.float32
-        encoder = TextEncoder.load(opened.pipeline, text_dtype, target)
-        vae = VideoVAE.load(opened.pipeline, target)
+        encoder = TextEncoder.load(opened.pipeline, text_dtype, target, memory.text_encoder)
+        vae = VideoVAE.load(opened.pipeline, target, memory.vae)
         check_fit(opened.network, encoder, vae)
         is_student = preset is not None and preset.steps is not None
         is_teacher = not two_time and not is_student and method in (None, "euler", "unipc")
         network = opened.network.eval()
+        placed = PlacedNetwork(network, memory, dtype, target)
         shape = vae.latent_shape(recipe.model.frames, recipe.model.height, recipe.model.width)
         apply_attention([network], recipe.model.attention, shape, precision, target)
         return cls(
@@ -173,6 +179,7 @@ class VideoSampler:
             guidance=recipe.sample.teacher_guidance if is_teacher else None,
             encoder=encoder,
             vae=vae,
+            placed=placed,
             lineage=opened.lineage,
         )
 
@@ -223,6 +230,7 @@ class VideoSampler:
         """Sample latents (B, F, C, H, W), batch after batch."""
         if len(prompts) != len(seeds):
             raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds; each prompt needs one seed")
+        self.encode_prompts(prompts)
         self._reset_clock()
         for start in range(0, len(prompts), batch):
             part = slice(start, start + batch)
@@ -236,18 +244,32 @@ class VideoSampler:
         """
         self.require_causal()
         self._reset_clock()
-        decoding = self.vae.decoding()
-        for chunk in self._sample_chunks([prompt], [seed], nfe):
-            with self._timed("decode"):
-                pixels = to_pixels(decoding(chunk))[0]
-            yield pixels
+        with self.vae.at_work():
+            decoding = self.vae.decoding()
+            for chunk in self._sample_chunks([prompt], [seed], nfe):
+                with self._timed("decode"):
+                    pixels = to_pixels(decoding(chunk))[0]
+                yield pixels
         self._count += 1
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Pixels:
         """Decode latents (B, F, C, H, W) to videos (B, T, height, width, 3)."""
         with self._timed("decode"):
+            self.make_room("vae")
             return to_pixels(self.vae.decode(latents))
+
+    def encode_prompts(self, prompts: Prompts) -> None:
+        """Encode prompts before they are sampled: all together, so that the text encoder is loaded once."""
+        if not isinstance(prompts, Condition):
+            switched = [switch.prompt for switch in self.prompt_switches]
+            is_guided = self.guidance is not None and self._negative is None
+            self._embed([*prompts, *switched, *[self.model.negative_prompt] * is_guided])
+
+    def make_room(self, part: Literal["text encoder", "vae"]) -> None:
+        """Move the network off the device where it makes way for another part."""
+        if self._placed is not None:
+            self._placed.make_room(part)
 
     def truncated_prompts(self, prompts: Sequence[str]) -> list[str]:
         """Return the prompts with more tokens than ``model.max_text_tokens``, whose end is not read."""
@@ -265,6 +287,11 @@ class VideoSampler:
         """The VAE."""
         assert self._vae is not None, "this sampler makes latents"
         return self._vae
+
+    @property
+    def memory(self) -> MemorySection:
+        """Where the parts of the model are."""
+        return MemorySection() if self._placed is None else self._placed.memory
 
     @property
     def latency(self) -> Latency:
@@ -375,6 +402,8 @@ class VideoSampler:
     def _condition(self, prompts: Prompts) -> Condition:
         if not isinstance(prompts, Condition):
             prompts = Condition(self._embed(prompts))
+        if self._placed is not None:
+            self._placed.bring()
         return prompts.to(self.device)
 
     def _causal_condition(self, prompts: Prompts) -> Conditioned:
@@ -385,6 +414,7 @@ class VideoSampler:
         limit = self.model.max_text_tokens
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._embeddings]
         if new:
+            self.make_room("text encoder")
             encoded, lengths = self.encoder.encode(new, limit).cpu(), self.encoder.tokens(new)
             for prompt, text, length in zip(new, encoded, lengths, strict=True):
                 self._embeddings[prompt] = text[:length].clone()

@@ -52,6 +52,7 @@ from anyflow_cli.flow.condition import Condition
 from anyflow_cli.model.encoders import TextEncoder, VideoVAE
 from anyflow_cli.model.parallelize import apply_attention
 from anyflow_cli.model.pipeline_io import load_network, resolve_pipeline
+from anyflow_cli.model.placement import PlacedNetwork, storage_of
 from anyflow_cli.model.precision import resolve_precision
 from anyflow_cli.sample.sampler import VideoSampler
 from anyflow_cli.synthesize.job import SynthesisJob
@@ -198,7 +199,9 @@ class TeacherSource:
         self._job = job
         self._encoders = Encoders(job, folder, device)
         self.negative = self._encoders.negative
-        network = load_network(folder, job.stored, device)
+        memory = job.recipe.memory
+        place = "cpu" if memory.opens_on_host else device
+        network = load_network(folder, job.stored, place, storage_of(memory))
         if network.config.two_time:
             raise UsageError(
                 f"{job.teacher} is an any-step model, not a teacher.",
@@ -210,14 +213,17 @@ class TeacherSource:
         self._sampler = VideoSampler(
             network, model, shape, method=job.recipe.sample.teacher_sampler,
             guidance=job.recipe.synthesize.guidance, negative=self._encoders.padded([self.negative]).text[0],
+            placed=PlacedNetwork(network, memory, job.stored, device),
         )  # fmt: skip
 
     def results(self, indices: range) -> Iterator[LatentSample | Rejection]:
         """Sample batch by batch; a shard in which nothing passes means that a setting is wrong."""
         passed, reasons = 0, Counter[str]()
         size = self._job.recipe.synthesize.batch_size
-        for start in range(indices.start, indices.stop, size):
-            for result in self._batch(range(start, min(start + size, indices.stop))):
+        self._sampler.make_room("text encoder")
+        texts = self._encoders.text([self._job.captions[index] for index in indices])
+        for start in range(0, len(indices), size):
+            for result in self._batch(indices[start : start + size], texts[start : start + size]):
                 if isinstance(result, Rejection):
                     reasons[result.reason] += 1
                 passed += isinstance(result, LatentSample)
@@ -233,8 +239,7 @@ class TeacherSource:
         """Log how many captions were truncated."""
         self._encoders.report()
 
-    def _batch(self, indices: range) -> Iterator[LatentSample | Rejection]:
-        texts = self._encoders.text([self._job.captions[index] for index in indices])
+    def _batch(self, indices: range, texts: list[Tensor]) -> Iterator[LatentSample | Rejection]:
         made: dict[int, LatentSample] = {}
         for attempt in range(SEEDS_PER_VIDEO):
             pending = [index for index in indices if index not in made]
@@ -255,6 +260,7 @@ class TeacherSource:
         seeds = [attempt_seed(recipe.synthesize.seed, index, attempt) for index in indices]
         padded = self._encoders.padded(texts)
         (latents,) = self._sampler.latents(padded, seeds, recipe.synthesize.steps, len(seeds))
+        self._sampler.make_room("vae")
         videos = self._encoders.vae.decode(latents)
         for index, seed, text, x, video in zip(indices, seeds, texts, latents, videos, strict=True):
             reason = find_defect(x, video)
@@ -320,8 +326,8 @@ class Encoders:
         model = job.recipe.model
         self._job, self._device = job, device
         self._truncated, self._first_truncated = 0, ""
-        self._text = TextEncoder.load(folder, dtype, device)
-        self.vae = VideoVAE.load(folder, device)
+        self._text = TextEncoder.load(folder, dtype, device, job.recipe.memory.text_encoder)
+        self.vae = VideoVAE.load(folder, device, job.recipe.memory.vae)
         self.latent_shape = self.vae.latent_shape(model.frames, model.height, model.width)
         self.negative = self.text([model.negative_prompt])[0].to(job.stored)
 

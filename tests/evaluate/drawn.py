@@ -46,6 +46,9 @@ class Drawn:
             self.requests.append((prompt, seed, nfe))
             yield drawn(CAPTIONED.get(prompt, 0), nfe)
 
+    def encode_prompts(self, prompts: Sequence[str]) -> None:
+        pass
+
     def condition_on(self, frames: VideoPixels) -> None:
         self.conditions += [frame[0] for frame in frames]
 

@@ -1,7 +1,7 @@
-"""The VAE and the text encoder in the files of Wan's own releases and of ComfyUI.
+"""The VAE and the text encoder, in a pipeline's folder or in the files of Wan's own releases and of ComfyUI.
 
-They become the classes of diffusers and transformers, with sizes inferred from the tensors. Files are found
-by the names under which they are published.
+They become the classes of diffusers and transformers, read tensor by tensor. The sizes of single files are
+inferred from the tensors; they are found by the names under which they are published.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ from anyflow_cli.model.weights_io import (
     TEXT_ENCODER_STEM,
     TRANSFORMER_STEM,
     check_names_and_shapes,
+    component_files,
     fill_module,
+    read_headers,
     write_weights,
 )
 from anyflow_cli.utils.files import read_json, write_json
@@ -36,6 +38,8 @@ ORIGINAL_FILES = {
     ),
     "tokenizer": ("google/umt5-xxl",),
 }  # fmt: skip
+EMBED_TOKENS = "encoder.embed_tokens.weight"
+REST_OF_UMT5 = ("decoder.", "lm_head.")  # a whole model is more than its encoder
 DIM_MULT = (1, 2, 4, 4)  # widths of the VAE's levels, relative to the first; the same in both VAEs
 
 # Mean and standard deviation of each latent channel: vae/config.json of the published folders.
@@ -67,11 +71,11 @@ STATISTICS_22 = {
 
 
 @dataclass(frozen=True)
-class OriginalComponent:
-    """A VAE or a text encoder in one original file.
+class ComponentFiles:
+    """A VAE or a text encoder on disk.
 
     Attributes:
-        path: The file.
+        path: A folder, or an original file.
         weights: Its tensors under the names of the class.
         config: Configuration of the class.
         stem: Name of the weight file in the folder of a pipeline.
@@ -87,7 +91,8 @@ class OriginalComponent:
         with torch.device("meta"):
             model = self._build()
         expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-        check_names_and_shapes(expected, self.weights.shapes, self.path, "each other")
+        reference = "config.json" if self.path.is_dir() else "each other"
+        check_names_and_shapes(expected, self.weights.shapes, self.path, reference)
         fill_module(model, self.weights.lazy(), lambda name: dtype, device)
         if hasattr(model, "tie_weights"):
             model.tie_weights()
@@ -128,7 +133,21 @@ def component_config(place: Path) -> dict[str, Any]:
     return dict(open_component(place).config)
 
 
-def open_component(path: Path) -> OriginalComponent:
+def open_component_folder(folder: Path, stem: str) -> ComponentFiles:
+    """Open the folder of a VAE or a text encoder (by the name of its weight files); only headers are read."""
+    read_headers(folder, stem)  # refuses a damaged file in words
+    files = TensorFiles.open(component_files(folder, stem))
+    names = {name: name for name in files.tensors}
+    if stem == TEXT_ENCODER_STEM:
+        names = {name: name for name in names if not name.startswith(REST_OF_UMT5)}
+        table = names.pop(EMBED_TOKENS, None)  # the same embeddings, stored under either name or both
+        if table is not None:
+            names.setdefault("shared.weight", table)
+    weights = NamedWeights(files, names, "names of diffusers and transformers")
+    return ComponentFiles(folder, weights, read_json(folder / "config.json"), stem)
+
+
+def open_component(path: Path) -> ComponentFiles:
     """Open a file with a VAE or a text encoder; only headers are read.
 
     Raises:
@@ -142,7 +161,7 @@ def open_component(path: Path) -> OriginalComponent:
     raise UsageError(f"{path} holds neither a Wan VAE nor a UMT5 encoder.", FETCH)
 
 
-def _open_vae(path: Path, files: TensorFiles) -> OriginalComponent:
+def _open_vae(path: Path, files: TensorFiles) -> ComponentFiles:
     is_residual = any(".downsamples.0.downsamples." in name for name in files.tensors)
     table = VAE_22_NAMES if is_residual else VAE_21_NAMES
     weights = NamedWeights(
@@ -170,15 +189,12 @@ def _open_vae(path: Path, files: TensorFiles) -> OriginalComponent:
             "in_channels": pixels, "out_channels": pixels, "patch_size": 2, "scale_factor_spatial": 16,
             "scale_factor_temporal": 4,
         }  # fmt: skip
-    return OriginalComponent(path, weights, config, TRANSFORMER_STEM)
+    return ComponentFiles(path, weights, config, TRANSFORMER_STEM)
 
 
-def _open_text_encoder(path: Path, files: TensorFiles) -> OriginalComponent:
+def _open_text_encoder(path: Path, files: TensorFiles) -> ComponentFiles:
     original = "token_embedding.weight" in files.tensors
-    unused = (
-        "spiece_model",
-        "encoder.embed_tokens.weight",
-    )  # the tokenizer, and another name of shared.weight
+    unused = ("spiece_model", EMBED_TOKENS)  # the tokenizer, and another name of shared.weight
     weights = NamedWeights(
         files,
         {
@@ -204,4 +220,4 @@ def _open_text_encoder(path: Path, files: TensorFiles) -> OriginalComponent:
         "d_ff": size("encoder.block.0.layer.1.DenseReluDense.wi_0.weight", 0),
         "relative_attention_num_buckets": size(f"{attention}.relative_attention_bias.weight", 0),
     }  # fmt: skip
-    return OriginalComponent(path, weights, config, TEXT_ENCODER_STEM)
+    return ComponentFiles(path, weights, config, TEXT_ENCODER_STEM)

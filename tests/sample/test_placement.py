@@ -1,0 +1,173 @@
+"""Every placement of the parts samples the plain path's video, within a stated distance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from anyflow_cli.data.video import from_pixels
+from anyflow_cli.errors import UsageError
+from anyflow_cli.flow.condition import Condition
+from anyflow_cli.model.causal import causal_from
+from anyflow_cli.model.conditioned import Conditioned
+from anyflow_cli.model.config import CausalConfig
+from anyflow_cli.model.encoders import VideoVAE
+from anyflow_cli.model.network import FlowMapTransformer, is_quantizable
+from anyflow_cli.model.pipeline_io import load_network, resolve_pipeline, save_pipeline
+from anyflow_cli.model.placement import FP8, PlacedNetwork, storage_of
+from anyflow_cli.plan.networks import fake_tensors
+from anyflow_cli.recipe.load import load_recipe
+from anyflow_cli.recipe.schema import MemorySection
+from anyflow_cli.sample.sampler import VideoSampler
+from tests.plan.small import CONFIG, LATENT, TEXT
+
+PROMPT = "a small red circle moving left"
+EXACT = 0.0
+# mean difference of a pixel, of 255; products in bf16 alone make 0.06
+PLACEMENTS: dict[str, tuple[dict[str, str], float]] = {
+    "text encoder freed": ({"text_encoder": "freed"}, EXACT),
+    "text encoder streamed": ({"text_encoder": "streamed"}, EXACT),
+    "VAE on demand": ({"vae": "on-demand"}, EXACT),
+    "network alternating": ({"network": "alternating", "text_encoder": "freed"}, EXACT),
+    "network streamed": ({"network": "streamed", "vae": "on-demand"}, EXACT),
+    "network block by block": ({"network": "blocks", "text_encoder": "streamed"}, EXACT),
+    "fp8": ({"weights": "fp8"}, 1.2),
+    "fp8, streamed": ({"weights": "fp8", "network": "streamed"}, 1.2),
+}
+
+
+def sampled(precision: str = "fp32", **memory: str) -> Any:
+    values = {"model.precision": precision, "model.frames": 9} | {f"memory.{k}": v for k, v in memory.items()}
+    settings = load_recipe("tiny", [f"{key}={value}" for key, value in values.items()])
+    sampler = VideoSampler.load("tiny-anyflow", settings, device="cpu")
+    return next(sampler.videos([PROMPT], [0], 2)).astype(np.int64)
+
+
+@pytest.fixture(scope="module")
+def plain() -> Any:
+    return sampled()
+
+
+@pytest.mark.parametrize("name", PLACEMENTS)
+def test_a_placement_samples_the_plain_video(name: str, plain: Any) -> None:
+    memory, mean = PLACEMENTS[name]
+    difference = np.abs(sampled(**memory) - plain).mean()
+    assert difference == 0 if mean == EXACT else 0 < difference < mean
+
+
+def test_int8_weights_sample_nearly_the_plain_video(plain: Any) -> None:
+    pytest.importorskip("torchao")
+    assert 0 < np.abs(sampled(weights="int8") - plain).mean() < 0.3
+
+
+def test_int8_weights_need_torchao(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UsageError, match="torchao"):
+        sampled(weights="int8")
+
+
+def test_a_causal_model_streams_its_blocks_and_its_video(tmp_path: Path) -> None:
+    """Its cache is written inside the blocks; the VAE stays for the whole stream."""
+    chunks = CausalConfig(full_chunks=2, partition=(1, 2))
+    folder = resolve_pipeline("tiny-anyflow")
+    save_pipeline(tmp_path / "causal", causal_from(load_network(folder), chunks), folder, {})
+    clips = []
+    for memory in ({}, {"network": "streamed", "vae": "on-demand", "text_encoder": "freed"}):
+        settings = load_recipe("tiny", ["model.frames=9", *(f"memory.{k}={v}" for k, v in memory.items())])
+        sampler = VideoSampler.load(str(tmp_path / "causal"), settings, device="cpu")
+        clips.append(np.concatenate(list(sampler.stream(PROMPT, 0, 2))))
+    assert np.array_equal(clips[0], clips[1])
+
+
+@pytest.fixture
+def fakes_move(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fake parameters move as real ones do, by their ``data``; the host is another device."""
+    plain: Any = Tensor.data
+
+    def assign(tensor: FakeTensor, value: FakeTensor) -> None:
+        plain.__set__(tensor, value.to("cpu"))
+        tensor.fake_device = value.device
+
+    def apply(self: nn.Module, fn: Callable[[Tensor], Tensor]) -> nn.Module:
+        for parameter in self.parameters():
+            parameter.data = fn(parameter.data)
+        return self
+
+    monkeypatch.setattr("anyflow_cli.model.placement.HOST", torch.device("meta"))
+    monkeypatch.setattr(FakeTensor, "data", property(Tensor.detach, assign))
+    monkeypatch.setattr(nn.Module, "_apply", apply)
+
+
+class OnSecondDevice:
+    """A network of fake tensors that computes on one device while its weights wait on another.
+
+    An operator whose arguments are on both raises an error.
+    """
+
+    def __init__(self, **memory: str) -> None:
+        self.device, self.memory = torch.device("cpu"), MemorySection.model_validate(memory)
+        self.at_forward = dict[int, int]()  # bytes on the device in each block's forward
+
+    def run(self) -> FlowMapTransformer:
+        storage = storage_of(self.memory)
+        network = FlowMapTransformer(replace(CONFIG, layers=4)).store_as(torch.float32, storage).eval()
+        network.requires_grad_(False)
+        if self.memory.streams_network:
+            network.to("meta")
+        PlacedNetwork(network, self.memory, torch.float32, self.device)
+        assert network.device == self.device
+        for number, block in enumerate(network._typed_blocks):
+            block.ffn.register_forward_pre_hook(lambda *_, number=number: self.look(network, number))
+        z, text = (torch.randn(2, *shape, device=self.device) for shape in (LATENT, TEXT))
+        velocity = Conditioned(network, Condition(text))
+        for _ in range(2):
+            velocity(z, torch.ones(2, device=self.device), torch.zeros(2, device=self.device))
+        return network
+
+    def look(self, network: FlowMapTransformer, number: int) -> None:
+        here = (p for block in network.blocks for p in block.parameters() if p.device == self.device)
+        self.at_forward[number] = sum(p.nbytes for p in here)
+
+
+@pytest.mark.usefixtures("fakes_move")
+@pytest.mark.parametrize("network", ["streamed", "blocks"])
+@pytest.mark.parametrize("weights", ["full", "fp8"])
+def test_a_streamed_network_has_one_block_on_the_device(network: str, weights: str) -> None:
+    """Without a GPU there is no stream to copy ahead with: then both ways take turns."""
+    one = OnSecondDevice(network=network, weights=weights)
+    with fake_tensors():
+        made = one.run()
+        block = sum(p.nbytes for p in made.blocks[0].parameters())
+        assert {p.device.type for p in made.parameters()} == {"meta"}
+    assert set(one.at_forward) == {0, 1, 2, 3}
+    assert max(one.at_forward.values()) <= 1.5 * block
+
+
+@pytest.mark.usefixtures("fakes_move")
+def test_kept_weights_in_fp8_are_a_quarter_of_those_in_fp32() -> None:
+    with fake_tensors():
+        made = {weights: OnSecondDevice(weights=weights).run() for weights in ("full", "fp8")}
+        sizes = {
+            weights: sum(p.nbytes for name, p in network.named_parameters() if is_quantizable(name))
+            for weights, network in made.items()
+        }
+        assert {p.dtype for name, p in made["fp8"].named_parameters() if is_quantizable(name)} == {FP8}
+    assert sizes["fp8"] * 4 == sizes["full"]
+
+
+def test_tiles_are_blended_to_nearly_the_whole_picture() -> None:
+    """The mean difference of a pixel, of 1, in tiles of 32 pixels with 8 in common."""
+    clip = from_pixels(sampled().astype(np.uint8)[None])
+    whole, tiled = (VideoVAE.load(resolve_pipeline("tiny"), placement=one) for one in ("kept", "tiled"))
+    latents = whole.encode(clip[:, :5])
+    tiled._model.enable_tiling(48, 48, 32, 32)
+    difference = (tiled.decode(latents) - whole.decode(latents)).abs()
+    assert 0 < difference.mean() < 0.02
