@@ -12,8 +12,8 @@ PACKAGE = Path(__file__).parents[1] / "anyflow_cli"
 
 # Each room may import from itself and from those after it.
 ROOMS = (
-    ("cli",), ("plan",), ("doctor", "export", "inspection"), ("evaluate",), ("train",), ("synthesize",),
-    ("sample",),
+    ("cli",), ("bench",), ("plan",), ("doctor", "export", "inspection"), ("evaluate",), ("train",),
+    ("synthesize",), ("sample",),
     ("runs",), ("data",), ("model",), ("recipe",), ("utils",), ("flow",), ("errors",),
 )  # fmt: skip
 DATA_AVOIDS = ("model", "recipe")

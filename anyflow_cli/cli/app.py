@@ -15,6 +15,7 @@ import typer
 
 from anyflow_cli import __version__
 from anyflow_cli.cli import (
+    bench,
     distill,
     doctor,
     evaluate,
@@ -102,7 +103,13 @@ VERBS: tuple[Verb, ...] = (
         "anyflow plan --recipe bidirectional1b --gpus 8x80GB",
         "anyflow plan -r bidirectional14b --gpus 8xH200 --set distill.micro_batch=1",
         "anyflow plan -r bidirectional1b --gpus 64xH100 --mfu 0.3 --json",
+        "anyflow plan -r bidirectional1b --calibrate runs/bidirectional1b/bench.json",
         "anyflow plan   (tiny, on this machine)",
+    )),
+    Verb("bench", bench.bench, TOOLS, examples(
+        "anyflow bench",
+        "anyflow bench -r causal1b --only sampling",
+        "anyflow bench -r bidirectional1b --batch 2 --set model.compile=true --json",
     )),
     Verb("inspect", inspect.inspect, TOOLS, examples(
         "anyflow inspect tiny-anyflow",

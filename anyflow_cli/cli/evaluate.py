@@ -251,7 +251,7 @@ def network_seconds(job: EvaluationJob, processes: int, hardware: Hardware) -> f
         setup = target.setup(None, None, two_time=not one.model.teacher)
         cost = sampling_cost(setup, job.recipe.evaluate.batch_size, is_guided=one.model.teacher)
         flops += len(job.missing(one)) * (one.steps * cost.step_flops + cost.cache_flops)
-    return hardware.seconds(flops / processes)
+    return hardware.seconds(flops / processes, "sample")
 
 
 def _refuse_beside(option: str, options: Mapping[str, object]) -> None:

@@ -440,6 +440,38 @@ MfuOption = Annotated[
         metavar="SHARE", min=0.01, max=1, panel=_MACHINE, show_default=True,
     ),
 ]  # fmt: skip
+CalibrateOption = Annotated[
+    Path | None,
+    _option(
+        "Take the speeds that `anyflow bench` measured, from its bench.json, instead of --peak and --mfu.",
+        "--calibrate", metavar="FILE", panel=_MACHINE,
+    ),
+]  # fmt: skip
+BenchPartOption = Annotated[
+    Literal["load", "sampling", "training"] | None,
+    _option("Measure only this. Default: everything.", "--only", panel=_MACHINE),
+]
+BenchBatchOption = Annotated[
+    int | None,
+    _option(
+        "Samples per training iteration. Default: the recipe's micro batch, else an eighth of its batch.",
+        "--batch", metavar="N", min=1, max=4096, panel=_MACHINE,
+    ),
+]  # fmt: skip
+RepeatsOption = Annotated[
+    int,
+    _option(
+        "Runs of which the median is taken.", "--repeats",
+        metavar="N", min=1, max=1000, panel=_MACHINE, show_default=True,
+    ),
+]  # fmt: skip
+BenchOutOption = Annotated[
+    Path | None,
+    _option(
+        "File to write, instead of bench.json under --runs.", "--out",
+        metavar="FILE", panel=_OUTPUT, callback=_check_output,
+    ),
+]  # fmt: skip
 FixOption = Annotated[
     Literal["vbench"] | None, _option("Create VBench's own environment: 2.2 GB, from PyPI.", "--fix")
 ]

@@ -69,8 +69,7 @@ def target_of(recipe: schema.Recipe, hardware: Hardware) -> Target:
 class StagePlan(NamedTuple):
     """One command, or one objective of it, on one process."""
 
-    name: str
-    command: str
+    key: str  # in PLANNED_STAGES
     setup: Setup
     peak: Moment
     flops: float  # of an iteration, or of a video
@@ -79,9 +78,19 @@ class StagePlan(NamedTuple):
     rollout: int = 0  # bytes of stage 2's rollout and its graph
     host: int = 0  # bytes in the host's memory
 
+    @property
+    def name(self) -> str:
+        """Its name for people."""
+        return PLANNED_STAGES[self.key][0]
+
+    @property
+    def command(self) -> str:
+        """The command that runs it."""
+        return PLANNED_STAGES[self.key][1]
+
     def hours(self, hardware: Hardware) -> float | None:
         """Time of all repeats; None where the speed of the hardware is unknown."""
-        seconds = hardware.seconds(self.flops)
+        seconds = hardware.seconds(self.flops, self.key)
         return None if seconds is None else seconds * self.repeats / self.processes / 3600
 
     @property
@@ -166,13 +175,13 @@ def _own_scores(target: Target, settings: schema.DistillSection) -> NetworkConfi
 
 
 def _training(target: Target, key: str) -> StagePlan:
-    setup, (name, command, _) = training_setup(target, key), PLANNED_STAGES[key]
+    setup = training_setup(target, key)
     step, settings = step_cost(setup), setup.settings
     assert settings is not None
     moments = [*step_moments(setup), *_preview_moments(target, setup, settings)]
     host = sum(_unsharded(setup).values()) // (setup.shards or 1) if setup.offload else 0
     peak = max(moments, key=lambda one: one.total)
-    return StagePlan(name, command, setup, peak, step.flops, settings.steps, rollout=step.rollout, host=host)
+    return StagePlan(key, setup, peak, step.flops, settings.steps, rollout=step.rollout, host=host)
 
 
 def _unsharded(setup: Setup) -> dict[str, int]:
@@ -224,7 +233,7 @@ def _preview_moments(target: Target, setup: Setup, settings: schema.TrainingSect
 
 def _sampling(target: Target, key: str) -> StagePlan:
     """Sampling: guided by a teacher, or with the any-step model at the largest of its step counts."""
-    recipe, (name, command, _) = target.recipe, PLANNED_STAGES[key]
+    recipe = target.recipe
     is_guided, streams, made = key == "synthesize", key == "stream", recipe.synthesize
     batch, steps, videos = recipe.sample.batch_size, max(recipe.sample.nfe), 1
     if is_guided:
@@ -241,7 +250,7 @@ def _sampling(target: Target, key: str) -> StagePlan:
     pixels = {"weights": weights, "cache": cost.cache * streams, "activations": decoding}
     peak = max(Moment("network", network), Moment("decoding", pixels), key=lambda one: one.total)
     flops, processes = steps * cost.step_flops + cost.cache_flops, target.hardware.count if is_guided else 1
-    return StagePlan(name, command, setup, peak, flops, videos, processes)
+    return StagePlan(key, setup, peak, flops, videos, processes)
 
 
 def data_usage(target: Target) -> dict[str, int]:
@@ -285,7 +294,7 @@ def _stage_values(plan: Plan, key: str, stage: StagePlan) -> dict[str, Any]:
         "command": f"anyflow {stage.command}", "memory": dict(stage.peak.parts), "peak": stage.peak.total,
         "at": stage.peak.name, "fits": advice is None, "activations": stage.activations,
         "rollout": stage.rollout, "host": stage.host, "flops": stage.flops, "repeats": stage.repeats,
-        "seconds": hardware.seconds(stage.flops), "hours": stage.hours(hardware),
+        "seconds": hardware.seconds(stage.flops, key), "hours": stage.hours(hardware),
     }  # fmt: skip
     if advice is None:
         return values

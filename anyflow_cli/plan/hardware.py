@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from anyflow_cli.errors import UsageError
 from anyflow_cli.utils.units import GIB
@@ -26,15 +27,17 @@ class Hardware:
     peak: float | None  # FLOPs per second and device; None where it is unknown (a CPU)
     mfu: float = 0.4  # model FLOPs utilization
     is_gpu: bool = True
+    rates: Mapping[str, float] = field(default_factory=dict)  # measured FLOPs per second, by stage of a plan
 
     @property
     def usable(self) -> int:
         """Bytes per device that a process may fill with tensors."""
         return self.memory - RESERVE if self.is_gpu else self.memory
 
-    def seconds(self, flops: float) -> float | None:
-        """Time that one device takes."""
-        return None if self.peak is None else flops / (self.peak * self.mfu)
+    def seconds(self, flops: float, stage: str = "") -> float | None:
+        """Time that one device takes for the work of a stage, at its measured speed where there is one."""
+        rate = self.rates.get(stage) or (self.peak and self.peak * self.mfu)
+        return flops / rate if rate else None
 
     def __str__(self) -> str:
         """As in ``--gpus``."""

@@ -86,13 +86,26 @@ class Setup:
 @lru_cache(maxsize=48)
 def fake_backbone(setup: Setup, depth: int) -> Backbone:
     """The backbone of a process with ``depth`` units of blocks, and gradients where it trains."""
+    backbone, trains = meta_backbone(setup, depth * setup.unit), setup.settings is not None
+    for network in backbone.networks():
+        apply_checkpointing(network, setup.model)
+    with FAKE:
+        backbone.to_empty(device="cpu")
+        for weight in backbone.parameters():
+            weight.requires_grad_(weight.requires_grad and trains)
+            weight.grad = torch.empty_like(weight) if weight.requires_grad else None
+    return backbone
+
+
+def meta_backbone(setup: Setup, layers: int | None = None) -> Backbone:
+    """The backbone of a process on the meta device, as training builds it; ``layers`` instead of its own."""
     sizes = {START: setup.network, SCORES: setup.scores or setup.network}
     trains = setup.settings is not None
     model = setup.model if trains else setup.model.model_copy(update={"lora": None})
     in_bf16 = setup.precision == "bf16" and (model.lora is not None or (setup.gpu and not trains))
 
     def load(path: Path, dtype: torch.dtype) -> FlowMapTransformer:
-        network = FlowMapTransformer(replace(sizes[path], layers=depth * setup.unit))
+        network = FlowMapTransformer(replace(sizes[path], layers=layers or sizes[path].layers))
         return network.store_as(torch.bfloat16 if in_bf16 else dtype).requires_grad_(False)
 
     with torch.device("meta"):
@@ -103,15 +116,7 @@ def fake_backbone(setup: Setup, depth: int) -> Backbone:
             else:  # as in the paper, the real score is the teacher after its tuning
                 tuned = Backbone.build(model, BackboneSources(START, two_time=False), load)
                 sources = replace(sources, real_adapter=tuned.state_dict_of("student"))
-        backbone = Backbone.build(model, sources, load, precision=setup.precision)
-    for network in backbone.networks():
-        apply_checkpointing(network, model)
-    with FAKE:
-        backbone.to_empty(device="cpu")
-        for weight in backbone.parameters():
-            weight.requires_grad_(weight.requires_grad and trains)
-            weight.grad = torch.empty_like(weight) if weight.requires_grad else None
-    return backbone
+        return Backbone.build(model, sources, load, precision=setup.precision)
 
 
 @lru_cache(maxsize=64)

@@ -9,7 +9,7 @@ from rich.text import Text
 
 from anyflow_cli.plan.advice import Advice
 from anyflow_cli.plan.estimate import CHECKPOINTING, Plan, StagePlan
-from anyflow_cli.plan.hardware import RESERVE
+from anyflow_cli.plan.hardware import RESERVE, Hardware
 from anyflow_cli.plan.networks import role_sizes
 from anyflow_cli.utils.units import GIB, duration, in_units, memory_size
 
@@ -72,7 +72,7 @@ def _work(plan: Plan) -> Table:
     hardware = plan.target.hardware
     table = _table("Work", "", "count", "FLOPs each", "time each", "total time", "command")
     for stage in plan.stages.values():
-        seconds, hours = hardware.seconds(stage.flops), stage.hours(hardware)
+        seconds, hours = hardware.seconds(stage.flops, stage.key), stage.hours(hardware)
         times = ["unknown" if time is None else duration(time) for time in (seconds, hours and 3600 * hours)]
         count, flops = f"{stage.repeats:,}", in_units(stage.flops, FLOPS)
         table.add_row(stage.name, count, flops, *times, f"anyflow {stage.command}")
@@ -107,10 +107,17 @@ def _notes(plan: Plan) -> Text:
         notes.append(f"{reserve} {'Nothing is sharded.' if setup.shards is None else sharded}")
     if recipe.model.compile:
         notes.append("model.compile is not counted: neither its compile time nor the memory that it saves.")
-    assumed = f"Times assume {hardware.mfu:.0%} of {(hardware.peak or 0) / 1e12:,.4g} TFLOPS"
-    counted = "and count recomputation, but not reading data, previews, checkpoints and the VAE."
-    unknown = "Times are unknown: state the speed of this machine with --peak."
-    return Text("\n".join([*notes, f"{assumed} {counted}" if hardware.peak else unknown]))
+    return Text("\n".join([*notes, _assumptions(hardware)]))
+
+
+def _assumptions(hardware: Hardware) -> str:
+    """What the times rest on."""
+    if hardware.seconds(1) is None and not hardware.rates:
+        return "Times are unknown: measure them with `anyflow bench`, or state a speed with --peak."
+    speed = f"assume {hardware.mfu:.0%} of {(hardware.peak or 0) / 1e12:,.4g} TFLOPS"
+    if hardware.rates:
+        speed = "follow from the speeds that `anyflow bench` measured"
+    return f"Times {speed} and count recomputation, but not reading data, previews, checkpoints and the VAE."
 
 
 def _advice(stage: StagePlan, advice: Advice) -> str:

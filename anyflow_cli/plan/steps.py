@@ -119,14 +119,14 @@ class StepCost(NamedTuple):
 
 
 @lru_cache(maxsize=256)
-def step_cost(setup: Setup) -> StepCost:
-    """Memory of the heaviest micro batch of many steps, term by term, and FLOPs of the average step."""
+def step_cost(setup: Setup, steps: range = SAMPLED_STEPS) -> StepCost:
+    """Memory of the heaviest micro batch of these steps, term by term, and FLOPs of the average step."""
     assert setup.settings is not None
     backbone, negative = fake_backbone(setup, DEPTHS[0]), torch.empty(*setup.text, device="meta")
     seed, count = setup.settings.seed, setup.settings.global_batch
     # the last process has most to do: boundary samples come first in the global batch, and cost least
     micro = micro_positions(count, setup.settings.micro_batch, setup.ranks - 1, setup.ranks)
-    draws = [StepRng(seed, step, count, positions) for step in SAMPLED_STEPS for positions in micro]
+    draws = [StepRng(seed, step, count, positions) for step in steps for positions in micro]
     declared = [
         (phase.role, number > 0, [term.network_calls(setup.latent, one) for one in draws])
         for phase in objective_of(setup.model, setup.settings, backbone, negative).phases
@@ -138,7 +138,7 @@ def step_cost(setup: Setup) -> StepCost:
         gradients = 0 if keeps_gradients(setup) else role_sizes(setup)[role]["trainable_bytes"]
         moments += costs.moments(max(batches, key=costs.weight), gradients, are_there=are_there)
     scores = (one.graphs for one in moments if not one.name.startswith("student"))
-    return StepCost(moments, sum(map(costs.flops, every)) / len(SAMPLED_STEPS), next(scores, 0))
+    return StepCost(moments, sum(map(costs.flops, every)) / len(steps), next(scores, 0))
 
 
 def keeps_gradients(setup: Setup) -> bool:

@@ -62,6 +62,11 @@ class RunPaths:
         """Scores, plots and the report of ``evaluate``."""
         return self.home / "evaluate"
 
+    @property
+    def bench(self) -> Path:
+        """Measurements of ``bench``."""
+        return self.home / "bench.json"
+
     def any_step_model(self) -> Path | None:
         """The furthest any-step model trained here: from ``distill``, else ``train-flowmap``, else None."""
         candidates = (self.stage_2() / MODEL, self.stage_1() / MODEL)

@@ -237,16 +237,19 @@ class VideoSampler:
             yield self._sample_batch(prompts[part], seeds[part], nfe)
 
     @torch.no_grad()
-    def stream(self, prompt: str, seed: int, nfe: Steps) -> Iterator[Pixels]:
+    def stream(self, prompt: str | Condition, seed: int, nfe: Steps) -> Iterator[Pixels]:
         """Sample a video with a causal model and yield each chunk's frames (T', height, width, 3).
+
+        The prompt is a text, or the condition of a batch of one.
 
         A chunk is yielded as soon as it is decoded. Together they have the pixels of ``videos``.
         """
         self.require_causal()
         self._reset_clock()
+        prompts = [prompt] if isinstance(prompt, str) else prompt
         with self.vae.at_work():
             decoding = self.vae.decoding()
-            for chunk in self._sample_chunks([prompt], [seed], nfe):
+            for chunk in self._sample_chunks(prompts, [seed], nfe):
                 with self._timed("decode"):
                     pixels = to_pixels(decoding(chunk))[0]
                 yield pixels
