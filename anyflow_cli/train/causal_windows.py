@@ -249,6 +249,7 @@ class _LayoutProbe:
     """Takes the place of a network and of a conditioned one, and records the layout that a cache binds."""
 
     compute_dtype, device = torch.float32, torch.device("meta")
+    context = None  # one process has all tokens
     layout: Layout | None = None
 
     def __init__(self, config: NetworkConfig) -> None:
