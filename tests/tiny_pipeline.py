@@ -6,6 +6,7 @@ and temporal factors 8 and 4; text has 32 channels; the transformer has 2 layers
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +57,11 @@ def make_expert_folder(target: Path, seed: int = 0, boundary: float = 0.875, **c
     return target
 
 
-def make_wan21_folder(target: Path, **changes: Any) -> Path:
-    """The same with the channels and the head size of every Wan 2.1."""
+def make_wan21_folder(target: Path, make: Callable[..., Path] = make_wan_folder) -> Path:
+    """The same with the VAE of Wan 2.1 and A14B: latents of 16 channels."""
     from diffusers import AutoencoderKLWan
 
-    make_wan_folder(target, **{**WAN21_SIZES, **changes})
+    make(target, **WAN21_SIZES)
     AutoencoderKLWan(base_dim=4, num_res_blocks=1).save_pretrained(target / "vae")
     return target
 

@@ -23,11 +23,11 @@ EXPERTS: tuple[ExpertName, ExpertName] = ("high", "low")
 FindExpert = Callable[[ExpertName], Velocity]
 
 
-class _ByTime:
+class ByTime:
     """A velocity that picks its expert by time; an expert is looked up when it is first evaluated."""
 
     def __init__(self, find: FindExpert, boundary: float) -> None:
-        self._find, self._boundary = find, boundary
+        self._find, self.boundary = find, boundary
         self._found: dict[ExpertName, Velocity] = {}
 
     def expert(self, name: ExpertName) -> Velocity:
@@ -37,7 +37,8 @@ class _ByTime:
         return self._found[name]
 
     def __call__(self, z: Tensor, t: Tensor, r: Tensor) -> Tensor:
-        b = self._boundary
+        """Predict u (B, F, C, H, W) of z at times t and r, (B,) or (B, F)."""
+        b = self.boundary
         # A sample's expert follows from its latest frame; clean ones may have times of their own. Of a jump
         # from b itself nothing is left for the high expert.
         start, end = (times.reshape(len(times), -1).amax(1) for times in (t, r))
@@ -63,25 +64,27 @@ class _ByTime:
         return torch.zeros_like(z, dtype=u.dtype).index_copy(0, index, u)
 
     def select(self, index: Tensor) -> Velocity:
-        return _ByTime(lambda name: self.expert(name).select(index), self._boundary)
+        """Bind the conditions of the samples ``index`` (N,) only."""
+        return ByTime(lambda name: self.expert(name).select(index), self.boundary)
 
     def concat(self, *others: Velocity) -> Velocity:
+        """Bind the conditions of self and the others, concatenated along the batch."""
         if not others:
             return self
-        parts = cast("tuple[_ByTime, ...]", others)
-        return _ByTime(
-            lambda name: self.expert(name).concat(*(part.expert(name) for part in parts)), self._boundary
+        parts = cast("tuple[ByTime, ...]", others)
+        return ByTime(
+            lambda name: self.expert(name).concat(*(part.expert(name) for part in parts)), self.boundary
         )
 
 
-def by_time(find: FindExpert, boundary: float) -> Velocity:
+def by_time(find: FindExpert, boundary: float) -> ByTime:
     """One velocity of two experts.
 
     Args:
         find: Returns an expert, when it is needed: one that is never evaluated is never asked for.
         boundary: b, where the experts meet. The high expert answers at t = r = b.
     """
-    return _ByTime(find, boundary)
+    return ByTime(find, boundary)
 
 
 @dataclass(frozen=True)

@@ -69,6 +69,39 @@ def consistency(
     return z
 
 
+@torch.no_grad()
+def expert_consistency(
+    model: Velocity,
+    z: Tensor,
+    grid: Tensor,
+    generator: Generators = None,
+    boundary: float = 0.0,
+    network_times: Mapping[float, float] = MappingProxyType({}),
+) -> Tensor:
+    """Few steps of two experts (FastVideo): above the boundary b the prediction is the state at b, not x.
+
+    A prediction at level e, which is b or 0, is noised to the next time r by ``alpha = (1 - r) / (1 - e)``
+    and ``beta^2 = r^2 - (alpha e)^2``. The last one above the boundary is not noised: the low-noise expert
+    starts from it.
+
+    Args:
+        model: The velocity of both experts.
+        z: State (B, F, C, H, W) at the first time of the grid.
+        grid: Times (N + 1,).
+        generator: Fresh noise.
+        boundary: Time b down to which the high-noise expert predicts.
+        network_times: What the network is given as a time of the grid, where the two differ.
+    """
+    for t, r in pairwise(grid.tolist()):
+        end = boundary if t >= boundary else 0.0
+        at = batch_time(network_times.get(t, t), z)
+        z, noise = z - (t - end) * model(z, at, at), noise_like(z, generator)
+        if r >= end:
+            alpha = (1 - r) / (1 - end)
+            z = alpha * z + max(r**2 - (alpha * end) ** 2, 0) ** 0.5 * noise
+    return z
+
+
 SAMPLERS: dict[str, Sampler] = {"flow-map": flow_map_euler, "euler": euler, "consistency": consistency}
 
 

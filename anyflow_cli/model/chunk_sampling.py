@@ -17,20 +17,20 @@ from anyflow_cli.flow.noise import Generators
 from anyflow_cli.flow.samplers import Sampler
 from anyflow_cli.flow.velocity import Velocity, from_function
 from anyflow_cli.model.causal import check_partition, split_after
-from anyflow_cli.model.conditioned import Conditioned
+from anyflow_cli.model.experts import networks_under, with_networks
 from anyflow_cli.model.kv_cache import KeyCache
 
 
 class Guidance(NamedTuple):
     """Classifier-free guidance: the negative condition and the scale."""
 
-    null: Conditioned
+    null: Velocity
     scale: float
 
 
 @torch.no_grad()
 def sample_chunks(
-    model: Conditioned,
+    model: Velocity,
     noise: Tensor,
     partition: Sequence[int],
     sampler: Sampler,
@@ -39,13 +39,13 @@ def sample_chunks(
     given: Tensor | None = None,
     guidance: Guidance | None = None,
     remember: int | None = None,
-    then: Mapping[int, Conditioned] | None = None,
+    then: Mapping[int, Velocity] | None = None,
     generator: Generators = None,
 ) -> Iterator[Tensor]:
     """Yield the chunks of a video (B, F, C, H, W) as they are finished.
 
     Args:
-        model: The network under its condition.
+        model: The network, or two experts, under a condition.
         noise: Initial noise of the whole video (B, F, C, H, W).
         partition: Latent frames per chunk; they sum to F.
         sampler: Sampler of each chunk.
@@ -66,7 +66,12 @@ def sample_chunks(
     for border in (known, *conditions):
         chunks = split_after(chunks, border)
     size, batch = (noise.shape[-2], noise.shape[-1]), halves * len(noise)
-    cache = KeyCache(model.network, chunks, size, batch, remember=remember)
+    cache = _Caches(
+        [
+            KeyCache(part.network, chunks, size, batch, remember=remember, device=noise.device)
+            for part in networks_under(model)
+        ]
+    )
     sampled = 0
     for chunk in cache.chunks:
         if chunk.first in conditions:
@@ -75,7 +80,7 @@ def sample_chunks(
         if given is not None and chunk.slice.stop <= known:
             x = given[:, chunk.slice]
         else:
-            velocity: Velocity = cache.next_velocity(model)
+            velocity = cache.next_velocity(model)
             velocity = velocity if guidance is None else _guided(velocity, guidance.scale)
             times = grids[min(sampled, len(grids) - 1)]
             x = sampler(velocity, noise[:, chunk.slice], times, generator)
@@ -83,6 +88,21 @@ def sample_chunks(
         yield x
         if chunk is not cache.chunks[-1]:
             cache.append(torch.cat([x] * halves), model)
+
+
+class _Caches:
+    """The cache of a network, or that of each of two experts."""
+
+    def __init__(self, caches: Sequence[KeyCache]) -> None:
+        self._caches, self.chunks = caches, caches[0].chunks
+
+    def next_velocity(self, model: Velocity) -> Velocity:
+        parts = zip(self._caches, networks_under(model), strict=True)
+        return with_networks(model, [cache.next_velocity(part) for cache, part in parts])
+
+    def append(self, x: Tensor, model: Velocity) -> None:
+        for cache, part in zip(self._caches, networks_under(model), strict=True):
+            cache.append(x, part)
 
 
 def sample_rollouts(

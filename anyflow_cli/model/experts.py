@@ -9,7 +9,7 @@ Legend: B batch, F latent frames, C channels, H W latent height and width, N wei
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from anyflow_cli.errors import UsageError
 from anyflow_cli.flow.condition import Condition
-from anyflow_cli.flow.experts import EXPERTS, ExpertName, ExpertScale, by_time
+from anyflow_cli.flow.experts import EXPERTS, ByTime, ExpertName, ExpertScale, by_time
 from anyflow_cli.flow.velocity import GuidanceScale, Velocity
 from anyflow_cli.model.blocks import LayerKeys
 from anyflow_cli.model.conditioned import Conditioned, Scope
@@ -176,6 +176,19 @@ def one_network(velocity: Velocity) -> Conditioned:
     """The same velocity, of a single network: it takes token layouts, which two experts do not share."""
     assert isinstance(velocity, Conditioned), "two experts have no token layouts"
     return velocity
+
+
+def networks_under(velocity: Velocity) -> list[Conditioned]:
+    """The network that a velocity is of, or both experts, under its condition."""
+    parts = [velocity.expert(name) for name in EXPERTS] if isinstance(velocity, ByTime) else [velocity]
+    return [cast("Conditioned", part) for part in parts]
+
+
+def with_networks(velocity: Velocity, networks: Sequence[Velocity]) -> Velocity:
+    """The same velocity of other networks, or of the same ones over another layout."""
+    if not isinstance(velocity, ByTime):
+        return networks[0]
+    return by_time(dict(zip(EXPERTS, networks, strict=True)).__getitem__, velocity.boundary)
 
 
 def keep_idle_on_host(

@@ -60,6 +60,7 @@ class KeyCache:
         remember: Cache at most this many compressed chunks and drop the oldest first; None keeps all.
         in_place: With False each ``append`` allocates new buffers, so that a graph built over an earlier
             state, whose forward is recomputed later, still finds that state.
+        device: Device of the buffers; None: that of the network, which may be in host memory when idle.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class KeyCache:
         *,
         remember: int | None = None,
         in_place: bool = True,
+        device: torch.device | None = None,
     ) -> None:
         self.chunks = chunks_of(partition)
         self._config, self._size, self._in_place = network.config, size, in_place
@@ -87,7 +89,8 @@ class KeyCache:
         small, large = self._tokens(compressed=True), self._tokens(compressed=False)
         self._compressed_tokens = max(self._frames(s.first, s.border) for s in states) * small
         full_tokens = max(self._frames(0, s.sink) + self._frames(s.border, s.done) for s in states) * large
-        self._memory = _allocate(network, batch, self._compressed_tokens + full_tokens)
+        tokens = self._compressed_tokens + full_tokens
+        self._memory = _allocate(network, batch, tokens, device or network.device)
 
     @property
     def bytes(self) -> int:
@@ -200,7 +203,7 @@ class KeyCache:
         return causal_layout(self._config, segments, *self._size)
 
 
-def _allocate(network: FlowMapTransformer, batch: int, tokens: int) -> LayerKeys:
+def _allocate(network: FlowMapTransformer, batch: int, tokens: int, device: torch.device) -> LayerKeys:
     """Uninitialized keys and values for each block: (B, L, E, d), or (B, N, L, e, d) of a context group."""
     config, context = network.config, network.context
     shape: tuple[int, ...] = (batch, tokens, config.heads, config.head_dim)
@@ -208,6 +211,6 @@ def _allocate(network: FlowMapTransformer, batch: int, tokens: int) -> LayerKeys
         shape = (batch, context.size, tokens, config.heads // context.head_parts, config.head_dim)
 
     def empty() -> Tensor:
-        return torch.empty(shape, dtype=network.compute_dtype, device=network.device)
+        return torch.empty(shape, dtype=network.compute_dtype, device=device)
 
     return LayerKeys(tuple((empty(), empty()) for _ in range(config.layers)))

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from anyflow_cli.errors import UsageError
-from anyflow_cli.flow.samplers import SAMPLERS, Sampler, consistency
+from anyflow_cli.flow.samplers import SAMPLERS, Sampler, consistency, expert_consistency
 from anyflow_cli.flow.times import TRAINING_TIMES, grid, shift
 from anyflow_cli.model.config import CausalConfig, NetworkConfig
 from anyflow_cli.model.known_models import KNOWN_MODELS
@@ -63,12 +63,14 @@ class SamplerPreset:
             scheduler looks its noise levels up; the network is still given the time itself.
         method: From one time to the next: by predicting the video and noising it anew, or by Euler.
         chunk: Latent frames per chunk; None: bidirectional.
+        first_chunk: Latent frames of the first chunk, if others.
         window: Latent frames that a chunk attends to, itself and the sink included; None: all.
         sink: First latent frames that stay in the cache.
         rollout: Latent frames after which the cache starts anew from the last ``overlap`` ones, the first of
             them encoded again as a picture; None: never.
         overlap: Latent frames that two rollouts share.
         longest: Most latent frames that the system samples.
+        boundary: Time at which the high-noise expert of two hands over to the low-noise one.
         overwrites: Whether its UniPC reads an overwritten state, see ``sample_unipc``.
         shape: Size of its videos.
         channels: Latent channels.
@@ -85,11 +87,13 @@ class SamplerPreset:
     table: bool = False
     method: Literal["consistency", "euler"] = "consistency"
     chunk: int | None = None
+    first_chunk: int | None = None
     window: int | None = None
     sink: int = 0
     rollout: int | None = None
     overlap: int = 0
     longest: int | None = None
+    boundary: float | None = None
     overwrites: bool = False
     shape: VideoShape = WAN_480P
     channels: int = 16
@@ -99,11 +103,6 @@ class SamplerPreset:
     def steps(self) -> int | None:
         """Evaluations per chunk; None where the recipe says how many."""
         return len(self.times) or None
-
-    @property
-    def is_longer_first(self) -> bool:
-        """Whether the first chunk has other steps than the rest."""
-        return bool(self.first_times)
 
     @property
     def overrides(self) -> list[Override]:
@@ -120,8 +119,12 @@ class SamplerPreset:
         if self.chunk is None:
             return None
         kept = EVERYTHING if self.window is None else (self.window - self.sink) // self.chunk
+        first = () if self.first_chunk is None else (self.first_chunk,)
         return CausalConfig(
-            full_chunks=kept, partition=(self.chunk,), compresses=False, sink_chunks=self.sink // self.chunk
+            full_chunks=kept,
+            partition=(*first, self.chunk),
+            compresses=False,
+            sink_chunks=self.sink // self.chunk,
         )
 
     @property
@@ -139,7 +142,10 @@ class SamplerPreset:
             for times in (self.first_times, self.times)
             for level, time in zip(self._grid(times).tolist(), times, strict=False)
         }
-        return partial(consistency, network_times=known)
+        if self.boundary is None:
+            return partial(consistency, network_times=known)
+        (boundary, _) = self._grid((self.boundary,)).tolist()
+        return partial(expert_consistency, boundary=boundary, network_times=known)
 
     @property
     def in_words(self) -> str:
@@ -152,9 +158,11 @@ class SamplerPreset:
             seen = f", window {self.window}" if self.window else ""
             sink = f" with a sink of {self.sink}" if self.sink else ""
             anew = f", rollouts of {self.rollout} that share {self.overlap}" if self.rollout else ""
-            rule = f"chunks of {self.chunk}{seen}{sink}{anew}"
+            begun = f" after one of {self.first_chunk}" if self.first_chunk else ""
+            rule = f"chunks of {self.chunk}{begun}{seen}{sink}{anew}"
         table = f" of the table of shift {self.shift:g}" if self.table else ""
-        return f"{self.name}: {steps}{table}{first}; {rule}"
+        experts = f", experts that meet at {self.boundary:g}" if self.boundary else ""
+        return f"{self.name}: {steps}{table}{first}{experts}; {rule}"
 
     def check(self, address: str, network: NetworkConfig) -> None:
         """Refuse a model that the system is not.
@@ -166,8 +174,8 @@ class SamplerPreset:
         what = None
         if network.two_time:
             what = "an any-step model, which needs no preset"
-        elif network.boundary is not None:
-            what = "a model of two experts"
+        elif (network.boundary is None) != (self.boundary is None):
+            what = f"a model of {'one network' if network.boundary is None else 'two experts'}"
         elif network.in_channels != self.channels:
             what = f"a model of {network.in_channels} latent channels, not of {self.channels}"
         elif address in (*BUILT_IN, *KNOWN_MODELS) and self.times:
@@ -183,12 +191,14 @@ class SamplerPreset:
 
     def check_frames(self, frames: int) -> None:
         """Refuse a number of frames that the system cannot sample."""
-        latents, chunk = latent_frames(frames), self.chunk or 1
-        if latents % chunk:
-            fitting = [4 * (n * chunk - 1) + 1 for n in (latents // chunk, latents // chunk + 1) if n]
+        latents, chunk, first = latent_frames(frames), self.chunk or 1, self.first_chunk or 0
+        count, rest = divmod(latents - first, chunk)
+        if rest or count < 0:
+            fitting = [4 * (first + n * chunk) - 3 for n in (count, count + 1) if first + n * chunk > 0]
+            after = f" after one of {first}" if first else ""
             raise UsageError(
-                f"The preset {self.name} samples chunks of {chunk} latent frames, and {frames} frames are "
-                f"{latents}.",
+                f"The preset {self.name} samples chunks of {chunk} latent frames{after}, and {frames} frames "
+                f"are {latents}.",
                 f"Sample {' or '.join(map(str, fitting))} frames.",
             )
         if self.longest is not None and latents > self.longest:
@@ -316,6 +326,14 @@ PRESETS = {
             _FASTWAN, name="fastwan-5b", system="FastWan 2.2 TI2V 5B", shift=5, channels=48,
             weights="FastVideo/FastWan2.2-TI2V-5B-FullAttn-Diffusers", files=r"FastWan2\.2",
             shape=VideoShape(121, 704, 1280, 24),
+        ),
+        # Asked for 81 frames, FastVideo samples a chunk of 1 and six of 3 latent frames and drops the rest.
+        SamplerPreset(
+            "causalwan2.2", "FastVideo CausalWan2.2 A14B",
+            "FastVideo/CausalWan2.2-I2V-A14B-Preview-Diffusers, rand0nmr/SFWan2.2-T2V-A14B-Diffusers",
+            r"CausalWan2\.2|SFWan2\.2", shift=12, table=True, boundary=875, chunk=3, first_chunk=1,
+            times=_shifted((1000, 850, 700, 550, 350, 275, 200, 125), 12), longest=19,
+            shape=VideoShape(73, 448, 832),
         ),
         SamplerPreset(
             "skyreels-v2", "SkyReels-V2 DF at 540p, synchronous",

@@ -34,10 +34,9 @@ from anyflow_cli.flow.times import grid
 from anyflow_cli.flow.velocity import Velocity, guided
 from anyflow_cli.model.causal import causal_of, partition_for, remembered_for
 from anyflow_cli.model.chunk_sampling import sample_chunks, sample_rollouts
-from anyflow_cli.model.conditioned import Conditioned
 from anyflow_cli.model.encoders import TextEncoder, VideoVAE
 from anyflow_cli.model.experts import bind as bind_network
-from anyflow_cli.model.experts import guidance_of, one_network
+from anyflow_cli.model.experts import guidance_of, networks_of
 from anyflow_cli.model.network import FlowMapTransformer
 from anyflow_cli.model.parallelize import apply_attention
 from anyflow_cli.model.placement import PlacedNetwork, storage_of
@@ -147,7 +146,8 @@ class VideoSampler:
         opened = open_model(address, recipe, dtype, place, storage_of(memory))
         if preset is not None:
             preset.check(address, opened.network.config)
-            opened.network.config = replace(opened.network.config, causal=preset.causal)
+            for network in {opened.network, *networks_of(opened.network)}:
+                network.config = replace(network.config, causal=preset.causal)
         two_time = opened.network.config.two_time
         if teacher and two_time:
             raise UsageError(
@@ -335,10 +335,10 @@ class VideoSampler:
         start, generators = self._noise(seeds)
         causal, grids, given = causal_of(self._network.config), self._grids(nfe), self._first_latents
         with autocast(self.precision, self.device):
-            conditions = {0: self._causal_condition(prompts)}
+            conditions = {0: self._bound(prompts)}
             for switch in self.prompt_switches:
                 same = [switch.prompt] * len(prompts)
-                conditions[self.vae.latent_of(switch.frame)] = self._causal_condition(same)
+                conditions[self.vae.latent_of(switch.frame)] = self._bound(same)
 
         def sample(noise: Tensor, first: int, given: Tensor | None) -> Iterator[Tensor]:
             frames = noise.shape[1]
@@ -409,8 +409,8 @@ class VideoSampler:
             self._placed.bring()
         return prompts.to(self.device)
 
-    def _causal_condition(self, prompts: Prompts) -> Conditioned:
-        return one_network(self._bind(self._condition(prompts)))
+    def _bound(self, prompts: Prompts) -> Velocity:
+        return self._bind(self._condition(prompts))
 
     def _embed(self, prompts: Sequence[str]) -> Tensor:
         """Embeddings (B, L, D) of prompts; each text is encoded once in the life of the sampler."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 from anyflow_cli.cli.app import main
@@ -15,7 +16,7 @@ from anyflow_cli.errors import UsageError
 from anyflow_cli.model.config import CausalConfig, NetworkConfig
 from anyflow_cli.sample.presets import PRESETS, presets_of
 from tests.model.layouts import written
-from tests.tiny_pipeline import WAN21_SIZES, make_wan21_folder, wan_transformer
+from tests.tiny_pipeline import WAN21_SIZES, make_expert_folder, make_wan21_folder, wan_transformer
 
 OF_SHAPES = ["--set=model.height=64", "--set=model.width=64", "--set=model.frames=33"]
 
@@ -35,6 +36,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.save(written.self_forcing(weights), place / "longlive_base.pt")
     save_file(original, place / "causal_model.safetensors")
     save_file(written.prefixed(original, "model."), place / "krea-realtime-video-14b.safetensors")
+    experts = make_wan21_folder(place / "SFWan2.2-T2V-A14B-Diffusers", make_expert_folder)
+    for part in ("transformer", "transformer_2"):  # the class of FastVideo's causal folders
+        config = experts / part / "config.json"
+        config.write_text(config.read_text().replace("WanTransformer3DModel", "CausalWanTransformer3DModel"))
     return place
 
 
@@ -48,6 +53,7 @@ def command(models: Path, verb: str, model: str, preset: str, *more: str) -> lis
 
 FILES = {
     "self-forcing": ("self_forcing_dmd.pt", 9),
+    "causalwan2.2": ("SFWan2.2-T2V-A14B-Diffusers", 13),
     "longlive": ("longlive_base.pt", 69),
     "lightx2v-causvid": ("causal_model.safetensors", 9),
     "krea-realtime": ("krea-realtime-video-14b.safetensors", 33),
@@ -70,6 +76,18 @@ def test_a_published_file_is_sampled_by_one_command(
     assert record["settings"]["shift"] == PRESETS[preset].shift
     assert [video["nfe"] for video in record["samples"]] == [PRESETS[preset].steps]
     assert record["samples"][0]["network_seconds"] > 0
+
+
+@pytest.mark.parametrize("preset", ["causalwan2.2", "self-forcing"])
+def test_a_causal_preset_continues_a_picture(
+    models: Path, tmp_path: Path, preset: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "first.png")
+    arguments = command(models, "sample", FILES[preset][0], preset, "-p", "a", "--out", str(tmp_path / "out"))
+    arguments += [f"--set=model.frames={FILES[preset][1]}", "--image", str(tmp_path / "first.png")]
+    assert main(arguments) == 0, capsys.readouterr().err
+    record = json.loads((tmp_path / "out" / "samples.json").read_text())
+    assert (record["given"]["frames"], record["preset"]) == (1, preset)
 
 
 def test_without_sizes_the_published_ones_are_used(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -132,6 +150,11 @@ REFUSED: dict[str, tuple[str, str, list[str], str]] = {
     "more frames than the system samples": (
         "self_forcing_dmd.pt", "self-forcing", ["--set=model.frames=93"], "at most 81 frames",
     ),
+    "one network instead of two": ("self_forcing_dmd.pt", "causalwan2.2", [], "published for|one network"),
+    "two experts instead of one": ("SFWan2.2-T2V-A14B-Diffusers", "rcm", [], "a model of two experts"),
+    "other frames than whole chunks after the first": (
+        "SFWan2.2-T2V-A14B-Diffusers", "causalwan2.2", ["--set=model.frames=21"], "after one of 1",
+    ),
     "steps": ("self_forcing_dmd.pt", "self-forcing", ["--nfe", "8"], "says how to sample"),
     "a sampler": ("self_forcing_dmd.pt", "self-forcing", ["--sampler", "euler"], "so does --sampler"),
     "an unknown name": ("self_forcing_dmd.pt", "self-forceing", [], "There is no preset 'self-forceing'"),
@@ -181,6 +204,8 @@ PUBLISHED = {
     "Causal_rCM_Wan2.1_T2V_1.3B_480p_TF-sCM_c1-1.pt": "causal-rcm-framewise",
     "FastVideo/FastWan2.1-T2V-1.3B-Diffusers": "fastwan",
     "FastVideo/FastWan2.2-TI2V-5B-FullAttn-Diffusers": "fastwan-5b",
+    "FastVideo/CausalWan2.2-I2V-A14B-Preview-Diffusers": "causalwan2.2",
+    "rand0nmr/SFWan2.2-T2V-A14B-Diffusers": "causalwan2.2",
     "Skywork/SkyReels-V2-DF-1.3B-540P-Diffusers": "skyreels-v2",
 }
 

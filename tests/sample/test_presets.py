@@ -14,6 +14,7 @@ from anyflow_cli.flow.condition import Condition
 from anyflow_cli.flow.noise import noise_stream
 from anyflow_cli.model.conditioned import Conditioned
 from anyflow_cli.model.encoders import VideoVAE
+from anyflow_cli.model.experts import ExpertPair, networks_of
 from anyflow_cli.model.layout import Layout, Segment
 from anyflow_cli.model.network import FlowMapTransformer
 from anyflow_cli.recipe.schema import ModelSection
@@ -44,7 +45,8 @@ def vae(wan: Path) -> VideoVAE:
 def latents_of(preset: str, network: FlowMapTransformer, frames: int, vae: VideoVAE | None = None) -> Tensor:
     """What ``VideoSampler`` samples with a preset."""
     chosen = PRESETS[preset]
-    network.config = replace(network.config, causal=chosen.causal)
+    for one in (network, *networks_of(network)):
+        one.config = replace(one.config, causal=chosen.causal)
     model = ModelSection(frames=4 * frames - 3, height=32, width=32, precision="fp32")
     shape = (frames, 8, *SIZE)
     sampler = VideoSampler(network, model, shape, preset=chosen, vae=vae)
@@ -234,6 +236,50 @@ def test_the_sink_and_the_window_are_what_a_chunk_attends_to() -> None:
     ]  # fmt: skip
 
 
+def test_two_experts_hand_over_at_the_boundary_and_keep_a_cache_each() -> None:
+    """FastVideo's CausalWan2.2: the high-noise expert predicts the state at the boundary, not the video."""
+    experts = [ours(theirs("WanTransformer3DModel")) for _ in range(2)]
+    with torch.no_grad():
+        for weight in experts[1].parameters():
+            weight.mul_(0.9)
+    times = warped([1000, 850, 700, 550, 350, 275, 200, 125], 12)
+    levels, (b,) = thousandths(times), looked_up([875], 12)
+    start, fresh = noises(7)
+    done: list[Tensor] = []
+    for z in torch.split(start, [1, 3, 3], dim=1):
+        sizes = (*(x.shape[1] for x in done), z.shape[1])
+        predicts = [over_uneven_past(expert, done, sizes) for expert in experts]
+        for i, (time, level) in enumerate(zip(times, levels, strict=True)):
+            is_high = time >= 875
+            velocity, eps = predicts[not is_high](z, time), fresh(z)
+            after = levels[i + 1] if i < 7 else 0.0
+            x = z - (level - b) * velocity if is_high else z - level * velocity
+            if is_high and times[i + 1] >= 875:
+                alpha = (1 - after) / (1 - b)
+                z = alpha * x + (after**2 - (alpha * b) ** 2) ** 0.5 * eps
+            else:
+                z = x if is_high else (1 - after) * x + after * eps
+        done.append(z)
+    pair = ExpertPair(experts[0], experts[1], 0.875)
+    assert distance(latents_of("causalwan2.2", pair, 7), torch.cat(done, dim=1)) < 1e-5
+
+
+def over_uneven_past(network: FlowMapTransformer, past: list[Tensor], sizes: tuple[int, ...]) -> Predict:
+    """The network on the last chunk of ``sizes``, each of which attends to everything before it."""
+    segments = [
+        Segment(sum(sizes[:i]), size, tuple(range(i + 1)), is_output=i == len(past))
+        for i, size in enumerate(sizes)
+    ]
+    model = Conditioned(network, Condition(TEXT)).with_layout(Layout(tuple(segments), *SIZE))
+
+    def predict(z: Tensor, time: float) -> Tensor:
+        frames = torch.zeros(len(z), sum(sizes))
+        frames[:, -sizes[-1] :] = time / 1000
+        return model(torch.cat([*past, z], dim=1), frames, frames)
+
+    return predict
+
+
 class Pictures:
     """Pixels of a video so far, and the latent of a picture."""
 
@@ -268,5 +314,5 @@ def test_causvid_continues_long_videos_from_the_last_three_frames(vae: VideoVAE)
 
 
 def test_every_preset_is_compared_with_its_procedure() -> None:
-    others = {"krea-realtime", "lightx2v-4step", "skyreels-v2"}
+    others = {"krea-realtime", "lightx2v-4step", "skyreels-v2", "causalwan2.2"}
     assert BIDIRECTIONAL.keys() | CHUNKWISE.keys() | others == PRESETS.keys()
