@@ -15,7 +15,6 @@ all data sets, checkpoints, metrics and scores equal those of undisturbed runs t
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import random
@@ -29,7 +28,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import psutil
@@ -40,66 +39,58 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from anyflow_cli.cli.app import main as anyflow
 from anyflow_cli.data.video import write_mp4
 from anyflow_cli.recipe.compare import dump
-from anyflow_cli.runs.checkpoint import load, newest
 from tests.tiny_pipeline import make_wan_folder
+from tests.train.small import same_run
 from tests.train.stage import LORA, make_recipe
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGKILL)
+PROCESSES = (1, 2)
+RIGHT = "-right"  # suffix of an undisturbed case
 PATIENCE = 300  # seconds within which a command has to end after a signal
 STEPS = {"train_flowmap": 60, "distill": 30, "finetune": 60}
 
 
 class Command(NamedTuple):
-    """A long command: its arguments, what it starts from, and what is compared at its end."""
+    """A long command: its arguments, what it starts from, and the comparison of two results."""
 
     arguments: tuple[str, ...]
     needs: tuple[str, ...]  # directories of the recipe's runs
-    result: Callable[[Path], Any]
-    processes: tuple[int, ...]
+    compare: Callable[[Path, Path], None]
 
 
-def data_of(home: Path) -> dict[str, str]:
-    """Hashes of a data set's files."""
-    files = [*home.glob("data/*.tar"), *home.glob("data/*.json"), *home.glob("data/*.npy")]
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+def same_data(a: Path, b: Path) -> None:
+    """Fail unless two data sets have the same files; hidden ones only save time."""
+    files = [
+        {path.name: path.read_bytes() for path in home.glob("data/*") if not path.name.startswith(".")}
+        for home in (a, b)
+    ]
+    assert files[0] == files[1], "the data sets differ"
 
 
-def training_of(stage: str) -> Callable[[Path], Any]:
-    """Tensors of the newest checkpoint, and the metrics without what the clock decides."""
+def same_training(stage: str) -> Callable[[Path, Path], None]:
+    """Fail unless the newest checkpoints and the metrics of two runs are equal."""
+    return lambda a, b: same_run(a / stage, b / stage)
 
-    def result(home: Path) -> Any:
-        path = newest(home / stage / "checkpoints")
-        assert path is not None
-        state = load(path)
-        moments = {
-            f"{role} {number} {name}": value
-            for role, optimizer in state.optimizers.items()
-            for number, one in optimizer["state"].items()
-            for name, value in one.items()
+
+def same_scores(a: Path, b: Path) -> None:
+    """Fail unless digests and scores of all videos are equal."""
+    found = [
+        {
+            (file.parent.name, row["prompt"], row["seed"]): (row["digest"], row["score"])
+            for file in home.glob("evaluate/*/scores.jsonl")
+            for row in map(json.loads, file.read_text().splitlines())
         }
-        weights = {f"{part} {name}": v for part, named in state.tensors.items() for name, v in named.items()}
-        rows = map(json.loads, (home / stage / "metrics.jsonl").read_text().splitlines())
-        kept = [{k: v for k, v in row.items() if k not in ("seconds", "memory")} for row in rows]
-        return state.step, {name: value.tolist() for name, value in (weights | moments).items()}, kept
-
-    return result
-
-
-def scores_of(home: Path) -> Any:
-    """Digest and scores of every video."""
-    found = {}
-    for file in home.glob("evaluate/*/scores.jsonl"):
-        for row in map(json.loads, file.read_text().splitlines()):
-            found[file.parent.name, row["prompt"], row["seed"]] = row["digest"], row["score"]
-    return found
+        for home in (a, b)
+    ]
+    assert found[0] == found[1], "the scores differ"
 
 
 COMMANDS = {
-    "synthesize": Command(("synthesize",), (), data_of, (1, 2)),
-    "train-flowmap": Command(("train-flowmap",), ("data",), training_of("train-flowmap"), (1, 2)),
-    "distill": Command(("distill",), ("data", "train-flowmap"), training_of("distill"), (1, 2)),
-    "finetune": Command(("finetune", "--data", "clips"), ("train-flowmap",), training_of("finetune"), (1, 2)),
-    "evaluate": Command(("evaluate",), ("train-flowmap",), scores_of, (1, 2)),
+    "synthesize": Command(("synthesize",), (), same_data),
+    "train-flowmap": Command(("train-flowmap",), ("data",), same_training("train-flowmap")),
+    "distill": Command(("distill",), ("data", "train-flowmap"), same_training("distill")),
+    "finetune": Command(("finetune", "--data", "clips"), ("train-flowmap",), same_training("finetune")),
+    "evaluate": Command(("evaluate",), ("train-flowmap",), same_scores),
 }
 
 
@@ -109,13 +100,27 @@ class Case:
 
     name: str
     processes: int
-    runs: Path
+    place: Path
+    kind: str = ""
     seconds: float = 0.0  # of an undisturbed run
+
+    @property
+    def runs(self) -> Path:
+        """The directory of runs."""
+        return self.place / f"{self.name}-{self.processes}{self.kind}"
 
     @property
     def home(self) -> Path:
         """Results of the recipe."""
         return self.runs / "test"
+
+    def prepare(self) -> None:
+        """Start over with what the command needs, as the undisturbed commands left it."""
+        shutil.rmtree(self.runs, ignore_errors=True)
+        self.home.mkdir(parents=True)
+        for need in COMMANDS[self.name].needs:
+            source = Case("synthesize" if need == "data" else need, 1, self.place, RIGHT)
+            shutil.copytree(source.home / need, self.home / need)
 
     def start(self) -> int:
         """Start the command as a process group of its own; gives its number."""
@@ -136,12 +141,16 @@ class Case:
             os._exit(code)
         return process
 
-    def finish(self) -> float:
-        """Run the command to its end; gives its seconds."""
+    def finish(self) -> None:
+        """Run the command to its end."""
         began = time.monotonic()
         code = wait_for(self.start())
         assert code == 0, f"{self.name} ended with {code}: {self.log()}"
-        return time.monotonic() - began
+        self.seconds = time.monotonic() - began
+
+    def check(self) -> None:
+        """Compare the result with that of the undisturbed run."""
+        COMMANDS[self.name].compare(Case(self.name, self.processes, self.place, RIGHT).home, self.home)
 
     def log(self) -> str:
         """What the command has printed."""
@@ -182,35 +191,35 @@ def end_group(process: int) -> None:
             pass
 
 
-def disturb(case: Case, number: signal.Signals, draw: random.Random) -> str:
+def disturb(case: Case, sent: signal.Signals, draw: random.Random) -> str:
     """Start the command, end it at a random moment; how it ended, in words."""
     process = case.start()
     time.sleep(draw.uniform(0, case.seconds))
     workers = psutil.Process(process).children(recursive=True) if case.processes > 1 else []
-    one = number == signal.SIGKILL and workers and draw.random() < 0.5
+    single = sent == signal.SIGKILL and workers and draw.random() < 0.5
     try:
-        if number != signal.SIGKILL:
-            os.kill(process, number)
-        elif one:
-            os.kill(draw.choice(workers).pid, number)
+        if sent != signal.SIGKILL:
+            os.kill(process, sent)
+        elif single:
+            os.kill(draw.choice(workers).pid, sent)
         else:
-            os.killpg(process, number)
+            os.killpg(process, sent)
     except ProcessLookupError:
         pass
     code = wait_for(process)
-    if number == signal.SIGKILL:
+    if sent == signal.SIGKILL:
         end_group(process)
     words = case.log()
-    assert "Traceback" not in words, f"{case.name}, {number.name}: {words}"
+    told = f"{case.name}, {case.processes} processes, ended with {code} on {sent.name}: {words}"
+    assert "Traceback" not in words, told
     if code == 0:
         return "finished"
-    if number == signal.SIGKILL:
-        assert code == (1 if one else -number), f"{case.name} ended with {code}: {words}"
-        return "one killed" if one else "killed"
-    if code == -number:  # Python had not come as far as the command
-        assert case.processes > 1, f"{case.name} was ended by {number.name}: {words}"
+    if sent == signal.SIGKILL:
+        assert code == (1 if single else -sent), told
+        return "one killed" if single else "killed"
+    if code == -sent and not words:  # Python had not come as far as the command
         return "before its start"
-    assert code == 130, f"{case.name} ended with {code} on {number.name}: {words}"
+    assert code == 130, told
     return "saved" if "the state is saved" in words else "interrupted"
 
 
@@ -233,28 +242,19 @@ def prepare(place: Path, lora: bool) -> None:
         (place / "clips" / f"{index}.txt").write_text(f"noise {index}")
 
 
-def undisturbed(place: Path) -> dict[tuple[str, int], tuple[Case, Any]]:
-    """Run every command once, with each number of processes; its case to disturb, and the right result."""
-    found = {}
-    for name, command in COMMANDS.items():
-        for processes in command.processes:
-            case = Case(name, processes, place / f"{name}-{processes}-right")
-            copy_needs(place, case)
-            seconds = case.finish()
-            again = Case(name, processes, place / f"{name}-{processes}", seconds)
-            copy_needs(place, again)
-            found[name, processes] = again, command.result(case.home)
-            print(f"{name}, {processes} processes: {seconds:.1f} s undisturbed", flush=True)
+def undisturbed(place: Path) -> list[Case]:
+    """Run every command once with each number of processes; the cases to disturb."""
+    found = []
+    for name in COMMANDS:
+        for processes in PROCESSES:
+            right, case = Case(name, processes, place, RIGHT), Case(name, processes, place)
+            right.prepare()
+            right.finish()
+            case.prepare()
+            case.seconds = right.seconds
+            found.append(case)
+            print(f"{name}, {processes} processes: {right.seconds:.1f} s undisturbed", flush=True)
     return found
-
-
-def copy_needs(place: Path, case: Case) -> None:
-    """Give a case what its command starts from, as the undisturbed commands left it."""
-    shutil.rmtree(case.runs, ignore_errors=True)
-    case.home.mkdir(parents=True)
-    for need in COMMANDS[case.name].needs:
-        source = "synthesize" if need == "data" else need
-        shutil.copytree(place / f"{source}-1-right" / "test" / need, case.home / need)
 
 
 def main() -> None:
@@ -274,19 +274,19 @@ def main() -> None:
         os.chdir(place)
         prepare(place, given.lora)
         cases = undisturbed(place)
-        order = [key for key in cases for _ in range(3 if key[1] == 1 else 1)]
+        order = [case for case in cases for _ in range(3 if case.processes == 1 else 1)]
         for number in range(given.rounds):
-            case, right = cases[order[number % len(order)]]
-            sent = SIGNALS[number % len(SIGNALS)]
+            turn, at = divmod(number, len(order))  # each turn shifts the signals by one
+            case, sent = order[at], SIGNALS[(turn + at) % len(SIGNALS)]
             how = disturb(case, sent, draw)
             counts[case.name, case.processes, sent.name, how] += 1
             print(f"{number + 1}: {case.name}, {case.processes} processes, {sent.name}: {how}", flush=True)
             if how == "finished":
-                assert COMMANDS[case.name].result(case.home) == right, f"{case.name} differs"
-                copy_needs(place, case)
-        for case, right in cases.values():
+                case.check()
+                case.prepare()
+        for case in cases:
             case.finish()
-            assert COMMANDS[case.name].result(case.home) == right, f"{case.name} differs"
+            case.check()
     table: Counter[tuple[str, str]] = Counter()
     for (name, processes, sent_name, how), count in sorted(counts.items()):
         print(f"{name}, {processes} processes, {sent_name}: {how} {count}")
