@@ -47,7 +47,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.
 PROCESSES = (1, 2)
 RIGHT = "-right"  # suffix of an undisturbed case
 PATIENCE = 300  # seconds within which a command has to end after a signal
-STEPS = {"train_flowmap": 60, "distill": 30, "finetune": 60}
+STEPS = {"train_flowmap": 40, "distill": 20, "finetune": 40}
 
 
 class Command(NamedTuple):
@@ -230,8 +230,8 @@ def prepare(place: Path, lora: bool) -> None:
         "",
         model={"height": 64, "width": 64, "frames": 33, "lora": LORA if lora else None},
         data={"path": None},
-        synthesize={"count": 24, "batch_size": 2, "shard_size": 4, "steps": 4},
-        evaluate={"prompts": 4, "nfe": (1, 2), "teacher": False, "batch_size": 1},
+        synthesize={"count": 12, "batch_size": 1, "shard_size": 2, "steps": 3},
+        evaluate={"prompts": 2, "nfe": (1, 2), "teacher": False, "batch_size": 1},
         **{stage: {"steps": steps} for stage, steps in STEPS.items()},
     )
     (place / "test.yaml").write_text(dump(recipe))
