@@ -18,6 +18,7 @@ from typing import Any
 from anyflow_cli.data.shapes_world import WORLDS
 from anyflow_cli.errors import UsageError
 from anyflow_cli.utils.records import parse_record
+from anyflow_cli.utils.user_text import shortened
 
 MAX_LENGTH = 2000  # characters
 MAX_ROWS = 10_000_000
@@ -86,7 +87,7 @@ def text_field(
     """Return the text in the first of ``columns`` that the row has; refuse a row without usable text."""
     column = next((name for name in columns if name in row), None)
     if column is None:
-        found = ", ".join(f"'{name}'" for name in row if name is not None) or "none"
+        found = shortened(", ".join(repr(name) for name in row if name is not None), 200) or "none"
         wanted = " or ".join(f"'{name}'" for name in columns)
         raise UsageError(
             f"Line {line} of {path} has no column {wanted} (found: {found}).", "Rename the column."

@@ -161,6 +161,7 @@ def probe(path: Path) -> VideoStream:
     Raises:
         UnusableClipError: It is not a video, or ffmpeg cannot open it.
     """
+    _require_regular_file(path)
     result = ffmpeg([*SANDBOX, "-i", f"file:{path}"], seconds=DECODE_SECONDS)
     messages = result.stderr.decode(errors="replace")
     found = [line for line in re.split(r"(?=  Stream #0:\d)", messages) if "attached pic" not in line]
@@ -176,6 +177,12 @@ def probe(path: Path) -> VideoStream:
         description, container[1], match["codec"], match["pixels"], match["tags"] or "",
         int(match["height"]), int(match["width"]), seconds,
     )  # fmt: skip
+
+
+def _require_regular_file(path: Path) -> None:
+    """Refuse pipes, whose reading never ends, and devices."""
+    if not path.is_file():
+        raise UnusableClipError("unreadable (it is not a regular file)")
 
 
 def _reason(messages: str, *, is_open: bool) -> str:
@@ -291,6 +298,7 @@ def read_image(path: Path, wanted: ClipFormat) -> Clip:
     """
     from PIL import Image, ImageOps
 
+    _require_regular_file(path)
     changes = []
     try:
         with warnings.catch_warnings():
@@ -317,6 +325,8 @@ def read_image(path: Path, wanted: ClipFormat) -> Clip:
 
 def decoding_error(path: Path) -> str | None:
     """Why a video cannot be decoded to its end; None if it can."""
+    if not path.is_file():
+        return "not a regular file"
     if path.stat().st_size == 0:
         return "empty"
     end = ["-map", "0:v:0", "-f", "null", "-"]

@@ -297,9 +297,13 @@ def readable(checkpoint: Path, hint: str = "Use another one of the same run.") -
         yield
     except (AnyflowError, MemoryError, PermissionError):
         raise
-    except Exception as error:
+    except (Exception, CheckpointException) as error:  # torch's own is not an Exception
         reason = dcp.reason(error)
         if isinstance(reason, PermissionError):
             raise reason from error
         words = str(reason).strip().splitlines() or [type(reason).__name__]
-        raise UsageError(f"The checkpoint {checkpoint} is damaged: {words[0]}.", hint) from error
+        raise UsageError(
+            f"The checkpoint {checkpoint} is damaged: {words[0]}.",
+            hint,
+            everywhere=isinstance(error, CheckpointException),
+        ) from error

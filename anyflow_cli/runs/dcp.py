@@ -3,10 +3,13 @@
 Any number of processes can read them. They are in the folder ``shards`` of a checkpoint, in place of the
 tensors' files. Keys are ``part/name``,
 where a part is a role, ``ema``, or ``optimiser-ROLE`` with number of the parameter and name of the moment.
+torch pickles the metadata and unpickles whatever is there; here only the classes of metadata are.
 """
 
 from __future__ import annotations
 
+import io
+import pickle
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,15 +19,56 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
 from anyflow_cli.errors import system_errors
+from anyflow_cli.utils.files import safe_child
+from anyflow_cli.utils.records import read_bytes
 
 SHARDS = "shards"
 OPTIMIZER_PART = "optimiser-"
+METADATA = ".metadata"
+METADATA_CLASSES = {  # module -> what torch's pickles of metadata name, besides types of tensors
+    "torch": {"Size"},
+    "torch.serialization": {"_get_layout"},
+    "torch.distributed.checkpoint.metadata": {
+        "Metadata", "MetadataIndex", "StorageMeta", "ChunkStorageMetadata", "TensorProperties",
+        "TensorStorageMetadata", "BytesStorageMetadata", "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "pathlib": {"PosixPath"},
+    "pathlib._local": {"PosixPath"},  # of Python 3.13
+}  # fmt: skip
 Tensors = Mapping[str, Mapping[str, Tensor]]
 Optimizers = Mapping[str, Mapping[str, Any]]
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Finds the classes of metadata alone, so that nothing in a pickle is executed."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Find a class of metadata or a type of tensors."""
+        is_type = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if not is_type and name not in METADATA_CLASSES.get(module, ()):
+            raise pickle.UnpicklingError(f"its {METADATA} names {module}.{name}, which is not executed")
+        return super().find_class(module, name)
+
+
+class ShardReader(FileSystemReader):
+    """Reads files of its folder alone, and metadata without executing anything."""
+
+    def read_metadata(self, *_: Any, **__: Any) -> Metadata:
+        """Read what the shards hold; every file must be a regular one inside the folder."""
+        folder = Path(self.path)
+        metadata = _MetadataUnpickler(io.BytesIO(read_bytes(folder / METADATA))).load()
+        if not isinstance(metadata, Metadata):
+            raise ValueError(f"its {METADATA} holds something else")
+        for name in {info.relative_path for info in metadata.storage_data.values()}:
+            if not safe_child(folder, name).is_file():
+                raise ValueError(f"{name} is missing or not a regular file")
+        metadata.storage_meta = StorageMeta(load_id=self.load_id)
+        return metadata
 
 
 def flattened(tensors: Tensors, optimizers: Optimizers) -> dict[str, Tensor]:
@@ -41,7 +85,7 @@ def read(folder: Path, like: Mapping[str, Tensor] | None = None, part: str = "")
 
     With ``like``, all processes read together.
     """
-    reader = FileSystemReader(folder / SHARDS)
+    reader = ShardReader(folder / SHARDS)
     found = {key: _empty(entry, (like or {}).get(key)) for key, entry in _entries(reader, part).items()}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # intended
@@ -51,7 +95,7 @@ def read(folder: Path, like: Mapping[str, Tensor] | None = None, part: str = "")
 
 def shard_keys(folder: Path, part: str = "") -> list[str]:
     """Keys of the tensors that ``read`` returns, from the metadata alone."""
-    return list(_entries(FileSystemReader(folder / SHARDS), part))
+    return list(_entries(ShardReader(folder / SHARDS), part))
 
 
 def _entries(reader: FileSystemReader, part: str) -> dict[str, TensorStorageMetadata]:

@@ -175,8 +175,13 @@ def check_run(recipe: Recipe, inputs: RunInputs) -> None:
             f"Go back to the settings of {directory / RECIPE}, or use another --runs or recipe name; to start"
             f" that run from the weights of this one, add --set {key}={inputs.finished}.",
         )
-    if not (directory / LINEAGE).exists():  # killed as it began
-        return
+    if not (directory / LINEAGE).exists():
+        if any(directory.glob("checkpoints/*")):
+            raise UsageError(
+                f"{directory} has checkpoints but no {LINEAGE}, so it is unknown what it was started from.",
+                "Restore the file from a copy of the run, or use another --runs.",
+            )
+        return  # killed as it began
     recorded_inputs = read_lineage(directory).inputs
     for name, found in fingerprints(inputs).items():
         if name not in recorded_inputs or recorded_inputs[name].sha256 != found.sha256:

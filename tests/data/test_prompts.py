@@ -40,6 +40,7 @@ BAD = {
     "deep.jsonl": (b"[" * 100_000, "Line 1 of"),
     "digits.jsonl": (b'{"prompt": ' + b"9" * 5000 + b"}\n", "Line 1 of"),
     "columns.parquet": (b"PAR1" + bytes(64) + b"PAR1", "cannot be read as parquet"),
+    "line break.csv": (b'"a\nb",c\n1,2\n', r"found: 'a\nb', 'c'"),
     "column.jsonl": (b'{"prompt": "a"}\n{"title": "a"}\n', "Line 2 of"),
 }
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from contextlib import suppress
 from itertools import pairwise
@@ -349,6 +350,15 @@ def test_damaged_pictures_end_in_sentences(tmp_path: Path, kind: str) -> None:
         (tmp_path / "damaged").write_bytes(damaged)
         with suppress(UnusableClipError):
             assert read_image(tmp_path / "damaged", ClipFormat(1, 8, 16, 32)).pixels.shape == (1, 16, 32, 3)
+
+
+def test_a_pipe_is_not_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    wanted = ClipFormat(1, 8, 16, 16)
+    for read in (read_image, read_start):
+        with pytest.raises(UnusableClipError, match="not a regular file"):
+            read(tmp_path / "pipe.png", wanted)
+    assert decoding_error(tmp_path / "pipe.png") == "not a regular file"
 
 
 def test_the_start_of_a_short_video_is_all_of_it(tmp_path: Path) -> None:

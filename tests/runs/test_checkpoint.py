@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import json
+import os
+import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +30,8 @@ from anyflow_cli.runs.checkpoint import (
     trained_names,
     trained_weights,
 )
+from tests.fuzz.mutations import Payload
+from tests.train.small import sharded_checkpoint
 
 LOOP = LoopState({"loss": (1.5, 2)}, 2, AlarmState(0.5, None, {"static": 3}, {"static": 1}), 1)
 
@@ -259,4 +263,44 @@ def test_a_newer_format_is_refused(tmp_path: Path) -> None:
     path = save(tmp_path, state(1), keep=1)
     (path / "state.json").write_text(json.dumps({"format": CHECKPOINT_FORMAT + 1, "tensors": {"all": 1}}))
     with pytest.raises(UsageError, match="newer anyflow"):
+        load(path)
+
+
+def test_metadata_of_shards_executes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = sharded_checkpoint(tmp_path)
+    assert load(path).tensors["ema"].keys() == set(trained_names(path))
+    (path / "shards" / ".metadata").write_bytes(pickle.dumps(Payload()))
+    for read in (load, trained_names, trained_weights):
+        with pytest.raises(UsageError, match=r"names builtins\.exec, which is not executed"):
+            read(path)
+    assert not (tmp_path / "pickle-was-executed").exists()
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"), [("absent", "missing"), ("cut", "damaged"), ("pipe", "regular")]
+)
+def test_damaged_shards_are_named(tmp_path: Path, damage: str, words: str) -> None:
+    path = sharded_checkpoint(tmp_path)
+    shard = path / "shards" / "__0_0.distcp"
+    content = shard.read_bytes()
+    shard.unlink()
+    if damage == "cut":
+        shard.write_bytes(content[:1000])
+    elif damage == "pipe":
+        os.mkfifo(shard)
+    with pytest.raises(UsageError, match=words) as error:
+        load(path)
+    assert "\n" not in error.value.message
+
+
+def test_shards_outside_of_a_checkpoint_are_not_read(tmp_path: Path) -> None:
+    path = sharded_checkpoint(tmp_path)
+    shutil.move(path / "shards" / "__0_0.distcp", tmp_path / "x.distcp")
+    file = path / "shards" / ".metadata"
+    stated = pickle.loads(file.read_bytes())
+    for info in stated.storage_data.values():
+        info.relative_path = "../../../x.distcp"
+    file.write_bytes(pickle.dumps(stated))
+    with pytest.raises(UsageError, match="not a file inside that directory"):
         load(path)

@@ -115,6 +115,19 @@ def test_killed_as_it_began_it_begins_again(inputs: RunInputs, monkeypatch: pyte
     assert begin_run(recipe, inputs, "fp32", 1).precision == "fp32"
 
 
+def test_checkpoints_of_unknown_origin_are_refused_and_kept(inputs: RunInputs) -> None:
+    recipe = make_recipe(inputs.base, inputs.data)
+    begin_run(recipe, inputs, "fp32", 1)
+    (inputs.directory / "checkpoints" / "step-000001").mkdir(parents=True)
+    lineage, recorded = (inputs.directory / name for name in ("lineage.json", "recipe.yaml"))
+    lineage.unlink()
+    before = recorded.stat()
+    with pytest.raises(UsageError, match=r"has checkpoints but no lineage\.json"):
+        begin_run(recipe, inputs, "fp32", 1)
+    assert not lineage.exists()
+    assert recorded.stat() == before
+
+
 def test_a_fingerprint_tells_weights_apart_and_ignores_the_rest(wan: Path, tmp_path: Path) -> None:
     other = make_wan_folder(tmp_path / "other", seed=1)
     assert model_fingerprint(other) != model_fingerprint(wan)

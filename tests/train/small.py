@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import warnings
 from collections.abc import Iterable, Iterator
 from itertools import count
 from pathlib import Path
@@ -20,7 +22,7 @@ from anyflow_cli.model.lora import LoraSize
 from anyflow_cli.model.network import FlowMapTransformer, two_time_from
 from anyflow_cli.model.parallelize import parallelize
 from anyflow_cli.recipe import schema
-from anyflow_cli.runs import checkpoint
+from anyflow_cli.runs import checkpoint, dcp
 from anyflow_cli.train import objectives
 from anyflow_cli.train.trainer import Trainer, make_accelerator
 
@@ -106,6 +108,26 @@ def trainer(
         directory, objective(kind, roles, **(changes or {})), source or RandomData(run.global_batch), run,
         accelerator=accelerator, **(hooks or {}),
     )  # fmt: skip
+
+
+def sharded_checkpoint(directory: Path) -> Path:
+    """A checkpoint in the format of sharded runs, written by one process."""
+    from torch.distributed.checkpoint.filesystem import FileSystemWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
+
+    plain = directory / "plain"
+    trainer(plain, "on-policy", steps=1).run()
+    source = checkpoint.newest(plain / "checkpoints")
+    assert source is not None
+    state = checkpoint.load(source)
+    with checkpoint.writing(directory / "checkpoints", state.step) as partial, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.distributed is not initialized
+        checkpoint.begin(partial)
+        flat = dcp.flattened(state.tensors, state.optimizers)
+        save(flat, storage_writer=FileSystemWriter(partial / dcp.SHARDS), no_dist=True)
+        written = checkpoint.commit(partial, state, 1)
+    shutil.rmtree(plain)
+    return written
 
 
 def rows(directory: Path) -> list[dict[str, Any]]:

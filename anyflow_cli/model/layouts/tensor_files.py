@@ -126,7 +126,9 @@ def _load_mapped(file: Path) -> Any:
             f"{file} holds Python objects besides tensors, which could run code when read.",
             "Save its tensors as safetensors, on a machine where you trust the file.",
         ) from error
-    except (OSError, EOFError, RuntimeError, ValueError, KeyError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # damaged pickles make torch raise almost anything
         reason = (str(error).strip().splitlines() or ["it is empty"])[0]
         raise UsageError(f"{file} is damaged ({reason}).", FETCH) from error
 
@@ -134,7 +136,9 @@ def _load_mapped(file: Path) -> Any:
 def _unwrapped(content: Any, file: Path) -> tuple[dict[str, Tensor], str | None]:
     """The tensors in a pickled object, and the entry that holds them."""
     wrapper = None
-    while isinstance(content, Mapping):
+    for _ in WRAPPERS:  # each at most once: a pickled dictionary may hold itself
+        if not isinstance(content, Mapping):
+            break
         tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
         if tensors:
             return tensors, wrapper

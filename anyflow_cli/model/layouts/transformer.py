@@ -22,9 +22,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import torch.nn.functional as nnf
-from pydantic import BaseModel
+from pydantic import BaseModel, Field, Json
 from torch import Tensor
 
 from anyflow_cli.errors import UsageError
@@ -283,29 +284,40 @@ def _stated_config(file: Path) -> NetworkConfig:
     )
 
 
+class StatedSizes(BaseModel):
+    """What a file's header may state besides the shapes, as text; ``config`` is that of diffusers."""
+
+    config: Json[dict[str, Any]] = Field(default_factory=dict)
+    head_dim: Json[Size] = HEAD_DIM
+    gate: Json[float] = NetworkConfig.gate
+    delta: str = NetworkConfig.delta
+
+
 def inferred_config(weights: NamedWeights) -> NetworkConfig:
     """The sizes of a network, from the shapes of its tensors and what the file's header adds.
 
     A header may state what shapes cannot: the configuration of diffusers, or the gate of the second time.
     """
-    metadata, place = weights.files.metadata, weights.files.files[0]
-    stated = json.loads(metadata.get("config", "{}"))
-    if stated.get("_class_name") in (*CLASSES, ANYFLOW_IMAGE, NVLABS, *WAN_LIKE):
-        return NetworkConfig.from_diffusers(stated)
+    place = weights.files.files[0]
+    header = json.dumps(dict(weights.files.metadata)).encode()
+    stated = parse_record(header, StatedSizes, f"The header of {place}", FETCH)
+    if stated.config.get("_class_name") in (*CLASSES, ANYFLOW_IMAGE, NVLABS, *WAN_LIKE):
+        return NetworkConfig.from_diffusers(stated.config)
 
     def size(name: str, axis: int) -> int:
         if name not in weights.stored_names:
             raise UsageError(f"The weights of {place} lack {name}.", FETCH)
         return weights.shape(name)[axis]
 
-    dim, head_dim = size("patch_embedding.weight", 0), int(metadata.get("head_dim", HEAD_DIM))
+    dim, head_dim = size("patch_embedding.weight", 0), stated.head_dim
     if dim % head_dim:
         raise UsageError(
             f"{place} is {dim} wide, not a multiple of {head_dim}, the size of Wan's heads.",
             "Put its config.json beside it, in a directory with nothing else, and name the directory.",
         )
     patch = (size("patch_embedding.weight", 3), size("patch_embedding.weight", 4))
-    blocks = {int(name.split(".")[1]) for name in weights.stored_names if name.startswith("blocks.")}
+    numbered = (re.match(r"blocks\.(\d{1,6})\.", name) for name in weights.stored_names)
+    blocks = {int(match[1]) for match in numbered if match}
     far = "far_patch_embedding.weight"
     causal = far in weights.stored_names
     two_time = any("delta_embedder" in name for name in weights.stored_names)
@@ -322,8 +334,8 @@ def inferred_config(weights: NamedWeights) -> NetworkConfig:
             "freq_dim": size("condition_embedder.time_embedder.linear_1.weight", 1),
             "patch_size": (1, *patch),
             "cross_attn_norm": "blocks.0.norm2.weight" in weights.stored_names,
-            "gate_value": float(metadata.get("gate", NetworkConfig.gate)),
-            "deltatime_type": metadata.get("delta", NetworkConfig.delta),
+            "gate_value": stated.gate,
+            "deltatime_type": stated.delta,
             **({"compressed_patch_size": (1, size(far, 3), size(far, 4))} if causal else {}),
         }
     )

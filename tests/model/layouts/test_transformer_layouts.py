@@ -268,6 +268,35 @@ def test_damaged_files_are_refused_in_one_sentence(tmp_path: Path) -> None:
         load_network(tmp_path / "no-tensors.pt")
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("head_dim", "x"), ("head_dim", "0"), ("gate", "much"), ("config", "{"), ("config", "1")],
+)
+def test_a_header_of_another_type_is_refused(wan: Any, tmp_path: Path, key: str, value: str) -> None:
+    save_file(as_original(wan.state_dict()), tmp_path / "model.safetensors", {key: value})
+    with pytest.raises(UsageError, match=rf"The header of .*model\.safetensors is damaged: {key}"):
+        load_network(tmp_path / "model.safetensors")
+
+
+def test_blocks_without_a_number_are_unexpected(wan: Any, tmp_path: Path) -> None:
+    save_file(as_original(wan.state_dict()) | {"blocks.x.y": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(UsageError, match=r"blocks\.x\.y is unexpected"):
+        load_network(tmp_path / "model.safetensors")
+
+
+def test_pickled_files_that_are_cut_or_hold_themselves_are_refused(wan: Any, tmp_path: Path) -> None:
+    file, looped = tmp_path / "model.pth", dict[str, Any]()
+    looped["ema"] = looped
+    torch.save(looped, file)
+    with pytest.raises(UsageError, match="holds no tensors by name"):
+        load_network(file)
+    torch.save(as_original(wan.state_dict()), file, _use_new_zipfile_serialization=False)
+    for size in range(0, 2000, 50):
+        (tmp_path / "cut.pth").write_bytes(file.read_bytes()[: size + 100_000])
+        with pytest.raises(UsageError, match="is damaged"):
+            load_network(tmp_path / "cut.pth")
+
+
 def test_missing_and_extra_tensors_are_named(wan: Any, tmp_path: Path) -> None:
     weights = as_original(wan.state_dict())
     lacking = {name: tensor for name, tensor in weights.items() if name != "blocks.1.self_attn.o.bias"}
