@@ -76,6 +76,7 @@ from tests.train import stage
 from tests.train.small import sharded_checkpoint, trainer
 
 FORMAT = ClipFormat(5, 8, 16, 16)
+TEMPORARY = tempfile.gettempdir()  # outside of any arena
 CSV, JSONL = "captions.csv", "metadata.jsonl"
 PROMPTS = ("a red circle", 'a "large" square, moving', "ein Dreieck über Grün")
 
@@ -83,7 +84,7 @@ PROMPTS = ("a red circle", 'a "large" square, moving', "ein Dreieck über Grün"
 @cache
 def shared() -> Path:
     """A directory with a teacher, ``wan``, and an any-step model, ``any``; nothing may write there."""
-    directory = Path(tempfile.mkdtemp(prefix="anyflow-fuzz-"))
+    directory = Path(tempfile.mkdtemp(prefix="anyflow-fuzz-", dir=TEMPORARY))
     atexit.register(shutil.rmtree, directory, ignore_errors=True)
     wan = make_wan_folder(directory / "wan")
     save_pipeline(directory / "any", two_time_from(load_network(wan)), wan, {})
