@@ -42,11 +42,11 @@ from anyflow_cli.evaluate.vbench.prompts import read_prompts_of
 from anyflow_cli.evaluate.vbench.suite import VBenchSuite
 from anyflow_cli.model import pipeline_io
 from anyflow_cli.model.encoders import TextEncoder, VideoVAE
+from anyflow_cli.model.experts import network_from
 from anyflow_cli.model.folder_check import check_folder
 from anyflow_cli.model.layouts.components import open_component
-from anyflow_cli.model.layouts.transformer import open_transformer
 from anyflow_cli.model.lora import LoraSize
-from anyflow_cli.model.lora_formats import LoraRequest, merge_loras
+from anyflow_cli.model.lora_formats import LoraMerged, LoraRequest
 from anyflow_cli.model.network import two_time_from
 from anyflow_cli.model.pipeline_io import (
     load_adapter,
@@ -346,7 +346,7 @@ def use_layout(thing: Path) -> None:
     found = sorted(thing.iterdir())
     if not found:
         raise UsageError("It is gone.", "-")
-    network = open_transformer(resolve_pipeline(str(found[0]))).load()
+    network = load_network(resolve_pipeline(str(found[0])))
     channels, width = network.config.in_channels, network.config.text_dim
     network(torch.zeros(1, 1, channels, 4, 4), torch.ones(1), torch.ones(1), torch.zeros(1, 3, width))
 
@@ -378,8 +378,9 @@ def make_loras(thing: Path) -> None:
 
 def use_loras(thing: Path) -> None:
     names = ("diffusers.safetensors", "musubi.safetensors", "bare.safetensors", "comfy.pt")
+    base = ours(theirs("WanTransformer3DModel"))
     for name in names:
-        merge_loras(ours(theirs("WanTransformer3DModel")), [LoraRequest(thing / name, 0.5)])
+        network_from(LoraMerged.of(base, [LoraRequest(thing / name, 0.5)]))
 
 
 # --- samples and evaluations
