@@ -19,20 +19,48 @@ TEXT_DIM = 32
 CHANNELS = 8
 SHIFT = 5.0
 WAN21_SIZES = {"in_channels": 16, "out_channels": 16, "attention_head_dim": 128}
+CLIP_DIM, CLIP_TOKENS = 24, 5  # four patches and a class token
+PICTURE_SETTINGS: dict[str, dict[str, Any]] = {
+    "2.1 I2V": {"image_dim": CLIP_DIM, "added_kv_proj_dim": 32},
+    "2.1 FLF2V": {"image_dim": CLIP_DIM, "added_kv_proj_dim": 32, "pos_embed_seq_len": 2 * CLIP_TOKENS},
+    "2.2 I2V": {},
+}
+TI2V_VAE = {
+    "is_residual": True, "patch_size": 2, "in_channels": 12, "out_channels": 12, "scale_factor_spatial": 16
+}  # fmt: skip
 
 
 def make_wan_folder(target: Path, seed: int = 0, **changes: Any) -> Path:
     """Write the folder and return it; ``changes`` are settings of the transformer."""
-    from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
+    return _write(target, "WanPipeline", seed, changes)
+
+
+def make_ti2v_folder(target: Path, seed: int = 0, **changes: Any) -> Path:
+    """Write a folder of the shape of Wan 2.2 TI2V-5B: a VAE with the factors 16 and 4, times per frame."""
+    return _write(target, "WanPipeline", seed, changes, vae=TI2V_VAE, expand_timesteps=True)
+
+
+def make_i2v_folder(target: Path, kind: str = "2.1 I2V", seed: int = 0, **changes: Any) -> Path:
+    """Write a folder of an image-to-video Wan, one of ``PICTURE_SETTINGS``."""
+    settings = {"in_channels": 2 * CHANNELS + 4, **PICTURE_SETTINGS[kind], **changes}
+    clip = {"image_encoder": None, "image_processor": None}
+    if PICTURE_SETTINGS[kind]:
+        clip = {"image_encoder": _image_encoder(), "image_processor": _image_processor()}
+    return _write(target, "WanImageToVideoPipeline", seed, settings, **clip)
+
+
+def _write(target: Path, pipeline: str, seed: int, changes: Any, vae: Any = None, **components: Any) -> Path:
+    import diffusers
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        WanPipeline(
+        getattr(diffusers, pipeline)(
             tokenizer=_tokenizer(),
             text_encoder=_text_encoder(),
             transformer=wan_transformer(**changes),
-            vae=_vae(),
-            scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT),
+            vae=_vae(**(vae or {})),
+            scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=SHIFT),
+            **components,
         ).save_pretrained(target)
     return target
 
@@ -70,7 +98,11 @@ def wan_transformer(**changes: Any) -> Any:
     """The diffusers network of the folder, with weights large enough that every part matters."""
     from diffusers import WanTransformer3DModel
 
-    return spread(WanTransformer3DModel(**sizes(**changes)))
+    network = spread(WanTransformer3DModel(**sizes(**changes)))
+    embedder = network.condition_embedder.image_embedder
+    if embedder is not None and embedder.pos_embed is not None:
+        embedder.pos_embed.data.normal_()
+    return network
 
 
 def sizes(**changes: Any) -> dict[str, Any]:
@@ -97,14 +129,14 @@ def spread(network: Any) -> Any:
     return network.eval()
 
 
-def _vae() -> Any:
+def _vae(**changes: Any) -> Any:
     from diffusers import AutoencoderKLWan
 
     statistics = {
         "latents_mean": [0.1 * i for i in range(CHANNELS)],
         "latents_std": [1 + 0.1 * i for i in range(CHANNELS)],
     }
-    return AutoencoderKLWan(base_dim=8, z_dim=CHANNELS, num_res_blocks=1, **statistics).eval()
+    return AutoencoderKLWan(base_dim=8, z_dim=CHANNELS, num_res_blocks=1, **statistics, **changes).eval()
 
 
 def _text_encoder() -> Any:
@@ -114,6 +146,22 @@ def _text_encoder() -> Any:
         vocab_size=len(WORDS.split()) + 3, d_model=TEXT_DIM, d_kv=16, d_ff=64, num_layers=1, num_heads=2
     )
     return UMT5EncoderModel(config).eval()
+
+
+def _image_encoder() -> Any:
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    config = CLIPVisionConfig(
+        hidden_size=CLIP_DIM, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2,
+        image_size=32, patch_size=16,
+    )  # fmt: skip
+    return CLIPVisionModel(config).eval()
+
+
+def _image_processor() -> Any:
+    from transformers import CLIPImageProcessor
+
+    return CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
 
 
 def _tokenizer() -> Any:

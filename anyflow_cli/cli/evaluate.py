@@ -194,7 +194,7 @@ def _planned_facts(
     if choice is None:
         return facts | {"videos": size.videos, "out": str(request.directory)}
     counts = tuple(dict.fromkeys(settings.evaluate.nfe))
-    beside = settings.evaluate.teacher and not settings.evaluate.is_conditioned
+    beside = settings.evaluates_teacher
     return facts | {
         "model": choice.address,
         "reason": choice.why,

@@ -333,6 +333,12 @@ ImageOption = Annotated[
         metavar="FILE", panel=_CAUSAL,
     ),
 ]  # fmt: skip
+LastImageOption = Annotated[
+    Path | None,
+    _option(
+        "Picture to use as the last frame (Wan FLF2V and I2V).", "--last-image", metavar="FILE", panel=_CAUSAL
+    ),
+]
 VideoOption = Annotated[Path | None, _option("Video to continue.", "--video", metavar="FILE", panel=_CAUSAL)]
 VideoFramesOption = Annotated[
     int | None,
@@ -368,7 +374,7 @@ SuiteOption = Annotated[
 ]
 TaskOption = Annotated[
     Literal["t2v", "i2v"] | None,
-    _option("Videos from text, or from text and a first frame (i2v, only causal models).", "--task"),
+    _option("Videos from text, or from text and a first frame (i2v).", "--task"),
 ]
 LimitOption = Annotated[
     int | None,

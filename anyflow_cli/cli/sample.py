@@ -46,6 +46,7 @@ def sample(
     sampler_preset: options.PresetOption = None,
     list_presets: options.ListPresetsOption = False,
     image: options.ImageOption = None,
+    last_image: options.LastImageOption = None,
     video: options.VideoOption = None,
     video_frames: options.VideoFramesOption = None,
     then: options.ThenOption = None,
@@ -88,7 +89,7 @@ def sample(
             list(range(settings.sample.seed, last_seed + 1)),
             read_steps(nfe, preview=preview) or default,
             read_prompt_switches(then, settings.model.frames),
-            read_conditioning_frames(settings, image, video, video_frames),
+            read_conditioning_frames(settings, image, video, video_frames, last_image),
             options.with_lora_files(model, lora),
             method=sampler,
             preset=preset,
@@ -98,8 +99,8 @@ def sample(
             "--prompt": prompt, "--prompts": prompts, "--preview": preview or None, "--frames": frames,
             "--count": None if count == 1 else count, "--teacher": teacher or None, "--model": model,
             "--lora": lora, "--sampler-preset": sampler_preset,
-            "--sampler": sampler, "--image": image, "--video": video, "--video-frames": video_frames,
-            "--then": then, "--seed": seed,
+            "--sampler": sampler, "--image": image, "--last-image": last_image, "--video": video,
+            "--video-frames": video_frames, "--then": then, "--seed": seed,
         }  # fmt: skip
         chosen = options_of_refine(
             refine, options.load_settings(recipe or DEFAULT_RECIPE, assignments), recorded, read_steps(nfe)
@@ -168,7 +169,8 @@ def _sample(
     )
     if chosen.previous is not None:
         chosen.previous.check_model(opened)
-    opened.condition_on(chosen.frames and chosen.frames.pixels, chosen.switches)
+    given = chosen.frames
+    opened.condition_on(given and given.pixels, chosen.switches, given and given.last)
     if stream or any(isinstance(schedule, tuple) for schedule in request.nfe):
         opened.require_causal()
     if budget is not None:

@@ -62,7 +62,8 @@ def options_of_refine(
     frames = None
     if given is not None:
         image, video = (Path(given.file) if given.kind == kind else None for kind in ("image", "video"))
-        frames = read_conditioning_frames(recipe, image, video, given.frames if video else None)
+        last = None if given.last_file is None else Path(given.last_file)
+        frames = read_conditioning_frames(recipe, image, video, given.frames if video else None, last)
     previous.check_frames(frames)
     preset = preset_of(previous.record.preset)
     if preset is not None and preset.steps is not None:
@@ -130,27 +131,32 @@ def read_prompt_switches(texts: list[str] | None, frames: int) -> tuple[PromptSw
 
 
 def read_conditioning_frames(
-    settings: Recipe, image: Path | None, video: Path | None, count: int | None
+    settings: Recipe, image: Path | None, video: Path | None, count: int | None, last: Path | None = None
 ) -> ConditioningFrames | None:
-    """Read the first frames from a picture or a video, at the recipe's size and rate.
+    """Read the first frames from a picture or a video, and maybe the last one, at the recipe's size and rate.
 
     Args:
         settings: Shape and frame rate to convert to.
         image: Value of ``--image``.
         video: Value of ``--video``.
         count: Frames to take from the video; by default at most half of what is sampled.
+        last: Value of ``--last-image``.
 
     Raises:
-        UsageError: Both are given, or the file cannot be read.
+        UsageError: They do not go together or with the recipe's model, or a file cannot be read.
     """
     refuse_together({"--image": image, "--video": video}, "what a video starts with")
     if video is None and count is not None:
         raise UsageError("--video-frames needs --video.", "Add --video, or omit --video-frames.")
+    _check_pictures(settings, image, last)
     path = image or video
     if path is None:
         return None
-    if not path.is_file():
-        raise UsageError(f"{path} is not a file.", "Give a picture with --image, or a video with --video.")
+    for file in filter(None, (path, last)):
+        if not file.is_file():
+            raise UsageError(
+                f"{file} is not a file.", "Give a picture with --image, or a video with --video."
+            )
 
     from anyflow_cli.data.video import ClipFormat, UnusableClipError, read_image, read_start
     from anyflow_cli.sample.output import ConditioningFrames
@@ -159,6 +165,7 @@ def read_conditioning_frames(
     wanted = ClipFormat(count or max(shape.frames // 2, 1), shape.fps, shape.height, shape.width)
     try:
         clip = read_image(path, wanted) if video is None else read_start(path, wanted)
+        end = None if last is None else read_image(last, wanted).pixels[0]
     except UnusableClipError as error:
         raise UsageError(f"{path}: {error.message}.", "Give a file that ffmpeg can read.") from error
     for change in clip.changes:
@@ -170,7 +177,23 @@ def read_conditioning_frames(
         log.info(
             "%s: first %d of %d frames used; the VAE takes 1, 5, 9, ...", path.name, kept, len(clip.pixels)
         )
-    return ConditioningFrames(clip.pixels[:kept], "image" if video is None else "video", path)
+    return ConditioningFrames(clip.pixels[:kept], "image" if video is None else "video", path, end, last)
+
+
+def _check_pictures(settings: Recipe, image: Path | None, last: Path | None) -> None:
+    """Refuse pictures that the recipe's model does not take, or the lack of those that it needs."""
+    pictures = settings.model.pictures
+    if image is None and pictures in ("first", "first-last"):
+        raise UsageError(f"The model of recipe {settings.name} makes videos from pictures.", "Give --image.")
+    if last is None and pictures == "first-last":
+        raise UsageError(
+            f"The model of recipe {settings.name} makes videos between two pictures.", "Give --last-image."
+        )
+    if last is not None and pictures not in ("first", "first-last"):
+        raise UsageError(
+            f"The model of recipe {settings.name} takes no last frame.",
+            "Omit --last-image.",
+        )
 
 
 def read_all_prompts(

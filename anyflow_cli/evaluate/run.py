@@ -131,14 +131,19 @@ def prepare_evaluation(
     """Choose the variants: the model at each of the recipe's step counts, and its teacher."""
     protocol.suite.check(recipe.model)
     of = evaluated_model(choice, recipe, recipe.evaluate.sampler, preset)
-    conditioned = "i2v" in protocol.suite.groups
-    if conditioned and of.partition is None:
+    conditioned, pictures = "i2v" in protocol.suite.groups, recipe.model.pictures
+    if conditioned and of.partition is None and pictures not in ("optional-first", "first"):
         raise UsageError(
-            f"{choice.address} is bidirectional: it samples all frames at once and cannot continue an image.",
-            "Give a causal (FAR) model with --model, or omit --task i2v.",
+            f"{choice.address} makes no videos from text and a first frame.",
+            "Give a causal (FAR) model or an image-to-video model with --model, or omit --task i2v.",
+        )
+    if not conditioned and pictures in ("first", "first-last"):
+        raise UsageError(
+            f"{choice.address} makes videos from pictures, and {protocol.suite.name} has only prompts.",
+            "Evaluate a first-frame model with --task i2v, or with --suite vbench-i2v.",
         )
     variants = [variant(of, steps, protocol, recipe) for steps in dict.fromkeys(recipe.evaluate.nfe)]
-    if conditioned and recipe.evaluate.teacher:
+    if recipe.evaluate.teacher and not recipe.evaluates_teacher:
         log.info("The teacher is omitted: %s is not conditioned on images.", recipe.model.teacher)
     elif recipe.evaluate.teacher:
         teacher = ModelChoice(recipe.model.teacher, f"the teacher of recipe {recipe.name}")

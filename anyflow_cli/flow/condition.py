@@ -52,6 +52,15 @@ class Condition:
         """The same pictures under other text (B, L, D), or (L, D) for all samples."""
         return replace(self, text=text.to(self.text).expand(len(self), *text.shape[-2:]))
 
+    def with_pictures(self, **parts: Tensor) -> Condition:
+        """The same text with other parts, each of this batch or of one sample for all."""
+        size = len(self)
+        return replace(self, **{name: part.expand(size, *part.shape[1:]) for name, part in parts.items()})
+
+    def with_frames(self, frames: Tensor) -> Condition:
+        """The same condition with first frames (B, F', C, H, W) given in place of the video's own."""
+        return replace(self, frames=frames) if frames.shape[1] else self
+
     def concat(self, *others: Condition) -> Condition:
         """Concatenate along the batch; all must have the same parts."""
         parts = [self, *others]

@@ -194,6 +194,38 @@ class TextEncoder:
         return hidden.float().masked_fill(mask.unsqueeze(-1) == 0, 0.0)
 
 
+class PictureEncoder:
+    """CLIP's vision tower: the tokens of its last layer but one, which Wan 2.1 I2V takes."""
+
+    def __init__(self, processor: Any, model: Any) -> None:
+        self._processor = processor
+        self._model = model.eval().requires_grad_(False)
+
+    @classmethod
+    def load(
+        cls, pipeline: Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    ) -> PictureEncoder:
+        """Load the image encoder of a pipeline folder."""
+        from transformers import CLIPImageProcessor, CLIPVisionModel
+
+        place = component(pipeline, "image_encoder")
+        processor = _load(CLIPImageProcessor, component(pipeline, "image_processor"))
+        model, info = _load(CLIPVisionModel, place, dtype=dtype, output_loading_info=True)
+        if info["missing_keys"]:
+            missing = ", ".join(sorted(info["missing_keys"])[:3])
+            raise UsageError(f"The weights of {place} do not fit config.json: {missing} missing.", FETCH)
+        return cls(processor, model.to(device))
+
+    @torch.no_grad()
+    def encode(self, pictures: Tensor) -> Tensor:
+        """Encode pictures (B, 3, H, W) in [0, 1] as tokens (B, P, 1280), fp32."""
+        images = [(255 * picture).round().byte().permute(1, 2, 0).numpy() for picture in pictures.cpu()]
+        pixels = self._processor(images=images, return_tensors="pt").pixel_values
+        inputs = pixels.to(self._model.device, self._model.dtype)
+        hidden: Tensor = self._model(pixel_values=inputs, output_hidden_states=True).hidden_states[-2]
+        return hidden.float()
+
+
 class VideoVAE:
     """Wan VAE in fp32; latents are normalized, videos are in [0, 1].
 

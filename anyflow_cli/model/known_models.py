@@ -6,16 +6,19 @@ the transformer (fp32 for Wan, bf16 for AnyFlow), the UMT5-XXL encoder and the V
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from anyflow_cli.model.config import CausalConfig, NetworkConfig
+from anyflow_cli.model.layouts.components import VAE_22
 
 APACHE = "Apache-2.0"
 NON_COMMERCIAL = "NVIDIA, non-commercial use only"
 
 _WAN_1B = NetworkConfig(heads=12, head_dim=128, layers=30, ffn_dim=8960)
 _WAN_14B = NetworkConfig(heads=40, head_dim=128, layers=40, ffn_dim=13824)
+_WAN_5B = NetworkConfig(heads=24, head_dim=128, layers=30, ffn_dim=14336, in_channels=48, out_channels=48)
 
 
 class KnownModel(NamedTuple):
@@ -25,16 +28,19 @@ class KnownModel(NamedTuple):
         network: Sizes of its transformer.
         license: License of its weights.
         download: Size of its files in GB (10^9 bytes).
+        vae: Configuration of its VAE where it differs from the defaults of diffusers' class, Wan 2.1's.
     """
 
     network: NetworkConfig
     license: str
     download: int
+    vae: Mapping[str, Any] = {}
 
 
 KNOWN_MODELS = {
     "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": KnownModel(_WAN_1B, APACHE, 29),
     "Wan-AI/Wan2.1-T2V-14B-Diffusers": KnownModel(_WAN_14B, APACHE, 80),
+    "Wan-AI/Wan2.2-TI2V-5B-Diffusers": KnownModel(_WAN_5B, APACHE, 45, VAE_22),
     "nvidia/AnyFlow-Wan2.1-T2V-1.3B-Diffusers": KnownModel(
         replace(_WAN_1B, two_time=True), NON_COMMERCIAL, 26
     ),

@@ -54,10 +54,14 @@ INDEX = "model_index.json"
 BUILT_IN = ("tiny", "tiny-anyflow")
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 FROZEN = ("vae", "text_encoder", "tokenizer")  # components that no training changes
+PICTURE_ENCODER = ("image_encoder", "image_processor")  # of Wan 2.1 I2V
 SHARD_BYTES = 5_000_000_000
 PIPELINES = {WAN: "WanPipeline", ANYFLOW: "AnyFlowPipeline", ANYFLOW_FAR: "AnyFlowFARPipeline"}
 # Diffusers has no pipeline of two any-step experts; one that ignored the second would sample another model.
 TWO_TIME_EXPERTS = "AnyFlowExpertsPipeline"
+# by whether there are two times, for which diffusers has no pipeline
+IMAGE_PIPELINES = {False: "WanImageToVideoPipeline", True: "AnyFlowImageToVideoPipeline"}
+TI2V_CHANNELS = 48  # latents of Wan 2.2 TI2V-5B, whose frames have times of their own
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 ADAPTER_PREFIX = "base_model.model."
 Part = TypeVar("Part")
@@ -82,6 +86,9 @@ class PipelineIndex(BaseModel):
     tokenizer: _Class
     vae: _Class
     scheduler: _Class
+    image_encoder: _Class = (None, None)
+    image_processor: _Class = (None, None)
+    expand_timesteps: bool = False
 
 
 class SchedulerConfig(BaseModel):
@@ -248,7 +255,7 @@ def save_pipeline(
         raise UsageError(f"{target} exists already.", "Choose another directory, or remove it.")
     source_pipeline, config = component_home(source_pipeline), network.config
     with atomic_directory(target) as folder:
-        for name in FROZEN:
+        for name in (*FROZEN, *(PICTURE_ENCODER if config.image_dim is not None else ())):
             _write_component(component(source_pipeline, name), folder / name)
         _write_scheduler(folder / "scheduler", source_pipeline, config, shift)
         for name, weights in transformer_weights_of(network).items():
@@ -327,11 +334,17 @@ def _model_index(config: NetworkConfig, source: Path) -> dict[str, Any]:
             tokenizer=("transformers", tokenizer_class(component(source, "tokenizer"))),
             vae=("diffusers", "AutoencoderKLWan"),
             scheduler=("diffusers", str(ORIGINAL_SCHEDULER["_class_name"])),
+            image_encoder=("transformers", "CLIPVisionModel"),
+            image_processor=("transformers", "CLIPImageProcessor"),
+            expand_timesteps=config.out_channels == TI2V_CHANNELS,
         )
     scheduler = ("diffusers", "FlowMapEulerDiscreteScheduler") if config.two_time else index.scheduler
     components = {name: getattr(index, name) for name in ("text_encoder", "tokenizer", "vae")}
     folders = EXPERT_FOLDERS.values() if config.boundary is not None else [EXPERT_FOLDERS["high"]]
-    name = PIPELINES[config.class_name]
+    name = PIPELINES.get(config.class_name)
+    if config.in_channels != config.out_channels:
+        name, pictures = IMAGE_PIPELINES[config.two_time], config.image_dim is not None
+        components |= {part: getattr(index, part) if pictures else (None, None) for part in PICTURE_ENCODER}
     if config.boundary is not None and config.two_time:
         name = TWO_TIME_EXPERTS
     return {
@@ -341,6 +354,7 @@ def _model_index(config: NetworkConfig, source: Path) -> dict[str, Any]:
         **{folder: ["diffusers", config.class_name] for folder in folders},
         "scheduler": scheduler,
         **({"boundary_ratio": config.boundary} if config.boundary is not None else {}),
+        **({"expand_timesteps": True} if index.expand_timesteps and not config.two_time else {}),
     }
 
 

@@ -1,6 +1,6 @@
 """Sizes of a pipeline that are known before it is downloaded: of a published Wan model, or of a local folder.
 
-All published models have the same text encoder, UMT5-XXL, and the same VAE, that of Wan 2.1.
+All published models have the same text encoder, UMT5-XXL, and all but Wan 2.2 TI2V-5B the VAE of Wan 2.1.
 """
 
 from __future__ import annotations
@@ -40,13 +40,14 @@ class PipelineSizes(NamedTuple):
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """(F, C, H, W) of a video's latents."""
         space, time = self.vae.get("scale_factor_spatial") or 8, self.vae.get("scale_factor_temporal") or 4
-        return (frames - 1) // time + 1, self.network.in_channels, height // space, width // space
+        return (frames - 1) // time + 1, self.network.out_channels, height // space, width // space
 
 
 def pipeline_sizes(address: str) -> PipelineSizes:
     """The sizes of the model at ``address``; nothing is downloaded."""
     if address in KNOWN_MODELS:
-        return PipelineSizes(KNOWN_MODELS[address].network)
+        known = KNOWN_MODELS[address]
+        return PipelineSizes(known.network, vae=known.vae)
     if address not in BUILT_IN and not Path(address).expanduser().is_dir():
         hint = f"Name a local folder, or one of {', '.join(KNOWN_MODELS)}."
         raise UsageError(f"The sizes of {address} are not known without its files.", hint)

@@ -65,6 +65,7 @@ def _laid_over(default: object, value: object) -> object:
     return value
 
 
+Pictures = Literal["none", "optional-first", "first", "first-last"]
 WorldName = Literal["shapes", "shapes-shifted"]
 Task = Literal["t2v", "i2v"]
 
@@ -151,6 +152,9 @@ class ModelSection(Section):
     gate: Fraction = 0.25  # on emb0(r); paper sec. 4.2.1
     conditioning: Literal["interpolate", "zero-init"] = "interpolate"  # zero-init is the ablation of Fig. 11
     shift: PositiveNumber = 5.0
+    vae_scale: Literal[8, 16] = Field(
+        8, description="Pixels per latent, down and across: 8 for Wan 2.1's VAE, 16 for Wan 2.2 TI2V-5B's."
+    )
     height: PixelCount = 480
     width: PixelCount = 832
     frames: FrameCount = 81
@@ -160,6 +164,11 @@ class ModelSection(Section):
         "is drawn in each step.",
     )
     causal: CausalSection | None = Field(None, description="Makes the model causal; null: bidirectional.")
+    pictures: Pictures = Field(
+        "none",
+        description="Pictures of a bidirectional model. optional-first: a video may start with a given frame"
+        " (Wan 2.2 TI2V-5B); first, first-last: every video has that picture, or both (Wan I2V, FLF2V).",
+    )
     fps: Annotated[int, Field(ge=1, le=240)] = 16
     max_text_tokens: Annotated[int, Field(ge=1, le=4096)] = 512
     negative_prompt: Annotated[str, Field(max_length=20_000)] = ""
@@ -179,8 +188,10 @@ class ModelSection(Section):
 
     @field_validator("height", "width")
     @classmethod
-    def _whole_patches(cls, size: int) -> int:
-        return require(size % 16 == 0, size, "be a multiple of 16 (8 of the VAE times 2 of a patch)")
+    def _whole_patches(cls, size: int, info: ValidationInfo) -> int:
+        scale = info.data.get("vae_scale", 1)
+        must = f"be a multiple of {2 * scale} ({scale} of the VAE times 2 of a patch)"
+        return require(size % (2 * scale) == 0, size, must)
 
     @field_validator("frames")
     @classmethod
@@ -190,18 +201,26 @@ class ModelSection(Section):
     @field_validator("causal")
     @classmethod
     def _whole_chunks(cls, causal: CausalSection | None, info: ValidationInfo) -> CausalSection | None:
-        if causal is None or not {"height", "width", "frames"} <= info.data.keys():
+        if causal is None or not {"vae_scale", "height", "width", "frames"} <= info.data.keys():
             return causal
         latent = latent_frames(info.data["frames"])
         require(
             sum(causal.partition) == latent, causal, f"have a partition that sums to {latent} latent frames"
         )
+        scale = info.data["vae_scale"]
         sizes = zip((info.data["height"], info.data["width"]), causal.compressed_patch, strict=True)
         return require(
-            all(size % (8 * patch) == 0 for size, patch in sizes),
+            all(size % (scale * patch) == 0 for size, patch in sizes),
             causal,
-            "have a compressed_patch that divides height / 8 and width / 8",
+            f"have a compressed_patch that divides height / {scale} and width / {scale}",
         )
+
+    @field_validator("pictures")
+    @classmethod
+    def _of_bidirectional_models(cls, pictures: Pictures, info: ValidationInfo) -> Pictures:
+        causal = info.data.get("causal")
+        must = "be none where model.causal is set: a causal model continues frames without it"
+        return require(causal is None or pictures == "none", pictures, must)
 
 
 class DataSection(Section):
@@ -337,7 +356,8 @@ class FlowMapSection(Section):
     text_dropout: Fraction = 0.1
     conditioning_prob: Fraction = Field(
         0.0,
-        description="Share of the steps that train continuing a clean image or video (causal models).",
+        description="Share of the steps that train continuing a clean image or video (causal models), or a "
+        "clean first frame (model.pictures: optional-first).",
     )
 
     @field_validator("to_zero")
@@ -483,7 +503,7 @@ class EvaluateSection(Section):
     """Defaults of `evaluate`."""
 
     suite: Literal["shapes", "vbench", "vbench-i2v"] = "shapes"
-    task: Task = Field("t2v", description="Videos from text, or from text and a first frame (causal models).")
+    task: Task = Field("t2v", description="Videos from text, or from text and a first frame.")
     nfe: Budgets = (4, 32)
     prompts: Annotated[int, Field(ge=1, le=10**5)] = Field(
         64, description="Number of prompts of the suite shapes; VBench has its own."
@@ -501,7 +521,7 @@ class EvaluateSection(Section):
 
     @property
     def is_conditioned(self) -> bool:
-        """Whether videos are conditioned on images, which a teacher cannot be."""
+        """Whether videos are conditioned on images."""
         return self.suite == "vbench-i2v" or (self.suite == "shapes" and self.task == "i2v")
 
 
@@ -602,15 +622,22 @@ class Recipe(Section):
     memory: MemorySection = MemorySection()
     launch: LaunchSection = LaunchSection()
 
+    @property
+    def evaluates_teacher(self) -> bool:
+        """Whether the teacher is evaluated beside the model; one without pictures only from text."""
+        takes_pictures = self.model.pictures != "none"
+        return self.evaluate.teacher and (takes_pictures or not self.evaluate.is_conditioned)
+
     @field_validator("train_flowmap", "distill", "finetune")
     @classmethod
-    def _only_causal_models_continue(cls, section: Continuing, info: ValidationInfo) -> Continuing:
+    def _only_some_models_continue(cls, section: Continuing, info: ValidationInfo) -> Continuing:
         model = info.data.get("model")
+        continues = model is None or model.causal is not None or model.pictures == "optional-first"
         return require(
-            model is None or model.causal is not None or not section.flow_map.conditioning_prob,
+            continues or not section.flow_map.conditioning_prob,
             section,
-            "leave flow_map.conditioning_prob at 0, as model.causal is null: only a causal model "
-            "continues frames",
+            "leave flow_map.conditioning_prob at 0: only a causal model, or one with model.pictures: "
+            "optional-first, continues frames",
         )
 
     @field_validator("launch")

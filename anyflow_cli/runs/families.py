@@ -19,6 +19,7 @@ from anyflow_cli.utils.hub import cached_snapshot, is_hub_name
 RECIPE_BY_SIZES = {  # by heads, layers, and whether causal
     (4, 6, False): "tiny", (12, 30, False): "bidirectional1b", (40, 40, False): "bidirectional14b",
     (4, 6, True): "tiny-causal", (12, 30, True): "causal1b", (40, 40, True): "causal14b",
+    (24, 30, False): "bidirectional5b", (24, 30, True): "causal5b",
 }  # fmt: skip
 
 

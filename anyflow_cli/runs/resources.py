@@ -200,8 +200,7 @@ def _sample(recipe: Recipe, paths: RunPaths, given: Given) -> list[Resource]:
 def _evaluate(recipe: Recipe, paths: RunPaths, given: Given) -> list[Resource]:
     if given.data is not None:
         return [*_broken_ffmpeg(), _videos(given.data)]
-    beside = recipe.evaluate.teacher and not recipe.evaluate.is_conditioned
-    teacher = [_model("teacher", recipe.model.teacher)] if beside else []
+    teacher = [_model("teacher", recipe.model.teacher)] if recipe.evaluates_teacher else []
     return [*_broken_ffmpeg(), *_attention(recipe), *_any_step(recipe, paths, given), *teacher]
 
 

@@ -38,19 +38,23 @@ log = logging.getLogger(__name__)
 
 
 class ConditioningFrames(NamedTuple):
-    """First frames of every video, (T, height, width, 3), and the file they were read from."""
+    """First frames of every video, (T, height, width, 3), and maybe the last; the files they are from."""
 
     pixels: Pixels
     kind: Literal["image", "video"]
     file: Path
+    last: Pixels | None = None  # (height, width, 3)
+    last_file: Path | None = None
 
     @property
     def record(self) -> dict[str, Any]:
         """What is needed to read the same frames again, and to recognize them."""
-        mark = hashlib.sha256(self.pixels.tobytes()).hexdigest()[:16]
-        return {
-            "kind": self.kind, "file": str(self.file.resolve()), "frames": len(self.pixels), "mark": mark
+        pixels = self.pixels.tobytes() + (b"" if self.last is None else self.last.tobytes())
+        record: dict[str, Any] = {
+            "kind": self.kind, "file": str(self.file.resolve()), "frames": len(self.pixels),
+            "mark": hashlib.sha256(pixels).hexdigest()[:16],
         }  # fmt: skip
+        return record if self.last_file is None else record | {"last_file": str(self.last_file.resolve())}
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,7 @@ class RecordedFrames(BaseModel):
     file: str
     frames: int = Field(ge=1)
     mark: str
+    last_file: str | None = None
 
 
 class RecordedVideo(BaseModel):

@@ -34,11 +34,12 @@ from anyflow_cli.flow.times import grid
 from anyflow_cli.flow.velocity import Velocity, guided
 from anyflow_cli.model.causal import causal_of, partition_for, remembered_for
 from anyflow_cli.model.chunk_sampling import sample_chunks, sample_rollouts
-from anyflow_cli.model.encoders import TextEncoder, VideoVAE
+from anyflow_cli.model.encoders import PictureEncoder, TextEncoder, VideoVAE
 from anyflow_cli.model.experts import bind as bind_network
 from anyflow_cli.model.experts import guidance_of, networks_of
 from anyflow_cli.model.network import FlowMapTransformer
 from anyflow_cli.model.parallelize import apply_attention
+from anyflow_cli.model.pictures import PictureConditioner, check_pictures
 from anyflow_cli.model.placement import PlacedNetwork, storage_of
 from anyflow_cli.model.precision import DTYPES_OF_PRECISION, autocast, resolve_precision
 from anyflow_cli.recipe.schema import ExpertGuidance, MemorySection, ModelSection, Recipe
@@ -78,7 +79,8 @@ class VideoSampler:
         preset: Sample as a published system does; says how to solve, too.
         guidance: Scale of classifier-free guidance, which doubles the evaluations; None samples without.
         encoder: Needed to sample prompts; not for embeddings.
-        vae: Needed for pixels and for conditioning frames; not for latents.
+        vae: Needed for pixels and for given frames; not for latents.
+        clip: Needed for the pictures of a network that takes CLIP's tokens.
         negative: Embedding (L, D) of the negative prompt, where it is already known.
         bind: Binds a condition to the network, for one that several roles share.
         streams: Starting noise, and the generator for later noise, of a seed and shape.
@@ -97,6 +99,7 @@ class VideoSampler:
         guidance: float | ExpertGuidance | None = None,
         encoder: TextEncoder | None = None,
         vae: VideoVAE | None = None,
+        clip: PictureEncoder | None = None,
         negative: Tensor | None = None,
         bind: Callable[[Condition], Velocity] | None = None,
         streams: Callable[[int, Sequence[int]], tuple[Tensor, torch.Generator]] = noise_stream,
@@ -124,7 +127,9 @@ class VideoSampler:
         self._encoder, self._vae, self._streams = encoder, vae, streams
         self._negative = None if negative is None else negative[None].to(self.device)
         self._embeddings: dict[str, Tensor] = {}  # (L, D) of each prompt so far, without padding
+        self._clip = clip
         self._first_latents: Tensor | None = None
+        self._pictures: dict[str, Tensor] = {}  # parts of conditions
         self._reset_clock()
 
     @classmethod
@@ -164,6 +169,9 @@ class VideoSampler:
         encoder = TextEncoder.load(opened.pipeline, text_dtype, target, memory.text_encoder)
         vae = VideoVAE.load(opened.pipeline, target, memory.vae)
         check_fit(opened.network, encoder, vae)
+        check_pictures(opened.network.config, recipe.model, address)
+        takes_clip = opened.network.config.image_dim is not None
+        clip = PictureEncoder.load(opened.pipeline, text_dtype, target) if takes_clip else None
         is_student = preset is not None and preset.steps is not None
         is_teacher = not two_time and not is_student and method in (None, "euler", "unipc")
         network = opened.network.eval()
@@ -179,6 +187,7 @@ class VideoSampler:
             guidance=recipe.sample.teacher_guidance if is_teacher else None,
             encoder=encoder,
             vae=vae,
+            clip=clip,
             placed=placed,
             lineage=opened.lineage,
         )
@@ -192,28 +201,40 @@ class VideoSampler:
         """Refuse what only a causal model can do."""
         if not self.is_causal:
             raise UsageError(
-                "The model is bidirectional: it samples all frames at once, from noise.",
-                "Use a causal (FAR) model to continue frames, to stream, or to change prompt or steps on the "
-                "way.",
+                "The model is bidirectional: it samples all frames at once.",
+                "Use a causal (FAR) model to continue a video, to stream, or to change prompt or steps on "
+                "the way.",
             )
 
-    def condition_on(self, frames: Pixels | None = None, switches: Sequence[PromptSwitch] = ()) -> None:
+    def condition_on(
+        self,
+        frames: Pixels | None = None,
+        switches: Sequence[PromptSwitch] = (),
+        last: Pixels | None = None,
+    ) -> None:
         """Start the videos sampled from now on with given frames, and switch prompts on the way.
 
         Args:
             frames: First frames (T, height, width, 3) of every video, or (B, T, height, width, 3) of each
-                video of a batch; T is a number of frames that the VAE takes.
+                video of a batch; T is a number of frames that the VAE takes. A bidirectional model takes one.
             switches: Prompts that replace the first one.
+            last: Last frame (height, width, 3) of every video, for a model that takes it.
 
         Raises:
-            UsageError: The model is bidirectional, or no frame is left to sample.
+            UsageError: The model does not take these frames, or no frame is left to sample.
         """
         if frames is None and not switches:
             return
+        batch = None if frames is None else frames if frames.ndim == 5 else frames[None]
+        if batch is not None and batch.shape[1] == 1 and not self.is_causal and not switches:
+            conditioner = PictureConditioner(self.model.pictures, self.model.frames, self.vae, self._clip)
+            first = from_pixels(batch)[:, 0]
+            end = None if last is None else from_pixels(last[None]).expand_as(first)
+            self._pictures = conditioner(first, end)
+            return
         self.require_causal()
         self.prompt_switches = switches
-        if frames is not None:
-            batch = frames if frames.ndim == 5 else frames[None]
+        if batch is not None:
             self._first_latents = self.vae.encode(from_pixels(batch)).to(self.device)
             if self._first_latents.shape[1] >= self.shape[0]:
                 raise UsageError(
@@ -327,6 +348,7 @@ class VideoSampler:
                         )
                     else:
                         latents = self._solve(velocity, start, times, generators)
+            latents = condition.put_back(latents)
         self._count += len(prompts)
         return latents
 
@@ -404,7 +426,10 @@ class VideoSampler:
 
     def _condition(self, prompts: Prompts) -> Condition:
         if not isinstance(prompts, Condition):
-            prompts = Condition(self._embed(prompts))
+            prompts = Condition(self._embed(prompts)).with_pictures(**self._pictures)
+        config = self._network.config
+        if config.in_channels != config.out_channels and prompts.channels is None:
+            raise UsageError("The model makes videos from pictures.", "Give one with --image.")
         if self._placed is not None:
             self._placed.bring()
         return prompts.to(self.device)
@@ -449,9 +474,9 @@ def check_fit(network: FlowMapTransformer, encoder: TextEncoder, vae: VideoVAE) 
     """Refuse a network trained on other latents or with another text encoder."""
     config = network.config
     hint = "Use the pipeline folder that this model was trained with."
-    if config.in_channels != vae.channels:
+    if config.out_channels != vae.channels:
         raise UsageError(
-            f"The model takes latents of {config.in_channels} channels; the VAE has {vae.channels}.", hint
+            f"The model makes latents of {config.out_channels} channels; the VAE has {vae.channels}.", hint
         )
     if config.text_dim != encoder.dim:
         raise UsageError(

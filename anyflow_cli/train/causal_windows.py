@@ -1,9 +1,9 @@
 """Training windows: which frames of its videos a step noises, and what they attend to.
 
-A bidirectional model noises whole videos, at one time per video. A causal model trains on a drawn number of
-chunks from the start of its videos; the last of them are noised, each chunk at its own time, and attend to
-the clean past (teacher forcing). It generates its own samples chunk by chunk over a KV cache (``roll_out``).
-The objectives and ``flow/`` are the same for both.
+A bidirectional model noises whole videos, at one time per video, or all but a clean first frame. A causal
+model trains on a drawn number of chunks from the start of its videos; the last of them are noised, each chunk
+at its own time, and attend to the clean past (teacher forcing). It generates its own samples chunk by chunk
+over a KV cache (``roll_out``). The objectives and ``flow/`` are the same for both.
 
 Everything drawn here holds for the whole global batch, so one token layout serves all samples.
 
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from anyflow_cli.flow.condition import Condition
 from anyflow_cli.flow.velocity import Velocity
 from anyflow_cli.model.backbone import Role
 from anyflow_cli.model.causal import TeacherForced, chunks_of, split_after, teacher_forcing
@@ -46,12 +47,14 @@ class TrainingWindow:
         bind: Turns a conditioned network into the velocity of these frames.
         frames: Where they are in the video.
         chunks: Frames per chunk, where every chunk has its own time; None: all frames share one.
+        given: How many of the first frames stay clean.
     """
 
     x: Tensor
     bind: Callable[[Velocity], Velocity]
     frames: slice
     chunks: tuple[int, ...] | None = None
+    given: int = 0
 
     @property
     def times_per_sample(self) -> int | None:
@@ -61,6 +64,14 @@ class TrainingWindow:
     def of(self, video: Tensor) -> Tensor:
         """Cut the same frames out of another tensor."""
         return video[:, self.frames]
+
+    def noise(self, eps: Tensor) -> Tensor:
+        """Noise of the window; that of a clean frame is the frame itself, so that its velocity is 0."""
+        return torch.cat((self.x[:, : self.given], eps[:, self.given :].to(self.x)), dim=1)
+
+    def condition(self, condition: Condition) -> Condition:
+        """The condition of the videos, with the frames that stay clean."""
+        return condition.with_frames(self.x[:, : self.given])
 
     def by_frame(self, times: Tensor) -> Tensor:
         """Expand times (B,) or (B, K) to those that networks take, (B,) or (B, F), on the device of x."""
@@ -73,9 +84,23 @@ WindowOf = Callable[[Tensor, StepRng], TrainingWindow]
 Simulate = Callable[[Velocity, Tensor, int], Tensor]  # velocity, noise and number of a chunk -> its sample
 
 
-def whole_video(x: Tensor, rng: StepRng) -> TrainingWindow:
-    """The window of a bidirectional model: the whole video."""
-    return TrainingWindow(x, lambda condition: condition, slice(None))
+@dataclass(frozen=True)
+class WholeVideo:
+    """Windows of a bidirectional model; ``conditioning_prob``: share of steps that give the first frame."""
+
+    conditioning_prob: float = 0.0
+
+    def __call__(self, x: Tensor, rng: StepRng) -> TrainingWindow:
+        """Take the whole videos x (B, F, C, H, W)."""
+        given = self.draw(rng.generator("given"))
+        return TrainingWindow(x, lambda velocity: velocity, slice(None), given=given)
+
+    def draw(self, generator: torch.Generator) -> int:
+        """Draw how many first frames a step gives: 0 or 1."""
+        return int(self.conditioning_prob > 0 and _happens(self.conditioning_prob, generator))
+
+
+WHOLE_VIDEOS = WholeVideo()
 
 
 class NetworkCall(NamedTuple):

@@ -150,7 +150,8 @@ def stage_one(
         experts: Which expert each step trains, of a model that has two.
     """
     windows = windows_for(causal, settings)
-    matching = FlowMatchingTerm(backbone, negative, settings.text_dropout, shift, experts)
+    whole = causal_windows.WHOLE_VIDEOS if causal is not None else windows
+    matching = FlowMatchingTerm(backbone, negative, settings.text_dropout, shift, whole, experts)
     terms: dict[str, LossTerm] = {
         "flow-map": FlowMapTerm(backbone, negative, settings, shift, windows, experts),
         "flow-matching": matching,
@@ -201,11 +202,9 @@ def windows_for(
     causal: schema.CausalSection | None, settings: schema.FlowMapSection
 ) -> causal_windows.WindowOf:
     """Whole videos for a bidirectional student, windows with teacher forcing for a causal one."""
-    return (
-        causal_windows.whole_video
-        if causal is None
-        else causal_windows.TeacherForcing(causal, settings.conditioning_prob)
-    )
+    if causal is None:
+        return causal_windows.WholeVideo(settings.conditioning_prob)
+    return causal_windows.TeacherForcing(causal, settings.conditioning_prob)
 
 
 @dataclass(frozen=True)
@@ -216,7 +215,7 @@ class FlowMapTerm:
     negative: Tensor  # (L, D)
     settings: schema.FlowMapSection
     shift: float
-    window_of: causal_windows.WindowOf = causal_windows.whole_video
+    window_of: causal_windows.WindowOf = causal_windows.WHOLE_VIDEOS
     experts: TrainedExpert = ONE_NETWORK
 
     def __call__(self, batch: Batch, rng: StepRng) -> tuple[Tensor, Sums]:
@@ -226,10 +225,11 @@ class FlowMapTerm:
         x = window.x
         t, r = map(window.by_frame, self._times(rng, window.times_per_sample))
         batch, dropped = drop_text(batch, self.negative, settings.text_dropout, rng)
+        batch = replace(batch, condition=window.condition(batch.condition))
         result = losses.flow_map_loss(
             window.bind(self.backbone.velocity("student", batch.condition)),
             window.bind(_uncond(self.backbone, "student", self.negative, batch)),
-            x, rng.noise("noise", x.shape[1:]).to(x), t, r,
+            x, window.noise(rng.noise("noise", x.shape[1:])), t, r,
             guidance=expert.scale(settings.guidance),
             delta=settings.delta,
             weight=times.loss_weight(settings.weight, self.shift),
@@ -288,17 +288,19 @@ class FlowMatchingTerm:
     negative: Tensor  # (L, D)
     text_dropout: float
     shift: float
+    window_of: causal_windows.WindowOf = causal_windows.WHOLE_VIDEOS
     experts: TrainedExpert = ONE_NETWORK
 
     def __call__(self, batch: Batch, rng: StepRng) -> tuple[Tensor, Sums]:
         """Evaluate ``losses.flow_matching_loss``."""
-        x = batch.latents
+        window = self.window_of(batch.latents, rng)
+        x = window.x
         interval = self.experts.of_step(rng).interval
         t = times.sample_logit_normal(rng.count, self.shift, rng.generator("times"), interval)
         t = rng.local(t).to(x)
         batch, _ = drop_text(batch, self.negative, self.text_dropout, rng)
-        model = self.backbone.velocity("student", batch.condition)
-        loss = losses.flow_matching_loss(model, x, rng.noise("noise", x.shape[1:]).to(x), t)
+        model = window.bind(self.backbone.velocity("student", window.condition(batch.condition)))
+        loss = losses.flow_matching_loss(model, x, window.noise(rng.noise("noise", x.shape[1:])), t)
         return loss, {"loss": sums(loss, len(x))}
 
     def network_calls(self, latent: LatentShape, rng: StepRng) -> list[NetworkCall]:
@@ -317,7 +319,7 @@ class ConsistencyTerm:
     backbone: Backbone
     settings: schema.FlowMapSection
     shift: float
-    window_of: causal_windows.WindowOf = causal_windows.whole_video
+    window_of: causal_windows.WindowOf = causal_windows.WHOLE_VIDEOS
     experts: TrainedExpert = ONE_NETWORK
 
     def __call__(self, batch: Batch, rng: StepRng) -> tuple[Tensor, Sums]:
@@ -334,10 +336,10 @@ class ConsistencyTerm:
         drawn = times.sample_uniform(math.prod(shape), self.shift, rng.generator("times"), interval=interval)
         t = drawn.reshape(shape)
         t = window.by_frame(rng.local(t))
-        eps = window.of(batch_noise(seeds, videos.shape[1:]).to(videos))
+        eps = window.noise(window.of(batch_noise(seeds, videos.shape[1:])))
         z = losses.interpolate(window.x, eps, t)
         weight = times.loss_weight(self.settings.weight, self.shift)
-        model = window.bind(self.backbone.velocity("student", batch.condition))
+        model = window.bind(self.backbone.velocity("student", window.condition(batch.condition)))
         loss = losses.consistency_loss(model, z, t, window.x, weight)
         return loss, {"loss": sums(loss, len(videos))}
 
@@ -366,11 +368,13 @@ class OnPolicyTerms:
         self.backbone, self.negative, self.settings, self.shift = backbone, negative, settings, shift
         self.score_shift = settings.score_shift or shift
         self.causal, self.experts = causal, experts
+        self.window_of = causal_windows.WholeVideo(settings.flow_map.conditioning_prob)
         self._rollouts: dict[tuple[int, ...], Tensor] = {}  # of this step, by the positions of a micro-batch
 
     def matching(self, batch: Batch, rng: StepRng) -> tuple[Tensor, Sums]:
         """Evaluate distribution matching (Eq. 5) on a rollout with gradient."""
         settings = self.settings
+        batch = self._conditioned(batch, rng, "rollout")
         x = self._rollout(batch, rng, "rollout")
         if settings.reuse_rollout:
             self._rollouts[rng.positions] = x.detach()
@@ -389,7 +393,7 @@ class OnPolicyTerms:
             self.backbone.velocity("real", batch.condition),
             _uncond(self.backbone, "real", self.negative, batch),
             rng.local(t).to(x),
-            rng.noise("matching-noise", x.shape[1:]).to(x),
+            batch.condition.put_back(rng.noise("matching-noise", x.shape[1:]).to(x)),
             expert.scale(settings.real_guidance),
         )
         return loss, {
@@ -406,14 +410,16 @@ class OnPolicyTerms:
 
     def fake_score(self, batch: Batch, rng: StepRng) -> tuple[Tensor, Sums]:
         """Evaluate flow matching of the fake score on the student's samples."""
+        stream = "rollout" if self.settings.reuse_rollout else "fake-rollout"
+        batch = self._conditioned(batch, rng, stream)
         if self.settings.reuse_rollout:
             x = self._rollouts.pop(rng.positions)
         else:
             with torch.no_grad():
-                x = self._rollout(batch, rng, "fake-rollout")
+                x = self._rollout(batch, rng, stream)
         interval = self.experts.of_step(rng).interval
         t = times.sample_logit_normal(rng.count, self.score_shift, rng.generator("fake-times"), interval)
-        eps, t = rng.noise("fake-noise", x.shape[1:]).to(x), rng.local(t).to(x)
+        eps, t = batch.condition.put_back(rng.noise("fake-noise", x.shape[1:]).to(x)), rng.local(t).to(x)
         loss = matching.fake_score_loss(self.backbone.velocity("fake", batch.condition), x, eps, t)
         return loss, {"fake": sums(loss, len(x))}
 
@@ -430,11 +436,19 @@ class OnPolicyTerms:
         simulate = self._simulation(rng, stream)
         recomputes = self.settings.recompute_rollout and torch.is_grad_enabled()
         if self.causal is None:
-            return simulate(checkpointed(model) if recomputes else model, noise, 0)
+            start = batch.condition.put_back(noise)
+            return batch.condition.put_back(simulate(checkpointed(model) if recomputes else model, start, 0))
         given = batch.latents[:, : self._conditioning_frames(rng, stream)]
         return causal_windows.roll_out(
             model, noise, self.causal.partition, simulate, given=given, recomputes=recomputes
         )
+
+    def _conditioned(self, batch: Batch, rng: StepRng, stream: str) -> Batch:
+        """The batch with the first frames given that student and scores share (bidirectional models)."""
+        if self.causal is not None:
+            return batch
+        given = self.window_of.draw(rng.generator(f"{stream}-given"))
+        return replace(batch, condition=batch.condition.with_frames(batch.latents[:, :given]))
 
     def _rollout_calls(
         self, latent: LatentShape, rng: StepRng, stream: str, *, gradient: bool

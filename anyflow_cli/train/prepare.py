@@ -30,8 +30,6 @@ from anyflow_cli.train.stages import STAGES, adapter_on_teacher, training_sectio
 from anyflow_cli.train.trainer import OnStep, Trainer, make_accelerator
 from anyflow_cli.train.validation import TrainingPart
 
-VAE_SCALE = 8  # pixels per latent, along height and width
-
 log = logging.getLogger(__name__)
 
 
@@ -182,10 +180,11 @@ def _check_any_step(network: FlowMapTransformer, path: Path, recipe: schema.Reci
 def _check_shape(model: schema.ModelSection, data: LatentData) -> None:
     """Refuse latents of another size than the recipe's, with the settings that fit."""
     frames, _, height, width = data.latent_shape
-    wanted = (schema.latent_frames(model.frames), model.height // VAE_SCALE, model.width // VAE_SCALE)
+    scale = model.vae_scale
+    wanted = (schema.latent_frames(model.frames), model.height // scale, model.width // scale)
     if (frames, height, width) == wanted:
         return
-    sizes = {"frames": 4 * frames - 3, "height": height * VAE_SCALE, "width": width * VAE_SCALE}
+    sizes = {"frames": 4 * frames - 3, "height": height * scale, "width": width * scale}
     fitting = ", ".join(f"model.{key}={size}" for key, size in sizes.items())
     if model.causal is not None:
         size = max(model.causal.partition)

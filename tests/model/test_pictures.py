@@ -16,15 +16,10 @@ from anyflow_cli.model.conditioned import Conditioned
 from anyflow_cli.model.config import NetworkConfig
 from anyflow_cli.model.network import two_time_from
 from tests.model.helpers import distance, inputs, ours, theirs
+from tests.tiny_pipeline import CLIP_DIM, PICTURE_SETTINGS
 
-CLIP = 24
-WIDTH = 32  # 2 heads of 16
 TEXT = 512  # diffusers' class splits image tokens from text by this length
-KINDS = {
-    "2.1 I2V": {"image_dim": CLIP, "added_kv_proj_dim": WIDTH},
-    "2.1 FLF2V": {"image_dim": CLIP, "added_kv_proj_dim": WIDTH, "pos_embed_seq_len": 10},
-    "2.2 I2V": {},
-}
+KINDS = PICTURE_SETTINGS
 X = inputs(text=TEXT)
 
 
@@ -39,7 +34,7 @@ def reference_of(kind: str) -> Any:
 
 def condition_of(kind: str, batch: int = 2) -> Condition:
     draw = torch.Generator().manual_seed(4)
-    picture = torch.randn(batch, 10 if "FLF" in kind else 5, CLIP, generator=draw)
+    picture = torch.randn(batch, 10 if "FLF" in kind else 5, CLIP_DIM, generator=draw)
     channels = torch.randn(batch, 3, 12, *X.z.shape[-2:], generator=draw)
     return Condition(X.text, channels, picture if KINDS[kind] else None)
 

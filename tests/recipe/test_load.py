@@ -153,8 +153,21 @@ LONG = "x" * 90
         ),
         (
             "train_flowmap: {flow_map: {conditioning_prob: 0.5}}",
-            "1: train_flowmap must leave flow_map.conditioning_prob at 0, as model.causal is null: only a "
-            "causal model continues frames, got {flow_map: {conditioning_prob: 0.5}}.",
+            "1: train_flowmap must leave flow_map.conditioning_prob at 0: only a causal model, or one with "
+            "model.pictures: optional-first, continues frames, got {flow_map: {conditioning_prob: 0.5}}.",
+        ),
+        (
+            "model: {vae_scale: 16, height: 48}",
+            "1: model.height must be a multiple of 32 (16 of the VAE times 2 of a patch), got 48.",
+        ),
+        (
+            "model: {vae_scale: 16, height: 96, causal: {}}",
+            "1: model.causal must have a compressed_patch that divides height / 16 and width / 16, got {}.",
+        ),
+        (
+            "model: {pictures: first, causal: {}}",
+            "1: model.pictures must be none where model.causal is set: a causal model continues frames "
+            "without it, got 'first'.",
         ),
         (
             "model: {conditioning: zero_init}",

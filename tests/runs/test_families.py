@@ -19,6 +19,7 @@ from tests.tiny_pipeline import sizes
         ("tiny-anyflow", "tiny"),
         ("nvidia/AnyFlow-Wan2.1-T2V-1.3B-Diffusers", "bidirectional1b"),
         ("nvidia/AnyFlow-FAR-Wan2.1-14B-Diffusers", "causal14b"),
+        ("Wan-AI/Wan2.2-TI2V-5B-Diffusers", "bidirectional5b"),
         ("someone/unknown", None),
         ("no/where/at/all", None),
     ],
@@ -31,7 +32,9 @@ def test_every_known_model_has_a_recipe_of_its_kind() -> None:
     for address, known in KNOWN_MODELS.items():
         recipe = load_recipe(str(family_recipe(address)))
         assert (recipe.model.causal is not None) == (known.network.causal is not None)
-        assert (recipe.model.height, recipe.model.width, recipe.model.max_text_tokens) == (480, 832, 512)
+        size = (704, 1280) if known.network.out_channels == 48 else (480, 832)
+        assert (recipe.model.height, recipe.model.width, recipe.model.max_text_tokens) == (*size, 512)
+        assert recipe.model.vae_scale == known.vae.get("scale_factor_spatial", 8)
 
 
 def test_a_folder_is_recognized_by_its_sizes_and_a_run_by_its_recipe(tmp_path: Path) -> None:

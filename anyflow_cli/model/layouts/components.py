@@ -70,6 +70,14 @@ STATISTICS_22 = {
 }  # fmt: skip
 
 
+# vae/config.json of Wan 2.2 TI2V-5B, where it differs from the defaults of diffusers' class.
+VAE_22: dict[str, Any] = {
+    "base_dim": 160, "decoder_base_dim": 256, "z_dim": 48, "is_residual": True, "in_channels": 12,
+    "out_channels": 12, "patch_size": 2, "scale_factor_spatial": 16, "scale_factor_temporal": 4,
+    **STATISTICS_22,
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class ComponentFiles:
     """A VAE or a text encoder on disk.

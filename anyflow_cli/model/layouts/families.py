@@ -45,11 +45,6 @@ FOREIGN = (
     Foreign(r"(^|\.)audio_proj\.", "a HuMo model", PLAIN_WAN),
     Foreign(r"(^|\.)(ref_conv|control_adapter)\.", "a Wan Fun control model", SAME_TEXT_MODEL),
     Foreign(
-        r"(^|\.)(img_emb|image_embedder)\.|\.(k_img|add_k_proj)\.",
-        "an image-to-video Wan with CLIP",
-        SAME_TEXT_MODEL,
-    ),
-    Foreign(
         r"(^|\.)time_embedding_r\.",
         "a LightX2V MeanFlow model",
         "Use an AnyFlow model, or LightX2V's 4-step model.",
@@ -64,8 +59,7 @@ FOREIGN = (
 
 # model_type in the config.json of an original folder
 FOREIGN_TYPES = {
-    "i2v": "an image-to-video Wan", "flf2v": "a first-last-frame Wan", "vace": "a Wan VACE model",
-    "animate": "a Wan Animate model", "s2v": "a Wan S2V (speech-to-video) model",
+    "vace": "a Wan VACE model", "animate": "a Wan Animate model", "s2v": "a Wan S2V (speech-to-video) model",
 }  # fmt: skip
 
 

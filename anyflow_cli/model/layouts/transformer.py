@@ -19,7 +19,7 @@ import logging
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,7 @@ from anyflow_cli.utils.records import parse_record, read_bytes
 log = logging.getLogger(__name__)
 
 HEAD_DIM = 128  # of every published Wan
+MASK_CHANNELS = 4  # of image-to-video models: one per video frame of a latent frame
 WRAPPER_PARTS = re.compile(r"(^|(?<=\.))(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
 # Prefix of the names in a file, and who writes it.
 PREFIXES = {
@@ -98,16 +99,19 @@ class TransformerFiles:
         """Sizes and kind of the network.
 
         Raises:
-            UsageError: The network takes more than noise, as image-to-video models do.
+            UsageError: The network takes other channels than noise, and those of image-to-video models.
         """
         config = self.stated or inferred_config(self.tensors)
-        if config.in_channels != config.out_channels:
+        if config.in_channels == config.out_channels:
+            return config
+        if config.in_channels != 2 * config.out_channels + MASK_CHANNELS:
             raise UsageError(
-                f"{self.path} is an image-to-video model: it takes {config.in_channels} channels, of which "
-                f"{config.out_channels} are noise.",
-                "Use the text-to-video model of the same family.",
+                f"{self.path} takes {config.in_channels} channels, of which {config.out_channels} are noise.",
+                "Use the text-to-video or image-to-video model of the same family.",
             )
-        return config
+        # an original config.json does not tell whether the network takes CLIP's tokens
+        image_dim, tokens = _picture_sizes(self.tensors)
+        return replace(config, image_dim=image_dim, image_tokens=tokens)
 
     @property
     def transformers(self) -> tuple[TransformerFiles, ...]:
@@ -293,6 +297,16 @@ class StatedSizes(BaseModel):
     delta: str = NetworkConfig.delta
 
 
+def _picture_sizes(weights: NamedWeights) -> tuple[int | None, int | None]:
+    """Width of CLIP's tokens, and how many have learned positions; None without them."""
+    names = {"norm1.weight": 0, "pos_embed": 1}
+    full = {f"condition_embedder.image_embedder.{name}": axis for name, axis in names.items()}
+    width, tokens = (
+        weights.shape(name)[axis] if name in weights.stored_names else None for name, axis in full.items()
+    )
+    return width, tokens
+
+
 def inferred_config(weights: NamedWeights) -> NetworkConfig:
     """The sizes of a network, from the shapes of its tensors and what the file's header adds.
 
@@ -321,9 +335,11 @@ def inferred_config(weights: NamedWeights) -> NetworkConfig:
     far = "far_patch_embedding.weight"
     causal = far in weights.stored_names
     two_time = any("delta_embedder" in name for name in weights.stored_names)
+    image_dim, image_tokens = _picture_sizes(weights)
+    two_time_class = ANYFLOW if image_dim is None else ANYFLOW_IMAGE
     return NetworkConfig.from_diffusers(
         {
-            "_class_name": ANYFLOW_FAR if causal else ANYFLOW if two_time else WAN,
+            "_class_name": ANYFLOW_FAR if causal else two_time_class if two_time else WAN,
             "num_attention_heads": dim // head_dim,
             "attention_head_dim": head_dim,
             "num_layers": 1 + max(blocks, default=-1),
@@ -336,6 +352,9 @@ def inferred_config(weights: NamedWeights) -> NetworkConfig:
             "cross_attn_norm": "blocks.0.norm2.weight" in weights.stored_names,
             "gate_value": stated.gate,
             "deltatime_type": stated.delta,
+            "image_dim": image_dim,
+            "pos_embed_seq_len": image_tokens,
+            "added_kv_proj_dim": None if image_dim is None else dim,
             **({"compressed_patch_size": (1, size(far, 3), size(far, 4))} if causal else {}),
         }
     )

@@ -186,7 +186,6 @@ FOREIGN = {
     "audio_proj.proj1.weight": "HuMo",
     "ref_conv.weight": "Fun control",
     "control_adapter.conv.weight": "Fun control",
-    "img_emb.proj.0.weight": "image-to-video",
     "time_embedding_r.0.weight": "MeanFlow",
     "blocks.0.self_attn.attn_op.local_attn.proj_l.weight": "TurboWan",
 }
@@ -222,9 +221,7 @@ def test_gguf_and_text_files_are_refused(tmp_path: Path) -> None:
             load_network(tmp_path / name)
 
 
-@pytest.mark.parametrize(
-    ("model_type", "words"), [("i2v", "image-to-video"), ("vace", "VACE"), ("s2v", "S2V")]
-)
+@pytest.mark.parametrize(("model_type", "words"), [("animate", "Animate"), ("vace", "VACE"), ("s2v", "S2V")])
 def test_original_folders_of_other_models_are_refused(tmp_path: Path, model_type: str, words: str) -> None:
     path = written.folder(
         tmp_path / "wan", {"x": torch.zeros(1)}, ORIGINAL_CONFIG | {"model_type": model_type}
@@ -233,10 +230,10 @@ def test_original_folders_of_other_models_are_refused(tmp_path: Path, model_type
         open_transformer(path)
 
 
-def test_an_image_to_video_model_without_clip_is_refused(tmp_path: Path) -> None:
-    network = theirs("WanTransformer3DModel", in_channels=20, attention_head_dim=128)
+def test_a_model_with_other_channels_is_refused(tmp_path: Path) -> None:
+    network = theirs("WanTransformer3DModel", in_channels=24, attention_head_dim=128)
     save_file(network.state_dict(), tmp_path / "model.safetensors")
-    with pytest.raises(UsageError, match="takes 20 channels, of which 8 are noise"):
+    with pytest.raises(UsageError, match="takes 24 channels, of which 8 are noise"):
         load_network(tmp_path / "model.safetensors")
 
 
@@ -322,7 +319,7 @@ def test_the_page_on_models_names_every_layout_family() -> None:
     page = (Path(__file__).parents[3] / "docs" / "models.md").read_text()
     for words in ("original Wan file", "ComfyUI", "fp8", "Self-Forcing", "rCM", "FAR_Wan_Transformer3DModel"):
         assert words in page
-    assert all(words.split()[-1] in page for words in set(FOREIGN.values()) - {"image-to-video"})
+    assert all(words.split()[-1] in page for words in set(FOREIGN.values()))
 
 
 def test_a_bare_transformer_is_refused_where_its_parts_are_needed(wan: Any, tmp_path: Path) -> None:
