@@ -17,9 +17,8 @@ r, G samples with guidance other than 1; ``(B, ...)`` is (B,) where frames share
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -31,14 +30,26 @@ from anyflow_cli.flow.velocity import (
     batch_time,
     evaluate_together,
     flow_map,
+    in_fp32,
     per_frame,
 )
 
-GlobalMean = Callable[[Tensor, Tensor], Tensor]
-"""Mean of values (B, ...) where mask (B, ...) is true, over all ranks; NaN where it is true nowhere."""
+
+class GlobalMean(Protocol):
+    """Mean over all ranks."""
+
+    def __call__(self, values: Tensor, mask: Tensor, name: str = "boundary") -> Tensor:
+        """Mean of values (B, ...) where mask (B, ...) is true, anywhere; NaN if nowhere.
+
+        ``name`` tells means of one step apart.
+        """
+
 
 LossScale = Literal["raw", "weighted"]
 """The loss that Eq. 7 levels: the raw error, or the error times w(t)."""
+
+Adaptive = Literal["off", "group", "sample"]
+"""What Eq. 7 scales to the boundary's loss: nothing, all losses at t > r by one factor, or each of them."""
 
 GuidancePath = Literal["data", "guided"]
 """The path of du/dt under guidance: the data's, as in Alg. 1, or that of the guided velocity."""
@@ -71,19 +82,25 @@ def difference_quotient(u_plus: Tensor, u_minus: Tensor, span: Tensor, g: Tensor
     return (u_plus - u_minus) / (per_frame(span, u_plus) * g)
 
 
-def adaptive_weights(loss: Tensor, boundary: Tensor, global_mean: GlobalMean) -> Tensor:
+def adaptive_weights(
+    loss: Tensor, boundary: Tensor, global_mean: GlobalMean, adaptive: Adaptive = "sample"
+) -> Tensor:
     """Weights w (B, ...) that scale losses at t > r (B, ...) to the mean loss at t = r (Eq. 7).
 
     ``w = 1`` on the boundary (t = r), ``mean_boundary_loss / (loss + 1e-5)`` off it, without gradient. The
     losses are raw: w(t) is applied afterwards, else it would cancel. In a global batch without a boundary
-    sample all weights are 1.
+    sample all weights are 1. With ``group`` the divisor is the mean loss at t > r (with gradient
+    accumulation, over the micro-batches so far), which keeps the ratios between samples.
     """
     loss = loss.detach()
+    if adaptive == "off":
+        return torch.ones_like(loss)
     scale = global_mean(loss, boundary)
-    return torch.where(boundary | scale.isnan(), 1, scale / (loss + 1e-5))
+    level = loss if adaptive == "sample" else global_mean(loss, ~boundary, "inner")
+    return torch.where(boundary | scale.isnan(), 1, scale / (level + 1e-5))
 
 
-def local_mean(values: Tensor, mask: Tensor) -> Tensor:
+def local_mean(values: Tensor, mask: Tensor, name: str = "boundary") -> Tensor:
     """``GlobalMean`` of a single process: mean of values (B, ...) where mask (B, ...) is true."""
     return values[mask].mean()
 
@@ -99,22 +116,25 @@ def flow_map_loss(
     guidance: float = 3.0,
     delta: float = 0.005,
     weight: TimeWeight = torch.ones_like,
-    adaptive: bool = True,
+    adaptive: Adaptive = "sample",
     loss_scale: LossScale = "raw",
     guidance_path: GuidancePath = "data",
+    teacher: Velocity | None = None,
+    s: Tensor | None = None,
+    fp32_target: bool = False,
     global_mean: GlobalMean = local_mean,
     null_mask: Tensor | None = None,
     t_max: float = 1.0,
 ) -> FlowMapLoss:
-    """Forward flow-map training (Alg. 1; Eq. 3, 4, 6, 7).
+    """Forward flow-map training (Alg. 1; Eq. 3, 4, 6, 7), and variants of its target.
 
-    With guidance 1 and no t > r in the slice, the call without gradient is skipped: ranks that must call the
-    network equally often (FSDP) then need such a sample each. With any other guidance all ranks make the same
-    two calls.
+    With guidance 1, no teacher, no s and no t > r in the slice, the call without gradient is skipped: ranks
+    that must call the network equally often (FSDP) then need such a sample each. Otherwise all ranks make
+    the same calls.
 
     Args:
         model: The network under the prompts.
-        null: The same network under the negative prompt; not evaluated with guidance 1.
+        null: The same network under the negative prompt; not evaluated with guidance 1 or a teacher.
         x: Data (B, F, C, H, W).
         eps: Noise (B, F, C, H, W).
         t: Start times of the jumps, (B,) or (B, F).
@@ -122,11 +142,18 @@ def flow_map_loss(
         guidance: g of Eq. 6.
         delta: Half the span of the difference quotient (Eq. 4).
         weight: w(t), see ``times.loss_weight``.
-        adaptive: Whether to apply Eq. 7.
+        adaptive: What Eq. 7 scales.
         loss_scale: What Eq. 7 levels. With ``weighted``, as in the published code, w(t) cancels for t > r.
         guidance_path: ``data`` is Alg. 1. ``guided`` takes u_null at (t, t) and du/dt along the guided
             velocity ``w = g v + (1 - g) u_null``: the jumps then compose to the flow of w for every g. Both
             agree for g = 1 and on the boundary.
+        teacher: A velocity v(z, t), guided already, that replaces eps - x in the target and on the path. The
+            target then has no noise, and the network learns the teacher's flow map without Eq. 6.
+        s: Times between r and t, in their shape: the target for t > r is then the composition of the
+            network's own jumps t -> s -> r, ``((t - s) u(z, t, s) + (s - r) u(z_s, s, r)) / (t - r)``. Only
+            boundary samples tell it which flow to learn: without them every flow map has zero loss. Under
+            guidance it learns the flow of w, as with a guided path.
+        fp32_target: Whether to evaluate the network outside autocast for the target.
         global_mean: Mean over all ranks, for Eq. 7.
         null_mask: (B,) marks samples whose prompt was replaced by the negative one. For them ``u_c`` and
             ``u_null`` agree, so g is 1 and ``u_null`` is not evaluated. Without the mask they would be
@@ -134,41 +161,110 @@ def flow_map_loss(
         t_max: Last time that the network is trained at.
     """
     z = interpolate(x, eps, t)
-    v = eps - x
-    g = batch_time(guidance, z)
+    v, g = eps - x, batch_time(guidance, z)
     g = per_frame(g if null_mask is None else torch.where(null_mask, 1, g), z)
-    cond, uncond = VelocityInputs(model, z, t, r), VelocityInputs(null, z, t, r)
-    if guidance_path == "guided" and guidance != 1:
-        u_null = _null(VelocityInputs(null, z, t, t), g)
-        if bool((t == r).all()):
-            with torch.no_grad():
-                evaluate_together(cond.select(t.new_zeros(1, dtype=torch.long)))  # all ranks make the call
-        _, du_dt = _null_and_derivative(cond, None, g * v + (1 - g) * u_null, delta, g, t_max)
+    if teacher is not None:
+        v = _velocity_of(VelocityInputs(teacher, z, t, t), v, (t == r) if s is not None else None)
+        g, guidance = torch.ones_like(g), 1.0
+    cond, uncond = (VelocityInputs(in_fp32(each) if fp32_target else each, z, t, r) for each in (model, null))
+    null_inputs = uncond if guidance != 1 else None
+    if s is not None:
+        u_null, u_tgt = _composition_target(cond, null_inputs, v, g, s)
     else:
-        u_null, du_dt = _null_and_derivative(cond, uncond if guidance != 1 else None, v, delta, g, t_max)
+        along_w = guidance_path == "guided" and guidance != 1
+        alike = along_w or teacher is not None
+        u_null, u_tgt = _quotient_target(cond, null_inputs, v, g, delta, t_max, along_w=along_w, alike=alike)
 
     # Guidance-fused training (Eq. 6)
-    u_c = model(z, t, r)
-    u = fuse_guidance(u_c, u_null, g)
-
-    # Differential derivation equation (Eq. 3)
-    u_tgt = v - per_frame(t - r, z) * du_dt
+    u = fuse_guidance(model(z, t, r), u_null, g)
 
     # metric(u - sg(u_tgt)), with w(t) and Eq. 7
     error = (u - u_tgt).square().flatten(t.dim()).mean(-1)  # (B, ...)
     leveled = error if loss_scale == "raw" else weight(t) * error
-    scale = adaptive_weights(leveled, t == r, global_mean) if adaptive else torch.ones_like(error)
+    scale = adaptive_weights(leveled, t == r, global_mean, adaptive)
     return FlowMapLoss((weight(t) * scale * error).mean(), error.detach())
 
 
+def _samples(mask: Tensor) -> Tensor:
+    """Numbers of the samples in which a mask (B, ...) is true anywhere, in order."""
+    return mask.reshape(len(mask), -1).any(1).nonzero().squeeze(1)
+
+
+def _or_first(index: Tensor) -> Tensor:
+    """The samples, or the first one where there is none: all ranks make the same calls."""
+    return index if len(index) else index.new_zeros(1)
+
+
 @torch.no_grad()
-def _null(uncond: VelocityInputs, g: Tensor) -> Tensor:
-    """Compute u_null (B, F, C, H, W) without gradient where g is not 1; 0 elsewhere."""
-    guided = (g.flatten() != 1).nonzero().squeeze(1)  # (G,)
-    if len(guided) == 0:
-        guided = guided.new_zeros(1)  # all ranks make the call
-    (u_guided,) = evaluate_together(uncond.select(guided))
-    return torch.zeros_like(uncond.z).index_copy(0, guided, u_guided)
+def _velocity_of(inputs: VelocityInputs, default: Tensor, where: Tensor | None) -> Tensor:
+    """Evaluate a velocity without gradient in the samples of a mask (B, ...), or all; elsewhere a default."""
+    index = torch.arange(len(default)) if where is None else _or_first(_samples(where))
+    (found,) = evaluate_together(inputs.select(index.to(default.device)))
+    return default.index_copy(0, index.to(default.device), found)
+
+
+@torch.no_grad()
+def _quotient_target(
+    cond: VelocityInputs,
+    uncond: VelocityInputs | None,
+    v: Tensor,
+    g: Tensor,
+    delta: float,
+    t_max: float,
+    *,
+    along_w: bool,
+    alike: bool,
+) -> tuple[Tensor, Tensor]:
+    """Compute u_null and the target of the differential derivation equation (Eq. 3), both without gradient.
+
+    Args:
+        cond: The network at (z, t, r).
+        uncond: Its null branch; None without guidance.
+        v: Instantaneous velocity of the path (B, F, C, H, W).
+        g: Scale of guidance, broadcast over v.
+        delta: Half the span of the difference quotient.
+        t_max: Last time of the network.
+        along_w: Whether the path is that of the guided velocity instead of v.
+        alike: Whether a slice without t > r makes the call of the quotient too.
+    """
+    known, along = None, v
+    if along_w and uncond is not None:
+        known = _velocity_of(replace(uncond, r=cond.t), torch.zeros_like(v), g != 1)
+        along, uncond = g * v + (1 - g) * known, None
+    if alike and not len(_samples(cond.t > cond.r)):
+        evaluate_together(cond.select(cond.t.new_zeros(1, dtype=torch.long)))  # all ranks make the call
+    u_null, du_dt = _null_and_derivative(cond, uncond, along, delta, g, t_max)
+    return (u_null if known is None else known), v - per_frame(cond.t - cond.r, v) * du_dt
+
+
+@torch.no_grad()
+def _composition_target(
+    cond: VelocityInputs, uncond: VelocityInputs | None, v: Tensor, g: Tensor, s: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Compute u_null at t = r, and as target v there and two jumps over s elsewhere, without gradient.
+
+    Args:
+        cond: The network at (z, t, r).
+        uncond: Its null branch; None without guidance.
+        v: Velocity of the data or of the teacher, (B, F, C, H, W).
+        g: Scale of guidance, broadcast over v.
+        s: Times between r and t.
+    """
+    inner = (cond.t > cond.r).reshape(len(v), -1).any(1)
+    u_null = torch.zeros_like(v)
+    if uncond is not None:
+        u_null = _velocity_of(uncond, u_null, (g.flatten() != 1) & ~inner)
+        u_null = torch.where(per_frame(inner, v), 0, u_null)
+    index = _or_first(_samples(inner))
+    first, second = (each.select(index) for each in (replace(cond, r=s), replace(cond, t=s)))
+    (u_first,) = evaluate_together(first)
+    z_s = first.z - per_frame(first.t - first.r, first.z) * u_first
+    (u_second,) = evaluate_together(replace(second, z=z_s))
+    span = first.t - second.r
+    share = torch.where(span == 0, 0, (second.t - second.r) / torch.where(span == 0, 1, span))
+    composed = torch.lerp(u_first, u_second, per_frame(share, z_s).to(u_first.dtype))
+    u_tgt = v.index_copy(0, index, fuse_guidance(composed, u_null[index], g[index]))
+    return u_null, torch.where(per_frame(inner, v), u_tgt, v)
 
 
 @torch.no_grad()
@@ -190,7 +286,7 @@ def _null_and_derivative(
     delta.
     """
     z, t, r = cond.z, cond.t, cond.r
-    inner = (t > r).reshape(len(t), -1).any(1).nonzero().squeeze(1)  # (I,)
+    inner = _samples(t > r)  # (I,)
     t_plus = (t + delta).clamp(max=t_max)
     t_minus = torch.maximum(t - delta, r)
     z_plus = z + per_frame(t_plus - t, z) * v

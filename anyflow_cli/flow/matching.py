@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from anyflow_cli.flow.losses import flow_matching_loss, interpolate
-from anyflow_cli.flow.velocity import Velocity, guided, per_frame
+from anyflow_cli.flow.velocity import GuidanceScale, Velocity, guided, per_frame
 
 
 def matching_gradient(x: Tensor, x0_fake: Tensor, x0_real: Tensor) -> Tensor:
@@ -32,6 +32,11 @@ def predict_clean(model: Velocity, z: Tensor, t: Tensor) -> Tensor:
     return z.double() - per_frame(t, z).double() * model(z, t, t).double()
 
 
+def guidance_until(t_max: float, scale: float) -> GuidanceScale:
+    """A scale of guidance at times up to t_max, and none (1) above."""
+    return scale if t_max == 1 else lambda t: torch.where(t <= t_max, scale, 1.0)
+
+
 def distribution_matching_loss(
     student_x: Tensor,
     fake: Velocity,
@@ -39,7 +44,7 @@ def distribution_matching_loss(
     real_null: Velocity,
     t: Tensor,
     eps: Tensor,
-    guidance: float = 4.0,
+    guidance: GuidanceScale = 4.0,
 ) -> Tensor:
     """Loss with the gradient of Eq. 5, ``mse(x, sg(x - gradient))``; its value is the gradient's mean square.
 

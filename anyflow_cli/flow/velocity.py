@@ -135,6 +135,27 @@ def checkpointed(model: Velocity) -> Velocity:
     return _Checkpointed(model)
 
 
+@dataclass(frozen=True)
+class _InFp32:
+    model: Velocity
+
+    def __call__(self, z: Tensor, t: Tensor, r: Tensor) -> Tensor:
+        with torch.autocast(z.device.type, enabled=False):
+            return self.model(z, t, r)
+
+    def select(self, index: Tensor) -> Velocity:
+        return _InFp32(self.model.select(index))
+
+    def concat(self, *others: Velocity) -> Velocity:
+        parts = cast("tuple[_InFp32, ...]", others)
+        return _InFp32(self.model.concat(*(part.model for part in parts)))
+
+
+def in_fp32(model: Velocity) -> Velocity:
+    """The same velocity outside autocast: in the type of its weights."""
+    return _InFp32(model)
+
+
 def per_frame(t: Tensor, z: Tensor) -> Tensor:
     """Reshape times t (B,) or (B, F) to broadcast over z: (B, 1, 1, 1, 1) or (B, F, 1, 1, 1)."""
     return t.reshape(*t.shape, *(1,) * (z.ndim - t.ndim))

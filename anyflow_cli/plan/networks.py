@@ -110,7 +110,7 @@ def meta_backbone(setup: Setup, layers: int | None = None) -> Backbone:
 
     with torch.device("meta"):
         sources = BackboneSources(START, roles_of(setup.settings), two_time=setup.two_time)
-        if "real" in sources.roles:
+        if "real" in sources.roles and isinstance(setup.settings, schema.DistillSection):
             if setup.scores:
                 sources = replace(sources, scores=SCORES)
             else:  # as in the paper, the real score is the teacher after its tuning

@@ -346,7 +346,23 @@ class FlowMapSection(Section):
         description="Path of du/dt under guidance: the data's, as in Alg. 1, or that of the guided velocity,"
         " on which jumps compose for any guidance.",
     )
-    adaptive: bool = True  # Eq. 7
+    objective: Literal["quotient", "composition"] = Field(
+        "quotient",
+        description="Target for t > r: Eq. 3's, with a difference quotient, or two jumps of the network"
+        " itself over a time between (PSD), without a derivative.",
+    )
+    target: Literal["data", "teacher"] = Field(
+        "data",
+        description="Velocity of the target: eps - x, or the frozen teacher's own prediction, guided by"
+        " `guidance` (1 for a teacher that is distilled from guidance).",
+    )
+    derivative_precision: Literal["same", "fp32"] = Field(
+        "same", description="Precision of the calls that make the target; fp32 needs weights in fp32."
+    )
+    adaptive: Literal["off", "group", "sample"] = Field(
+        "sample",
+        description="Eq. 7: scale each loss at t > r to the boundary's, all of them by one factor, or none.",
+    )
     loss_scale: Literal["raw", "weighted"] = Field(
         "raw",
         description="Loss that Eq. 7 levels: the raw error, or (the published code) the error times w(t).",
@@ -359,6 +375,21 @@ class FlowMapSection(Section):
         description="Share of the steps that train continuing a clean image or video (causal models), or a "
         "clean first frame (model.pictures: optional-first).",
     )
+
+    @field_validator("adaptive", mode="before")
+    @classmethod
+    def _was_a_switch(cls, value: object) -> object:
+        """Read what earlier recipes have; `off` is also how YAML spells false."""
+        return {True: "sample", False: "off"}[value] if isinstance(value, bool) else value
+
+    @field_validator("adaptive")
+    @classmethod
+    def _has_noise_to_match(cls, value: str, info: ValidationInfo) -> str:
+        must = (
+            "be off where target is teacher: at the start a student predicts what the teacher does, so the "
+            "boundary's loss and with it every weight is 0"
+        )
+        return require(value == "off" or info.data.get("target") != "teacher", value, must)
 
     @field_validator("to_zero")
     @classmethod
@@ -393,10 +424,16 @@ class DistillSection(TrainingSection):
     reuse_rollout: bool = Field(
         False, description="Train the fake score on the student's rollout instead of a fresh one."
     )
+    fake_updates: Annotated[int, Field(ge=1, le=100)] = Field(
+        1, description="Updates of the fake score per update of the student, all on the same samples."
+    )
     real_guidance: Annotated[float, Field(ge=1, le=1000)] | ExpertGuidance = Field(
         4.0,
         description="Usual convention, x_null + 4 (x_c - x_null): one scale, or {high: ..., low: ...} for "
         "two experts.",
+    )
+    real_guidance_until: Fraction = Field(
+        1.0, description="Largest time at which the real score is guided; above it the scale is 1."
     )
     t_min: Fraction = 0.02
     t_max: Fraction = 0.98
@@ -639,6 +676,23 @@ class Recipe(Section):
             "leave flow_map.conditioning_prob at 0: only a causal model, or one with model.pictures: "
             "optional-first, continues frames",
         )
+
+    @field_validator("train_flowmap", "distill", "finetune")
+    @classmethod
+    def _teachers_see_whole_videos(cls, section: Continuing, info: ValidationInfo) -> Continuing:
+        model = info.data.get("model")
+        must = "have flow_map.target data for a causal model: the teacher sees all frames at once"
+        return require(
+            model is None or model.causal is None or section.flow_map.target == "data", section, must
+        )
+
+    @field_validator("train_flowmap", "distill", "finetune")
+    @classmethod
+    def _have_weights_in_fp32(cls, section: Continuing, info: ValidationInfo) -> Continuing:
+        model = info.data.get("model")
+        must = "have flow_map.derivative_precision same: with model.lora the frozen weights are in bf16"
+        stores_bf16 = model is not None and model.lora is not None and model.precision != "fp32"
+        return require(not stores_bf16 or section.flow_map.derivative_precision == "same", section, must)
 
     @field_validator("launch")
     @classmethod

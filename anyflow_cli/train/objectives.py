@@ -24,6 +24,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal, Protocol
 
 import torch
@@ -33,7 +34,7 @@ from anyflow_cli.data.dataset import Batch
 from anyflow_cli.errors import UsageError
 from anyflow_cli.flow import losses, matching, simulation, times
 from anyflow_cli.flow.noise import batch_noise
-from anyflow_cli.flow.velocity import Velocity, checkpointed
+from anyflow_cli.flow.velocity import Velocity, checkpointed, guided
 from anyflow_cli.model.backbone import Backbone, Role
 from anyflow_cli.model.experts import guidance_of
 from anyflow_cli.model.parallelize import local_tensor
@@ -75,11 +76,19 @@ class FunctionTerm:
 
 @dataclass(frozen=True)
 class Phase:
-    """The part of a step that updates the weights of one role."""
+    """The part of a step that updates the weights of one role.
+
+    Attributes:
+        role: The role.
+        optimizer: AdamW and its schedule.
+        terms: Loss terms of all updates, in order.
+        updates: Optimizer steps, each on an equal share of the terms.
+    """
 
     role: Role
     optimizer: schema.OptimizerSection
     terms: tuple[LossTerm, ...]
+    updates: int = 1
 
 
 @dataclass(frozen=True)
@@ -94,7 +103,10 @@ def roles_of(settings: schema.TrainingSection | None) -> tuple[Role, ...]:
     """The roles that a stage, or sampling (None), evaluates."""
     if isinstance(settings, schema.DistillSection) and settings.matching == "distribution":
         return ("student", "real", "fake")
-    return ("student",)
+    flow_map = getattr(settings, "flow_map", None)
+    learns_flow_map = getattr(settings, "objective", "flow-map") == "flow-map"
+    with_teacher = flow_map is not None and learns_flow_map and flow_map.target == "teacher"
+    return ("student", "real") if with_teacher else ("student",)
 
 
 def objective_of(
@@ -193,8 +205,12 @@ def on_policy(
         student += (weighted(flow_map, settings.joint_weight, "flow_map_"),)
     if causal is not None:
         student = tuple(touch_unused(term, backbone) for term in student)
-    fake_score = FunctionTerm(policy.fake_score, policy.fake_score_calls)
-    fake = Phase("fake", settings.fake_optimizer or settings.optimizer, (fake_score,))
+    fake_scores = tuple(
+        FunctionTerm(partial(policy.fake_score, update=k), partial(policy.fake_score_calls, update=k))
+        for k in range(settings.fake_updates)
+    )
+    own = settings.fake_optimizer or settings.optimizer
+    fake = Phase("fake", own, fake_scores, settings.fake_updates)
     return Objective(backbone, (Phase("student", settings.optimizer, student), *(fake,) * matches))
 
 
@@ -226,16 +242,20 @@ class FlowMapTerm:
         t, r = map(window.by_frame, self._times(rng, window.times_per_sample))
         batch, dropped = drop_text(batch, self.negative, settings.text_dropout, rng)
         batch = replace(batch, condition=window.condition(batch.condition))
+        scale = expert.scale(settings.guidance)
         result = losses.flow_map_loss(
             window.bind(self.backbone.velocity("student", batch.condition)),
             window.bind(_uncond(self.backbone, "student", self.negative, batch)),
             x, window.noise(rng.noise("noise", x.shape[1:])), t, r,
-            guidance=expert.scale(settings.guidance),
+            guidance=scale,
             delta=settings.delta,
             weight=times.loss_weight(settings.weight, self.shift),
             adaptive=settings.adaptive,
             loss_scale=settings.loss_scale,
             guidance_path=settings.guidance_path,
+            teacher=self._teacher(batch, scale) if settings.target == "teacher" else None,
+            s=self._between(t, r, rng) if settings.objective == "composition" else None,
+            fp32_target=settings.derivative_precision == "fp32",
             global_mean=rng.global_mean,
             null_mask=dropped,
             t_max=expert.interval.high,
@@ -248,23 +268,52 @@ class FlowMapTerm:
         }
 
     def network_calls(self, latent: LatentShape, rng: StepRng) -> list[NetworkCall]:
-        """Calls of ``losses.flow_map_loss``: u_null (G samples) and du/dt (2I), then all B with gradient."""
+        """Calls of ``losses.flow_map_loss``: those without gradient, then all B samples with it."""
         layout, times_per_sample = causal_windows.layout_of(
             self.window_of, self.backbone.network_of("student"), latent, rng
         )
-        t, r = self._times(rng, times_per_sample)
-        inner = int((t != r).reshape(len(t), -1).any(1).sum())
-        guided = int((~dropped_text(self.settings.text_dropout, rng)).sum())
-        # with guidance a call without samples takes one: every rank must make the same calls
-        if self.experts.of_step(rng).scale(self.settings.guidance) == 1:
-            without_gradient = [2 * inner]
-        elif self.settings.guidance_path == "guided":
-            without_gradient = [guided or 1, 2 * inner or 1]
-        else:
-            without_gradient = [guided + 2 * inner or 1]
+        t, _ = self._times(rng, times_per_sample)
         call = NetworkCall("student", len(t), gradient=True, layout=layout)
-        others = [call._replace(samples=n, gradient=False, joined=True) for n in without_gradient if n]
+        others = [
+            call._replace(role=role, samples=n, gradient=False, joined=True)
+            for role, n in self._target_calls(rng, times_per_sample)
+        ]
         return [*others, call]
+
+    def _target_calls(self, rng: StepRng, times_per_sample: int | None) -> list[tuple[Role, int]]:
+        """List role and samples of the calls for the target: of the teacher, u_null, then u for t > r.
+
+        With guidance or a teacher a call without samples takes one: every rank must make the same calls.
+        """
+        settings, scale = self.settings, self.experts.of_step(rng).scale(self.settings.guidance)
+        t, r = self._times(rng, times_per_sample)
+        inner = (t != r).reshape(len(t), -1).any(1)
+        composes, has_text = settings.objective == "composition", ~dropped_text(settings.text_dropout, rng)
+        jumps = [int(inner.sum()) or 1] * 2 if composes else [2 * int(inner.sum())]
+        if settings.target == "teacher":
+            boundary = int((~inner).sum()) or 1
+            samples = (boundary if composes else len(t)) * (1 if scale == 1 else 2)
+            return [("real", samples), *(("student", n or 1) for n in jumps)]
+        if scale == 1:
+            calls = [n for n in jumps if n]
+        elif composes:
+            calls = [int((has_text & ~inner).sum()) or 1, *jumps]
+        elif settings.guidance_path == "guided":
+            calls = [int(has_text.sum()) or 1, jumps[0] or 1]
+        else:
+            calls = [int(has_text.sum()) + jumps[0] or 1]
+        return [("student", n) for n in calls]
+
+    def _teacher(self, batch: Batch, scale: float) -> Velocity:
+        """The frozen teacher's velocity, guided."""
+        real = self.backbone.velocity("real", batch.condition)
+        null = _uncond(self.backbone, "real", self.negative, batch)
+        return real if scale == 1 else guided(real, null, scale)
+
+    def _between(self, t: Tensor, r: Tensor, rng: StepRng) -> Tensor:
+        """Draw a time between r and t, at the same share of the way in all frames of a sample."""
+        share = rng.local(torch.rand(rng.count, generator=rng.generator("between"))).to(t)
+        return r + share.reshape(-1, *(1,) * (t.dim() - 1)) * (t - r)
 
     def _times(self, rng: StepRng, times_per_sample: int | None) -> tuple[Tensor, Tensor]:
         """Draw t and r of the micro-batch, (B,) or, with K times per sample, (B, K).
@@ -394,7 +443,7 @@ class OnPolicyTerms:
             _uncond(self.backbone, "real", self.negative, batch),
             rng.local(t).to(x),
             batch.condition.put_back(rng.noise("matching-noise", x.shape[1:]).to(x)),
-            expert.scale(settings.real_guidance),
+            matching.guidance_until(settings.real_guidance_until, expert.scale(settings.real_guidance)),
         )
         return loss, {
             "matching": sums(loss, len(x)),
@@ -408,24 +457,29 @@ class OnPolicyTerms:
         real = NetworkCall("real", 2 * fake.samples, gradient=False, joined=True)
         return [*self._rollout_calls(latent, rng, "rollout", gradient=True), fake, real]
 
-    def fake_score(self, batch: Batch, rng: StepRng) -> tuple[Tensor, Sums]:
-        """Evaluate flow matching of the fake score on the student's samples."""
+    def fake_score(self, batch: Batch, rng: StepRng, update: int = 0) -> tuple[Tensor, Sums]:
+        """Evaluate flow matching of the fake score on the student's samples.
+
+        All updates of a step use the same samples, with times and noise of their own.
+        """
         stream = "rollout" if self.settings.reuse_rollout else "fake-rollout"
         batch = self._conditioned(batch, rng, stream)
-        if self.settings.reuse_rollout:
-            x = self._rollouts.pop(rng.positions)
-        else:
+        if update == 0 and not self.settings.reuse_rollout:
             with torch.no_grad():
-                x = self._rollout(batch, rng, stream)
-        interval = self.experts.of_step(rng).interval
-        t = times.sample_logit_normal(rng.count, self.score_shift, rng.generator("fake-times"), interval)
-        eps, t = batch.condition.put_back(rng.noise("fake-noise", x.shape[1:]).to(x)), rng.local(t).to(x)
+                self._rollouts[rng.positions] = self._rollout(batch, rng, stream)
+        is_last = update == self.settings.fake_updates - 1
+        x = self._rollouts.pop(rng.positions) if is_last else self._rollouts[rng.positions]
+        interval, more = self.experts.of_step(rng).interval, f"-{update}" if update else ""
+        generator = rng.generator(f"fake-times{more}")
+        t = times.sample_logit_normal(rng.count, self.score_shift, generator, interval)
+        noise = rng.noise(f"fake-noise{more}", x.shape[1:]).to(x)
+        eps, t = batch.condition.put_back(noise), rng.local(t).to(x)
         loss = matching.fake_score_loss(self.backbone.velocity("fake", batch.condition), x, eps, t)
         return loss, {"fake": sums(loss, len(x))}
 
-    def fake_score_calls(self, latent: LatentShape, rng: StepRng) -> list[NetworkCall]:
+    def fake_score_calls(self, latent: LatentShape, rng: StepRng, update: int = 0) -> list[NetworkCall]:
         """A rollout without gradient, unless one is reused, then the fake score with gradient."""
-        reused = self.settings.reuse_rollout
+        reused = self.settings.reuse_rollout or update > 0
         rollout = [] if reused else self._rollout_calls(latent, rng, "fake-rollout", gradient=False)
         return [*rollout, NetworkCall("fake", len(rng.positions), gradient=True)]
 

@@ -147,10 +147,11 @@ def load_backbone(
 
 def _backbone_sources(recipe: schema.Recipe, inputs: RunInputs) -> BackboneSources:
     start = inputs.parents.get("start") or inputs.parents["teacher"]
+    roles = roles_of(training_section(recipe, inputs.section))
     if inputs.section != "distill":
         tunes_teacher = (inputs.section, recipe.train_flowmap.objective) == ("train_flowmap", "flow-matching")
-        return BackboneSources(start, two_time=not tunes_teacher)
-    real, roles = inputs.parents["real score"], roles_of(recipe.distill)
+        return BackboneSources(start, roles, two_time=not tunes_teacher)
+    real = inputs.parents["real score"]
     if inputs.base == start or is_checkpoint(start):
         return BackboneSources(start, roles, scores=real if "real" in roles else None)
     return BackboneSources(

@@ -44,12 +44,15 @@ class BoundaryMean:
 
     def __init__(self, reduce: Reduce) -> None:
         self._reduce = reduce
-        self._total: Tensor | float = 0.0
+        self._totals: dict[str, Tensor] = {}
 
-    def __call__(self, values: Tensor, mask: Tensor) -> Tensor:
-        """Mean of values (B,) where mask (B,) is true, over this step so far; NaN if it never was."""
-        total = self._total + self._reduce(torch.stack([values[mask].double().sum(), mask.sum().double()]))
-        self._total = total
+    def __call__(self, values: Tensor, mask: Tensor, name: str = "boundary") -> Tensor:
+        """Mean of values (B,) where mask (B,) is true, over this step so far; NaN if it never was.
+
+        Means of other names than ``boundary`` are of the micro-batches so far.
+        """
+        found = self._reduce(torch.stack([values[mask].double().sum(), mask.sum().double()]))
+        total = self._totals[name] = self._totals.get(name, 0.0) + found
         return (total[0] / total[1]).to(values.dtype)
 
 

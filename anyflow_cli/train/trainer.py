@@ -89,6 +89,8 @@ class RoleOptimizer(nn.Module):
     ) -> None:
         super().__init__()
         self.name, self.terms, self.settings = phase.role, phase.terms, phase.optimizer
+        each = len(phase.terms) // phase.updates
+        self.updates = [range(each * number, each * (number + 1)) for number in range(phase.updates)]
         self.weights = nn.ParameterList(parameters)
         self.precision, self.sharded = precision, sharded
         self.optimizer = torch.optim.AdamW(
@@ -259,16 +261,17 @@ class Trainer:
             corrupt[[self.rank + place * self.ranks for place in batch.replaced]] = 1
         batch = replace(batch, latents=batch.latents.to(device), condition=batch.condition.to(device))
         values: dict[str, float] = {}
-        for number, role in enumerate(self.optimizers):
+        updates = [(role, terms) for role in self.optimizers for terms in role.updates]
+        for number, (role, terms) in enumerate(updates):
             sums: dict[str, Tensor] = {}  # name -> (sum, count)
-            for term, micro, rng, is_last in self._evaluations(role, batch):
+            for term, micro, rng, is_last in self._evaluations(terms, batch):
                 # processes exchange gradients once, in the last backward pass
                 with nullcontext() if is_last else self.accelerator.no_sync(role.replicated):
                     loss, report = role.replicated(term, micro, rng)
                     self.accelerator.backward(loss * len(rng.positions) / self.local_batch)
                 for name, value in report.items():
                     sums[name] = sums[name] + value if name in sums else value
-            # one reduction per role; the first also carries which samples are corrupt
+            # one reduction per update; the first also carries which samples are corrupt
             more = [corrupt] if number == 0 else []
             reduced: list[float] = self._reduce(torch.cat([*sums.values(), *more])).tolist()
             pairs = {name: reduced[2 * i : 2 * i + 2] for i, name in enumerate(sums)}
@@ -283,19 +286,19 @@ class Trainer:
             values |= means | {f"{role.name}_gradient": norm}
         return values
 
-    def _evaluations(self, role: RoleOptimizer, batch: Batch) -> Iterator[tuple[int, Batch, StepRng, bool]]:
-        """Each loss term on each micro-batch, with its random numbers; True marks the last one."""
+    def _evaluations(self, terms: range, batch: Batch) -> Iterator[tuple[int, Batch, StepRng, bool]]:
+        """Each loss term of an update on each micro-batch, with its random numbers; True: the last one."""
         seed = self.settings.seed
         if self.rollbacks:  # the same numbers would lead to the same alarm
             seed = stream_seed(seed, "rolled back", self.rollbacks)
-        means = [BoundaryMean(self._reduce) for _ in role.terms]
+        means = {term: BoundaryMean(self._reduce) for term in terms}
         count, stop = self.settings.global_batch, 0
         for positions in micro_positions(count, self.settings.micro_batch, self.rank, self.ranks):
             start, stop = stop, stop + len(positions)
             micro = micro_batch(batch, start, stop)
-            for term, mean in enumerate(means):
+            for term, mean in means.items():
                 rng = StepRng(seed, self.step, count, positions, mean)
-                yield term, micro, rng, stop == self.local_batch and term == len(means) - 1
+                yield term, micro, rng, stop == self.local_batch and term == terms[-1]
 
     def _reduce(self, values: Tensor) -> Tensor:
         """Sum over processes."""

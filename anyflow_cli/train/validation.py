@@ -58,7 +58,8 @@ def flow_map_error(network: FlowMapTransformer, recipe: Recipe, clips: LatentDat
         position for _, bucket in clips.buckets for position in bucket[len(bucket) - held_out(len(bucket)) :]
     ]
     positions = unseen or range(len(clips))
-    settings = recipe.finetune.flow_map.model_copy(update={"adaptive": False, "text_dropout": 0.0})
+    own = {"adaptive": "off", "text_dropout": 0.0, "target": "data"}  # of the model alone
+    settings = recipe.finetune.flow_map.model_copy(update=own)
     windows = windows_for(recipe.model.causal, settings)
     term = FlowMapTerm(Backbone(network, ("student",)), clips.negative, settings, recipe.model.shift, windows)
     total = torch.zeros(2, dtype=torch.float64)

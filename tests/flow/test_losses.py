@@ -127,7 +127,7 @@ def test_the_gradient_of_random_pairs_vanishes_at_the_exact_student(monkeypatch:
     def pull() -> float:
         slope = torch.zeros((), dtype=torch.float64, requires_grad=True)
         model = Bent(data, lambda u, z, t, r: u(z, t, r) + slope * z)
-        loss = flow_map_loss(model, model, x, eps, t, r, guidance=1.0, adaptive=False).loss
+        loss = flow_map_loss(model, model, x, eps, t, r, guidance=1.0, adaptive="off").loss
         return torch.autograd.grad(loss, slope)[0].abs().item()
 
     assert pull() < 0.04
@@ -318,7 +318,7 @@ def test_the_loss_is_weighted_and_its_errors_are_raw() -> None:
     student, null = (
         Bent(model, lambda u, z, t, r: u(z, t, r) + (0.5 + per_frame(r, z)) * off) for model in exact(3.0)
     )
-    plain = Step().loss(student, null, weight=weight, adaptive=False)
+    plain = Step().loss(student, null, weight=weight, adaptive="off")
     raw = plain.errors
     torch.testing.assert_close(plain.loss.detach(), (weight(INSIDE) * raw).mean())
     assert not raw.requires_grad

@@ -10,10 +10,11 @@ from anyflow_cli.flow.losses import flow_matching_loss, interpolate
 from anyflow_cli.flow.matching import (
     distribution_matching_loss,
     fake_score_loss,
+    guidance_until,
     matching_gradient,
     predict_clean,
 )
-from anyflow_cli.flow.velocity import per_frame
+from anyflow_cli.flow.velocity import GuidanceScale, per_frame
 from tests.flow.gaussian import SHAPE, Bent, Gaussian, Watched, normal
 
 B = 4
@@ -23,7 +24,7 @@ REAL, FAKE, NULL = (Gaussian(normal(seed, B, *SHAPE)) for seed in (1, 2, 3))
 X = FAKE.mean + FAKE.std * normal(4, B, *SHAPE)
 
 
-def pull(x: Tensor, fake: Gaussian, real: Gaussian, null: Gaussian, guidance: float = 4.0) -> Tensor:
+def pull(x: Tensor, fake: Gaussian, real: Gaussian, null: Gaussian, guidance: GuidanceScale = 4.0) -> Tensor:
     """Gradient on x times the number of elements, divided by the 2 of the square."""
     x = x.clone().requires_grad_()
     loss = distribution_matching_loss(x, fake, real, null, T, EPS, guidance)
@@ -126,3 +127,12 @@ def test_the_fake_score_loss_gives_the_samples_no_gradient() -> None:
         torch.autograd.grad(loss, x, retain_graph=True)
     (to_score,) = torch.autograd.grad(loss, a)
     torch.testing.assert_close(to_score, 2 * (FAKE(interpolate(X, EPS, T), T, T) - (EPS - X)).mean())
+
+
+def test_above_a_time_the_real_score_is_not_guided() -> None:
+    """To the bit what guidance 1 gives there, and what the full scale gives up to it."""
+    cut, full, none = (pull(X, FAKE, REAL, NULL, scale) for scale in (guidance_until(0.7, 3.0), 3.0, 1.0))
+    assert torch.equal(cut[:1], none[:1])  # at 0.9
+    assert torch.equal(cut[1:], full[1:])
+    assert not torch.equal(full[:1], none[:1])
+    assert guidance_until(1.0, 3.0) == 3.0

@@ -51,7 +51,7 @@ class Meeting:
         self.barrier = threading.Barrier(self.ranks, timeout=30)
 
     def mean_of(self, rank: int) -> GlobalMean:
-        def mean(values: Tensor, mask: Tensor) -> Tensor:
+        def mean(values: Tensor, mask: Tensor, name: str = "boundary") -> Tensor:
             self.brought[rank] = values, mask
             self.barrier.wait()
             parts = list(self.brought.values())
@@ -91,7 +91,7 @@ def test_ranks_without_the_reduction_differ() -> None:
     assert abs(torch.stack(gradients).mean() / gradient - 1) > 0.05
 
 
-def mean_over_processes(values: Tensor, mask: Tensor) -> Tensor:
+def mean_over_processes(values: Tensor, mask: Tensor, name: str = "boundary") -> Tensor:
     """Sum and count over the process group; 0 / 0 is the NaN that the contract asks for."""
     sums = torch.stack([values[mask].sum(), mask.sum().to(values.dtype)])
     dist.all_reduce(sums)

@@ -88,10 +88,9 @@ def backbone(wanted: Setup) -> Backbone:
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        sources = BackboneSources(START, two_time=wanted.two_time)
+        sources = BackboneSources(START, objectives.roles_of(wanted.settings), two_time=wanted.two_time)
         if is_on_policy:
-            scores = None if wanted.scores is None else SCORES
-            sources = replace(sources, roles=objectives.roles_of(wanted.settings), scores=scores)
+            sources = replace(sources, scores=None if wanted.scores is None else SCORES)
         if is_on_policy and lora and wanted.scores is None:
             tuned = Backbone.build(wanted.model, BackboneSources(START, two_time=False), load)
             sources = replace(sources, real_adapter=tuned.state_dict_of("student"))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from anyflow_cli.data.dataset import Batch
 from anyflow_cli.flow.condition import Condition
-from anyflow_cli.model.backbone import Backbone, Role
+from anyflow_cli.model.backbone import Backbone
 from anyflow_cli.model.causal import causal_from
 from anyflow_cli.model.config import CausalConfig, NetworkConfig
 from anyflow_cli.model.lora import LoraSize
@@ -64,8 +64,13 @@ def network(seed: int = 0, *, two_time: bool = True) -> FlowMapTransformer:
     return two_time_from(plain) if two_time else plain
 
 
-def backbone(kind: Kind, lora: bool = False, seed: int = 0) -> Backbone:
-    roles: tuple[Role, ...] = ("student", "real", "fake") if "on-policy" in kind else ("student",)
+def backbone(kind: Kind, lora: bool = False, seed: int = 0, **changes: Any) -> Backbone:
+    """The networks of a stage; ``changes`` are those of its objective, which decide the roles."""
+    roles = objectives.roles_of(
+        schema.DistillSection(**changes)
+        if "on-policy" in kind
+        else schema.TrainFlowMapSection(flow_map=schema.FlowMapSection(**changes))
+    )
     size = LoraSize(4, 4) if lora else None
     student = network(seed, two_time=kind != "flow-matching")
     if kind.startswith("causal"):
@@ -97,7 +102,7 @@ def trainer(
 ) -> Trainer:  # fmt: skip
     directory.mkdir(parents=True, exist_ok=True)
     run = training(**settings)
-    roles = backbone(kind, lora)
+    roles = backbone(kind, lora, **(changes or {}))
     accelerator, model = (
         make_accelerator(causal=kind.startswith("causal")),
         schema.ModelSection(gradient_checkpointing=checkpointing),

@@ -23,16 +23,31 @@ SHORT = schema.CausalSection(partition=(1, 1, 2), full_chunks=3)
 MOSTLY_EMPTY = schema.FlowMapSection(
     text_dropout=0.8, boundary=1.0, to_zero=0.0
 )  # often no sample for the call without gradient
+PLAIN = schema.FlowMapSection()
+TEACHER = schema.FlowMapSection(target="teacher", adaptive="off")
 GIVEN = {"flow_map": schema.FlowMapSection(conditioning_prob=0.5)}
 
 Recorded = tuple[Role, int, bool, Layout | None]
+
+
+def changed(section: schema.FlowMapSection, **values: Any) -> schema.FlowMapSection:
+    return section.model_copy(update=values)
+
 
 CASES: list[tuple[Kind, dict[str, Any]]] = [
     ("flow-map", {}),
     ("flow-map", {"lora": False, "flow_map": MOSTLY_EMPTY}),
     ("flow-map", {"flow_map": schema.FlowMapSection(guidance=1.0, boundary=0.75)}),
-    ("flow-map", {"flow_map": schema.FlowMapSection(guidance_path="guided")}),
-    ("flow-map", {"flow_map": MOSTLY_EMPTY.model_copy(update={"guidance_path": "guided"})}),
+    ("flow-map", {"flow_map": changed(PLAIN, guidance_path="guided")}),
+    ("flow-map", {"flow_map": changed(MOSTLY_EMPTY, guidance_path="guided")}),
+    ("flow-map", {"flow_map": TEACHER}),
+    ("flow-map", {"lora": False, "flow_map": changed(TEACHER, guidance=1.0, boundary=1.0, to_zero=0.0)}),
+    ("flow-map", {"flow_map": changed(TEACHER, objective="composition")}),
+    ("flow-map", {"flow_map": changed(TEACHER, objective="composition", guidance=1.0)}),
+    ("flow-map", {"flow_map": changed(PLAIN, objective="composition")}),
+    ("flow-map", {"flow_map": changed(MOSTLY_EMPTY, objective="composition")}),
+    ("flow-map", {"flow_map": changed(PLAIN, objective="composition", guidance=1.0)}),
+    ("flow-map", {"causal": CAUSAL, "flow_map": changed(PLAIN, objective="composition")}),
     ("flow-map", {"causal": CAUSAL}),
     ("flow-map", {"causal": SHORT, "lora": False, "checkpointing": True, **GIVEN}),
     ("flow-matching", {"checkpointing": True}),
@@ -43,7 +58,11 @@ CASES: list[tuple[Kind, dict[str, Any]]] = [
     ("on-policy", {"recompute_rollout": True, "checkpointing": True}),
     ("on-policy", {"simulation": "consistency", "recompute_rollout": True}),
     ("on-policy", {"step_budgets": (1, 2), "lora": False}),
+    ("on-policy", {"fake_updates": 3}),
+    ("on-policy", {"fake_updates": 2, "reuse_rollout": True, "lora": False}),
     ("on-policy", {"matching": "none"}),
+    ("on-policy", {"matching": "none", "flow_map": TEACHER}),
+    ("on-policy", {"flow_map": changed(TEACHER, objective="composition")}),
     ("on-policy", {"causal": CAUSAL, "matching": "none", "lora": False}),
     ("on-policy", {"causal": CAUSAL, **GIVEN}),
     ("on-policy", {"causal": CAUSAL, "checkpointing": True, "lora": False}),

@@ -135,6 +135,56 @@ def test_the_fake_score_learns_from_fresh_samples_or_those_of_the_step(tmp_path:
     assert (len(asked) == of_student) is reuse
 
 
+@pytest.mark.parametrize("reuse", [False, True])
+def test_more_fake_updates_use_the_same_samples_at_other_times(tmp_path: Path, reuse: bool) -> None:
+    changes = {"reuse_rollout": reuse, "joint": False, "fake_updates": 3}
+    run = trainer(tmp_path, "on-policy", changes=changes, micro_batch=2)
+    with (
+        patch.object(matching, "fake_score_loss", wraps=matching.fake_score_loss) as on_fake,
+        patch.object(run.optimizers[1], "update", wraps=run.optimizers[1].update) as update,
+    ):
+        run.step = 1
+        values = run.train_step(batch())
+    calls = [call.args for call in on_fake.call_args_list]
+    assert [len(x) for _, x, _, _ in calls] == [2] * 6  # all micro-batches of an update, then the next one
+    for first, later in zip(calls[:2] * 2, calls[2:], strict=True):
+        assert torch.equal(first[1], later[1])
+        assert not torch.equal(first[2], later[2])
+        assert not torch.equal(first[3], later[3])
+    assert update.call_count == 3
+    assert values["fake"] > 0
+
+
+def test_without_matching_only_the_student_is_there_and_learns_the_joint_loss(tmp_path: Path) -> None:
+    run = trainer(tmp_path, "on-policy", changes={"matching": "none"})
+    run.step = 1
+    values = run.train_step(batch())
+    assert run.backbone.roles == ("student",)
+    assert {"flow_map_loss", "student_gradient"} <= values.keys()
+    assert not {"fake", "matching"} & values.keys()
+
+
+@pytest.mark.parametrize("objective", ["quotient", "composition"])
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_against_its_frozen_teacher_a_student_starts_without_a_boundary_loss(
+    tmp_path: Path, lora: bool, objective: str
+) -> None:
+    """With guidance 1 it starts as the teacher; the teacher stays as it is while the student learns."""
+    own = {"target": "teacher", "adaptive": "off", "guidance": 1.0, "objective": objective}
+    run = trainer(tmp_path, "flow-map", lora=lora, changes=own)
+    before = [weight.clone() for weight in run.backbone.network_of("real").parameters()]
+    reports = []
+    for run.step in (1, 2, 3):
+        reports.append(run.train_step(batch()))
+    assert reports[0]["boundary"] == pytest.approx(0, abs=1e-10)
+    assert reports[0]["non_boundary"] > 1e-6
+    assert reports[-1]["boundary"] > 1e-12
+    if not lora:  # with adapters the student shares these weights, and does not train them
+        assert run.backbone.network_of("real") is not run.backbone.network_of("student")
+    for weight, first in zip(run.backbone.network_of("real").parameters(), before, strict=False):
+        assert lora or torch.equal(weight, first)
+
+
 def test_the_scores_have_a_shift_of_their_own(tmp_path: Path) -> None:
     """The same rng, unshifted; t_max holds a few of the matching times."""
 
