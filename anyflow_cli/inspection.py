@@ -5,6 +5,7 @@ Nothing is loaded or downloaded. What cannot be used is described, too, with the
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,8 +18,9 @@ from anyflow_cli.model.known_models import KNOWN_MODELS
 from anyflow_cli.model.layouts.components import component_config, open_component
 from anyflow_cli.model.layouts.expert_files import open_network
 from anyflow_cli.model.layouts.families import family_of
-from anyflow_cli.model.layouts.tensor_files import PICKLE_SUFFIXES, WEIGHT_SUFFIXES
+from anyflow_cli.model.layouts.tensor_files import PICKLE_SUFFIXES, WEIGHT_SUFFIXES, TensorFiles
 from anyflow_cli.model.layouts.transformer import TransformerFiles
+from anyflow_cli.model.lora_formats import check_lora, lora_scale, plan_lora, shapes_of_network, split_loras
 from anyflow_cli.model.pipeline_io import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -28,15 +30,18 @@ from anyflow_cli.model.pipeline_io import (
     component,
     has_components,
     load_adapter,
+    read_config,
     read_shift,
+    resolve_pipeline,
 )
-from anyflow_cli.model.weights_io import TensorInfo
+from anyflow_cli.model.weights_io import TensorInfo, listed
 from anyflow_cli.runs.checkpoint import is_checkpoint
 from anyflow_cli.runs.open import describe_checkpoint, locate
 from anyflow_cli.sample.presets import presets_of
 from anyflow_cli.utils.hub import cached_snapshot, is_hub_name
 
 Facts = dict[str, Any]
+LORA_KEY = re.compile(r"lora_|\.lora\.|\.diff(_[bm])?$|\.set_weight$")
 TYPE_NAMES = {
     "F64": "fp64", "F32": "fp32", "F16": "fp16", "BF16": "bf16", "F8_E4M3": "fp8_e4m3", "F8_E5M2": "fp8_e5m2",
     "I8": "int8",
@@ -70,14 +75,20 @@ def _not_downloaded(name: str) -> Facts:
 
 
 def _described(path: Path) -> Facts:
+    model, loras = split_loras(str(path))
+    if loras:
+        facts = _described(Path(model))
+        for lora, _ in loras if not is_checkpoint(Path(model)) else ():
+            check_lora(lora, read_config(Path(model)))
+        return facts | {"loras": [f"{lora} at {strength:g}" for lora, strength in loras]}
     if is_checkpoint(path):
         return _checkpoint(path)
     if (path / ADAPTER_CONFIG).is_file():
         return _adapter(path)
     if path.is_file() and path.suffix in WEIGHT_SUFFIXES:
-        component_facts = _component(path)
-        if component_facts is not None:
-            return component_facts
+        part = _component(path) or _lora_file(path)
+        if part is not None:
+            return part
     return _transformer(path)
 
 
@@ -122,6 +133,39 @@ def _component(path: Path) -> Facts | None:
         **_stored(opened.weights.files.tensors.values()),
         "instead": "Put it beside the transformer's file; it is found by its published name.",
     }
+
+
+def _lora_file(path: Path) -> Facts | None:
+    """A LoRA file, and which of the known networks it fits; None if it is something else."""
+    files = TensorFiles.open((path,))
+    if not any(LORA_KEY.search(key) for key in files.tensors):
+        return None
+    networks = {name: known.network for name, known in KNOWN_MODELS.items()}
+    networks |= {name: read_config(resolve_pipeline(name)) for name in BUILT_IN}
+    plans = {name: plan_lora(files, shapes_of_network(config)) for name, config in networks.items()}
+    fitting = [name for name, plan in plans.items() if plan.is_whole]
+    nearest = fitting[0] if fitting else min(plans, key=lambda name: len(plans[name].unfit))
+    plan = plans[nearest]
+    scales = Counter(f"{lora_scale(files, path, plan, pair):g}" for pair in plan.pairs.values())
+    alphas = sum(key.endswith(".alpha") for key in files.tensors)
+    facts: Facts = {
+        "kind": "LoRA file",
+        "usable": False,
+        "family": plan.family,
+        "tensors": len(files.tensors),
+        "pairs": len(plan.pairs),
+        "ranks": sorted({pair.rank for pair in plan.pairs.values()}),
+        "alpha": f"stated by {alphas} keys" if alphas else "not stated by keys",
+        "scales": [f"{scale} ({count} pairs)" for scale, count in scales.most_common()],
+        "added": len(plan.additions),
+        "replaced": len(plan.replacements),
+        "fits": fitting,
+        "instead": "Pass it with --lora FILE[:STRENGTH] beside a model that it fits.",
+    }
+    if not fitting:
+        place = f"{len(plan.unfit)} of {len(files.tensors)} keys without a place in {nearest}, the nearest"
+        facts |= {"refused": f"{place}: {listed(list(plan.unfit))}"}
+    return facts
 
 
 def _transformer(path: Path) -> Facts:

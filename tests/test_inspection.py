@@ -103,14 +103,14 @@ def test_a_run_and_its_checkpoint(wan: Path, tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_used_says_why(tmp_path: Path) -> None:
-    for name, tensors, words in (
-        ("vace", {"vace_blocks.0.before_proj.weight": torch.zeros(1)}, "VACE"),
-        ("lora", {"blocks.0.self_attn.q.lora_down.weight": torch.zeros(1)}, "LoRA"),
+    for name, tensors, key, words in (
+        ("vace", {"vace_blocks.0.before_proj.weight": torch.zeros(1)}, "problem", "VACE"),
+        ("lora", {"blocks.0.self_attn.q.lora_down.weight": torch.zeros(1)}, "kind", "LoRA"),
     ):
         save_file(tensors, tmp_path / f"{name}.safetensors")
         facts = inspected(tmp_path / f"{name}.safetensors")
         assert not facts["usable"]
-        assert words in facts["problem"]
+        assert words in facts[key]
         assert facts["instead"]
     (tmp_path / "x.gguf").touch()
     assert "GGUF" in inspected(tmp_path / "x.gguf")["problem"]
@@ -147,3 +147,46 @@ def test_the_command_prints_a_table_or_json(wan: Path, capsys: pytest.CaptureFix
     shown = capsys.readouterr().out
     assert "fp32 100.0%" in shown
     assert "usable" in shown
+
+
+def lora_file(path: Path, prefix: str, network: Any, alpha: float | None, layers: int = 2) -> Path:
+    """Pairs of rank 2 on the queries of a network's first layers."""
+    stored: dict[str, torch.Tensor] = {}
+    for number in range(layers):
+        rows, columns = network.get_parameter(f"blocks.{number % 2}.attn1.to_q.weight").shape
+        key = f"{prefix}blocks.{number}.self_attn.q".replace(".", "." if prefix.endswith(".") else "_")
+        stored |= {f"{key}.lora_down.weight": torch.zeros(2, columns)}
+        stored |= {f"{key}.lora_up.weight": torch.zeros(rows, 2)}
+        if alpha is not None:
+            stored[f"{key}.alpha"] = torch.tensor(alpha)
+    save_file(stored, path)
+    return path
+
+
+def test_a_lora_file_is_described_with_what_it_fits(tmp_path: Path) -> None:
+    network = load_network(pipeline_io.resolve_pipeline("tiny"))
+    facts = inspect_address(str(lora_file(tmp_path / "a.safetensors", "diffusion_model.", network, 1.0)))
+    assert (facts["kind"], facts["family"], facts["ranks"]) == ("LoRA file", "ComfyUI", [2])
+    assert (facts["alpha"], facts["scales"]) == ("stated by 2 keys", ["0.5 (2 pairs)"])
+    assert facts["fits"] == ["tiny", "tiny-anyflow"]
+    assert not facts["usable"]
+    bare = inspect_address(str(lora_file(tmp_path / "b.safetensors", "lora_unet_", network, None)))
+    assert (bare["family"], bare["scales"]) == ("musubi", ["0.5 (2 pairs)"])  # alpha 1 by the family's rule
+
+
+def test_a_lora_file_that_fits_nothing_says_which_keys_are_refused(tmp_path: Path) -> None:
+    network = load_network(pipeline_io.resolve_pipeline("tiny"))
+    path = lora_file(tmp_path / "a.safetensors", "diffusion_model.", network, None, layers=9)
+    facts = inspect_address(str(path))
+    assert facts["fits"] == []
+    assert "keys without a place in tiny" in facts["refused"]
+    assert "blocks.6.self_attn.q" in facts["refused"]
+
+
+def test_a_model_with_a_lora_file_is_described_with_both(tmp_path: Path) -> None:
+    network = load_network(pipeline_io.resolve_pipeline("tiny"))
+    path = lora_file(tmp_path / "a.safetensors", "diffusion_model.", network, None)
+    facts = inspect_address(f"tiny-anyflow+{path}:0.5")
+    assert (facts["usable"], facts["times"], facts["loras"]) == (True, 2, [f"{path} at 0.5"])
+    wrong = lora_file(tmp_path / "b.safetensors", "diffusion_model.", network, None, layers=9)
+    assert "does not fit the model" in inspect_address(f"tiny+{wrong}")["problem"]

@@ -10,6 +10,7 @@ def distill(
     recipe: options.RecipeOption = options.DEFAULT_RECIPE,
     simulation: options.SimulationOption = None,
     model: options.InitFromOption = None,
+    lora: options.TeacherLoraOption = None,
     steps: options.StepsOption = None,
     seed: options.SeedOption = None,
     processes: options.ProcessesOption = None,
@@ -26,6 +27,7 @@ def distill(
     run_training(
         TrainingCommand(
             "distill", recipe, assignments, runs, steps, seed, processes, dry_run, as_json,
+            loras=lora,
             overrides={
                 "--simulation": ("distill.simulation", simulation), "--model": ("distill.init_from", model),
             },

@@ -31,6 +31,7 @@ def finetune(
     data: options.DataOption = None,
     recipe: options.RecipeOption = options.DEFAULT_RECIPE,
     model: options.InitFromOption = None,
+    lora: options.LoraOption = None,
     steps: options.StepsOption = None,
     seed: options.SeedOption = None,
     processes: options.ProcessesOption = None,
@@ -48,6 +49,8 @@ def finetune(
     run_training(
         TrainingCommand(
             "finetune", recipe, assignments, runs, steps, seed, processes, dry_run, as_json,
+            loras=lora,
+            lora_key="finetune.init_from",
             overrides={"--model": ("finetune.init_from", model)},
             data=data,
             encode=partial(_encode_videos, data),
@@ -98,7 +101,7 @@ def _compare(
 
     before = find_model(recipe, paths, recipe.finetune.init_from)
     models = {"before": before, "after": ModelChoice(str(finished.model), "fine-tuned")}
-    clips = open_latents(recipe, inputs.data, inputs.base, inputs.directory, LatentData)
+    clips = open_latents(recipe, inputs.data, inputs.pipeline, inputs.directory, LatentData)
     world = _world_of(recipe, clips)
     if world is None:
         return {name: _error(choice, recipe, clips) for name, choice in models.items()}

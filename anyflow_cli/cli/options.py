@@ -188,6 +188,13 @@ BaseOption = Annotated[
 RankOption = Annotated[
     int, _option("Rank of the LoRA that --base extracts.", "--rank", min=1, max=4096, metavar="R")
 ]
+TeacherLoraOption = Annotated[
+    list[str] | None,
+    _option(
+        "LoRA file to merge into the teacher, at a strength of 1 if none is given; repeatable.", "--lora",
+        metavar="FILE[:STRENGTH]", panel=_RECIPE,
+    ),
+]  # fmt: skip
 InitFromOption = Annotated[
     str | None,
     _option(
@@ -558,6 +565,13 @@ def parse_steps(text: str | None) -> tuple[int, ...] | None:
 def examples(*lines: str) -> str:
     """Format the examples at the end of a command's help."""
     return "\n\n".join(["[bold]Examples[/bold]", *(f"  [dim]$[/dim] {escape(line)}" for line in lines)])
+
+
+def merge_lora_files(recipe: Recipe, files: list[str] | None, key: str) -> Recipe:
+    """The recipe with the files of ``--lora`` merged into the model that a key names."""
+    from anyflow_cli.recipe.compare import flat, with_values
+
+    return with_values(recipe, {key: with_lora_files(flat(recipe)[key], files)}) if files else recipe
 
 
 def with_lora_files(model: str | None, files: list[str] | None) -> str | None:

@@ -25,6 +25,7 @@ def synthesize(
     prompts: options.PromptsOption = None,
     count: options.VideoCountOption = None,
     from_videos: options.FromVideosOption = None,
+    lora: options.TeacherLoraOption = None,
     previews: options.PreviewsOption = None,
     seed: options.SeedOption = None,
     processes: options.ProcessesOption = None,
@@ -40,7 +41,7 @@ def synthesize(
 
     The same command continues a data set that was stopped: only missing shards are made.
     """
-    for option, value in (("--prompts", prompts), ("--count", count)):
+    for option, value in (("--prompts", prompts), ("--count", count), ("--lora", lora)):
         if from_videos is not None and value is not None:
             raise UsageError(f"--from-videos and {option} cannot be used together.", f"Omit {option}.")
     overrides = {
@@ -51,6 +52,8 @@ def synthesize(
         "--nproc": ("launch.processes", processes),
     }
     settings = options.load_settings(recipe, assignments, overrides)
+    teacher = "model.teacher" if settings.synthesize.teacher is None else "synthesize.teacher"
+    settings = options.merge_lora_files(settings, lora, teacher)
     paths = RunPaths(runs, settings.name)
     if verify:
         return _verify(out or settings.data.path or str(paths.data), as_json=as_json)

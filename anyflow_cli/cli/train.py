@@ -51,6 +51,8 @@ class TrainingCommand:
         data: Value of ``--data``.
         encode: Encodes videos, for a verb that takes them.
         compare: Compares the models before and after, where the verb does.
+        loras: Values of ``--lora``.
+        lora_key: Key of the model that they are merged into.
     """
 
     section: str
@@ -67,6 +69,8 @@ class TrainingCommand:
     data: Path | None = None
     encode: EncodeVideos | None = None
     compare: CompareModels | None = None
+    loras: list[str] | None = None
+    lora_key: str = "model.teacher"
 
     @property
     def verb(self) -> str:
@@ -80,7 +84,8 @@ class TrainingCommand:
             "--seed": (f"{self.section}.seed", self.seed),
             "--nproc": ("launch.processes", self.processes),
         }
-        return options.load_settings(self.recipe, self.assignments, {**self.overrides, **common})
+        recipe = options.load_settings(self.recipe, self.assignments, {**self.overrides, **common})
+        return options.merge_lora_files(recipe, self.loras, self.lora_key)
 
     def encode_videos(self, recipe: Recipe, paths: RunPaths) -> Path | None:
         """The data set of the command's videos; None in a dry run unless they are encoded."""

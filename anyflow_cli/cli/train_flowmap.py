@@ -9,6 +9,7 @@ from anyflow_cli.cli.train import TrainingCommand, run_training
 def train_flowmap(
     recipe: options.RecipeOption = options.DEFAULT_RECIPE,
     objective: options.ObjectiveOption = None,
+    lora: options.TeacherLoraOption = None,
     steps: options.StepsOption = None,
     seed: options.SeedOption = None,
     processes: options.ProcessesOption = None,
@@ -25,6 +26,7 @@ def train_flowmap(
     run_training(
         TrainingCommand(
             "train_flowmap", recipe, assignments, runs, steps, seed, processes, dry_run, as_json,
+            loras=lora,
             overrides={"--objective": ("train_flowmap.objective", objective)},
             shown={"objective": "objective"},
         )

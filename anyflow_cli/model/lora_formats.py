@@ -23,17 +23,20 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from anyflow_cli.errors import UsageError
+from anyflow_cli.flow.experts import EXPERTS
 from anyflow_cli.model.config import NetworkConfig
 from anyflow_cli.model.layouts.names import TRANSFORMER_NAMES
 from anyflow_cli.model.layouts.tensor_files import TensorFiles
+from anyflow_cli.model.network import on_meta
 from anyflow_cli.model.weights_io import LazyWeight, WeightSource, listed
 from anyflow_cli.utils.files import read_json
 
@@ -65,6 +68,12 @@ class LoraRequest(NamedTuple):
     strength: float = 1.0
 
 
+def add_loras(model: Path, loras: Iterable[LoraRequest]) -> Path:
+    """Address of a model with LoRA files, from absolute places, that ``split_loras`` takes apart again."""
+    files = (f"{path}:{np.format_float_positional(strength, trim='-')}" for path, strength in loras)
+    return Path(with_loras(str(model), files))
+
+
 def with_loras(address: str, files: Iterable[str]) -> str:
     """An address with LoRA files, each FILE or FILE:STRENGTH, merged into its model."""
     return "+".join([address, *files])
@@ -77,7 +86,7 @@ def split_loras(address: str) -> tuple[str, tuple[LoraRequest, ...]]:
         address, path, strength = match[1], Path(match[2]).expanduser(), match[3]
         if not path.is_file():
             raise UsageError(f"There is no LoRA file at {path}.", "Give --lora FILE or --lora FILE:STRENGTH.")
-        found.insert(0, LoraRequest(path, 1.0 if strength is None else float(strength)))
+        found.insert(0, LoraRequest(path.resolve(), 1.0 if strength is None else float(strength)))
     return address, tuple(found)
 
 
@@ -146,51 +155,131 @@ class LoraMerged:
         return LazyWeight(weight.shape, weight.dtype, load)
 
 
-def read_lora(path: Path, base: WeightSource) -> LoraFile:
-    """Read a LoRA file for a network.
+class LoraPair(NamedTuple):
+    """Keys of a low-rank pair, the module that it changes, and its rank."""
 
-    Raises:
-        UsageError: The network has no place for some of its keys, or other shapes.
+    down: str
+    up: str
+    module: str
+    rank: int
+
+
+@dataclass(frozen=True)
+class LoraPlan:
+    """What a LoRA file would change in a network, by its header alone.
+
+    Attributes:
+        prefix: Of its keys, which names its family in ``LORA_FAMILIES``.
+        pairs: Low-rank pairs by the parameter that they change.
+        additions: Keys of tensors to add, by parameter.
+        replacements: Keys of tensors to put in place, by parameter.
+        unfit: Keys without a place, or of another shape, in the network.
     """
-    files = TensorFiles.open((path,))
+
+    prefix: str
+    pairs: Mapping[str, LoraPair]
+    additions: Mapping[str, str]
+    replacements: Mapping[str, str]
+    unfit: tuple[str, ...]
+
+    @property
+    def family(self) -> str:
+        """Its spelling of the keys."""
+        return LORA_FAMILIES[self.prefix][0]
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the file fits the network as a whole."""
+        return not self.unfit and bool(self.pairs or self.additions or self.replacements)
+
+
+def plan_lora(files: TensorFiles, parameters: Mapping[str, tuple[int, ...]]) -> LoraPlan:
+    """Match the keys of a LoRA file with a network's parameters, given by their shapes."""
     prefix = next(prefix for prefix in LORA_FAMILIES if any(key.startswith(prefix) for key in files.tensors))
-    family, default = LORA_FAMILIES[prefix]
-    parameters = {name: tuple(weight.shape) for name, weight in base.lazy_weights().items()}
     modules = _modules(parameters)
-    pairs: dict[str, tuple[Tensor, Tensor, float]] = {}
-    additions: dict[str, Tensor] = {}
-    replacements: dict[str, Tensor] = {}
+    pairs: dict[str, LoraPair] = {}
+    additions: dict[str, str] = {}
+    replacements: dict[str, str] = {}
     used = set()
-    for key in files.tensors:
+    for key, info in files.tensors.items():
         inner = key.removeprefix(prefix)
         for down, up in LORA_PAIRS:
             module = modules.get(inner.removesuffix(down))
             other = f"{key.removesuffix(down)}{up}"
             if not inner.endswith(down) or module is None or other not in files.tensors:
                 continue
-            a, b = files.read(key).flatten(1), files.read(other).flatten(1)
-            alpha = f"{key.removesuffix(down)}.alpha"
-            scale = _scale(
-                files, path, module, float(files.read(alpha)) if alpha in files.tensors else default, len(a)
+            rank, columns = info.shape[0], torch.Size(info.shape[1:]).numel()
+            rows, inner_rank = (
+                files.tensors[other].shape[0],
+                torch.Size(files.tensors[other].shape[1:]).numel(),
             )
-            if _fits(f"{module}.weight", (b.shape[0], a.shape[1]), parameters) and a.shape[0] == b.shape[1]:
-                pairs[f"{module}.weight"] = (a, b, scale)
-                used |= {key, other, alpha}
+            if _fits(f"{module}.weight", (rows, columns), parameters) and rank == inner_rank:
+                pairs[f"{module}.weight"] = LoraPair(key, other, module, rank)
+                used |= {key, other, f"{key.removesuffix(down)}.alpha"}
         for suffix, last in {**LORA_ADDITIONS, ".set_weight": "weight"}.items():
             module = modules.get(inner.removesuffix(suffix))
             if not inner.endswith(suffix) or module is None:
                 continue
             name = f"{module}.{last}".removeprefix(".")
-            if _fits(name, files.tensors[key].shape, parameters):
-                (replacements if suffix == ".set_weight" else additions)[name] = files.read(key)
+            if _fits(name, info.shape, parameters):
+                (replacements if suffix == ".set_weight" else additions)[name] = key
                 used.add(key)
-    unfit = sorted(files.tensors.keys() - used)
-    if unfit or not used:
+    return LoraPlan(prefix, pairs, additions, replacements, tuple(sorted(files.tensors.keys() - used)))
+
+
+def check_lora(path: Path, config: NetworkConfig) -> None:
+    """Refuse a LoRA file of which a part does not fit a network, by headers alone."""
+    _require_whole(path, plan_lora(TensorFiles.open((path,)), shapes_of_network(config)))
+
+
+def shapes_of_network(config: NetworkConfig) -> dict[str, tuple[int, ...]]:
+    """Shapes of the parameters of a network, of one of two experts, by name."""
+    parameters = on_meta(replace(config, boundary=None)).named_parameters()
+    return {name: tuple(parameter.shape) for name, parameter in parameters}
+
+
+def _require_whole(path: Path, plan: LoraPlan) -> None:
+    if not plan.is_whole:
         raise UsageError(
-            f"{path} does not fit the model: {listed(unfit)} without a place or of another shape in it.",
+            f"{path} does not fit the model: {listed(list(plan.unfit))} without a place or of another shape "
+            "in it.",
             "Use a LoRA of the same model family and size; nothing was merged.",
         )
-    return LoraFile(family, pairs, additions, replacements)
+
+
+def read_lora(path: Path, base: WeightSource) -> LoraFile:
+    """Read a LoRA file for a network.
+
+    Raises:
+        UsageError: The network has no place for some of its keys, or other shapes.
+    """
+    files, experts = TensorFiles.open((path,)), _experts_of(path, base.config)
+    weights = base.lazy_weights().items()
+    shapes = {n.removeprefix(experts[0]): tuple(w.shape) for n, w in weights if n.startswith(experts[0])}
+    plan = plan_lora(files, shapes)
+    _require_whole(path, plan)
+    pairs = {
+        name: (
+            files.read(pair.down).flatten(1),
+            files.read(pair.up).flatten(1),
+            lora_scale(files, path, plan, pair),
+        )
+        for name, pair in plan.pairs.items()
+    }
+    additions, replacements = (
+        {f"{expert}{name}": files.read(key) for name, key in keys.items() for expert in experts}
+        for keys in (plan.additions, plan.replacements)
+    )
+    by_expert = {f"{expert}{name}": pair for name, pair in pairs.items() for expert in experts}
+    return LoraFile(plan.family, by_expert, additions, replacements)
+
+
+def _experts_of(path: Path, config: NetworkConfig) -> tuple[str, ...]:
+    """Prefixes of the parameters that a file is for: of the expert that its name states, else of both."""
+    if config.boundary is None:
+        return ("",)
+    named = [name for name in EXPERTS if re.search(f"{name}[-_]?noise", path.name, re.IGNORECASE)]
+    return tuple(f"{name}." for name in named or EXPERTS)
 
 
 def _modules(parameters: Iterable[str]) -> dict[str, str]:
@@ -212,13 +301,16 @@ def _fits(name: str, shape: Iterable[int], parameters: Mapping[str, tuple[int, .
     return tuple(shape) in (wanted, flat)
 
 
-def _scale(files: TensorFiles, path: Path, module: str, alpha: float | None, rank: int) -> float:
+def lora_scale(files: TensorFiles, path: Path, plan: LoraPlan, pair: LoraPair) -> float:
     """Factor of B A: alpha / rank, with alpha from the file, its metadata or the configuration beside it."""
-    settings: dict[str, Any] = {}
+    stem = next(pair.down.removesuffix(down) for down, _ in LORA_PAIRS if pair.down.endswith(down))
+    alpha = LORA_FAMILIES[plan.prefix][1]
+    if f"{stem}.alpha" in files.tensors:
+        alpha = float(files.read(f"{stem}.alpha"))
     stated = json.loads(files.metadata.get("lora_adapter_metadata", "{}"))
-    settings = {key.removeprefix("transformer."): value for key, value in stated.items()}
+    settings: dict[str, Any] = {key.removeprefix("transformer."): value for key, value in stated.items()}
     if (path.parent / "adapter_config.json").is_file() and path.name == "adapter_model.safetensors":
         settings = read_json(path.parent / "adapter_config.json")
     if alpha is None and "lora_alpha" in settings:
-        alpha = float((settings.get("alpha_pattern") or {}).get(module, settings["lora_alpha"]))
-    return 1.0 if alpha is None else alpha / rank
+        alpha = float((settings.get("alpha_pattern") or {}).get(pair.module, settings["lora_alpha"]))
+    return 1.0 if alpha is None else alpha / pair.rank

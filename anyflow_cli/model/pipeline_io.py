@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeVar
@@ -37,6 +38,7 @@ from anyflow_cli.model.layouts.expert_files import (
     split_places,
 )
 from anyflow_cli.model.lora import LoraSize, adapter_problems
+from anyflow_cli.model.lora_formats import LoraMerged, add_loras, split_loras
 from anyflow_cli.model.network import FlowMapTransformer, folded
 from anyflow_cli.model.weights_io import (
     FETCH,
@@ -109,8 +111,12 @@ class AdapterConfig(BaseModel):
 def resolve_pipeline(address: str) -> Path:
     """Find the folder or file that ``address`` names: a built-in model, a path, or a model of the Hub.
 
-    Two places of two experts (``HIGH,LOW``) are resolved each, and stay two places.
+    Two places of two experts (``HIGH,LOW``) are resolved each, and stay two places. LoRA files
+    (``MODEL+FILE:STRENGTH``) stay part of the path.
     """
+    model, loras = split_loras(address)
+    if loras:
+        return add_loras(resolve_pipeline(model), loras)
     if (places := split_places(address)) is not None:
         return each_place(places, resolve_pipeline)
     if address in BUILT_IN:
@@ -132,10 +138,48 @@ def each_place(places: re.Match[str], find: Callable[[str], Path]) -> Path:
     return Path(f"{find(places['high'])},{find(places['low'])}{boundary}")
 
 
+def without_loras(path: Path) -> Path:
+    """The model of an address without the LoRA files that are merged into it."""
+    return Path(split_loras(str(path))[0])
+
+
+def named_places(path: Path) -> list[Path]:
+    """The files and folders that an address of a model names: a model or two experts, and LoRA files."""
+    model, loras = split_loras(str(path))
+    places = split_places(model)
+    models = [Path(model)] if places is None else [Path(places[name]) for name in ("high", "low")]
+    return [*models, *(lora.path for lora in loras)]
+
+
+def absolute_model(path: Path) -> Path:
+    """The address of a model, absolute in all its parts."""
+    model, loras = split_loras(str(path))
+    places = split_places(model)
+    found = Path(model).resolve() if places is None else each_place(places, lambda one: Path(one).resolve())
+    return add_loras(found, loras) if loras else found
+
+
 def component_home(path: Path) -> Path:
     """Where the VAE, the text encoder and the tokenizer of a model are: of two places, the first."""
-    places = split_places(path)
-    return path if places is None else Path(places["high"])
+    return named_places(path)[0]
+
+
+def with_components(path: Path, other: str) -> Path:
+    """The folder with the VAE, the text encoder and the tokenizer of a model: its own, or else ``other``."""
+    return path if has_components(path) else resolve_pipeline(other)
+
+
+def frozen_files(pipeline: Path) -> dict[str, Path]:
+    """Files of the VAE, the text encoder and the tokenizer that are there, by their name in a pipeline."""
+    files: dict[str, Path] = {}
+    for name in FROZEN:
+        with suppress(UsageError):  # what is missing is for the command to say that loads it
+            place = component(pipeline, name)
+            found = [place] if place.is_file() else [file for file in place.rglob("*") if file.is_file()]
+            files |= {
+                f"{name}/{file.name if file == place else file.relative_to(place)}": file for file in found
+            }
+    return {name: files[name] for name in sorted(files)}
 
 
 def _built_in(name: str) -> Path:
@@ -212,7 +256,7 @@ def pipeline_files(pipeline: Path) -> dict[str, Path]:
 
 def read_config(path: Path) -> NetworkConfig:
     """Read the sizes of the network of a pipeline folder, transformer folder or file."""
-    return open_network(path).config
+    return open_network(without_loras(path)).config
 
 
 def load_network(
@@ -221,8 +265,10 @@ def load_network(
     device: torch.device | str = "cpu",
     storage: torch.dtype | None = None,
 ) -> FlowMapTransformer:
-    """Load the network of a pipeline folder, transformer folder or file, see ``network_from``."""
-    return network_from(open_network(path), dtype, device, storage)
+    """Load the network at a path of ``resolve_pipeline``, LoRA files merged, see ``network_from``."""
+    model, loras = split_loras(str(path))
+    source = open_network(Path(model))
+    return network_from(LoraMerged.of(source, loras) if loras else source, dtype, device, storage)
 
 
 def shapes_of(weights: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:

@@ -13,7 +13,8 @@ from anyflow_cli.errors import UsageError
 from anyflow_cli.model.config import NetworkConfig
 from anyflow_cli.model.known_models import KNOWN_MODELS
 from anyflow_cli.model.layouts.components import component_config
-from anyflow_cli.model.pipeline_io import BUILT_IN, component, read_config, resolve_pipeline
+from anyflow_cli.model.lora_formats import split_loras
+from anyflow_cli.model.pipeline_io import BUILT_IN, component, has_components, read_config, resolve_pipeline
 
 UMT5_XXL = {
     "vocab_size": 256_384, "d_model": 4096, "num_layers": 24, "num_heads": 64, "d_kv": 64, "d_ff": 10_240,
@@ -43,14 +44,21 @@ class PipelineSizes(NamedTuple):
         return (frames - 1) // time + 1, self.network.out_channels, height // space, width // space
 
 
-def pipeline_sizes(address: str) -> PipelineSizes:
-    """The sizes of the model at ``address``; nothing is downloaded."""
+def pipeline_sizes(address: str, components: str | None = None) -> PipelineSizes:
+    """The sizes of the model at ``address``; nothing is downloaded.
+
+    A model without text encoder and VAE has those of ``components``.
+    """
+    address = split_loras(address)[0]
     if address in KNOWN_MODELS:
         known = KNOWN_MODELS[address]
         return PipelineSizes(known.network, vae=known.vae)
-    if address not in BUILT_IN and not Path(address).expanduser().is_dir():
+    if address not in BUILT_IN and not Path(address).expanduser().exists():
         hint = f"Name a local folder, or one of {', '.join(KNOWN_MODELS)}."
         raise UsageError(f"The sizes of {address} are not known without its files.", hint)
     folder = resolve_pipeline(address)
+    if not has_components(folder) and components is not None:
+        other = pipeline_sizes(components)
+        return PipelineSizes(read_config(folder), other.text, other.vae)
     text, vae = (component_config(component(folder, part)) for part in ("text_encoder", "vae"))
     return PipelineSizes(read_config(folder), text, vae)

@@ -63,7 +63,7 @@ class Target(NamedTuple):
 
 def target_of(recipe: schema.Recipe, hardware: Hardware) -> Target:
     """Look up the sizes of the recipe's teacher."""
-    return Target(recipe, pipeline_sizes(recipe.model.teacher), hardware)
+    return Target(recipe, pipeline_sizes(recipe.model.teacher, recipe.model.components), hardware)
 
 
 class StagePlan(NamedTuple):
@@ -238,7 +238,8 @@ def _sampling(target: Target, key: str) -> StagePlan:
     batch, steps, videos = recipe.sample.batch_size, max(recipe.sample.nfe), 1
     if is_guided:
         batch, steps, videos = made.batch_size, made.steps, made.count or 1
-        target = target._replace(pipeline=pipeline_sizes(made.teacher or recipe.model.teacher))
+        teacher = made.teacher or recipe.model.teacher
+        target = target._replace(pipeline=pipeline_sizes(teacher, recipe.model.components))
     setup = target.setup(None, None if is_guided else recipe.sample.frames, two_time=not is_guided)
     cost = sampling_cost(setup, 1 if streams else batch, is_guided=is_guided)
     # a stream decodes chunk after chunk, beside the cache

@@ -143,6 +143,11 @@ class ModelSection(Section):
     teacher: Address = Field(
         "tiny", description="Pipeline folder, Hub name, or the name of a built-in model."
     )
+    components: Address | None = Field(
+        None,
+        description="Folder or Hub name with the VAE, text encoder and tokenizer of models that lack them, "
+        "such as single files; null: the teacher's.",
+    )
     pretrained_any_step: Address | None = Field(
         None, description="Any-step model that is used until one is trained: a folder, Hub or built-in name."
     )

@@ -27,6 +27,8 @@ from anyflow_cli.data.shards import MANIFEST
 from anyflow_cli.data.storage import Storage
 from anyflow_cli.errors import UsageError
 from anyflow_cli.model.layouts.expert_files import open_network
+from anyflow_cli.model.lora_formats import split_loras
+from anyflow_cli.model.pipeline_io import absolute_model, named_places, without_loras
 from anyflow_cli.model.precision import Precision
 from anyflow_cli.recipe.compare import differing_keys, dump, flat
 from anyflow_cli.recipe.load import load_recorded_recipe
@@ -34,7 +36,7 @@ from anyflow_cli.recipe.schema import Recipe
 from anyflow_cli.runs.checkpoint import STATE, is_checkpoint
 from anyflow_cli.runs.dcp import SHARDS
 from anyflow_cli.runs.paths import ADAPTER_FOLDER, LINEAGE, MODEL, RECIPE
-from anyflow_cli.utils.files import atomic_write, write_json
+from anyflow_cli.utils.files import atomic_write, file_sha256, write_json
 from anyflow_cli.utils.records import read_record
 
 MAY_CHANGE = {
@@ -70,6 +72,7 @@ class RunLineage(BaseModel, extra="allow", frozen=True):
     inputs: dict[str, Fingerprint]
     precision: Literal["fp32", "bf16"]
     processes: int
+    components: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """The record as plain values."""
@@ -87,6 +90,7 @@ class RunInputs:
         parents: Model folders or checkpoints by their part, e.g. start, teacher.
         base: Pipeline folder that the student's weights or adapter apply to. The finished model takes text
             encoder, VAE and tokenizer from it.
+        components: Folder with those where the base has none.
     """
 
     directory: Path
@@ -94,6 +98,12 @@ class RunInputs:
     data: str | Path
     parents: Mapping[str, Path]
     base: Path
+    components: Path | None = None
+
+    @property
+    def pipeline(self) -> Path:
+        """Folder with the VAE, the text encoder and the tokenizer."""
+        return self.components or self.base
 
     @property
     def finished(self) -> Path:
@@ -113,15 +123,21 @@ class TrainingRun(NamedTuple):
     lineage: RunLineage
     base: Path
 
+    @property
+    def pipeline(self) -> Path:
+        """Folder with the VAE, the text encoder and the tokenizer."""
+        return self.base if self.lineage.components is None else Path(self.lineage.components)
+
 
 def run_of(checkpoint: Path) -> TrainingRun:
     """Read the run that a checkpoint belongs to."""
     directory = checkpoint.parent.parent
     lineage = read_lineage(directory)
     base = Path(lineage.base)
-    if not base.exists():
+    missing = [place for place in named_places(base) if not place.exists()]
+    if missing:
         raise UsageError(
-            f"{checkpoint} was trained from {base}, which does not exist.",
+            f"{checkpoint} was trained from {missing[0]}, which does not exist.",
             "Restore that model, or work in the directory where the training was started.",
         )
     return TrainingRun(recipe_of(directory), lineage, base)
@@ -200,11 +216,12 @@ def begin_run(recipe: Recipe, inputs: RunInputs, precision: Precision, processes
         stage=inputs.section,
         command=sys.argv,
         recipe=recipe.name,
-        base=str(inputs.base.resolve()),
+        base=str(absolute_model(inputs.base)),
         versions=package_versions(),
         inputs=fingerprints(inputs),
         precision=precision,
         processes=processes,
+        components=None if inputs.components is None else str(inputs.components.resolve()),
     )
     with atomic_write(inputs.directory / RECIPE) as temporary:
         temporary.write_text(dump(recipe), encoding="utf-8")
@@ -229,9 +246,13 @@ def fingerprints(inputs: RunInputs) -> dict[str, Fingerprint]:
 
 
 def model_fingerprint(model: Path) -> str:
-    """Hash what tells models apart without reading all: config, names, sizes and ends of the weights."""
+    """Hash what tells models apart without reading all: config, names, sizes and ends of the weights.
+
+    LoRA files are hashed whole.
+    """
     digest = hashlib.sha256()
-    weights, config = _identifying_files(model)
+    loras = split_loras(str(model))[1]
+    weights, config = _identifying_files(without_loras(model))
     for file in weights:
         size = file.stat().st_size
         digest.update(json.dumps([file.name, size]).encode())
@@ -241,6 +262,8 @@ def model_fingerprint(model: Path) -> str:
                 digest.update(handle.read(1 << 20))
     if config is not None:
         digest.update(config.read_bytes())
+    for path, strength in loras:
+        digest.update(json.dumps([file_sha256(path), strength]).encode())
     return digest.hexdigest()
 
 

@@ -26,7 +26,7 @@ from anyflow_cli.model.experts import network_from
 from anyflow_cli.model.folder_check import check_folder
 from anyflow_cli.model.layouts.expert_files import expert_places, open_network, split_places
 from anyflow_cli.model.lora import LoraSize, MergedNetwork
-from anyflow_cli.model.lora_formats import LoraMerged, LoraRequest, split_loras
+from anyflow_cli.model.lora_formats import LoraMerged, LoraRequest, add_loras, split_loras
 from anyflow_cli.model.network import FlowMapTransformer
 from anyflow_cli.model.pipeline_io import (
     ADAPTER_CONFIG,
@@ -37,9 +37,11 @@ from anyflow_cli.model.pipeline_io import (
     each_place,
     has_components,
     load_network,
+    named_places,
     read_config,
     read_shift,
     resolve_pipeline,
+    with_components,
 )
 from anyflow_cli.model.weights_io import WeightSource
 from anyflow_cli.recipe.schema import ModelSection, Recipe
@@ -128,7 +130,8 @@ def model_problems(address: str) -> list[str]:
 def describe(address: str, recipe: Recipe) -> ModelInfo:
     """Describe the model at ``address`` without loading its weights.
 
-    A transformer without text encoder and VAE, a folder or a file, takes those of the recipe's teacher.
+    A transformer without text encoder and VAE, a folder or a file, takes those that the recipe names
+    (``model.components``), else those of its teacher.
     """
     model, loras = split_loras(address)
     info = _describe(locate(model), recipe)
@@ -143,7 +146,7 @@ def _describe(path: Path, recipe: Recipe) -> ModelInfo:
     if is_checkpoint(path):
         return describe_checkpoint(path)
     is_pipeline, places = has_components(path), expert_places(path)
-    pipeline = path if is_pipeline else resolve_pipeline(recipe.model.teacher)
+    pipeline = with_components(path, recipe.model.components or recipe.model.teacher)
     lineage = read_json(path / LINEAGE) if (path / LINEAGE).is_file() else {}
     if not path.exists() and places is not None:
         lineage = {"experts": {name: str(place) for name, place in places.items()}}
@@ -171,7 +174,8 @@ def describe_checkpoint(path: Path) -> ModelInfo:
     if chunks is not None and any(name.startswith(FAR) for name in names):
         causal = CausalConfig.from_recipe(chunks)
     lineage = run.lineage.as_dict() | {"checkpoint": path.name}
-    return ModelInfo(path, run.base, two_time, causal, lineage, (*weight_files(path), run.base), run)
+    sources = (*weight_files(path), *named_places(run.base), run.pipeline)
+    return ModelInfo(path, run.pipeline, two_time, causal, lineage, sources, run)
 
 
 def open_model(
@@ -225,10 +229,7 @@ def locate(address: str) -> Path:
     """The model folder or checkpoint that an address leads to."""
     model, loras = split_loras(address)
     if loras:
-        raise UsageError(
-            f"LoRA files are not merged here, as {address} asks for.",
-            f"Make a model of it first: `anyflow export --model {address} --out DIR`.",
-        )
+        return add_loras(locate(model), loras)
     if (places := split_places(model)) is not None:
         return each_place(places, locate)
     path = resolve_pipeline(model)

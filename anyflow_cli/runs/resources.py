@@ -19,8 +19,8 @@ from anyflow_cli.data.video import require_ffmpeg
 from anyflow_cli.errors import AnyflowError, UsageError
 from anyflow_cli.model.attention import backend_problem
 from anyflow_cli.model.known_models import KNOWN_MODELS
-from anyflow_cli.model.lora_formats import split_loras
-from anyflow_cli.model.pipeline_io import BUILT_IN, has_components
+from anyflow_cli.model.lora_formats import check_lora, split_loras
+from anyflow_cli.model.pipeline_io import BUILT_IN, has_components, read_config
 from anyflow_cli.recipe.schema import Recipe
 from anyflow_cli.runs.checkpoint import is_checkpoint
 from anyflow_cli.runs.open import ModelChoice, locate, model_problems
@@ -137,15 +137,15 @@ def find_model(recipe: Recipe, paths: RunPaths, address: str | None, *, teacher:
 
 def _synthesize(recipe: Recipe, paths: RunPaths, given: Given) -> list[Resource]:
     if given.data is not None:  # real videos are encoded, which takes the model's own VAE and text encoder
-        return [*_broken_ffmpeg(), _videos(given.data), _model("teacher", recipe.model.teacher)]
-    teacher = _model("teacher", recipe.synthesize.teacher or recipe.model.teacher)
+        return [*_broken_ffmpeg(), _videos(given.data), _model("teacher", recipe.model.teacher, recipe)]
+    teacher = _model("teacher", recipe.synthesize.teacher or recipe.model.teacher, recipe)
     broken = _broken_ffmpeg() if recipe.synthesize.previews else []
     return [*broken, *_attention(recipe), *_prompts(recipe), teacher]
 
 
 def _train(recipe: Recipe, paths: RunPaths, given: Given) -> list[Resource]:
     latents = _latents(recipe.data.path or str(paths.data), recipe)
-    return [latents, _model("teacher", recipe.model.teacher), *_attention(recipe, trains=True)]
+    return [latents, _model("teacher", recipe.model.teacher, recipe), *_attention(recipe, trains=True)]
 
 
 def _distill(recipe: Recipe, paths: RunPaths, given: Given) -> list[Resource]:
@@ -168,7 +168,7 @@ def _distill(recipe: Recipe, paths: RunPaths, given: Given) -> list[Resource]:
 
 
 def _finetune(recipe: Recipe, paths: RunPaths, given: Given) -> list[Resource]:
-    start = [_whole(one) for one in _any_step(recipe, paths, Given(recipe.finetune.init_from))]
+    start = _any_step(recipe, paths, Given(recipe.finetune.init_from))
     start += _attention(recipe, trains=True)
     data = given.data
     if data is not None and _has_latents(data):
@@ -180,7 +180,7 @@ def _finetune(recipe: Recipe, paths: RunPaths, given: Given) -> list[Resource]:
     else:
         how = "name a directory of videos with --data DIR"
         videos = Resource("videos", "--data", "missing", how, "finetune needs videos.")
-    encoders = _model("teacher", recipe.model.teacher)
+    encoders = _model("teacher", recipe.model.teacher, recipe)
     return [*_broken_ffmpeg(), *start, videos, encoders]
 
 
@@ -200,7 +200,7 @@ def _sample(recipe: Recipe, paths: RunPaths, given: Given) -> list[Resource]:
 def _evaluate(recipe: Recipe, paths: RunPaths, given: Given) -> list[Resource]:
     if given.data is not None:
         return [*_broken_ffmpeg(), _videos(given.data)]
-    teacher = [_model("teacher", recipe.model.teacher)] if recipe.evaluates_teacher else []
+    teacher = [_model("teacher", recipe.model.teacher, recipe)] if recipe.evaluates_teacher else []
     return [*_broken_ffmpeg(), *_attention(recipe), *_any_step(recipe, paths, given), *teacher]
 
 
@@ -209,7 +209,7 @@ def _any_step(recipe: Recipe, paths: RunPaths, given: Given) -> list[Resource]:
     if choice.why == UNTRAINED:
         how = f"run `anyflow train-flowmap -r {recipe.name}`, or name a model with --model"
         return [Resource("any-step model", choice.address, "missing", how)]
-    return [_model("any-step model", choice.address)]
+    return [_model("any-step model", choice.address, recipe)]
 
 
 _INPUTS: dict[str, Callable[[Recipe, RunPaths, Given], list[Resource]]] = {
@@ -226,45 +226,52 @@ _INPUTS: dict[str, Callable[[Recipe, RunPaths, Given], list[Resource]]] = {
 # --- by kind
 
 
-def _model(name: str, address: str) -> Resource:
-    """A model at an address that the user or the recipe names."""
+def _model(name: str, address: str, recipe: Recipe) -> Resource:
+    """A model at an address that the user or the recipe names, with the LoRA files merged into it."""
     try:
-        model, _ = split_loras(address)
+        model, loras = split_loras(address)
     except AnyflowError as error:
         return _unusable(name, address, error)
     on_hub = model not in BUILT_IN and is_hub_name(model)
     snapshot = cached_snapshot(model) if on_hub else None
     if on_hub and snapshot is None:
-        return _on_hub(name, model)
-    if model in BUILT_IN:
-        return Resource(name, address, "ready", "part of anyflow")
+        return _on_hub(name, model)._replace(place=address)
     try:
-        problems = model_problems(str(snapshot or model))
+        problems = [] if model in BUILT_IN else model_problems(str(snapshot or model))
+        if problems and on_hub:  # an interrupted download, which the command completes
+            return _on_hub(name, model)._replace(place=address)
+        if problems:
+            more = f" (and {len(problems) - 1} more problems)" if len(problems) > 1 else ""
+            problem = f"{problems[0].rstrip('.')}{more}."
+            return Resource(name, address, "unusable", "fetch or save the model again", problem)
+        path = locate(str(snapshot or model))
+        for lora in loras if not is_checkpoint(path) else ():
+            check_lora(lora.path, read_config(path))
     except AnyflowError as error:
         return _unusable(name, address, error)
     except OSError as error:
         return _unusable(name, address, UsageError(f"{address} cannot be read: {error.strerror}."))
-    if problems and on_hub:  # an interrupted download, which the command completes
-        return _on_hub(name, address)
-    if problems:
-        more = f" (and {len(problems) - 1} more problems)" if len(problems) > 1 else ""
-        return Resource(
-            name, address, "unusable", "fetch or save the model again", f"{problems[0].rstrip('.')}{more}."
-        )
-    known = KNOWN_MODELS.get(address)
+    if model in BUILT_IN:
+        return Resource(name, address, "ready", "part of anyflow")
+    known = KNOWN_MODELS.get(model)
     found = Resource(name, address, "ready", f"license: {known.license}" if known else "")
-    return _whole(found) if name in ("teacher", "stage-1 model") and not on_hub else found
+    return found if name == "tuned teacher" else _whole(found, path, recipe)  # that is a score only
 
 
-def _whole(found: Resource) -> Resource:
+def _whole(found: Resource, path: Path, recipe: Recipe) -> Resource:
     """A model whose VAE, text encoder and tokenizer are used too, or saved with what is trained from it."""
-    if found.state != "ready" or found.place in BUILT_IN or not Path(found.place).expanduser().exists():
-        return found
-    path = locate(split_loras(found.place)[0])
+    other = recipe.model.components or recipe.model.teacher
     if is_checkpoint(path) or has_components(path):
         return found
-    how = f"run `anyflow export --model {path} --out DIR` and name that directory"
-    problem = f"{path} has a transformer but no VAE, text encoder and tokenizer."
+    if other in BUILT_IN or is_hub_name(other) or has_components(Path(other).expanduser()):
+        return found._replace(how_to_get_it=f"VAE, text encoder and tokenizer: those of {other}")
+    how = (
+        "set model.components to a pipeline folder or Hub name, or put Wan's own files beside it, or run "
+        f"`anyflow export --model {path} --out DIR` and name that directory"
+    )
+    problem = f"{other} has no VAE, text encoder and tokenizer."
+    if other == found.place:
+        problem = f"{path} has a transformer but no VAE, text encoder and tokenizer."
     return Resource(found.name, found.place, "unusable", how, problem)
 
 
@@ -281,7 +288,7 @@ def _on_hub(name: str, address: str) -> Resource:
 def _trained(recipe: Recipe, name: str, given: str | None, place: Path, command: str) -> Resource:
     """A model that the recipe names, else the one that a command leaves."""
     if given is not None or place.is_dir():
-        return _model(name, given or str(place))
+        return _model(name, given or str(place), recipe)
     return Resource(name, str(place), "missing", f"run `{command} -r {recipe.name}`")
 
 

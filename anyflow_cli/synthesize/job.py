@@ -20,7 +20,14 @@ from anyflow_cli.data.clips import ClipFile, list_clips
 from anyflow_cli.data.prompts import read_prompts, world_captions
 from anyflow_cli.data.shards import PROVENANCE, ShardRecord, read_shard_record, shard_path, shard_ranges
 from anyflow_cli.errors import UsageError
-from anyflow_cli.model.pipeline_io import pipeline_files, resolve_pipeline
+from anyflow_cli.model.lora_formats import split_loras
+from anyflow_cli.model.pipeline_io import (
+    FROZEN,
+    frozen_files,
+    pipeline_files,
+    resolve_pipeline,
+    with_components,
+)
 from anyflow_cli.model.precision import resolve_precision
 from anyflow_cli.recipe.schema import Recipe, guidance_record
 from anyflow_cli.synthesize.content_hashes import ContentHashes
@@ -31,7 +38,6 @@ from anyflow_cli.utils.records import read_record
 
 NOTES = ("recipe", "anyflow")  # in the provenance for people; a difference is no reason to refuse
 CONTENTS = ("encoder_files", "transformer_files", "clip_files")  # missing in data sets of version 0.1
-ENCODERS = ("text_encoder", "tokenizer", "vae")
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +75,12 @@ class SynthesisJob:
     def teacher(self) -> str:
         """Address of the pipeline that samples the videos, or encodes the clips."""
         return str(self.provenance["model"])
+
+    @property
+    def pipeline(self) -> Path:
+        """Folder with the VAE, the text encoder and the tokenizer."""
+        model = self.recipe.model
+        return with_components(resolve_pipeline(self.teacher), model.components or model.teacher)
 
     @property
     def stored(self) -> torch.dtype:
@@ -110,7 +122,9 @@ def prepare_synthesis(
     if is_begun or not dry_run:
         _check_directory(out, provenance, choose_another)
         hashes = ContentHashes(out)
-        provenance |= _contents(address, clips, videos, hashes)
+        other = recipe.model.components or recipe.model.teacher
+        components = with_components(resolve_pipeline(address), other)
+        provenance |= _contents(address, components, clips, videos, hashes)
         if is_begun and not dry_run and is_main_process():  # one writer; the others may be clearing up
             hashes.save()
     _check_directory(out, provenance, choose_another)
@@ -172,16 +186,21 @@ def _provenance(
 
 
 def _contents(
-    address: str, clips: Sequence[ClipFile] | None, videos: Path | None, hashes: ContentHashes
+    address: str,
+    components: Path,
+    clips: Sequence[ClipFile] | None,
+    videos: Path | None,
+    hashes: ContentHashes,
 ) -> dict[str, str]:
-    """Hashes of the model's files and of the clips."""
+    """Hashes of the files of encoders, transformer and LoRAs, and of the clips."""
     path = resolve_pipeline(address)
-    files = {path.name: path} if path.is_file() else pipeline_files(path)
-    encoders = {name: file for name, file in files.items() if name.partition("/")[0] in ENCODERS}
-    contents = {"encoder_files": hashes.combined(encoders)}
+    model, loras = split_loras(str(path))
+    files = {Path(model).name: Path(model)} if Path(model).is_file() else pipeline_files(Path(model))
+    contents = {"encoder_files": hashes.combined(frozen_files(components))}
     if clips is None:
-        network = {name: file for name, file in files.items() if name not in encoders and "/" in name}
-        contents["transformer_files"] = hashes.combined(network or files)
+        network = {n: file for n, file in files.items() if n.partition("/")[0] not in FROZEN and "/" in n}
+        merged = {f"lora {n} at {strength:g}": file for n, (file, strength) in enumerate(loras)}
+        contents["transformer_files"] = hashes.combined((network or files) | merged)
     else:
         assert videos is not None
         named = {clip.path.relative_to(videos).as_posix(): clip.path for clip in clips}

@@ -197,7 +197,7 @@ class TeacherSource:
     def __init__(self, job: SynthesisJob) -> None:
         device, folder = default_device(), resolve_pipeline(job.teacher)
         self._job = job
-        self._encoders = Encoders(job, folder, device)
+        self._encoders = Encoders(job, job.pipeline, device)
         self.negative = self._encoders.negative
         memory = job.recipe.memory
         place = "cpu" if memory.opens_on_host else device
@@ -280,7 +280,7 @@ class ClipSource:
         model = job.recipe.model
         self._job, self._clips = job, clips
         self._format = ClipFormat(model.frames, model.fps, model.height, model.width)
-        self._encoders = Encoders(job, resolve_pipeline(job.teacher), default_device())
+        self._encoders = Encoders(job, job.pipeline, default_device())
         self._changes = Counter[str]()
         self.negative = self._encoders.negative
 

@@ -63,7 +63,7 @@ class PreparedTraining:
             model, student = self.recipe.model, trainer.backbone.network_of("student")
             network = merged_student(inputs.base, model, average, two_time=student.config.two_time)
             facts, shift = {**self.lineage.as_dict(), "steps": trainer.step}, model.shift
-            save_pipeline(inputs.finished, network, inputs.base, facts, shift=shift, replace=True)
+            save_pipeline(inputs.finished, network, inputs.pipeline, facts, shift=shift, replace=True)
             log.info("The averaged model is in %s.", inputs.finished)
         trainer.accelerator.wait_for_everyone()
         return TrainingResult(inputs.finished, inputs.adapter if lora else None, trainer.step)
@@ -77,7 +77,7 @@ def prepare_training(
     accelerator = make_accelerator(recipe.launch, causal=recipe.model.causal is not None)
     kind = TrainingPart if inputs.section == "finetune" else LatentData
     with accelerator.main_process_first():
-        data = open_latents(recipe, inputs.data, inputs.base, inputs.directory, kind)
+        data = open_latents(recipe, inputs.data, inputs.pipeline, inputs.directory, kind)
     _check_shape(recipe.model, data)  # before there is a run that another size would not fit
     lineage, precision = _begin(recipe, inputs, accelerator)
     # FSDP2 moves its shards itself
@@ -94,7 +94,7 @@ def prepare_training(
     samples = writes or together  # all processes call a sharded network, or one that shares videos
     if samples and settings.preview_every and settings.preview_prompts:
         how = stage.preview(recipe)
-        preview = make_preview(inputs.directory, backbone, data, inputs.base, how, recipe.model, writes)
+        preview = make_preview(inputs.directory, backbone, data, inputs.pipeline, how, recipe.model, writes)
     trainer = Trainer(
         inputs.directory,
         objective_of(recipe.model, settings, backbone, data.negative),

@@ -17,7 +17,14 @@ from anyflow_cli.data.published import recognize
 from anyflow_cli.data.shards import read_manifest
 from anyflow_cli.errors import UsageError
 from anyflow_cli.model.lora import LoraSize
-from anyflow_cli.model.pipeline_io import load_adapter, resolve_pipeline
+from anyflow_cli.model.pipeline_io import (
+    absolute_model,
+    has_components,
+    load_adapter,
+    resolve_pipeline,
+    with_components,
+    without_loras,
+)
 from anyflow_cli.recipe import schema
 from anyflow_cli.runs.checkpoint import is_checkpoint
 from anyflow_cli.runs.lineage import RunInputs, read_lineage, run_of
@@ -54,7 +61,8 @@ def flowmap_inputs(recipe: schema.Recipe, paths: RunPaths, found: Mapping[str, s
     data = _data_set(found)  # first, so that it is read before a teacher is downloaded
     teacher = resolve_pipeline(found["teacher"])
     directory = STAGES["train_flowmap"].directory(recipe, paths)
-    return RunInputs(directory, "train_flowmap", data, {"teacher": teacher}, teacher)
+    components = _components(recipe, teacher)
+    return RunInputs(directory, "train_flowmap", data, {"teacher": teacher}, teacher, components)
 
 
 def _flowmap_preview(recipe: schema.Recipe) -> PreviewSettings:
@@ -85,12 +93,12 @@ def distill_inputs(recipe: schema.Recipe, paths: RunPaths, found: Mapping[str, s
     shared = adapter_on_teacher(recipe, start) and (real == teacher or adapter_on_teacher(recipe, real))
     base = teacher if shared and not _began_on(directory, start) else _base_of(recipe, start)
     parents = {"start": start, "real score": real, "teacher": teacher}
-    return RunInputs(directory, "distill", data, parents, base)
+    return RunInputs(directory, "distill", data, parents, base, _components(recipe, base))
 
 
 def _began_on(directory: Path, base: Path) -> bool:
     """Whether an existing run stores its weights relative to this base; it has to go on with it."""
-    return (directory / LINEAGE).is_file() and Path(read_lineage(directory).base) == base.resolve()
+    return (directory / LINEAGE).is_file() and Path(read_lineage(directory).base) == absolute_model(base)
 
 
 def _distill_preview(recipe: schema.Recipe) -> PreviewSettings:
@@ -107,7 +115,8 @@ def finetune_inputs(recipe: schema.Recipe, paths: RunPaths, found: Mapping[str, 
     """An any-step model, and a data set of the user's videos."""
     data, start = _data_set(found), locate(found["any-step model"])
     directory = STAGES["finetune"].directory(recipe, paths)
-    return RunInputs(directory, "finetune", data, {"start": start}, _base_of(recipe, start))
+    base = _base_of(recipe, start)
+    return RunInputs(directory, "finetune", data, {"start": start}, base, _components(recipe, base))
 
 
 STAGES = {
@@ -141,10 +150,23 @@ def _data_set(found: Mapping[str, str]) -> str | Path:
     return address if "://" in address else Path(address)
 
 
+def _components(recipe: schema.Recipe, base: Path) -> Path | None:
+    """Folder with the VAE, the text encoder and the tokenizer, for a base that has none."""
+    if has_components(base):
+        return None
+    return with_components(base, recipe.model.components or recipe.model.teacher)
+
+
 def _base_of(recipe: schema.Recipe, start: Path) -> Path:
     """The pipeline folder behind a model; an adapter needs one with the very weights that it starts from."""
-    if not is_checkpoint(start):
+    checkpoint = without_loras(start)
+    if not is_checkpoint(checkpoint):
         return start
+    if start != checkpoint:
+        raise UsageError(
+            f"LoRA files cannot be merged into the checkpoint {checkpoint} where training starts.",
+            f"Make a model of both first: `anyflow export --model {start} --out DIR`.",
+        )
     if recipe.model.lora is not None:
         raise UsageError(
             f"Adapters cannot be trained on the checkpoint {start}.",
@@ -160,5 +182,6 @@ def adapter_on_teacher(recipe: schema.Recipe, model: Path) -> dict[str, Tensor] 
         return None
     adapter = load_adapter(folder)
     size = LoraSize(recipe.model.lora.rank, recipe.model.lora.alpha)
-    is_of_teacher = Path(adapter.base).resolve() == resolve_pipeline(recipe.model.teacher).resolve()
+    teacher = absolute_model(resolve_pipeline(recipe.model.teacher))
+    is_of_teacher = absolute_model(Path(adapter.base)) == teacher
     return adapter.weights if adapter.size == size and is_of_teacher else None

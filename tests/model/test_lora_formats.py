@@ -17,9 +17,11 @@ from anyflow_cli.model.experts import network_from
 from anyflow_cli.model.layouts.names import TRANSFORMER_NAMES
 from anyflow_cli.model.lora_formats import LoraMerged, LoraRequest, read_lora, split_loras, with_loras
 from anyflow_cli.model.network import FlowMapTransformer
+from anyflow_cli.model.pipeline_io import load_network, resolve_pipeline
 from anyflow_cli.recipe.load import load_recipe
 from anyflow_cli.runs.open import describe, open_model
 from tests.model.helpers import distance, inputs, ours, theirs, wan_velocity
+from tests.tiny_pipeline import make_wan_folder
 
 RANK, ALPHA = 4, 2.0
 LAYERS = [
@@ -172,3 +174,20 @@ def test_an_address_carries_its_lora_files(tmp_path: Path) -> None:
     assert info.lineage["loras"] == [[str(file), 0.5], [str(file), 1.0]]
     with pytest.raises(UsageError, match="no LoRA file"):
         split_loras(f"tiny-anyflow+{tmp_path / 'gone.safetensors'}")
+
+
+@pytest.mark.parametrize(
+    ("name", "changed"), [("a_high_noise", {"high"}), ("low-noise", {"low"}), ("style", {"high", "low"})]
+)
+def test_a_file_is_for_the_expert_that_its_name_states(tmp_path: Path, name: str, changed: set[str]) -> None:
+    """Wan 2.2 has one file per expert; one for Wan 2.1 14B fits both."""
+    for expert in ("high", "low"):
+        make_wan_folder(tmp_path / expert)
+    network = load_network(tmp_path / "high")
+    file = tmp_path / f"{name}.safetensors"
+    save_file(FAMILIES["ComfyUI"][0](pairs(network)), file)
+    pair = resolve_pipeline(f"{tmp_path}/high,{tmp_path}/low+{file}:0.5")
+    merged = dict(load_network(pair).named_parameters())
+    plain = dict(load_network(Path(f"{tmp_path}/high,{tmp_path}/low")).named_parameters())
+    moved = {key.partition(".")[0] for key, value in merged.items() if not torch.equal(value, plain[key])}
+    assert moved == changed
