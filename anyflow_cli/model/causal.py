@@ -99,11 +99,13 @@ def partition_for(causal: CausalConfig, frames: int) -> tuple[int, ...]:
 def remembered_for(causal: CausalConfig, frames: int) -> int | None:
     """Compressed chunks to cache for a video of ``frames`` latent frames; None keeps all.
 
-    All of them up to the trained length. Beyond it as many as training ever had at once, so that memory does
-    not grow with the video and no token attends further back than in training.
+    All of them up to the trained length. Beyond it ``causal.remember``, by default as many as the partition
+    has, so that memory does not grow with the video and no token attends further back than in training.
     """
     if frames <= sum(causal.partition):
         return None
+    if causal.remember is not None:
+        return causal.remember
     return max(len(causal.partition) - causal.full_chunks, 0)
 
 

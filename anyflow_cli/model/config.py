@@ -69,6 +69,8 @@ class TransformerConfig(BaseModel):
     compressed_patch_size: PatchSize = (1, 4, 4)
     full_chunk_limit: Size = 3
     chunk_partition: Annotated[tuple[Size, ...], Field(min_length=1, max_length=100_000)] | None = None
+    sink_chunks: Annotated[int, Field(ge=0, le=100_000)] = 0  # of this package
+    remembered_chunks: Annotated[int, Field(ge=0, le=100_000)] | None = None  # of this package
     init_flowmap_model: bool = False  # of the authors' own class
     init_far_model: bool = False  # of the authors' own class
     num_frame_per_block: int = 1  # of SkyReels-V2
@@ -84,7 +86,8 @@ class CausalConfig:
         partition: Latent frames per chunk.
         is_stated: Whether the model's files state the partition; older folders do not, then it is a default.
         compresses: Whether chunks before the full ones stay in the cache, compressed; else they are dropped.
-        sink_chunks: How many of the first chunks are never dropped.
+        sink_chunks: How many of the first chunks stay in the cache with full patches.
+        remember: Most compressed chunks in the cache of a longer video; None: as many as the partition has.
     """
 
     compressed_patch: tuple[int, int] = (4, 4)
@@ -93,11 +96,18 @@ class CausalConfig:
     is_stated: bool = field(default=True, compare=False)
     compresses: bool = True
     sink_chunks: int = 0
+    remember: int | None = None
 
     @classmethod
     def from_recipe(cls, settings: schema.CausalSection) -> CausalConfig:
         """The causal architecture of a recipe."""
-        return cls(settings.compressed_patch, settings.full_chunks, settings.partition)
+        return cls(
+            settings.compressed_patch,
+            settings.full_chunks,
+            settings.partition,
+            sink_chunks=settings.sink_chunks,
+            remember=settings.remember,
+        )
 
 
 @dataclass(frozen=True)
@@ -221,6 +231,10 @@ class NetworkConfig:
             }
             if self.causal.is_stated:
                 config["chunk_partition"] = list(self.causal.partition)
+            if self.causal.sink_chunks:
+                config["sink_chunks"] = self.causal.sink_chunks
+            if self.causal.remember is not None:
+                config["remembered_chunks"] = self.causal.remember
         return config
 
 
@@ -256,7 +270,14 @@ def _causal(config: TransformerConfig) -> CausalConfig:
         )
     stated = config.chunk_partition
     partition = CausalConfig.partition if stated is None else stated
-    return CausalConfig(patch, config.full_chunk_limit, partition, is_stated=stated is not None)
+    return CausalConfig(
+        patch,
+        config.full_chunk_limit,
+        partition,
+        is_stated=stated is not None,
+        sink_chunks=config.sink_chunks,
+        remember=config.remembered_chunks,
+    )
 
 
 def _refuse_unsupported(config: TransformerConfig) -> None:

@@ -6,8 +6,8 @@ the window of full chunks, it is encoded again, compressed, and so are the chunk
 they had attended to it in full. The result equals encoding the whole past anew, as the paper does, at a cost
 that does not grow with the past: compressed chunks attend to compressed chunks only and never change.
 
-A model that does not compress (``CausalConfig.compresses``) drops the chunks that leave the window, except
-the first ones (its sink); keys of the others stay as they were computed, under absolute positions.
+The first chunks can stay in full (``CausalConfig.sink_chunks``). A model that does not compress drops the
+others that leave the window; keys stay as they were computed, under absolute positions.
 
 Legend: B batch (guidance halves included), F latent frames, C channels, H W latent height and width, L
 tokens, E heads, d channels per head.
@@ -119,8 +119,8 @@ class KeyCache:
         assert self.done + 1 < len(self.chunks), "the last chunk is not cached"
         before, after = self._state, self._state_after(self.done + 1)
         latents = dict(zip(range(before.border, after.done), [*self._window, x.detach()], strict=True))
-        leaving = range(max(before.border, after.first), after.border)
-        reencodes = self._compresses and before.border < after.border
+        leaving = range(max(before.border, after.first, after.sink), after.border)
+        reencodes = self._compresses and max(before.border, after.sink) < after.border
         inputs = [*leaving, *range(after.border if reencodes else before.done, after.done)]
         if not self._in_place:
             self._memory = LayerKeys(
@@ -143,7 +143,8 @@ class KeyCache:
         state = self._state = self._state_after(ends.index(x.shape[1]))
         self._window = [x[:, chunk.slice].detach() for chunk in self.chunks[state.border : state.done]]
         if state.done:
-            self._encode(range(state.first, state.done), x[:, ends[state.first] :], model)
+            latents = torch.cat([x[:, self.chunks[i].slice] for i in state.cached], dim=1)
+            self._encode(state.cached, latents, model)
 
     def _encode(self, inputs: Sequence[int], z: Tensor, model: Conditioned) -> None:
         """Encode the chunks ``inputs``, z (B, F, C, H, W); blocks.py writes their keys and values."""
@@ -154,7 +155,7 @@ class KeyCache:
         """State of the cache once ``done`` chunks are finished."""
         sink = min(self._sink, done)
         border = max(done - self._full, sink)
-        first = 0 if self._remember is None else max(border - self._remember, sink)
+        first = sink if self._remember is None else max(border - self._remember, sink)
         return _CacheState(sink, first, border, done)
 
     def _segments(self, inputs: Sequence[int]) -> list[Segment]:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from anyflow_cli.model.backbone import Role
-from anyflow_cli.model.causal import causal_of, partition_for, remembered_for
+from anyflow_cli.model.causal import causal_of, partition_for
 from anyflow_cli.plan.networks import DEPTHS, CallCost, Setup, call_cost, fake_backbone, role_sizes
 from anyflow_cli.train.causal_windows import NetworkCall, rollout_calls
 from anyflow_cli.train.objectives import objective_of
@@ -164,8 +164,7 @@ def sampling_cost(setup: Setup, samples: int, *, is_guided: bool = False) -> Sam
     calls = [NetworkCall("student", samples * (1 + is_guided), gradient=False, joined=is_guided)]
     if network.config.causal is not None:
         causal, frames = causal_of(network.config), setup.latent[0]
-        partition, remember = partition_for(causal, frames), remembered_for(causal, frames)
-        calls = rollout_calls(calls, network, partition, setup.latent, remember=remember)
+        calls = rollout_calls(calls, network, partition_for(causal, frames), setup.latent)
     costs, flops = CallCosts(setup, calls), {True: 0.0, False: 0.0}
     for call in calls:
         flops[call.only_caches] += costs.flops(call) / samples

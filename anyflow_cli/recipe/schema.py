@@ -128,6 +128,14 @@ class CausalSection(Section):
         3, description="Number of last chunks kept at full resolution; earlier ones are compressed."
     )
     compressed_patch: tuple[PixelCount, PixelCount] = (4, 4)
+    remember: Annotated[int, Field(ge=0, le=10**4)] | None = Field(
+        None,
+        description="Most compressed chunks in the cache of a longer video; null: as many as the partition "
+        "has.",
+    )
+    sink_chunks: Annotated[int, Field(ge=0, le=10**4)] = Field(
+        0, description="First chunks that stay in the cache at full resolution (an attention sink)."
+    )
     long_context: Fraction = Field(
         0.5,
         description="Share of the steps with compressed chunks; the others train on the first full_chunks.",
@@ -447,6 +455,11 @@ class DistillSection(TrainingSection):
         description="Shift of the times at which scores are compared and the fake score is trained; null: the"
         " model's. A lower one weights finer details.",
     )
+    rollout_frames: FrameCount | None = Field(
+        None,
+        description="Longest rollout of a causal student. The last model.frames of it are matched and have a "
+        "gradient; null: rollouts of model.frames.",
+    )
     recompute_rollout: bool = Field(
         False,
         description="Recompute a jump (for a causal model, a chunk) in the backward pass to save memory.",
@@ -698,6 +711,14 @@ class Recipe(Section):
         must = "have flow_map.derivative_precision same: with model.lora the frozen weights are in bf16"
         stores_bf16 = model is not None and model.lora is not None and model.precision != "fp32"
         return require(not stores_bf16 or section.flow_map.derivative_precision == "same", section, must)
+
+    @field_validator("distill")
+    @classmethod
+    def _roll_out_whole_videos(cls, section: DistillSection, info: ValidationInfo) -> DistillSection:
+        model, longest = info.data.get("model"), section.rollout_frames
+        fits = model is None or longest is None or (model.causal is not None and longest >= model.frames)
+        must = "have rollout_frames only for a causal model, of model.frames at least"
+        return require(fits, section, must)
 
     @field_validator("launch")
     @classmethod

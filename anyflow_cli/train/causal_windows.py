@@ -25,7 +25,14 @@ from torch.utils.checkpoint import checkpoint
 from anyflow_cli.flow.condition import Condition
 from anyflow_cli.flow.velocity import Velocity
 from anyflow_cli.model.backbone import Role
-from anyflow_cli.model.causal import TeacherForced, chunks_of, split_after, teacher_forcing
+from anyflow_cli.model.causal import (
+    TeacherForced,
+    causal_of,
+    chunks_of,
+    remembered_for,
+    split_after,
+    teacher_forcing,
+)
 from anyflow_cli.model.conditioned import Conditioned
 from anyflow_cli.model.config import NetworkConfig
 from anyflow_cli.model.experts import one_network
@@ -187,10 +194,12 @@ def roll_out(
     *,
     given: Tensor,
     recomputes: bool = False,
+    skipped: int = 0,
 ) -> Tensor:
     """Generate the student's videos (B, F, C, H, W) chunk by chunk over a KV cache.
 
-    The gradient flows through every chunk, and not through the cache.
+    The gradient flows through every chunk that begins after the ``skipped`` frames, and not through the
+    cache, which is that of sampling: in a video longer than the partition it drops the oldest chunks.
 
     Args:
         model: Student under its text.
@@ -200,32 +209,40 @@ def roll_out(
         given: Conditioning frames (B, F', C, H, W); F' is 0 for text to video.
         recomputes: Recompute a chunk's jumps, and the keys of its past, in the backward pass, so that the
             graph of one chunk is in memory at a time.
+        skipped: First frames that are generated and not returned.
     """
     model, known = one_network(model), given.shape[1]
     chunks, size = split_after(partition, known), (noise.shape[-2], noise.shape[-1])
-    # a recomputed block has to find the same keys as the first time
-    in_place = not (model.network.gradient_checkpointing and torch.is_grad_enabled())
-    empty = partial(KeyCache, model.network, chunks, size, len(noise))
+    prefills = recomputes and not skipped  # keys depend on dropped chunks, so a long past is not prefilled
+    # what is recomputed has to find the same keys as the first time
+    in_place = not ((recomputes or model.network.gradient_checkpointing) and torch.is_grad_enabled())
+    remember = remembered_for(causal_of(model.network.config), noise.shape[1])
+    empty = partial(KeyCache, model.network, chunks, size, len(noise), remember=remember)
+
+    again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 
     def alone(past: Tensor, z: Tensor, number: int) -> Tensor:
         own = empty()
         own.prefill(past, model)
         return simulate(own.next_velocity(model), z, number)
 
-    cache = None if recomputes else empty(in_place=in_place)
+    cache = None if prefills else empty(in_place=in_place)
     made = given[:, :0]
     for number, chunk in enumerate(chunks_of(chunks)):
         z = noise[:, chunk.slice]
-        if chunk.slice.stop <= known:
-            x = given[:, chunk.slice]
-        elif cache is None:
-            x = checkpoint(alone, made.detach(), z, number, use_reentrant=False, preserve_rng_state=False)
-        else:
-            x = simulate(cache.next_velocity(model), z, number)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and chunk.first >= skipped):
+            if chunk.slice.stop <= known:
+                x = given[:, chunk.slice]
+            elif cache is None:
+                x = again(alone, made.detach(), z, number)
+            elif recomputes:
+                x = again(simulate, cache.next_velocity(model), z, number)
+            else:
+                x = simulate(cache.next_velocity(model), z, number)
         made = torch.cat((made, x), dim=1)
         if cache is not None and number + 1 < len(chunks):
             cache.append(x, model)
-    return made
+    return made[:, skipped:]
 
 
 def rollout_calls(
@@ -236,7 +253,7 @@ def rollout_calls(
     *,
     known: int = 0,
     recomputes: bool = False,
-    remember: int | None = None,
+    skipped: int = 0,
 ) -> list[NetworkCall]:
     """List the network calls of ``roll_out``, in order.
 
@@ -247,24 +264,28 @@ def rollout_calls(
         latent: Shape of a video's latents, (F, C, H, W).
         known: Frames that are given and not generated.
         recomputes: Whether each chunk runs again in the backward pass, over a cache of its own.
-        remember: As in ``KeyCache``.
+        skipped: First frames that are generated without gradient.
     """
     probe = _LayoutProbe(replace(network.config, layers=0))  # caches without memory
     model, chunks = cast("Conditioned", probe), split_after(partition, known)
+    remember = remembered_for(causal_of(network.config), latent[0])
     empty = partial(KeyCache, model.network, chunks, latent[2:], 1, remember=remember)
-    copies = network.gradient_checkpointing and any(call.gradient for call in simulated)
+    prefills = recomputes and not skipped
+    copies = (network.gradient_checkpointing or recomputes) and any(call.gradient for call in simulated)
     cache, calls = empty(), list[NetworkCall]()
     for number, chunk in enumerate(chunks_of(chunks)):
-        state = number if recomputes or copies else 0
-        keep = simulated[0]._replace(gradient=False, group=number if recomputes else None, cache=state)
+        state, trains = number if copies else 0, chunk.first >= skipped
+        group = number if recomputes and trains else None
+        keep = simulated[0]._replace(gradient=False, group=group if prefills else None, cache=state)
         if chunk.slice.stop > known:
-            if recomputes:
+            if prefills:
                 cache = empty()
                 cache.prefill(torch.empty(1, chunk.first, *latent[1:], device="meta"), model)
                 calls += [keep._replace(layout=probe.layout)] * (number > 0)
             cache.next_velocity(model)
-            calls += [call._replace(layout=probe.layout, group=keep.group, cache=state) for call in simulated]
-        if not recomputes and number + 1 < len(chunks):
+            jumps = [call._replace(gradient=call.gradient and trains, group=group) for call in simulated]
+            calls += [jump._replace(layout=probe.layout, cache=state) for jump in jumps]
+        if not prefills and number + 1 < len(chunks):
             cache.append(torch.empty(1, chunk.frames, *latent[1:], device="meta"), model)
             calls.append(keep._replace(layout=probe.layout, cache=state + copies))
     return calls

@@ -36,6 +36,8 @@ from anyflow_cli.flow import losses, matching, simulation, times
 from anyflow_cli.flow.noise import batch_noise
 from anyflow_cli.flow.velocity import Velocity, checkpointed, guided
 from anyflow_cli.model.backbone import Backbone, Role
+from anyflow_cli.model.causal import partition_for
+from anyflow_cli.model.config import CausalConfig
 from anyflow_cli.model.experts import guidance_of
 from anyflow_cli.model.parallelize import local_tensor
 from anyflow_cli.recipe import schema
@@ -484,9 +486,16 @@ class OnPolicyTerms:
         return [*rollout, NetworkCall("fake", len(rng.positions), gradient=True)]
 
     def _rollout(self, batch: Batch, rng: StepRng, stream: str) -> Tensor:
-        """Generate samples of the student, (B, F, C, H, W)."""
-        model = self.backbone.velocity("student", batch.condition)
-        noise = rng.noise(f"{stream}-start", batch.latents.shape[1:]).to(batch.latents)
+        """Generate samples of the student, (B, F, C, H, W); of a longer rollout, the last F frames."""
+        model, skipped = self.backbone.velocity("student", batch.condition), self._skipped_frames(rng, stream)
+        if skipped and batch.condition.present != ("text",):
+            raise UsageError(
+                "Rollouts that are longer than the videos of the data set cannot start with its pictures.",
+                "Leave distill.rollout_frames null.",
+                everywhere=True,
+            )
+        frames, *size = batch.latents.shape[1:]
+        noise = rng.noise(f"{stream}-start", (frames + skipped, *size)).to(batch.latents)
         simulate = self._simulation(rng, stream)
         recomputes = self.settings.recompute_rollout and torch.is_grad_enabled()
         if self.causal is None:
@@ -494,8 +503,9 @@ class OnPolicyTerms:
             return batch.condition.put_back(simulate(checkpointed(model) if recomputes else model, start, 0))
         given = batch.latents[:, : self._conditioning_frames(rng, stream)]
         return causal_windows.roll_out(
-            model, noise, self.causal.partition, simulate, given=given, recomputes=recomputes
-        )
+            model, noise, partition_for(CausalConfig.from_recipe(self.causal), frames + skipped), simulate,
+            given=given, recomputes=recomputes, skipped=skipped,
+        )  # fmt: skip
 
     def _conditioned(self, batch: Batch, rng: StepRng, stream: str) -> Batch:
         """The batch with the first frames given that student and scores share (bidirectional models)."""
@@ -526,10 +536,26 @@ class OnPolicyTerms:
                 call._replace(group=number if recomputes and call.gradient else None)
                 for number, call in enumerate(simulated)
             ]
+        skipped = self._skipped_frames(rng, stream)
+        longer = (latent[0] + skipped, *latent[1:])
         return causal_windows.rollout_calls(
-            simulated, self.backbone.network_of("student"), self.causal.partition, latent,
-            known=self._conditioning_frames(rng, stream), recomputes=recomputes,
+            simulated, self.backbone.network_of("student"),
+            partition_for(CausalConfig.from_recipe(self.causal), longer[0]), longer,
+            known=self._conditioning_frames(rng, stream), recomputes=recomputes, skipped=skipped,
         )  # fmt: skip
+
+    def _skipped_frames(self, rng: StepRng, stream: str) -> int:
+        """Draw how many frames of a rollout precede those that are matched: chunks of the largest size.
+
+        To the scores the frames after them are a video of its own. Its first latent frame, one frame of
+        pixels in Wan, is then the last of a chunk; it has no gradient.
+        """
+        longest = self.settings.rollout_frames
+        if self.causal is None or longest is None:
+            return 0
+        size, own = max(self.causal.partition), sum(self.causal.partition)
+        most = (schema.latent_frames(longest) - own) // size
+        return size * int(torch.randint(most + 1, (), generator=rng.generator(f"{stream}-length")))
 
     def _conditioning_frames(self, rng: StepRng, stream: str) -> int:
         """Draw how many frames of a causal rollout come from the data."""

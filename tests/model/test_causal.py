@@ -184,6 +184,7 @@ def test_beyond_the_trained_length_no_more_is_remembered_than_was_ever_seen() ->
     causal = CausalConfig(full_chunks=3, partition=(1, 3, 3, 3, 3, 3, 3, 2))
     assert [remembered_for(causal, frames) for frames in (5, 21, 22, 81)] == [None, None, 5, 5]
     assert remembered_for(CausalConfig(full_chunks=3, partition=(1, 1)), 9) == 0
+    assert [remembered_for(replace(causal, remember=2), frames) for frames in (21, 81)] == [None, 2]
 
 
 @pytest.mark.parametrize(

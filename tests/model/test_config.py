@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from anyflow_cli.errors import UsageError
-from anyflow_cli.model.config import CLASSES, NetworkConfig
+from anyflow_cli.model.config import CLASSES, CausalConfig, NetworkConfig
 from tests.model.helpers import theirs
 
 
@@ -56,3 +58,11 @@ def test_other_architectures_are_refused_by_name(change: dict[str, object], word
     with pytest.raises(UsageError, match=words) as caught:
         NetworkConfig.from_diffusers({"_class_name": "WanTransformer3DModel", **change})
     assert caught.value.hint
+
+
+def test_a_sink_and_a_window_stay_with_the_model() -> None:
+    causal = CausalConfig(sink_chunks=1, remember=4)
+    written = NetworkConfig(heads=2, head_dim=16, layers=1, ffn_dim=32, two_time=True, causal=causal)
+    assert NetworkConfig.from_diffusers(written.to_diffusers()).causal == causal
+    plain = replace(written, causal=CausalConfig()).to_diffusers()
+    assert not {"sink_chunks", "remembered_chunks"} & plain.keys()  # diffusers does not know them

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from anyflow_cli.flow.condition import Condition
 from anyflow_cli.flow.velocity import batch_time
-from anyflow_cli.model.causal import TeacherForced, chunks_of
+from anyflow_cli.model.causal import TeacherForced, causal_of, chunks_of
 from anyflow_cli.model.conditioned import Conditioned
 from anyflow_cli.model.kv_cache import KeyCache
 from anyflow_cli.model.network import FlowMapTransformer
@@ -69,9 +70,10 @@ def test_a_step_over_the_cache_equals_one_masked_pass(partition: tuple[int, ...]
         assert distance(ours_, expected) < 1e-5
 
 
+@pytest.mark.parametrize("sink", [0, 2])
 @pytest.mark.parametrize(("partition", "full_chunks"), CASES)
-def test_prefilling_equals_appending(partition: tuple[int, ...], full_chunks: int) -> None:
-    network = ours(far(full_chunks))
+def test_prefilling_equals_appending(partition: tuple[int, ...], full_chunks: int, sink: int) -> None:
+    network = with_sink(ours(far(full_chunks)), sink)
     x, z, model = video(partition), video(partition).flip(1), model_of(network)
     added = KeyCache(network, partition, (8, 8), 2)
     for chunk in added.chunks:
@@ -133,6 +135,24 @@ def test_the_oldest_chunks_can_be_dropped() -> None:
     assert firsts == [2, 3, 4]
     whole = KeyCache(network, partition, (8, 8), 2)
     assert distance(steps(whole, model, x, x)[3], steps(_again(cache, network), model, x, x)[3]) < 1e-6
+
+
+def test_a_sink_stays_in_full_and_others_are_dropped() -> None:
+    partition = (1, 1, 1, 1, 1, 1, 1)
+    network = with_sink(ours(far(2)), 1)
+    x, model = video(partition), model_of(network)
+    cache = KeyCache(network, partition, (8, 8), 2, remember=2)
+    last = steps(cache, model, x, x)[-1]
+    segments = [(segment.first, segment.patch) for segment in cache._segments(())]
+    assert segments == [(0, "full"), (3, "compressed"), (4, "compressed"), (5, "full")]
+    assert cache.bytes == 2 * 2 * 2 * (16 + 2 * 4 + 16) * 32 * 4
+    x[:, 0] += 1  # which the last chunk sees through the sink
+    assert distance(steps(_again(cache, network), model, x, x)[-1], last) > 1e-4
+
+
+def with_sink(network: FlowMapTransformer, chunks: int) -> FlowMapTransformer:
+    network.config = replace(network.config, causal=replace(causal_of(network.config), sink_chunks=chunks))
+    return network
 
 
 def _again(cache: KeyCache, network: FlowMapTransformer) -> KeyCache:

@@ -7,21 +7,31 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor
 
 from anyflow_cli.data.dataset import Batch
+from anyflow_cli.errors import UsageError
 from anyflow_cli.flow import simulation
 from anyflow_cli.flow.condition import Condition
 from anyflow_cli.flow.losses import interpolate
 from anyflow_cli.flow.times import TimeRatios, loss_weight, sample_times
 from anyflow_cli.flow.velocity import Velocity, batch_time, flow_map
 from anyflow_cli.model.backbone import Backbone
-from anyflow_cli.model.causal import TeacherForced, causal_from, split_after
+from anyflow_cli.model.causal import (
+    TeacherForced,
+    causal_from,
+    partition_for,
+    remembered_for,
+    split_after,
+)
+from anyflow_cli.model.chunk_sampling import sample_chunks
+from anyflow_cli.model.conditioned import Conditioned
 from anyflow_cli.model.config import CausalConfig
+from anyflow_cli.model.kv_cache import KeyCache
 from anyflow_cli.model.lora import LoraSize
 from anyflow_cli.recipe import schema
 from anyflow_cli.train.causal_windows import (
@@ -275,7 +285,8 @@ class Jumps:
     def over(self, model: Velocity) -> Any:
         def velocity(z: Tensor, t: Tensor, r: Tensor) -> Tensor:
             u = model(z, t, r)
-            u.retain_grad()
+            if u.requires_grad:
+                u.retain_grad()
             self.made.append(u)
             return u
 
@@ -425,3 +436,89 @@ def test_the_scores_see_the_whole_video_bidirectionally(monkeypatch: pytest.Monk
     assert layouts[-2:] == [(None, SHAPE[0])] * 2  # fake; then real, guided in one batch
     assert sum(layout is None for layout, _ in layouts) == 2
     assert CONFIG.causal is None
+
+
+LONG = 4 * (sum(CAUSAL.partition) + 2 * max(CAUSAL.partition)) - 3  # pixel frames: two chunks more
+
+
+def lengths(backbone: Backbone, terms: Any, steps: int = 12) -> dict[int, int]:
+    """Frames that precede the matched ones, by step."""
+    return {step: terms._skipped_frames(rng_of(step), "rollout") for step in range(1, steps + 1)}
+
+
+def test_rollouts_of_the_models_own_length_are_unchanged() -> None:
+    frames = 4 * sum(CAUSAL.partition) - 3
+    plain, same = (policy(roles(), **changes) for changes in ({}, {"rollout_frames": frames}))
+    x = plain._rollout(batch(), rng_of(), "rollout")
+    torch.testing.assert_close(same._rollout(batch(), rng_of(), "rollout"), x, rtol=0, atol=0)
+
+
+def test_longer_rollouts_are_drawn_by_the_chunk() -> None:
+    terms = policy(roles(), rollout_frames=LONG)
+    size = max(CAUSAL.partition)
+    assert set(lengths(roles(), terms).values()) == {0, size, 2 * size}
+
+
+@pytest.mark.parametrize("recomputes", [False, True])
+def test_the_end_of_a_longer_rollout_is_what_sampling_gives(recomputes: bool) -> None:
+    """All frames come from one rollout over the cache of sampling; only the last ones are returned."""
+    backbone = roles()
+    terms = policy(backbone, rollout_frames=LONG, recompute_rollout=recomputes)
+    step, skipped = next((step, n) for step, n in lengths(backbone, terms).items() if n)
+    x = terms._rollout(batch(), rng_of(step), "rollout")
+    assert x.shape[1:] == SHAPE
+    frames = SHAPE[0] + skipped
+    noise = rng_of(step).noise("rollout-start", (frames, *SHAPE[1:]))
+    causal = CausalConfig.from_recipe(CAUSAL)
+    steps, k = simulation.draw_segment(terms.settings.step_budgets, rng_of(step).generator("rollout"))
+
+    def sampler(model: Velocity, z: Tensor, grid: Tensor, generator: object) -> Tensor:
+        return simulation.flow_map_rollout(model, z, steps, k, SHIFT)
+
+    chunks = sample_chunks(
+        Conditioned(backbone.network_of("student"), batch().condition), noise,
+        partition_for(causal, frames), cast("Any", sampler), [torch.zeros(2)],
+        remember=remembered_for(causal, frames),
+    )  # fmt: skip
+    expected = torch.cat(list(chunks), dim=1)[:, skipped:]
+    torch.testing.assert_close(x.detach(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_only_chunks_that_are_matched_have_a_gradient() -> None:
+    backbone = roles()
+    made: list[Tensor] = []
+    jumps, size = Jumps(made), max(CAUSAL.partition)
+    partition = (*CAUSAL.partition[:1], *[size] * (len(CAUSAL.partition) + 1))
+    noise = torch.randn(len(videos()), sum(partition), *SHAPE[1:])
+
+    def simulate(model: Velocity, z: Tensor, _: int) -> Tensor:
+        return simulation.flow_map_rollout(jumps.over(model), z, 4, 1, SHIFT)
+
+    model = backbone.velocity("student", batch().condition)
+    skipped = sum(partition[:3])
+    x = roll_out(model, noise, partition, simulate, given=noise[:, :0], skipped=skipped)
+    assert x.shape[1] == sum(partition[3:])
+    assert [u.requires_grad for u in made] == [False] * 9 + [True] * 3 * (len(partition) - 3)
+
+
+def test_longer_rollouts_do_not_start_with_pictures() -> None:
+    backbone = roles()
+    terms = policy(backbone, rollout_frames=LONG)
+    step = next(step for step, n in lengths(backbone, terms).items() if n)
+    given = replace(batch(), condition=replace(batch().condition, frames=batch().latents[:, :1]))
+    with pytest.raises(UsageError, match="longer than the videos"):
+        terms._rollout(given, rng_of(step), "rollout")
+
+
+def test_keys_of_a_longer_rollout_do_not_grow_with_it() -> None:
+    causal = CausalConfig.from_recipe(CAUSAL)
+    network, size = roles().network_of("student"), max(CAUSAL.partition)
+
+    def held(extra: int) -> int:
+        frames = sum(CAUSAL.partition) + extra * size
+        cache = KeyCache(
+            network, partition_for(causal, frames), SHAPE[-2:], 1, remember=remembered_for(causal, frames)
+        )
+        return cache.bytes
+
+    assert held(4) == held(16)

@@ -69,6 +69,9 @@ CASES: list[tuple[Kind, dict[str, Any]]] = [
     ("on-policy", {"causal": CAUSAL, "recompute_rollout": True, **GIVEN}),
     ("on-policy", {"causal": SHORT, "simulation": "consistency", "recompute_rollout": True}),
     ("on-policy", {"causal": SHORT, "simulation": "consistency", "reuse_rollout": True}),
+    ("on-policy", {"causal": SHORT, "rollout_frames": 37, "lora": False}),
+    ("on-policy", {"causal": CAUSAL, "rollout_frames": 49, "checkpointing": True, **GIVEN}),
+    ("on-policy", {"causal": SHORT, "rollout_frames": 37, "recompute_rollout": True, **GIVEN}),
 ]  # fmt: skip
 
 
