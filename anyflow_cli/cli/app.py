@@ -80,6 +80,7 @@ VERBS: tuple[Verb, ...] = (
         'anyflow sample -p "a large blue square moving up" --nfe 1,2,4,32 --count 3',
         "anyflow sample --prompts prompts.txt --model runs/tiny/distill --out samples",
         'anyflow sample -p "a green triangle" --teacher',
+        'anyflow sample -p "a cat" --model self_forcing_dmd.pt --sampler-preset self-forcing',
         'anyflow sample -p "a red circle" --model nvidia/AnyFlow-FAR-Wan2.1-1.3B-Diffusers --image first.png',
         'anyflow sample -p "a red circle" --then "81: a blue square" --frames 161 --nfe 4,8:2 --model far',
         'anyflow sample -p "a red circle" --nfe 2 --model far --stream --out - | mpv -',
@@ -92,6 +93,8 @@ VERBS: tuple[Verb, ...] = (
         "anyflow evaluate --nfe 4 --fail-below 85",
         "anyflow evaluate --suite vbench --nfe 4,32 --recipe bidirectional1b",
         "anyflow evaluate --suite vbench --videos my-videos/",
+        "anyflow evaluate --suite vbench --model self_forcing_dmd.pt --sampler-preset self-forcing",
+        "anyflow evaluate --suite vbench --pipeline LTX-Video/",
         "anyflow evaluate --compare runs/tiny/train-flowmap runs/tiny/distill",
     )),
     Verb("export", export.export, TOOLS, examples(

@@ -15,6 +15,7 @@ from anyflow_cli.errors import UsageError
 from anyflow_cli.runs.paths import RunPaths
 
 if TYPE_CHECKING:
+    from anyflow_cli.evaluate.diffusers_pipeline import FoundPipeline
     from anyflow_cli.evaluate.generate import EvaluationJob
     from anyflow_cli.evaluate.registry import ProtocolOutline
     from anyflow_cli.evaluate.run import EvaluationRequest, FinishedEvaluation
@@ -23,6 +24,14 @@ if TYPE_CHECKING:
     from anyflow_cli.runs.open import ModelChoice
 
 MEGABYTE = 1e6
+# Options that decide what is scored, and those that cannot be given beside them.
+ALONE = {
+    "--compare": (
+        "--model", "--fail-below", "--videos", "--pipeline", "--export", "--prune", "--sampler-preset"
+    ),
+    "--videos": ("--model", "--sampler", "--sampler-preset", "--pipeline", "--nfe", "--nproc"),
+    "--pipeline": ("--model", "--sampler", "--sampler-preset"),
+}  # fmt: skip
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +41,7 @@ def evaluate(
     model: options.ModelOption = None,
     lora: options.LoraOption = None,
     videos: options.VideosOption = None,
+    pipeline: options.PipelineOption = None,
     suite: options.SuiteOption = None,
     task: options.TaskOption = None,
     sampler: options.SamplerOption = None,
@@ -65,18 +75,18 @@ def evaluate(
         "--seed": ("evaluate.seed", seed),
         "--nproc": ("launch.processes", processes),
     }
+    given = {
+        "--model": model, "--videos": videos, "--pipeline": pipeline, "--sampler": sampler, "--nfe": nfe,
+        "--sampler-preset": sampler_preset, "--nproc": processes, "--compare": compare, "--export": export,
+        "--fail-below": fail_below, "--prune": prune or None,
+    }  # fmt: skip
+    _refuse_together(given)
     preset = options.read_preset(sampler_preset, nfe, {"--sampler": sampler})
+    found = None if pipeline is None else _find_pipeline(pipeline)
+    defaults = preset.overrides if preset else found.overrides if found else ()
     named = recipe or options.recipe_of_model(model)
-    settings = options.load_settings(named, assignments, overrides, preset)
+    settings = options.load_settings(named, assignments, overrides, defaults)
     model = options.with_lora_files(model, lora)
-    if compare is not None:
-        refused = {"--model": model, "--fail-below": fail_below, "--videos": videos, "--export": export}
-        refused |= {"--prune": prune or None, "--sampler-preset": sampler_preset}
-        _refuse_beside("--compare", refused)
-    if videos is not None:
-        refused = {"--model": model, "--sampler": sampler, "--nfe": nfe, "--nproc": processes}
-        refused |= {"--sampler-preset": sampler_preset}
-        _refuse_beside("--videos", refused)
     if export is not None and settings.evaluate.suite == "shapes":
         raise UsageError("--export is for the VBench suites.", "Add --suite vbench, or omit --export.")
 
@@ -84,7 +94,7 @@ def evaluate(
     from anyflow_cli.runs.resources import is_ready, require_inputs
 
     paths = RunPaths(runs, settings.name)
-    request = EvaluationRequest(settings, paths, model, videos, prompts, limit, out, preset)
+    request = EvaluationRequest(settings, paths, model, videos, prompts, limit, out, preset, found)
     size = request.check()
     if compare is not None:
         return _compare(request, size, compare, dry_run=dry_run, as_json=as_json)
@@ -233,6 +243,8 @@ def _time(job: EvaluationJob, seconds: float | None, processes: int) -> str | No
 
     if seconds is not None:
         return in_words(seconds)
+    if any(one.model.pipeline is not None for one in job.variants):
+        return None
     planned = network_seconds(job, processes, this_machine())
     return None if planned is None else f"{in_words(planned)} without decoding, at the GPUs' peak"
 
@@ -254,7 +266,14 @@ def network_seconds(job: EvaluationJob, processes: int, hardware: Hardware) -> f
     return hardware.seconds(flops / processes, "sample")
 
 
-def _refuse_beside(option: str, options: Mapping[str, object]) -> None:
-    for name, value in options.items():
-        if value is not None:
-            raise UsageError(f"{name} cannot be combined with {option}.", f"Omit {name}.")
+def _find_pipeline(folder: Path) -> FoundPipeline:
+    from anyflow_cli.evaluate.diffusers_pipeline import find_pipeline
+
+    return find_pipeline(folder)
+
+
+def _refuse_together(given: Mapping[str, object]) -> None:
+    for option, others in ALONE.items():
+        for name in others if given[option] is not None else ():
+            if given[name] is not None:
+                raise UsageError(f"{name} cannot be combined with {option}.", f"Omit {name}.")

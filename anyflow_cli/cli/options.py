@@ -33,6 +33,7 @@ from anyflow_cli.errors import UsageError
 from anyflow_cli.utils.user_text import escaped, path_problem, shortened
 
 if TYPE_CHECKING:
+    from anyflow_cli.recipe.load import Override
     from anyflow_cli.recipe.schema import Recipe
     from anyflow_cli.sample.presets import SamplerPreset
 
@@ -376,6 +377,13 @@ VideosOption = Annotated[
         metavar="DIR",
     ),
 ]  # fmt: skip
+PipelineOption = Annotated[
+    Path | None,
+    _option(
+        "Sample with a text-to-video pipeline of diffusers (LTX, CogVideoX, HunyuanVideo, ...) in DIR, with "
+        "its own scheduler and guidance.", "--pipeline", metavar="DIR",
+    ),
+]  # fmt: skip
 SuiteOption = Annotated[
     Literal["shapes", "vbench", "vbench-i2v"] | None, _option("Suite, instead of the recipe's.", "--suite")
 ]
@@ -497,22 +505,22 @@ def load_settings(
     recipe: str,
     assignments: Iterable[str] | None = None,
     options: Mapping[str, tuple[str, Any]] | None = None,
-    preset: SamplerPreset | None = None,
+    defaults: Iterable[Override] = (),
 ) -> Recipe:
     """Load a recipe with the overrides of the command line.
 
     Args:
         recipe: The value of ``--recipe``.
-        assignments: The values of ``--set``; they win over the preset's.
+        assignments: The values of ``--set``.
         options: Other options that set a key, as ``{"--nfe": ("sample.nfe", (1, 4))}``; None leaves the
             recipe's value. They win over ``--set``, and a bad value is reported under the option's name.
-        preset: The value of ``--sampler-preset``.
+        defaults: Values that other options imply; ``--set`` wins over them.
     """
     from anyflow_cli.recipe.load import Override, load_recipe
 
     named = ((option, key, value) for option, (key, value) in (options or {}).items() if value is not None)
     overrides = [Override(key, value, option) for option, key, value in named]
-    return load_recipe(recipe, [*(preset.overrides if preset else ()), *(assignments or ()), *overrides])
+    return load_recipe(recipe, [*defaults, *(assignments or ()), *overrides])
 
 
 def read_preset(name: str | None, steps: object, others: Mapping[str, object]) -> SamplerPreset | None:

@@ -66,18 +66,18 @@ def sample(
     """
     if list_presets:
         return _print_presets(as_json=as_json)
-    refuse_together(
-        {"--nfe": nfe, "--preview": preview or None, "--latency-budget": latency_budget},
-        "how many steps to take",
-    )
+    counts = {"--nfe": nfe, "--preview": preview or None, "--latency-budget": latency_budget}
+    refuse_together(counts, "how many steps to take")
     said = {"--sampler": sampler, "--teacher": teacher or None, "--latency-budget": latency_budget}
     preset = options.read_preset(sampler_preset, nfe or preview or None, said)
     if refine is None:
         overrides = {"--frames": ("sample.frames", frames), "--seed": ("sample.seed", seed)}
         named = recipe or options.recipe_of_model(model)
-        settings = with_sampled_length(options.load_settings(named, assignments, overrides, preset))
-        as_teacher = teacher or (preset is not None and preset.steps is None)
-        default = (settings.sample.teacher_steps,) if as_teacher else settings.sample.nfe
+        settings = with_sampled_length(
+            options.load_settings(named, assignments, overrides, preset.overrides if preset else ())
+        )
+        is_teacher = teacher or (preset is not None and preset.steps is None)
+        default = (settings.sample.teacher_steps,) if is_teacher else settings.sample.nfe
         last_seed = settings.sample.seed + count - 1
         if last_seed >= 1 << 63:
             raise UsageError(

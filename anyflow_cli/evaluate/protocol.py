@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -29,6 +29,9 @@ from anyflow_cli.sample.presets import SamplerPreset, check_model
 from anyflow_cli.sample.sampler import Method
 from anyflow_cli.utils.distributed import default_device
 from anyflow_cli.utils.files import file_sha256, json_sha256
+
+if TYPE_CHECKING:
+    from anyflow_cli.evaluate.diffusers_pipeline import FoundPipeline
 
 CARD_PACKAGES = ("torch", "diffusers", "transformers", "numpy")
 SAMPLER_NAMES: dict[Method | None, str] = {
@@ -152,6 +155,7 @@ class EvaluatedModel:
         sampler: Requested sampler; None for that of its kind.
         scheduler: Scheduler of its pipeline folder, which the sampler replaces.
         preset: Published system that it is sampled as.
+        pipeline: The pipeline of diffusers that samples it, instead of our own sampler.
     """
 
     address: str
@@ -163,6 +167,7 @@ class EvaluatedModel:
     sampler: Method | None = None
     scheduler: str | None = None
     preset: SamplerPreset | None = None
+    pipeline: FoundPipeline | None = None
 
 
 @dataclass(frozen=True)
@@ -183,6 +188,20 @@ class SamplingSettings:
 
 
 @dataclass(frozen=True)
+class PipelineSettings:
+    """The same for a pipeline of diffusers, which has a scheduler and a negative prompt of its own."""
+
+    suite: str
+    suite_version: int
+    weights: str
+    pipeline: str  # its class
+    steps: int
+    guidance: float | None
+    size: tuple[int, int, int]  # frames, height, width
+    precision: str
+
+
+@dataclass(frozen=True)
 class ExternalSettings:
     """The same for videos that were generated elsewhere."""
 
@@ -197,7 +216,7 @@ class Variant:
 
     model: EvaluatedModel
     steps: int
-    settings: SamplingSettings | ExternalSettings
+    settings: SamplingSettings | PipelineSettings | ExternalSettings
     reference: bool = False  # the teacher beside the evaluated model
 
     @property
@@ -234,7 +253,7 @@ def evaluated_model(
     if causal is not None:
         partition = partition_for(causal, latent_frames(recipe.model.frames))
     strengths = [strength for _, strength in info.loras]
-    weights = json_sha256([*(_content_hash(source) for source in info.sources), *strengths])
+    weights = json_sha256([*(content_hash(source) for source in info.sources), *strengths])
     is_student = preset is not None and preset.steps is not None
     teacher = not info.two_time and not is_student and sampler in (None, "euler")
     return EvaluatedModel(
@@ -294,6 +313,7 @@ class ModelCard(BaseModel):
     sampler: str | None = None
     scheduler: str | None = None  # of the model's folder, which the sampler replaces
     preset: str | None = None
+    pipeline: str | None = None  # class in diffusers
     guidance: float | dict[str, float] | None = None
     negative_prompt: str | None = None
     shift: float | None = None
@@ -380,7 +400,7 @@ def _model_card(one: Variant, assessment: Assessment) -> ModelCard:
     )
 
 
-def _content_hash(source: Path) -> str | list[list[str]]:
+def content_hash(source: Path) -> str | list[list[str]]:
     """SHA-256 of a file, or of each file of a folder that affects the videos."""
     if source.is_file():
         return _file_hash(source)

@@ -17,6 +17,7 @@ import numpy as np
 from anyflow_cli.errors import AnyflowError, UsageError
 from anyflow_cli.evaluate.bootstrap import Draws, draw_totals, interval, trend
 from anyflow_cli.evaluate.compare import Comparison, compare, is_finished, read_side, side_of
+from anyflow_cli.evaluate.diffusers_pipeline import FoundPipeline, PipelineVideos, prepare_pipeline
 from anyflow_cli.evaluate.external_videos import prepare_external, score_external_videos
 from anyflow_cli.evaluate.generate import (
     SINGLE_PROCESS,
@@ -75,6 +76,7 @@ class EvaluationRequest:
         limit: Only so many prompts.
         out: Directory of the evaluation, if not the recipe's.
         preset: Published system that the model is sampled as.
+        pipeline: Pipeline of diffusers to sample with, instead of a model.
     """
 
     recipe: Recipe
@@ -85,6 +87,7 @@ class EvaluationRequest:
     limit: int | None = None
     out: Path | None = None
     preset: SamplerPreset | None = None
+    pipeline: FoundPipeline | None = None
 
     @property
     def directory(self) -> Path:
@@ -94,6 +97,8 @@ class EvaluationRequest:
     @property
     def choice(self) -> ModelChoice | None:
         """The model; None where videos are scored."""
+        if self.pipeline is not None:
+            return ModelChoice(str(self.pipeline.folder), f"{self.pipeline.name}, given with --pipeline")
         return find_model(self.recipe, self.paths, self.model) if self.videos is None else None
 
     def check(self) -> ProtocolOutline:
@@ -105,8 +110,11 @@ class EvaluationRequest:
 
     def resources(self) -> list[Resource]:
         """Everything the evaluation reads before it starts."""
+        suite = suite_resources(self.recipe)
+        if self.pipeline is not None:
+            return [*suite, Resource("pipeline", str(self.pipeline.folder), "ready")]
         given = Given(self.model, self.videos)
-        return [*suite_resources(self.recipe), *inputs(self.recipe, self.paths, "evaluate", given)]
+        return [*suite, *inputs(self.recipe, self.paths, "evaluate", given)]
 
     def protocol(self) -> Protocol:
         """Prompts, seeds and suite."""
@@ -115,6 +123,8 @@ class EvaluationRequest:
     def job(self) -> EvaluationJob:
         """The evaluation with its models described."""
         choice, protocol = self.choice, self.protocol()
+        if self.pipeline is not None:
+            return prepare_pipeline(self.recipe, protocol, self.pipeline, self.directory)
         if choice is not None:
             return prepare_evaluation(self.recipe, protocol, choice, self.directory, self.preset)
         assert self.videos is not None
@@ -346,6 +356,8 @@ def _measure(
 
 
 def _open_sampler(of: EvaluatedModel, recipe: Recipe) -> VideoGenerator:
+    if of.pipeline is not None:
+        return PipelineVideos.load(of.pipeline, recipe)
     return VideoSampler.load(
         of.address,
         recipe,
