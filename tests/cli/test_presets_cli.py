@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from anyflow_cli.cli.app import main
+from anyflow_cli.data.video import ClipFormat, read_clip
 from anyflow_cli.errors import UsageError
 from anyflow_cli.model.config import CausalConfig, NetworkConfig
 from anyflow_cli.sample.presets import PRESETS, presets_of
@@ -96,6 +97,23 @@ def test_without_sizes_the_published_ones_are_used(models: Path, capsys: pytest.
     printed = capsys.readouterr()
     assert "77 frames of 480x832 at 16 fps" in printed.err
     assert json.loads(printed.out)["nfe"] == [4]
+
+
+def test_longlive_is_its_base_with_its_lora(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    down, up = torch.randn(4, 256), torch.randn(256, 4)
+    name = "base_model.model.blocks.0.self_attn.q.lora_{}.weight"
+    lora = tmp_path / "lora.pt"
+    torch.save({"generator_lora": {name.format("A"): down, name.format("B"): up}}, lora)
+    shown: list[Any] = []
+    for more in ([], ["--lora", str(lora)]):
+        out = tmp_path / str(len(shown))
+        arguments = command(models, "sample", "longlive_base.pt", "longlive", "-p", "a", "--out", str(out))
+        assert main([*arguments, "--set=model.frames=9", *more]) == 0, capsys.readouterr().err
+        (video,) = out.glob("*.mp4")
+        shown.append(read_clip(video, ClipFormat(9, 16, 32, 32)).pixels)
+    assert (shown[0] != shown[1]).any()
 
 
 def test_an_evaluation_records_the_preset_and_its_latency(
