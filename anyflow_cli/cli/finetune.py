@@ -118,7 +118,7 @@ def _world_of(settings: Recipe, clips: LatentData) -> str | None:
     captions = clips.batch(clips.buckets[0].positions[:LOOKED_AT]).captions
     named = [parse_caption(caption) for caption in captions]
     for world in WORLDS.values():
-        if all("shape" in one and one.get("colour") in world.colours for one in named):
+        if all("shape" in one and one.get("colour") in world.colors for one in named):
             return world.name
     return None
 

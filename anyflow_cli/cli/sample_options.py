@@ -203,7 +203,7 @@ def read_all_prompts(
 
     With ``allow_missing``, a recipe's file that does not exist has no prompts.
     """
-    from anyflow_cli.data.prompts import check_text, read_prompts, world_captions
+    from anyflow_cli.data.prompts import WorldCaptions, check_text, read_prompts
 
     prompts = [check_text(text.strip(), "--prompt") for text in texts or ()]
     if not all(prompts):
@@ -217,7 +217,7 @@ def read_all_prompts(
         if allow_missing and not Path(settings.data.prompts).expanduser().is_file():
             return []
         return read_prompts(settings.data.prompts)[:DEFAULT_PROMPTS]
-    return world_captions(settings.data.world, DEFAULT_PROMPTS, settings.sample.seed)
+    return list(WorldCaptions(settings.data.world, DEFAULT_PROMPTS, settings.sample.seed))
 
 
 def check_stdout(videos: int, *, stream: bool, as_json: bool) -> None:

@@ -13,7 +13,7 @@ import io
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from anyflow_cli.data.shapes_world import WORLDS
 from anyflow_cli.errors import UsageError
@@ -68,9 +68,26 @@ def read_prompts(path: str | Path) -> list[str]:
     return prompts
 
 
-def world_captions(world: str, count: int, seed: int = 0) -> list[str]:
-    """Captions of the scenes seed, seed + 1, ... of a world."""
-    return [WORLDS[world].scene(seed + index).caption for index in range(count)]
+class WorldCaptions(Sequence[str]):
+    """Captions of the scenes seed, seed + 1, ... of a world, drawn where they are read."""
+
+    def __init__(self, world: str, count: int, seed: int = 0) -> None:
+        self._world, self._seeds = WORLDS[world], range(seed, seed + count)
+
+    def __len__(self) -> int:
+        return len(self._seeds)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        seeds = self._seeds[index]
+        if isinstance(seeds, int):
+            return self._world.scene(seeds).caption
+        return [self._world.scene(seed).caption for seed in seeds]
 
 
 def read_rows(path: Path) -> TableRows:

@@ -39,7 +39,7 @@ DIRECTIONS: dict[str, tuple[float, float]] = {
     "up and left": (-sqrt(0.5), -sqrt(0.5)), "up and right": (sqrt(0.5), -sqrt(0.5)),
     "down and left": (-sqrt(0.5), sqrt(0.5)), "down and right": (sqrt(0.5), sqrt(0.5)),
 }  # fmt: skip  # unit vectors, x to the right, y downwards
-DOT_COLOUR: Rgb = (250, 250, 250)
+DOT_COLOR: Rgb = (250, 250, 250)
 DOT_COUNT = 4
 DOT_RADIUS = 2.2
 DOT_DISTANCE = 9.0  # between centres, so that dots never touch
@@ -52,7 +52,7 @@ class Scene:
     """A clip's content: ``start`` is the center in frame 0, ``step`` the motion per frame, in pixels."""
 
     shape: str
-    colour: str
+    color: str
     size: str
     direction: str
     speed: str
@@ -79,7 +79,7 @@ class ShapesWorld:
     """A family of scenes: the colors and directions that occur."""
 
     name: str
-    colours: tuple[str, ...]
+    colors: tuple[str, ...]
     directions: tuple[str, ...]
 
     def scene(self, seed: int, named: Mapping[str, str] = MappingProxyType({})) -> Scene:
@@ -95,7 +95,7 @@ class ShapesWorld:
         step = (DIRECTIONS[direction][0] * pace, DIRECTIONS[direction][1] * pace)
         return Scene(
             shape=_pick(rng, SHAPES, named.get("shape")),
-            colour=_pick(rng, self.colours, named.get("colour")),
+            color=_pick(rng, self.colors, named.get("colour")),
             size=size,
             direction=direction,
             speed=speed,
@@ -124,17 +124,18 @@ def render(scene: Scene, frames: int = FRAMES, first: int = 0) -> RgbPixels:
     dx = _axis(WIDTH)[None, None, :] - (scene.start[0] + scene.step[0] * time)
     dy = _axis(HEIGHT)[None, :, None] - (scene.start[1] + scene.step[1] * time)
     video = np.broadcast_to(np.asarray(BACKGROUNDS[scene.background], np.float32), (frames, HEIGHT, WIDTH, 3))
-    video = _paint(video, outline_distance(scene.shape, dx, dy, scene.radius), RGB[scene.colour])
+    video = _paint(video, outline_distance(scene.shape, dx, dy, scene.radius), RGB[scene.color])
     for x, y in scene.dots:
         dot = np.hypot(_axis(WIDTH)[None, :] - x, _axis(HEIGHT)[:, None] - y) - DOT_RADIUS
-        video = _paint(video, dot[None], DOT_COLOUR)
+        video = _paint(video, dot[None], DOT_COLOR)
     return np.round(video).astype(np.uint8)
 
 
 def parse_caption(caption: str) -> dict[str, str]:
     """Find the attributes that a caption names: shape, colour, size, direction, speed and background.
 
-    Meant for captions of the worlds; in other sentences it finds the same words and ignores the rest.
+    Meant for captions of the worlds; in other sentences it finds the same words and ignores the rest. The keys
+    are names of the suite's dimensions, as evaluations have stored them since version 0.1.
     """
     words = re.findall(r"[a-z]+", caption.lower())
     found: dict[str, str] = {}
@@ -162,7 +163,7 @@ def _sentence(scene: Scene, omitted: frozenset[str]) -> str:
     # A speed without a direction would read badly: "a red circle slowly".
     hidden = omitted | {"speed"} if "direction" in omitted else omitted
     size, direction, speed, background = ("" if name in hidden else text for name, text in said.items())
-    return f"a {size}{scene.colour} {scene.shape}{direction}{speed}{background}"
+    return f"a {size}{scene.color} {scene.shape}{direction}{speed}{background}"
 
 
 def _pick(rng: np.random.Generator, values: Iterable[str], named: str | None) -> str:
@@ -203,6 +204,6 @@ def outline_distance(
     return np.asarray(np.maximum(side, dy) - 0.56 * radius)
 
 
-def _paint(video: NDArray[np.float32], distance: NDArray[np.float32], colour: Rgb) -> NDArray[np.float32]:
+def _paint(video: NDArray[np.float32], distance: NDArray[np.float32], color: Rgb) -> NDArray[np.float32]:
     cover = np.clip(0.5 - distance, 0, 1)[..., None]
-    return np.asarray(video * (1 - cover) + np.asarray(colour, np.float32) * cover, dtype=np.float32)
+    return np.asarray(video * (1 - cover) + np.asarray(color, np.float32) * cover, dtype=np.float32)

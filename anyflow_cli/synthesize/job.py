@@ -17,7 +17,7 @@ import torch
 
 import anyflow_cli
 from anyflow_cli.data.clips import ClipFile, list_clips
-from anyflow_cli.data.prompts import read_prompts, world_captions
+from anyflow_cli.data.prompts import WorldCaptions, read_prompts
 from anyflow_cli.data.shards import PROVENANCE, ShardRecord, read_shard_record, shard_path, shard_ranges
 from anyflow_cli.errors import UsageError
 from anyflow_cli.model.lora_formats import split_loras
@@ -102,7 +102,7 @@ def prepare_synthesis(
         recipe: What to make.
         out: Directory of the data set.
         videos: Directory of clips; without it the teacher samples.
-        dry_run: Hash model and clips only if there is a data set to compare with.
+        dry_run: Hash captions, model and clips only if there is a data set to compare with.
         choose_another: Options that choose another directory, for the hint.
 
     Raises:
@@ -120,6 +120,7 @@ def prepare_synthesis(
     provenance = _provenance(recipe, address, captions, clips, videos)
     is_begun = (out / PROVENANCE).exists()
     if is_begun or not dry_run:
+        provenance["captions"] = json_sha256(list(captions))  # two minutes for a million of a world
         _check_directory(out, provenance, choose_another)
         hashes = ContentHashes(out)
         other = recipe.model.components or recipe.model.teacher
@@ -142,7 +143,7 @@ def _check_captions(clips: Sequence[ClipFile], videos: Path | None) -> None:
         log.warning("%s: %d of %d videos are left out, without a caption.", videos, missing, len(clips))
 
 
-def _captions(recipe: Recipe) -> list[str]:
+def _captions(recipe: Recipe) -> Sequence[str]:
     """One caption per index: prompts, repeated until there are ``count``, or captions of the world."""
     count = recipe.synthesize.count
     if recipe.data.prompts is not None:
@@ -153,7 +154,7 @@ def _captions(recipe: Recipe) -> list[str]:
             f"The world '{recipe.data.world}' has captions without end.",
             "Set the number of videos with --count.",
         )
-    return world_captions(recipe.data.world, count, recipe.synthesize.seed)
+    return WorldCaptions(recipe.data.world, count, recipe.synthesize.seed)
 
 
 def _provenance(
@@ -171,7 +172,7 @@ def _provenance(
         "model": address, "height": model.height, "width": model.width, "frames": model.frames,
         "fps": model.fps, "max_text_tokens": model.max_text_tokens, "negative_prompt": model.negative_prompt,
         "precision": resolve_precision(model.precision, default_device()), "count": len(captions),
-        "shard_size": made.shard_size, "previews": made.previews, "captions": json_sha256(list(captions)),
+        "shard_size": made.shard_size, "previews": made.previews,
     }  # fmt: skip
     if clips is None:
         sampler = recipe.sample.teacher_sampler

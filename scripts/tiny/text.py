@@ -63,7 +63,7 @@ def sentence(rng: random.Random, seed: int) -> str:
     rng.shuffle(parts)
     parts = parts[: rng.randint(0, 3)]
     size = rng.choice((f"{scene.size} ", ""))
-    subject = f"{rng.choice(('a', 'one', 'the'))} {size}{scene.colour} {scene.shape}"
+    subject = f"{rng.choice(('a', 'one', 'the'))} {size}{scene.color} {scene.shape}"
     parts.insert(rng.randint(0, len(parts)) if rng.random() < 0.3 else 0, subject)
     return rng.choice(PREFIXES) + rng.choice((" ", ", ")).join(parts) + rng.choice(SUFFIXES)
 

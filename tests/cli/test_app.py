@@ -184,8 +184,34 @@ def test_a_reader_that_has_seen_enough_ends_it_quietly() -> None:
     assert (done.returncode, done.stderr) == (1, "")
 
 
-def test_only_the_first_of_several_processes_prints(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
-        monkeypatch.setenv(name, value)
-    assert main(["recipes", "list"]) == 0
-    assert capsys.readouterr().out == ""
+INTERRUPTED_IMPORT = """
+import sys
+import typer
+from anyflow_cli.cli import app
+
+app.app = typer.Typer()
+
+@app.app.command()
+def fail() -> None:
+    exec("raise KeyboardInterrupt")  # as dataclasses executes the methods it writes
+
+sys.exit(app.main(["--"]))
+"""
+
+
+def test_an_interrupted_import_ends_with_the_code_of_interruptions(tmp_path: Path) -> None:
+    (tmp_path / "interrupted.py").write_text(INTERRUPTED_IMPORT)
+    done = subprocess.run(
+        [sys.executable, "-m", "interrupted"], cwd=tmp_path, capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (130, "error: Interrupted.\n")
+
+
+def test_only_the_first_of_several_processes_prints() -> None:
+    processes = [
+        run("recipes", "list", RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", NO_COLOR="1") for rank in "01"
+    ]
+    assert [(done.returncode, done.stderr) for done in processes] == [(0, "")] * 2
+    assert "tiny" in processes[0].stdout
+    assert processes[1].stdout == ""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from anyflow_cli.data.prompts import MAX_LENGTH, check_text, read_prompts, world_captions
+from anyflow_cli.data.prompts import MAX_LENGTH, WorldCaptions, check_text, read_prompts
 from anyflow_cli.data.shapes_world import WORLDS
 from anyflow_cli.errors import UsageError
 
@@ -129,6 +129,8 @@ def test_repeats_are_kept_and_counted(tmp_path: Path, caplog: pytest.LogCaptureF
 
 
 def test_captions_of_a_world_follow_its_seeds() -> None:
-    captions = world_captions("shapes", 5, seed=3)
-    assert captions == [WORLDS["shapes"].scene(seed).caption for seed in range(3, 8)]
-    assert captions[2:] == world_captions("shapes", 3, seed=5)
+    captions = WorldCaptions("shapes", 5, seed=3)
+    assert list(captions) == [WORLDS["shapes"].scene(seed).caption for seed in range(3, 8)]
+    assert captions[2:] == list(WorldCaptions("shapes", 3, seed=5))
+    assert captions[-1] == captions[4]
+    assert len(WorldCaptions("shapes", 10**9)) == 10**9  # none of which is drawn

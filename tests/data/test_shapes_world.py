@@ -19,11 +19,11 @@ def test_what_is_not_named_stays_as_the_seed_has_it() -> None:
     for seed in range(8):
         scene = WORLD.scene(seed)
         other = WORLD.scene(seed, {"colour": "cyan"})
-        assert other == replace(scene, colour="cyan")
+        assert other == replace(scene, color="cyan")
         larger = WORLD.scene(seed, {"size": "large"})
         assert larger.radius > 0.9 * SHAPE_RADII["large"]
-        assert (larger.shape, larger.colour, larger.background) == (
+        assert (larger.shape, larger.color, larger.background) == (
             scene.shape,
-            scene.colour,
+            scene.color,
             scene.background,
         )

@@ -100,7 +100,7 @@ def after(values: tuple[str, ...] | dict[str, Any], value: str) -> str:
 
 
 wrong_shape = redrawn(shape=lambda s: after(SHAPES, s.shape))
-wrong_colour = redrawn(colour=lambda s: after(WORLD.colours, s.colour))
+wrong_colour = redrawn(color=lambda s: after(WORLD.colors, s.color))
 wrong_size = redrawn(radius=lambda s: 11.0 if s.size == "small" else 6.0)
 wrong_background = redrawn(background=lambda s: after(BACKGROUNDS, s.background))
 no_dots = redrawn(dots=())

@@ -76,7 +76,7 @@ DEFECTS: dict[str, tuple[Damage, str, float]] = {
     # defect            its own dimension and the bound that it must reach
     "other start":    (other_start, "first frame", 10),
     "other shape":    (changed(shape=lambda s: after(SHAPES, s.shape)), "subject kept", 50),
-    "other colour":   (changed(colour=lambda s: after(damage.WORLD.colours, s.colour)), "subject kept", 10),
+    "other colour":   (changed(color=lambda s: after(damage.WORLD.colors, s.color)), "subject kept", 10),
     "other size":     (changed(radius=lambda s: 0.7 * s.radius), "subject kept", 10),
     "other ground":   (changed(background=lambda s: after(BACKGROUNDS, s.background)), "background kept", 10),
     "no dots":        (changed(dots=()), "background kept", 10),

@@ -17,7 +17,7 @@ def test_each_frame_belongs_to_one_latent_frame() -> None:
 
 
 def test_clips_of_the_world_score_high_at_every_latent_frame() -> None:
-    pieces = [piece_scores(render(scene), {"shape": scene.shape, "colour": scene.colour}) for scene in SCENES]
+    pieces = [piece_scores(render(scene), {"shape": scene.shape, "colour": scene.color}) for scene in SCENES]
     for name in pieces[0][0]:
         mean = np.mean([[piece[name] for piece in clip] for clip in pieces], axis=0)
         assert mean.min() > 0.97, name

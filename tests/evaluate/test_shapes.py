@@ -103,7 +103,7 @@ def test_random_pixels_score_close_to_zero() -> None:
 
 
 def test_only_attributes_named_by_the_prompt_are_scored() -> None:
-    score = score_video(render(SCENES[0]), f"a {SCENES[0].colour} {SCENES[0].shape}")
+    score = score_video(render(SCENES[0]), f"a {SCENES[0].color} {SCENES[0].shape}")
     assert set(score.right) == {"colour", "shape"}
     assert "size" not in score.scores
     assert "sharpness" in score.scores

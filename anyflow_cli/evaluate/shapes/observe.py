@@ -339,7 +339,7 @@ def _steepness(video: RgbPixels, mixture: Mixture, dots: Dots, track: Track, sha
     """Steepness of edges relative to the world's rendering of the measured scene."""
     scene = Scene(
         shape=shape,
-        colour=mixture.color or next(iter(RGB)),
+        color=mixture.color or next(iter(RGB)),
         size="",
         direction="",
         speed="",

@@ -15,7 +15,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from anyflow_cli.data.shapes_world import BACKGROUNDS, DOT_COLOUR, RGB, Rgb, RgbPixels
+from anyflow_cli.data.shapes_world import BACKGROUNDS, DOT_COLOR, RGB, Rgb, RgbPixels
 from anyflow_cli.evaluate.shapes.components import Floats
 
 Labels = NDArray[np.uint8]
@@ -23,7 +23,7 @@ Labels = NDArray[np.uint8]
 FOREGROUND = 16.0  # distance from the background color from which a pixel counts as foreground
 CORE = 0.9  # fraction of the largest shape shares above which a pixel is inside the shape
 
-PALETTE = {**BACKGROUNDS, **RGB, "white": DOT_COLOUR}
+PALETTE = {**BACKGROUNDS, **RGB, "white": DOT_COLOR}
 PALETTE_NAMES = tuple(PALETTE)
 PALETTE_RGB = np.array(list(PALETTE.values()), np.float32)
 
@@ -33,7 +33,7 @@ def rgb_array(color: Rgb) -> Floats:
     return np.array(color, np.float32)
 
 
-WHITE = rgb_array(DOT_COLOUR)
+WHITE = rgb_array(DOT_COLOR)
 
 
 @dataclass(frozen=True)
