@@ -160,15 +160,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with interruptible():
             code = command.main(given, prog_name="anyflow", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort) as error:
-        # Raised in code that a library executes from a string, as dataclasses does on import, it would make
-        # `python -m` end by SIGINT in spite of the code returned here; CPython forgets that as it executes.
-        exec("")
         if isinstance(error.__cause__, EOFError):  # a file that ends early, which click takes for Ctrl-D
             return _flushed(_report(error.__cause__))
         code = ExitCode.INTERRUPTED
     except Exception as error:
         return _flushed(_report(error))
     if code == ExitCode.INTERRUPTED:
+        # Where the signal came in code that a library executes from a string, as dataclasses does on import,
+        # `python -m` would end by SIGINT instead of with this code; CPython forgets that as it executes.
+        exec("")
         print_error("Interrupted.")
     return _flushed(code if isinstance(code, int) else ExitCode.DONE)
 

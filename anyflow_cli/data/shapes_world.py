@@ -134,7 +134,7 @@ def render(scene: Scene, frames: int = FRAMES, first: int = 0) -> RgbPixels:
 def parse_caption(caption: str) -> dict[str, str]:
     """Find the attributes that a caption names: shape, colour, size, direction, speed and background.
 
-    Meant for captions of the worlds; in other sentences it finds the same words and ignores the rest. The keys
+    In other sentences than captions of the worlds it finds the same words and ignores the rest. The keys
     are names of the suite's dimensions, as evaluations have stored them since version 0.1.
     """
     words = re.findall(r"[a-z]+", caption.lower())

@@ -36,7 +36,9 @@ def begun(teacher: Path, **changes: Any) -> SynthesisJob:
 
 
 def test_captions_of_the_world_unless_there_are_prompts(teacher: Path) -> None:
-    assert job_of(teacher, seed=3).captions == [WORLDS["shapes"].scene(seed).caption for seed in range(3, 8)]
+    assert list(job_of(teacher, seed=3).captions) == [
+        WORLDS["shapes"].scene(seed).caption for seed in range(3, 8)
+    ]
     (teacher.parent / "p.txt").write_text("a\nb\n")
     prompts = str(teacher.parent / "p.txt")
     assert job_of(teacher, prompts=prompts, count=None).captions == ["a", "b"]
