@@ -92,6 +92,8 @@ def run(*arguments: str) -> int:
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = main(arguments)
     printed = out.getvalue() + err.getvalue()
+    if "HangError" in printed:  # raised in a callback, where Python only prints it
+        raise HangError(printed)
     if "ran out of memory" in printed:
         raise MemoryError(printed)
     if (
