@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,9 +23,12 @@ from anyflow_cli.cli.sample_options import (
     refuse_together,
 )
 from anyflow_cli.errors import UsageError
+from anyflow_cli.utils.run_lock import RunLock
 
 if TYPE_CHECKING:
     from anyflow_cli.recipe.schema import Recipe
+    from anyflow_cli.runs.open import ModelChoice
+    from anyflow_cli.sample.output import SampleRequest
 
 
 log = logging.getLogger(__name__)
@@ -126,7 +130,7 @@ def _sample(
     """Sample and write the files; return their directory, None if there is none."""
     from anyflow_cli.runs.paths import RunPaths
     from anyflow_cli.runs.resources import Given, find_model, inputs, is_ready, require_inputs
-    from anyflow_cli.sample.output import SampleRequest, check_directory, make_directory, write_samples
+    from anyflow_cli.sample.output import SampleRequest, check_directory
     from anyflow_cli.sample.presets import check_model
 
     settings = chosen.recipe
@@ -159,11 +163,28 @@ def _sample(
         print_dry_run("sample", facts, needs, as_json=as_json)
         return None
     require_inputs(needs)
+    with nullcontext() if out is None or to_stdout else RunLock(out):  # numbered directories are new
+        return _write(chosen, request, choice, paths.samples, out, budget, teacher, stream, as_json)
 
+
+def _write(
+    chosen: SampleOptions,
+    request: SampleRequest,
+    choice: ModelChoice,
+    samples: Path,
+    out: Path | None,
+    budget: float | None,
+    teacher: bool,
+    stream: bool,
+    as_json: bool,
+) -> Path | None:
+    """Load the model, sample, and write the files; return their directory, None for standard output."""
     from anyflow_cli.sample.latency_budget import steps_within
+    from anyflow_cli.sample.output import make_directory, write_samples
     from anyflow_cli.sample.sampler import VideoSampler
     from anyflow_cli.sample.streaming import stream_to_stdout
 
+    settings = chosen.recipe
     opened = VideoSampler.load(
         choice.address, settings, teacher=teacher, method=chosen.method, preset=chosen.preset
     )
@@ -175,12 +196,13 @@ def _sample(
         opened.require_causal()
     if budget is not None:
         request = replace(request, nfe=(steps_within(budget, opened, chosen.prompts[0]),))
-    if to_stdout:
+    if out == Path("-"):
         timing = stream_to_stdout(opened, request.prompts[0], request.seeds[0], request.nfe[0])
         log.info("%s.", timing.summary(settings.model.fps).capitalize())
         return None
-    folder = make_directory(out, paths.samples)
-    with Progress("sample", total, "videos") as progress:
+    folder = make_directory(out, samples)
+    videos = len(request.pairs) * len(request.nfe)
+    with Progress("sample", videos, "videos") as progress:
         record = write_samples(opened, request, folder, settings, choice, progress.update, stream=stream)
     lines = f"{folder / record['sheet']}\n" + "\n".join(str(folder / s["file"]) for s in record["samples"])
     print_result({"out": folder, **record}, as_json=as_json, text=lines)

@@ -57,7 +57,7 @@ def chunks_of(partition: Sequence[int]) -> tuple[Chunk, ...]:
 def resolved_chunks(
     stored: CausalConfig, recipe: schema.CausalSection | None, source: object
 ) -> tuple[CausalConfig, str | None]:
-    """Chunks that a causal model samples with, and a message where its files and the recipe differ in them.
+    """Chunks that a causal model samples with, and a message where its files do not state them.
 
     Another partition than the trained one changes every video. A model's own partition is used where its
     files state one, as all that this package saves do; else the recipe's, or the published models' default.
@@ -66,6 +66,9 @@ def resolved_chunks(
         stored: Causal configuration from the model's files.
         recipe: Causal section of the recipe; None in a bidirectional recipe.
         source: Model, for the message.
+
+    Raises:
+        UsageError: The model was trained with other chunks than those of the recipe.
     """
     unstated = f"{source} states no chunk_partition"
     if not stored.is_stated and recipe is None:
@@ -75,8 +78,14 @@ def resolved_chunks(
     if not stored.is_stated:
         used = replace(stored, partition=recipe.partition)
         return used, f"{unstated}; the recipe's is used: {_listed(used.partition)}."
-    trained = f"{source} was trained with chunks of {_listed(stored.partition)} latent frames"
-    return stored, f"{trained}, which sampling uses; the recipe trains with {_listed(recipe.partition)}."
+    trained = partition_for(stored, sum(recipe.partition))
+    if recipe.partition == trained:
+        return stored, None
+    raise UsageError(
+        f"{source} was trained with chunks of {_listed(stored.partition)} latent frames; the recipe's are "
+        f"{_listed(recipe.partition)}.",
+        f"To follow the model, add --set 'model.causal.partition=[{_listed(trained)}]'.",
+    )
 
 
 def _listed(partition: Sequence[int]) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from anyflow_cli.errors import UsageError
 from anyflow_cli.utils.units import GIB
+from anyflow_cli.utils.user_text import shortened
 
 RESERVE = 3 * GIB  # assumed to be lost to the driver, cuBLAS, NCCL and fragmentation
 GPUS = {  # name: memory in GiB as sold, dense bf16 TFLOPS
@@ -15,6 +16,7 @@ GPUS = {  # name: memory in GiB as sold, dense bf16 TFLOPS
     "RTX4090": (24, 165),
 }  # fmt: skip
 REFERENCE = "H100"  # whose speed a plan takes where only the memory is given
+GPUS_FORMAT = r"(\d{1,6})\s*x\s*(?:(\d{1,6}(?:\.\d{1,6})?)\s*GB|([a-z]\w*))"
 HINT = f"Write --gpus 8x80GB, or a number and one of {', '.join(GPUS)}: --gpus 8xH100."
 
 
@@ -47,14 +49,18 @@ class Hardware:
 
 def parse_hardware(text: str, teraflops: float | None = None, mfu: float = Hardware.mfu) -> Hardware:
     """Read ``8x80GB`` or ``8xH100``; ``teraflops`` replaces the GPU's peak."""
-    match = re.fullmatch(r"(\d+)\s*x\s*(?:(\d+(?:\.\d+)?)\s*GB|([a-z]\w*))", text.strip(), re.IGNORECASE)
+    match = re.fullmatch(GPUS_FORMAT, text.strip(), re.IGNORECASE)
     if match is None or int(match[1]) == 0:
-        raise UsageError(f"{text!r} is not a value of --gpus.", HINT)
+        raise UsageError(f"{shortened(ascii(text))} is not a value of --gpus.", HINT)
     name = (match[3] or REFERENCE).upper()
     if name not in GPUS:
-        raise UsageError(f"{match[3]} is not a GPU that --gpus knows.", HINT)
+        raise UsageError(f"{shortened(match[3])} is not a GPU that --gpus knows.", HINT)
     memory, peak = GPUS[name]
     size = float(match[2]) if match[2] else memory
+    if size * GIB <= RESERVE:
+        raise UsageError(
+            f"A GPU of {size:g} GB is too small: driver and libraries take {RESERVE // GIB} GB of it.", HINT
+        )
     return Hardware(int(match[1]), int(size * GIB), 1e12 * (teraflops or peak), mfu)
 
 

@@ -28,6 +28,7 @@ from anyflow_cli.sample.sampler import Steps, VideoSampler
 from anyflow_cli.sample.streaming import FramePicker, stream_video
 from anyflow_cli.utils.contact_sheet import SheetRow, contact_sheet, pick_frames, spaced_frames
 from anyflow_cli.utils.files import atomic_write, write_json
+from anyflow_cli.utils.run_lock import RUN_LOCK
 
 SAMPLES_JSON = "samples.json"
 SHEET_ROWS = 8  # videos per step count on the sheet; the mp4s have all
@@ -186,8 +187,10 @@ def file_name(number: int, prompt: str, seed: int, steps: str) -> str:
 
 
 def check_directory(out: Path | None) -> None:
-    """Refuse a directory that is not new or empty."""
-    if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
+    """Refuse a directory that is not new, or empty but for a lock."""
+    if out is None or not out.exists():
+        return
+    if not out.is_dir() or any(path.name != RUN_LOCK for path in out.iterdir()):
         raise UsageError(f"{out} already contains files.", "Choose a new directory with --out.")
 
 

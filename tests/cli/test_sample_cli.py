@@ -16,6 +16,7 @@ from anyflow_cli.data.video import ClipFormat, read_start, write_mp4
 from anyflow_cli.model.network import two_time_from
 from anyflow_cli.model.pipeline_io import load_network, save_pipeline
 from anyflow_cli.utils.contact_sheet import LIGHT_SHEET
+from anyflow_cli.utils.run_lock import RunLock
 from tests.tiny_pipeline import make_wan_folder
 
 Run = pytest.CaptureFixture[str]
@@ -192,6 +193,22 @@ def test_a_used_directory_is_left_alone(small: list[str], tmp_path: Path, capsys
         assert app.main([*small, "-p", "a", "--out", str(mine), *extra]) == 2
         assert "already contains files" in capsys.readouterr().err
     assert files(mine) == {"thesis.txt"}
+
+
+def test_a_second_sampling_into_a_directory_is_refused_at_once(
+    small: list[str], tmp_path: Path, capsys: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = [*small, "-p", "a", "--nfe", "1", "--out"]
+    with RunLock(tmp_path / "mine"), monkeypatch.context() as patch:
+        patch.setattr("anyflow_cli.sample.sampler.VideoSampler.load", None)  # no model is opened before
+        assert app.main([*command, str(tmp_path / "mine")]) == 2
+        assert f"{tmp_path / 'mine'} is in use by process {os.getpid()}" in capsys.readouterr().err
+    with RunLock(tmp_path / "mine"):
+        assert app.main([*command, str(tmp_path / "other")]) == 0
+        assert app.main(command[:-1]) == 0
+    assert app.main([*command, str(tmp_path / "mine")]) == 0
+    assert app.main([*command, str(tmp_path / "mine")]) == 2
+    assert "already contains files" in capsys.readouterr().err
 
 
 def test_a_model_of_another_kind_writes_nothing(

@@ -190,13 +190,8 @@ def test_beyond_the_trained_length_no_more_is_remembered_than_was_ever_seen() ->
 @pytest.mark.parametrize(
     ("stated", "recipe", "used", "words"),
     [
-        (
-            True,
-            (1, 2, 2),
-            (1, 3),
-            "trained with chunks of 1, 3 latent frames, .* trains with 1, 2, 2",
-        ),
         (True, (1, 3), (1, 3), None),
+        (True, (1, 3, 3, 1), (1, 3), None),  # the model's, for a longer video
         (True, None, (1, 3), None),
         (False, (1, 2, 2), (1, 2, 2), "states no chunk_partition; the recipe's is used: 1, 2, 2"),
         (False, None, (1, 3), "states no chunk_partition; AnyFlow's default is used: 1, 3"),
@@ -210,3 +205,11 @@ def test_chunks_that_recipe_and_model_do_not_agree_on_are_named(
     result, message = resolved_chunks(causal, section, "model")
     assert (result.partition, result.full_chunks) == (used, 2)
     assert message is None if words is None else re.search(words, str(message))
+
+
+@pytest.mark.parametrize(("recipe", "followed"), [((2, 2), "1, 3"), ((1, 2, 2), "1, 3, 1")])
+def test_chunks_that_a_model_was_not_trained_with_are_refused(recipe: tuple[int, ...], followed: str) -> None:
+    causal = CausalConfig(full_chunks=2, partition=(1, 3))
+    with pytest.raises(UsageError, match="trained with chunks of 1, 3 latent frames") as error:
+        resolved_chunks(causal, schema.CausalSection(partition=recipe), "model")
+    assert str(error.value.hint).endswith(f"--set 'model.causal.partition=[{followed}]'.")

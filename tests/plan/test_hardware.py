@@ -25,11 +25,19 @@ def test_gpus_are_read(text: str, count: int, memory: float, peak: float) -> Non
     assert cluster.usable == cluster.memory - RESERVE
 
 
-@pytest.mark.parametrize("text", ["", "80GB", "0x80GB", "8x", "8x80", "8xFPGA", "8x80TB", "-1x80GB"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "80GB", "0x80GB", "8x", "8x80", "8xFPGA", "8x80TB", "-1x80GB", "8x0GB", "8x3GB", "8x-1GB",
+        f"{'9' * 5000}x80GB", f"8x{'9' * 5000}GB", f"8x{'a' * 5000}", f"8x80.{'1' * 5000}GB", "8x80GB\n\x1b",
+    ],
+)  # fmt: skip
 def test_anything_else_is_refused_with_an_example(text: str) -> None:
     with pytest.raises(UsageError) as caught:
         parse_hardware(text)
     assert "8x80GB" in str(caught.value.hint)
+    assert len(caught.value.message) < 120
+    assert caught.value.message.isprintable()
 
 
 def test_a_stated_speed_wins() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from anyflow_cli.errors import UsageError
 from anyflow_cli.export import export_model
 from anyflow_cli.model.causal import causal_from
 from anyflow_cli.model.config import CausalConfig
@@ -56,10 +57,8 @@ def test_a_folder_without_chunks_takes_those_of_the_recipe_and_says_so(
     assert "chunk_partition" not in json.loads((made / "transformer" / "config.json").read_text())
 
 
-def test_a_folder_keeps_its_chunks_and_says_that_the_recipe_has_others(
-    causal_folder: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_folder_that_was_trained_with_other_chunks_is_refused(causal_folder: Path) -> None:
     state(causal_folder, [1, 1, 1, 2])
-    opened = open_model(str(causal_folder), RECIPE)
-    assert opened.network.config.causal == CausalConfig(partition=(1, 1, 1, 2))
-    assert "1, 1, 1, 2 latent frames, which sampling uses; the recipe trains with 1, 2, 2" in caplog.text
+    with pytest.raises(UsageError, match="trained with chunks of 1, 1, 1, 2") as error:
+        open_model(str(causal_folder), RECIPE)
+    assert "--set 'model.causal.partition=[1, 1, 1, 2]'" in str(error.value.hint)
