@@ -10,12 +10,16 @@ Original Wan has one time embedder. The second is written as ``delta_embedding.{
 project: a loader for plain Wan reports it as unexpected and would sample without it, which is another model;
 a node has to pass the end time of each step to it. Weights are written one at a time; what was not trained is
 written as it was read. Files are complete or absent, and none is replaced.
+
+Of a model with two experts each format has one file per expert. A model can be written with its change in
+another base (``model.transplant``).
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -23,21 +27,28 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from anyflow_cli.errors import UsageError
+from anyflow_cli.flow.experts import EXPERTS
+from anyflow_cli.model.experts import ExpertWeights, by_expert, each_expert
 from anyflow_cli.model.layouts.names import TRANSFORMER_NAMES
 from anyflow_cli.model.lora import LoraSize
+from anyflow_cli.model.lora_formats import split_loras
 from anyflow_cli.model.network import folded, two_time_from
 from anyflow_cli.model.pipeline_io import Adapter, load_adapter, save_adapter, save_pipeline
+from anyflow_cli.model.transplant import Transplanted
 from anyflow_cli.model.weights_io import LazyWeight, WeightSource, write_weights
 from anyflow_cli.recipe.schema import Recipe
 from anyflow_cli.runs.checkpoint import is_checkpoint, trained_weights
 from anyflow_cli.runs.lineage import run_of
-from anyflow_cli.runs.open import describe, locate, open_model, weight_source
-from anyflow_cli.utils.files import atomic_write
+from anyflow_cli.runs.open import ModelInfo, describe, locate, open_model, weight_source
+from anyflow_cli.runs.paths import LINEAGE
+from anyflow_cli.utils.files import atomic_write, read_json
+from anyflow_cli.utils.hub import is_hub_name
 
 log = logging.getLogger(__name__)
 
 Format = Literal["diffusers", "merged", "comfyui", "adapter"]
 DIFFUSERS_LORA, COMFYUI_LORA = "pytorch_lora_weights.safetensors", "comfyui_lora.safetensors"
+NUMBER = re.compile(r"-?\d*\.?\d+")
 ADAPTER = "adapter"  # directory of a finished run with its adapter
 COMFYUI_PREFIX = "model.diffusion_model."
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -50,6 +61,7 @@ def export_model(
     out: Path,
     dtype: str | None = None,
     extraction: Extraction | None = None,
+    onto: Transplant | None = None,
 ) -> Path:
     """Export a model.
 
@@ -60,6 +72,7 @@ def export_model(
         out: Folder or file to write.
         dtype: Type of all weights (``fp32``, ``bf16``, ``fp16``); None: as they are.
         extraction: For ``adapter``: extract it from full weights.
+        onto: Write another base with the model's change in it.
 
     Returns:
         The folder or file that was written.
@@ -72,13 +85,84 @@ def export_model(
         return target
     info = describe(address, recipe)
     network, lineage = weight_source(info), info.lineage | {"exported_from": address}
+    pipeline = info.pipeline
+    if onto is not None:
+        network, other = transplanted(address, onto, recipe)
+        pipeline, lineage = other.pipeline, lineage | {"transplant": onto._asdict()}
     if kind == "diffusers":
         as_type = DTYPES[dtype] if dtype else None
-        save_pipeline(target, network, info.pipeline, lineage, shift=info.shift, dtype=as_type)
-    else:
-        write = write_merged if kind == "merged" else write_comfyui
+        return save_pipeline(target, network, pipeline, lineage, shift=info.shift, dtype=as_type)
+    write = write_merged if kind == "merged" else write_comfyui
+    if network.config.boundary is None:
         write(target, network, lineage, dtype)
-    return target
+        return target
+    if out.suffix == ".safetensors":
+        raise UsageError("The model has two experts, which are two files.", "Give a directory with --out.")
+    lineage |= {"boundary": network.config.boundary}
+    for expert in EXPERTS:
+        write(out / f"{expert}_noise.safetensors", ExpertWeights(network, expert), lineage, dtype)
+    return out
+
+
+class Transplant(NamedTuple):
+    """Where a model's change is added: the base that it was trained from, another one, and how much."""
+
+    base: str
+    other: str
+    strength: float
+
+    @property
+    def models(self) -> dict[str, str]:
+        """Addresses by their part."""
+        return {"base": self.base, "other base": self.other}
+
+
+def transplant_of(text: str, model: str, base: str | None) -> Transplant:
+    """Read ADDRESS[:STRENGTH], and find the base that a model was trained from where none is given."""
+    other, found, strength = text.rpartition(":")
+    if Path(text).expanduser().exists() or not found or not NUMBER.fullmatch(strength):
+        other, strength = text, "1"
+    start = base or _start_of(model)
+    if start is None:
+        raise UsageError(
+            f"The files of {model} do not tell what it was trained from.", "Name that model with --base."
+        )
+    return Transplant(start, other, float(strength))
+
+
+def _start_of(model: str) -> str | None:
+    """The teacher behind a run, as its lineage names it, else the model that it was trained from."""
+    if is_hub_name(model):
+        return None
+    path = locate(split_loras(model)[0])
+    if is_checkpoint(path):
+        lineage = run_of(path).lineage.as_dict()
+    else:
+        lineage = read_json(path / LINEAGE) if (path / LINEAGE).is_file() else {}
+    start = lineage.get("inputs", {}).get("teacher", {}).get("path") or lineage.get("base")
+    return None if start is None else str(start)
+
+
+def transplanted(address: str, onto: Transplant, recipe: Recipe) -> tuple[Transplanted, ModelInfo]:
+    """Another base with a model's change in it, and the description of that base.
+
+    Raises:
+        UsageError: The models differ in their shapes, or one has two experts and another does not.
+    """
+    info = describe(address, recipe)
+    base, other = (describe(one, recipe) for one in onto.models.values())
+    sources = weight_source(info), weight_source(base), weight_source(other)
+    names = (address, onto.base, onto.other)
+    boundaries = {name: one.config.boundary for name, one in zip(names, sources, strict=True)}
+    if len(set(boundaries.values())) > 1:
+        found = ", ".join(f"{name}: {b or 'none'}" for name, b in boundaries.items())
+        raise UsageError(
+            f"The models differ in the boundary between two experts ({found}).",
+            "Name models of the same family; two places of experts take HIGH,LOW@BOUNDARY.",
+        )
+    result = Transplanted(*sources, onto.strength, names)
+    result.lazy_weights()
+    return result, other
 
 
 def destination(kind: Format, out: Path) -> Path:
@@ -117,7 +201,7 @@ def _extracted(address: str, recipe: Recipe, extraction: Extraction) -> Adapter:
     """The best LoRA of a rank for the difference of two models, by singular values; its error is logged."""
     model, base = open_model(address, recipe).network, open_model(extraction.base, recipe).network
     if model.config.two_time and not base.config.two_time:
-        base = two_time_from(base, model.config.gate)
+        base = each_expert(base, lambda one: two_time_from(one, model.config.gate))
     weights: dict[str, torch.Tensor] = {}
     change = missed = 0.0
     start = dict(base.named_parameters())
@@ -156,6 +240,11 @@ def write_lora_files(folder: Path, adapter: Adapter) -> None:
 
     Diffusers finds its file by name. Modules that were trained in full have no place in either.
     """
+    parts = by_expert(adapter.weights)
+    if parts.keys() != {""}:
+        for expert, own in parts.items():
+            write_lora_files(folder / expert, adapter._replace(weights=own))
+        return
     if any(".lora_" not in name for name in adapter.weights):
         log.warning("Modules trained in full are in PEFT's files alone; others need --format diffusers.")
         return

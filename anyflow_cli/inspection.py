@@ -78,9 +78,9 @@ def _described(path: Path) -> Facts:
     model, loras = split_loras(str(path))
     if loras:
         facts = _described(Path(model))
-        for lora, _ in loras if not is_checkpoint(Path(model)) else ():
-            check_lora(lora, read_config(Path(model)))
-        return facts | {"loras": [f"{lora} at {strength:g}" for lora, strength in loras]}
+        for lora in loras if not is_checkpoint(Path(model)) else ():
+            check_lora(lora.path, read_config(Path(model)))
+        return facts | {"loras": [f"{lora.path} {lora.manner}" for lora in loras]}
     if is_checkpoint(path):
         return _checkpoint(path)
     if (path / ADAPTER_CONFIG).is_file():

@@ -253,7 +253,7 @@ class Runner:
             objective_of(recipe.model, settings, backbone, text[0]),
             RandomBatches(Batch(latents, Condition(text), [""] * count, [0] * count)),
             settings,
-            accelerator=make_accelerator(causal=recipe.model.causal is not None),
+            accelerator=make_accelerator(partly=recipe.model.causal is not None),
             precision=setup.precision,
         )
         batches = trainer.source.stream(0)

@@ -17,6 +17,7 @@ def export(
     lora: options.LoraOption = None,
     kind: options.FormatOption = "diffusers",
     dtype: options.DtypeOption = None,
+    transplant: options.TransplantOption = None,
     base: options.BaseOption = None,
     rank: options.RankOption = 64,
     recipe: options.RecipeOption = options.DEFAULT_RECIPE,
@@ -35,23 +36,36 @@ def export(
     """
     settings = options.load_settings(recipe, assignments)
     model = options.with_lora_files(model, lora)
-    if base is not None and kind != "adapter":
-        raise UsageError("--base is for --format adapter.", "Add --format adapter, or omit --base.")
+    if base is not None and kind != "adapter" and transplant is None:
+        raise UsageError(
+            "--base is for --format adapter and --transplant.", "Add one of them, or omit --base."
+        )
+    if transplant is not None and kind == "adapter":
+        raise UsageError("--transplant writes whole models.", "Use another --format.")
 
     from anyflow_cli import export as job
     from anyflow_cli.runs.paths import RunPaths
-    from anyflow_cli.runs.resources import Given, find_model, inputs, require_inputs
+    from anyflow_cli.runs.resources import Given, find_model, inputs, is_ready, model_resource, require_inputs
 
     paths = RunPaths(runs, settings.name)
     choice, needs = find_model(settings, paths, model), inputs(settings, paths, "export", Given(model))
     log.info("Model: %s (%s)", *choice)
     target = job.destination(kind, out)
+    onto = None if transplant is None else job.transplant_of(transplant, choice.address, base)
+    if onto is not None:
+        needs += [model_resource(name, address, settings) for name, address in onto.models.items()]
     if dry_run:
         facts = {"model": choice.address, "because": choice.why, "format": kind, "out": target}
+        if onto is not None:
+            facts |= {"transplant": f"onto {onto.other} at {onto.strength:g}", "base": onto.base}
+            if is_ready(needs):
+                job.transplanted(choice.address, onto, settings)
         return print_dry_run("export", facts, needs, as_json=as_json)
     require_inputs(needs)
-    extraction = None if base is None else job.Extraction(base, rank)
-    made = job.export_model(choice.address, settings, kind, out, dtype, extraction)
+    if onto is not None:
+        log.info("What it was trained to is its difference from %s.", onto.base)
+    extraction = None if base is None or onto is not None else job.Extraction(base, rank)
+    made = job.export_model(choice.address, settings, kind, out, dtype, extraction, onto)
     if kind == "comfyui":
         log.info("ComfyUI's own Wan nodes pass one time; this file needs a node that passes two.")
     print_result({"model": choice.address, "format": kind, "out": made}, as_json=as_json, text=str(made))

@@ -178,14 +178,25 @@ ModelOption = Annotated[
 LoraOption = Annotated[
     list[str] | None,
     _option(
-        "LoRA file to merge into --model, at a strength of 1 if none is given; repeatable.", "--lora",
+        "LoRA file to merge into --model, at a strength of 1 if none is given; repeatable. Of two experts: "
+        "into the one that its name says, or high=FILE or low=FILE.", "--lora",
         metavar="FILE[:STRENGTH]",
     ),
 ]  # fmt: skip
 BaseOption = Annotated[
     str | None,
-    _option("With --format adapter: extract a LoRA against this model.", "--base", metavar="ADDRESS"),
-]
+    _option(
+        "The model that --model was trained from: with --format adapter, to extract a LoRA against; with "
+        "--transplant, where its lineage does not tell.", "--base", metavar="ADDRESS",
+    ),
+]  # fmt: skip
+TransplantOption = Annotated[
+    str | None,
+    _option(
+        "Add what --model was trained to, times STRENGTH (1), to this base of the same shapes, such as a "
+        "fine-tune.", "--transplant", metavar="ADDRESS[:STRENGTH]",
+    ),
+]  # fmt: skip
 RankOption = Annotated[
     int, _option("Rank of the LoRA that --base extracts.", "--rank", min=1, max=4096, metavar="R")
 ]

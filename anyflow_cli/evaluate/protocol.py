@@ -252,7 +252,7 @@ def evaluated_model(
     partition, causal = None, info.causal if preset is None else preset.causal
     if causal is not None:
         partition = partition_for(causal, latent_frames(recipe.model.frames))
-    strengths = [strength for _, strength in info.loras]
+    strengths = [setting for lora in info.loras for setting in lora.settings]
     weights = json_sha256([*(content_hash(source) for source in info.sources), *strengths])
     is_student = preset is not None and preset.steps is not None
     teacher = not info.two_time and not is_student and sampler in (None, "euler")

@@ -54,7 +54,9 @@ class ByTime:
         u_low = self._evaluate("low", low, at_b, between, r)
         share = per_frame(torch.where(t > r, (t - between) / (t - r), 0), z)
         across = share * u_high + (1 - share) * u_low
-        return torch.where(_mask(is_high & is_low, z), across, torch.where(_mask(is_high, z), u_high, u_low))
+        return torch.where(
+            per_frame(is_high & is_low, z), across, torch.where(per_frame(is_high, z), u_high, u_low)
+        )
 
     def _evaluate(self, name: ExpertName, index: Tensor, z: Tensor, t: Tensor, r: Tensor) -> Tensor:
         """Evaluate an expert on the samples ``index``; 0 elsewhere."""
@@ -98,7 +100,3 @@ class ExpertScale:
     def __call__(self, t: Tensor) -> Tensor:
         """The scale of the expert that answers at t = r, in the shape of t."""
         return torch.where(t >= self.boundary, self.high, self.low)
-
-
-def _mask(samples: Tensor, z: Tensor) -> Tensor:
-    return samples.reshape(-1, *(1,) * (z.ndim - 1))

@@ -9,11 +9,11 @@ Legend: B batch, F latent frames, C channels, H W latent height and width, N wei
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,13 +22,15 @@ from anyflow_cli.errors import UsageError
 from anyflow_cli.flow.condition import Condition
 from anyflow_cli.flow.experts import EXPERTS, ByTime, ExpertName, ExpertScale, by_time
 from anyflow_cli.flow.velocity import GuidanceScale, Velocity
-from anyflow_cli.model.blocks import LayerKeys
+from anyflow_cli.model.blocks import Block, LayerKeys
 from anyflow_cli.model.conditioned import Conditioned, Scope
 from anyflow_cli.model.config import NetworkConfig
 from anyflow_cli.model.layout import Layout
 from anyflow_cli.model.network import FlowMapTransformer, on_meta, weight_dtype
-from anyflow_cli.model.weights_io import WeightSource, fill_module
+from anyflow_cli.model.weights_io import LazyWeight, WeightSource, fill_module
 from anyflow_cli.recipe.schema import ExpertGuidance
+
+Part = TypeVar("Part")
 
 # Boundary of Wan 2.2 by the channels that its experts take: text to video, image to video.
 WAN_BOUNDARIES = {16: 0.875, 36: 0.9}
@@ -82,6 +84,10 @@ class ExpertPair(FlowMapTransformer):
         assert layout is None, "two experts have no token layouts"
         assert cache is None, "two experts have no common cache"
         return bind(self, Condition(text, picture=picture))(z, t, r)
+
+    @property
+    def _typed_blocks(self) -> list[Block]:
+        return [block for expert in networks_of(self) for block in expert._typed_blocks]
 
     @torch.no_grad()
     def embedding_norm(self) -> Tensor:
@@ -143,6 +149,32 @@ def network_from(
 
     fill_module(network, weights, dtype_of, device)
     return network
+
+
+def by_expert(weights: Mapping[str, Part]) -> dict[str, dict[str, Part]]:
+    """Weights under their own names by the expert they belong to; by "" where they are of one network."""
+    parts: dict[str, dict[str, Part]] = {}
+    for name, weight in weights.items():
+        expert = next((expert for expert in EXPERTS if name.startswith(f"{expert}.")), "")
+        parts.setdefault(expert, {})[name.removeprefix(f"{expert}.")] = weight
+    return parts
+
+
+@dataclass(frozen=True)
+class ExpertWeights:
+    """The weights of one of two experts as those of one network; see ``WeightSource``."""
+
+    pair: WeightSource
+    expert: ExpertName
+
+    @property
+    def config(self) -> NetworkConfig:
+        """Sizes of the expert."""
+        return replace(self.pair.config, boundary=None)
+
+    def lazy_weights(self) -> dict[str, LazyWeight]:
+        """Weights by the expert's own names."""
+        return by_expert(self.pair.lazy_weights())[self.expert]
 
 
 def bind(network: FlowMapTransformer, condition: Condition, scope: Scope = nullcontext) -> Velocity:

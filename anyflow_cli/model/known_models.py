@@ -1,7 +1,8 @@
 """Facts about published models that are needed before their files are downloaded.
 
 Sizes of the networks: the ``config.json`` files of the repositories on the Hugging Face Hub. Download sizes:
-the transformer (fp32 for Wan, bf16 for AnyFlow), the UMT5-XXL encoder and the VAE (both fp32).
+the transformer (fp32 for Wan, bf16 for AnyFlow), the UMT5-XXL encoder and the VAE (both fp32; the encoder of
+Wan 2.2 A14B is bf16, by its number of shards).
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ KNOWN_MODELS = {
     "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": KnownModel(_WAN_1B, APACHE, 29),
     "Wan-AI/Wan2.1-T2V-14B-Diffusers": KnownModel(_WAN_14B, APACHE, 80),
     "Wan-AI/Wan2.2-TI2V-5B-Diffusers": KnownModel(_WAN_5B, APACHE, 45, VAE_22),
+    "Wan-AI/Wan2.2-T2V-A14B-Diffusers": KnownModel(replace(_WAN_14B, boundary=0.875), APACHE, 126),
     "nvidia/AnyFlow-Wan2.1-T2V-1.3B-Diffusers": KnownModel(
         replace(_WAN_1B, two_time=True), NON_COMMERCIAL, 26
     ),

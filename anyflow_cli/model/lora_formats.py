@@ -16,11 +16,15 @@ ComfyUI's and kijai's files differ in the suffixes alone (lora_A / lora_B, lora_
 read in every family. Besides low-rank pairs a file may add to a weight (``.diff``), a bias (``.diff_b``) or a
 modulation (``.diff_m``), or replace a weight (``.set_weight``). An address ends with ``+FILE:STRENGTH`` for
 each file that is merged into its model.
+
+A model of two experts takes a file for each: ``high=FILE`` or ``low=FILE``, or a file whose name says which
+(``..._high_noise_...``). Any other file is merged into both.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -32,7 +36,7 @@ import torch
 from torch import Tensor
 
 from anyflow_cli.errors import UsageError
-from anyflow_cli.flow.experts import EXPERTS
+from anyflow_cli.flow.experts import EXPERTS, ExpertName
 from anyflow_cli.model.config import NetworkConfig
 from anyflow_cli.model.layouts.names import TRANSFORMER_NAMES
 from anyflow_cli.model.layouts.tensor_files import TensorFiles
@@ -58,24 +62,44 @@ LORA_ADDITIONS = {
     ".lora_B.bias": "bias",
     ".diff_m": "scale_shift_table",
 }
-ADDED_FILE = re.compile(r"^(.+)\+(.+\.(?:safetensors|pt|pth))(?::(-?[0-9.]+))?$")
+ADDED_FILE = re.compile(r"^(.+)\+(?:(high|low)=)?(.+\.(?:safetensors|pt|pth))(?::(-?[0-9.]+))?$")
+EXPERT_IN_NAME = re.compile(
+    r"(?<![a-z])(high|low)(?:[-_ .]?noise)?(?![a-z])(?![-_ .]?(?:rank|vram|step|res|quality))"
+)
+
+log = logging.getLogger(__name__)
 
 
 class LoraRequest(NamedTuple):
-    """A LoRA file and the strength at which it is merged."""
+    """A LoRA file, the strength at which it is merged, and into which of two experts; None: by its name."""
 
     path: Path
     strength: float = 1.0
+    expert: ExpertName | None = None
+
+    @property
+    def manner(self) -> str:
+        """Strength, and the expert where one is named, in words."""
+        return f"at {self.strength:g}" + (f" in the {self.expert}-noise expert" if self.expert else "")
+
+    @property
+    def settings(self) -> tuple[str | float, ...]:
+        """Strength, and the expert where one is named, for records."""
+        return (self.strength, *([self.expert] if self.expert else []))
 
 
 def add_loras(model: Path, loras: Iterable[LoraRequest]) -> Path:
     """Address of a model with LoRA files, from absolute places, that ``split_loras`` takes apart again."""
-    files = (f"{path}:{np.format_float_positional(strength, trim='-')}" for path, strength in loras)
+    files = (
+        f"{f'{one.expert}=' if one.expert else ''}{one.path}:"
+        f"{np.format_float_positional(one.strength, trim='-')}"
+        for one in loras
+    )
     return Path(with_loras(str(model), files))
 
 
 def with_loras(address: str, files: Iterable[str]) -> str:
-    """An address with LoRA files, each FILE or FILE:STRENGTH, merged into its model."""
+    """An address with LoRA files, each [high=|low=]FILE[:STRENGTH], merged into its model."""
     return "+".join([address, *files])
 
 
@@ -83,11 +107,21 @@ def split_loras(address: str) -> tuple[str, tuple[LoraRequest, ...]]:
     """The address of a model, and the LoRA files that are to be merged into it."""
     found: list[LoraRequest] = []
     while not Path(address).expanduser().exists() and (match := ADDED_FILE.match(address)):
-        address, path, strength = match[1], Path(match[2]).expanduser(), match[3]
+        address, expert, path, strength = match[1], match[2], Path(match[3]).expanduser(), match[4]
         if not path.is_file():
             raise UsageError(f"There is no LoRA file at {path}.", "Give --lora FILE or --lora FILE:STRENGTH.")
-        found.insert(0, LoraRequest(path.resolve(), 1.0 if strength is None else float(strength)))
+        one: ExpertName | None = None if expert is None else "high" if expert == "high" else "low"
+        found.insert(0, LoraRequest(path.resolve(), 1.0 if strength is None else float(strength), one))
     return address, tuple(found)
+
+
+def expert_of_name(path: Path) -> ExpertName | None:
+    """The expert that the name of a LoRA file, or else of its folder, says it is for."""
+    for name in (path.stem, path.parent.name):
+        found = set(EXPERT_IN_NAME.findall(name.lower()))
+        if len(found) == 1:
+            return "high" if "high" in found else "low"
+    return None
 
 
 @dataclass(frozen=True)
@@ -134,7 +168,7 @@ class LoraMerged:
     @classmethod
     def of(cls, base: WeightSource, requests: Iterable[LoraRequest]) -> LoraMerged:
         """Read the files for a network; see ``read_lora``."""
-        return cls(base, tuple((read_lora(path, base), strength) for path, strength in requests))
+        return cls(base, tuple((read_lora(one.path, base, one.expert), one.strength) for one in requests))
 
     @property
     def config(self) -> NetworkConfig:
@@ -247,13 +281,13 @@ def _require_whole(path: Path, plan: LoraPlan) -> None:
         )
 
 
-def read_lora(path: Path, base: WeightSource) -> LoraFile:
-    """Read a LoRA file for a network.
+def read_lora(path: Path, base: WeightSource, expert: ExpertName | None = None) -> LoraFile:
+    """Read a LoRA file for a network, or for one of two experts; by default for the one that its name says.
 
     Raises:
         UsageError: The network has no place for some of its keys, or other shapes.
     """
-    files, experts = TensorFiles.open((path,)), _experts_of(path, base.config)
+    files, experts = TensorFiles.open((path,)), _experts_of(path, base.config, expert)
     weights = base.lazy_weights().items()
     shapes = {n.removeprefix(experts[0]): tuple(w.shape) for n, w in weights if n.startswith(experts[0])}
     plan = plan_lora(files, shapes)
@@ -274,12 +308,19 @@ def read_lora(path: Path, base: WeightSource) -> LoraFile:
     return LoraFile(plan.family, by_expert, additions, replacements)
 
 
-def _experts_of(path: Path, config: NetworkConfig) -> tuple[str, ...]:
-    """Prefixes of the parameters that a file is for: of the expert that its name states, else of both."""
+def _experts_of(path: Path, config: NetworkConfig, expert: ExpertName | None) -> tuple[str, ...]:
+    """Prefixes of the parameters that a file is for; of two experts those of one, or of both."""
+    if config.boundary is None and expert is not None:
+        raise UsageError(
+            f"{path} is given for the {expert}-noise expert, and the model is one network.",
+            f"Give --lora {path} without {expert}=.",
+        )
     if config.boundary is None:
         return ("",)
-    named = [name for name in EXPERTS if re.search(f"{name}[-_]?noise", path.name, re.IGNORECASE)]
-    return tuple(f"{name}." for name in named or EXPERTS)
+    named = expert or expert_of_name(path)
+    experts = EXPERTS if named is None else (named,)
+    log.info("%s is merged into the %s-noise expert.", path.name, "- and the ".join(experts))
+    return tuple(f"{name}." for name in experts)
 
 
 def _modules(parameters: Iterable[str]) -> dict[str, str]:

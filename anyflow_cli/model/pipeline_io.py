@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, TypeVar
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from pydantic import BaseModel, Field
@@ -23,7 +23,7 @@ from torch import Tensor
 from anyflow_cli.errors import AnyflowError, UsageError
 from anyflow_cli.flow.experts import EXPERTS
 from anyflow_cli.model.config import ANYFLOW, ANYFLOW_FAR, WAN, NetworkConfig
-from anyflow_cli.model.experts import network_from
+from anyflow_cli.model.experts import by_expert, network_from
 from anyflow_cli.model.layouts.components import (
     ORIGINAL_FILES,
     open_component,
@@ -66,7 +66,6 @@ IMAGE_PIPELINES = {False: "WanImageToVideoPipeline", True: "AnyFlowImageToVideoP
 TI2V_CHANNELS = 48  # latents of Wan 2.2 TI2V-5B, whose frames have times of their own
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 ADAPTER_PREFIX = "base_model.model."
-Part = TypeVar("Part")
 _Class = tuple[str | None, str | None]  # library and class; nulls for a component that the pipeline lacks
 _Positive = Annotated[float, Field(gt=0, lt=1e6)]
 HUB_FILES = [
@@ -438,15 +437,6 @@ def save_adapter(folder: Path, weights: Mapping[str, Tensor], size: LoraSize, ba
     with atomic_directory(folder) as partial:
         for expert, own in by_expert(weights).items():
             _write_adapter(partial / expert, own, size, base)
-
-
-def by_expert(weights: Mapping[str, Part]) -> dict[str, dict[str, Part]]:
-    """Weights under their own names by the expert they belong to; by "" where they are of one network."""
-    parts: dict[str, dict[str, Part]] = {}
-    for name, weight in weights.items():
-        expert = next((expert for expert in EXPERTS if name.startswith(f"{expert}.")), "")
-        parts.setdefault(expert, {})[name.removeprefix(f"{expert}.")] = weight
-    return parts
 
 
 def _write_adapter(folder: Path, weights: Mapping[str, Tensor], size: LoraSize, base: str) -> None:

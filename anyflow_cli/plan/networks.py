@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,9 +24,10 @@ from torch.utils._pytree import tree_leaves
 from anyflow_cli.flow.condition import Condition
 from anyflow_cli.model.backbone import Backbone, BackboneSources
 from anyflow_cli.model.blocks import LayerKeys
+from anyflow_cli.model.conditioned import Conditioned
 from anyflow_cli.model.config import NetworkConfig
 from anyflow_cli.model.encoders import VideoVAE
-from anyflow_cli.model.experts import one_network
+from anyflow_cli.model.experts import empty_network, networks_of
 from anyflow_cli.model.layout import Layout, bidirectional
 from anyflow_cli.model.network import FlowMapTransformer
 from anyflow_cli.model.parallelize import apply_checkpointing
@@ -101,11 +102,11 @@ def meta_backbone(setup: Setup, layers: int | None = None) -> Backbone:
     """The backbone of a process on the meta device, as training builds it; ``layers`` instead of its own."""
     sizes = {START: setup.network, SCORES: setup.scores or setup.network}
     trains = setup.settings is not None
-    model = setup.model if trains else setup.model.model_copy(update={"lora": None})
+    model = setup.model if trains else setup.model.model_copy(update={"lora": None, "expert": "both"})
     in_bf16 = setup.precision == "bf16" and (model.lora is not None or (setup.gpu and not trains))
 
     def load(path: Path, dtype: torch.dtype) -> FlowMapTransformer:
-        network = FlowMapTransformer(replace(sizes[path], layers=layers or sizes[path].layers))
+        network = empty_network(replace(sizes[path], layers=layers or sizes[path].layers))
         return network.store_as(torch.bfloat16 if in_bf16 else dtype).requires_grad_(False)
 
     with torch.device("meta"):
@@ -185,14 +186,16 @@ def _measure(setup: Setup, backbone: Backbone, call: NetworkCall) -> CallCost:
         z = torch.empty(samples, layout.frames, *setup.latent[1:], requires_grad=call.gradient)
         t = torch.empty(samples, *[layout.frames] * by_frame)
         text = torch.empty(samples, *setup.text)
-        cache = _cache_of(setup, backbone.network_of(call.role), samples, layout.cache_tokens)
+        experts = networks_of(backbone.network_of(call.role))  # alike, but at most one may be trained
+        network = experts[-1 if setup.model.expert == "low" else 0]
+        cache = _cache_of(setup, network, samples, layout.cache_tokens)
         known = [z, t, text, *tree_leaves(list(cache.layers) if cache else [])]
         known += [tensor for weight in backbone.parameters() for tensor in (weight, weight.grad)]
         tracker = MemoryTracker([tensor for tensor in known if tensor is not None], gpu=setup.gpu)
         with tracker, torch.set_grad_enabled(call.gradient):
             with autocast(setup.precision, "cpu", keeps_casts=keeps_casts):
-                velocity = one_network(backbone.velocity(call.role, Condition(text)))
-                velocity = velocity.with_layout(layout, cache)
+                scope = partial(backbone.role, call.role)
+                velocity = Conditioned(network, Condition(text), scope).with_layout(layout, cache)
                 outputs = [velocity(z, t, t) for _ in range(call.gradient and keeps_casts)]
                 before = tracker.restart()
                 outputs.append(velocity(z, t, t))

@@ -262,8 +262,8 @@ def model_fingerprint(model: Path) -> str:
                 digest.update(handle.read(1 << 20))
     if config is not None:
         digest.update(config.read_bytes())
-    for path, strength in loras:
-        digest.update(json.dumps([file_sha256(path), strength]).encode())
+    for lora in loras:
+        digest.update(json.dumps([file_sha256(lora.path), *lora.settings]).encode())
     return digest.hexdigest()
 
 

@@ -137,8 +137,8 @@ def describe(address: str, recipe: Recipe) -> ModelInfo:
     info = _describe(locate(model), recipe)
     if not loras:
         return info
-    lineage = info.lineage | {"loras": [[str(path), strength] for path, strength in loras]}
-    sources = (*info.sources, *(path for path, _ in loras))
+    lineage = info.lineage | {"loras": [[str(lora.path), *lora.settings] for lora in loras]}
+    sources = (*info.sources, *(lora.path for lora in loras))
     return replace(info, lineage=lineage, sources=sources, loras=loras)
 
 

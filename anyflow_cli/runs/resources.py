@@ -137,15 +137,23 @@ def find_model(recipe: Recipe, paths: RunPaths, address: str | None, *, teacher:
 
 def _synthesize(recipe: Recipe, paths: RunPaths, given: Given) -> list[Resource]:
     if given.data is not None:  # real videos are encoded, which takes the model's own VAE and text encoder
-        return [*_broken_ffmpeg(), _videos(given.data), _model("teacher", recipe.model.teacher, recipe)]
-    teacher = _model("teacher", recipe.synthesize.teacher or recipe.model.teacher, recipe)
+        return [
+            *_broken_ffmpeg(),
+            _videos(given.data),
+            model_resource("teacher", recipe.model.teacher, recipe),
+        ]
+    teacher = model_resource("teacher", recipe.synthesize.teacher or recipe.model.teacher, recipe)
     broken = _broken_ffmpeg() if recipe.synthesize.previews else []
     return [*broken, *_attention(recipe), *_prompts(recipe), teacher]
 
 
 def _train(recipe: Recipe, paths: RunPaths, given: Given) -> list[Resource]:
     latents = _latents(recipe.data.path or str(paths.data), recipe)
-    return [latents, _model("teacher", recipe.model.teacher, recipe), *_attention(recipe, trains=True)]
+    return [
+        latents,
+        model_resource("teacher", recipe.model.teacher, recipe),
+        *_attention(recipe, trains=True),
+    ]
 
 
 def _distill(recipe: Recipe, paths: RunPaths, given: Given) -> list[Resource]:
@@ -180,7 +188,7 @@ def _finetune(recipe: Recipe, paths: RunPaths, given: Given) -> list[Resource]:
     else:
         how = "name a directory of videos with --data DIR"
         videos = Resource("videos", "--data", "missing", how, "finetune needs videos.")
-    encoders = _model("teacher", recipe.model.teacher, recipe)
+    encoders = model_resource("teacher", recipe.model.teacher, recipe)
     return [*_broken_ffmpeg(), *start, videos, encoders]
 
 
@@ -200,7 +208,7 @@ def _sample(recipe: Recipe, paths: RunPaths, given: Given) -> list[Resource]:
 def _evaluate(recipe: Recipe, paths: RunPaths, given: Given) -> list[Resource]:
     if given.data is not None:
         return [*_broken_ffmpeg(), _videos(given.data)]
-    teacher = [_model("teacher", recipe.model.teacher, recipe)] if recipe.evaluates_teacher else []
+    teacher = [model_resource("teacher", recipe.model.teacher, recipe)] if recipe.evaluates_teacher else []
     return [*_broken_ffmpeg(), *_attention(recipe), *_any_step(recipe, paths, given), *teacher]
 
 
@@ -209,7 +217,7 @@ def _any_step(recipe: Recipe, paths: RunPaths, given: Given) -> list[Resource]:
     if choice.why == UNTRAINED:
         how = f"run `anyflow train-flowmap -r {recipe.name}`, or name a model with --model"
         return [Resource("any-step model", choice.address, "missing", how)]
-    return [_model("any-step model", choice.address, recipe)]
+    return [model_resource("any-step model", choice.address, recipe)]
 
 
 _INPUTS: dict[str, Callable[[Recipe, RunPaths, Given], list[Resource]]] = {
@@ -226,7 +234,7 @@ _INPUTS: dict[str, Callable[[Recipe, RunPaths, Given], list[Resource]]] = {
 # --- by kind
 
 
-def _model(name: str, address: str, recipe: Recipe) -> Resource:
+def model_resource(name: str, address: str, recipe: Recipe) -> Resource:
     """A model at an address that the user or the recipe names, with the LoRA files merged into it."""
     try:
         model, loras = split_loras(address)
@@ -288,7 +296,7 @@ def _on_hub(name: str, address: str) -> Resource:
 def _trained(recipe: Recipe, name: str, given: str | None, place: Path, command: str) -> Resource:
     """A model that the recipe names, else the one that a command leaves."""
     if given is not None or place.is_dir():
-        return _model(name, given or str(place), recipe)
+        return model_resource(name, given or str(place), recipe)
     return Resource(name, str(place), "missing", f"run `{command} -r {recipe.name}`")
 
 

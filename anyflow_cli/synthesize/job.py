@@ -200,7 +200,7 @@ def _contents(
     contents = {"encoder_files": hashes.combined(frozen_files(components))}
     if clips is None:
         network = {n: file for n, file in files.items() if n.partition("/")[0] not in FROZEN and "/" in n}
-        merged = {f"lora {n} at {strength:g}": file for n, (file, strength) in enumerate(loras)}
+        merged = {f"lora {n} {lora.manner}": lora.path for n, lora in enumerate(loras)}
         contents["transformer_files"] = hashes.combined((network or files) | merged)
     else:
         assert videos is not None

@@ -395,9 +395,10 @@ class ConsistencyTerm:
         return loss, {"loss": sums(loss, len(videos))}
 
     def network_calls(self, latent: LatentShape, rng: StepRng) -> list[NetworkCall]:
-        """One call on the window."""
+        """One call on the window; two where the jump to 0 crosses from one expert to the other."""
         layout, _ = causal_windows.layout_of(self.window_of, self.backbone.network_of("student"), latent, rng)
-        return [NetworkCall("student", len(rng.positions), gradient=True, layout=layout)]
+        jump = NetworkCall("student", len(rng.positions), gradient=True, layout=layout)
+        return [jump] * self.experts.evaluations(self.experts.of_step(rng).interval.high, 0.0)
 
 
 class OnPolicyTerms:
@@ -519,23 +520,21 @@ class OnPolicyTerms:
     ) -> list[NetworkCall]:
         """List the calls of ``_rollout``; of a consistency rollout only the last one has a gradient."""
         settings, generator = self.settings, rng.generator(stream)
-        calls = self.experts.evaluations
         if settings.simulation == "flow-map":
             steps, k = simulation.draw_segment(settings.step_budgets, generator)
-            segment = simulation.rollout_jumps(steps, k, self.shift)
-            jumps = [gradient] * sum(calls(t, r) for t, r in segment)
+            jumps = [(t, r, gradient) for t, r in simulation.rollout_jumps(steps, k, self.shift)]
         else:
             exit_step = int(torch.randint(settings.consistency_steps, (), generator=generator))
             grid = times.grid(settings.consistency_steps, self.shift).tolist()
-            jumps = [False] * sum(calls(t, 0.0) for t in grid[:exit_step])
-            jumps += [gradient] * calls(grid[exit_step], 0.0)
+            jumps = [(t, 0.0, gradient and n == exit_step) for n, t in enumerate(grid[: exit_step + 1])]
         recomputes = settings.recompute_rollout and gradient
-        simulated = [NetworkCall("student", len(rng.positions), gradient=jump) for jump in jumps]
+        simulated = [
+            NetworkCall("student", len(rng.positions), carries, group=n if recomputes and carries else None)
+            for n, (t, r, carries) in enumerate(jumps)
+            for _ in range(self.experts.evaluations(t, r))
+        ]
         if self.causal is None:
-            return [
-                call._replace(group=number if recomputes and call.gradient else None)
-                for number, call in enumerate(simulated)
-            ]
+            return simulated
         skipped = self._skipped_frames(rng, stream)
         longer = (latent[0] + skipped, *latent[1:])
         return causal_windows.rollout_calls(

@@ -17,7 +17,7 @@ from anyflow_cli.errors import UsageError
 from anyflow_cli.model.backbone import Backbone, BackboneSources, Role
 from anyflow_cli.model.network import FlowMapTransformer
 from anyflow_cli.model.parallelize import apply_attention, parallelize
-from anyflow_cli.model.pipeline_io import save_adapter, save_pipeline
+from anyflow_cli.model.pipeline_io import read_config, save_adapter, save_pipeline
 from anyflow_cli.model.precision import Precision, resolve_precision
 from anyflow_cli.recipe import schema
 from anyflow_cli.runs.checkpoint import is_checkpoint, trained_weights
@@ -74,7 +74,9 @@ def prepare_training(
 ) -> PreparedTraining:
     """Begin or continue a run: create its directory, load networks and data, build the trainer."""
     stage, settings = STAGES[inputs.section], training_section(recipe, inputs.section)
-    accelerator = make_accelerator(recipe.launch, causal=recipe.model.causal is not None)
+    has_experts = not is_checkpoint(inputs.base) and read_config(inputs.base).boundary is not None
+    partly = recipe.model.causal is not None or has_experts
+    accelerator = make_accelerator(recipe.launch, partly=partly)
     kind = TrainingPart if inputs.section == "finetune" else LatentData
     with accelerator.main_process_first():
         data = open_latents(recipe, inputs.data, inputs.pipeline, inputs.directory, kind)

@@ -388,10 +388,10 @@ class Trainer:
         return dcp.flattened(self.state().tensors, moments)
 
 
-def make_accelerator(launch: schema.LaunchSection = NOT_SHARDED, *, causal: bool = False) -> Any:
+def make_accelerator(launch: schema.LaunchSection = NOT_SHARDED, *, partly: bool = False) -> Any:
     """Accelerate's view of this process: its device, and the other processes.
 
-    ``causal``: not every step compresses chunks, so some steps leave weights without a gradient.
+    ``partly``: some steps leave weights without a gradient, of compressed chunks or of one of two experts.
     """
     from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
@@ -404,7 +404,7 @@ def make_accelerator(launch: schema.LaunchSection = NOT_SHARDED, *, causal: bool
     cpu = not torch.cuda.is_available()  # unless told so, accelerate does not see several processes on CPUs
     backend = "cpu:gloo,cuda:nccl" if launch.offload and not cpu else None  # offloaded gradients are on CPUs
     handlers = [
-        DistributedDataParallelKwargs(gradient_as_bucket_view=True, find_unused_parameters=causal),
+        DistributedDataParallelKwargs(gradient_as_bucket_view=True, find_unused_parameters=partly),
         InitProcessGroupKwargs(backend=backend, timeout=COLLECTIVE_TIMEOUT),
     ]
     return Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=handlers)

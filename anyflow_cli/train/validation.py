@@ -20,6 +20,7 @@ from anyflow_cli.model.precision import autocast, resolve_precision
 from anyflow_cli.recipe.schema import Recipe
 from anyflow_cli.train.objectives import FlowMapTerm, windows_for
 from anyflow_cli.train.rng import StepRng
+from anyflow_cli.train.trained_expert import TrainedExpert
 
 SHARE, MOST = 10, 64
 DRAWS = 4  # of time and noise per clip
@@ -61,7 +62,10 @@ def flow_map_error(network: FlowMapTransformer, recipe: Recipe, clips: LatentDat
     own = {"adaptive": "off", "text_dropout": 0.0, "target": "data"}  # of the model alone
     settings = recipe.finetune.flow_map.model_copy(update=own)
     windows = windows_for(recipe.model.causal, settings)
-    term = FlowMapTerm(Backbone(network, ("student",)), clips.negative, settings, recipe.model.shift, windows)
+    term = FlowMapTerm(
+        Backbone(network, ("student",)), clips.negative, settings, recipe.model.shift, windows,
+        TrainedExpert(network.config.boundary, recipe.model.expert),
+    )  # fmt: skip
     total = torch.zeros(2, dtype=torch.float64)
     with autocast(resolve_precision(recipe.model.precision, network.device), network.device):
         for place, position in enumerate(positions):

@@ -17,6 +17,7 @@ from anyflow_cli.data.dataset import Batch
 from anyflow_cli.flow.condition import Condition
 from anyflow_cli.model.backbone import Backbone, BackboneSources
 from anyflow_cli.model.config import NetworkConfig
+from anyflow_cli.model.experts import ExpertPair
 from anyflow_cli.model.network import FlowMapTransformer
 from anyflow_cli.model.parallelize import apply_checkpointing
 from anyflow_cli.plan.networks import SCORES, START, Setup
@@ -84,7 +85,11 @@ def backbone(wanted: Setup) -> Backbone:
     lora, is_on_policy = wanted.model.lora is not None, isinstance(wanted.settings, schema.DistillSection)
 
     def load(path: Path, dtype: torch.dtype) -> FlowMapTransformer:
-        return FlowMapTransformer(sizes[path]).store_as(dtype).requires_grad_(False)
+        config, boundary = replace(sizes[path], boundary=None), sizes[path].boundary
+        network = FlowMapTransformer(config)
+        if boundary is not None:
+            network = ExpertPair(network, FlowMapTransformer(config), boundary)
+        return network.store_as(dtype).requires_grad_(False)
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

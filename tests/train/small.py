@@ -18,12 +18,14 @@ from anyflow_cli.flow.condition import Condition
 from anyflow_cli.model.backbone import Backbone
 from anyflow_cli.model.causal import causal_from
 from anyflow_cli.model.config import CausalConfig, NetworkConfig
+from anyflow_cli.model.experts import ExpertPair
 from anyflow_cli.model.lora import LoraSize
 from anyflow_cli.model.network import FlowMapTransformer, two_time_from
 from anyflow_cli.model.parallelize import parallelize
 from anyflow_cli.recipe import schema
 from anyflow_cli.runs import checkpoint, dcp
 from anyflow_cli.train import objectives
+from anyflow_cli.train.trained_expert import TrainedExpert
 from anyflow_cli.train.trainer import Trainer, make_accelerator
 
 CONFIG = NetworkConfig(
@@ -35,7 +37,9 @@ OPTIMISER = schema.OptimizerSection(lr=1e-2, warmup_steps=2)
 Kind = Literal[
     "flow-map", "flow-matching", "consistency-ode", "on-policy",
     "causal-flow-map", "causal-consistency-ode", "causal-on-policy",
+    "experts-flow-map", "experts-on-policy",
 ]  # fmt: skip
+BOUNDARY = 0.8  # between the experts
 CAUSAL = schema.CausalSection(partition=(1, 1, 1), full_chunks=2, bidirectional=0.4)
 
 
@@ -75,17 +79,20 @@ def backbone(kind: Kind, lora: bool = False, seed: int = 0, **changes: Any) -> B
     student = network(seed, two_time=kind != "flow-matching")
     if kind.startswith("causal"):
         student = causal_from(student, CausalConfig.from_recipe(CAUSAL))
+    if kind.startswith("experts"):
+        student = ExpertPair(student, network(seed + 1), BOUNDARY)
     return Backbone(student, roles, lora=size)
 
 
 def objective(kind: Kind, roles: Backbone, **changes: Any) -> objectives.Objective:
     causal = CAUSAL if kind.startswith("causal") else None
-    name = kind.removeprefix("causal-")
+    name = kind.removeprefix("causal-").removeprefix("experts-")
+    experts = TrainedExpert(BOUNDARY if kind.startswith("experts") else None)
     if name == "on-policy":
         settings = schema.DistillSection(optimizer=OPTIMISER, **changes)
-        return objectives.on_policy(roles, NEGATIVE, settings, 5.0, causal)
+        return objectives.on_policy(roles, NEGATIVE, settings, 5.0, causal, experts)
     flow_map = schema.FlowMapSection(**changes)
-    return objectives.stage_one(cast("Any", name), roles, NEGATIVE, flow_map, OPTIMISER, 5.0, causal)
+    return objectives.stage_one(cast("Any", name), roles, NEGATIVE, flow_map, OPTIMISER, 5.0, causal, experts)
 
 
 def training(**changes: Any) -> schema.TrainingSection:
@@ -104,7 +111,7 @@ def trainer(
     run = training(**settings)
     roles = backbone(kind, lora, **(changes or {}))
     accelerator, model = (
-        make_accelerator(causal=kind.startswith("causal")),
+        make_accelerator(partly=kind.startswith(("causal", "experts"))),
         schema.ModelSection(gradient_checkpointing=checkpointing),
     )
     launch = (hooks or {}).get("launch", schema.LaunchSection())

@@ -63,6 +63,13 @@ CASES: list[tuple[Kind, dict[str, Any]]] = [
     ("on-policy", {"matching": "none"}),
     ("on-policy", {"matching": "none", "flow_map": TEACHER}),
     ("on-policy", {"flow_map": changed(TEACHER, objective="composition")}),
+    ("flow-map", {"boundary": 0.875}),
+    ("flow-map", {"boundary": 0.875, "lora": False, "flow_map": MOSTLY_EMPTY}),
+    ("flow-matching", {"boundary": 0.875}),
+    ("consistency-ode", {"boundary": 0.875}),
+    ("on-policy", {"boundary": 0.875}),
+    ("on-policy", {"boundary": 0.6, "recompute_rollout": True, "checkpointing": True}),
+    ("on-policy", {"boundary": 0.875, "simulation": "consistency", "recompute_rollout": True}),
     ("on-policy", {"causal": CAUSAL, "matching": "none", "lora": False}),
     ("on-policy", {"causal": CAUSAL, **GIVEN}),
     ("on-policy", {"causal": CAUSAL, "checkpointing": True, "lora": False}),
@@ -118,7 +125,9 @@ def recomputed(calls: Sequence[NetworkCall]) -> list[Recorded]:
 
 @pytest.mark.parametrize(("kind", "changes"), CASES)
 def test_the_declared_calls_are_those_that_run(kind: Kind, changes: dict[str, Any]) -> None:
-    wanted = setup(kind, global_batch=4, config=replace(CONFIG, layers=1), **changes)
+    config = replace(CONFIG, layers=1, boundary=changes.get("boundary"))
+    others = {key: value for key, value in changes.items() if key != "boundary"}
+    wanted = setup(kind, global_batch=4, config=config, **others)
     roles = backbone(wanted)
     terms = [term for phase in objective(wanted, roles).phases for term in phase.terms]
     made = record(roles)

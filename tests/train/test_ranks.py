@@ -66,6 +66,7 @@ CASES = [
     Case("on-policy", lora=True, micro=2, context=2), Case("causal-flow-map", lora=True, context=2),
     Case("causal-on-policy", lora=True, sharding="full", checkpointing=True, context=2),
     Case("on-policy", lora=True, sharding="full", checkpointing=True),
+    Case("experts-flow-map", micro=1), Case("experts-on-policy", lora=True, micro=1, sharding="full"),
 ]  # fmt: skip
 
 
