@@ -113,6 +113,8 @@ def _world_of(settings: Recipe, clips: LatentData) -> str | None:
     from anyflow_cli.data.shapes_world import FRAMES, HEIGHT, WIDTH, WORLDS, parse_caption
 
     model = settings.model
+    if model.needs_pictures:  # its suite has only prompts
+        return None
     if (model.frames, model.height, model.width) != (FRAMES, HEIGHT, WIDTH):
         return None
     captions = clips.batch(clips.buckets[0].positions[:LOOKED_AT]).captions

@@ -182,14 +182,14 @@ def read_conditioning_frames(
 
 def _check_pictures(settings: Recipe, image: Path | None, last: Path | None) -> None:
     """Refuse pictures that the recipe's model does not take, or the lack of those that it needs."""
-    pictures = settings.model.pictures
-    if image is None and pictures in ("first", "first-last"):
+    model = settings.model
+    if image is None and model.needs_pictures:
         raise UsageError(f"The model of recipe {settings.name} makes videos from pictures.", "Give --image.")
-    if last is None and pictures == "first-last":
+    if last is None and model.pictures == "first-last":
         raise UsageError(
             f"The model of recipe {settings.name} makes videos between two pictures.", "Give --last-image."
         )
-    if last is not None and pictures not in ("first", "first-last"):
+    if last is not None and not model.needs_pictures:
         raise UsageError(
             f"The model of recipe {settings.name} takes no last frame.",
             "Omit --last-image.",

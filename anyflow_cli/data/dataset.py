@@ -201,7 +201,10 @@ class LatentData:
             UsageError: It has another shape than the data set.
         """
         sample = self.source.read(position)
-        return replace(sample, latents=sample.latents[: self.max_frames])
+        pictures = dict(sample.pictures)
+        if "channels" in pictures:
+            pictures["channels"] = pictures["channels"][: self.max_frames]
+        return replace(sample, latents=sample.latents[: self.max_frames], pictures=pictures)
 
     def batch(self, positions: Sequence[int]) -> Batch:
         """Load samples as one batch, text padded with zeros to ``max_text_tokens``."""
@@ -209,7 +212,7 @@ class LatentData:
         samples = [sample for _, sample in found]
         return Batch(
             torch.stack([sample.latents.float() for sample in samples]),
-            Condition(torch.stack([self._padded(sample.text.float()) for sample in samples])),
+            self._condition(samples),
             [sample.caption for sample in samples],
             [_noise_seed(sample) for sample in samples],
             [i for i, (position, _) in enumerate(found) if position != positions[i]],
@@ -229,6 +232,19 @@ class LatentData:
                     log.warning("%s The next sample replaces it.", error.message)
         raise UsageError(
             f"More than {MAX_CONSECUTIVE} consecutive samples of {self.storage} cannot be read.", REPAIR
+        )
+
+    def _condition(self, samples: Sequence[LatentSample]) -> Condition:
+        """Text and pictures of samples; all must have the same parts."""
+        parts = {tuple(sample.pictures) for sample in samples}
+        if len(parts) > 1:
+            raise UsageError(f"Some samples of {self.storage} have pictures, others have none.", REPAIR)
+        text = torch.stack([self._padded(sample.text.float()) for sample in samples])
+        return Condition(text).with_pictures(
+            **{
+                part: torch.stack([sample.pictures[part].float() for sample in samples])
+                for part in parts.pop()
+            }
         )
 
     def _padded(self, text: Tensor) -> Tensor:

@@ -25,6 +25,8 @@ MAX_ROWS = 10_000_000
 MAX_TEXT_BYTES = 1 << 28
 TEXT_COLUMNS = ("prompt", "caption", "text")
 FILE_COLUMNS = ("file", "file_name", "video")  # ours, Hugging Face's, and that of other trainers
+PICTURE_COLUMNS = ("image", "last_image")
+PicturePaths = tuple[Path, Path | None]  # of the first frame, and of the last one
 FORMATS = "one prompt per line (.txt), or a column 'prompt', 'caption' or 'text' (.csv, .jsonl, .parquet)"
 ESCAPED_BYTES = ("\udc80", "\udcff")  # how bytes that are not UTF-8 are decoded
 ENCODING_MARKS = {
@@ -66,6 +68,28 @@ def read_prompts(path: str | Path) -> list[str]:
             "%s repeats %d of its %d prompts; each is used, with its own seed.", path, repeated, len(prompts)
         )
     return prompts
+
+
+def read_pictures(path: Path) -> list[PicturePaths] | None:
+    """Read the pictures beside the prompts of a table, in order; None if it has no column 'image'.
+
+    Paths are relative to the table.
+
+    Raises:
+        UsageError: A row names no picture, or one that is not there.
+    """
+    pictures: list[PicturePaths] = []
+    for line, row in read_rows(path):
+        if PICTURE_COLUMNS[0] not in row:
+            return None
+        named = [row.get(column) for column in PICTURE_COLUMNS]
+        found = [path.parent / text if isinstance(text, str) and text else None for text in named]
+        lost = next((file for file in found if file is not None and not file.is_file()), None)
+        if found[0] is None or lost is not None:
+            what = f"names {lost}, which is missing" if lost else "names no picture in its column 'image'"
+            raise UsageError(f"Line {line} of {path} {what}.", "Fill it in, relative to the table.")
+        pictures.append((found[0], found[1]))
+    return pictures
 
 
 class WorldCaptions(Sequence[str]):
@@ -209,7 +233,7 @@ def _parquet(path: Path) -> TableRows:
         columns = [
             field.name for field in table.schema_arrow if str(field.type) in ("string", "large_string")
         ]
-        columns = [name for name in columns if name in (*FILE_COLUMNS, *TEXT_COLUMNS)]
+        columns = [name for name in columns if name in (*FILE_COLUMNS, *TEXT_COLUMNS, *PICTURE_COLUMNS)]
         rows = [row for batch in table.iter_batches(columns=columns) for row in batch.to_pylist()]
     except UsageError:
         raise

@@ -44,6 +44,7 @@ from anyflow_cli.utils.records import read_record as read_json_record
 
 VERSION = 1
 MANIFEST, PROVENANCE, NEGATIVE = "manifest.json", "provenance.json", "negative.safetensors"
+PICTURES = {"channels": 4, "picture": 2}  # rank of each part: (F, C', H, W) and (P, D')
 STORED_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 REWRITE = "Remove it and run `anyflow synthesize` again."
 
@@ -68,6 +69,7 @@ class LatentSample:
     text: Tensor  # (L, D)
     facts: Mapping[str, Any] = field(default_factory=dict)
     preview: bytes | None = None  # of an mp4 file
+    pictures: Mapping[str, Tensor] = field(default_factory=dict)  # parts of a ``Condition``, see ``PICTURES``
 
 
 @dataclass(frozen=True)
@@ -165,7 +167,8 @@ def write_shard(path: Path, results: Iterable[LatentSample | Rejection]) -> Shar
 
 
 def _add_sample(archive: tarfile.TarFile, sample: LatentSample) -> None:
-    tensors = {"latents": sample.latents.contiguous(), "text": sample.text.contiguous()}
+    tensors = {"latents": sample.latents, "text": sample.text, **sample.pictures}
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     facts = {"index": sample.index, "caption": sample.caption, **sample.facts}
     members = {
         "safetensors": safetensors.torch.save(tensors),
@@ -323,9 +326,11 @@ def read_sample(storage: Storage, shard: str, row: Any) -> LatentSample:
         raise CorruptSampleError(f"{name} is sample {index}.", REPAIR)
     if not isinstance(caption, str):
         raise CorruptSampleError(f"{name} has no caption.", REPAIR)
-    for problem in filter(None, (tensor_problem(latents, 4), tensor_problem(text, 2))):
+    pictures = {part: tensors[part] for part in PICTURES if part in tensors}
+    ranks = [(latents, 4), (text, 2), *((tensor, PICTURES[part]) for part, tensor in pictures.items())]
+    for problem in filter(None, (tensor_problem(tensor, rank) for tensor, rank in ranks)):
         raise CorruptSampleError(f"{name} {problem}.", REPAIR)
-    return LatentSample(index, caption, latents, text, facts)
+    return LatentSample(index, caption, latents, text, facts, pictures=pictures)
 
 
 def tensor_problem(x: Tensor, rank: int) -> str | None:

@@ -147,7 +147,7 @@ def prepare_evaluation(
             f"{choice.address} makes no videos from text and a first frame.",
             "Give a causal (FAR) model or an image-to-video model with --model, or omit --task i2v.",
         )
-    if not conditioned and pictures in ("first", "first-last"):
+    if not conditioned and recipe.model.needs_pictures:
         raise UsageError(
             f"{choice.address} makes videos from pictures, and {protocol.suite.name} has only prompts.",
             "Evaluate a first-frame model with --task i2v, or with --suite vbench-i2v.",

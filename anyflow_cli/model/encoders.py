@@ -206,11 +206,12 @@ class PictureEncoder:
         cls, pipeline: Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
     ) -> PictureEncoder:
         """Load the image encoder of a pipeline folder."""
-        from transformers import CLIPImageProcessor, CLIPVisionModel
+        import transformers
 
+        processor_class = getattr(transformers, "CLIPImageProcessorPil", transformers.CLIPImageProcessor)
         place = component(pipeline, "image_encoder")
-        processor = _load(CLIPImageProcessor, component(pipeline, "image_processor"))
-        model, info = _load(CLIPVisionModel, place, dtype=dtype, output_loading_info=True)
+        processor = _load(processor_class, component(pipeline, "image_processor"))
+        model, info = _load(transformers.CLIPVisionModel, place, dtype=dtype, output_loading_info=True)
         if info["missing_keys"]:
             missing = ", ".join(sorted(info["missing_keys"])[:3])
             raise UsageError(f"The weights of {place} do not fit config.json: {missing} missing.", FETCH)

@@ -2,7 +2,7 @@
 
 Sizes of the networks: the ``config.json`` files of the repositories on the Hugging Face Hub. Download sizes:
 the transformer (fp32 for Wan, bf16 for AnyFlow), the UMT5-XXL encoder and the VAE (both fp32; the encoder of
-Wan 2.2 A14B is bf16, by its number of shards).
+Wan 2.2 A14B is bf16, by its number of shards). Those of I2V, FLF2V and TI2V models are computed, in fp32.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ NON_COMMERCIAL = "NVIDIA, non-commercial use only"
 _WAN_1B = NetworkConfig(heads=12, head_dim=128, layers=30, ffn_dim=8960)
 _WAN_14B = NetworkConfig(heads=40, head_dim=128, layers=40, ffn_dim=13824)
 _WAN_5B = NetworkConfig(heads=24, head_dim=128, layers=30, ffn_dim=14336, in_channels=48, out_channels=48)
+_I2V_14B = replace(_WAN_14B, in_channels=36, image_dim=1280)
 
 
 class KnownModel(NamedTuple):
@@ -43,6 +44,9 @@ KNOWN_MODELS = {
     "Wan-AI/Wan2.1-T2V-14B-Diffusers": KnownModel(_WAN_14B, APACHE, 80),
     "Wan-AI/Wan2.2-TI2V-5B-Diffusers": KnownModel(_WAN_5B, APACHE, 45, VAE_22),
     "Wan-AI/Wan2.2-T2V-A14B-Diffusers": KnownModel(replace(_WAN_14B, boundary=0.875), APACHE, 126),
+    "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers": KnownModel(_I2V_14B, APACHE, 91),
+    "Wan-AI/Wan2.1-I2V-14B-720P-Diffusers": KnownModel(_I2V_14B, APACHE, 91),
+    "Wan-AI/Wan2.1-FLF2V-14B-720P-diffusers": KnownModel(replace(_I2V_14B, image_tokens=514), APACHE, 91),
     "nvidia/AnyFlow-Wan2.1-T2V-1.3B-Diffusers": KnownModel(
         replace(_WAN_1B, two_time=True), NON_COMMERCIAL, 26
     ),

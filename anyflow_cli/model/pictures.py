@@ -25,7 +25,6 @@ from anyflow_cli.model.config import NetworkConfig
 from anyflow_cli.model.encoders import PictureEncoder, VideoVAE
 from anyflow_cli.recipe.schema import ModelSection, Pictures
 
-NEEDS_PICTURES = ("first", "first-last")
 GREY = 0.5  # of a pixel that is not given
 
 
@@ -90,7 +89,7 @@ def given_mask(frames: int, factor: int, *, last: bool) -> Tensor:
 
 def check_pictures(config: NetworkConfig, model: ModelSection, source: object) -> None:
     """Refuse a network that takes other pictures than the recipe says."""
-    takes, says = config.in_channels != config.out_channels, model.pictures in NEEDS_PICTURES
+    takes, says = config.in_channels != config.out_channels, model.needs_pictures
     if takes and not says:
         raise UsageError(
             f"{source} makes videos from pictures, and the recipe's model.pictures is {model.pictures}.",

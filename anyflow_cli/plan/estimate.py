@@ -11,13 +11,15 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from anyflow_cli.errors import UsageError
 from anyflow_cli.model.config import NetworkConfig
 from anyflow_cli.model.pipeline_sizes import PipelineSizes, pipeline_sizes
 from anyflow_cli.model.precision import Precision, resolve_precision
 from anyflow_cli.plan.advice import Advice, advise
 from anyflow_cli.plan.hardware import Hardware
-from anyflow_cli.plan.networks import Setup, decoding_cost, fake_backbone, role_sizes
+from anyflow_cli.plan.networks import Setup, condition_of, decoding_cost, fake_backbone, role_sizes
 from anyflow_cli.plan.steps import Moment, keeps_gradients, sampling_cost, step_cost
 from anyflow_cli.recipe import schema
 from anyflow_cli.runs.checkpoint import is_checkpoint
@@ -258,7 +260,10 @@ def data_usage(target: Target) -> dict[str, int]:
     """Bytes of the synthetic data set. Text is stored without padding: its size is the most it can take."""
     setup, element = target.setup(None, None), 2 if target.precision == "bf16" else FP32
     each = element * (target.recipe.synthesize.count or 0)
-    return {"latents": each * math.prod(setup.latent), "text, at most": each * math.prod(setup.text)}
+    usage = {"latents": each * math.prod(setup.latent), "text, at most": each * math.prod(setup.text)}
+    pictures = condition_of(setup, 0, torch.device("meta"))
+    parts = [getattr(pictures, name) for name in pictures.present if name != "text"]
+    return usage | ({"pictures": each * sum(math.prod(part.shape[1:]) for part in parts)} if parts else {})
 
 
 def checkpoint_usage(setup: Setup) -> int:

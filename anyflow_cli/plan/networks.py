@@ -43,6 +43,7 @@ DEPTHS = (1, 2)  # times the blocks after which checkpointing repeats itself
 DECODED_FRAMES = (3, 4)  # from which the cost of decoding any number follows
 START, SCORES = Path("start"), Path("scores")  # stand for the folders that a stage loads
 BASE = "frozen base"
+CLIP_TOKENS = 257  # of one picture
 RoleSize = Counter[str]  # parameters, trainable, bytes, trainable_bytes
 
 
@@ -185,17 +186,18 @@ def _measure(setup: Setup, backbone: Backbone, call: NetworkCall) -> CallCost:
     with fake_tensors():
         z = torch.empty(samples, layout.frames, *setup.latent[1:], requires_grad=call.gradient)
         t = torch.empty(samples, *[layout.frames] * by_frame)
-        text = torch.empty(samples, *setup.text)
+        condition = condition_of(setup, samples)
         experts = networks_of(backbone.network_of(call.role))  # alike, but at most one may be trained
         network = experts[-1 if setup.model.expert == "low" else 0]
         cache = _cache_of(setup, network, samples, layout.cache_tokens)
-        known = [z, t, text, *tree_leaves(list(cache.layers) if cache else [])]
+        parts = [getattr(condition, name) for name in condition.present]
+        known = [z, t, *parts, *tree_leaves(list(cache.layers) if cache else [])]
         known += [tensor for weight in backbone.parameters() for tensor in (weight, weight.grad)]
         tracker = MemoryTracker([tensor for tensor in known if tensor is not None], gpu=setup.gpu)
         with tracker, torch.set_grad_enabled(call.gradient):
             with autocast(setup.precision, "cpu", keeps_casts=keeps_casts):
                 scope = partial(backbone.role, call.role)
-                velocity = Conditioned(network, Condition(text), scope).with_layout(layout, cache)
+                velocity = Conditioned(network, condition, scope).with_layout(layout, cache)
                 outputs = [velocity(z, t, t) for _ in range(call.gradient and keeps_casts)]
                 before = tracker.restart()
                 outputs.append(velocity(z, t, t))
@@ -206,6 +208,17 @@ def _measure(setup: Setup, backbone: Backbone, call: NetworkCall) -> CallCost:
                 outputs[-1].backward(torch.empty_like(outputs[-1]))  # type: ignore[no-untyped-call]
     shared, backward = (before - (times - 1) * graph, start - times * graph), tracker.peak - start + graph
     return CallCost(*shared, peak, graph, backward, *flops, tracker.linear, tracker.attention)
+
+
+def condition_of(setup: Setup, samples: int, device: torch.device | str = "cpu") -> Condition:
+    """A condition with the parts that the network takes, without values."""
+    network, (frames, channels, *size) = setup.network, setup.latent
+    shapes: dict[str, tuple[int, ...]] = {"text": setup.text}
+    if network.in_channels != channels:
+        shapes["channels"] = (frames, network.in_channels - channels, *size)
+    if network.image_dim is not None:
+        shapes["picture"] = (network.image_tokens or CLIP_TOKENS, network.image_dim)
+    return Condition(**{name: torch.empty(samples, *shape, device=device) for name, shape in shapes.items()})
 
 
 def _cache_of(setup: Setup, network: FlowMapTransformer, samples: int, tokens: int) -> LayerKeys | None:

@@ -199,6 +199,11 @@ class ModelSection(Section):
         description="torch.compile every block in training; same results up to rounding, slow first step.",
     )
 
+    @property
+    def needs_pictures(self) -> bool:
+        """Whether every video has given pictures."""
+        return self.pictures in ("first", "first-last")
+
     @field_validator("height", "width")
     @classmethod
     def _whole_patches(cls, size: int, info: ValidationInfo) -> int:

@@ -42,6 +42,11 @@ def family_recipe(address: str) -> str | None:
 
 
 def _by_sizes(config: NetworkConfig) -> str | None:
+    takes_pictures = config.in_channels != config.out_channels
     if config.boundary is not None:
-        return "bidirectional-a14b" if (config.heads, config.layers) == (40, 40) else None
+        name = "i2v-a14b" if takes_pictures else "bidirectional-a14b"
+        return name if (config.heads, config.layers) == (40, 40) else None
+    if takes_pictures:
+        name = "i2v14b" if config.image_tokens is None else "flf2v14b"
+        return name if (config.heads, config.layers) == (40, 40) else None
     return RECIPE_BY_SIZES.get((config.heads, config.layers, config.causal is not None))

@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 
 from anyflow_cli.data.clips import VIDEO_SUFFIXES
 from anyflow_cli.data.published import recognize
-from anyflow_cli.data.shards import MANIFEST, PROVENANCE, read_manifest
+from anyflow_cli.data.shards import MANIFEST, PROVENANCE, Manifest, read_manifest
 from anyflow_cli.data.video import require_ffmpeg
 from anyflow_cli.errors import AnyflowError, UsageError
 from anyflow_cli.model.attention import backend_problem
@@ -314,10 +314,22 @@ def _latents(address: str, recipe: Recipe) -> Resource:
         begun = " to complete it" if (Path(address) / PROVENANCE).exists() else ""
         return Resource("data set", address, "missing", f"run `anyflow synthesize -r {recipe.name}`{begun}")
     try:
-        read_manifest(address)
+        manifest = read_manifest(address)
+        _check_given(recipe, manifest, address)
     except AnyflowError as error:
         return _unusable("data set", address, error)
     return Resource("data set", address, "ready")
+
+
+def _check_given(recipe: Recipe, manifest: Manifest, address: str) -> None:
+    """Refuse a data set whose samples lack the pictures that the recipe's model needs, or have others."""
+    there, wanted = manifest.provenance.get("pictures"), recipe.model.pictures
+    if there != (wanted if recipe.model.needs_pictures else None):
+        raise UsageError(
+            f"The data set {address} has pictures of the kind {there or 'none'}; the recipe's model.pictures "
+            f"is {wanted}.",
+            "Make one with this recipe: `anyflow synthesize`.",
+        )
 
 
 def _prompts(recipe: Recipe) -> list[Resource]:

@@ -176,8 +176,8 @@ class SamplerPreset:
             what = "an any-step model, which needs no preset"
         elif (network.boundary is None) != (self.boundary is None):
             what = f"a model of {'one network' if network.boundary is None else 'two experts'}"
-        elif network.in_channels != self.channels:
-            what = f"a model of {network.in_channels} latent channels, not of {self.channels}"
+        elif network.out_channels != self.channels:
+            what = f"a model of {network.out_channels} latent channels, not of {self.channels}"
         elif address in (*BUILT_IN, *KNOWN_MODELS) and self.times:
             what = "the pretrained model, not a student of it"
         elif (others := presets_of(split_loras(address)[0])) and self not in others:

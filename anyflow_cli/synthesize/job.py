@@ -23,6 +23,7 @@ from anyflow_cli.errors import UsageError
 from anyflow_cli.model.lora_formats import split_loras
 from anyflow_cli.model.pipeline_io import (
     FROZEN,
+    PICTURE_ENCODER,
     frozen_files,
     pipeline_files,
     resolve_pipeline,
@@ -31,6 +32,7 @@ from anyflow_cli.model.pipeline_io import (
 from anyflow_cli.model.precision import resolve_precision
 from anyflow_cli.recipe.schema import Recipe, guidance_record
 from anyflow_cli.synthesize.content_hashes import ContentHashes
+from anyflow_cli.synthesize.pictures import GivenPictures, given_pictures
 from anyflow_cli.utils.distributed import default_device, is_main_process, rank, world_size
 from anyflow_cli.utils.files import json_sha256
 from anyflow_cli.utils.hub import is_hub_name
@@ -51,6 +53,7 @@ class SynthesisJob:
     captions: Sequence[str]
     clips: Sequence[ClipFile] | None
     provenance: Mapping[str, Any]
+    pictures: GivenPictures | None = None  # that the teacher's videos start from
 
     @property
     def ranges(self) -> list[range]:
@@ -109,6 +112,7 @@ def prepare_synthesis(
         UsageError: No caption can be used, the teacher is missing, or ``out`` holds something else.
     """
     clips = None if videos is None else list_clips(videos)
+    pictures = given_pictures(recipe) if clips is None else None
     if clips is None:
         captions = _captions(recipe)
         address = recipe.synthesize.teacher or recipe.model.teacher
@@ -118,6 +122,10 @@ def prepare_synthesis(
     if not is_hub_name(address):  # a model of the Hub is downloaded later: a dry run loads nothing
         resolve_pipeline(address)
     provenance = _provenance(recipe, address, captions, clips, videos)
+    if recipe.model.needs_pictures:  # absent in data sets of videos from text
+        provenance["pictures"] = recipe.model.pictures
+    if pictures is not None:
+        provenance["given_pictures"] = pictures.record
     is_begun = (out / PROVENANCE).exists()
     if is_begun or not dry_run:
         provenance["captions"] = json_sha256(list(captions))  # two minutes for a million of a world
@@ -129,7 +137,7 @@ def prepare_synthesis(
         if is_begun and not dry_run and is_main_process():  # one writer; the others may be clearing up
             hashes.save()
     _check_directory(out, provenance, choose_another)
-    return SynthesisJob(recipe, out, captions, clips, provenance)
+    return SynthesisJob(recipe, out, captions, clips, provenance, pictures)
 
 
 def _check_captions(clips: Sequence[ClipFile], videos: Path | None) -> None:
@@ -199,7 +207,8 @@ def _contents(
     files = {Path(model).name: Path(model)} if Path(model).is_file() else pipeline_files(Path(model))
     contents = {"encoder_files": hashes.combined(frozen_files(components))}
     if clips is None:
-        network = {n: file for n, file in files.items() if n.partition("/")[0] not in FROZEN and "/" in n}
+        frozen = (*FROZEN, *PICTURE_ENCODER)
+        network = {n: file for n, file in files.items() if n.partition("/")[0] not in frozen and "/" in n}
         merged = {f"lora {n} {lora.manner}": lora.path for n, lora in enumerate(loras)}
         contents["transformer_files"] = hashes.combined((network or files) | merged)
     else:

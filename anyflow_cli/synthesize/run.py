@@ -30,6 +30,7 @@ from anyflow_cli.data.shard_index import index_path, write_index
 from anyflow_cli.data.shards import (
     MANIFEST,
     NEGATIVE,
+    PICTURES,
     PROVENANCE,
     LatentSample,
     Rejection,
@@ -49,13 +50,15 @@ from anyflow_cli.data.video import (
 )
 from anyflow_cli.errors import AnyflowError, UsageError
 from anyflow_cli.flow.condition import Condition
-from anyflow_cli.model.encoders import TextEncoder, VideoVAE
+from anyflow_cli.model.encoders import PictureEncoder, TextEncoder, VideoVAE
 from anyflow_cli.model.parallelize import apply_attention
-from anyflow_cli.model.pipeline_io import load_network, resolve_pipeline
+from anyflow_cli.model.pictures import PictureConditioner, check_pictures
+from anyflow_cli.model.pipeline_io import load_network, read_config, resolve_pipeline
 from anyflow_cli.model.placement import PlacedNetwork, storage_of
 from anyflow_cli.model.precision import resolve_precision
 from anyflow_cli.sample.sampler import VideoSampler
 from anyflow_cli.synthesize.job import SynthesisJob
+from anyflow_cli.synthesize.pictures import GivenPictures
 from anyflow_cli.synthesize.quality_checks import find_defect
 from anyflow_cli.synthesize.shard_locks import LOCK_FILE, ShardLocks
 from anyflow_cli.utils.distributed import default_device, rank, world_size
@@ -208,6 +211,7 @@ class TeacherSource:
                 "Set synthesize.teacher or model.teacher to a plain Wan pipeline.",
             )
         model, shape = job.recipe.model, self._encoders.latent_shape
+        check_pictures(network.config, model, job.teacher)
         precision = resolve_precision(model.precision, device)
         apply_attention([network], model.attention, shape, precision, device)
         self._sampler = VideoSampler(
@@ -258,15 +262,19 @@ class TeacherSource:
         """Sample one video per index and text (L, D), and check each."""
         recipe = self._job.recipe
         seeds = [attempt_seed(recipe.synthesize.seed, index, attempt) for index in indices]
-        padded = self._encoders.padded(texts)
-        (latents,) = self._sampler.latents(padded, seeds, recipe.synthesize.steps, len(seeds))
+        self._sampler.make_room("vae")
+        parts = self._encoders.given(self._job.pictures, indices)
+        condition = self._encoders.padded(texts).with_pictures(**parts).to(self._encoders.device)
+        (latents,) = self._sampler.latents(condition, seeds, recipe.synthesize.steps, len(seeds))
         self._sampler.make_room("vae")
         videos = self._encoders.vae.decode(latents)
-        for index, seed, text, x, video in zip(indices, seeds, texts, latents, videos, strict=True):
+        made = zip(indices, seeds, texts, latents, videos, strict=True)
+        for place, (index, seed, text, x, video) in enumerate(made):
             reason = find_defect(x, video)
             if reason is None:
                 facts = {"seed": seed, "source": "teacher"}
-                yield self._encoders.sample(index, x, text, video, facts)
+                own = {name: part[place] for name, part in parts.items()}
+                yield self._encoders.sample(index, x, text, video, facts, own)
             else:
                 what = "given up" if attempt + 1 == SEEDS_PER_VIDEO else "trying the next seed"
                 log.warning("Video %d from seed %d is %s; %s.", index, seed, reason, what)
@@ -314,7 +322,8 @@ class ClipSource:
             self._changes.update(change.partition(" (")[0] for change in converted.changes)
         text = self._encoders.text([clip.caption])[0]
         facts = {"source": clip.path.name, "changes": list(converted.changes)}
-        return self._encoders.sample(index, latents, text, video, facts)
+        own = self._encoders.of_clip(video)
+        return self._encoders.sample(index, latents, text, video, facts, own)
 
 
 class Encoders:
@@ -324,12 +333,15 @@ class Encoders:
         # On a GPU a text encoder of 5 billion weights in fp32 would leave little room for the teacher.
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         model = job.recipe.model
-        self._job, self._device = job, device
+        self._job, self.device = job, device
         self._truncated, self._first_truncated = 0, ""
         self._text = TextEncoder.load(folder, dtype, device, job.recipe.memory.text_encoder)
         self.vae = VideoVAE.load(folder, device, job.recipe.memory.vae)
         self.latent_shape = self.vae.latent_shape(model.frames, model.height, model.width)
         self.negative = self.text([model.negative_prompt])[0].to(job.stored)
+        takes_clip = model.needs_pictures and read_config(folder).image_dim is not None
+        clip = PictureEncoder.load(folder, dtype, device) if takes_clip else None
+        self._pictures = PictureConditioner(model.pictures, model.frames, self.vae, clip)
 
     def text(self, captions: Sequence[str]) -> list[Tensor]:
         """Embed captions: (L, D) each, without padding, on the CPU."""
@@ -355,17 +367,39 @@ class Encoders:
         """Embeddings (L', D) as a condition on the device, zeros after each."""
         limit = self._job.recipe.model.max_text_tokens
         rows = [torch.nn.functional.pad(text.float(), (0, 0, 0, limit - len(text))) for text in texts]
-        return Condition(torch.stack(rows)).to(self._device)
+        return Condition(torch.stack(rows)).to(self.device)
+
+    def given(self, pictures: GivenPictures | None, indices: Sequence[int]) -> dict[str, Tensor]:
+        """Parts of the conditions of videos that start from pictures, (B, ...) each; none without."""
+        if pictures is None:
+            return {}
+        firsts, lasts = zip(*(pictures.of(index) for index in indices), strict=True)
+        return self._pictures(torch.stack(firsts), None if lasts[0] is None else torch.stack(lasts))
+
+    def of_clip(self, video: Tensor) -> dict[str, Tensor]:
+        """Parts of the condition under which a model that needs pictures makes this clip (T, 3, H, W)."""
+        model = self._job.recipe.model
+        if not model.needs_pictures:
+            return {}
+        parts = self._pictures(video[:1], video[-1:] if model.pictures == "first-last" else None)
+        return {name: part[0] for name, part in parts.items()}
 
     def sample(
-        self, index: int, latents: Tensor, text: Tensor, video: Tensor, facts: Mapping[str, Any]
+        self,
+        index: int,
+        latents: Tensor,
+        text: Tensor,
+        video: Tensor,
+        facts: Mapping[str, Any],
+        pictures: Mapping[str, Tensor],
     ) -> LatentSample:
         """Make a sample as it is stored, with a preview if the recipe has previews."""
         recipe, stored = self._job.recipe, self._job.stored
         preview = _mp4(video, recipe.model.fps) if recipe.synthesize.previews else None
         facts = {**facts, "fps": recipe.model.fps, "frames": recipe.model.frames}
         caption = self._job.captions[index]
-        return LatentSample(index, caption, latents.cpu().to(stored), text.to(stored), facts, preview)
+        parts = {name: pictures[name].cpu().to(stored) for name in PICTURES if name in pictures}
+        return LatentSample(index, caption, latents.cpu().to(stored), text.to(stored), facts, preview, parts)
 
 
 def attempt_seed(seed: int, index: int, attempt: int) -> int:

@@ -17,6 +17,7 @@ from anyflow_cli.errors import UsageError
 from anyflow_cli.model.backbone import Backbone, BackboneSources, Role
 from anyflow_cli.model.network import FlowMapTransformer
 from anyflow_cli.model.parallelize import apply_attention, parallelize
+from anyflow_cli.model.pictures import check_pictures
 from anyflow_cli.model.pipeline_io import read_config, save_adapter, save_pipeline
 from anyflow_cli.model.precision import Precision, resolve_precision
 from anyflow_cli.recipe import schema
@@ -212,10 +213,18 @@ def _check_data(recipe: schema.Recipe, backbone: Backbone, data: LatentData) -> 
         networks["real score"] = ("real", hint)
     for name, (role, hint) in networks.items():
         config = backbone.network_of(role).config
+        check_pictures(config, recipe.model, f"The {name}")
         for what, found, wanted in (
-            ("latents of {} channels", data.latent_shape[1], config.in_channels),
+            ("latents of {} channels", data.latent_shape[1], config.out_channels),
             ("text of width {}", data.text_dim, config.text_dim),
         ):
             if found != wanted:
                 message = f"{data.storage} holds {what.format(found)}; the {name} takes {wanted}."
                 raise UsageError(message, hint, everywhere=True)
+    first = data.batch(data.buckets[0].positions[:1]).condition if recipe.model.needs_pictures else None
+    if first is not None and first.channels is None:
+        raise UsageError(
+            f"{data.storage} has no pictures, which the model needs.",
+            "Encode a data set with this recipe: `anyflow synthesize`.",
+            everywhere=True,
+        )
