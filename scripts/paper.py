@@ -3,6 +3,8 @@
     python scripts/paper.py run                    everything that has no record yet; resumable
     python scripts/paper.py run --only 'causal/*'  some of it
     python scripts/paper.py list                   what there is, and what is still to do
+    python scripts/paper.py exactness              flow maps of a Gaussian mixture, learned and exact
+    python scripts/paper.py report                 docs/paper.md from the records
     python scripts/paper.py run --quick            the same code at a few steps, to test it
 
 Records go to docs/paper, data sets and models to runs/paper. Several processes share the work if each is
@@ -22,15 +24,18 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))  # for a caller that imports this file
 
 from reproduction.cells import ROOT, Workshop
+from reproduction.exactness import measure_exactness
+from reproduction.report import write_report
 from reproduction.rows import PAPER, QUICK, Cell, cells
 
+EXACT_STEPS = 3000
 POLL_SECONDS = 20  # while all that is left waits for what other processes make
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Do what the command line asks."""
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("command", choices=("run", "list"))
+    made.add_argument("command", choices=("run", "list", "exactness", "report"))
     made.add_argument("--quick", action="store_true", help="a rehearsal in minutes")
     made.add_argument("--only", nargs="+", default=["*"], help="patterns of cells, KIND/ROW-SEED")
     made.add_argument("--records", type=Path, help="directory of the records")
@@ -44,6 +49,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     wanted = [cell for cell in cells() if any(fnmatch(cell.name, pattern) for pattern in given.only)]
     if given.command == "run":
         make_all(workshop, wanted)
+    elif given.command == "exactness":
+        measure_exactness(records, EXACT_STEPS // (100 if given.quick else 1))
+    elif given.command == "report":
+        write_report(records, records.with_suffix(".md"))
     else:
         for cell in wanted:
             state = "done" if workshop.is_done(cell) else "to do"

@@ -22,12 +22,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from reproduction.rows import DATA, REFERENCE, Cell, Kind, Overrides, Scale
+from reproduction.rows import DATA, REFERENCE, Cell, Kind, Overrides, Row, Scale
 
 import anyflow_cli
 from anyflow_cli.errors import UsageError
 from anyflow_cli.plan.estimate import target_of, training_setup
 from anyflow_cli.plan.hardware import this_machine
+from anyflow_cli.plan.networks import Setup
 from anyflow_cli.plan.steps import step_cost
 from anyflow_cli.recipe.load import load_recipe
 from anyflow_cli.recipe.schema import Recipe
@@ -86,8 +87,7 @@ class Workshop:
         from reproduction.measure import measure
 
         trained = self._train(cell, home)
-        recipe, row = self.recipe_of(cell), cell.of
-        points = []
+        recipe, row, points = self.recipe_of(cell), cell.of, []
         for sampled in row.sampled:
             for steps in sampled.steps:
                 part = home / f"{sampled.method}-{steps}-{row.world}.json"
@@ -165,7 +165,8 @@ class Workshop:
 
     def address_of(self, cell: Cell) -> str:
         """The model that is measured."""
-        return cell.of.model or str(self.model_of(cell))
+        trained = cell if cell.of.command is not None or cell.start is None else cell.start
+        return cell.of.model or str(self.model_of(trained))
 
     # --- recipes
 
@@ -195,9 +196,11 @@ def section_of(cell: Cell) -> str:
     return (cell.of.command or "train-flowmap").replace("-", "_")
 
 
-def overrides_of(cell: Cell, scale: Scale) -> Overrides:
-    """Recipe keys of a cell, without steps and data."""
-    return {**scale.common, **cell.of.changes, f"{section_of(cell)}.seed": cell.seed}
+def overrides_of(cell: Cell, scale: Scale, row: Row | None = None) -> Overrides:
+    """Recipe keys of a cell, or of another row in its place, without steps and data."""
+    of = row or cell.of
+    section = (of.command or "train-flowmap").replace("-", "_")
+    return {**scale.common, **of.changes, f"{section}.seed": cell.seed}
 
 
 def recipe_with(kind: Kind, overrides: Mapping[str, Any]) -> Recipe:
@@ -208,21 +211,23 @@ def recipe_with(kind: Kind, overrides: Mapping[str, Any]) -> Recipe:
 
 def step_flops(cell: Cell, scale: Scale) -> float:
     """FLOPs of an average training step of a cell's row, as planned; the same for all seeds."""
-    first = replace(cell, seed=0)
-    return _step_flops(first, json.dumps(overrides_of(first, scale)))
+    return step_cost(setup_of(replace(cell, seed=0), scale, cell.of)).flops
+
+
+def setup_of(cell: Cell, scale: Scale, row: Row) -> Setup:
+    """What one process of a row's command runs, of the kind and seed of a cell."""
+    return _setup_of(cell.kind, row.command or "train-flowmap", json.dumps(overrides_of(cell, scale, row)))
 
 
 @lru_cache(maxsize=256)
-def _step_flops(cell: Cell, overrides: str) -> float:
-    command = cell.of.command or "train-flowmap"
-    recipe = recipe_with(cell.kind, json.loads(overrides))
+def _setup_of(kind: Kind, command: str, overrides: str) -> Setup:
+    recipe = recipe_with(kind, json.loads(overrides))
     if command == "finetune":  # a step of stage 1
         fields = {name: getattr(recipe.finetune, name) for name in ("global_batch", "flow_map", "seed")}
         recipe = recipe.model_copy(update={"train_flowmap": recipe.train_flowmap.model_copy(update=fields)})
         command = "train-flowmap"
     tunes = command == "train-flowmap" and recipe.train_flowmap.objective == "flow-matching"
-    target = target_of(recipe, this_machine())
-    return step_cost(training_setup(target, "tune" if tunes else command)).flops
+    return training_setup(target_of(recipe, this_machine()), "tune" if tunes else command)
 
 
 def run(words: list[str]) -> None:

@@ -40,8 +40,8 @@ class Row:
 
     Attributes:
         title: Its name in tables.
-        command: Command that trains it; None for a model that is part of anyflow.
-        start: Row whose model it starts from; None: the teacher.
+        command: Command that trains it; None where a model is only measured.
+        start: Row whose model it starts from, or measures; None: the teacher.
         changes: Recipe keys, laid over the recipe of the kind.
         sampled: How it is measured.
         model: Built-in model, where nothing is trained.
@@ -131,12 +131,101 @@ TABLE_2: Mapping[str, Row] = {
         {"distill.simulation": "consistency"}, CONSISTENCY),
 }  # fmt: skip
 
+SOME: tuple[Kind, ...] = ("bidirectional",)
+
+
+def again(title: str, start: str, *sampled: Sampled, world: str = "shapes") -> Row:
+    """The model of another row, measured in another way."""
+    return Row(
+        title, None, start, sampled=sampled, world=world, seeds=(0,) if world == "shapes" else (0, 1, 2)
+    )
+
+
+MORE_STEPS = (1, 2, 8, 16, 50)
+FIGURE_1: Mapping[str, Row] = {
+    f"{start}-scaling": again(TABLE_2[start].title, start, *(
+        Sampled(sampled.method, MORE_STEPS) for sampled in TABLE_2[start].sampled))
+    for start in ("flow-map", "flow-map-simulation", "consistency-simulation")
+}  # fmt: skip
+FIGURES_7_8: Mapping[str, Row] = {
+    "shifted-flow-map": again("flow map, before", "flow-map-simulation", *OWN, world="shapes-shifted"),
+    "shifted-consistency": again(
+        "consistency, before", "consistency-simulation", *CONSISTENCY, world="shapes-shifted"),
+    "finetune-flow-map": Row("flow map, after", "finetune", "flow-map-simulation", world="shapes-shifted"),
+    "finetune-consistency": Row("consistency, after", "finetune", "consistency-simulation",
+                                sampled=CONSISTENCY, world="shapes-shifted"),
+}  # fmt: skip
+
+
+def weighted(weight: str) -> dict[str, Row]:
+    """Both stages with another w(t)."""
+    keys = {f"{section}.flow_map.weight": weight for section in ("train_flowmap", "distill")}
+    return {
+        f"{weight}-weight": Row(f"flow map, w(t) {weight}", changes=keys),
+        f"{weight}-weight-simulation": Row(
+            f"flow map + flow-map simulation, w(t) {weight}", "distill", f"{weight}-weight", keys
+        ),
+    }
+
+
+FIGURE_10 = {**weighted("uniform"), **weighted("normal")}
+FIGURE_11 = {
+    "zero-init": Row("zero-init conditioning", changes={"model.conditioning": "zero-init"}, kinds=SOME)
+}
+
+
+def stage_1(title: str, data: str = "guided", **flow_map: Any) -> Row:
+    """Stage 1 with other keys of ``flow_map``."""
+    keys = {f"train_flowmap.flow_map.{key}": value for key, value in flow_map.items()}
+    return Row(title, changes=keys, data=data, kinds=SOME)
+
+
+def stage_2(title: str, start: str = "flow-map", joint: Overrides | None = None, **distill: Any) -> Row:
+    """Stage 2 with other keys of ``distill`` and of its joint loss."""
+    keys = {f"distill.{key}": value for key, value in distill.items()}
+    keys |= {f"distill.flow_map.{key}": value for key, value in (joint or {}).items()}
+    return Row(title, "distill", start, keys, kinds=SOME)
+
+
+# the data were made with guidance 3, and so is the teacher's velocity
+TEACHER: dict[str, Any] = {"target": "teacher", "adaptive": "off", "guidance": 3.0}
+BEYOND_1: Mapping[str, Row] = {
+    "guided-path": stage_1("guided path", guidance_path="guided"),
+    "weighted-scale": stage_1("Eq. 7 levels w(t) times the error, as released", loss_scale="weighted"),
+    "adaptive-off": stage_1("no Eq. 7", adaptive="off"),
+    "adaptive-group": stage_1("Eq. 7 by one factor", adaptive="group"),
+    "fp32-derivative": stage_1("difference quotient in fp32", derivative_precision="fp32"),
+    "composition": stage_1("composition", objective="composition"),
+    "teacher": stage_1("teacher's velocity", **TEACHER),
+    "composition-teacher": stage_1("composition, teacher's velocity", objective="composition", **TEACHER),
+    "unguided-3": stage_1("unguided data, g = 3", "unguided", guidance=3.0),
+    "unguided-3-guided-path": stage_1("unguided data, g = 3, guided path", "unguided", guidance=3.0,
+                                      guidance_path="guided"),
+}  # fmt: skip
+COMPOSED = {"objective": "composition", **TEACHER}
+BEYOND_2: Mapping[str, Row] = {
+    "reuse": stage_2("samples reused", reuse_rollout=True),
+    "fake-updates-5": stage_2("5 fake updates on reused samples", reuse_rollout=True, fake_updates=5),
+    "guided-until-0.7": stage_2("real score guided up to 0.7", real_guidance_until=0.7),
+    "joint-composition": stage_2("joint loss: composition, teacher's velocity", joint=COMPOSED),
+    "composition-simulation": stage_2(
+        "the same, from such a stage 1", "composition-teacher", joint=COMPOSED),
+    "composition-alone": stage_2(
+        "the same, no matching", "composition-teacher", joint=COMPOSED, matching="none"),
+}  # fmt: skip
+
 TABLES: Mapping[str, Mapping[str, Row]] = {
-    "models": {
-        "teacher": Row("teacher", None, sampled=(Sampled("teacher", (4, 50)),), model="tiny",
-                       kinds=("bidirectional",), seeds=(0,)),
+    "Table 2": TABLE_2,
+    "The teacher": {
+        "tiny": Row("teacher", None, sampled=(Sampled("teacher", (4, 50)),), model="tiny",
+                    kinds=SOME, seeds=(0,)),
     },
-    "table-2": TABLE_2,
+    "Stage 1 beyond the paper": BEYOND_1,
+    "Stage 2 beyond the paper": BEYOND_2,
+    "Fig. 10": FIGURE_10,
+    "Fig. 11": FIGURE_11,
+    "Figs. 7 and 8": FIGURES_7_8,
+    "Fig. 1": FIGURE_1,
 }  # fmt: skip
 ROWS: Mapping[str, Row] = {name: row for table in TABLES.values() for name, row in table.items()}
 
