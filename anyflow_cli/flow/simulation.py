@@ -1,7 +1,8 @@
 """Algorithm 2: backward simulation, which draws the student's own samples for on-policy distillation.
 
 ``flow_map_rollout`` is the algorithm: three jumps simulate one transition of any N-step sampler, and gradient
-flows through all of them. ``consistency_rollout`` is the baseline of Table 2. The loss on the sample is in
+flows through all of them. ``consistency_rollout`` is the baseline of Table 2, ``fixed_steps_rollout`` another
+project's reading of Alg. 2. The loss on the sample is in
 ``matching``.
 
 Shapes: B batch, F latent frames, C channels, H W latent height and width, N steps.
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from anyflow_cli.flow.noise import Generators
-from anyflow_cli.flow.samplers import consistency
+from anyflow_cli.flow.samplers import consistency, flow_map_euler
 from anyflow_cli.flow.times import grid
 from anyflow_cli.flow.velocity import Velocity, batch_time, flow_map
 
@@ -75,6 +76,25 @@ def consistency_rollout(
     z = consistency(model, noise, times[: exit_step + 1], generator)
     t = float(times[exit_step])
     return flow_map(model, z, batch_time(t, z), batch_time(0.0, z))
+
+
+def fixed_steps_rollout(model: Velocity, noise: Tensor, times: Tensor, step: int) -> Tensor:
+    """Jump along a fixed grid with gradient in one jump alone, whose end is taken for the sample.
+
+    FastVideo's port of Alg. 2 rolls out like this. In all but the last step the end is not at time 0.
+
+    Args:
+        model: The student.
+        noise: Initial noise (B, F, C, H, W).
+        times: Grid (N + 1,).
+        step: Step 0 .. N - 1 that has gradient, and ends the rollout.
+
+    Returns:
+        The state at ``times[step + 1]``, (B, F, C, H, W).
+    """
+    z = flow_map_euler(model, noise, times[: step + 1])
+    t, r = (batch_time(float(time), z) for time in times[step : step + 2])
+    return flow_map(model, z, t, r)
 
 
 def _below(bound: int, generator: torch.Generator) -> int:

@@ -436,7 +436,11 @@ class DistillSection(TrainingSection):
         "distribution",
         description="none: the joint loss alone, without scores; the control for what matching adds.",
     )
-    simulation: Literal["flow-map", "consistency"] = "flow-map"
+    simulation: Literal["flow-map", "consistency", "fixed-steps"] = Field(
+        "flow-map",
+        description="fixed-steps: gradient in one of consistency_steps jumps, as in FastVideo's port of"
+        " Alg. 2 (a baseline).",
+    )
     step_budgets: Budgets = (2, 4, 8, 16, 50)  # N of Alg. 2
     consistency_steps: EvaluationCount = 4
     reuse_rollout: bool = Field(
@@ -708,6 +712,14 @@ class Recipe(Section):
         return require(
             model is None or model.causal is None or section.flow_map.target == "data", section, must
         )
+
+    @field_validator("distill")
+    @classmethod
+    def _continue_clean_chunks(cls, distill: DistillSection, info: ValidationInfo) -> DistillSection:
+        model = info.data.get("model")
+        must = "have another simulation than fixed-steps for a causal model: its chunks would end as noise"
+        is_causal = model is not None and model.causal is not None
+        return require(not is_causal or distill.simulation != "fixed-steps", distill, must)
 
     @field_validator("train_flowmap", "distill", "finetune")
     @classmethod

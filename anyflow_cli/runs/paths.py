@@ -9,7 +9,9 @@ from pathlib import Path
 MODEL, ADAPTER_FOLDER, RECIPE, LINEAGE = "model", "adapter", "recipe.yaml", "lineage.json"
 CACHE = "cache"  # beside the runs: indices of published data sets, and the embeddings they lack
 STAGE_1 = {"flow-map": "train-flowmap", "flow-matching": "teacher", "consistency-ode": "consistency-ode"}
-STAGE_2 = {"flow-map": "distill", "consistency": "distill-consistency"}
+STAGE_2 = {
+    "flow-map": "distill", "consistency": "distill-consistency", "fixed-steps": "distill-fixed-steps"
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

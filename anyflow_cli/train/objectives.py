@@ -524,9 +524,13 @@ class OnPolicyTerms:
             steps, k = simulation.draw_segment(settings.step_budgets, generator)
             jumps = [(t, r, gradient) for t, r in simulation.rollout_jumps(steps, k, self.shift)]
         else:
-            exit_step = int(torch.randint(settings.consistency_steps, (), generator=generator))
-            grid = times.grid(settings.consistency_steps, self.shift).tolist()
-            jumps = [(t, 0.0, gradient and n == exit_step) for n, t in enumerate(grid[: exit_step + 1])]
+            exit_step, grid = self._exit_step(generator, gradient=gradient)
+            starts = grid.tolist()[: exit_step + 1]
+            ends = grid.tolist()[1:] if settings.simulation == "fixed-steps" else [0.0] * len(starts)
+            jumps = [
+                (t, r, gradient and n == exit_step)
+                for n, (t, r) in enumerate(zip(starts, ends, strict=False))
+            ]
         recomputes = settings.recompute_rollout and gradient
         simulated = [
             NetworkCall("student", len(rng.positions), carries, group=n if recomputes and carries else None)
@@ -556,6 +560,13 @@ class OnPolicyTerms:
         most = (schema.latent_frames(longest) - own) // size
         return size * int(torch.randint(most + 1, (), generator=rng.generator(f"{stream}-length")))
 
+    def _exit_step(self, generator: torch.Generator, *, gradient: bool) -> tuple[int, Tensor]:
+        """Draw the step that ends a rollout over a grid (N + 1,); fixed steps without gradient run to 0."""
+        count = self.settings.consistency_steps
+        drawn = int(torch.randint(count, (), generator=generator))
+        whole = self.settings.simulation == "fixed-steps" and not gradient
+        return count - 1 if whole else drawn, times.grid(count, self.shift)
+
     def _conditioning_frames(self, rng: StepRng, stream: str) -> int:
         """Draw how many frames of a causal rollout come from the data."""
         assert self.causal is not None
@@ -568,8 +579,9 @@ class OnPolicyTerms:
         if settings.simulation == "flow-map":
             steps, k = simulation.draw_segment(settings.step_budgets, generator)
             return lambda model, noise, _: simulation.flow_map_rollout(model, noise, steps, k, self.shift)
-        exit_step = int(torch.randint(settings.consistency_steps, (), generator=generator))
-        grid = times.grid(settings.consistency_steps, self.shift)
+        exit_step, grid = self._exit_step(generator, gradient=torch.is_grad_enabled())
+        if settings.simulation == "fixed-steps":
+            return lambda model, noise, _: simulation.fixed_steps_rollout(model, noise, grid, exit_step)
 
         def consistency(model: Velocity, noise: Tensor, chunk: int) -> Tensor:
             streams = rng.generators(f"{stream}-noise-{chunk}")  # new ones: a chunk may be recomputed

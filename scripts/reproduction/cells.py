@@ -25,6 +25,7 @@ import torch
 from reproduction.rows import DATA, REFERENCE, Cell, Kind, Overrides, Row, Scale
 
 import anyflow_cli
+from anyflow_cli.data.shards import MANIFEST
 from anyflow_cli.errors import UsageError
 from anyflow_cli.plan.estimate import target_of, training_setup
 from anyflow_cli.plan.hardware import this_machine
@@ -111,7 +112,7 @@ class Workshop:
         if row.command is None:
             return {"command": None, "steps": 0, "step_tflop": 0.0, "processor_seconds": 0.0}
         if not part.is_file():
-            self._make_data(row.data)
+            self._make_data(cell)
             words = ["anyflow", row.command, "--recipe", RECIPES[cell.kind], "--runs", str(home)]
             if row.start is not None and cell.start is not None:
                 words += ["--model", str(self.model_of(cell.start))]
@@ -134,7 +135,10 @@ class Workshop:
         left_out = ("seconds", "memory")
         return [{k: round(float(v), 5) for k, v in row.items() if k not in left_out} for row in kept]
 
-    def _make_data(self, name: str) -> None:
+    def _make_data(self, cell: Cell) -> None:
+        name = cell.of.data
+        if cell.of.command == "finetune" or (self.data_of(cell) / MANIFEST).is_file():
+            return
         home = self.runs / "data" / name
         words = ["anyflow", "synthesize", "--recipe", RECIPES["bidirectional"], "--runs", str(home)]
         keys = {**DATA[name], **self.scale.data}

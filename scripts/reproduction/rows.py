@@ -205,6 +205,7 @@ BEYOND_1: Mapping[str, Row] = {
 COMPOSED = {"objective": "composition", **TEACHER}
 BEYOND_2: Mapping[str, Row] = {
     "reuse": stage_2("samples reused", reuse_rollout=True),
+    "fixed-steps": stage_2("one gradient step of four fixed ones (FastVideo)", simulation="fixed-steps"),
     "fake-updates-5": stage_2("5 fake updates on reused samples", reuse_rollout=True, fake_updates=5),
     "guided-until-0.7": stage_2("real score guided up to 0.7", real_guidance_until=0.7),
     "joint-composition": stage_2("joint loss: composition, teacher's velocity", joint=COMPOSED),

@@ -17,6 +17,7 @@ from anyflow_cli.flow.simulation import (
     SimulationSegment,
     consistency_rollout,
     draw_segment,
+    fixed_steps_rollout,
     flow_map_rollout,
 )
 from anyflow_cli.flow.times import grid
@@ -123,3 +124,13 @@ def test_a_consistency_rollout_has_gradient_in_its_last_step_only(exit_step: int
     assert before == [None] * exit_step
     assert last.item() == pytest.approx(-grid(4, K)[exit_step].item())
     assert student.calls == exit_step + 1
+
+
+@pytest.mark.parametrize("step", [0, 1, 3])
+def test_fixed_steps_end_after_their_one_jump_with_gradient(step: int) -> None:
+    calls: list[tuple[int, Tensor, Tensor, bool]] = []
+    times = grid(4, K).double()
+    x = fixed_steps_rollout(Watched(DATA, calls), NOISE, times, step)
+    assert [gradient for *_, gradient in calls] == [False] * step + [True]
+    one, end = torch.ones(2).double(), times[step + 1].expand(2)
+    torch.testing.assert_close(x, DATA.flow(NOISE, one, end))

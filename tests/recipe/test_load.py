@@ -247,3 +247,26 @@ def test_the_hint_for_an_unknown_name_lists_all() -> None:
     with pytest.raises(UsageError) as caught:
         load_recipe("zzzzzz")
     assert all(name in (caught.value.hint or "") for name in recipe_names())
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overrides", "must"),
+    [
+        ("tiny", ["train_flowmap.flow_map.target=teacher"], "adaptive must be off where target is teacher"),
+        ("tiny", ["distill.matching=none", "distill.joint=false"], "joint must be true where matching is no"),
+        ("tiny-causal", ["finetune.flow_map={target: teacher, adaptive: off}"], "target data for a causal"),
+        ("tiny-causal", ["distill.simulation=fixed-steps"], "another simulation than fixed-steps"),
+        ("bidirectional1b", ["train_flowmap.flow_map.derivative_precision=fp32"], "precision same"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(recipe: str, overrides: list[str], must: str) -> None:
+    with pytest.raises(UsageError, match=must):
+        load_recipe(recipe, overrides)
+
+
+@pytest.mark.parametrize(
+    ("value", "meaning"), [("true", "sample"), ("false", "off"), ("off", "off"), ("group", "group")]
+)
+def test_eq_7_was_a_switch_and_is_a_choice(value: str, meaning: str) -> None:
+    recipe = load_recipe("tiny", [f"train_flowmap.flow_map.adaptive={value}"])
+    assert recipe.train_flowmap.flow_map.adaptive == meaning

@@ -11,7 +11,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from tests.flow.gaussian import Gaussian
 from tests.scripts.script import SCRIPTS, load
 
 
@@ -60,18 +62,101 @@ def test_packed_scores_keep_four_digits_and_unknown_ones() -> None:
     np.testing.assert_allclose(found, values, atol=0.5 / measure.STEP + 1e-9)
 
 
+REHEARSED = (
+    "tiny", "flow-map", "flow-map-simulation", "joint-alone", "consistency-ode", "consistency-simulation",
+    "composition-teacher", "composition-simulation", "fake-updates-5", "finetune-flow-map",
+)  # fmt: skip
+
+
 @pytest.mark.slow
 def test_a_rehearsal_leaves_a_record_of_each_cell_and_then_does_nothing(tmp_path: Path) -> None:
     command = [
         sys.executable, str(SCRIPTS / "paper.py"), "run", "--quick", "--runs", str(tmp_path),
-        "--only", "bidirectional/*-0", "causal/flow-map-0", "causal/flow-map-simulation-0",
+        "--only", *(f"bidirectional/{row}-0" for row in REHEARSED), "causal/flow-map*-0",
     ]  # fmt: skip
     first = subprocess.run(command, capture_output=True, text=True, check=True)
     again = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "anyflow" in first.stderr
     assert "anyflow" not in again.stderr
     records = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("records/*/*.json"))]
-    assert {record["row"] for record in records} >= {"flow-map-simulation", "joint-alone", "teacher"}
+    assert {record["row"] for record in records} >= {*REHEARSED}
     for record in records:
         assert record["points"]
         assert all(0 < point["total"] < 100 for point in record["points"])
+
+
+# The report
+
+
+def record(rows: ModuleType, row: str, seed: int, level: float) -> dict[str, Any]:
+    """A record whose videos score ``level`` in every dimension, with noise that all rows share."""
+    from importlib import import_module
+
+    measure = import_module("reproduction.measure")
+    suite = measure.ShapesSuite()
+    noise = np.random.default_rng(0).uniform(-0.1, 0.1, (24, len(suite.dimensions)))
+    points = [
+        {"method": sampled.method, "steps": steps, "total": 100 * level, "pieces": measure.pack([[0.5] * 9]),
+         "scores": measure.pack((level + noise).tolist())}
+        for sampled in rows.ROWS[row].sampled for steps in sampled.steps
+    ]  # fmt: skip
+    return {"row": row, "kind": "bidirectional", "seed": seed, "steps": 10, "processor_seconds": 20.0,
+            "prompts": 24, "points": points, "made": {"device": "a CPU"},
+            "metrics": [{"embedding_norm": 1.0}, {"embedding_norm": 1.5}]}  # fmt: skip
+
+
+def test_the_report_compares_rows_seed_by_seed(paper: ModuleType, rows: ModuleType, tmp_path: Path) -> None:
+    levels = {"flow-map-simulation": 0.8, "joint-alone": 0.805, "consistency-simulation": 0.7}
+    for row, level in levels.items():
+        for seed in (0, 1, 2):
+            path = tmp_path / "bidirectional" / f"{row}-{seed}.json"
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(json.dumps(record(rows, row, seed, level + 0.001 * seed)))
+    report = sys.modules["reproduction.report"]
+    table = report.table_of(report.read_records(tmp_path), list(rows.TABLES["Table 2"]), "bidirectional")
+    lines = {line.split("|")[1].strip(): line for line in table.splitlines()[2:]}
+    assert "82.96" in table  # the paper's consistency simulation at 4 steps
+    assert "**-10.0 (-10.0 to -10.0)**" in lines[rows.ROWS["consistency-simulation"].title]
+    assert "+0.5 (+0.5 to +0.5)" in lines[rows.ROWS["joint-alone"].title]
+    assert lines[rows.ROWS["flow-map-simulation"].title].count("to") == 1  # not against itself
+
+
+def test_seeds_widen_the_interval(paper: ModuleType, rows: ModuleType, tmp_path: Path) -> None:
+    report = sys.modules["reproduction.report"]
+    alike, apart = (
+        report.scored([record(rows, "flow-map", s, 0.8 + gap * s) for s in (0, 1, 2)], "flow-map", 4)
+        for gap in (0.0, 0.03)
+    )
+    assert apart.bounds.high - apart.bounds.low > 1.5 * (alike.bounds.high - alike.bounds.low)
+
+
+# The exactness
+
+
+def test_the_mixture_of_one_mode_has_the_closed_form(
+    paper: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exactness = sys.modules["reproduction.exactness"]
+    center = torch.tensor([[0.7, -0.3]])
+    monkeypatch.setattr(exactness, "modes", lambda: center)
+    monkeypatch.setattr(exactness, "MODES", 1)
+    data = Gaussian(center.reshape(1, 1, 2, 1, 1), exactness.STD)
+    z = torch.randn(16, 2, generator=torch.Generator().manual_seed(0))
+    t, r = torch.full((16,), 0.9), torch.full((16,), 0.2)
+    shaped = z.reshape(-1, *exactness.SHAPE)
+    torch.testing.assert_close(exactness.velocity(z, t), data(shaped, t, t).flatten(1))
+    exact = data.flow(shaped, t, r).flatten(1)
+    torch.testing.assert_close(exactness.exact_flow(z, 0.9, 0.2), exact, atol=1e-4, rtol=1e-4)
+
+
+def test_errors_of_an_exact_flow_are_zero_and_of_a_wrong_one_are_not(
+    paper: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exactness = sys.modules["reproduction.exactness"]
+    center = torch.tensor([[0.7, -0.3]])
+    monkeypatch.setattr(exactness, "modes", lambda: center)
+    data = Gaussian(center.reshape(1, 1, 2, 1, 1), exactness.STD)
+    found = [value for row in exactness.errors(data, 64) for value in row if value is not None]
+    assert len(found) == 36
+    assert max(found) < 2e-3
+    assert exactness.errors(Gaussian(data.mean, 0.5), 64)[-1][0] > 0.1

@@ -57,6 +57,7 @@ CASES: list[tuple[Kind, dict[str, Any]]] = [
     ("on-policy", {"lora": False, "joint": False, "reuse_rollout": True}),
     ("on-policy", {"recompute_rollout": True, "checkpointing": True}),
     ("on-policy", {"simulation": "consistency", "recompute_rollout": True}),
+    ("on-policy", {"simulation": "fixed-steps", "recompute_rollout": True}),
     ("on-policy", {"step_budgets": (1, 2), "lora": False}),
     ("on-policy", {"fake_updates": 3}),
     ("on-policy", {"fake_updates": 2, "reuse_rollout": True, "lora": False}),
