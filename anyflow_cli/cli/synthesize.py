@@ -74,6 +74,12 @@ def synthesize(
     _run(job, as_json=as_json)
 
 
+def _buckets(job: SynthesisJob) -> dict[str, Any]:
+    """Segments of each bucket, where there are several."""
+    counts = [(f"{one.frames} frames of {one.height}x{one.width}", n) for one, n in job.buckets.items()]
+    return {"buckets": ", ".join(f"{n} of {name}" for name, n in counts)} if len(counts) > 1 else {}
+
+
 def _run(job: SynthesisJob, *, as_json: bool) -> None:
     from anyflow_cli.synthesize.run import run_synthesis
 
@@ -82,7 +88,7 @@ def _run(job: SynthesisJob, *, as_json: bool) -> None:
         report = run_synthesis(job, progress.update, wait=waits)
     values = {
         "data": report.out, "samples": report.samples, "wanted": report.wanted, "shards": report.shards,
-        "made": report.made, "rejected": report.reasons, "complete": report.complete,
+        "made": report.made, "rejected": report.reasons, "complete": report.complete, **_buckets(job),
     }  # fmt: skip
     rejected = ", ".join(f"{count} {reason}" for reason, count in report.reasons.items()) or "none"
     print_result(values, as_json=as_json, text=facts_table(values | {"rejected": rejected}))
@@ -114,6 +120,7 @@ def _facts(job: SynthesisJob) -> dict[str, Any]:
         "data": job.out,
         "videos": len(job.captions),
         **({"prompts": prompts, **teacher} if job.clips is None else {"source": "real clips"}),
+        **_buckets(job),
         "shards": len(job.ranges),
         "complete already": complete,
     }

@@ -77,8 +77,12 @@ class FolderProblems:
             log.warning("%s: %d %s: %s%s", self.directory, len(names), kind, listed, more)
 
 
-def list_clips(directory: Path) -> list[ClipFile]:
+def list_clips(directory: Path, *, pictures: bool = False) -> list[ClipFile]:
     """List all videos under a directory by name, each with its caption or None; log every problem.
+
+    Args:
+        directory: The directory.
+        pictures: List pictures, too.
 
     Raises:
         UsageError: The directory does not exist, cannot be read, or contains no video.
@@ -88,7 +92,7 @@ def list_clips(directory: Path) -> list[ClipFile]:
         raise UsageError(f"The directory of videos {directory} {what}.", "Give a directory with video files.")
     problems = FolderProblems(directory)
     files = sorted(_regular_files(directory, problems))
-    clips = _videos(files)
+    clips = _videos(files, pictures)
     table = next((path for name in TABLES for path in files if path == directory / name), None)
     texts = {path.with_suffix(""): path for path in files if path.suffix.lower() == ".txt"}
     captions = {} if table is None else _read_table(table, set(clips), problems)
@@ -145,10 +149,11 @@ def _regular_files(directory: Path, problems: FolderProblems) -> Iterator[Path]:
                 problems.add("pipes, devices or broken links", path.relative_to(directory))
 
 
-def _videos(files: list[Path]) -> list[Path]:
-    """The videos among files; a suffix that nobody knows is looked at once, with ffmpeg."""
+def _videos(files: list[Path], pictures: bool) -> list[Path]:
+    """The videos among files, and pictures if wanted; an unknown suffix is looked at once, with ffmpeg."""
     known = {
-        **dict.fromkeys(VIDEO_SUFFIXES, True), **dict.fromkeys(PICTURE_SUFFIXES | OTHER_SUFFIXES, False)
+        **dict.fromkeys(VIDEO_SUFFIXES, True), **dict.fromkeys(OTHER_SUFFIXES, False),
+        **dict.fromkeys(PICTURE_SUFFIXES, pictures),
     }  # fmt: skip
     for path in files:
         if path.suffix.lower() not in known:

@@ -103,7 +103,13 @@ class ShardedData:
 
     def positions_by_shape(self) -> dict[StoredShape, Sequence[int]]:
         """Positions of the samples of each latent shape."""
-        return {self.manifest.latent_shape: range(self.manifest.count)}
+        if self.manifest.version == 1:
+            return {self.manifest.latent_shape: range(self.manifest.count)}
+        found: dict[StoredShape, list[int]] = {}
+        for record, end in zip(self.manifest.shards, self._ends, strict=True):
+            if record.latent_shape is not None:
+                found.setdefault(record.latent_shape, []).extend(range(end - record.samples, end))
+        return {shape: positions for shape, positions in found.items() if positions}
 
     def read(self, position: int) -> LatentSample:
         """Read one sample as stored.
@@ -118,10 +124,9 @@ class ShardedData:
         sample = read_sample(self.storage, record.name, row)
         name = f"Sample {sample.index:08d} of {self.storage.address_of(record.name)}"
         shape, width = tuple(sample.latents.shape), sample.text.shape[-1]
-        if shape != self.manifest.latent_shape:
-            raise UsageError(
-                f"{name} has latents {shape}, the data set {self.manifest.latent_shape}.", REPAIR
-            )
+        wanted = self.manifest.latent_shape if self.manifest.version == 1 else record.latent_shape
+        if shape != wanted:
+            raise UsageError(f"{name} has latents {shape}, the data set {wanted}.", REPAIR)
         if width != self.text_dim:
             raise UsageError(f"{name} has text of width {width}, the data set {self.text_dim}.", REPAIR)
         return sample
@@ -147,6 +152,8 @@ class LatentData:
         model: What the model supplies to a published data set; one of anyflow's needs none.
         max_frames: Latent frames after which longer samples are cut; None cuts none. The VAE is causal, so
             the first latent frames are those of the first frames of the video.
+        lengths: Latent frames that a causal model takes; shapes of other lengths are left out where there are
+            several. None takes any.
     """
 
     def __init__(
@@ -155,12 +162,14 @@ class LatentData:
         max_text_tokens: int,
         model: ModelSide | None = None,
         max_frames: int | None = None,
+        lengths: Sequence[int] | None = None,
     ) -> None:
         published = recognize(address) if model is not None else None
         self.source: LatentSource = (
             ShardedData(address) if published is None else PublishedData(published, model)
         )
         self.storage, self.max_text_tokens, self.max_frames = self.source.storage, max_text_tokens, max_frames
+        self._lengths = lengths
         self._warned: set[int] = set()  # corrupt samples
 
     @cached_property
@@ -171,6 +180,18 @@ class LatentData:
             frames = shape[0] if self.max_frames is None else min(shape[0], self.max_frames)
             cut = (frames, *shape[1:])
             found[cut] = sorted([*found[cut], *positions]) if cut in found else positions
+        if self._lengths is not None and len(found) > 1:
+            for shape in [shape for shape in found if shape[0] not in self._lengths]:
+                left_out = len(found.pop(shape))
+                log.warning(
+                    "%d samples of %d latent frames are left out: the first chunks of the model make up %s.",
+                    left_out, shape[0], ", ".join(map(str, self._lengths)),
+                )  # fmt: skip
+        if not found:
+            raise UsageError(
+                f"{self.storage} has no samples of lengths that the model takes.",
+                "Set model.causal.partition to chunks that make up the latent frames of the data set.",
+            )
         largest_first = sorted(found, key=lambda shape: (-math.prod(shape), shape))
         return tuple(Bucket(shape, found[shape]) for shape in largest_first)
 

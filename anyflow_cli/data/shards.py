@@ -20,11 +20,13 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import tarfile
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -42,7 +44,7 @@ from anyflow_cli.utils.files import atomic_write, file_sha256, write_json
 from anyflow_cli.utils.records import parse_record
 from anyflow_cli.utils.records import read_record as read_json_record
 
-VERSION = 1
+VERSION = 2  # of data sets with latents of several shapes; others are of version 1
 MANIFEST, PROVENANCE, NEGATIVE = "manifest.json", "provenance.json", "negative.safetensors"
 PICTURES = {"channels": 4, "picture": 2}  # rank of each part: (F, C', H, W) and (P, D')
 STORED_TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -96,7 +98,10 @@ class ShardRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A complete data set: how many samples of which shape, in which shards, made from what."""
+    """A complete data set: how many samples of which shape, in which shards, made from what.
+
+    In version 2 shards have shapes of their own, and ``latent_shape`` is the largest.
+    """
 
     count: Natural
     shards: tuple[ShardRecord, ...]
@@ -104,7 +109,7 @@ class Manifest:
     text_dim: AxisSize
     provenance: Mapping[str, Any]
     negative: Literal["negative.safetensors"] = "negative.safetensors"
-    version: Annotated[int, Field(ge=1)] = VERSION
+    version: Annotated[int, Field(ge=1)] = 1
     negative_sha256: Sha256 | None = None  # missing in the manifests of version 0.1
 
     def problems(self) -> Iterator[str]:
@@ -118,8 +123,8 @@ class Manifest:
         if total != self.count:
             yield f"states {self.count} samples, and its shards {total}"
         for record in self.shards:
-            shape = (record.latent_shape, record.text_dim)
-            if record.samples and shape != (self.latent_shape, self.text_dim):
+            same_shape = self.version > 1 or record.latent_shape == self.latent_shape
+            if record.samples and not (same_shape and record.text_dim == self.text_dim):
                 yield f"states another shape than its shard {record.name}"
 
 
@@ -133,6 +138,15 @@ class ManifestVersion:
 def shard_ranges(count: int, size: int) -> list[range]:
     """The indices of each shard: shard s covers [s * size, (s + 1) * size), the last one perhaps fewer."""
     return [range(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def bucketed_ranges(counts: Sequence[int], size: int) -> list[range]:
+    """Like ``shard_ranges`` for buckets of so many samples each, one after another; no shard has two."""
+    ends = list(accumulate(counts))
+    starts = zip([0, *ends], ends, strict=False)
+    return [
+        range(low + r.start, low + r.stop) for low, high in starts for r in shard_ranges(high - low, size)
+    ]
 
 
 def shard_path(directory: Path, number: int) -> Path:
@@ -192,10 +206,10 @@ def write_negative(directory: Path, text: Tensor) -> None:
 def write_manifest(
     directory: Path, records: Iterable[ShardRecord], provenance: Mapping[str, Any]
 ) -> Manifest:
-    """Write the manifest of a complete data set; refuse mixed latent shapes."""
-    records = tuple(records)
+    """Write the manifest of a complete data set; mixed latent shapes need ``buckets`` in the provenance."""
+    records, has_buckets = tuple(records), "buckets" in provenance
     shapes = {(r.latent_shape, r.text_dim): r.name for r in records if r.latent_shape and r.text_dim}
-    if len(shapes) > 1:
+    if len(shapes) > 1 and not (has_buckets and len({text_dim for _, text_dim in shapes}) == 1):
         named = ", ".join(f"{name} {shape}" for shape, name in shapes.items())
         raise UsageError(f"The shards in {directory} have latents of several shapes: {named}.", REPAIR)
     if not shapes:
@@ -203,13 +217,14 @@ def write_manifest(
             f"No sample in {directory} passed the checks.",
             "Its .json files have the reasons; remove it when the videos are fixed, and run again.",
         )
-    ((shape, text_dim),) = shapes
+    shape, text_dim = max(shapes, key=lambda one: math.prod(one[0]))
     assert shape is not None
     assert text_dim is not None
     negative = directory / NEGATIVE
     digest = file_sha256(negative) if negative.exists() else None
     total = sum(record.samples for record in records)
-    manifest = Manifest(total, records, shape, text_dim, provenance, negative_sha256=digest)
+    version = VERSION if len(shapes) > 1 else 1
+    manifest = Manifest(total, records, shape, text_dim, provenance, version=version, negative_sha256=digest)
     write_json(directory / MANIFEST, asdict(manifest))
     return manifest
 

@@ -147,7 +147,7 @@ def _check_shard(storage: Storage, record: ShardRecord, manifest: Manifest) -> S
             findings.problems += _record_problems(storage, record)
             rows = _checked_index(storage, record, copy, findings)
             for row in rows if rows is not None else ():
-                _check_sample(storage, local, record.name, row, manifest, findings)
+                _check_sample(storage, local, record, row, manifest, findings)
     except UsageError as error:
         findings.problems.append(error.message)
     return findings
@@ -185,17 +185,22 @@ def _checked_index(
 
 
 def _check_sample(
-    storage: Storage, local: Storage, shard: str, row: Any, manifest: Manifest, findings: ShardFindings
+    storage: Storage,
+    local: Storage,
+    record: ShardRecord,
+    row: Any,
+    manifest: Manifest,
+    findings: ShardFindings,
 ) -> None:
-    name = f"Sample {row['sample']:08d} of {storage.address_of(shard)}"
+    name = f"Sample {row['sample']:08d} of {storage.address_of(record.name)}"
     try:
-        sample = read_sample(local, shard, row)
+        sample = read_sample(local, record.name, row)
     except CorruptSampleError as error:
         findings.problems.append(error.message.replace(local.address, storage.address, 1))
         return
     shape, text_dim = tuple(sample.latents.shape), sample.text.shape[-1]
-    if shape != manifest.latent_shape:
-        findings.problems.append(f"{name} has latents {shape}, the data set {manifest.latent_shape}.")
+    if shape != record.latent_shape:
+        findings.problems.append(f"{name} has latents {shape}, its shard {record.latent_shape}.")
     if text_dim != manifest.text_dim:
         findings.problems.append(f"{name} has text of width {text_dim}, the data set {manifest.text_dim}.")
     findings.types[f"{sample.latents.dtype} and {sample.text.dtype}".replace("torch.", "")] += 1

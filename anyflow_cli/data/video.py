@@ -48,6 +48,7 @@ STREAM = (
 ALPHA = r"yuva|rgba|bgra|argb|abgr|gbrap|ya8|ya16|pal8"
 HDR_CURVES = {"smpte2084": "PQ", "arib-std-b67": "HLG"}
 ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # ffmpeg's own drop the alpha plane
+ORIENTATION, TURNED = 0x0112, (5, 6, 7, 8)  # tag of Exif, and its values for pictures on their side
 BACKGROUND = 255  # white, below transparent parts
 GIF_CLOCK = 100  # ticks per second
 
@@ -147,6 +148,14 @@ class VideoStream:
         turned = re.search(r"rotation of (-?[\d.]+) degrees", self.description)
         return float(turned[1]) if turned else 0.0
 
+    @property
+    def shown_size(self) -> tuple[int, int]:
+        """Height and width as players show it: upright, with square pixels."""
+        height, width = self.height, self.width
+        if aspect := re.search(r"SAR (\d+):(\d+)", self.description):
+            width = max(round(width * int(aspect[1]) / max(int(aspect[2]), 1)), 1)
+        return (width, height) if abs(self.rotation) == 90 else (height, width)
+
     def plays_one_to_one(self, fps: int) -> bool:
         """Whether the rate is ``fps`` as closely as a GIF can state it."""
         if self.container != "gif" or self.fps is None or f"{self.fps} tbr" not in self.description:
@@ -194,13 +203,18 @@ def _reason(messages: str, *, is_open: bool) -> str:
     return lines[-1] if lines else "no message"
 
 
-def read_clip(path: Path, wanted: ClipFormat) -> Clip:
-    """Convert the start of a video: rate by nearest frame, size by scaling and a centered crop.
+def read_clip(path: Path, wanted: ClipFormat, start: int = 0) -> Clip:
+    """Convert a part of a video: rate by nearest frame, size by scaling and a centered crop.
+
+    Args:
+        path: The video.
+        wanted: Frames, rate and size.
+        start: First frame, at the wanted rate.
 
     Raises:
         UnusableClipError: The file is unreadable, damaged, or has too few frames.
     """
-    clip = read_start(path, wanted)
+    clip = read_start(path, wanted, start)
     if len(clip.pixels) < wanted.frames:
         count = len(clip.pixels)
         rates = [change for change in clip.changes if "fps" in change]
@@ -211,7 +225,7 @@ def read_clip(path: Path, wanted: ClipFormat) -> Clip:
     return clip
 
 
-def read_start(path: Path, wanted: ClipFormat) -> Clip:
+def read_start(path: Path, wanted: ClipFormat, start: int = 0) -> Clip:
     """Convert like ``read_clip``, but accept a video with fewer frames than wanted."""
     stream = probe(path)
     decoder = ["-c:v", ALPHA_DECODERS[stream.codec]] if stream.has_alpha_layer else []
@@ -220,6 +234,8 @@ def read_start(path: Path, wanted: ClipFormat) -> Clip:
     output = ["-map", "0:V:0", "-vf", ",".join(_filters(stream, wanted)), "-frames:v", str(wanted.frames + 1)]
     output += ["-f", "rawvideo", "-pix_fmt", "rgba" if stream.has_alpha else "rgb24", "-"]
     limit = ["-max_pixels", str(MAX_FRAME)]
+    if start:  # half a frame early, since times are rounded
+        decoder += ["-ss", f"{(start - 0.5) / wanted.fps:.6f}"]
     result = ffmpeg([*SANDBOX, *limit, *decoder, "-i", f"file:{path}", *output], seconds=DECODE_SECONDS)
     messages = result.stderr.decode(errors="replace")
     if result.returncode or not result.stdout:
@@ -233,7 +249,9 @@ def read_start(path: Path, wanted: ClipFormat) -> Clip:
     if damage:  # ffmpeg would conceal what is lost
         raise UnusableClipError(f"damaged ({damage[0]})")
     pixels = np.frombuffer(result.stdout, np.uint8).reshape(-1, wanted.height, wanted.width, channels)
-    changes = list(_changes(stream, wanted, is_whole=len(pixels) <= wanted.frames))
+    changes = list(
+        _changes(stream, wanted, is_whole=start == 0 and len(pixels) <= wanted.frames, start=start)
+    )
     if stream.has_alpha:
         if pixels[..., 3].min() < 255:
             changes.append("transparent parts on white")
@@ -261,7 +279,7 @@ def _filters(stream: VideoStream, wanted: ClipFormat) -> Iterator[str]:
     yield f"crop={width}:{height}"
 
 
-def _changes(stream: VideoStream, wanted: ClipFormat, *, is_whole: bool) -> Iterator[str]:
+def _changes(stream: VideoStream, wanted: ClipFormat, *, is_whole: bool, start: int) -> Iterator[str]:
     """What the filters did to a stream, in words."""
     if stream.is_interlaced:
         yield "deinterlaced"
@@ -287,7 +305,20 @@ def _changes(stream: VideoStream, wanted: ClipFormat, *, is_whole: bool) -> Iter
     if not is_whole:
         used = wanted.frames / wanted.fps
         share = f" ({used / stream.seconds:.0%} of {stream.seconds:.1f} s)" if stream.seconds else ""
-        yield f"first {wanted.frames} frames used{share}"
+        part = f"frames from {start} on" if start else f"first {wanted.frames} frames"
+        yield f"{part} used{share}"
+
+
+def picture_size(path: Path) -> tuple[int, int]:
+    """Height and width of a picture, upright; an UnusableClipError if it is not one."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as opened:
+            turned = opened.getexif().get(ORIENTATION, 1) in TURNED
+            return (opened.width, opened.height) if turned else (opened.height, opened.width)
+    except Exception as error:  # a decoder of foreign bytes can raise anything
+        raise UnusableClipError(f"unreadable ({error or type(error).__name__})") from error
 
 
 def read_image(path: Path, wanted: ClipFormat) -> Clip:

@@ -32,7 +32,9 @@ def as_table(plan: Plan) -> Table:
 def _head(plan: Plan) -> Text:
     target, model = plan.target, plan.target.recipe.model
     text = Text(f"{target.recipe.name} on {target.hardware}", style="bold")
-    size = f"{model.frames} frames of {model.height}x{model.width}, {target.precision}"
+    buckets = len(target.recipe.synthesize.buckets)
+    largest = f" (the largest of {buckets + 1} buckets)" if buckets else ""
+    size = f"{model.frames} frames of {model.height}x{model.width}{largest}, {target.precision}"
     return text.append(f"\nteacher {model.teacher}; {size}", style="not bold")
 
 

@@ -11,6 +11,7 @@ its own key. Its message completes "KEY must ...".
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
@@ -29,6 +30,7 @@ PixelCount = Annotated[int, Field(ge=1, le=8192)]
 FrameCount = Annotated[int, Field(ge=1, le=10**5)]
 ChunkCount = Annotated[int, Field(ge=1, le=10**4)]
 Budgets = Annotated[tuple[EvaluationCount, ...], Field(min_length=1, max_length=100)]
+BucketShape = tuple[PixelCount, PixelCount, FrameCount]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
 Value = TypeVar("Value")
 
@@ -276,6 +278,23 @@ class SynthesizeSection(Section):
     shard_size: Annotated[int, Field(ge=1, le=10**6)] = 256
     previews: bool = False
     seed: Seed = 0
+    clips: Literal["head", "uniform", "slide", "scenes"] = Field(
+        "head",
+        description="Parts of real videos to encode: the start, or segments spread evenly, at a stride, or "
+        "at a stride within scenes.",
+    )
+    segments: Annotated[int, Field(ge=1, le=10**4)] = Field(
+        4, description="Segments per video with clips: uniform."
+    )
+    stride: FrameCount | None = Field(
+        None,
+        description="Frames from one segment to the next, with clips: slide or scenes; null: their length.",
+    )
+    buckets: Annotated[tuple[BucketShape, ...], Field(max_length=100)] = Field(
+        (),
+        description="Further (height, width, frames) of real clips beside the model's, which is the largest; "
+        "each clip has the nearest. 1 frame: pictures.",
+    )
 
 
 class EmaSection(Section):
@@ -736,6 +755,24 @@ class Recipe(Section):
         fits = model is None or longest is None or (model.causal is not None and longest >= model.frames)
         must = "have rollout_frames only for a causal model, of model.frames at least"
         return require(fits, section, must)
+
+    @field_validator("synthesize")
+    @classmethod
+    def _fit_the_model(cls, made: SynthesizeSection, info: ValidationInfo) -> SynthesizeSection:
+        model = info.data.get("model")
+        if model is None:
+            return made
+        scale, own = 2 * model.vae_scale, (model.height, model.width, model.frames)
+        must = "have no buckets, since the model starts from pictures"
+        require(not (made.buckets and model.needs_pictures), made, must)
+        for bucket in made.buckets:
+            height, width, frames = bucket
+            whole = height % scale == width % scale == (frames - 1) % 4 == 0
+            must = f"have buckets of multiples of {scale} pixels and 4 n + 1 frames, not {list(bucket)}"
+            require(whole, made, must)
+            must = f"have no bucket larger than the model's own, {list(own)}, as {list(bucket)} is"
+            require(height * width * frames <= math.prod(own), made, must)
+        return made
 
     @field_validator("launch")
     @classmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import TypeVar
 
@@ -35,8 +36,9 @@ def open_latents(recipe: Recipe, address: str | Path, pipeline: Path, run: Path,
     """
     model = recipe.model
     frames = latent_frames(model.frames) if recipe.data.truncate else None
+    lengths = None if model.causal is None else list(accumulate(model.causal.partition))
     supplied = model_side(recipe, pipeline, run.parent / CACHE)
-    data = kind(address, model.max_text_tokens, supplied, frames)
+    data = kind(address, model.max_text_tokens, supplied, frames, lengths)
     if isinstance(data.source, PublishedData):
         data.source.prepare()
     return data

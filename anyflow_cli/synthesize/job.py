@@ -8,8 +8,10 @@ differ.
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,9 @@ import torch
 import anyflow_cli
 from anyflow_cli.data.clips import ClipFile, list_clips
 from anyflow_cli.data.prompts import WorldCaptions, read_prompts
-from anyflow_cli.data.shards import PROVENANCE, ShardRecord, read_shard_record, shard_path, shard_ranges
+from anyflow_cli.data.segments import CUTS_FILE, ClipSegment, SegmentRules, remembered_cuts
+from anyflow_cli.data.shards import PROVENANCE, ShardRecord, bucketed_ranges, read_shard_record, shard_path
+from anyflow_cli.data.video import ClipFormat
 from anyflow_cli.errors import UsageError
 from anyflow_cli.model.lora_formats import split_loras
 from anyflow_cli.model.pipeline_io import (
@@ -51,14 +55,20 @@ class SynthesisJob:
     recipe: Recipe
     out: Path
     captions: Sequence[str]
-    clips: Sequence[ClipFile] | None
+    clips: Sequence[ClipSegment] | None
     provenance: Mapping[str, Any]
     pictures: GivenPictures | None = None  # that the teacher's videos start from
 
-    @property
+    @cached_property
     def ranges(self) -> list[range]:
-        """The indices of each shard."""
-        return shard_ranges(len(self.captions), self.recipe.synthesize.shard_size)
+        """The indices of each shard; a shard has one bucket."""
+        counts = [len(self.captions)] if self.clips is None else list(self.buckets.values())
+        return bucketed_ranges(counts, self.recipe.synthesize.shard_size)
+
+    @property
+    def buckets(self) -> Counter[ClipFormat]:
+        """Segments of each format, in the order of their indices."""
+        return Counter(segment.format for segment in self.clips or ())
 
     def records(self) -> list[ShardRecord | None]:
         """Records of the complete shards, None for the others."""
@@ -111,14 +121,18 @@ def prepare_synthesis(
     Raises:
         UsageError: No caption can be used, the teacher is missing, or ``out`` holds something else.
     """
-    clips = None if videos is None else list_clips(videos)
+    rules = segment_rules(recipe)
+    clips = None if videos is None else list_clips(videos, pictures=rules.has_pictures)
+    segments: list[ClipSegment] | None = None
     pictures = given_pictures(recipe) if clips is None else None
     if clips is None:
         captions = _captions(recipe)
         address = recipe.synthesize.teacher or recipe.model.teacher
     else:
-        captions, address = [clip.caption or "" for clip in clips], recipe.model.teacher
         _check_captions(clips, videos)
+        save = not dry_run and is_main_process()
+        segments = remembered_cuts(clips, rules, out / CUTS_FILE, save=save)
+        captions, address = [one.clip.caption or "" for one in segments], recipe.model.teacher
     if not is_hub_name(address):  # a model of the Hub is downloaded later: a dry run loads nothing
         resolve_pipeline(address)
     provenance = _provenance(recipe, address, captions, clips, videos)
@@ -126,6 +140,8 @@ def prepare_synthesis(
         provenance["pictures"] = recipe.model.pictures
     if pictures is not None:
         provenance["given_pictures"] = pictures.record
+    if segments is not None and videos is not None and not rules.are_default:
+        provenance |= _cutting(segments, rules, videos)
     is_begun = (out / PROVENANCE).exists()
     if is_begun or not dry_run:
         provenance["captions"] = json_sha256(list(captions))  # two minutes for a million of a world
@@ -137,7 +153,27 @@ def prepare_synthesis(
         if is_begun and not dry_run and is_main_process():  # one writer; the others may be clearing up
             hashes.save()
     _check_directory(out, provenance, choose_another)
-    return SynthesisJob(recipe, out, captions, clips, provenance, pictures)
+    return SynthesisJob(recipe, out, captions, segments, provenance, pictures)
+
+
+def segment_rules(recipe: Recipe) -> SegmentRules:
+    """How a recipe cuts real clips, and into which formats; the model's own is the first."""
+    model, made = recipe.model, recipe.synthesize
+    sizes = dict.fromkeys([(model.height, model.width, model.frames), *made.buckets])
+    formats = tuple(ClipFormat(frames, model.fps, height, width) for height, width, frames in sizes)
+    return SegmentRules(formats, made.clips, made.segments, made.stride)
+
+
+def _cutting(segments: Sequence[ClipSegment], rules: SegmentRules, videos: Path) -> dict[str, Any]:
+    """What the provenance records of clips that are cut, or that have several formats."""
+    parts = [
+        [one.clip.path.relative_to(videos).as_posix(), one.start, *asdict(one.format).values()]
+        for one in segments
+    ]
+    recorded: dict[str, Any] = {"clips": rules.cutting, "segments": json_sha256(parts)}
+    if len(rules.formats) > 1:
+        recorded["buckets"] = [[one.height, one.width, one.frames] for one in rules.formats]
+    return recorded
 
 
 def _check_captions(clips: Sequence[ClipFile], videos: Path | None) -> None:

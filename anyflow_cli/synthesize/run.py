@@ -25,7 +25,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from anyflow_cli.data.clips import ClipFile
+from anyflow_cli.data.clips import PICTURE_SUFFIXES
+from anyflow_cli.data.segments import ClipSegment
 from anyflow_cli.data.shard_index import index_path, write_index
 from anyflow_cli.data.shards import (
     MANIFEST,
@@ -41,10 +42,10 @@ from anyflow_cli.data.shards import (
     write_shard,
 )
 from anyflow_cli.data.video import (
-    ClipFormat,
     UnusableClipError,
     from_pixels,
     read_clip,
+    read_image,
     to_pixels,
     write_mp4,
 )
@@ -284,10 +285,8 @@ class TeacherSource:
 class ClipSource:
     """Real clips with captions, encoded like the teacher's videos."""
 
-    def __init__(self, job: SynthesisJob, clips: Sequence[ClipFile]) -> None:
-        model = job.recipe.model
-        self._job, self._clips = job, clips
-        self._format = ClipFormat(model.frames, model.fps, model.height, model.width)
+    def __init__(self, job: SynthesisJob, segments: Sequence[ClipSegment]) -> None:
+        self._job, self._segments = job, segments
         self._encoders = Encoders(job, job.pipeline, default_device())
         self._changes = Counter[str]()
         self.negative = self._encoders.negative
@@ -295,12 +294,12 @@ class ClipSource:
     def results(self, indices: range) -> Iterator[LatentSample | Rejection]:
         """Encode one clip after another; what was done to each is kept in its facts."""
         for index in indices:
-            clip = self._clips[index]
+            name = self._segments[index].clip.path.name
             try:
-                yield self._encode(index, clip)
+                yield self._encode(index, self._segments[index])
             except UnusableClipError as error:
-                log.warning("%s is left out: %s.", clip.path.name, error.message)
-                yield Rejection(index, f"clip {clip.path.name}", error.message)
+                log.warning("%s is left out: %s.", name, error.message)
+                yield Rejection(index, f"clip {name}", error.message)
 
     def report(self) -> None:
         """Log how many clips were converted in which way."""
@@ -308,10 +307,14 @@ class ClipSource:
             log.info("%d clip%s: %s.", count, "s" * (count > 1), change)
         self._encoders.report()
 
-    def _encode(self, index: int, clip: ClipFile) -> LatentSample:
+    def _encode(self, index: int, segment: ClipSegment) -> LatentSample:
+        clip, wanted = segment.clip, segment.format
         if clip.caption is None:
             raise UnusableClipError(clip.problem)
-        converted = read_clip(clip.path, self._format)
+        if clip.path.suffix.lower() in PICTURE_SUFFIXES:
+            converted = read_image(clip.path, wanted)
+        else:
+            converted = read_clip(clip.path, wanted, segment.start)
         video = from_pixels(converted.pixels)
         latents = self._encoders.vae.encode(video[None])[0]
         reason = find_defect(latents, video)
@@ -321,7 +324,8 @@ class ClipSource:
             log.debug("%s: %s.", clip.path.name, ", ".join(converted.changes))
             self._changes.update(change.partition(" (")[0] for change in converted.changes)
         text = self._encoders.text([clip.caption])[0]
-        facts = {"source": clip.path.name, "changes": list(converted.changes)}
+        facts: dict[str, Any] = {"source": clip.path.name, "changes": list(converted.changes)}
+        facts |= {"start": segment.start} if segment.start else {}
         own = self._encoders.of_clip(video)
         return self._encoders.sample(index, latents, text, video, facts, own)
 
@@ -396,7 +400,7 @@ class Encoders:
         """Make a sample as it is stored, with a preview if the recipe has previews."""
         recipe, stored = self._job.recipe, self._job.stored
         preview = _mp4(video, recipe.model.fps) if recipe.synthesize.previews else None
-        facts = {**facts, "fps": recipe.model.fps, "frames": recipe.model.frames}
+        facts = {**facts, "fps": recipe.model.fps, "frames": len(video)}
         caption = self._job.captions[index]
         parts = {name: pictures[name].cpu().to(stored) for name in PICTURES if name in pictures}
         return LatentSample(index, caption, latents.cpu().to(stored), text.to(stored), facts, preview, parts)

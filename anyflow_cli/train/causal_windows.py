@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import accumulate
 from typing import NamedTuple, cast
 
 import torch
@@ -157,10 +158,14 @@ class TeacherForcing:
 
     def __call__(self, x: Tensor, rng: StepRng) -> TrainingWindow:
         """Cut videos x (B, F, C, H, W) to the step's window."""
-        chunks, noisy = self.window(rng)
+        chunks, noisy = self.of_length(x.shape[1]).window(rng)
         frames = slice(sum(chunks[:-noisy]), sum(chunks))
         bind = partial(TeacherForced, x=x[:, : frames.stop], partition=chunks, noisy=noisy)
         return TrainingWindow(x[:, frames], bind, frames, chunks[-noisy:])
+
+    def of_length(self, frames: int) -> TeacherForcing:
+        """Windows of videos of so many latent frames, the first chunks of the partition."""
+        return replace(self, settings=first_chunks(self.settings, frames))
 
     def window(self, rng: StepRng) -> Window:
         """Draw a step's window: the same for every micro-batch, on every process."""
@@ -175,6 +180,14 @@ class TeacherForcing:
         if _happens(self.settings.long_context, generator):
             count = _between(shortest, len(chunks), generator)
         return Window(chunks[:count], shortest)
+
+
+def first_chunks(settings: schema.CausalSection, frames: int) -> schema.CausalSection:
+    """The settings with the first chunks of the partition that make up so many latent frames."""
+    if sum(settings.partition) == frames:
+        return settings
+    ends = list(accumulate(settings.partition))
+    return settings.model_copy(update={"partition": settings.partition[: ends.index(frames) + 1]})
 
 
 def draw_conditioning_frames(settings: schema.CausalSection, share: float, generator: torch.Generator) -> int:
@@ -316,7 +329,7 @@ def layout_of(
     """Token layout of a step's window, and times per sample; None and None for whole videos."""
     if not isinstance(window_of, TeacherForcing):
         return None, None
-    chunks, noisy = window_of.window(rng)
+    chunks, noisy = window_of.of_length(latent[0]).window(rng)
     return teacher_forcing(network.config, chunks, *latent[2:], noisy), noisy
 
 

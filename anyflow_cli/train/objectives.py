@@ -502,7 +502,7 @@ class OnPolicyTerms:
         if self.causal is None:
             start = batch.condition.put_back(noise)
             return batch.condition.put_back(simulate(checkpointed(model) if recomputes else model, start, 0))
-        given = batch.latents[:, : self._conditioning_frames(rng, stream)]
+        given = batch.latents[:, : self._conditioning_frames(rng, stream, frames)]
         return causal_windows.roll_out(
             model, noise, partition_for(CausalConfig.from_recipe(self.causal), frames + skipped), simulate,
             given=given, recomputes=recomputes, skipped=skipped,
@@ -544,7 +544,7 @@ class OnPolicyTerms:
         return causal_windows.rollout_calls(
             simulated, self.backbone.network_of("student"),
             partition_for(CausalConfig.from_recipe(self.causal), longer[0]), longer,
-            known=self._conditioning_frames(rng, stream), recomputes=recomputes, skipped=skipped,
+            known=self._conditioning_frames(rng, stream, latent[0]), recomputes=recomputes, skipped=skipped,
         )  # fmt: skip
 
     def _skipped_frames(self, rng: StepRng, stream: str) -> int:
@@ -567,11 +567,12 @@ class OnPolicyTerms:
         whole = self.settings.simulation == "fixed-steps" and not gradient
         return count - 1 if whole else drawn, times.grid(count, self.shift)
 
-    def _conditioning_frames(self, rng: StepRng, stream: str) -> int:
-        """Draw how many frames of a causal rollout come from the data."""
+    def _conditioning_frames(self, rng: StepRng, stream: str, frames: int) -> int:
+        """Draw how many frames of a causal rollout of videos of ``frames`` come from the data."""
         assert self.causal is not None
+        causal = causal_windows.first_chunks(self.causal, frames)
         share = self.settings.flow_map.conditioning_prob
-        return causal_windows.draw_conditioning_frames(self.causal, share, rng.generator(f"{stream}-given"))
+        return causal_windows.draw_conditioning_frames(causal, share, rng.generator(f"{stream}-given"))
 
     def _simulation(self, rng: StepRng, stream: str) -> causal_windows.Simulate:
         """Draw how the student jumps from noise to time 0: alike on every process and for every chunk."""

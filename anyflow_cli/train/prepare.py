@@ -6,6 +6,7 @@ Networks, data and objective are put together here, once for all stages; ``stage
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -182,11 +183,12 @@ def _check_any_step(network: FlowMapTransformer, path: Path, recipe: schema.Reci
 
 
 def _check_shape(model: schema.ModelSection, data: LatentData) -> None:
-    """Refuse latents of another size than the recipe's, with the settings that fit."""
+    """Refuse latents of another size than the recipe's, the largest of several, with settings that fit."""
     frames, _, height, width = data.latent_shape
     scale = model.vae_scale
     wanted = (schema.latent_frames(model.frames), model.height // scale, model.width // scale)
-    if (frames, height, width) == wanted:
+    largest = [shape for shape, _ in data.buckets if math.prod(shape) == math.prod(data.latent_shape)]
+    if wanted in [(frames, height, width) for frames, _, height, width in largest]:
         return
     sizes = {"frames": 4 * frames - 3, "height": height * scale, "width": width * scale}
     fitting = ", ".join(f"model.{key}={size}" for key, size in sizes.items())
