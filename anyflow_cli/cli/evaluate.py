@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -45,6 +46,7 @@ def evaluate(
     suite: options.SuiteOption = None,
     task: options.TaskOption = None,
     sampler: options.SamplerOption = None,
+    memory: options.MemoryOption = None,
     sampler_preset: options.PresetOption = None,
     prompts: options.PromptsOption = None,
     limit: options.LimitOption = None,
@@ -74,6 +76,7 @@ def evaluate(
         "--sampler": ("evaluate.sampler", sampler),
         "--seed": ("evaluate.seed", seed),
         "--nproc": ("launch.processes", processes),
+        "--memory": ("memory.limit", options.parse_memory(memory)),
     }
     given = {
         "--model": model, "--videos": videos, "--pipeline": pipeline, "--sampler": sampler, "--nfe": nfe,
@@ -104,7 +107,7 @@ def evaluate(
     if dry_run and not is_ready(needs):
         return print_dry_run("evaluate", _planned_facts(request, size, choice), needs, as_json=as_json)
     require_inputs(needs)
-    job = request.job()
+    job = _placed_job(request)
     if dry_run:
         return print_dry_run("evaluate", _facts(job), needs, as_json=as_json)
     if start_processes(settings.launch):
@@ -114,6 +117,15 @@ def evaluate(
         _show(finished, job.out, prune=prune, as_json=as_json)
         if fail_below is not None:
             check_total(finished.evaluation, fail_below)
+
+
+def _placed_job(request: EvaluationRequest) -> EvaluationJob:
+    """The evaluation, with a place for each part of its model."""
+    choice = request.choice
+    if choice is not None:
+        recipe = options.with_placement(request.recipe, "evaluate", choice.address)
+        request = replace(request, recipe=recipe)
+    return request.job()
 
 
 def _compare(

@@ -504,6 +504,14 @@ BenchOutOption = Annotated[
         metavar="FILE", panel=_OUTPUT, callback=_check_output,
     ),
 ]  # fmt: skip
+MemoryOption = Annotated[
+    str | None,
+    _option(
+        "GiB of the device's memory to stay within; parts of the model are then freed, moved, streamed or "
+        "stored in fp8, mildest first. Default: auto, all of a GPU's.", "--memory",
+        metavar="auto|GIB", panel=_MACHINE,
+    ),
+]  # fmt: skip
 FixOption = Annotated[
     Literal["vbench"] | None, _option("Create VBench's own environment: 2.2 GB, from PyPI.", "--fix")
 ]
@@ -556,6 +564,43 @@ def read_preset(name: str | None, steps: object, others: Mapping[str, object]) -
                 f"--sampler-preset {name} says how to sample, and so does {option}.", "Omit one of the two."
             )
     return preset
+
+
+def parse_memory(text: str | None) -> str | float | None:
+    """Parse ``--memory``; the recipe's schema checks the range of the number."""
+    if text is None or text == "auto":
+        return text
+    try:
+        return float(text)
+    except ValueError:
+        message = f"--memory takes auto or a number of GiB, not {shortened(repr(text))}."
+        raise UsageError(message, "Write --memory 12.") from None
+
+
+def with_placement(recipe: Recipe, command: str, model: str | None = None) -> Recipe:
+    """Choose where the parts of the model are while a command samples, and say so.
+
+    A CPU keeps everything in its memory, unless a limit is given.
+
+    Args:
+        recipe: Its section ``memory`` may be "auto" in part.
+        command: "sample", "teacher", "stream", "evaluate" or "synthesize".
+        model: Address of the model that is sampled; None: the recipe's teacher.
+    """
+    import torch
+
+    if recipe.memory.weights == "int8":
+        from anyflow_cli.model.placement import require_torchao
+
+        require_torchao()
+    if recipe.memory.limit == "auto" and not torch.cuda.is_available():
+        return recipe
+
+    from anyflow_cli.plan.estimate import place
+
+    placed, said = place(recipe, command, model)
+    log.info("%s", said)
+    return placed
 
 
 def recipe_of_model(model: str | None) -> str:

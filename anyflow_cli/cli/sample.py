@@ -55,6 +55,7 @@ def sample(
     video_frames: options.VideoFramesOption = None,
     then: options.ThenOption = None,
     stream: options.StreamOption = False,
+    memory: options.MemoryOption = None,
     out: options.OutOption = None,
     recipe: options.ModelRecipeOption = None,
     assignments: options.SetOption = None,
@@ -74,8 +75,9 @@ def sample(
     refuse_together(counts, "how many steps to take")
     said = {"--sampler": sampler, "--teacher": teacher or None, "--latency-budget": latency_budget}
     preset = options.read_preset(sampler_preset, nfe or preview or None, said)
+    limit = {"--memory": ("memory.limit", options.parse_memory(memory))}
     if refine is None:
-        overrides = {"--frames": ("sample.frames", frames), "--seed": ("sample.seed", seed)}
+        overrides = {"--frames": ("sample.frames", frames), "--seed": ("sample.seed", seed), **limit}
         named = recipe or options.recipe_of_model(model)
         settings = with_sampled_length(
             options.load_settings(named, assignments, overrides, preset.overrides if preset else ())
@@ -84,9 +86,7 @@ def sample(
         default = (settings.sample.teacher_steps,) if is_teacher else settings.sample.nfe
         last_seed = settings.sample.seed + count - 1
         if last_seed >= 1 << 63:
-            raise UsageError(
-                f"--count {count} leads to seed {last_seed}; the largest is 2^63 - 1.", "Lower --seed."
-            )
+            raise UsageError(f"--count {count} leads to seeds above 2^63 - 1.", "Lower --seed.")
         chosen = SampleOptions(
             settings,
             read_all_prompts(settings, prompt, prompts, allow_missing=dry_run),
@@ -106,9 +106,8 @@ def sample(
             "--sampler": sampler, "--image": image, "--last-image": last_image, "--video": video,
             "--video-frames": video_frames, "--then": then, "--seed": seed,
         }  # fmt: skip
-        chosen = options_of_refine(
-            refine, options.load_settings(recipe or DEFAULT_RECIPE, assignments), recorded, read_steps(nfe)
-        )
+        settings = options.load_settings(recipe or DEFAULT_RECIPE, assignments, limit)
+        chosen = options_of_refine(refine, settings, recorded, read_steps(nfe))
     folder = _sample(
         chosen, runs, out, latency_budget, teacher=teacher, stream=stream, dry_run=dry_run, as_json=as_json
     )
@@ -155,6 +154,8 @@ def _sample(
         check_stdout(total, stream=stream, as_json=as_json)
     else:
         check_directory(out)
+    kind = "stream" if stream else "teacher" if teacher else "sample"
+    settings = options.with_placement(settings, kind, choice.address if is_ready(needs) else None)
     if dry_run:
         shown = request.nfe if budget is None else f"as many as fit into {budget:g} s"
         facts = {"model": choice.address, "because": choice.why, "prompts": len(chosen.prompts), "nfe": shown}

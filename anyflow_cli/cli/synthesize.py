@@ -29,6 +29,7 @@ def synthesize(
     previews: options.PreviewsOption = None,
     seed: options.SeedOption = None,
     processes: options.ProcessesOption = None,
+    memory: options.MemoryOption = None,
     assignments: options.SetOption = None,
     out: options.DataOutOption = None,
     runs: options.RunsOption = options.DEFAULT_RUNS,
@@ -50,6 +51,7 @@ def synthesize(
         "--previews": ("synthesize.previews", previews),
         "--seed": ("synthesize.seed", seed),
         "--nproc": ("launch.processes", processes),
+        "--memory": ("memory.limit", options.parse_memory(memory)),
     }
     settings = options.load_settings(recipe, assignments, overrides)
     teacher = "model.teacher" if settings.synthesize.teacher is None else "synthesize.teacher"
@@ -66,6 +68,8 @@ def synthesize(
     if dry_run and prompts is None and not can_start(needs):
         return print_dry_run("synthesize", {"data": directory}, needs, as_json=as_json)
     require_inputs(needs)
+    if from_videos is None:
+        settings = options.with_placement(settings, "synthesize")
     if not dry_run and start_processes(settings.launch):
         return None
     job = prepare_synthesis(settings, directory, from_videos, dry_run=dry_run)

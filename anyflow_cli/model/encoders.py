@@ -35,7 +35,7 @@ from anyflow_cli.model.weights_io import (
 from anyflow_cli.utils.records import read_record
 
 WAN_21_CHANNELS = 16
-ENCODED_TOGETHER = 32  # prompts
+TOGETHER = {"kept": 32, "freed": 4, "streamed": 4}  # prompts encoded at once, by placement
 Config = TypeVar("Config", bound=BaseModel)
 
 
@@ -167,8 +167,9 @@ class TextEncoder:
         return [len(ids) for ids in self._tokenizer([clean_prompt(p) for p in prompts]).input_ids]
 
     @torch.no_grad()
-    def encode(self, prompts: Sequence[str], max_tokens: int, batch: int = ENCODED_TOGETHER) -> Tensor:
+    def encode(self, prompts: Sequence[str], max_tokens: int) -> Tensor:
         """Encode prompts as (B, max_tokens, D) fp32, zero after their end; longer prompts are truncated."""
+        batch = TOGETHER.get(self._placement, TOGETHER["kept"])
         starts = range(0, len(prompts), batch)
         with self._at_work() as model:
             return torch.cat([self._encode(model, prompts[i : i + batch], max_tokens) for i in starts])

@@ -30,9 +30,14 @@ class PipelineSizes(NamedTuple):
     vae: Mapping[str, Any] = {}  # of diffusers' class, whose defaults are those of Wan 2.1
 
     @property
+    def text_sizes(self) -> dict[str, int]:
+        """Configuration of the text encoder, with UMT5-XXL's values where it states none."""
+        return {key: self.text.get(key, value) for key, value in UMT5_XXL.items()}
+
+    @property
     def text_parameters(self) -> int:
         """Weights of the encoder: gated feed-forward, a table of relative positions in every layer."""
-        size = {**UMT5_XXL, **self.text}
+        size = self.text_sizes
         dim, heads = size["d_model"], size["num_heads"]
         attention = 4 * dim * heads * size["d_kv"] + size["relative_attention_num_buckets"] * heads
         layer = attention + 3 * dim * size["d_ff"] + 2 * dim

@@ -37,14 +37,17 @@ class Advice(NamedTuple):
     peak: int
 
 
-def advise(peak_of: Callable[[Recipe], int], section: str, recipe: Recipe, hardware: Hardware) -> Advice:
+def advise(
+    peak_of: Callable[[Recipe], int], section: str, recipe: Recipe, hardware: Hardware, budget: int
+) -> Advice:
     """Find changes that make a stage fit, or bring it as near as they can.
 
     Args:
         peak_of: Bytes that the stage needs with a recipe.
         section: Section of the recipe with the stage's settings.
         recipe: The recipe as it is.
-        hardware: What the stage has to fit.
+        hardware: What the stage runs on.
+        budget: Bytes that the stage has to fit.
     """
 
     def peak(changes: Sequence[Change]) -> int:
@@ -53,15 +56,15 @@ def advise(peak_of: Callable[[Recipe], int], section: str, recipe: Recipe, hardw
 
     kept, tried, least = list[Change](), list[Sequence[Change]](), peak([])
     for kind in kinds_of_change(section, recipe, hardware):
-        if least > hardware.usable and (needed := peak([*kept, kind[-1]])) < least:
+        if least > budget and (needed := peak([*kept, kind[-1]])) < least:
             kept, tried, least = [*kept, kind[-1]], [*tried, kind], needed
-    for place in reversed(range(len(kept))) if least <= hardware.usable else ():
+    for place in reversed(range(len(kept))) if least <= budget else ():
         for milder in ([], *([change] for change in tried[place][:-1])):
             changes = [*kept[:place], *milder, *kept[place + 1 :]]
-            if (needed := peak(changes)) <= hardware.usable:
+            if (needed := peak(changes)) <= budget:
                 kept, least = changes, needed
                 break
-    return Advice(tuple(kept), least <= hardware.usable, least)
+    return Advice(tuple(kept), least <= budget, least)
 
 
 def kinds_of_change(section: str, recipe: Recipe, hardware: Hardware) -> list[Sequence[Change]]:

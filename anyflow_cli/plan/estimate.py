@@ -15,18 +15,22 @@ import torch
 
 from anyflow_cli.errors import UsageError
 from anyflow_cli.model.config import NetworkConfig
+from anyflow_cli.model.pipeline_io import read_config
 from anyflow_cli.model.pipeline_sizes import PipelineSizes, pipeline_sizes
 from anyflow_cli.model.precision import Precision, resolve_precision
 from anyflow_cli.plan.advice import Advice, advise
-from anyflow_cli.plan.hardware import Hardware
+from anyflow_cli.plan.hardware import Hardware, this_machine
+from anyflow_cli.plan.ladder import SampledParts, rung_in_words, rungs, settings_of
 from anyflow_cli.plan.networks import Setup, condition_of, decoding_cost, fake_backbone, role_sizes
 from anyflow_cli.plan.steps import Moment, keeps_gradients, sampling_cost, step_cost
 from anyflow_cli.recipe import schema
+from anyflow_cli.recipe.compare import with_values
 from anyflow_cli.runs.checkpoint import is_checkpoint
 from anyflow_cli.runs.lineage import run_of
-from anyflow_cli.runs.open import locate
+from anyflow_cli.runs.open import describe, locate
 from anyflow_cli.runs.paths import RunPaths
 from anyflow_cli.runs.resources import Resource, inputs
+from anyflow_cli.utils.units import GIB, memory_size
 
 FP32 = 4
 MACHINE = 8  # GPUs that a machine is assumed to have
@@ -55,6 +59,14 @@ class Target(NamedTuple):
         setting = self.recipe.model.precision
         return "bf16" if self.hardware.is_gpu and setting == "auto" else resolve_precision(setting, "cpu")
 
+    @property
+    def sampling_budget(self) -> int:
+        """Bytes of tensors that sampling may hold on a device: all it can, or the recipe's limit."""
+        limit = self.recipe.memory.limit
+        if limit == "auto":
+            return self.hardware.usable
+        return min(self.hardware.usable, replace(self.hardware, memory=int(limit * GIB)).usable)
+
     def setup(self, settings: schema.TrainingSection | None, frames: int | None, **other: Any) -> Setup:
         """What one process runs, on videos of so many frames (None: the recipe's)."""
         model, network = self.recipe.model, self.pipeline.network
@@ -79,6 +91,17 @@ class StagePlan(NamedTuple):
     processes: int = 1  # that share the repeats
     rollout: int = 0  # bytes of stage 2's rollout and its graph
     host: int = 0  # bytes in the host's memory
+    copies: float = 0.0  # seconds per repeat in which weights are copied between host and device
+    rung: schema.MemorySection | None = None  # of sampling
+    moments: tuple[Moment, ...] = ()  # of sampling
+
+    def seconds(self, hardware: Hardware) -> float | None:
+        """Time of one repeat; None where the speed of the hardware is unknown."""
+        computed = hardware.seconds(self.flops, self.key)
+        if computed is None:
+            return None
+        overlap = self.rung is not None and self.rung.network == "streamed"
+        return max(computed, self.copies) if overlap else computed + self.copies
 
     @property
     def name(self) -> str:
@@ -92,7 +115,7 @@ class StagePlan(NamedTuple):
 
     def hours(self, hardware: Hardware) -> float | None:
         """Time of all repeats; None where the speed of the hardware is unknown."""
-        seconds = hardware.seconds(self.flops, self.key)
+        seconds = self.seconds(hardware)
         return None if seconds is None else seconds * self.repeats / self.processes / 3600
 
     @property
@@ -120,7 +143,8 @@ def make_plan(recipe: schema.Recipe, hardware: Hardware, paths: RunPaths) -> Pla
     stages = {
         key: plan_stage(target, key) for key in PLANNED_STAGES if key != "stream" or recipe.model.causal
     }
-    too_large = [key for key, stage in stages.items() if stage.peak.total > hardware.usable]
+    budgets = {key: hardware.usable if key in TRAINING else target.sampling_budget for key in stages}
+    too_large = [key for key, stage in stages.items() if stage.peak.total > budgets[key]]
     advice = {key: advise_stage(target, key) for key in too_large}
     commands = dict.fromkeys(command.split()[0] for _, command, _ in PLANNED_STAGES.values())
     needs = {name: inputs(recipe, paths, name) for name in commands}
@@ -136,13 +160,51 @@ def plan_stage(target: Target, key: str) -> StagePlan:
     return _training(target, key) if key in TRAINING else _sampling(target, key)
 
 
+def place(recipe: schema.Recipe, key: str, model: str | None = None) -> tuple[schema.Recipe, str]:
+    """The recipe with the rung on which this machine samples, and that choice in words.
+
+    Args:
+        recipe: The recipe.
+        key: A stage of ``PLANNED_STAGES`` that samples, "teacher" or "evaluate".
+        model: Address of the model, if it is not the recipe's teacher.
+
+    Raises:
+        UsageError: No rung fits.
+    """
+    hardware = this_machine()
+    sizes = pipeline_sizes(recipe.model.teacher) if model is None else _sizes_of(model, recipe)
+    target = Target(recipe, sizes, hardware)
+    plan = plan_stage(target, key)
+    assert plan.rung is not None
+    held, budget = memory_size(plan.peak.total), memory_size(target.sampling_budget)
+    if plan.peak.total > target.sampling_budget:
+        raise UsageError(
+            f"Sampling needs {held} at {plan.peak.name}, and may use {budget}.",
+            "Raise --memory, or sample fewer videos at once or smaller ones.",
+        )
+    parts = ", ".join(f"{part} {memory_size(size)}" for part, size in plan.peak.parts.items() if size)
+    said = f"Memory: {rung_in_words(plan.rung)}. Peak {held} of {budget}, at {plan.peak.name} ({parts})."
+    values: dict[str, Any] = dict(settings_of(plan.rung))
+    return with_values(recipe, values), said
+
+
+def _sizes_of(model: str, recipe: schema.Recipe) -> PipelineSizes:
+    """Sizes of the model at an address; of a published one, which may not be here, from the table."""
+    try:
+        return pipeline_sizes(model)
+    except UsageError:
+        info = describe(model, recipe)
+        return pipeline_sizes(str(info.pipeline))._replace(network=read_config(info.path))
+
+
 def advise_stage(target: Target, key: str) -> Advice:
     """Look for settings that make a stage fit."""
 
     def peak_of(recipe: schema.Recipe) -> int:
         return plan_stage(target._replace(recipe=recipe), key).peak.total
 
-    return advise(peak_of, PLANNED_STAGES[key][2], target.recipe, target.hardware)
+    budget = target.hardware.usable if key in TRAINING else target.sampling_budget
+    return advise(peak_of, PLANNED_STAGES[key][2], target.recipe, target.hardware, budget)
 
 
 def training_setup(target: Target, key: str) -> Setup:
@@ -233,27 +295,66 @@ def _preview_moments(target: Target, setup: Setup, settings: schema.TrainingSect
         yield Moment("preview: decoding", {**base, "weights": base["weights"] + vae, "activations": decoding})
 
 
-def _sampling(target: Target, key: str) -> StagePlan:
-    """Sampling: guided by a teacher, or with the any-step model at the largest of its step counts."""
+class SamplingJob(NamedTuple):
+    """What a command samples: videos at once, steps, videos in all, and whether guided or streamed."""
+
+    batch: int
+    steps: int
+    videos: int = 1
+    is_guided: bool = False
+    streams: bool = False
+    processes: int = 1
+
+
+def _job(target: Target, key: str) -> SamplingJob:
+    """Sampling guided by a teacher, or with the any-step model at the largest of its step counts."""
     recipe = target.recipe
-    is_guided, streams, made = key == "synthesize", key == "stream", recipe.synthesize
-    batch, steps, videos = recipe.sample.batch_size, max(recipe.sample.nfe), 1
-    if is_guided:
-        batch, steps, videos = made.batch_size, made.steps, made.count or 1
-        teacher = made.teacher or recipe.model.teacher
-        target = target._replace(pipeline=pipeline_sizes(teacher, recipe.model.components))
-    setup = target.setup(None, None if is_guided else recipe.sample.frames, two_time=not is_guided)
-    cost = sampling_cost(setup, 1 if streams else batch, is_guided=is_guided)
+    if key == "synthesize":
+        made = recipe.synthesize
+        return SamplingJob(made.batch_size, made.steps, made.count or 1, is_guided=True,
+                           processes=target.hardware.count)  # fmt: skip
+    if key == "evaluate":  # the teacher beside the model takes most
+        teacher, batch = recipe.evaluate.teacher, recipe.evaluate.batch_size
+        steps = recipe.sample.teacher_steps if teacher else max(recipe.evaluate.nfe)
+        return SamplingJob(batch, steps, is_guided=teacher)
+    if key == "teacher":
+        return SamplingJob(recipe.sample.batch_size, recipe.sample.teacher_steps, is_guided=True)
+    streams, steps = key == "stream", max(recipe.sample.nfe)
+    return SamplingJob(1 if streams else recipe.sample.batch_size, steps, streams=streams)
+
+
+def _sampling(target: Target, key: str) -> StagePlan:
+    """Sampling on the mildest rung of the ladder that fits, or else on the one that takes least."""
+    recipe, hardware, job = target.recipe, target.hardware, _job(target, key)
+    if key == "synthesize":
+        address = recipe.synthesize.teacher or recipe.model.teacher
+        target = target._replace(pipeline=pipeline_sizes(address))
+    plans = (_on_rung(target, key, job, rung)
+             for rung in rungs(recipe.memory, is_gpu=hardware.is_gpu, streams=job.streams))  # fmt: skip
+    least: StagePlan | None = None
+    for plan in plans:
+        if plan.peak.total <= target.sampling_budget:
+            return plan
+        least = plan if least is None or plan.peak.total < least.peak.total else least
+    assert least is not None
+    return least
+
+
+def _on_rung(target: Target, key: str, job: SamplingJob, rung: schema.MemorySection) -> StagePlan:
+    recipe, hardware = target.recipe, target.hardware
+    frames = recipe.sample.frames if key in ("sample", "teacher", "stream") else None
+    setup = target.setup(None, frames, two_time=not job.is_guided, streamed=rung.streams_network)
+    cost = sampling_cost(setup, job.batch, is_guided=job.is_guided)
     # a stream decodes chunk after chunk, beside the cache
-    decoded = 2 * max(recipe.model.causal.partition) if streams and recipe.model.causal else setup.latent[0]
-    vae, decoding = decoding_cost(target.pipeline.vae, (decoded, *setup.latent[1:]))
-    encoder = target.pipeline.text_parameters * (2 if setup.gpu else FP32)
-    weights = role_sizes(setup)["student"]["bytes"] + encoder + vae
-    network = {"weights": weights, "cache": cost.cache, "activations": cost.activations}
-    pixels = {"weights": weights, "cache": cost.cache * streams, "activations": decoding}
-    peak = max(Moment("network", network), Moment("decoding", pixels), key=lambda one: one.total)
-    flops, processes = steps * cost.step_flops + cost.cache_flops, target.hardware.count if is_guided else 1
-    return StagePlan(key, setup, peak, flops, videos, processes)
+    chunks = recipe.model.causal.partition if job.streams and recipe.model.causal else (setup.latent[0],)
+    decoded = 2 * max(chunks) if job.streams else setup.latent[0]
+    parts = SampledParts(setup, target.pipeline, cost, decoded, job.streams)
+    moments = list(parts.moments(rung))
+    return StagePlan(
+        key, setup, max(moments, key=lambda one: one.total),
+        job.steps * cost.step_flops + cost.cache_flops, job.videos, job.processes, host=parts.host(rung),
+        copies=parts.moved(rung, job.steps, hardware), rung=rung, moments=tuple(moments),
+    )  # fmt: skip
 
 
 def data_usage(target: Target) -> dict[str, int]:
@@ -300,8 +401,11 @@ def _stage_values(plan: Plan, key: str, stage: StagePlan) -> dict[str, Any]:
         "command": f"anyflow {stage.command}", "memory": dict(stage.peak.parts), "peak": stage.peak.total,
         "at": stage.peak.name, "fits": advice is None, "activations": stage.activations,
         "rollout": stage.rollout, "host": stage.host, "flops": stage.flops, "repeats": stage.repeats,
-        "seconds": hardware.seconds(stage.flops, key), "hours": stage.hours(hardware),
+        "seconds": stage.seconds(hardware), "hours": stage.hours(hardware),
     }  # fmt: skip
+    if stage.rung is not None:
+        values["memory_settings"] = dict(settings_of(stage.rung))
+        values["moments"] = {one.name: dict(one.parts) for one in stage.moments}
     if advice is None:
         return values
     settings = [f"{name}={value}" for change in advice.changes for name, value in change.values.items()]

@@ -15,6 +15,8 @@ GPUS = {  # name: memory in GiB as sold, dense bf16 TFLOPS
     "A100": (80, 312), "H100": (80, 989), "H200": (141, 989), "B200": (180, 2250), "L40S": (48, 362),
     "RTX4090": (24, 165),
 }  # fmt: skip
+# Bytes per second between host and device, assumed for 16 lanes of PCIe 4.0: from pinned memory, from other.
+PINNED_LINK, PAGEABLE_LINK = 20e9, 6e9
 REFERENCE = "H100"  # whose speed a plan takes where only the memory is given
 GPUS_FORMAT = r"(\d{1,6})\s*x\s*(?:(\d{1,6}(?:\.\d{1,6})?)\s*GB|([a-z]\w*))"
 HINT = f"Write --gpus 8x80GB, or a number and one of {', '.join(GPUS)}: --gpus 8xH100."

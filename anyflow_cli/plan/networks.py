@@ -9,6 +9,7 @@ Legend: B batch, F latent frames, C channels, H W latent height and width, L tex
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -44,6 +45,8 @@ DECODED_FRAMES = (3, 4)  # from which the cost of decoding any number follows
 START, SCORES = Path("start"), Path("scores")  # stand for the folders that a stage loads
 BASE = "frozen base"
 CLIP_TOKENS = 257  # of one picture
+TILE, STRIDE = 256, 192  # pixels: the tiles of diffusers' VAE, and from one to the next
+FP32_BYTES = 4
 RoleSize = Counter[str]  # parameters, trainable, bytes, trainable_bytes
 
 
@@ -63,6 +66,7 @@ class Setup:
     ranks: int = 1
     shards: int | None = None  # processes that share one copy (FSDP2); None: each has its own
     offload: bool = False
+    streamed: bool = False  # the sampled network's weights come block by block
 
     @property
     def unit(self) -> int:
@@ -91,6 +95,7 @@ def fake_backbone(setup: Setup, depth: int) -> Backbone:
     backbone, trains = meta_backbone(setup, depth * setup.unit), setup.settings is not None
     for network in backbone.networks():
         apply_checkpointing(network, setup.model)
+        network.streamed = setup.streamed
     with FAKE:
         backbone.to_empty(device="cpu")
         for weight in backbone.parameters():
@@ -104,7 +109,7 @@ def meta_backbone(setup: Setup, layers: int | None = None) -> Backbone:
     sizes = {START: setup.network, SCORES: setup.scores or setup.network}
     trains = setup.settings is not None
     model = setup.model if trains else setup.model.model_copy(update={"lora": None, "expert": "both"})
-    in_bf16 = setup.precision == "bf16" and (model.lora is not None or (setup.gpu and not trains))
+    in_bf16 = setup.precision == "bf16" and (model.lora is not None or not trains)
 
     def load(path: Path, dtype: torch.dtype) -> FlowMapTransformer:
         network = empty_network(replace(sizes[path], layers=layers or sizes[path].layers))
@@ -251,3 +256,38 @@ def _decode(vae: str, *latent: int) -> tuple[int, int]:
         with MemoryTracker(weights) as tracker:
             VideoVAE(model).decode(torch.empty(1, *latent))
     return sum(weight.nbytes for weight in weights), tracker.peak
+
+
+def tiled_cost(vae: Mapping[str, Any], latent: Sequence[int]) -> tuple[int, int]:
+    """The same where the VAE decodes in tiles: one tile's, and the whole video as tiles and as a picture."""
+    config = {"scale_factor_spatial": 8, "scale_factor_temporal": 4, **{k: v for k, v in vae.items() if v}}
+    space, frames = int(config["scale_factor_spatial"]), latent[0]
+    tile, stride = TILE // space, STRIDE // space
+    weights, one = decoding_cost(vae, (*latent[:2], *(min(side, tile) for side in latent[2:])))
+    video = 3 * FP32_BYTES * ((frames - 1) * int(config["scale_factor_temporal"]) + 1) * space**2
+    plain = video * math.prod(latent[2:])
+    covered = [sum(min(tile, side - start) for start in range(0, side, stride)) for side in latent[2:]]
+    tiles = video * math.prod(covered)  # where they overlap, more than once
+    # the last tile beside the others; then the picture by rows, whole, clamped, and as values in [0, 1]
+    return weights, max(one + tiles - video * min(tile, latent[2]) * min(tile, latent[3]), tiles + 4 * plain)
+
+
+@lru_cache(maxsize=8)
+def _encode(text: str, samples: int, tokens: int, dtype: torch.dtype) -> int:
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    with torch.device("meta"):
+        config = UMT5Config(**json.loads(text), num_layers=1, feed_forward_proj="gated-gelu")
+        model = UMT5EncoderModel(config).to(dtype)
+    with fake_tensors(), torch.no_grad():
+        model.to_empty(device="cpu")
+        ids = torch.zeros(samples, tokens, dtype=torch.long)
+        with MemoryTracker([*model.parameters(), ids]) as tracker:
+            model(ids)
+    return int(tracker.peak)
+
+
+def encoding_cost(text: Mapping[str, int], samples: int, tokens: int, *, gpu: bool) -> int:
+    """Bytes that encoding prompts adds to the weights of the text encoder, at most; its layers are alike."""
+    sizes = json.dumps({key: value for key, value in text.items() if key != "num_layers"})
+    return _encode(sizes, samples, tokens, torch.bfloat16 if gpu else torch.float32)

@@ -10,10 +10,12 @@ from rich.text import Text
 from anyflow_cli.plan.advice import Advice
 from anyflow_cli.plan.estimate import CHECKPOINTING, Plan, StagePlan
 from anyflow_cli.plan.hardware import RESERVE, Hardware
+from anyflow_cli.plan.ladder import EVERYTHING_KEPT, rung_in_words
 from anyflow_cli.plan.networks import role_sizes
 from anyflow_cli.utils.units import GIB, duration, in_units, memory_size
 
 PARTS = {
+    "text encoder": "text encoder", "network": "network", "VAE": "VAE",
     "weights": "weights", "gradients": "gradients", "optimizer": "optimizer", "ema": "EMA", "data": "batch",
     "cache": "key-value cache", "activations": "activations",
 }  # fmt: skip
@@ -57,7 +59,7 @@ def _memory(plan: Plan) -> Table:
 
     for part, label in PARTS.items():
         sizes = [stage.peak.parts.get(part, 0) for stage in stages]
-        if any(sizes) or part != "cache":
+        if any(sizes):
             row(label, sizes)
     row("total", [stage.peak.total for stage in stages], "bold", is_last=True)
     yes, no = Text("yes", style="green"), Text("no", style="bold red")
@@ -74,7 +76,7 @@ def _work(plan: Plan) -> Table:
     hardware = plan.target.hardware
     table = _table("Work", "", "count", "FLOPs each", "time each", "total time", "command")
     for stage in plan.stages.values():
-        seconds, hours = hardware.seconds(stage.flops, stage.key), stage.hours(hardware)
+        seconds, hours = stage.seconds(hardware), stage.hours(hardware)
         times = ["unknown" if time is None else duration(time) for time in (seconds, hours and 3600 * hours)]
         count, flops = f"{stage.repeats:,}", in_units(stage.flops, FLOPS)
         table.add_row(stage.name, count, flops, *times, f"anyflow {stage.command}")
@@ -101,6 +103,9 @@ def _needs(plan: Plan) -> Table:
 def _notes(plan: Plan) -> Text:
     hardware, recipe = plan.target.hardware, plan.target.recipe
     notes = [_advice(plan.stages[key], advice) for key, advice in plan.advice.items()]
+    for stage in plan.stages.values():
+        if stage.rung is not None and stage.rung != EVERYTHING_KEPT:
+            notes.append(f"{stage.name}: {rung_in_words(stage.rung)}.")
     if hardware.is_gpu:
         reserve = f"{RESERVE / GIB:.0f} GiB of each GPU are reserved for driver, libraries and fragmentation."
         setup = plan.stages["distill"].setup

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from anyflow_cli.errors import UsageError
-from anyflow_cli.model.encoders import TextEncoder, VideoVAE, clean_prompt
+from anyflow_cli.model.encoders import TOGETHER, TextEncoder, VideoVAE, clean_prompt
 from anyflow_cli.model.folder_check import check_folder
 from anyflow_cli.model.pipeline_io import load_network
 from tests.model.helpers import distance
@@ -35,15 +35,16 @@ def vae(wan_folder: Path) -> VideoVAE:
 @pytest.mark.parametrize("max_tokens", [6, 24])  # the first cuts the longest prompt
 @pytest.mark.parametrize("batch", [1, 32])
 def test_text_equals_the_pipelines(
-    wan_folder: Path, text_encoder: TextEncoder, max_tokens: int, batch: int
+    wan_folder: Path, text_encoder: TextEncoder, max_tokens: int, batch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setitem(TOGETHER, "kept", batch)
     from diffusers import WanPipeline
 
     pipeline = WanPipeline.from_pretrained(wan_folder)
     expected, _ = pipeline.encode_prompt(
         PROMPTS, do_classifier_free_guidance=False, max_sequence_length=max_tokens
     )
-    text = text_encoder.encode(PROMPTS, max_tokens, batch)
+    text = text_encoder.encode(PROMPTS, max_tokens)
     assert text.shape == (3, max_tokens, text_encoder.dim)
     assert distance(text, expected) < 1e-6
 

@@ -24,7 +24,7 @@ def cost(recipe: schema.Recipe) -> int:
 
 
 def advice(limit: int, **model: object) -> Advice:
-    return advise(cost, "distill", recipe(**model), Hardware(8, limit, None, is_gpu=False))
+    return advise(cost, "distill", recipe(**model), Hardware(8, limit, None, is_gpu=False), limit)
 
 
 def said(found: Advice) -> str:
