@@ -4,8 +4,8 @@
     python scripts/fuzz.py [--cases 20000] [--seed 0] [--target NAME] [--first 0] [--resume FILE]
 
 Cases are spread over the targets by their shares. With ``--target``, all are of targets whose name begins so;
-``--first`` is the number of the first case, to play a failure again. ``--resume`` keeps counts in a file and
-continues from them. Milliseconds are of the processor. Ends with exit code 1 if a case failed.
+``--first`` is the number of the first case, to play a failure again. With ``--resume``, counts are kept in a
+file, from which the next call continues, and a target has its share of all cases, so that calls add up. Milliseconds are of the processor. Ends with exit code 1 if a case failed.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def main() -> int:
         done = json.loads(given.resume.read_text())
     faults = 0
     targets = [target for target in TARGETS if target.name.startswith(given.target)]
-    counts = cases_of(targets, given.cases)
+    counts = cases_of(TARGETS if given.resume else targets, given.cases)
     for target in (target for target in targets if counts[target.name] and target.name not in done):
         began, cases = sum(os.times()[:4]), range(given.first, given.first + counts[target.name])
         with tempfile.TemporaryDirectory() as root:
