@@ -5,7 +5,8 @@
 
 Cases are spread over the targets by their shares. With ``--target``, all are of targets whose name begins so;
 ``--first`` is the number of the first case, to play a failure again. With ``--resume``, counts are kept in a
-file, from which the next call continues, and a target has its share of all cases, so that calls add up. Milliseconds are of the processor. Ends with exit code 1 if a case failed.
+file, from which the next call continues, and a target has its share of all cases, so that calls add up.
+Milliseconds are of the processor. Ends with exit code 1 if a case failed.
 """
 
 from __future__ import annotations
