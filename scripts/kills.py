@@ -1,12 +1,14 @@
 #!/usr/bin/env python
 """End every long command at random moments, start it again, and compare its end with an undisturbed run.
 
-    python scripts/kills.py [--rounds 60] [--seed 0] [--lora]
+    python scripts/kills.py [--rounds 60] [--seed 0] [--lora] [--directory DIR]
 
 The commands are synthesize, train-flowmap, distill, finetune (from videos, which it encodes first) and
 evaluate, with one process and, where they take --nproc, with two. They are ended by SIGTERM, SIGINT, SIGHUP,
 SIGUSR1 or SIGKILL; with two processes, SIGKILL ends one of them or all. The network has two layers, so that a
 step takes milliseconds and a checkpoint is written after each.
+
+With ``--directory``, a later call with more rounds continues there.
 
 Ends with exit code 1 unless every signal but SIGKILL ends with exit code 130, no output has a traceback, and
 all data sets, checkpoints, metrics and scores equal those of undisturbed runs to the bit.
@@ -28,7 +30,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import psutil
@@ -46,6 +48,7 @@ from tests.train.stage import LORA, make_recipe
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGKILL)
 PROCESSES = (1, 2)
 RIGHT = "-right"  # suffix of an undisturbed case
+STATE = "state.json"  # what a directory has seen
 PATIENCE = 300  # seconds within which a command has to end after a signal
 STEPS = {"train_flowmap": 40, "distill": 20, "finetune": 40}
 
@@ -242,19 +245,27 @@ def prepare(place: Path, lora: bool) -> None:
         (place / "clips" / f"{index}.txt").write_text(f"noise {index}")
 
 
-def undisturbed(place: Path) -> list[Case]:
-    """Run every command once with each number of processes; the cases to disturb."""
+def undisturbed(place: Path, state: dict[str, Any]) -> list[Case]:
+    """Run every command once with each number of processes, unless it has been; the cases to disturb."""
     found = []
     for name in COMMANDS:
         for processes in PROCESSES:
             right, case = Case(name, processes, place, RIGHT), Case(name, processes, place)
-            right.prepare()
-            right.finish()
-            case.prepare()
-            case.seconds = right.seconds
+            if (key := f"{name}, {processes} processes") not in state["seconds"]:
+                right.prepare()
+                right.finish()
+                case.prepare()
+                state["seconds"][key] = right.seconds
+                keep(place, state)
+                print(f"{key}: {right.seconds:.1f} s undisturbed", flush=True)
+            case.seconds = state["seconds"][key]
             found.append(case)
-            print(f"{name}, {processes} processes: {right.seconds:.1f} s undisturbed", flush=True)
     return found
+
+
+def keep(place: Path, state: dict[str, Any]) -> None:
+    """Remember what has been done, for a later call."""
+    (place / STATE).write_text(json.dumps(state, indent=1))
 
 
 def main() -> None:
@@ -265,33 +276,40 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--lora", action="store_true")
+    parser.add_argument("--directory", type=Path)
     given = parser.parse_args()
     os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
     torch.set_num_threads(1)
-    draw, counts = random.Random(given.seed), Counter[tuple[str, int, str, str]]()
-    with tempfile.TemporaryDirectory() as directory:
-        place = Path(directory)
+    with tempfile.TemporaryDirectory() as temporary:
+        place = Path(temporary) if given.directory is None else given.directory.resolve()
+        place.mkdir(parents=True, exist_ok=True)
         os.chdir(place)
-        prepare(place, given.lora)
-        cases = undisturbed(place)
+        state: dict[str, Any] = {"seconds": {}, "rounds": []}
+        if (place / STATE).exists():
+            state = json.loads((place / STATE).read_text())
+        else:
+            prepare(place, given.lora)
+        cases = undisturbed(place, state)
         order = [case for case in cases for _ in range(3 if case.processes == 1 else 1)]
-        for number in range(given.rounds):
+        for number in range(len(state["rounds"]), given.rounds):
             turn, at = divmod(number, len(order))  # each turn shifts the signals by one
             case, sent = order[at], SIGNALS[(turn + at) % len(SIGNALS)]
-            how = disturb(case, sent, draw)
-            counts[case.name, case.processes, sent.name, how] += 1
-            print(f"{number + 1}: {case.name}, {case.processes} processes, {sent.name}: {how}", flush=True)
+            how = disturb(case, sent, random.Random(f"{given.seed} {number}"))
             if how == "finished":
                 case.check()
                 case.prepare()
+            print(f"{number + 1}: {case.name}, {case.processes} processes, {sent.name}: {how}", flush=True)
+            state["rounds"].append((case.name, case.processes, sent.name, how))
+            keep(place, state)
         for case in cases:
             case.finish()
             case.check()
-    table: Counter[tuple[str, str]] = Counter()
+            case.prepare()
+    counts = Counter(tuple(found) for found in state["rounds"])
     for (name, processes, sent_name, how), count in sorted(counts.items()):
         print(f"{name}, {processes} processes, {sent_name}: {how} {count}")
-        table[sent_name, how] += count
-    print(f"{given.rounds} rounds, all equal to the bit: {dict(table)}")
+    table = Counter((sent_name, how) for _, _, sent_name, how in state["rounds"])
+    print(f"{len(state['rounds'])} rounds, all equal to the bit: {dict(sorted(table.items()))}")
 
 
 if __name__ == "__main__":
