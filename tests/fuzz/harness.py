@@ -17,12 +17,13 @@ import re
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
@@ -38,6 +39,7 @@ from tests.fuzz.mutations import CANARY, mutate
 SECONDS = 5.0  # of one case; a slower one is repeated twice, since the machine may have been busy
 MEMORY = 4 << 30  # bytes of address space that a case may add
 RESIDENT = 1 << 30  # bytes by which the peak of the resident memory may grow
+PROCESS_EVERY = 50  # cases; of so many, the commands of one are run as processes
 FAULTS = ("traceback", "hang", "memory", "touched", "lost")
 
 
@@ -87,24 +89,39 @@ class WrongMessageError(Exception):
 
 
 def run(*arguments: str) -> int:
-    """Run a command line in this process and check what it prints; gives its exit code."""
+    """Run a command line and check what it prints; gives its exit code."""
+    code, out, err = _in_a_process(arguments) if watch.uses_processes else _in_this_process(arguments)
+    if "HangError" in out + err:  # raised in a callback, where Python only prints it
+        raise HangError(err)
+    if "ran out of memory" in err:
+        raise MemoryError(err)
+    is_told = "error: " in err and "hint: " in err
+    is_clean = not any(part in out + err for part in ("Traceback (most recent", "\x1b[31mred"))
+    if code not in (0, 1, 2) or (code and not is_told) or not is_clean or "Unexpected " in err:
+        raise WrongMessageError(f"exit code {code}: {out}{err}")
+    return code
+
+
+def _in_this_process(arguments: Sequence[str]) -> tuple[int, str, str]:
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = main(arguments)
-    printed = out.getvalue() + err.getvalue()
-    if "HangError" in printed:  # raised in a callback, where Python only prints it
-        raise HangError(printed)
-    if "ran out of memory" in printed:
-        raise MemoryError(printed)
-    if (
-        "Traceback (most recent" in printed
-        or "Unexpected " in err.getvalue()
-        or "\x1b[31mred" in printed
-        or (code and ("error: " not in err.getvalue() or "hint: " not in err.getvalue()))
-        or code not in (0, 1, 2)
-    ):
-        raise WrongMessageError(f"exit code {code}: {printed}")
-    return code
+    return code, out.getvalue(), err.getvalue()
+
+
+def _in_a_process(arguments: Sequence[str]) -> tuple[int, str, str]:
+    """Run a command line as users do, unless no shell could pass its arguments on."""
+    try:
+        [os.fsencode(argument) for argument in arguments]
+    except UnicodeEncodeError:
+        return _in_this_process(arguments)
+    if "\0" in "".join(arguments):
+        return _in_this_process(arguments)
+    done = subprocess.run(
+        [sys.executable, "-m", "anyflow_cli", *arguments], capture_output=True, text=True, check=False,
+        errors="replace", env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+    )  # fmt: skip
+    return done.returncode, done.stdout, done.stderr
 
 
 class Arena:
@@ -161,6 +178,7 @@ class Arena:
         """Play one case; equal numbers and seeds give equal cases."""
         draw = random.Random(f"{seed} {self.target.name} {number}")
         file = draw.choice(self.files)
+        watch.uses_processes = number % PROCESS_EVERY == PROCESS_EVERY - 1
         done = mutate(self.thing / file, draw)
         outcome = self._use()
         for _ in range(2):
@@ -175,7 +193,7 @@ class Arena:
         mutant, began = self._seen(), _elapsed()
         outcome = self._read()
         seconds = _elapsed() - began
-        if seconds > SECONDS and outcome.name not in FAULTS:
+        if seconds > _allowed() and outcome.name not in FAULTS:
             outcome = Outcome("hang", f"{seconds:.1f} s")
         if outside := watch.changed:
             watch.changed = []
@@ -254,6 +272,7 @@ class Watch:
 
     def __init__(self) -> None:
         self.root: str | None = None
+        self.uses_processes = False
         self.changed: list[str] = []
 
     def __call__(self, event: str, arguments: tuple[Any, ...]) -> None:
@@ -283,14 +302,14 @@ def _limits() -> Iterator[None]:
     """Limit the time and the address space of a block."""
 
     def end(number: int, frame: FrameType | None) -> None:
-        raise HangError(f"not done after {4 * SECONDS} s")
+        raise HangError(f"not done after {4 * _allowed()} s")
 
     before = signal.signal(signal.SIGALRM, end)
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MEMORY, hard))
-    faulthandler.dump_traceback_later(12 * SECONDS, exit=True, file=2)  # loops in C
-    signal.setitimer(signal.ITIMER_REAL, 4 * SECONDS)
+    faulthandler.dump_traceback_later(12 * _allowed(), exit=True, file=2)  # loops in C
+    signal.setitimer(signal.ITIMER_REAL, 4 * _allowed())
     try:
         yield
     finally:
@@ -298,6 +317,11 @@ def _limits() -> Iterator[None]:
         faulthandler.cancel_dump_traceback_later()
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
         signal.signal(signal.SIGALRM, before)
+
+
+def _allowed() -> float:
+    """Seconds for one case; a process first imports its libraries, and waits for processors unseen."""
+    return SECONDS * (6 if watch.uses_processes else 1)
 
 
 def _elapsed() -> float:
