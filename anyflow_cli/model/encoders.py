@@ -59,7 +59,17 @@ class TextEncoderConfig(BaseModel):
     d_ff: Size = 1024
     num_layers: Annotated[int, Field(ge=1, le=1000)] = 8
     num_heads: Size = 6
-    relative_attention_num_buckets: Size = 32
+    relative_attention_num_buckets: Annotated[int, Field(ge=4, le=1 << 20)] = 32
+    relative_attention_max_distance: Size = 128
+
+    @model_validator(mode="after")
+    def _distances_beyond_the_exact_ones(self) -> TextEncoderConfig:
+        if self.relative_attention_max_distance <= self.relative_attention_num_buckets // 4:
+            raise ValueError(
+                f"relative_attention_max_distance is {self.relative_attention_max_distance}, not above a "
+                f"quarter of the {self.relative_attention_num_buckets} buckets"
+            )
+        return self
 
 
 class VaeConfig(BaseModel):

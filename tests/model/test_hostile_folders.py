@@ -24,6 +24,7 @@ from anyflow_cli.model.pipeline_io import (
     save_pipeline,
 )
 
+ENCODER_CONFIG = "text_encoder/config.json"
 GONE = object()  # a key that is removed
 
 
@@ -53,6 +54,9 @@ def video(folder: Path) -> None:
 EDITS: dict[str, tuple[str, tuple[str, ...], Any, Callable[[Path], None]]] = {
     "no padding token": ("tokenizer/tokenizer_config.json", ("pad_token",), GONE, text),
     "no end token": ("tokenizer/tokenizer.json", ("post_processor", "special_tokens", "</s>"), GONE, text),
+    "a negative distance": (ENCODER_CONFIG, ("relative_attention_max_distance",), -1, text),
+    "a distance of its exact part": (ENCODER_CONFIG, ("relative_attention_max_distance",), 8, text),
+    "two buckets": (ENCODER_CONFIG, ("relative_attention_num_buckets",), 2, text),
     "no deviations": ("vae/config.json", ("latents_std",), GONE, video),
     "a patch that is no number": ("vae/config.json", ("patch_size",), float("nan"), video),
     "a patch that is a list": ("vae/config.json", ("patch_size",), [1], video),
