@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from anyflow_cli.errors import AnyflowError
-from anyflow_cli.utils.distributed import is_launched
+from anyflow_cli.errors import AnyflowError, UsageError
+from anyflow_cli.utils.distributed import is_launched, world_size
 from anyflow_cli.utils.signals import stop_signals
 
 if TYPE_CHECKING:
@@ -40,6 +40,20 @@ def start_processes(launch: LaunchSection, before: Callable[[], None] | None = N
         before()
     _run(count, command_line.get())
     return True
+
+
+def count_processes(launch: LaunchSection) -> int:
+    """How many processes run a command; refuses those that form no groups of ``launch.context_parallel``."""
+    count = world_size() if is_launched() else launch.processes or _gpus()
+    shared = launch.context_parallel or 1
+    if count % shared:
+        raise UsageError(
+            f"launch.context_parallel is {shared}, and {count} process{'es do' if count > 1 else ' does'} "
+            f"not form groups of {shared}.",
+            f"Start a multiple of {shared} processes with --nproc, or set launch.context_parallel=null.",
+            everywhere=True,
+        )
+    return count
 
 
 def _gpus() -> int:

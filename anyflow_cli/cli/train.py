@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from anyflow_cli.cli import options
 from anyflow_cli.cli.console import facts_table, print_dry_run, print_result
-from anyflow_cli.cli.launch import start_processes
+from anyflow_cli.cli.launch import count_processes, start_processes
 from anyflow_cli.cli.progress import Progress
 from anyflow_cli.runs.paths import RunPaths
 from anyflow_cli.utils.distributed import is_main_process, process_group
@@ -109,6 +109,7 @@ def run_training(command: TrainingCommand) -> None:
 
     stage = STAGES[command.section]
     needs = resources.inputs(recipe, paths, command.verb, resources.Given(data=command.data))
+    count_processes(recipe.launch)
     if command.dry_run:
         return _print_dry_run(command, recipe, paths, needs)
     found, directory = resources.require_inputs(needs), stage.directory(recipe, paths)

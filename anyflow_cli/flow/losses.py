@@ -137,7 +137,7 @@ def flow_map_loss(
         null: The same network under the negative prompt; not evaluated with guidance 1 or a teacher.
         x: Data (B, F, C, H, W).
         eps: Noise (B, F, C, H, W).
-        t: Start times of the jumps, (B,) or (B, F).
+        t: Start times of the jumps, (B,) or (B, F); like r, s and the mask, best on the host.
         r: End times, r <= t, in the shape of t.
         guidance: g of Eq. 6.
         delta: Half the span of the difference quotient (Eq. 4).
@@ -155,25 +155,27 @@ def flow_map_loss(
             guidance it learns the flow of w, as with a guided path.
         fp32_target: Whether to evaluate the network outside autocast for the target.
         global_mean: Mean over all ranks, for Eq. 7.
-        null_mask: (B,) marks samples whose prompt was replaced by the negative one. For them ``u_c`` and
-            ``u_null`` agree, so g is 1 and ``u_null`` is not evaluated. Without the mask they would be
-            trained towards ``u = v - (t - r) / g du/dt``, which is not a flow map.
+        null_mask: Samples (B,) whose prompt was replaced by the negative one. There ``u_c = u_null``, g is
+            1 and ``u_null`` not evaluated; else they would learn v - (t - r) / g du/dt, not a flow map.
         t_max: Last time that the network is trained at.
     """
-    z = interpolate(x, eps, t)
-    v, g = eps - x, batch_time(guidance, z)
-    g = per_frame(g if null_mask is None else torch.where(null_mask, 1, g), z)
+    # Which samples are evaluated follows from t, r and the mask where these are: on the host nothing waits.
+    inner, boundary = (mask.reshape(len(t), -1).any(1) for mask in (t > r, t == r))
+    has_text = torch.ones_like(inner) if null_mask is None else ~null_mask
+    t, r, s = t.to(x.device), r.to(x.device), None if s is None else s.to(x.device)
+    z, v, g = interpolate(x, eps, t), eps - x, batch_time(guidance, x)
+    g = per_frame(torch.where(has_text.to(x.device), g, 1), z)
     if teacher is not None:
-        v = _velocity_of(VelocityInputs(teacher, z, t, t), v, (t == r) if s is not None else None)
+        v = _velocity_of(VelocityInputs(teacher, z, t, t), v, boundary if s is not None else None)
         g, guidance = torch.ones_like(g), 1.0
     cond, uncond = (VelocityInputs(in_fp32(each) if fp32_target else each, z, t, r) for each in (model, null))
     null_inputs = uncond if guidance != 1 else None
     if s is not None:
-        u_null, u_tgt = _composition_target(cond, null_inputs, v, g, s)
+        u_null, u_tgt = _composition_target(cond, null_inputs, v, g, s, inner, has_text)
     else:
-        along_w = guidance_path == "guided" and guidance != 1
-        alike = along_w or teacher is not None
-        u_null, u_tgt = _quotient_target(cond, null_inputs, v, g, delta, t_max, along_w=along_w, alike=alike)
+        along_w, is_taught = guidance_path == "guided" and guidance != 1, teacher is not None
+        path = {"along_w": along_w, "alike": along_w or is_taught}
+        u_null, u_tgt = _quotient_target(cond, null_inputs, v, g, delta, t_max, inner, has_text, **path)
 
     # Guidance-fused training (Eq. 6)
     u = fuse_guidance(model(z, t, r), u_null, g)
@@ -186,8 +188,8 @@ def flow_map_loss(
 
 
 def _samples(mask: Tensor) -> Tensor:
-    """Numbers of the samples in which a mask (B, ...) is true anywhere, in order."""
-    return mask.reshape(len(mask), -1).any(1).nonzero().squeeze(1)
+    """Numbers of the samples in which a mask (B,) is true, in order."""
+    return mask.nonzero().squeeze(1)
 
 
 def _or_first(index: Tensor) -> Tensor:
@@ -197,7 +199,7 @@ def _or_first(index: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _velocity_of(inputs: VelocityInputs, default: Tensor, where: Tensor | None) -> Tensor:
-    """Evaluate a velocity without gradient in the samples of a mask (B, ...), or all; elsewhere a default."""
+    """Evaluate a velocity without gradient in the samples of a mask (B,), or all; elsewhere a default."""
     index = torch.arange(len(default)) if where is None else _or_first(_samples(where))
     (found,) = evaluate_together(inputs.select(index.to(default.device)))
     return default.index_copy(0, index.to(default.device), found)
@@ -211,6 +213,8 @@ def _quotient_target(
     g: Tensor,
     delta: float,
     t_max: float,
+    inner: Tensor,
+    has_text: Tensor,
     *,
     along_w: bool,
     alike: bool,
@@ -224,22 +228,30 @@ def _quotient_target(
         g: Scale of guidance, broadcast over v.
         delta: Half the span of the difference quotient.
         t_max: Last time of the network.
+        inner: Which samples (B,) have a t > r.
+        has_text: Which samples (B,) are guided.
         along_w: Whether the path is that of the guided velocity instead of v.
         alike: Whether a slice without t > r makes the call of the quotient too.
     """
     known, along = None, v
     if along_w and uncond is not None:
-        known = _velocity_of(replace(uncond, r=cond.t), torch.zeros_like(v), g != 1)
+        known = _velocity_of(replace(uncond, r=cond.t), torch.zeros_like(v), has_text)
         along, uncond = g * v + (1 - g) * known, None
-    if alike and not len(_samples(cond.t > cond.r)):
+    if alike and not inner.any():
         evaluate_together(cond.select(cond.t.new_zeros(1, dtype=torch.long)))  # all ranks make the call
-    u_null, du_dt = _null_and_derivative(cond, uncond, along, delta, g, t_max)
+    u_null, du_dt = _null_and_derivative(cond, uncond, along, delta, g, inner, has_text, t_max)
     return (u_null if known is None else known), v - per_frame(cond.t - cond.r, v) * du_dt
 
 
 @torch.no_grad()
 def _composition_target(
-    cond: VelocityInputs, uncond: VelocityInputs | None, v: Tensor, g: Tensor, s: Tensor
+    cond: VelocityInputs,
+    uncond: VelocityInputs | None,
+    v: Tensor,
+    g: Tensor,
+    s: Tensor,
+    inner: Tensor,
+    has_text: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Compute u_null at t = r, and as target v there and two jumps over s elsewhere, without gradient.
 
@@ -249,13 +261,14 @@ def _composition_target(
         v: Velocity of the data or of the teacher, (B, F, C, H, W).
         g: Scale of guidance, broadcast over v.
         s: Times between r and t.
+        inner: Which samples (B,) have a t > r.
+        has_text: Which samples (B,) are guided.
     """
-    inner = (cond.t > cond.r).reshape(len(v), -1).any(1)
     u_null = torch.zeros_like(v)
     if uncond is not None:
-        u_null = _velocity_of(uncond, u_null, (g.flatten() != 1) & ~inner)
-        u_null = torch.where(per_frame(inner, v), 0, u_null)
-    index = _or_first(_samples(inner))
+        u_null = _velocity_of(uncond, u_null, has_text & ~inner)
+        u_null = torch.where(per_frame(inner.to(v.device), v), 0, u_null)
+    index = _or_first(_samples(inner)).to(v.device)
     first, second = (each.select(index) for each in (replace(cond, r=s), replace(cond, t=s)))
     (u_first,) = evaluate_together(first)
     z_s = first.z - per_frame(first.t - first.r, first.z) * u_first
@@ -264,7 +277,7 @@ def _composition_target(
     share = torch.where(span == 0, 0, (second.t - second.r) / torch.where(span == 0, 1, span))
     composed = torch.lerp(u_first, u_second, per_frame(share, z_s).to(u_first.dtype))
     u_tgt = v.index_copy(0, index, fuse_guidance(composed, u_null[index], g[index]))
-    return u_null, torch.where(per_frame(inner, v), u_tgt, v)
+    return u_null, torch.where(per_frame(inner.to(v.device), v), u_tgt, v)
 
 
 @torch.no_grad()
@@ -274,11 +287,13 @@ def _null_and_derivative(
     v: Tensor,
     delta: float,
     g: Tensor,
+    inner: Tensor,
+    has_text: Tensor,
     t_max: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Compute u_null and du/dt without gradient, (B, F, C, H, W) each, in one forward of G + 2I samples.
 
-    Where g is 1, u_null has no effect and is 0.
+    u_null is 0 but for the G samples with text, du/dt but for the I inner ones, those with t > r.
 
     Both sides of the quotient stay in [r, t_max], where the model is trained, and are divided by their true
     distance. For t in [r + delta, t_max - delta] that is 2 delta, as in Alg. 1, and the error is O(delta^2).
@@ -286,24 +301,24 @@ def _null_and_derivative(
     delta.
     """
     z, t, r = cond.z, cond.t, cond.r
-    inner = _samples(t > r)  # (I,)
+    index = _samples(inner).to(z.device)  # (I,)
     t_plus = (t + delta).clamp(max=t_max)
     t_minus = torch.maximum(t - delta, r)
     z_plus = z + per_frame(t_plus - t, z) * v
     z_minus = z - per_frame(t - t_minus, z) * v
 
-    plus = VelocityInputs(cond.model, z_plus, t_plus, r).select(inner)
-    minus = VelocityInputs(cond.model, z_minus, t_minus, r).select(inner)
+    plus = VelocityInputs(cond.model, z_plus, t_plus, r).select(index)
+    minus = VelocityInputs(cond.model, z_minus, t_minus, r).select(index)
     if uncond is None:
         u_null, (u_plus, u_minus) = torch.zeros_like(z), evaluate_together(plus, minus)
     else:
-        guided = (g.flatten() != 1).nonzero().squeeze(1)  # (G,)
-        if len(guided) + len(inner) == 0:
+        guided = _samples(has_text).to(z.device)  # (G,)
+        if len(guided) + len(index) == 0:
             guided = guided.new_zeros(1)  # all ranks make the call
         u_guided, u_plus, u_minus = evaluate_together(uncond.select(guided), plus, minus)
         u_null = torch.zeros_like(z).index_copy(0, guided, u_guided)
-    du_dt = difference_quotient(u_plus, u_minus, plus.t - minus.t, g[inner])
-    return u_null, torch.zeros_like(z).index_copy(0, inner, du_dt)
+    du_dt = difference_quotient(u_plus, u_minus, plus.t - minus.t, g[index])
+    return u_null, torch.zeros_like(z).index_copy(0, index, du_dt)
 
 
 def flow_matching_loss(

@@ -62,8 +62,8 @@ def consistency(
         generator: Fresh noise.
         network_times: What the network is given as a time of the grid, where the two differ.
     """
-    for t, r in _steps(z, grid):
-        at = batch_time(network_times.get(t[0].item(), t[0].item()), z)
+    for (t, r), time in zip(_steps(z, grid), grid.tolist(), strict=False):
+        at = batch_time(network_times.get(time, time), z)
         x = z - per_frame(t, z) * model(z, at, torch.zeros_like(t))
         z = interpolate(x, noise_like(z, generator), r)
     return z

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol, cast
 
 import torch
@@ -87,10 +88,13 @@ class _Guided:
     uncond: Velocity
     scale: GuidanceScale
 
+    @cached_property
+    def _both(self) -> Velocity:
+        """Both conditions, joined once for all steps: keys of a text take gigabytes."""
+        return self.cond.concat(self.uncond)
+
     def __call__(self, z: Tensor, t: Tensor, r: Tensor) -> Tensor:
-        u, u_null = evaluate_together(
-            VelocityInputs(self.cond, z, t, r), VelocityInputs(self.uncond, z, t, r)
-        )
+        u, u_null = self._both(*(torch.cat((x, x)) for x in (z, t, r))).to(z.dtype).chunk(2)
         scale = per_frame(self.scale(t), z) if callable(self.scale) else self.scale
         return u_null + scale * (u - u_null)
 

@@ -24,6 +24,8 @@ from anyflow_cli.model.context_parallel import ContextGroup, real_keys
 from anyflow_cli.model.layout import Group, Layout, Span
 from anyflow_cli.model.rotary import rotate
 
+TOKENS_AT_ONCE = 8192  # that are normalized and rotated in fp32
+
 KeyValue = tuple[Tensor, ...]  # key and value; then, in an image-to-video network, those of the picture
 
 
@@ -96,10 +98,14 @@ class Attention(nn.Module):
     def over_video(self, x: Tensor, turns: Tensor, layout: Layout, cache: KeyValue | None) -> Tensor:
         """Self-attention of tokens (B, L, D) in the layout's groups; keys are cached after rotation."""
         value = self.split(self.to_v(x))
-        query = rotate(self.split(self.norm_q(self.to_q(x))), turns)
-        key = rotate(self.split(self.norm_k(self.to_k(x))), turns)
+        # on a CPU the kernel's type depends on the number of queries
+        dtype = torch.float32 if x.device.type == "cpu" else value.dtype
+        query = rotated(self.to_q(x), self.norm_q, turns, dtype)
+        key = rotated(self.to_k(x), self.norm_k, turns, dtype)
         if self.context is not None:
             return self._over_parts(query, key, value, layout, cache, self.context)
+        if cache is not None:
+            _write_cache(cache, (key, value), layout)
         cached_key, cached_value = cache or (None, None)
         parts = [
             attend(
@@ -110,8 +116,6 @@ class Attention(nn.Module):
             )
             for group in layout.groups
         ]
-        if cache is not None:
-            _write_cache(cache, (key, value), layout)
         return self._project(parts[0] if len(parts) == 1 else torch.cat(parts, dim=1))
 
     def _over_parts(
@@ -126,6 +130,8 @@ class Attention(nn.Module):
         """The same with the tokens of several processes: tensors are (B, N, L, e, d), tokens in parts."""
         query, key, value = (context.split_heads(part.to(value.dtype)) for part in (query, key, value))
         key, value = context.gather_keys(key), context.gather_keys(value)
+        if cache is not None:
+            _write_cache(cache, (key, value), layout)
         cached_key, cached_value = cache or (None, None)
         out = []
         for group, real in zip(layout.groups, real_keys(layout, key.device), strict=True):
@@ -136,8 +142,6 @@ class Attention(nn.Module):
             queries = query[:, :, group.queries]
             attended = attend(queries.flatten(1, 2), keys, values, self.kernel)
             out.append(torch.unflatten(attended, 1, queries.shape[1:3]))
-        if cache is not None:
-            _write_cache(cache, (key, value), layout)
         return self._project(context.join_heads(torch.cat(out, dim=2)))
 
     def condition_keys(self, condition: Projected) -> KeyValue:
@@ -164,11 +168,36 @@ class Attention(nn.Module):
         return projected
 
 
+def rotated(x: Tensor, norm: nn.Module, turns: Tensor, dtype: torch.dtype) -> Tensor:
+    """Normalized and rotated heads (B, L, E, d) of x (B, L, D), in ``dtype``.
+
+    Both steps are fp32. Without gradient they take ``TOKENS_AT_ONCE`` tokens at a time, so that x is never in
+    fp32 as a whole.
+    """
+
+    def turn(x: Tensor, turns: Tensor) -> Tensor:
+        heads: Tensor = torch.unflatten(norm(x), -1, (-1, 2 * turns.shape[-2]))
+        return rotate(heads, turns).to(dtype)
+
+    if dtype == torch.float32 or x.shape[1] <= TOKENS_AT_ONCE or torch.is_grad_enabled():
+        return turn(x, turns)
+    out = x.new_empty(*x.shape[:2], x.shape[2] // (2 * turns.shape[-2]), 2 * turns.shape[-2], dtype=dtype)
+    pieces = (torch.split(part, TOKENS_AT_ONCE, dim) for part, dim in ((x, 1), (turns, 0), (out, 1)))
+    for tokens, own, place in zip(*pieces, strict=True):
+        place.copy_(turn(tokens, own))
+    return out
+
+
 def _gather(x: Tensor, group: Group, cache: Tensor | None) -> Tensor:
-    """Keys or values that a group attends to, of x and the cache; a view if they are one range of x."""
+    """Keys or values that a group attends to, of x and the cache; a view if they are one range of either.
+
+    The cache has those of x already; with gradient they are taken from x.
+    """
     if cache is None or not group.cached:
         parts = [_tokens(x, tokens) for tokens in group.keys]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-3)
+    if group.in_cache is not None and not torch.is_grad_enabled():
+        return _tokens(cache, group.in_cache)
     own = [_tokens(x, tokens).to(cache.dtype) for tokens in group.keys]
     return torch.cat([*(_tokens(cache, place) for place in group.cached), *own], dim=-3)
 

@@ -25,6 +25,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor
@@ -99,9 +100,9 @@ class _MeanOfGradients(torch.autograd.Function):
 
 def _exchange(x: Tensor, group: ProcessGroup | None) -> Tensor:
     """Send x[i] to process i of the group, and receive one part from each, in order."""
+    x = x.contiguous()
     if group is None:
         return x
-    x = x.contiguous()
     out: Tensor = collectives.all_to_all_single_autograd(x, [1] * len(x), [1] * len(x), group)
     return out
 
@@ -158,25 +159,24 @@ def real_keys(layout: Layout, device: torch.device) -> tuple[Tensor | None, ...]
     """For each attention group, which of its keys (N L') are tokens; None where none is padding."""
     parts = layout.parts
 
-    def real(segments: Sequence[Segment]) -> list[Tensor]:
+    def real(segments: Sequence[Segment]) -> list[np.ndarray[Any, np.dtype[np.bool_]]]:
         found = []
         for segment in segments:
             down, across = layout.grid_of(segment)
-            size = -(-down * across // parts)
-            frame = (torch.arange(parts * size, device="cpu") < down * across).view(parts, 1, size)
-            found.append(frame.expand(parts, segment.frames, size).flatten(1))
+            frame = np.arange(parts * -(-down * across // parts)) < down * across
+            found.append(np.tile(frame.reshape(parts, 1, -1), (1, segment.frames, 1)).reshape(parts, -1))
         return found
 
-    with torch.inference_mode(False), torch.no_grad():
-        own = torch.cat(real(layout.inputs), dim=1)
-        cached = torch.zeros(parts, layout.cache_tokens, dtype=torch.bool, device="cpu")
-        past = [segment for segment in layout.segments if segment.cached]
-        for segment, mask in zip(past, real(past), strict=True):
-            assert segment.cache_offset is not None
-            cached[:, segment.cache_offset : segment.cache_offset + mask.shape[1]] = mask
-        indices: list[Tensor | None] = []
+    own = np.concatenate(real(layout.inputs), axis=1)
+    cached = np.zeros((parts, layout.cache_tokens), bool)
+    past = [segment for segment in layout.segments if segment.cached]
+    for segment, mask in zip(past, real(past), strict=True):
+        assert segment.cache_offset is not None
+        cached[:, segment.cache_offset : segment.cache_offset + mask.shape[1]] = mask
+    indices: list[Tensor | None] = []
+    with torch.inference_mode(False):
         for group in layout.groups:
             seen = [cached[:, place] for place in group.cached] + [own[:, tokens] for tokens in group.keys]
-            mask = torch.cat(seen, dim=1).flatten()
-            indices.append(None if bool(mask.all()) else mask.nonzero().flatten().to(device))
-        return tuple(indices)
+            mask = np.concatenate(seen, axis=1).ravel()
+            indices.append(None if mask.all() else torch.tensor(mask.nonzero()[0], device=device))
+    return tuple(indices)

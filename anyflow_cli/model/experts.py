@@ -25,6 +25,7 @@ from anyflow_cli.flow.velocity import GuidanceScale, Velocity
 from anyflow_cli.model.blocks import Block, LayerKeys
 from anyflow_cli.model.conditioned import Conditioned, Scope
 from anyflow_cli.model.config import NetworkConfig
+from anyflow_cli.model.context_parallel import ContextGroup
 from anyflow_cli.model.layout import Layout
 from anyflow_cli.model.network import FlowMapTransformer, on_meta, weight_dtype
 from anyflow_cli.model.weights_io import LazyWeight, WeightSource, fill_module
@@ -58,6 +59,11 @@ class ExpertPair(FlowMapTransformer):
     def device(self) -> torch.device:
         """Device that the experts compute on."""
         return self.computes_on or self.high.device
+
+    @property
+    def context(self) -> ContextGroup | None:  # type: ignore[override]
+        """Processes that share the experts' videos."""
+        return self.high.context
 
     @property
     def compute_dtype(self) -> torch.dtype:

@@ -86,11 +86,10 @@ class KeyCache:
         self._state = _CacheState(0, 0, 0, 0)
         self._window: list[Tensor] = []  # latents of the chunks cached in full
         states = [self._state_after(done) for done in range(len(self.chunks))]
-        small, large = self._tokens(compressed=True), self._tokens(compressed=False)
-        self._compressed_tokens = max(self._frames(s.first, s.border) for s in states) * small
-        full_tokens = max(self._frames(0, s.sink) + self._frames(s.border, s.done) for s in states) * large
-        tokens = self._compressed_tokens + full_tokens
-        self._memory = _allocate(network, batch, tokens, device or network.device)
+        # The chunk being sampled is written behind those it attends to: they are then one range.
+        large = self._tokens(compressed=False)
+        tokens = max(self._offset(s.done, s) + self.chunks[s.done].frames * large for s in states)
+        self._memory = allocate_keys(network, batch, tokens, device or network.device)
 
     @property
     def bytes(self) -> int:
@@ -107,7 +106,8 @@ class KeyCache:
         past, state = self._segments(()), self._state
         chunk, oldest = self.chunks[self.done], self.done - self._before
         seen = [n for n, i in enumerate(state.cached) if i < max(state.sink, state.border) or i >= oldest]
-        segment = Segment(chunk.first, chunk.frames, (*seen, len(past)))
+        offset = self._offset(self.done, state)
+        segment = Segment(chunk.first, chunk.frames, (*seen, len(past)), cache_offset=offset)
         return model.with_layout(self._layout([*past, segment]), self._memory)
 
     @torch.no_grad()
@@ -176,11 +176,13 @@ class KeyCache:
 
     def _offset(self, i: int, state: _CacheState) -> int:
         """Token at which the keys of chunk ``i`` start: compressed chunks in order, then those in full."""
+        small = self._tokens(compressed=True)
         if state.is_compressed(i):
-            return self._frames(state.first, i) * self._tokens(compressed=True)
+            return self._frames(state.first, i) * small
         before = self._frames(0, i) if i < state.sink else self._frames(0, state.sink)
         before += self._frames(state.border, max(i, state.border))
-        return self._compressed_tokens + before * self._tokens(compressed=False)
+        compressed = self._frames(state.first, state.border) * small
+        return compressed + before * self._tokens(compressed=False)
 
     def _move(self, i: int, after: _CacheState) -> None:
         """Shift a cached chunk to the place it has in the next state, over what is dropped before it."""
@@ -204,7 +206,7 @@ class KeyCache:
         return causal_layout(self._config, segments, *self._size)
 
 
-def _allocate(network: FlowMapTransformer, batch: int, tokens: int, device: torch.device) -> LayerKeys:
+def allocate_keys(network: FlowMapTransformer, batch: int, tokens: int, device: torch.device) -> LayerKeys:
     """Uninitialized keys and values for each block: (B, L, E, d), or (B, N, L, e, d) of a context group."""
     config, context = network.config, network.context
     shape: tuple[int, ...] = (batch, tokens, config.heads, config.head_dim)

@@ -61,11 +61,16 @@ class Span:
 
 @dataclass(frozen=True)
 class Group:
-    """Queries of one token range and the ranges they attend to, of the input and of the cache."""
+    """Queries of one token range and the ranges they attend to, of the input and of the cache.
+
+    ``in_cache`` is the range of the cache that holds all of these once the input's keys are written; None
+    where they are not next to each other.
+    """
 
     queries: slice
     keys: tuple[slice, ...]
     cached: tuple[slice, ...] = ()
+    in_cache: slice | None = None
 
 
 @dataclass(frozen=True)
@@ -173,7 +178,7 @@ class Layout:
             if groups and (groups[-1].keys, groups[-1].cached) == (group.keys, group.cached):
                 group = replace(group, queries=_joined(groups.pop().queries, group.queries))
             groups.append(group)
-        return tuple(groups)
+        return tuple(replace(group, in_cache=self._in_cache(group)) for group in groups)
 
     @cached_property
     def writes(self) -> tuple[KeyWrite, ...]:
@@ -190,6 +195,19 @@ class Layout:
         seen = [own[i].tokens for i in attends_to if i in own]
         cached = [self._cached(self.segments[i]) for i in attends_to if i not in own]
         return _merged(seen), _merged(cached)
+
+    def _in_cache(self, group: Group) -> slice | None:
+        """The range of the cache with all keys of a group, in the order in which they would be gathered."""
+        own = [
+            write.cache
+            for tokens in group.keys
+            for write in self.writes
+            if tokens.start <= write.tokens.start and write.tokens.stop <= tokens.stop
+        ]
+        if not group.cached or sum(map(_length, own)) != sum(map(_length, group.keys)):
+            return None
+        ranges = _merged([*group.cached, *own])
+        return ranges[0] if len(ranges) == 1 else None
 
     def _cached(self, segment: Segment) -> slice:
         assert segment.cache_offset is not None, "a cached segment needs a cache_offset"

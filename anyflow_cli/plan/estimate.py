@@ -30,6 +30,7 @@ from anyflow_cli.runs.lineage import run_of
 from anyflow_cli.runs.open import describe, locate
 from anyflow_cli.runs.paths import RunPaths
 from anyflow_cli.runs.resources import Resource, inputs
+from anyflow_cli.train.causal_windows import NetworkCall
 from anyflow_cli.utils.units import GIB, memory_size
 
 FP32 = 4
@@ -117,6 +118,11 @@ class StagePlan(NamedTuple):
         """Time of all repeats; None where the speed of the hardware is unknown."""
         seconds = self.seconds(hardware)
         return None if seconds is None else seconds * self.repeats / self.processes / 3600
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a video in one process."""
+        return self.setup.layout_of(NetworkCall("student", 1, gradient=False)).tokens
 
     @property
     def activations(self) -> dict[str, int]:
@@ -213,15 +219,23 @@ def training_setup(target: Target, key: str) -> Setup:
     settings = getattr(target.recipe, PLANNED_STAGES[key][2])
     if key == "tune":
         settings = settings.model_copy(update={"objective": "flow-matching"})
-    if settings.global_batch % count:
+    context = launch.context_parallel or 1
+    if count % context:
         raise UsageError(
-            f"A global batch of {settings.global_batch} does not divide among {count} processes.",
-            f"Set global_batch to a multiple of {count}, or plan for another number of GPUs.",
+            f"{count} GPUs do not form groups of {context}, which share a video (launch.context_parallel).",
+            f"Plan for a multiple of {context} GPUs, or set launch.context_parallel=null.",
+        )
+    ranks = count // context
+    if settings.global_batch % ranks:
+        raise UsageError(
+            f"A global batch of {settings.global_batch} does not divide among {ranks} "
+            + ("processes." if context == 1 else f"groups of {context} processes."),
+            f"Set global_batch to a multiple of {ranks}, or plan for another number of GPUs.",
         )
     two_time = getattr(settings, "objective", None) != "flow-matching"
     scores = _own_scores(target, settings) if key == "distill" else None
     shards = {"none": None, "full": count, "hybrid": min(count, MACHINE)}[launch.sharding]
-    own = {"scores": scores, "ranks": count, "shards": shards, "two_time": two_time}
+    own = {"scores": scores, "ranks": ranks, "context": context, "shards": shards, "two_time": two_time}
     return target.setup(settings, None, offload=launch.offload and target.hardware.is_gpu, **own)
 
 
@@ -253,7 +267,7 @@ def _unsharded(setup: Setup) -> dict[str, int]:
     sizes = role_sizes(setup)
     trained = [size["trainable_bytes"] for size in sizes.values()]
     # DDP's buckets outlive the step; otherwise the gradients of a phase are freed before the next one
-    gradients = sum(trained) if setup.ranks > 1 and setup.shards is None else max(trained)
+    gradients = sum(trained) if setup.ranks * setup.context > 1 and setup.shards is None else max(trained)
     return {
         "weights": sum(size["bytes"] for size in sizes.values()),
         "gradients": gradients * keeps_gradients(setup),
@@ -309,10 +323,11 @@ class SamplingJob(NamedTuple):
 def _job(target: Target, key: str) -> SamplingJob:
     """Sampling guided by a teacher, or with the any-step model at the largest of its step counts."""
     recipe = target.recipe
+    context = recipe.launch.context_parallel or 1
     if key == "synthesize":
         made = recipe.synthesize
         return SamplingJob(made.batch_size, made.steps, made.count or 1, is_guided=True,
-                           processes=target.hardware.count)  # fmt: skip
+                           processes=target.hardware.count // context)  # fmt: skip
     if key == "evaluate":  # the teacher beside the model takes most
         teacher, batch = recipe.evaluate.teacher, recipe.evaluate.batch_size
         steps = recipe.sample.teacher_steps if teacher else max(recipe.evaluate.nfe)
@@ -343,7 +358,10 @@ def _sampling(target: Target, key: str) -> StagePlan:
 def _on_rung(target: Target, key: str, job: SamplingJob, rung: schema.MemorySection) -> StagePlan:
     recipe, hardware = target.recipe, target.hardware
     frames = recipe.sample.frames if key in ("sample", "teacher", "stream") else None
-    setup = target.setup(None, frames, two_time=not job.is_guided, streamed=rung.streams_network)
+    context = recipe.launch.context_parallel or 1
+    setup = target.setup(
+        None, frames, two_time=not job.is_guided, streamed=rung.streams_network, context=context
+    )
     cost = sampling_cost(setup, job.batch, is_guided=job.is_guided)
     # a stream decodes chunk after chunk, beside the cache
     chunks = recipe.model.causal.partition if job.streams and recipe.model.causal else (setup.latent[0],)
@@ -401,7 +419,7 @@ def _stage_values(plan: Plan, key: str, stage: StagePlan) -> dict[str, Any]:
         "command": f"anyflow {stage.command}", "memory": dict(stage.peak.parts), "peak": stage.peak.total,
         "at": stage.peak.name, "fits": advice is None, "activations": stage.activations,
         "rollout": stage.rollout, "host": stage.host, "flops": stage.flops, "repeats": stage.repeats,
-        "seconds": stage.seconds(hardware), "hours": stage.hours(hardware),
+        "tokens": stage.tokens, "seconds": stage.seconds(hardware), "hours": stage.hours(hardware),
     }  # fmt: skip
     if stage.rung is not None:
         values["memory_settings"] = dict(settings_of(stage.rung))

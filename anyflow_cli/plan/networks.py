@@ -27,8 +27,10 @@ from anyflow_cli.model.backbone import Backbone, BackboneSources
 from anyflow_cli.model.blocks import LayerKeys
 from anyflow_cli.model.conditioned import Conditioned
 from anyflow_cli.model.config import NetworkConfig
+from anyflow_cli.model.context_parallel import ContextGroup, real_keys, shared_layout
 from anyflow_cli.model.encoders import VideoVAE
 from anyflow_cli.model.experts import empty_network, networks_of
+from anyflow_cli.model.kv_cache import allocate_keys
 from anyflow_cli.model.layout import Layout, bidirectional
 from anyflow_cli.model.network import FlowMapTransformer
 from anyflow_cli.model.parallelize import apply_checkpointing
@@ -65,6 +67,7 @@ class Setup:
     scores: NetworkConfig | None = None  # of the scores' own base; None: they share the student's
     ranks: int = 1
     shards: int | None = None  # processes that share one copy (FSDP2); None: each has its own
+    context: int = 1  # processes that share a video; ``ranks`` are groups of so many
     offload: bool = False
     streamed: bool = False  # the sampled network's weights come block by block
 
@@ -74,9 +77,10 @@ class Setup:
         return self.model.checkpoint_every_n_blocks if self.model.gradient_checkpointing else 1
 
     def layout_of(self, call: NetworkCall) -> Layout:
-        """The token layout of a call."""
+        """The token layout of a call, of this process's tokens."""
         frames, _, height, width = self.latent
-        return call.layout or bidirectional(frames, height, width, self.network.patch)
+        layout = call.layout or bidirectional(frames, height, width, self.network.patch)
+        return shared_layout(layout, self.context, 0)
 
     def with_checkpointing(self, on: bool) -> Setup:
         """The same process with gradient checkpointing or without."""
@@ -96,6 +100,9 @@ def fake_backbone(setup: Setup, depth: int) -> Backbone:
     for network in backbone.networks():
         apply_checkpointing(network, setup.model)
         network.streamed = setup.streamed
+        if setup.context > 1:
+            parts = math.gcd(network.config.heads, setup.context)
+            network.use_context(ContextGroup(setup.context, 0, parts))
     with FAKE:
         backbone.to_empty(device="cpu")
         for weight in backbone.parameters():
@@ -152,13 +159,16 @@ def _sizes(backbone: Backbone) -> dict[tuple[str, str], RoleSize]:
 
 @contextmanager
 def fake_tensors() -> Iterator[None]:
-    """Make all new tensors fake, and keep them out of the cache of rotations that real networks share."""
-    rotation.cache_clear()
+    """Make all new tensors fake, and keep them out of the caches that real networks share."""
+    shared = (rotation, real_keys)
+    for cached in shared:
+        cached.cache_clear()
     try:
         with FAKE:
             yield
     finally:
-        rotation.cache_clear()
+        for cached in shared:
+            cached.cache_clear()
 
 
 class CallCost(NamedTuple):
@@ -227,10 +237,10 @@ def condition_of(setup: Setup, samples: int, device: torch.device | str = "cpu")
 
 
 def _cache_of(setup: Setup, network: FlowMapTransformer, samples: int, tokens: int) -> LayerKeys | None:
-    shape = (samples, tokens, network.config.heads, network.config.head_dim)
-    dtype = torch.bfloat16 if setup.precision == "bf16" else torch.float32
-    pairs = [(torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype)) for _ in network.blocks]
-    return LayerKeys(tuple(pairs)) if tokens else None
+    if not tokens:
+        return None
+    with autocast(setup.precision, "cpu"):
+        return allocate_keys(network, samples, tokens, torch.device("cpu"))
 
 
 def decoding_cost(vae: Mapping[str, Any], latent: Sequence[int]) -> tuple[int, int]:

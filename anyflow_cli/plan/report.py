@@ -112,6 +112,10 @@ def _notes(plan: Plan) -> Text:
         place = ", in the host's memory" if setup.offload else ""
         sharded = f"Weights, gradients and optimizer are sharded over {setup.shards} processes{place}."
         notes.append(f"{reserve} {'Nothing is sharded.' if setup.shards is None else sharded}")
+    stage = plan.stages["distill"]
+    if (context := stage.setup.context) > 1:
+        shared = f"{context} processes share each video: each has {stage.tokens:,} of its tokens"
+        notes.append(f"{shared}, and computes 1/{context} of every network evaluation.")
     if recipe.model.compile:
         notes.append("model.compile is not counted: neither its compile time nor the memory that it saves.")
     return Text("\n".join([*notes, _assumptions(hardware)]))

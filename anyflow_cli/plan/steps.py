@@ -7,6 +7,7 @@ heaviest is measured; others are scaled by tokens, or by pairs of query and key.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import NamedTuple
@@ -46,7 +47,7 @@ class CallCosts:
             kind = (call.role, call.gradient, call.cache is None)
             most = max(self._heaviest.get(kind, call), call, key=lambda one: self.weight([one]))
             self._heaviest[kind] = most
-            self._cache_tokens = max(self._cache_tokens, call.layout.cache_tokens if call.layout else 0)
+            self._cache_tokens = max(self._cache_tokens, setup.layout_of(call).cache_tokens)
 
     def cost(self, call: NetworkCall) -> CallCost:
         """Cost of one call, scaled from the heaviest of its kind: per token, those cost the same."""
@@ -107,7 +108,8 @@ class CallCosts:
     def _cache(self, samples: int) -> int:
         """Bytes of one key-value cache."""
         config, element = self.setup.network, 2 if self.setup.precision == "bf16" else 4
-        return 2 * element * config.layers * config.dim * samples * self._cache_tokens
+        gathered = self.setup.context // math.gcd(config.heads, self.setup.context)
+        return gathered * 2 * element * config.layers * config.dim * samples * self._cache_tokens
 
 
 class StepCost(NamedTuple):
@@ -144,7 +146,7 @@ def step_cost(setup: Setup, steps: range = SAMPLED_STEPS) -> StepCost:
 def keeps_gradients(setup: Setup) -> bool:
     """Whether gradients outlive a backward pass: in DDP's buckets, sharded, or over micro batches."""
     settings = setup.settings
-    alone = setup.ranks == 1 and setup.shards is None
+    alone = setup.ranks * setup.context == 1 and setup.shards is None
     return not alone or (settings is not None and 0 < (settings.micro_batch or 0) < settings.global_batch)
 
 

@@ -12,6 +12,7 @@ import platform
 import re
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -25,14 +26,17 @@ from anyflow_cli.recipe.schema import Recipe, guidance_record
 from anyflow_cli.runs.open import ModelChoice
 from anyflow_cli.sample.fragmented_mp4 import growing_mp4, partial_path
 from anyflow_cli.sample.sampler import Steps, VideoSampler
+from anyflow_cli.sample.shares import VideoShare
 from anyflow_cli.sample.streaming import FramePicker, stream_video
 from anyflow_cli.utils.contact_sheet import SheetRow, contact_sheet, pick_frames, spaced_frames
+from anyflow_cli.utils.distributed import is_main_process
 from anyflow_cli.utils.files import atomic_write, write_json
 from anyflow_cli.utils.run_lock import RUN_LOCK
 
 SAMPLES_JSON = "samples.json"
 SHEET_ROWS = 8  # videos per step count on the sheet; the mp4s have all
 SHEET_FRAMES = 5
+ALL_VIDEOS = VideoShare()
 BORDER_NOTE = "frames with a border are conditioning frames"
 
 log = logging.getLogger(__name__)
@@ -82,8 +86,11 @@ def write_samples(
     on_video: Callable[[int], None] = lambda count: None,
     *,
     stream: bool = False,
+    share: VideoShare = ALL_VIDEOS,
 ) -> dict[str, Any]:
     """Sample what is requested and write its files.
+
+    With several processes all call this, and each returns the content of ``samples.json``.
 
     Args:
         sampler: The open model.
@@ -93,6 +100,7 @@ def write_samples(
         choice: The model and why it is used, for the record.
         on_video: Called with the number of videos written so far.
         stream: Write each video chunk by chunk (causal models).
+        share: The videos of this process.
 
     Returns:
         The content of ``samples.json``.
@@ -103,20 +111,23 @@ def write_samples(
     columns: list[list[Pixels]] = []
     entries: list[dict[str, Any]] = []
     for nfe in request.nfe:
-        shown: list[Pixels] = []
-        for entry, frames in write(sampler, request, nfe, out, recipe):
-            entries.append(entry)
-            if len(shown) < SHEET_ROWS:
-                shown.append(frames)
-            on_video(len(entries))
-        columns.append(shown)
-    labels = [steps_label(nfe, sampler) for nfe in request.nfe]
-    _write_sheet(out / "sheet.png", request, columns, labels, choice, recipe.model.frames)
+        every = _entries(sampler, request, nfe)
+        made: list[tuple[dict[str, Any], Pixels | None]] = []
+        for entry, frames in write(sampler, share.own(every), nfe, out, recipe, writes=share.writes):
+            number = share.group + len(made) * share.groups
+            made.append((entry, frames if number < SHEET_ROWS else None))
+            on_video(min(len(entries) + len(made) * share.groups, len(entries) + len(every)))
+        joined = share.joined(made, len(every))
+        entries += [entry for entry, _ in joined]
+        columns.append([frames for _, frames in joined if frames is not None])
     record = {
         **_sampling_record(sampler, recipe, choice),
         "given": request.frames and request.frames.record, "sheet": "sheet.png", "samples": entries,
     }  # fmt: skip
-    write_json(out / SAMPLES_JSON, record)
+    if is_main_process():
+        labels = [steps_label(nfe, sampler) for nfe in request.nfe]
+        _write_sheet(out / "sheet.png", request, columns, labels, choice, recipe.model.frames)
+        write_json(out / SAMPLES_JSON, record)
     return record
 
 
@@ -124,25 +135,37 @@ EntriesWithFrames = Iterator[tuple[dict[str, Any], Pixels]]  # a video's record,
 
 
 def _write_batches(
-    sampler: VideoSampler, request: SampleRequest, nfe: Steps, out: Path, recipe: Recipe
+    sampler: VideoSampler,
+    entries: list[dict[str, Any]],
+    nfe: Steps,
+    out: Path,
+    recipe: Recipe,
+    *,
+    writes: bool,
 ) -> EntriesWithFrames:
-    entries = _entries(sampler, request, nfe)
     prompts, seeds = ([entry[key] for entry in entries] for key in ("prompt", "seed"))
     videos = sampler.videos(prompts, seeds, nfe, recipe.sample.batch_size)
     for entry, video in zip(entries, videos, strict=True):
-        write_mp4(out / entry["file"], video, recipe.model.fps)
+        if writes:
+            write_mp4(out / entry["file"], video, recipe.model.fps)
         yield entry, pick_frames(video, min(SHEET_FRAMES, len(video)))
     for entry in entries:  # a mean: the videos of a batch have no times of their own
         entry |= _latency_record(sampler)
 
 
 def _write_streamed(
-    sampler: VideoSampler, request: SampleRequest, nfe: Steps, out: Path, recipe: Recipe
+    sampler: VideoSampler,
+    entries: list[dict[str, Any]],
+    nfe: Steps,
+    out: Path,
+    recipe: Recipe,
+    *,
+    writes: bool,
 ) -> EntriesWithFrames:
-    for entry in _entries(sampler, request, nfe):
+    for entry in entries:
         picker = FramePicker(recipe.model.frames, SHEET_FRAMES)
         path = out / entry["file"]
-        with growing_mp4(path, recipe.model.fps) as write:
+        with growing_mp4(path, recipe.model.fps) if writes else nullcontext(_discard) as write:
             log.info("%s can be played while it grows.", partial_path(path))
             timing = stream_video(sampler, entry["prompt"], entry["seed"], nfe, write, picker.add)
         log.info("%s: %s.", entry["file"], timing.summary(recipe.model.fps))
@@ -150,6 +173,10 @@ def _write_streamed(
         entry |= {"first_frame_seconds": round(timing.first, 4), "frames_per_second": round(timing.rate, 2)}
         entry |= {"parts": [[round(s, 4), frames] for s, frames in zip(*timing, strict=True)]}
         yield entry, picker.frames
+
+
+def _discard(pixels: Pixels) -> None:
+    """Write nothing, where another process that shares the video writes it."""
 
 
 def _entries(sampler: VideoSampler, request: SampleRequest, nfe: Steps) -> list[dict[str, Any]]:

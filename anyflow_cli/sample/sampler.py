@@ -38,7 +38,7 @@ from anyflow_cli.model.encoders import PictureEncoder, TextEncoder, VideoVAE
 from anyflow_cli.model.experts import bind as bind_network
 from anyflow_cli.model.experts import guidance_of, networks_of
 from anyflow_cli.model.network import FlowMapTransformer
-from anyflow_cli.model.parallelize import apply_attention
+from anyflow_cli.model.parallelize import apply_attention, apply_context
 from anyflow_cli.model.pictures import PictureConditioner, check_pictures
 from anyflow_cli.model.placement import PlacedNetwork, storage_of
 from anyflow_cli.model.precision import DTYPES_OF_PRECISION, autocast, resolve_precision
@@ -46,6 +46,7 @@ from anyflow_cli.recipe.schema import ExpertGuidance, MemorySection, ModelSectio
 from anyflow_cli.runs.open import open_model
 from anyflow_cli.sample.presets import SamplerPreset
 from anyflow_cli.sample.unipc import sample_unipc
+from anyflow_cli.utils.distributed import default_device
 
 Method = Literal["flow-map", "euler", "unipc", "consistency"]
 Steps = int | tuple[int, ...]  # per sampled chunk, in order; the last count serves all remaining chunks
@@ -142,9 +143,13 @@ class VideoSampler:
         method: Method | None = None,
         preset: SamplerPreset | None = None,
         device: torch.device | str | None = None,
+        context: int = 1,
     ) -> VideoSampler:
-        """Open a model by its address (see ``runs/open.py``), on the GPU if there is one."""
-        target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        """Open a model by its address (see ``runs/open.py``), on this process's GPU if there is one.
+
+        ``context`` processes share each video: all of them call the sampler with the same prompts and seeds.
+        """
+        target = torch.device(device or default_device())
         precision = resolve_precision(recipe.model.precision, target)
         memory, dtype = recipe.memory, DTYPES_OF_PRECISION[precision]
         place = "cpu" if memory.opens_on_host else target
@@ -177,6 +182,7 @@ class VideoSampler:
         network = opened.network.eval()
         placed = PlacedNetwork(network, memory, dtype, target)
         shape = vae.latent_shape(recipe.model.frames, recipe.model.height, recipe.model.width)
+        apply_context([network], context, target)
         apply_attention([network], recipe.model.attention, shape, precision, target)
         return cls(
             network,

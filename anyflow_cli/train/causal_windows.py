@@ -36,6 +36,7 @@ from anyflow_cli.model.causal import (
 )
 from anyflow_cli.model.conditioned import Conditioned
 from anyflow_cli.model.config import NetworkConfig
+from anyflow_cli.model.context_parallel import ContextGroup
 from anyflow_cli.model.experts import one_network
 from anyflow_cli.model.kv_cache import KeyCache
 from anyflow_cli.model.layout import Layout
@@ -82,10 +83,10 @@ class TrainingWindow:
         return condition.with_frames(self.x[:, : self.given])
 
     def by_frame(self, times: Tensor) -> Tensor:
-        """Expand times (B,) or (B, K) to those that networks take, (B,) or (B, F), on the device of x."""
+        """Expand times (B,) or (B, K) to those that networks take, (B,) or (B, F), in the type of x."""
         if self.chunks is not None:
             times = times.repeat_interleave(torch.tensor(self.chunks), dim=1)
-        return times.to(self.x)
+        return times.to(self.x.dtype)
 
 
 WindowOf = Callable[[Tensor, StepRng], TrainingWindow]
@@ -279,7 +280,7 @@ def rollout_calls(
         recomputes: Whether each chunk runs again in the backward pass, over a cache of its own.
         skipped: First frames that are generated without gradient.
     """
-    probe = _LayoutProbe(replace(network.config, layers=0))  # caches without memory
+    probe = _LayoutProbe(replace(network.config, layers=0), network.context)  # caches without memory
     model, chunks = cast("Conditioned", probe), split_after(partition, known)
     remember = remembered_for(causal_of(network.config), latent[0])
     empty = partial(KeyCache, model.network, chunks, latent[2:], 1, remember=remember)
@@ -308,11 +309,10 @@ class _LayoutProbe:
     """Takes the place of a network and of a conditioned one, and records the layout that a cache binds."""
 
     compute_dtype, device = torch.float32, torch.device("meta")
-    context = None  # one process has all tokens
     layout: Layout | None = None
 
-    def __init__(self, config: NetworkConfig) -> None:
-        self.config = config
+    def __init__(self, config: NetworkConfig, context: ContextGroup | None) -> None:
+        self.config, self.context = config, context
 
     @property
     def network(self) -> _LayoutProbe:

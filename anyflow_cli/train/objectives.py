@@ -262,7 +262,7 @@ class FlowMapTerm:
             null_mask=dropped,
             t_max=expert.interval.high,
         )  # fmt: skip
-        boundary = t == r
+        boundary = (t == r).to(x.device)
         return result.loss, {
             "loss": sums(result.loss, len(x)),
             "boundary": sums(result.errors, boundary),
@@ -386,7 +386,7 @@ class ConsistencyTerm:
         interval = self.experts.of_step(rng).interval
         drawn = times.sample_uniform(math.prod(shape), self.shift, rng.generator("times"), interval=interval)
         t = drawn.reshape(shape)
-        t = window.by_frame(rng.local(t))
+        t = window.by_frame(rng.local(t)).to(videos)
         eps = window.noise(window.of(batch_noise(seeds, videos.shape[1:])))
         z = losses.interpolate(window.x, eps, t)
         weight = times.loss_weight(self.settings.weight, self.shift)
@@ -639,10 +639,10 @@ def weighted(term: LossTerm, weight: float, prefix: str) -> LossTerm:
 
 
 def drop_text(batch: Batch, negative: Tensor, share: float, rng: StepRng) -> tuple[Batch, Tensor]:
-    """Replace the text of a ``share`` of the samples by ``negative`` (L, D); also return which, (B,)."""
+    """Replace the text of a ``share`` of the samples by ``negative`` (L, D); and which, (B,) on the host."""
     own = batch.condition.text
-    dropped = dropped_text(share, rng).to(own.device)
-    text = torch.where(dropped[:, None, None], negative.to(own), own)
+    dropped = dropped_text(share, rng)
+    text = torch.where(dropped.to(own.device)[:, None, None], negative.to(own), own)
     return replace(batch, condition=batch.condition.with_text(text)), dropped
 
 
@@ -656,7 +656,7 @@ def sums(values: Tensor, of: Tensor | int) -> Tensor:
     values = values.detach().double()
     if isinstance(of, int):
         return torch.stack([values * of, torch.full_like(values, of)])
-    return torch.stack([values[of].sum(), of.sum().double()])
+    return torch.stack([values.where(of, 0).sum(), of.sum().double()])  # an index by a mask would wait
 
 
 def power_and_motion(name: str, x: Tensor) -> Sums:

@@ -51,7 +51,8 @@ class BoundaryMean:
 
         Means of other names than ``boundary`` are of the micro-batches so far.
         """
-        found = self._reduce(torch.stack([values[mask].double().sum(), mask.sum().double()]))
+        chosen = values.double().where(mask, 0)  # selecting by the mask would wait for the device
+        found = self._reduce(torch.stack([chosen.sum(), mask.sum().double()]))
         total = self._totals[name] = self._totals.get(name, 0.0) + found
         return (total[0] / total[1]).to(values.dtype)
 

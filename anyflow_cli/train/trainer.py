@@ -16,7 +16,6 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, nullcontext
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -36,7 +35,7 @@ from anyflow_cli.train.ema import WeightEma
 from anyflow_cli.train.metrics import Metrics, finish_trackers, start_trackers
 from anyflow_cli.train.objectives import Objective, Phase, Sums, micro_batch
 from anyflow_cli.train.rng import BoundaryMean, StepRng, micro_positions, stream_seed
-from anyflow_cli.utils.distributed import world_size
+from anyflow_cli.utils.distributed import COLLECTIVE_TIMEOUT, world_size
 from anyflow_cli.utils.signals import stop_requests
 
 log = logging.getLogger(__name__)
@@ -44,9 +43,6 @@ log = logging.getLogger(__name__)
 OnStep = Callable[[int, Mapping[str, float]], None]
 PreviewHook = Callable[[int], None]
 NOT_SHARDED = schema.LaunchSection()
-# How long processes wait for the main one to sample previews and to save the finished model, which takes
-# longer than NCCL's default of ten minutes. A process that dies is noticed at once, by its launcher.
-COLLECTIVE_TIMEOUT = timedelta(hours=2)
 
 
 class BatchSource(Protocol):
@@ -112,15 +108,18 @@ class RoleOptimizer(nn.Module):
         with autocast(self.precision, batch.latents.device, keeps_casts=not self.sharded):
             return self.terms[term](batch, rng)
 
-    def update(self, step: int) -> float:
-        """Clip the gradient, take step ``step`` (from 1) if it is finite, clear it; return its norm."""
-        norm = float(full_tensor(nn.utils.clip_grad_norm_(self.weights, self.settings.grad_clip)))
+    def clip(self) -> Tensor:
+        """Clip the gradient; its norm before, () fp64."""
+        norm = full_tensor(nn.utils.clip_grad_norm_(self.weights, self.settings.grad_clip))
+        return norm.detach().double()
+
+    def update(self, step: int, norm: float) -> None:
+        """Take step ``step`` (from 1) if the gradient's norm is finite, and clear the gradient."""
         if math.isfinite(norm):
             for group in self.optimizer.param_groups:
                 group["lr"] = self.settings.lr * min(1.0, step / max(self.settings.warmup_steps, 1))
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return norm
 
     def load_optimizer(self, state: Mapping[str, Any]) -> None:
         """Restore a saved optimizer state, whether it was saved sharded or not.
@@ -273,7 +272,9 @@ class Trainer:
                     sums[name] = sums[name] + value if name in sums else value
             # one reduction per update; the first also carries which samples are corrupt
             more = [corrupt] if number == 0 else []
-            reduced: list[float] = self._reduce(torch.cat([*sums.values(), *more])).tolist()
+            total = self._reduce(torch.cat([*sums.values(), *more]))
+            # the only values of the step that the host waits for
+            *reduced, norm = torch.cat([total, role.clip().to(total).reshape(1)]).tolist()
             pairs = {name: reduced[2 * i : 2 * i + 2] for i, name in enumerate(sums)}
             places = [place for place, found in enumerate(reduced[2 * len(sums) :]) if found]
             if places:
@@ -281,7 +282,7 @@ class Trainer:
                 values["corrupt"] = float(len(places))
             means = {name: total / count for name, (total, count) in pairs.items() if count}
             self._check_finite(role.name, *means.values())
-            norm = role.update(self.step)
+            role.update(self.step, norm)
             self._check_finite(role.name, norm)
             values |= means | {f"{role.name}_gradient": norm}
         return values

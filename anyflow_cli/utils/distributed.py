@@ -9,12 +9,18 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from datetime import timedelta
+from typing import TYPE_CHECKING, TypeVar
 
 from anyflow_cli.errors import AnyflowError
 
 if TYPE_CHECKING:
     import torch
+
+Shared = TypeVar("Shared")
+# How long processes wait for one that samples or saves: longer than NCCL's default of ten minutes. A process
+# that dies is noticed at once, by its launcher.
+COLLECTIVE_TIMEOUT = timedelta(hours=2)
 
 
 def rank() -> int:
@@ -61,6 +67,39 @@ def process_group() -> Iterator[None]:
             _leave_group()
         raise
     _leave_group()
+
+
+def join_group() -> None:
+    """Form the group of all processes, if there are several and no one has."""
+    import torch
+    from torch import distributed
+
+    if world_size() > 1 and not distributed.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        distributed.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
+
+
+def from_first(value: Shared, group: torch.distributed.ProcessGroup | None = None) -> Shared:
+    """The value of the first process of a group, on all of them; None is all processes."""
+    import torch
+    from torch import distributed
+
+    if not distributed.is_initialized():
+        return value
+    values = [value]
+    distributed.broadcast_object_list(values, group_src=0, group=group, device=torch.device("cpu"))
+    return values[0]
+
+
+def from_all(value: Shared) -> list[Shared]:
+    """The values of all processes in order, on each of them."""
+    from torch import distributed
+
+    if not distributed.is_initialized():
+        return [value]
+    found: list[Shared | None] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(found, value)
+    return found  # type: ignore[return-value]
 
 
 def _leave_group() -> None:

@@ -15,6 +15,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from anyflow_cli.flow.condition import Condition
 from anyflow_cli.flow.velocity import batch_time
+from anyflow_cli.model.attention import SDPA
 from anyflow_cli.model.causal import TeacherForced, causal_of, chunks_of
 from anyflow_cli.model.conditioned import Conditioned
 from anyflow_cli.model.kv_cache import KeyCache
@@ -120,8 +121,8 @@ def test_memory_is_exactly_what_is_written() -> None:
         part.data_ptr() for part in memory
     ]
     assert not any(part.isnan().any() for part in memory)
-    # 3 compressed frames (chunks 0 and 1) of 4 tokens, 3 full ones (any two neighbours) of 16
-    assert cache.bytes == 2 * 2 * 2 * (3 * 4 + 3 * 16) * 32 * 4  # layers, key and value, batch; D, bytes
+    # for chunk 3: 1 compressed frame (chunk 0) of 4 tokens, 3 full ones (chunks 1, 2) of 16, and its own 2
+    assert cache.bytes == 2 * 2 * 2 * (4 + 5 * 16) * 32 * 4  # layers, key and value, batch; D, bytes
 
 
 def test_the_oldest_chunks_can_be_dropped() -> None:
@@ -129,7 +130,7 @@ def test_the_oldest_chunks_can_be_dropped() -> None:
     network = ours(far(2))
     x, model = video(partition), model_of(network)
     cache = KeyCache(network, partition, (8, 8), 2, remember=2)
-    assert cache.bytes == 2 * 2 * 2 * (2 * 4 + 16) * 32 * 4
+    assert cache.bytes == 2 * 2 * 2 * (2 * 4 + 16 + 16) * 32 * 4
     steps(cache, model, x, x)
     firsts = [segment.first for segment in cache._segments(())]
     assert firsts == [2, 3, 4]
@@ -145,7 +146,7 @@ def test_a_sink_stays_in_full_and_others_are_dropped() -> None:
     last = steps(cache, model, x, x)[-1]
     segments = [(segment.first, segment.patch) for segment in cache._segments(())]
     assert segments == [(0, "full"), (3, "compressed"), (4, "compressed"), (5, "full")]
-    assert cache.bytes == 2 * 2 * 2 * (16 + 2 * 4 + 16) * 32 * 4
+    assert cache.bytes == 2 * 2 * 2 * (16 + 2 * 4 + 16 + 16) * 32 * 4
     x[:, 0] += 1  # which the last chunk sees through the sink
     assert distance(steps(_again(cache, network), model, x, x)[-1], last) > 1e-4
 
@@ -251,3 +252,29 @@ def test_the_cache_is_on_the_device_that_an_offloaded_network_computes_on(
         assert {part.device.type for layer in layers for part in layer} == {"meta"}
     finally:
         distributed.destroy_process_group()
+
+
+def test_sampling_attends_to_the_cache_itself_and_training_to_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No step of sampling copies the past: keys of the chunk are written behind it. A gradient needs x."""
+    network = ours(far(3))
+    cache, model = KeyCache(network, PARTITION, (8, 8), 2), model_of(network)
+    x = video(PARTITION)
+    cache.prefill(x[:, : sum(PARTITION[:3])], model)
+    memory = {part.data_ptr() for layer in cache._memory.layers for part in layer}
+    seen: list[bool] = []
+
+    def kernel(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        if key.shape[1] != model.condition.text.shape[1]:
+            seen.append({key.data_ptr(), value.data_ptr()} <= memory)
+        return SDPA(query, key, value)
+
+    network.use_kernel(kernel)
+    z = x[:, : PARTITION[3]]
+    velocity = cache.next_velocity(model)
+    with torch.no_grad():
+        u = velocity(z, torch.full((2,), 0.5), torch.zeros(2))
+    assert seen == [True] * network.config.layers
+    seen.clear()
+    again = velocity(z.clone().requires_grad_(), torch.full((2,), 0.5), torch.zeros(2))
+    assert seen == [False] * network.config.layers
+    assert torch.equal(u, again)

@@ -50,7 +50,7 @@ def test_checkpoints_take_what_the_trainer_saves(lora: bool, tmp_path: Path) -> 
     for phase in run.optimizers:
         for parameter in phase.weights:
             parameter.grad = torch.zeros_like(parameter)
-        phase.update(1)
+        phase.update(1, norm=0.0)
     saved = checkpoint.save(tmp_path / "checkpoints", run.state(), keep=2)
     planned = checkpoint_usage(wanted)
     state = checkpoint.load(saved)

@@ -11,6 +11,7 @@ import torch
 
 from anyflow_cli.errors import UsageError
 from anyflow_cli.model.config import CausalConfig
+from anyflow_cli.model.context_parallel import ContextGroup
 from anyflow_cli.model.encoders import VideoVAE
 from anyflow_cli.model.kv_cache import KeyCache
 from anyflow_cli.model.network import FlowMapTransformer
@@ -213,3 +214,30 @@ def test_offloading_moves_what_is_held_to_the_cpu(folder: Path) -> None:
     held = sum(size["bytes"] for size in sizes.values()) + 2 * sum(trained) + max(trained)
     assert here.host == 0
     assert away.host == held + sizes["student"]["trainable_bytes"]
+
+
+@pytest.mark.parametrize("key", ["distill", "sample"])
+def test_processes_that_share_a_video_divide_its_tokens(folder: Path, key: str) -> None:
+    """Tokens and FLOPs are divided; weights are not, and text keys are computed by each."""
+    two = replace(CPU, count=2)
+    alone, shared = (
+        plan_stage(target(folder, two, launch=schema.LaunchSection(context_parallel=size)), key)
+        for size in (None, 2)
+    )
+    assert shared.tokens == alone.tokens // 2
+    if key == "distill":
+        assert shared.peak.parts["weights"] == alone.peak.parts["weights"]
+    # in training, each process now has the samples of both
+    assert shared.flops / alone.flops == pytest.approx(1 if key == "distill" else 0.5, rel=0.2)
+    assert shared.setup.ranks == 1
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_processes_that_share_a_video_have_heads_of_its_cache(folder: Path, size: int) -> None:
+    """Two divide the heads; three have them all, with a third of the tokens each."""
+    setup = target(folder, model=CHUNKS).setup(None, None, context=size)
+    causal = CausalConfig(partition=(1, 1, 1, 1), full_chunks=2)
+    network = FlowMapTransformer(replace(setup.network, two_time=True, causal=causal))
+    network.use_context(ContextGroup(size, 0, 2 if size == 2 else 1))
+    cache = KeyCache(network, (1, 1, 1, 1), setup.latent[2:], 3)
+    assert sampling_cost(setup, 3).cache == cache.bytes > 0

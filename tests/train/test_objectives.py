@@ -33,7 +33,7 @@ def batch(count: int = 4) -> Batch:
 
 def gradients(run: Any, phase: int, of: str) -> list[Tensor | None]:
     run.step, role = 1, run.optimizers[phase]
-    with patch.object(run, "optimizers", [role]), patch.object(role, "update", lambda step: 0.0):
+    with patch.object(run, "optimizers", [role]), patch.object(role, "update", lambda step, norm: None):
         run.train_step(batch(run.settings.global_batch))
     return [parameter.grad for parameter in run.backbone.parameters_of(of)]
 

@@ -1,0 +1,79 @@
+"""Several processes sample: videos of their own, or one together; the files are those of one process."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from anyflow_cli.cli.app import main
+from anyflow_cli.recipe.load import load_recipe
+from anyflow_cli.sample.sampler import VideoSampler
+from anyflow_cli.sample.shares import VideoShare
+from anyflow_cli.utils import distributed
+from anyflow_cli.utils.distributed import join_group
+from tests.model.helpers import distance
+from tests.train.ranks import start
+
+PROMPTS = ["a small red circle moving left", "a large blue square moving up", "a green triangle"]
+COMMON = ["--nfe", "2", "--set", "model.precision=fp32", "--json"]
+
+
+@pytest.mark.parametrize(
+    ("videos", "size", "world", "wanted"),
+    [(1, None, 1, (1, 1)), (1, None, 4, (4, 1)), (2, None, 4, (2, 2)), (3, None, 4, (2, 2)),
+     (9, None, 4, (1, 4)), (9, 2, 4, (2, 2)), (5, None, 6, (2, 3)), (0, None, 2, (2, 1))],
+)  # fmt: skip
+def test_processes_share_a_video_where_there_are_too_few(
+    videos: int, size: int | None, world: int, wanted: tuple[int, int]
+) -> None:
+    share = VideoShare.of_process(videos, size, world)
+    assert (share.size, share.groups) == wanted
+
+
+def test_the_videos_of_all_groups_are_joined_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    shares = [VideoShare(2, group, 2, writes) for group in (0, 1) for writes in (True, False)]
+    own = [share.own(range(5)) for share in shares]
+    monkeypatch.setattr("anyflow_cli.sample.shares.from_all", lambda value: own)
+    assert [share.joined(part, 5) for share, part in zip(shares, own, strict=True)] == [[0, 1, 2, 3, 4]] * 4
+
+
+def sample_together(directory: Path) -> None:
+    """What each of two processes does; several commands in turn stay in one group."""
+    distributed._leave_group = lambda: None
+    join_group()
+    recipe = load_recipe("tiny", ["model.precision=fp32"])
+    shared, alone = (VideoSampler.load("tiny-anyflow", recipe, device="cpu", context=n) for n in (2, 1))
+    one, other = (next(sampler.latents(PROMPTS[:1], [3], 2)) for sampler in (shared, alone))
+    assert distance(one, other) < 1e-5
+    runs = ["--runs", str(directory)]
+    for prompts, more in ((PROMPTS[:1], []), (PROMPTS, []), (PROMPTS, ["launch.context_parallel=2"])):
+        named = [part for prompt in prompts for part in ("--prompt", prompt)]
+        keys = [part for key in more for part in ("--set", key)]
+        torch.distributed.barrier()
+        assert main(["sample", *named, *COMMON, *runs, *keys]) == 0
+
+
+def test_two_processes_write_the_files_of_one(tmp_path: Path) -> None:
+    assert start(2, sample_together, tmp_path) == [0, 0]
+    folders = sorted((tmp_path / "tiny" / "samples").iterdir())
+    assert [folder.name for folder in folders] == ["0001", "0002", "0003"]
+    for folder, prompts in zip(folders, (PROMPTS[:1], PROMPTS, PROMPTS), strict=True):
+        record = json.loads((folder / "samples.json").read_text())
+        assert [entry["prompt"] for entry in record["samples"]] == prompts
+        files = {entry["file"] for entry in record["samples"]}
+        assert {path.name for path in folder.iterdir()} == files | {"sheet.png", "samples.json"}
+        assert all(entry["network_seconds"] > 0 for entry in record["samples"])
+
+
+def test_processes_that_form_no_groups_are_refused_by_a_dry_run(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for verb in (["sample", "--prompt", "a circle"], ["distill"]):
+        assert main([*verb, "--dry-run", "--nproc", "3", "--set", "launch.context_parallel=2"]) == 2
+        shown = capsys.readouterr().err
+        assert "launch.context_parallel is 2, and 3 processes do not form groups of 2" in shown
+    assert main(["sample", "--prompt", "a circle", "--dry-run", "--nproc", "4"]) == 0
+    assert "4 share the tokens of each video" in capsys.readouterr().out
