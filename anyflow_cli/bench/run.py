@@ -43,7 +43,7 @@ from anyflow_cli.model.pipeline_io import PIPELINES, load_network, write_transfo
 from anyflow_cli.model.precision import autocast
 from anyflow_cli.plan.estimate import MACHINE, PLANNED_STAGES, Target, step_moments, target_of, training_setup
 from anyflow_cli.plan.hardware import this_machine
-from anyflow_cli.plan.networks import Setup, meta_backbone
+from anyflow_cli.plan.networks import Setup, condition_of, meta_backbone
 from anyflow_cli.plan.steps import sampling_cost, step_cost
 from anyflow_cli.recipe import schema
 from anyflow_cli.sample.sampler import VideoSampler
@@ -102,6 +102,13 @@ def section_of(recipe: schema.Recipe, stage: str) -> schema.TrainingSection:
     return section
 
 
+def random_condition(setup: Setup, samples: int, device: torch.device) -> Condition:
+    """Random text, and pictures where the network takes them."""
+    empty = condition_of(setup, samples, "meta")
+    shapes = {name: getattr(empty, name).shape for name in empty.present}
+    return Condition(**{name: torch.randn(shape, device=device) for name, shape in shapes.items()})
+
+
 def random_backbone(setup: Setup, device: torch.device) -> Backbone:
     """The networks of a process, as training builds them, with random weights."""
     backbone = meta_backbone(setup).to_empty(device=device)
@@ -142,12 +149,12 @@ class Runner:
         """Latents by ours and by diffusers over the same weights, then pixels."""
         setup = self.target.setup(None, self.frames)
         network = random_backbone(setup, self.device).network_of("student").eval().requires_grad_(False)
-        text = torch.randn(1, *setup.text, device=self.device)
+        condition = random_condition(setup, 1, self.device)
         sampler = VideoSampler(network, self.target.recipe.model, setup.latent, vae=self._random_vae())
         samplers: dict[str, Callable[[int], object]] = {
-            OURS: lambda steps: list(sampler.latents(Condition(text), [0], steps))
+            OURS: lambda steps: list(sampler.latents(condition, [0], steps))
         }
-        if theirs := self._diffusers_sampler(network, setup, text):
+        if theirs := self._diffusers_sampler(network, setup, condition.text):
             samplers[THEIRS] = theirs
         calls = {
             (who, steps): partial(call, steps) for who, call in samplers.items() for steps in (1, VIDEO_STEPS)
@@ -163,7 +170,7 @@ class Runner:
         floor, peak = self.machine.floor(flops, evaluations * size), self._peak(calls[OURS, VIDEO_STEPS])
         whole = f"latents in {VIDEO_STEPS} steps"
         yield whole, Row(seconds[OURS, VIDEO_STEPS], floor, flops, seconds.get((THEIRS, VIDEO_STEPS)), peak)
-        yield from self._pixels(sampler, Condition(text))
+        yield from self._pixels(sampler, condition)
 
     def training(self) -> Iterator[tuple[str, Row]]:
         """Whole iterations of both stages, optimizers and averages included."""
@@ -247,11 +254,11 @@ class Runner:
         backbone, count = random_backbone(setup, self.device), settings.global_batch
         parallelize(backbone.networks(), recipe.model, recipe.launch, self.device)
         latents = torch.randn(count, *setup.latent, device=self.device)
-        text = torch.randn(count, *setup.text, device=self.device)
+        condition = random_condition(setup, count, self.device)
         trainer = Trainer(
             Path("bench"),  # where nothing is written
-            objective_of(recipe.model, settings, backbone, text[0]),
-            RandomBatches(Batch(latents, Condition(text), [""] * count, [0] * count)),
+            objective_of(recipe.model, settings, backbone, condition.text[0]),
+            RandomBatches(Batch(latents, condition, [""] * count, [0] * count)),
             settings,
             accelerator=make_accelerator(partly=recipe.model.causal is not None),
             precision=setup.precision,
