@@ -778,6 +778,11 @@ class Recipe(Section):
     @classmethod
     def _call_alike(cls, launch: LaunchSection, info: ValidationInfo) -> LaunchSection:
         stages = [info.data[name] for name in ("train_flowmap", "distill", "finetune") if name in info.data]
-        alike = all(1 not in scales_of(stage.flow_map.guidance) for stage in stages)
+        alike = all(
+            1 not in scales_of(stage.flow_map.guidance)
+            or stage.flow_map.target == "teacher"
+            or stage.flow_map.objective == "composition"
+            for stage in stages
+        )
         must = "have sharding none where a flow_map.guidance is 1: processes would not call the network alike"
         return require(launch.sharding == "none" or alike, launch, must)

@@ -265,6 +265,17 @@ def test_settings_that_cannot_work_are_refused(recipe: str, overrides: list[str]
 
 
 @pytest.mark.parametrize(
+    "keys", ["{guidance: 1, target: teacher, adaptive: off}", "{guidance: 1, objective: composition}"]
+)
+def test_without_guidance_sharded_processes_may_learn_from_a_teacher_or_by_composition(keys: str) -> None:
+    stages = [f"{stage}.flow_map={keys}" for stage in ("train_flowmap", "distill", "finetune")]
+    assert load_recipe("tiny", [*stages, "launch.sharding=full"]).launch.sharding == "full"
+    plain = [f"{stage}.flow_map.guidance=1" for stage in ("train_flowmap", "distill", "finetune")]
+    with pytest.raises(UsageError, match="would not call the network alike"):
+        load_recipe("tiny", [*plain, "launch.sharding=full"])
+
+
+@pytest.mark.parametrize(
     ("value", "meaning"), [("true", "sample"), ("false", "off"), ("off", "off"), ("group", "group")]
 )
 def test_eq_7_was_a_switch_and_is_a_choice(value: str, meaning: str) -> None:
