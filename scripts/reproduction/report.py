@@ -120,7 +120,7 @@ def introduction(records: Records) -> str:
         "`python scripts/paper.py run` makes the records, and continues where it stopped. The model is the "
         "tiny one (1.8 million weights), the suite `shapes`, Total from 0 to 100.",
         f"**{len(done)} of {planned} cells have run**, {seconds / 3600:.1f} processor hours of training, on "
-        f"{', '.join(devices) or 'no device yet'}. Rows without a record are left out.",
+        f"{', '.join(devices) or 'no device'}. Rows without a record are left out.",
         f"Every row of a command costs as many planned FLOPs as the row `{REFERENCE['train-flowmap']}` or "
         f"`{REFERENCE['distill']}`; prompts per score: {', '.join(map(str, prompts)) or '384'}, the same for "
         "all. Intervals are the central 95 % of a bootstrap over prompts and, where there are several, over "
