@@ -1,13 +1,15 @@
-"""Batches of latents from shards, in an order that is a function of seed and step.
+"""Batches of latents, of our shards or a published data set, in an order that follows from (seed, step).
 
 Every rank computes the global batch of a step without communication: one seeded permutation per epoch, cut
 into batches, one epoch running into the next. So the order is the same on any number of ranks, processes and
 workers, and a run resumes at step s by loading step s. Reading is random access into tar archives, one range
 of bytes per sample by the shards' indices, from anywhere (``storage.py``). Memory holds the permutations of
-two epochs and the indices: 44 bytes per sample.
+two epochs and the indices: 44 bytes per sample of one latent shape.
 
-A corrupt sample is replaced by the next readable one in the order of the shards on every rank alike, so
-global batches stay complete and the same on any number of ranks. The rank that reads it names it;
+Samples of one shape are a bucket, and every batch is from one bucket; buckets take turns (``Batches``).
+
+A corrupt sample is replaced by the next readable one of its bucket, in the order of the shards, on every rank
+alike, so global batches stay complete and the same on any number of ranks. The rank that reads it names it;
 ``Batches.account`` counts it on all ranks and ends the run beyond the recipe's limit.
 
 Legend: B batch, F latent frames, C channels, H W latent height and width, L text tokens, D text width.
