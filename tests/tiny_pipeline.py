@@ -25,6 +25,7 @@ PICTURE_SETTINGS: dict[str, dict[str, Any]] = {
     "2.1 FLF2V": {"image_dim": CLIP_DIM, "added_kv_proj_dim": 32, "pos_embed_seq_len": 2 * CLIP_TOKENS},
     "2.2 I2V": {},
 }
+I2V_A14B = "2.2 I2V A14B"  # two experts
 TI2V_VAE = {
     "is_residual": True, "patch_size": 2, "in_channels": 12, "out_channels": 12, "scale_factor_spatial": 16
 }  # fmt: skip
@@ -41,19 +42,31 @@ def make_ti2v_folder(target: Path, seed: int = 0, **changes: Any) -> Path:
 
 
 def make_i2v_folder(target: Path, kind: str = "2.1 I2V", seed: int = 0, **changes: Any) -> Path:
-    """Write a folder of an image-to-video Wan, one of ``PICTURE_SETTINGS``."""
-    settings = {"in_channels": 2 * CHANNELS + 4, **PICTURE_SETTINGS[kind], **changes}
+    """Write a folder of an image-to-video Wan, one of ``PICTURE_SETTINGS`` or of two experts."""
+    own = PICTURE_SETTINGS.get(kind, {})
+    settings = {"in_channels": 2 * CHANNELS + 4, **own, **changes}
     clip = {"image_encoder": None, "image_processor": None}
-    if PICTURE_SETTINGS[kind]:
+    if own:
         clip = {"image_encoder": _image_encoder(), "image_processor": _image_processor()}
-    return _write(target, "WanImageToVideoPipeline", seed, settings, **clip)
+    boundary = 0.9 if kind == I2V_A14B else None
+    return _write(target, "WanImageToVideoPipeline", seed, settings, boundary=boundary, **clip)
 
 
-def _write(target: Path, pipeline: str, seed: int, changes: Any, vae: Any = None, **components: Any) -> Path:
+def _write(
+    target: Path,
+    pipeline: str,
+    seed: int,
+    changes: Any,
+    vae: Any = None,
+    boundary: float | None = None,
+    **components: Any,
+) -> Path:
     import diffusers
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        if boundary is not None:
+            components |= {"transformer_2": wan_transformer(**changes), "boundary_ratio": boundary}
         getattr(diffusers, pipeline)(
             tokenizer=_tokenizer(),
             text_encoder=_text_encoder(),

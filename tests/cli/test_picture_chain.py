@@ -15,7 +15,14 @@ from anyflow_cli.cli.app import main
 from anyflow_cli.data.dataset import LatentData
 from anyflow_cli.recipe.compare import dump
 from anyflow_cli.recipe.schema import Recipe
-from tests.tiny_pipeline import CLIP_DIM, CLIP_TOKENS, PICTURE_SETTINGS, make_i2v_folder, make_ti2v_folder
+from tests.tiny_pipeline import (
+    CLIP_DIM,
+    CLIP_TOKENS,
+    I2V_A14B,
+    PICTURE_SETTINGS,
+    make_i2v_folder,
+    make_ti2v_folder,
+)
 from tests.train.stage import make_data, make_recipe
 
 Capture = pytest.CaptureFixture[str]
@@ -24,6 +31,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "2.1 I2V": {"pictures": "first"},
     "2.1 FLF2V": {"pictures": "first-last"},
     "2.2 I2V": {"pictures": "first"},
+    I2V_A14B: {"pictures": "first"},
     "5B": {"pictures": "optional-first", "vae_scale": 16, "height": 64, "width": 64},
     "causal 5B": {"vae_scale": 16, "height": 64, "width": 64, "causal": CAUSAL},
 }

@@ -13,15 +13,16 @@ from torch import Tensor
 from anyflow_cli.data.video import Pixels
 from anyflow_cli.errors import UsageError
 from anyflow_cli.flow.noise import noise
+from anyflow_cli.model.experts import each_expert
 from anyflow_cli.model.network import two_time_from
 from anyflow_cli.model.pipeline_io import load_network, save_pipeline
 from anyflow_cli.recipe.schema import ModelSection, Pictures, Recipe, SampleSection
 from anyflow_cli.sample.sampler import VideoSampler
-from tests.tiny_pipeline import PICTURE_SETTINGS, make_i2v_folder, make_ti2v_folder
+from tests.tiny_pipeline import I2V_A14B, PICTURE_SETTINGS, make_i2v_folder, make_ti2v_folder
 
 PROMPTS = ["a small red circle moving left", "a large blue square"]
 TI2V = "2.2 TI2V"
-KINDS = (*PICTURE_SETTINGS, TI2V)
+KINDS = (*PICTURE_SETTINGS, I2V_A14B, TI2V)
 TEXT = 512  # diffusers splits CLIP's tokens from text by this length
 SIZE = {kind: (64, 96) if kind == TI2V else (32, 48) for kind in KINDS}
 SHAPE = (3, 8, 4, 6)  # of 9 frames, at both factors
@@ -98,7 +99,8 @@ def test_without_a_picture_ti2v_samples_from_text_like_its_pipeline(tmp_path: Pa
 def test_an_any_step_folder_of_it_samples_from_pictures(teacher: tuple[str, Path]) -> None:
     """The folder opens again; each video of a batch follows its own picture, whatever the batch."""
     kind, folder = teacher
-    saved = save_pipeline(folder.parent / "any-step", two_time_from(load_network(folder)), folder, {})
+    any_step = each_expert(load_network(folder), two_time_from)
+    saved = save_pipeline(folder.parent / "any-step", any_step, folder, {})
     sampler = VideoSampler.load(str(saved), recipe_for(kind, folder))
     last = picture(kind, 9) if "FLF" in kind else None
     both = np.stack([picture(kind, 1), picture(kind, 2)])[:, None]
