@@ -32,7 +32,7 @@ from anyflow_cli.model.experts import ExpertWeights, by_expert, each_expert
 from anyflow_cli.model.layouts.names import TRANSFORMER_NAMES
 from anyflow_cli.model.lora import LoraSize
 from anyflow_cli.model.lora_formats import split_loras
-from anyflow_cli.model.network import folded, two_time_from
+from anyflow_cli.model.network import folded, stored_as, two_time_from
 from anyflow_cli.model.pipeline_io import Adapter, load_adapter, save_adapter, save_pipeline
 from anyflow_cli.model.transplant import Transplanted
 from anyflow_cli.model.weights_io import LazyWeight, WeightSource, write_weights
@@ -51,7 +51,9 @@ DIFFUSERS_LORA, COMFYUI_LORA = "pytorch_lora_weights.safetensors", "comfyui_lora
 NUMBER = re.compile(r"-?\d*\.?\d+")
 ADAPTER = "adapter"  # directory of a finished run with its adapter
 COMFYUI_PREFIX = "model.diffusion_model."
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {
+    "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.float8_e4m3fn
+}  # fmt: skip
 
 
 def export_model(
@@ -70,7 +72,7 @@ def export_model(
         recipe: Recipe, whose teacher supplies text encoder and VAE where the model has none.
         kind: Format.
         out: Folder or file to write.
-        dtype: Type of all weights (``fp32``, ``bf16``, ``fp16``); None: as they are.
+        dtype: Type of the weights: a key of ``DTYPES``, see ``stored_as``; None: as they are.
         extraction: For ``adapter``: extract it from full weights.
         onto: Write another base with the model's change in it.
 
@@ -263,7 +265,7 @@ def write_lora_files(folder: Path, adapter: Adapter) -> None:
         for name, weight in scaled.items():
             layer, _, side = name.rpartition(".lora_")
             stored[f"{prefix}{name_of(layer)}.lora_{side}"] = LazyWeight.of(weight)
-        _write(folder / file, stored, metadata if file == DIFFUSERS_LORA else {}, None)
+        _write(folder / file, stored, metadata if file == DIFFUSERS_LORA else {})
 
 
 def write_merged(
@@ -272,7 +274,7 @@ def write_merged(
     """Write one safetensors file with diffusers' names, configuration and lineage in its metadata."""
     config, weights = folded(network.config, network.lazy_weights())
     metadata = {"config": json.dumps(config.to_diffusers()), "lineage": json.dumps(lineage)}
-    _write(path, weights, metadata, dtype)
+    _write(path, stored_as(weights, DTYPES[dtype] if dtype else None), metadata)
 
 
 def write_comfyui(
@@ -280,17 +282,13 @@ def write_comfyui(
 ) -> None:
     """Write one safetensors file with the original names under ComfyUI's prefix."""
     config, weights = folded(network.config, network.lazy_weights())
-    renamed = {
-        COMFYUI_PREFIX + TRANSFORMER_NAMES.to_original(name): weight for name, weight in weights.items()
-    }
+    stored = stored_as(weights, DTYPES[dtype] if dtype else None)
+    renamed = {COMFYUI_PREFIX + TRANSFORMER_NAMES.to_original(name): one for name, one in stored.items()}
     # What shapes do not tell. The key "config" would change how ComfyUI detects the model.
     facts = {"gate": str(config.gate), "delta": config.delta, "head_dim": str(config.head_dim)}
-    _write(path, renamed, facts | {"lineage": json.dumps(lineage)}, dtype)
+    _write(path, renamed, facts | {"lineage": json.dumps(lineage)})
 
 
-def _write(
-    path: Path, weights: Mapping[str, LazyWeight], metadata: Mapping[str, str], dtype: str | None
-) -> None:
-    stored = {name: weight.to(DTYPES[dtype] if dtype else weight.dtype) for name, weight in weights.items()}
+def _write(path: Path, weights: Mapping[str, LazyWeight], metadata: Mapping[str, str]) -> None:
     with atomic_write(path) as temporary:
-        write_weights(temporary, stored, {"format": "pt", **metadata})
+        write_weights(temporary, weights, {"format": "pt", **metadata})

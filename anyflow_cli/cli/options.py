@@ -448,8 +448,8 @@ FormatOption = Annotated[
     ),
 ]  # fmt: skip
 DtypeOption = Annotated[
-    Literal["fp32", "bf16", "fp16"] | None,
-    _option("Type of the stored weights. Default: unchanged.", "--dtype"),
+    Literal["fp32", "bf16", "fp16", "fp8"] | None,
+    _option("Type of the stored weights; fp8: of the blocks' matrices, bf16 elsewhere.", "--dtype"),
 ]
 GpusOption = Annotated[
     str | None,
@@ -590,9 +590,9 @@ def with_placement(recipe: Recipe, command: str, model: str | None = None) -> Re
     import torch
 
     if recipe.memory.weights == "int8":
-        from anyflow_cli.model.placement import require_torchao
+        from anyflow_cli.model.base_storage import require_package
 
-        require_torchao()
+        require_package("int8")
     if recipe.memory.limit == "auto" and not torch.cuda.is_available():
         return recipe
 

@@ -85,7 +85,26 @@ class TrainingCommand:
             "--nproc": ("launch.processes", self.processes),
         }
         recipe = options.load_settings(self.recipe, self.assignments, {**self.overrides, **common})
-        return options.merge_lora_files(recipe, self.loras, self.lora_key)
+        return self.fitted(options.merge_lora_files(recipe, self.loras, self.lora_key))
+
+    def fitted(self, recipe: Recipe) -> Recipe:
+        """The recipe with the blocks to recompute chosen, its optional packages present."""
+        from anyflow_cli.model.base_storage import require_package
+
+        for setting in (recipe.model.base_weights, getattr(recipe, self.section).optimizer.states):
+            require_package(setting)
+        if recipe.model.gradient_checkpointing != "auto":
+            return recipe
+        from anyflow_cli.plan.estimate import choose_checkpointing
+        from anyflow_cli.plan.hardware import this_machine
+
+        tunes = self.section == "train_flowmap" and recipe.train_flowmap.objective == "flow-matching"
+        stage = "tune" if tunes else "distill" if self.section == "distill" else "train-flowmap"
+        chosen = choose_checkpointing(recipe, stage, this_machine())
+        every = chosen.model.checkpoint_every_n_blocks
+        recomputed = f"one block of {every}" if chosen.model.gradient_checkpointing else "no block"
+        log.info("Recomputed in the backward pass: %s, by the plan of this machine.", recomputed)
+        return chosen
 
     def encode_videos(self, recipe: Recipe, paths: RunPaths) -> Path | None:
         """The data set of the command's videos; None in a dry run unless they are encoded."""

@@ -31,6 +31,7 @@ from anyflow_cli.errors import UsageError
 from anyflow_cli.flow.condition import Condition
 from anyflow_cli.flow.noise import fold_seed
 from anyflow_cli.flow.velocity import Velocity
+from anyflow_cli.model.base_storage import store_base
 from anyflow_cli.model.causal import FAR, as_causal
 from anyflow_cli.model.config import CausalConfig
 from anyflow_cli.model.experts import bind, each_expert, networks_of
@@ -143,6 +144,9 @@ class Backbone(nn.Module):
             expert=model.expert,
             seed=seed,
         )
+        if model.base_weights != "full":
+            for network in backbone.networks():
+                store_base(network, model.base_weights)
         if sources.student_adapter is not None:
             backbone.load_state_dict_of("student", sources.student_adapter)
         return backbone

@@ -383,6 +383,13 @@ def is_quantizable(name: str) -> bool:
     return "blocks." in name and not kept_in_fp32(name)
 
 
+def stored_as(weights: Mapping[str, LazyWeight], dtype: torch.dtype | None) -> dict[str, LazyWeight]:
+    """Weights cast to a type when they are written; of fp8 the matrices of the blocks alone, others bf16."""
+    if dtype == torch.float8_e4m3fn:
+        return {name: one.to(weight_dtype(name, torch.bfloat16, dtype)) for name, one in weights.items()}
+    return {name: one.to(dtype or one.dtype) for name, one in weights.items()}
+
+
 def weight_dtype(name: str, dtype: torch.dtype, storage: torch.dtype | None = None) -> torch.dtype:
     """Type in which a parameter is stored.
 

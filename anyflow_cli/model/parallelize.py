@@ -38,6 +38,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from anyflow_cli.model.attention import AttentionShape, Kernel, choose_kernel
+from anyflow_cli.model.base_storage import keep_base_on_host
 from anyflow_cli.model.context_parallel import context_groups
 from anyflow_cli.model.experts import networks_of
 from anyflow_cli.model.network import FlowMapTransformer
@@ -63,12 +64,15 @@ def parallelize(
         apply_fsdp(networks, launch, device)
     else:
         for network in networks:
-            network.to(device)
+            if launch.offload:
+                keep_base_on_host(network, device)
+            else:
+                network.to(device)
 
 
 def apply_checkpointing(network: FlowMapTransformer, model: schema.ModelSection) -> None:
     """Recompute every n-th block in the backward pass, where the recipe asks for it."""
-    network.gradient_checkpointing = model.gradient_checkpointing
+    network.gradient_checkpointing = bool(model.gradient_checkpointing)  # auto, where nothing chose: all
     network.checkpoint_every_n_blocks = model.checkpoint_every_n_blocks
 
 

@@ -39,7 +39,7 @@ from anyflow_cli.model.layouts.expert_files import (
 )
 from anyflow_cli.model.lora import LoraSize, adapter_problems
 from anyflow_cli.model.lora_formats import LoraMerged, add_loras, split_loras
-from anyflow_cli.model.network import FlowMapTransformer, folded
+from anyflow_cli.model.network import FlowMapTransformer, folded, stored_as
 from anyflow_cli.model.weights_io import (
     FETCH,
     TRANSFORMER_STEM,
@@ -325,7 +325,7 @@ def write_transformer(
     assert not any(".lora_" in name for name in weights), "an adapter was not merged"
     folder.mkdir(parents=True)
     write_json(folder / "config.json", config.to_diffusers() | {"_diffusers_version": version("diffusers")})
-    stored = {name: weight.to(dtype or weight.dtype) for name, weight in weights.items()}
+    stored = stored_as(weights, dtype)
     split = split_state_dict_into_shards_factory(
         stored,
         get_storage_size=lambda weight: weight.nbytes,

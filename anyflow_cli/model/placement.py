@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from anyflow_cli.errors import UsageError
+from anyflow_cli.model.base_storage import require_package
 from anyflow_cli.model.experts import ExpertPair, keep_idle_on_host, networks_of
 from anyflow_cli.model.network import FlowMapTransformer, is_quantizable
 from anyflow_cli.recipe.schema import MemorySection
@@ -82,21 +82,13 @@ def cast_layers(network: FlowMapTransformer, dtype: torch.dtype) -> None:
 
 def quantize_int8(network: FlowMapTransformer) -> None:
     """Store the matrices of the blocks as int8 with a scale per row, by torchao."""
-    require_torchao()
+    require_package("int8")
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
     def is_matrix(module: nn.Module, name: str) -> bool:
         return isinstance(module, nn.Linear) and is_quantizable(f"{name}.weight")
 
     quantize_(network, Int8WeightOnlyConfig(), is_matrix)
-
-
-def require_torchao() -> None:
-    """Refuse int8 weights where torchao is not installed."""
-    from importlib.util import find_spec
-
-    if find_spec("torchao") is None:
-        raise UsageError("Weights in int8 need the package torchao.", "Run `pip install torchao`.")
 
 
 def stream_weights(module: nn.Module, device: torch.device, *, prefetch: bool, whole_blocks: bool) -> None:

@@ -30,6 +30,7 @@ FETCH = "Fetch or save the model again."
 LFS_POINTER = b"version https://git-lfs"
 # safetensors' name of a type -> torch's; its writer orders tensors by type, in the reverse of this order
 FLOAT_TYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+WRITTEN_TYPES = {"F8_E4M3": torch.float8_e4m3fn, **FLOAT_TYPES}
 
 
 class TensorInfo(NamedTuple):
@@ -255,9 +256,9 @@ def write_weights(file: Path, weights: Mapping[str, LazyWeight], metadata: Mappi
 
     The bytes are those of ``safetensors.torch.save_file``: larger types first, then by name.
     """
-    order = list(FLOAT_TYPES.values())
+    order = list(WRITTEN_TYPES.values())
     names = sorted(weights, key=lambda name: (-order.index(weights[name].dtype), name))
-    types = {dtype: name for name, dtype in FLOAT_TYPES.items()}
+    types = {dtype: name for name, dtype in WRITTEN_TYPES.items()}
     header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
     offset = 0
     for name in names:

@@ -92,13 +92,18 @@ def _of_training(section: str, recipe: Recipe, hardware: Hardware) -> Iterator[l
         if recipe.launch.sharding != "full" and hardware.count > 1:
             sharding.append(Change(full, "weights are exchanged block by block"))
         if hardware.is_gpu and not recipe.launch.offload:
-            price = "weights come from the host's memory: slow"
-            sharding.append(Change({**full, "launch.offload": True}, price))
+            price, alone = "weights come from the host's memory: slow", hardware.count == 1
+            sharded = {} if alone and model.lora is not None else full
+            sharding.append(Change({**sharded, "launch.offload": True}, price))
         yield sharding
     size = settings.micro_batch or settings.global_batch
     yield _halves(f"{section}.micro_batch", size, "more and smaller passes")
     if settings.preview_every:
         yield [Change({f"{section}.preview_every": 0}, "no previews")]
+    if settings.optimizer.states == "fp32":
+        yield [Change({f"{section}.optimizer.states": "8bit"}, "moments in 8 bits, by torchao")]
+    if model.lora is not None and model.base_weights == "full":
+        yield [Change({"model.base_weights": "fp8"}, "the frozen base is rounded to fp8")]
     price = "adapters of a lower rank than the paper's" if model.lora else "adapters instead of all weights"
     ranks = [rank for rank in RANKS if model.lora is None or rank < model.lora.rank]
     yield [Change({"model.lora.rank": rank, "model.lora.alpha": rank}, price) for rank in ranks]

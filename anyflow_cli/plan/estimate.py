@@ -14,12 +14,13 @@ from typing import Any, NamedTuple
 import torch
 
 from anyflow_cli.errors import UsageError
+from anyflow_cli.model.base_storage import frozen_matrices
 from anyflow_cli.model.config import NetworkConfig
 from anyflow_cli.model.pipeline_io import read_config
 from anyflow_cli.model.pipeline_sizes import PipelineSizes, pipeline_sizes
 from anyflow_cli.model.precision import Precision, resolve_precision
 from anyflow_cli.plan.advice import Advice, advise
-from anyflow_cli.plan.hardware import Hardware, this_machine
+from anyflow_cli.plan.hardware import PINNED_LINK, Hardware, this_machine
 from anyflow_cli.plan.ladder import SampledParts, rung_in_words, rungs, settings_of
 from anyflow_cli.plan.networks import Setup, condition_of, decoding_cost, fake_backbone, role_sizes
 from anyflow_cli.plan.steps import Moment, keeps_gradients, sampling_cost, step_cost
@@ -252,14 +253,37 @@ def _own_scores(target: Target, settings: schema.DistillSection) -> NetworkConfi
     return None if are_adapters and sizes[0] == sizes[1] else scores
 
 
+CHECKPOINTED = [{"gradient_checkpointing": False, "checkpoint_every_n_blocks": 1}] + [
+    {"gradient_checkpointing": True, "checkpoint_every_n_blocks": every} for every in (4, 3, 2, 1)
+]  # of "auto", mildest first
+
+
+def choose_checkpointing(recipe: schema.Recipe, key: str, hardware: Hardware) -> schema.Recipe:
+    """The recipe with as few recomputed blocks as fit a stage on a machine, or with all."""
+    for values in CHECKPOINTED:
+        chosen = with_values(recipe, {f"model.{name}": value for name, value in values.items()})
+        if plan_stage(target_of(chosen, hardware), key).peak.total <= hardware.usable:
+            break
+    return chosen
+
+
 def _training(target: Target, key: str) -> StagePlan:
+    if target.recipe.model.gradient_checkpointing == "auto":
+        chosen = choose_checkpointing(target.recipe, key, target.hardware)
+        return _training(target._replace(recipe=chosen), key)
     setup = training_setup(target, key)
     step, settings = step_cost(setup), setup.settings
     assert settings is not None
     moments = [*step_moments(setup), *_preview_moments(target, setup, settings)]
-    host = sum(_unsharded(setup).values()) // (setup.shards or 1) if setup.offload else 0
+    host, copies = 0, 0.0
+    if setup.offload:
+        base = base_bytes(setup).whole if setup.shards is None else 0
+        host = base or sum(_unsharded(setup).values()) // (setup.shards or 1)
+        copies = base * step.reads / PINNED_LINK
     peak = max(moments, key=lambda one: one.total)
-    return StagePlan(key, setup, peak, step.flops, settings.steps, rollout=step.rollout, host=host)
+    return StagePlan(
+        key, setup, peak, step.flops, settings.steps, rollout=step.rollout, host=host, copies=copies
+    )
 
 
 def _unsharded(setup: Setup) -> dict[str, int]:
@@ -271,9 +295,33 @@ def _unsharded(setup: Setup) -> dict[str, int]:
     return {
         "weights": sum(size["bytes"] for size in sizes.values()),
         "gradients": gradients * keeps_gradients(setup),
-        "optimizer": 2 * sum(trained),
+        "optimizer": int(optimizer_bytes(setup) * sum(trained) / FP32),
         "ema": sizes["student"]["trainable_bytes"],
     }
+
+
+def optimizer_bytes(setup: Setup) -> float:
+    """Bytes of both moments per trained value; 8-bit ones have a scale for each 256 values."""
+    eight = setup.settings is not None and setup.settings.optimizer.states == "8bit"
+    return 2 * (1 + FP32 / 256) if eight else 2 * FP32
+
+
+class BaseBytes(NamedTuple):
+    """Bytes of the frozen matrices under adapters: all, and those of one block of each network."""
+
+    whole: int
+    block: int
+
+
+def base_bytes(setup: Setup) -> BaseBytes:
+    """Sizes of what ``launch.offload`` without sharding keeps in the host's memory."""
+    backbone, whole, blocks = fake_backbone(setup, 1), 0, 0
+    for network in backbone.networks():
+        layers = [p for layer in frozen_matrices(network) for p in layer.parameters() if p.dim() == 2]
+        block = sum(p.nbytes for p in layers) // setup.unit
+        own = setup.network if network is backbone.network_of("student") else setup.scores or setup.network
+        whole, blocks = whole + own.layers * block, blocks + block
+    return BaseBytes(whole, blocks)
 
 
 def held(setup: Setup) -> dict[str, int]:
@@ -283,6 +331,9 @@ def held(setup: Setup) -> dict[str, int]:
         parts = {part: 0 if setup.offload else size // setup.shards for part, size in parts.items()}
         gathered = fake_backbone(setup.with_checkpointing(False), 2)  # two blocks, and what is outside
         parts["weights"] += sum(weight.nbytes for weight in gathered.parameters())
+    elif setup.offload:  # the frozen base of adapters waits in the host's memory
+        base = base_bytes(setup)
+        parts["weights"] -= base.whole - base.block
     samples = setup.settings.global_batch // setup.ranks if setup.settings else 0
     return {**parts, "data": FP32 * samples * (math.prod(setup.latent) + math.prod(setup.text))}
 

@@ -118,6 +118,7 @@ class StepCost(NamedTuple):
     moments: Sequence[Moment]  # of each call: activations, cache, and gradients that do not outlive a step
     flops: float  # of the average step, recomputation included
     rollout: int  # bytes of the student's own sample and its graph, when the scores are evaluated
+    reads: float = 0.0  # how often each weight is read: once per call, again in a backward pass
 
 
 @lru_cache(maxsize=256)
@@ -140,7 +141,8 @@ def step_cost(setup: Setup, steps: range = SAMPLED_STEPS) -> StepCost:
         gradients = 0 if keeps_gradients(setup) else role_sizes(setup)[role]["trainable_bytes"]
         moments += costs.moments(max(batches, key=costs.weight), gradients, are_there=are_there)
     scores = (one.graphs for one in moments if not one.name.startswith("student"))
-    return StepCost(moments, sum(map(costs.flops, every)) / len(steps), next(scores, 0))
+    reads = sum(1 + call.gradient for call in every) / len(steps)
+    return StepCost(moments, sum(map(costs.flops, every)) / len(steps), next(scores, 0), reads)
 
 
 def keeps_gradients(setup: Setup) -> bool:

@@ -68,6 +68,7 @@ def _laid_over(default: object, value: object) -> object:
 
 
 Pictures = Literal["none", "optional-first", "first", "first-last"]
+BaseWeights = Literal["full", "fp8", "int8", "nf4"]
 WorldName = Literal["shapes", "shapes-shifted"]
 Task = Literal["t2v", "i2v"]
 
@@ -192,7 +193,14 @@ class ModelSection(Section):
         "auto",
         description="Kernel; auto: the fastest exact one, measured at the start (on a CPU sdpa, torch's).",
     )
-    gradient_checkpointing: bool = False
+    base_weights: BaseWeights = Field(
+        "full",
+        description="Type that the frozen base under adapters is stored in; int8 needs torchao, nf4 "
+        "bitsandbytes. Products stay in the precision.",
+    )
+    gradient_checkpointing: bool | Literal["auto"] = Field(
+        False, description="auto: as few recomputed blocks as fit, by the plan of this machine."
+    )
     checkpoint_every_n_blocks: ChunkCount = Field(
         1, description="With gradient_checkpointing: 2 recomputes every second block."
     )
@@ -312,6 +320,9 @@ class OptimizerSection(Section):
     weight_decay: Annotated[float, Field(ge=0, le=10)] = 0.0
     warmup_steps: Annotated[int, Field(ge=0, le=10**8)] = 1000
     grad_clip: PositiveNumber = 1.0
+    states: Literal["fp32", "8bit"] = Field(
+        "fp32", description="Type of both moments; 8bit is torchao's, which has to be installed."
+    )
 
 
 class AlarmsSection(Section):
@@ -678,10 +689,14 @@ class LaunchSection(Section):
         description="Processes that share the tokens of one video; null: 1, or in `sample` as many as it "
         "takes to keep all processes busy.",
     )
-    offload: bool = Field(False, description="Keep shards in CPU memory and update them there.")
+    offload: bool = Field(
+        False,
+        description="With sharding, keep shards in CPU memory and update them there; without, keep the "
+        "frozen base of adapters there and copy each matrix to the device when it is used.",
+    )
     async_checkpoint: bool = Field(False, description="Write sharded checkpoints in the background.")
 
-    @field_validator("offload", "async_checkpoint")
+    @field_validator("async_checkpoint")
     @classmethod
     def _needs_sharding(cls, value: bool, info: ValidationInfo) -> bool:
         changed = value is not cls.model_fields[info.field_name or ""].default
@@ -773,6 +788,14 @@ class Recipe(Section):
             must = f"have no bucket larger than the model's own, {list(own)}, as {list(bucket)} is"
             require(height * width * frames <= math.prod(own), made, must)
         return made
+
+    @field_validator("launch")
+    @classmethod
+    def _offload_a_base(cls, launch: LaunchSection, info: ValidationInfo) -> LaunchSection:
+        model = info.data.get("model")
+        base = launch.sharding != "none" or model is None or model.lora is not None
+        must = "have offload false without sharding, unless model.lora has adapters on a frozen base"
+        return require(base or not launch.offload, launch, must)
 
     @field_validator("launch")
     @classmethod

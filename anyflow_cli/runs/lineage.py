@@ -44,7 +44,7 @@ MAY_CHANGE = {
     "preview_prompts", "tensorboard", "trackers", "gradient_checkpointing",
     "checkpoint_every_n_blocks", "compile", "recompute_rollout", "pretrained_any_step",
     "fps", "precision", "data.prompts", "data.world", "data.path", "data.workers", "data.max_corrupt",
-    "attention",
+    "attention", "states",
 }  # fmt: skip
 # section -> key of a new run that starts from the weights of a run
 START_KEYS = {

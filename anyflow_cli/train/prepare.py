@@ -84,8 +84,9 @@ def prepare_training(
         data = open_latents(recipe, inputs.data, inputs.pipeline, inputs.directory, kind)
     _check_shape(recipe.model, data)  # before there is a run that another size would not fit
     lineage, precision = _begin(recipe, inputs, accelerator)
-    # FSDP2 moves its shards itself
-    place = "cpu" if recipe.launch.sharding != "none" else accelerator.device
+    # FSDP2 moves its shards itself; a base is stored in less before it takes room on the device
+    waits = recipe.launch.sharding != "none" or recipe.launch.offload or recipe.model.base_weights != "full"
+    place = "cpu" if waits else accelerator.device
     backbone = load_backbone(recipe, inputs, precision, place)
     _check_data(recipe, backbone, data)
     networks = backbone.networks()

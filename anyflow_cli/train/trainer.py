@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from anyflow_cli.data.dataset import Batch
 from anyflow_cli.errors import AnyflowError, UsageError
+from anyflow_cli.model.base_storage import require_package
 from anyflow_cli.model.parallelize import full_tensor, shard_like
 from anyflow_cli.model.precision import Precision, autocast
 from anyflow_cli.recipe import schema
@@ -89,7 +90,7 @@ class RoleOptimizer(nn.Module):
         self.updates = [range(each * number, each * (number + 1)) for number in range(phase.updates)]
         self.weights = nn.ParameterList(parameters)
         self.precision, self.sharded = precision, sharded
-        self.optimizer = torch.optim.AdamW(
+        self.optimizer = optimizer_class(self.settings.states)(
             parameters,
             lr=self.settings.lr,
             betas=self.settings.betas,
@@ -136,6 +137,16 @@ class RoleOptimizer(nn.Module):
                 key: shard_like(value, weight) if value.dim() else value for key, value in saved.items()
             }
         self.optimizer.load_state_dict({**state, "state": moments})
+
+
+def optimizer_class(states: str) -> type[torch.optim.AdamW]:
+    """AdamW with moments of a type."""
+    require_package(states)
+    if states == "fp32":
+        return torch.optim.AdamW
+    from torchao.optim import AdamW8bit
+
+    return AdamW8bit  # type: ignore[no-any-return]
 
 
 class Trainer:

@@ -95,9 +95,13 @@ def test_what_costs_time_alone_comes_before_what_changes_the_model() -> None:
 
 
 def test_one_gpu_can_offload_and_not_divide() -> None:
-    found = kinds_of_change("distill", recipe(), parse_hardware("1x80GB"))
-    (sharding,) = (kind for kind in found if "launch.sharding" in str(kind[0]))
-    assert [str(change) for change in sharding] == ["--set launch.sharding=full --set launch.offload=true"]
+    for lora, settings in (
+        (None, "--set launch.sharding=full --set launch.offload=true"),
+        (schema.LoraSection(), "--set launch.offload=true"),  # of a frozen base, which needs no sharding
+    ):
+        found = kinds_of_change("distill", recipe(lora=lora), parse_hardware("1x80GB"))
+        (offload,) = (kind for kind in found if "launch.offload" in str(kind[0]))
+        assert [str(change) for change in offload] == [settings]
     unguided = recipe().model_copy(
         update={"distill": schema.DistillSection(flow_map=schema.FlowMapSection(guidance=1.0))}
     )

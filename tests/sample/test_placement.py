@@ -106,6 +106,21 @@ def fakes_move(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nn.Module, "_apply", apply)
 
 
+def test_a_file_in_fp8_is_opened_as_what_fp8_weights_are(tmp_path: Path) -> None:
+    """``export --dtype fp8`` keeps what ``memory.weights: fp8`` makes, in half the bytes."""
+    folder = resolve_pipeline("tiny-anyflow")
+    network = load_network(folder)
+    save_pipeline(tmp_path / "fp8", network, folder, {}, dtype=FP8)
+    stored = load_network(tmp_path / "fp8", torch.float32, storage=FP8)
+    expected = load_network(folder, torch.float32, storage=FP8)
+    for name, value in expected.named_parameters():
+        if is_quantizable(name):
+            assert torch.equal(stored.get_parameter(name).float(), value.float()), name
+    sizes = [sum(f.stat().st_size for f in (one / "transformer").glob("*.safetensors"))
+             for one in (tmp_path / "fp8", folder)]  # fmt: skip
+    assert sizes[0] < 0.75 * sizes[1]
+
+
 class OnSecondDevice:
     """A network of fake tensors that computes on one device while its weights wait on another.
 
