@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import date
 from functools import lru_cache
@@ -73,15 +74,14 @@ class Workshop:
         start, home = cell.start, self.runs / cell.name
         if start is not None and not self.model_of(start).is_dir():
             return "waits"
-        try:
-            with RunLock(home):
-                if not self.is_done(cell):
-                    log.info("== %s", cell.name)
-                    self._make(cell, home)
-        except UsageError as error:
-            if "is in use by" not in str(error):
-                raise
-            return "busy"
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(RunLock(home))
+            except UsageError:
+                return "busy"
+            if not self.is_done(cell):
+                log.info("== %s", cell.name)
+                self._make(cell, home)
         return "done"
 
     def _make(self, cell: Cell, home: Path) -> None:

@@ -159,15 +159,25 @@ def lines_of(records: Records, row: str, kind: Kind) -> Iterator[list[str]]:
             found = scored(own, sampled.method, steps)
             if found is None:
                 continue
-            beside = scored(reference, "flow-map", steps) if reference else None
-            comparable = beside is not None and beside.seeds == found.seeds and of.world == "shapes"
-            against = found.against(beside) if comparable and beside is not None and own != reference else ""
+            ours, theirs = common(own, reference)
+            this, other = scored(ours, sampled.method, steps), scored(theirs, "flow-map", steps)
+            against = ""
+            if own is not reference and of.world == "shapes" and this is not None and other is not None:
+                against = this.against(other)
             published = PUBLISHED.get(row, {}).get(kind)
             paper = str(published[(4, 32).index(steps)]) if published and steps in (4, 32) else ""
             label = f"{steps}x2" if sampled.method == "teacher" else str(steps)
             yield [of.title, SAMPLERS[sampled.method], label, f"{found.total:.1f}",
                    f"{found.bounds.low:.1f} to {found.bounds.high:.1f}", str(len(found.seeds)), against,
                    paper]  # fmt: skip
+
+
+def common(
+    first: Sequence[Mapping[str, Any]], second: Sequence[Mapping[str, Any]]
+) -> list[list[Mapping[str, Any]]]:
+    """The records of two rows with seeds that both have."""
+    both = {one["seed"] for one in first} & {one["seed"] for one in second}
+    return [[one for one in records if one["seed"] in both] for records in (first, second)]
 
 
 def embedding_norms(records: Records) -> str:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from anyflow_cli.utils.run_lock import RunLock
 from tests.flow.gaussian import Gaussian
 from tests.scripts.script import SCRIPTS, load
 
@@ -62,6 +63,22 @@ def test_packed_scores_keep_four_digits_and_unknown_ones() -> None:
     np.testing.assert_allclose(found, values, atol=0.5 / measure.STEP + 1e-9)
 
 
+def test_a_cell_waits_for_its_start_and_for_another_process(
+    paper: ModuleType, rows: ModuleType, tmp_path: Path
+) -> None:
+    workshop = sys.modules["reproduction.cells"].Workshop(rows.QUICK, tmp_path / "runs", tmp_path / "records")
+    first, second = (rows.Cell(name, "bidirectional", 0) for name in ("flow-map", "joint-alone"))
+    assert workshop.make(second) == "waits"
+    with RunLock(tmp_path / "runs" / first.name):
+        assert workshop.make(first) == "busy"
+    with pytest.raises(SystemExit, match="Add the rows that these start from: bidirectional/joint-alone-0"):
+        paper.make_all(workshop, [second])
+    for cell in (first, second):
+        workshop.record(cell).parent.mkdir(parents=True, exist_ok=True)
+        workshop.record(cell).write_text("{}")
+    paper.make_all(workshop, [first, second])  # all done
+
+
 REHEARSED = (
     "tiny", "flow-map", "flow-map-simulation", "joint-alone", "consistency-ode", "consistency-simulation",
     "composition-teacher", "composition-simulation", "fake-updates-5", "finetune-flow-map",
@@ -72,7 +89,8 @@ REHEARSED = (
 def test_a_rehearsal_leaves_a_record_of_each_cell_and_then_does_nothing(tmp_path: Path) -> None:
     command = [
         sys.executable, str(SCRIPTS / "paper.py"), "run", "--quick", "--runs", str(tmp_path),
-        "--only", *(f"bidirectional/{row}-0" for row in REHEARSED), "causal/flow-map*-0",
+        "--only", *(f"bidirectional/{row}-0" for row in REHEARSED), "causal/flow-map-0",
+        "causal/flow-map-simulation-0",
     ]  # fmt: skip
     first = subprocess.run(command, capture_output=True, text=True, check=True)
     again = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -108,7 +126,7 @@ def record(rows: ModuleType, row: str, seed: int, level: float) -> dict[str, Any
 def test_the_report_compares_rows_seed_by_seed(paper: ModuleType, rows: ModuleType, tmp_path: Path) -> None:
     levels = {"flow-map-simulation": 0.8, "joint-alone": 0.805, "consistency-simulation": 0.7}
     for row, level in levels.items():
-        for seed in (0, 1, 2):
+        for seed in (0, 1) if row == "joint-alone" else (0, 1, 2):
             path = tmp_path / "bidirectional" / f"{row}-{seed}.json"
             path.parent.mkdir(exist_ok=True)
             path.write_text(json.dumps(record(rows, row, seed, level + 0.001 * seed)))
