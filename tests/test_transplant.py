@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -115,7 +116,7 @@ def test_a_weight_is_read_when_it_is_written_and_not_before(models: Models) -> N
 
 @pytest.mark.parametrize("change", [{"ffn_dim": 96}, {"num_layers": 1}, {"num_layers": 3}])
 def test_a_base_of_other_shapes_is_refused_by_name(
-    models: Models, change: dict[str, int], tmp_path: Path
+    models: Models, change: dict[str, Any], tmp_path: Path
 ) -> None:
     other = make_wan_folder(tmp_path / "larger", **change)
     if (models.base / "transformer_2").exists():
