@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import logging
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -67,7 +68,7 @@ class ModelSide:
         cache: Directory for the index and for embeddings.
         mean: Mean of each latent channel, by the VAE.
         std: Standard deviation of each latent channel.
-        embed: Embeds captions: (L, D) each, without padding.
+        embed: Embeds batches of captions, (L, D) each without padding; loads the text encoder once.
         encoder: What the embeddings follow from besides the captions, e.g. the text encoder's address.
         negative_prompt: The recipe's.
     """
@@ -75,7 +76,7 @@ class ModelSide:
     cache: Path
     mean: Sequence[float]
     std: Sequence[float]
-    embed: Callable[[Sequence[str]], list[Tensor]]
+    embed: Callable[[Iterable[Sequence[str]]], Iterator[list[Tensor]]]
     encoder: str
     negative_prompt: str
 
@@ -189,15 +190,16 @@ class PublishedData:
         """The negative prompt's embedding (L, D), made by the model on first use."""
         assert self._model is not None, "only a model has a negative prompt"
         prompt = self._model.negative_prompt
-        return self._embedding(
-            f"negative-{json_sha256(prompt)[:KEY_LENGTH]}", "text", lambda: {"text": prompt}
-        )
+        file = self._text_file(f"negative-{json_sha256(prompt)[:KEY_LENGTH]}")
+        self._embed({file: lambda: {"text": prompt}})
+        return _stored(file, "text")
 
     def prepare(self) -> None:
         """Make what is missing in the cache: the index, and the embeddings that the data set lacks."""
         self.negative()
-        for position in range(0, 0 if self.kind.has_text else len(self), CAPTIONS_PER_FILE):
-            self._stored_text(position)
+        if not self.kind.has_text:
+            starts = range(0, len(self), CAPTIONS_PER_FILE)
+            self._embed({self._caption_file(start): partial(self._captions, start) for start in starts})
 
     # --- normalization and text
 
@@ -217,32 +219,40 @@ class PublishedData:
         """Text of a sample whose caption alone is stored."""
         if self._model is None:  # nothing to check
             return torch.zeros(1, 1)
-        number = position // CAPTIONS_PER_FILE
-        positions = range(number * CAPTIONS_PER_FILE, min((number + 1) * CAPTIONS_PER_FILE, len(self)))
-        captions = lambda: {str(position): self._raw(position).caption for position in positions}  # noqa: E731
-        return self._embedding(f"{number:05d}", str(position), captions)
+        return _stored(self._caption_file(position), str(position))
 
-    def _embedding(self, name: str, key: str, captions: Callable[[], Mapping[str, str]]) -> Tensor:
-        """One tensor (L, D) of a file of the cache, which is made from captions if it is missing."""
+    def _captions(self, start: int) -> dict[str, str]:
+        """Captions of one file of embeddings, by position."""
+        positions = range(start, min(start + CAPTIONS_PER_FILE, len(self)))
+        return {str(position): self._raw(position).caption for position in positions}
+
+    def _caption_file(self, position: int) -> Path:
+        return self._text_file(f"{position // CAPTIONS_PER_FILE:05d}-{self.files.sha256[:KEY_LENGTH]}")
+
+    def _text_file(self, name: str) -> Path:
         assert self._model is not None, "captions are embedded for a model"
-        encoder = json_sha256([self._model.encoder, "" if name.startswith("negative") else self.files.sha256])
-        file = self._model.cache / f"text-{encoder[:KEY_LENGTH]}" / f"{name}.safetensors"
-        if not file.exists():
-            missing = dict(captions())
-            log.info("The text encoder embeds %d captions for %s.", len(missing), self.storage)
-            made = self._model.embed(list(missing.values()))
+        encoder = json_sha256(self._model.encoder)[:KEY_LENGTH]
+        return self._model.cache / f"text-{encoder}" / f"{name}.safetensors"
+
+    def _embed(self, files: Mapping[Path, Callable[[], Mapping[str, str]]]) -> None:
+        """Write the embeddings of captions to each file that is missing."""
+        missing = {file: captions for file, captions in files.items() if not file.exists()}
+        if not missing or self._model is None:
+            return
+        log.info("The text encoder embeds captions for %s (%d files).", self.storage, len(missing))
+        pending: deque[tuple[Path, Iterable[str]]] = deque()
+
+        def batches() -> Iterator[list[str]]:
+            for file, captions in missing.items():
+                found = captions()
+                pending.append((file, found))
+                yield list(found.values())
+
+        for texts in self._model.embed(batches()):
+            file, keys = pending.popleft()
             with atomic_write(file) as temporary:
-                stored = {key: text.contiguous() for key, text in zip(missing, made, strict=True)}
+                stored = {key: text.contiguous() for key, text in zip(keys, texts, strict=True)}
                 temporary.write_bytes(safetensors.torch.save(stored))
-        try:
-            with safetensors.safe_open(file, "pt") as opened:
-                text: Tensor = opened.get_tensor(key)
-        except (OSError, SafetensorError) as error:
-            raise UsageError(f"{file} is damaged ({error}).", REBUILD) from error
-        problem = tensor_problem(text, 2)
-        if problem is not None:
-            raise UsageError(f"{file} {problem}.", REBUILD)
-        return text
 
     # --- index
 
@@ -253,10 +263,10 @@ class PublishedData:
         folder = self._model.cache / f"index-{self.files.sha256[:KEY_LENGTH]}"
         if not (folder / INDEX_RECORD).exists():
             record, rows, shape_of = self._build()
-            with atomic_directory(folder) as partial:
-                write_json(partial / INDEX_RECORD, asdict(record))
+            with atomic_directory(folder) as new:
+                write_json(new / INDEX_RECORD, asdict(record))
                 for file, array in zip(INDEX_ARRAYS, (rows, shape_of), strict=True):
-                    np.save(partial / file, array)
+                    np.save(new / file, array)
         record = read_record(folder / INDEX_RECORD, IndexRecord, REBUILD)
         try:
             rows, shape_of = (np.load(folder / name, allow_pickle=False) for name in INDEX_ARRAYS)
@@ -313,3 +323,16 @@ class PublishedData:
         """Read a sample as it is stored."""
         storage, name = self.storage.below(self.names[bisect_right(self._ends, position)])
         return self.kind.read(storage, name, self._rows[position])
+
+
+def _stored(file: Path, key: str) -> Tensor:
+    """One tensor (L, D) of a file of the cache."""
+    try:
+        with safetensors.safe_open(file, "pt") as opened:
+            text: Tensor = opened.get_tensor(key)
+    except (OSError, SafetensorError) as error:
+        raise UsageError(f"{file} is damaged ({error}).", REBUILD) from error
+    problem = tensor_problem(text, 2)
+    if problem is not None:
+        raise UsageError(f"{file} {problem}.", REBUILD)
+    return text

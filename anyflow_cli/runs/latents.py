@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import TypeVar
@@ -48,13 +48,13 @@ def model_side(recipe: Recipe, pipeline: Path, cache: Path) -> ModelSide:
     """What a pipeline supplies to a published data set; the text encoder is loaded when it is needed."""
     limit = recipe.model.max_text_tokens
 
-    def embed(captions: Sequence[str]) -> list[Tensor]:
+    def embed(batches: Iterable[Sequence[str]]) -> Iterator[list[Tensor]]:
         device = default_device()
-        encoder = TextEncoder.load(
-            pipeline, torch.bfloat16 if device.type == "cuda" else torch.float32, device
-        )
-        padded, lengths = encoder.encode(captions, limit).cpu(), encoder.tokens(captions)
-        return [text[: min(length, limit)].clone() for text, length in zip(padded, lengths, strict=True)]
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        encoder = TextEncoder.load(pipeline, dtype, device)
+        for captions in batches:
+            padded, lengths = encoder.encode(captions, limit).cpu(), encoder.tokens(captions)
+            yield [text[: min(length, limit)].clone() for text, length in zip(padded, lengths, strict=True)]
 
     config = VaeConfig.model_validate(component_config(component(pipeline, "vae")))
     mean = config.latents_mean or STATISTICS_21["latents_mean"]

@@ -133,4 +133,4 @@ def embedded(captions: Sequence[str]) -> list[Tensor]:
 
 
 def model_side(cache: Path, embed: Any = embedded) -> ModelSide:
-    return ModelSide(cache, MEAN, STD, embed, "test", "")
+    return ModelSide(cache, MEAN, STD, lambda batches: map(embed, batches), "test", "")

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from anyflow_cli.data.dataset import Batches, LatentData
-from anyflow_cli.data.published import recognize
+from anyflow_cli.data.published import PublishedData, recognize
 from anyflow_cli.data.shards import CorruptSampleError
 from anyflow_cli.data.verify import verify
 from anyflow_cli.errors import UsageError
@@ -247,8 +247,10 @@ def test_captions_without_text_are_embedded_once(tmp_path: Path) -> None:
     directory = make_lmdb(tmp_path / "d")
     for _ in range(2):
         data = LatentData(directory, TOKENS, model_side(tmp_path / "cache", counted))
+        assert isinstance(data.source, PublishedData)
+        data.source.prepare()
         batch = data.batch([2, 10])
-    assert calls == [12]
+    assert calls == [1, 12]  # the negative prompt, then the captions
     assert batch.captions == ["clip 2", "clip 10"]
     expected = stored_latents(2, torch.float16).transpose(0, 1)
     assert torch.equal(batch.latents[0], expected.float())
