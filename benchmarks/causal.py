@@ -21,6 +21,7 @@ import torch
 from measure import Row, autocast, parser, print_head, report, sizes
 from torch import Tensor
 
+from anyflow_cli.flow.condition import Condition
 from anyflow_cli.flow.velocity import batch_time
 from anyflow_cli.model.causal import TeacherForced, chunks_of
 from anyflow_cli.model.conditioned import Conditioned
@@ -96,7 +97,7 @@ class Both:
 
     def _sampling(self) -> tuple[Any, Any]:
         with torch.no_grad(), autocast(self.args):
-            model = Conditioned(self.ours, self.text, keys=self.ours.text_keys(self.text))
+            model = Conditioned(self.ours, Condition(self.text), keys=self.ours.condition_keys(self.text))
             cache = KeyCache(self.ours, self.partition, (self.args.height, self.args.width), self.args.batch)
             for chunk in self.chunks[:-2]:
                 cache.append(self.x[:, chunk.slice], model)
@@ -160,7 +161,7 @@ class Both:
         z = self.noise[:, self._window :]
 
         def forward() -> Tensor:
-            model = TeacherForced(Conditioned(self.ours, self.text), self.x, self.partition)
+            model = TeacherForced(Conditioned(self.ours, Condition(self.text)), self.x, self.partition)
             return model(z, batch_time(T, z), batch_time(R, z))
 
         return forward

@@ -62,7 +62,7 @@ def _rows(args: argparse.Namespace, ours: FlowMapTransformer, theirs: Any) -> li
     r = t / 2
     t_frames, r_frames = (x.unsqueeze(1).repeat(1, args.frames) for x in (t, r))
     with torch.no_grad(), autocast(args):
-        keys = ours.text_keys(text)
+        keys = ours.condition_keys(text)
 
     def reference() -> Tensor:
         u: Tensor = theirs(z, 1000 * t_frames, 1000 * r_frames, text, return_dict=False)[0]

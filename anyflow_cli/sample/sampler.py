@@ -16,10 +16,11 @@ import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as nnf
@@ -48,6 +49,7 @@ from anyflow_cli.sample.presets import SamplerPreset
 from anyflow_cli.sample.unipc import sample_unipc
 from anyflow_cli.utils.distributed import default_device
 
+Item = TypeVar("Item")
 Method = Literal["flow-map", "euler", "unipc", "consistency"]
 Steps = int | tuple[int, ...]  # per sampled chunk, in order; the last count serves all remaining chunks
 Prompts = Sequence[str] | Condition  # texts, or their embeddings, zero-padded
@@ -131,6 +133,7 @@ class VideoSampler:
         self._clip = clip
         self._first_latents: Tensor | None = None
         self._pictures: dict[str, Tensor] = {}  # parts of conditions
+        self.overlaps = self.device.type == "cuda" and not self.memory.opens_on_host
         self._reset_clock()
 
     @classmethod
@@ -269,15 +272,16 @@ class VideoSampler:
 
         The prompt is a text, or the condition of a batch of one.
 
-        A chunk is yielded as soon as it is decoded. Together they have the pixels of ``videos``.
+        A chunk is yielded as soon as it is decoded. Together they have the pixels of ``videos``. With decoder
+        and network on a GPU, the next chunk is sampled while a chunk is decoded.
         """
         self.require_causal()
         self._reset_clock()
         prompts = [prompt] if isinstance(prompt, str) else prompt
         with self.vae.at_work():
-            decoding = self.vae.decoding()
-            for chunk in self._sample_chunks(prompts, [seed], nfe):
-                with self._timed("decode"):
+            decoding, chunks = self.vae.decoding(), self._sample_chunks(prompts, [seed], nfe)
+            for chunk in one_ahead(chunks) if self.overlaps else chunks:
+                with self._own_stream(), self._timed("decode"):
                     pixels = to_pixels(decoding(chunk))[0]
                 yield pixels
         self._count += 1
@@ -471,9 +475,25 @@ class VideoSampler:
         self._spent[part] += self._now() - start
 
     def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        if self.device.type == "cuda":  # not for the device: the decoder has a stream of its own
+            torch.cuda.current_stream(self.device).synchronize()
         return time.perf_counter()
+
+    def _own_stream(self) -> AbstractContextManager[Any]:
+        """A stream beside the network's, whose work on the chunk is finished."""
+        if self.device.type != "cuda" or not self.overlaps:
+            return nullcontext()
+        return torch.cuda.stream(torch.cuda.Stream(self.device))  # type: ignore[no-untyped-call]
+
+
+def one_ahead(items: Iterator[Item]) -> Iterator[Item]:
+    """Yield what an iterator yields; a thread computes the next item while the caller has the last."""
+    nothing = object()
+    with ThreadPoolExecutor(1) as thread:
+        following: Future[Any] = thread.submit(next, items, nothing)
+        while (item := following.result()) is not nothing:
+            following = thread.submit(next, items, nothing)
+            yield item
 
 
 def check_fit(network: FlowMapTransformer, encoder: TextEncoder, vae: VideoVAE) -> None:

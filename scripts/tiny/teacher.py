@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from anyflow_cli.data.dataset import LatentData
+from anyflow_cli.flow.condition import Condition
 from anyflow_cli.flow.losses import flow_matching_loss
 from anyflow_cli.flow.times import sample_logit_normal
 from anyflow_cli.model.conditioned import Conditioned
@@ -100,7 +101,7 @@ def main() -> None:
         eps = torch.randn(x.shape, generator=generator)
         t = sample_logit_normal(batch, SHIFT, generator)
         with torch.autocast("cpu", torch.bfloat16):
-            loss = flow_matching_loss(Conditioned(network, text), x, eps, t)
+            loss = flow_matching_loss(Conditioned(network, Condition(text)), x, eps, t)
         network.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from anyflow_cli.recipe.schema import ModelSection, Recipe
 from anyflow_cli.recipe.schema import SampleSection as SampleSection
 from anyflow_cli.runs.open import ModelChoice, open_model
 from anyflow_cli.sample.output import SampleRequest, file_name, make_directory, write_samples
-from anyflow_cli.sample.sampler import PromptSwitch, VideoSampler
+from anyflow_cli.sample.sampler import PromptSwitch, VideoSampler, one_ahead
 from tests.tiny_pipeline import make_wan_folder
 
 SHAPE = (2, 8, 4, 6)  # latents of 5 frames of 32x48
@@ -320,6 +321,41 @@ def test_a_part_is_shown_before_the_next_is_begun(causal: Path, monkeypatch: pyt
     for made in (1, 2, 3):
         assert next(stream).std() > 0
         assert len(calls) == made
+
+
+def test_the_next_chunk_is_sampled_while_a_chunk_is_decoded(
+    causal: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU: the decoder waits for the next chunk's network, and the video stays the same."""
+    wanted = np.concatenate(list(causal_sampler(causal).stream(PROMPTS[0], 3, 2)))
+    begun = [threading.Event() for _ in range(4)]
+
+    def watched(model: Velocity, z: Tensor, *args: Any, **options: Any) -> Tensor:
+        next(event for event in begun if not event.is_set()).set()
+        return flow_map_euler(model, z, *args, **options)
+
+    monkeypatch.setitem(SAMPLERS, "flow-map", watched)
+    sampler, decoded = causal_sampler(causal), iter(begun[1:3])
+    sampler.overlaps, decoding = True, sampler.vae.decoding()
+
+    def slow(chunk: Tensor) -> Tensor:
+        if (event := next(decoded, None)) is not None:
+            assert event.wait(60), "the next chunk was not begun"
+        return decoding(chunk)
+
+    monkeypatch.setattr(sampler.vae, "decoding", lambda: slow)
+    assert np.array_equal(np.concatenate(list(sampler.stream(PROMPTS[0], 3, 2))), wanted)
+
+
+def test_what_a_thread_raises_ends_the_iteration() -> None:
+    def items() -> Iterator[int]:
+        yield 1
+        raise ValueError("the end")
+
+    found = one_ahead(items())
+    assert next(found) == 1
+    with pytest.raises(ValueError, match="the end"):
+        next(found)
 
 
 def test_a_later_prompt_takes_over_from_its_frame_on(causal: Path) -> None:
