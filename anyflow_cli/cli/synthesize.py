@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from anyflow_cli.cli import options
 from anyflow_cli.cli.console import facts_table, print_dry_run, print_result
-from anyflow_cli.cli.launch import start_processes
+from anyflow_cli.cli.launch import count_processes, start_processes
 from anyflow_cli.cli.progress import Progress
 from anyflow_cli.errors import AnyflowError, UsageError
 from anyflow_cli.runs.paths import RunPaths
-from anyflow_cli.utils.distributed import is_main_process, world_size
+from anyflow_cli.utils.distributed import is_main_process, process_group, world_size
 
 if TYPE_CHECKING:
     from anyflow_cli.synthesize.job import SynthesisJob
@@ -57,6 +57,7 @@ def synthesize(
     teacher = "model.teacher" if settings.synthesize.teacher is None else "synthesize.teacher"
     settings = options.merge_lora_files(settings, lora, teacher)
     paths = RunPaths(runs, settings.name)
+    count_processes(settings.launch)
     if verify:
         return _verify(out or settings.data.path or str(paths.data), as_json=as_json)
     from anyflow_cli.runs.resources import Given, can_start, inputs, require_inputs
@@ -87,7 +88,7 @@ def _buckets(job: SynthesisJob) -> dict[str, Any]:
 def _run(job: SynthesisJob, *, as_json: bool) -> None:
     from anyflow_cli.synthesize.run import run_synthesis
 
-    with Progress("synthesize", job.videos_left(), "videos") as progress:
+    with process_group(), Progress("synthesize", job.videos_left(), "videos") as progress:
         waits = is_main_process() and world_size() > 1  # so that its report is that of all
         report = run_synthesis(job, progress.update, wait=waits)
     values = {

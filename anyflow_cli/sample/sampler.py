@@ -25,6 +25,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from anyflow_cli.data.video import Pixels, from_pixels, to_pixels
 from anyflow_cli.errors import UsageError
@@ -205,6 +206,11 @@ class VideoSampler:
     def is_causal(self) -> bool:
         """Whether videos are sampled chunk by chunk."""
         return self._network.config.causal is not None
+
+    @property
+    def context_group(self) -> ProcessGroup | None:
+        """The processes that share each video; None for one."""
+        return None if self._network.context is None else self._network.context.everyone
 
     def require_causal(self) -> None:
         """Refuse what only a causal model can do."""

@@ -14,7 +14,7 @@ video is (T, 3, height, width) in [0, 1].
 from __future__ import annotations
 
 import logging
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -52,7 +52,7 @@ from anyflow_cli.data.video import (
 from anyflow_cli.errors import AnyflowError, UsageError
 from anyflow_cli.flow.condition import Condition
 from anyflow_cli.model.encoders import PictureEncoder, TextEncoder, VideoVAE
-from anyflow_cli.model.parallelize import apply_attention
+from anyflow_cli.model.parallelize import apply_attention, apply_context
 from anyflow_cli.model.pictures import PictureConditioner, check_pictures
 from anyflow_cli.model.pipeline_io import load_network, read_config, resolve_pipeline
 from anyflow_cli.model.placement import PlacedNetwork, storage_of
@@ -62,7 +62,7 @@ from anyflow_cli.synthesize.job import SynthesisJob
 from anyflow_cli.synthesize.pictures import GivenPictures
 from anyflow_cli.synthesize.quality_checks import find_defect
 from anyflow_cli.synthesize.shard_locks import LOCK_FILE, ShardLocks
-from anyflow_cli.utils.distributed import default_device, rank, world_size
+from anyflow_cli.utils.distributed import default_device, from_first, join_group, rank, world_size
 from anyflow_cli.utils.files import clear_leftovers, write_json
 
 SEEDS_PER_VIDEO = 3
@@ -112,14 +112,21 @@ def run_synthesis(
     """
     if _is_complete(job):
         return _state(job, 0)
-    with ShardLocks(job.out, rank(), world_size()) as locks:
+    shared = 1 if job.clips is not None else job.recipe.launch.context_parallel or 1
+    source = SharedTeacher(job, shared) if shared > 1 else None
+    if source is not None and rank() % shared:
+        source.follow()
+        return _state(job, 0)
+    with ShardLocks(job.out, rank() // shared, world_size() // shared) as locks:
         with locks.shared_files():
             write_json(job.out / PROVENANCE, job.provenance)
-        made = _make_missing(job, locks, on_progress, wait=wait)
+        made = _make_missing(job, locks, on_progress, source, wait=wait)
         with locks.shared_files():
             report = _state(job, made)
             if report.complete:
                 _complete(job)
+    if source is not None:
+        source.dismiss()
     if not report.complete:
         log.info("Other processes are making the remaining shards, or the next start will.")
     return report
@@ -132,11 +139,15 @@ def _is_complete(job: SynthesisJob) -> bool:
 
 
 def _make_missing(
-    job: SynthesisJob, locks: ShardLocks, on_progress: Callable[[int], None], *, wait: bool
+    job: SynthesisJob,
+    locks: ShardLocks,
+    on_progress: Callable[[int], None],
+    source: SampleSource | None = None,
+    *,
+    wait: bool,
 ) -> int:
     """Make every missing shard that no other process makes; return their number."""
     made, wanted = 0, job.videos_left()
-    source: SampleSource | None = None
     for waits, number in product((False, True) if wait else (False,), job.missing()):
         path, indices = shard_path(job.out, number), job.ranges[number]
         with locks.shard(number, wait=waits) as is_mine:
@@ -198,7 +209,7 @@ def _source(job: SynthesisJob) -> SampleSource:
 class TeacherSource:
     """Guided samples of the recipe's teacher, one per caption."""
 
-    def __init__(self, job: SynthesisJob) -> None:
+    def __init__(self, job: SynthesisJob, context: int = 1) -> None:
         device, folder = default_device(), resolve_pipeline(job.teacher)
         self._job = job
         self._encoders = Encoders(job, job.pipeline, device)
@@ -214,6 +225,7 @@ class TeacherSource:
         model, shape = job.recipe.model, self._encoders.latent_shape
         check_pictures(network.config, model, job.teacher)
         precision = resolve_precision(model.precision, device)
+        apply_context([network], context, device)
         apply_attention([network], model.attention, shape, precision, device)
         self._sampler = VideoSampler(
             network, model, shape, method=job.recipe.sample.teacher_sampler,
@@ -244,6 +256,10 @@ class TeacherSource:
         """Log how many captions were truncated."""
         self._encoders.report()
 
+    def agreed(self, defect: str | None) -> str | None:
+        """The defect of a video, on which all processes that share it go on."""
+        return defect
+
     def _batch(self, indices: range, texts: list[Tensor]) -> Iterator[LatentSample | Rejection]:
         made: dict[int, LatentSample] = {}
         for attempt in range(SEEDS_PER_VIDEO):
@@ -271,7 +287,7 @@ class TeacherSource:
         videos = self._encoders.vae.decode(latents)
         made = zip(indices, seeds, texts, latents, videos, strict=True)
         for place, (index, seed, text, x, video) in enumerate(made):
-            reason = find_defect(x, video)
+            reason = self.agreed(find_defect(x, video))
             if reason is None:
                 facts = {"seed": seed, "source": "teacher"}
                 own = {name: part[place] for name, part in parts.items()}
@@ -280,6 +296,33 @@ class TeacherSource:
                 what = "given up" if attempt + 1 == SEEDS_PER_VIDEO else "trying the next seed"
                 log.warning("Video %d from seed %d is %s; %s.", index, seed, reason, what)
                 yield Rejection(index, f"seed {seed}", reason)
+
+
+class SharedTeacher(TeacherSource):
+    """A teacher whose videos are each sampled by several processes: the first leads, the others follow."""
+
+    def __init__(self, job: SynthesisJob, context: int) -> None:
+        join_group()
+        super().__init__(job, context)
+        self._group = self._sampler.context_group
+
+    def results(self, indices: range) -> Iterator[LatentSample | Rejection]:
+        """Have the others sample the same videos."""
+        from_first(indices, self._group)
+        yield from super().results(indices)
+
+    def agreed(self, defect: str | None) -> str | None:
+        """What the first process has found."""
+        return from_first(defect, self._group)
+
+    def follow(self) -> None:
+        """Sample what the first process does, until it is done."""
+        while (indices := from_first(range(0), self._group)) is not None:
+            deque(super().results(indices), maxlen=0)
+
+    def dismiss(self) -> None:
+        """Let the others go."""
+        from_first(None, self._group)
 
 
 class ClipSource:

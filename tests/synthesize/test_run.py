@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -33,12 +34,16 @@ from anyflow_cli.flow.times import grid
 from anyflow_cli.model.encoders import TextEncoder, VideoVAE
 from anyflow_cli.model.network import two_time_from
 from anyflow_cli.model.pipeline_io import load_network, save_pipeline
-from anyflow_cli.recipe.schema import DataSection, ModelSection, Recipe, SynthesizeSection
+from anyflow_cli.recipe.schema import DataSection, LaunchSection, ModelSection, Recipe, SynthesizeSection
 from anyflow_cli.sample.sampler import VideoSampler
 from anyflow_cli.synthesize.content_hashes import HASHES_FILE
 from anyflow_cli.synthesize.job import prepare_synthesis
+from anyflow_cli.synthesize.quality_checks import find_defect
 from anyflow_cli.synthesize.run import SynthesisReport, attempt_seed, run_synthesis
+from anyflow_cli.utils import distributed
+from anyflow_cli.utils.distributed import join_group
 from tests.tiny_pipeline import make_wan_folder
+from tests.train.ranks import start
 
 TOKENS = 16
 STEPS, GUIDANCE, SHIFT = 3, 2.5, 5.0
@@ -212,6 +217,37 @@ def test_ranks_share_the_work_by_shard(
     report = run_synthesis(prepare_synthesis(recipe_of(teacher), out))
     assert (report.made, report.complete) == (1, True)
     assert contents(out) == contents(undisturbed)
+
+
+def synthesize_together(teacher: Path, out: Path) -> None:
+    """What each of two processes does: a data set of which one video is rejected once."""
+    join_group()
+    recipe = recipe_of(teacher)
+    shared = recipe.model_copy(update={"launch": LaunchSection(context_parallel=2)})
+    first, seen = distributed.rank() == 0, list[int]()
+
+    def reject_third(x: Tensor, video: Tensor) -> str | None:
+        seen.append(1)  # the other process would find nothing
+        return "static" if len(seen) == 3 and first else find_defect(x, video)
+
+    torch.distributed.barrier()
+    with patch.object(synthesis, "find_defect", reject_third):
+        report = run_synthesis(prepare_synthesis(shared, out))
+    assert report.made == (3 if first else 0)
+    torch.distributed.barrier()
+
+
+def test_two_processes_share_each_video(teacher: Path, undisturbed: Path, tmp_path: Path) -> None:
+    out = tmp_path / "d"
+    assert start(2, synthesize_together, teacher, out) == [0, 0]
+    assert verify(out).problems == ()
+    assert [entry.index for entry in read_manifest(out).shards[2].rejected] == [4]
+    made, alone = LatentData(out, TOKENS), LatentData(undisturbed, TOKENS)
+    for index in range(4):
+        torch.testing.assert_close(
+            made.sample(index).latents, alone.sample(index).latents, rtol=1e-5, atol=1e-5
+        )
+    assert made.sample(4).facts["seed"] == attempt_seed(10, 4, 1)
 
 
 def test_each_rank_begins_with_shards_of_its_own(
