@@ -50,7 +50,7 @@ from anyflow_cli.sample.presets import SamplerPreset
 from anyflow_cli.sample.unipc import sample_unipc
 from anyflow_cli.utils.distributed import default_device
 
-Item = TypeVar("Item")
+Computed = TypeVar("Computed")
 Method = Literal["flow-map", "euler", "unipc", "consistency"]
 Steps = int | tuple[int, ...]  # per sampled chunk, in order; the last count serves all remaining chunks
 Prompts = Sequence[str] | Condition  # texts, or their embeddings, zero-padded
@@ -492,7 +492,7 @@ class VideoSampler:
         return torch.cuda.stream(torch.cuda.Stream(self.device))  # type: ignore[no-untyped-call]
 
 
-def one_ahead(items: Iterator[Item]) -> Iterator[Item]:
+def one_ahead(items: Iterator[Computed]) -> Iterator[Computed]:
     """Yield what an iterator yields; a thread computes the next item while the caller has the last."""
     nothing = object()
     with ThreadPoolExecutor(1) as thread:
