@@ -188,6 +188,14 @@ def _transformer(path: Path) -> Facts:
     return facts | {"notes": _notes(transformer)}
 
 
+def pictures_of(config: NetworkConfig) -> str | None:
+    """What pictures a network takes as channels beside the noise; None where it takes none."""
+    if config.in_channels == config.out_channels:
+        return None
+    ends = "first and last frame" if config.image_tokens else "first frame"
+    return f"{ends}, with tokens of CLIP" if config.image_dim else ends
+
+
 def _sizes(config: NetworkConfig) -> Facts:
     return {
         "family": family_of(config),
@@ -197,7 +205,8 @@ def _sizes(config: NetworkConfig) -> Facts:
         "width": config.dim,
         "heads": config.heads,
         "feed_forward": config.ffn_dim,
-        "channels": config.in_channels,
+        "channels": config.out_channels,
+        "pictures": pictures_of(config),
         "text_width": config.text_dim,
         "experts": None if config.boundary is None else f"2, which meet at t = {config.boundary:g}",
     } | ({"gate": config.gate, "second_time": config.delta} if config.two_time else {})

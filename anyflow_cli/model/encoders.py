@@ -279,6 +279,15 @@ class VideoVAE:
                 self._model.to("cpu")
                 free_cached(self._device)
 
+    def check_scale(self, scale: int) -> None:
+        """Refuse a recipe that states another factor than the VAE's."""
+        if scale != self.spatial_factor:
+            raise UsageError(
+                f"The VAE has {self.spatial_factor} pixels per latent, and the recipe's model.vae_scale is "
+                f"{scale}.",
+                f"Set model.vae_scale to {self.spatial_factor}, or name the model's own recipe.",
+            )
+
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """Shape (F, C, h, w) of the latents of a video; refuses sizes that the factors do not divide."""
         space, time = self.spatial_factor, self.temporal_factor

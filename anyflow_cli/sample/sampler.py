@@ -178,6 +178,7 @@ class VideoSampler:
         encoder = TextEncoder.load(opened.pipeline, text_dtype, target, memory.text_encoder)
         vae = VideoVAE.load(opened.pipeline, target, memory.vae)
         check_fit(opened.network, encoder, vae)
+        vae.check_scale(recipe.model.vae_scale)
         check_pictures(opened.network.config, recipe.model, address)
         takes_clip = opened.network.config.image_dim is not None
         clip = PictureEncoder.load(opened.pipeline, text_dtype, target) if takes_clip else None

@@ -384,6 +384,7 @@ class Encoders:
         self._truncated, self._first_truncated = 0, ""
         self._text = TextEncoder.load(folder, dtype, device, job.recipe.memory.text_encoder)
         self.vae = VideoVAE.load(folder, device, job.recipe.memory.vae)
+        self.vae.check_scale(model.vae_scale)
         self.latent_shape = self.vae.latent_shape(model.frames, model.height, model.width)
         self.negative = self.text([model.negative_prompt])[0].to(job.stored)
         takes_clip = model.needs_pictures and read_config(folder).image_dim is not None

@@ -133,6 +133,8 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         VideoSampler.load(str(i2v), none, teacher=True)
     with pytest.raises(UsageError, match="makes videos from pictures"):
         next(VideoSampler.load(str(i2v), recipe, teacher=True).latents(PROMPTS[:1], [1], 1))
+    with pytest.raises(UsageError, match="VAE has 16 pixels per latent"):
+        VideoSampler.load(str(ti2v), with_pictures(recipe, "optional-first"), teacher=True)
     sampler = VideoSampler.load(str(ti2v), recipe_for(TI2V, ti2v), teacher=True)
     with pytest.raises(UsageError, match="takes a first frame, not a last one"):
         sampler.condition_on(picture(TI2V, 1)[None], last=picture(TI2V, 2))
