@@ -297,7 +297,8 @@ ObjectiveOption = Annotated[
 SimulationOption = Annotated[
     str | None,
     _option(
-        "How the student's samples are simulated: flow-map, or consistency (a baseline).", "--simulation",
+        "How the student's samples are simulated: flow-map, or as baselines consistency or fixed-steps.",
+        "--simulation",
         metavar="NAME", panel=_RECIPE,
     ),
 ]  # fmt: skip
