@@ -152,7 +152,7 @@ def _sample(
     named = settings.model.teacher if teacher else chosen.model
     needs = inputs(settings, paths, "sample", Given(named, prompts=bool(chosen.prompts)))
     if chosen.preset is not None:
-        chosen.preset.check_frames(shape.frames)
+        chosen.preset.check_request(shape.frames, chosen.steps)
         if is_ready(needs):
             check_model(chosen.preset, choice.address, settings)
     steps = tuple(dict.fromkeys(chosen.steps)) if budget is None else (1,)

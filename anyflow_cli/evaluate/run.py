@@ -105,7 +105,7 @@ class EvaluationRequest:
         """Check options and directory without loading anything; return the size of the protocol."""
         EvaluationDirectory(self.directory).check()
         if self.preset is not None:
-            self.preset.check_frames(self.recipe.model.frames)
+            self.preset.check_request(self.recipe.model.frames, self.recipe.evaluate.nfe)
         return outline(self.recipe, self.prompts, self.limit)
 
     def resources(self) -> list[Resource]:

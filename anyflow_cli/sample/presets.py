@@ -11,7 +11,7 @@ latent frames.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -189,8 +189,18 @@ class SamplerPreset:
                 "`anyflow inspect` names the preset of a model; `anyflow sample --list-presets` lists them.",
             )
 
-    def check_frames(self, frames: int) -> None:
-        """Refuse a number of frames that the system cannot sample."""
+    def check_request(self, frames: int, counts: Sequence[object]) -> None:
+        """Refuse a number of frames or of steps that the system cannot sample.
+
+        Args:
+            frames: Frames of a video.
+            counts: Numbers of steps to compare.
+        """
+        if self.steps is not None and set(counts) != {self.steps}:
+            raise UsageError(
+                f"The preset {self.name} takes {self.steps} steps, not {', '.join(map(str, counts))}.",
+                "Leave the number of steps to the preset.",
+            )
         latents, chunk, first = latent_frames(frames), self.chunk or 1, self.first_chunk or 0
         count, rest = divmod(latents - first, chunk)
         if rest or count < 0:

@@ -173,6 +173,9 @@ REFUSED: dict[str, tuple[str, str, list[str], str]] = {
     "other frames than whole chunks after the first": (
         "SFWan2.2-T2V-A14B-Diffusers", "causalwan2.2", ["--set=model.frames=21"], "after one of 1",
     ),
+    "other steps of the recipe": (
+        "self_forcing_dmd.pt", "self-forcing", ["--set=sample.nfe=[8]"], "takes 4 steps, not 8",
+    ),
     "steps": ("self_forcing_dmd.pt", "self-forcing", ["--nfe", "8"], "says how to sample"),
     "a sampler": ("self_forcing_dmd.pt", "self-forcing", ["--sampler", "euler"], "so does --sampler"),
     "an unknown name": ("self_forcing_dmd.pt", "self-forceing", [], "There is no preset 'self-forceing'"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -64,30 +65,39 @@ def velocity(network: Any, z: Tensor, t: float, text: Tensor) -> Tensor:
     return out.transpose(1, 2)
 
 
-@pytest.mark.parametrize("layout", ["diffusers", "original"])
-@pytest.mark.parametrize("rate_input", [True, False], ids=["1.3B", "14B"])
-def test_the_network_is_that_of_diffusers_at_24_fps(tmp_path: Path, layout: str, rate_input: bool) -> None:
+def network_beside_diffusers(rate_input: bool, layout: str = "diffusers") -> tuple[Tensor, Tensor]:
+    """Velocities of our network and of diffusers', which wrote the weights."""
     reference = skyreels(rate_input)
-    if layout == "diffusers":
-        reference.save_pretrained(tmp_path / "transformer")
-        ours = load_network(tmp_path / "transformer")
-    else:
-        weights = reference.state_dict()
-        rate = {name: weights.pop(name) for name in [*weights] if name.startswith("fps_")}
-        names = {"net.0.proj": "0", "net.2": "2"}
-        for ours_, theirs in names.items():
-            rate = {name.replace(ours_, theirs): tensor for name, tensor in rate.items()}
-        save_file(written.as_original(weights) | rate, tmp_path / "model.safetensors")
-        ours = load_network(tmp_path / "model.safetensors")
     draw = torch.Generator().manual_seed(3)
     # one video: diffusers' class cannot add the frame rate to several
     z, text = torch.randn(1, 3, 16, 4, 6, generator=draw), torch.randn(1, 7, 32, generator=draw)
-    expected = velocity(reference, z, 0.7, text)
     t = torch.full((1,), 0.7)
-    assert distance(ours(z, t, t, text), expected) < 1e-5
-    if rate_input:
-        reference.fps_embedding.weight.data[1] += 1
-        assert distance(velocity(reference, z, 0.7, text), expected) > 1e-2
+    with tempfile.TemporaryDirectory() as place:
+        if layout == "diffusers":
+            reference.save_pretrained(place)
+        else:
+            weights = reference.state_dict()
+            rate = {name: weights.pop(name) for name in [*weights] if name.startswith("fps_")}
+            for ours_, theirs in (("net.0.proj", "0"), ("net.2", "2")):
+                rate = {name.replace(ours_, theirs): tensor for name, tensor in rate.items()}
+            save_file(written.as_original(weights) | rate, Path(place) / "model.safetensors")
+        ours = load_network(Path(place))
+        return ours(z, t, t, text), velocity(reference, z, 0.7, text)
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "original"])
+@pytest.mark.parametrize("rate_input", [True, False], ids=["1.3B", "14B"])
+def test_the_network_is_that_of_diffusers_at_24_fps(layout: str, rate_input: bool) -> None:
+    got, expected = network_beside_diffusers(rate_input, layout)
+    assert distance(got, expected) < 1e-5
+
+
+def test_the_frame_rate_matters() -> None:
+    reference, z = skyreels(), torch.randn(1, 3, 16, 4, 6, generator=torch.Generator().manual_seed(3))
+    text = torch.zeros(1, 7, 32)
+    before = velocity(reference, z, 0.7, text)
+    reference.fps_embedding.weight.data[1] += 1
+    assert distance(velocity(reference, z, 0.7, text), before) > 1e-2
 
 
 def test_the_preset_gives_the_latents_of_diffusers_pipeline(folder: Path) -> None:
@@ -136,4 +146,4 @@ def test_asynchronous_mode_is_refused(folder: Path, tmp_path: Path) -> None:
 
 def test_longer_videos_than_one_window_are_refused() -> None:
     with pytest.raises(UsageError, match="at most 97 frames"):
-        PRESETS["skyreels-v2"].check_frames(121)
+        PRESETS["skyreels-v2"].check_request(121, [30])
