@@ -3,9 +3,9 @@
 ``flow_map_loss`` is the algorithm; the functions above it are its equations. It makes one network call with
 gradient and one without: the null branch of the guidance and both sides of the difference quotient share the
 latter, and only samples with ``t > r`` are in the quotient. On the guided path the null branch is a call of
-its own, since the quotient moves along what it gives. Frames may have times of their own, (B, F);
-weights then apply per frame, else per sample. For a sample with any ``t > r`` the derivative is computed in
-all frames.
+its own, since the quotient moves along what it gives; a teacher's velocity is a call of the teacher, and a
+composition two calls, one after the other. Frames may have times of their own, (B, F); weights then apply per
+frame, else per sample. For a sample with any ``t > r`` the target for t > r is computed in all frames.
 
 Means over ranks: each rank holds an equal slice of the global batch and gradients are averaged over ranks, so
 a loss that is a mean over its slice needs no reduction. Only Eq. 7 mixes samples; it takes ``global_mean``,

@@ -1,8 +1,8 @@
 """The objectives: which losses train which role, and how their times and noise are drawn.
 
 An objective has phases, in the order in which a step runs them. A phase has the weights of one role, an
-optimizer, and loss terms that are added up. Each term is evaluated and differentiated by itself, so one graph
-is in memory at a time. ``trainer`` has the loop.
+optimizer, and loss terms that are added up, for one or several updates in turn. Each term is evaluated and
+differentiated by itself, so one graph is in memory at a time. ``trainer`` has the loop.
 
     flow-map          stage 1, Alg. 1          student: flow map
     flow-matching     tuning of the teacher    student: flow matching, one time
