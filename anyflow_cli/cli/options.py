@@ -53,7 +53,7 @@ PATHS = (
 _RECIPE = "Recipe"
 _OUTPUT = "Output"
 _STEPS = "Steps"
-_CAUSAL = "Causal models"
+_CAUSAL = "Given frames, and causal models"
 _MACHINE = "Machine"
 
 
