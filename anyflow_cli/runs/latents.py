@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -12,10 +13,12 @@ from torch import Tensor
 
 from anyflow_cli.data.dataset import LatentData
 from anyflow_cli.data.published import ModelSide, PublishedData
+from anyflow_cli.data.shards import StoredShape
+from anyflow_cli.errors import UsageError
 from anyflow_cli.model.encoders import TextEncoder, VaeConfig
 from anyflow_cli.model.layouts.components import STATISTICS_21, component_config
 from anyflow_cli.model.pipeline_io import component
-from anyflow_cli.recipe.schema import Recipe, latent_frames
+from anyflow_cli.recipe.schema import ModelSection, Recipe, latent_frames
 from anyflow_cli.runs.paths import CACHE
 from anyflow_cli.utils.distributed import default_device
 
@@ -42,6 +45,29 @@ def open_latents(recipe: Recipe, address: str | Path, pipeline: Path, run: Path,
     if isinstance(data.source, PublishedData):
         data.source.prepare()
     return data
+
+
+def check_sizes(model: ModelSection, data: object, shapes: Sequence[StoredShape]) -> None:
+    """Refuse latents of another size than the recipe's, the largest of several, with settings that fit."""
+    frames, _, height, width = shapes[0]
+    scale = model.vae_scale
+    wanted = (latent_frames(model.frames), model.height // scale, model.width // scale)
+    largest = [shape for shape in shapes if math.prod(shape) == math.prod(shapes[0])]
+    if wanted in [(frames, height, width) for frames, _, height, width in largest]:
+        return
+    sizes = {"frames": 4 * frames - 3, "height": height * scale, "width": width * scale}
+    fitting = ", ".join(f"model.{key}={size}" for key, size in sizes.items())
+    if model.causal is not None:
+        size = max(model.causal.partition)
+        chunks = [*[frames % size] * (frames % size > 0), *[size] * (frames // size)]
+        fitting += f", model.causal.partition=[{','.join(map(str, chunks))}]"
+    cut = "; or cut the clips to the recipe's frames with data.truncate=true" if frames > wanted[0] else ""
+    raise UsageError(
+        f"{data} has latents of {frames} frames of {height}x{width}; the recipe's {model.frames} "
+        f"frames of {model.height}x{model.width} have {wanted[0]} of {wanted[1]}x{wanted[2]}.",
+        f"Set {fitting}{cut}.",
+        everywhere=True,
+    )
 
 
 def model_side(recipe: Recipe, pipeline: Path, cache: Path) -> ModelSide:

@@ -23,6 +23,7 @@ from anyflow_cli.model.lora_formats import check_lora, split_loras
 from anyflow_cli.model.pipeline_io import BUILT_IN, has_components, read_config
 from anyflow_cli.recipe.schema import Recipe
 from anyflow_cli.runs.checkpoint import is_checkpoint
+from anyflow_cli.runs.latents import check_sizes
 from anyflow_cli.runs.open import ModelChoice, locate, model_problems
 from anyflow_cli.runs.paths import MODEL, RunPaths
 from anyflow_cli.utils.distributed import default_device
@@ -316,6 +317,8 @@ def _latents(address: str, recipe: Recipe) -> Resource:
     try:
         manifest = read_manifest(address)
         _check_given(recipe, manifest, address)
+        if manifest.version == 1 and not recipe.data.truncate:
+            check_sizes(recipe.model, address, [manifest.latent_shape])
     except AnyflowError as error:
         return _unusable("data set", address, error)
     return Resource("data set", address, "ready")

@@ -6,7 +6,6 @@ Networks, data and objective are put together here, once for all stages; ``stage
 from __future__ import annotations
 
 import logging
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +22,7 @@ from anyflow_cli.model.pipeline_io import read_config, save_adapter, save_pipeli
 from anyflow_cli.model.precision import Precision, resolve_precision
 from anyflow_cli.recipe import schema
 from anyflow_cli.runs.checkpoint import is_checkpoint, trained_weights
-from anyflow_cli.runs.latents import open_latents
+from anyflow_cli.runs.latents import check_sizes, open_latents
 from anyflow_cli.runs.lineage import RunInputs, RunLineage, begin_run
 from anyflow_cli.runs.open import last_checkpoint, merged_student, open_model
 from anyflow_cli.train.objectives import objective_of, roles_of
@@ -82,7 +81,9 @@ def prepare_training(
     kind = TrainingPart if inputs.section == "finetune" else LatentData
     with accelerator.main_process_first():
         data = open_latents(recipe, inputs.data, inputs.pipeline, inputs.directory, kind)
-    _check_shape(recipe.model, data)  # before there is a run that another size would not fit
+    check_sizes(
+        recipe.model, data.storage, [shape for shape, _ in data.buckets]
+    )  # before there is a run that another size would not fit
     lineage, precision = _begin(recipe, inputs, accelerator)
     # FSDP2 moves its shards itself; a base is stored in less before it takes room on the device
     waits = recipe.launch.sharding != "none" or recipe.launch.offload or recipe.model.base_weights != "full"
@@ -181,29 +182,6 @@ def _check_any_step(network: FlowMapTransformer, path: Path, recipe: schema.Reci
             f"{path} is a {kinds[0]} model, and recipe {recipe.name} is {kinds[1]}.",
             "Use the recipe that the model was trained with, or one with the same model.causal.",
         )
-
-
-def _check_shape(model: schema.ModelSection, data: LatentData) -> None:
-    """Refuse latents of another size than the recipe's, the largest of several, with settings that fit."""
-    frames, _, height, width = data.latent_shape
-    scale = model.vae_scale
-    wanted = (schema.latent_frames(model.frames), model.height // scale, model.width // scale)
-    largest = [shape for shape, _ in data.buckets if math.prod(shape) == math.prod(data.latent_shape)]
-    if wanted in [(frames, height, width) for frames, _, height, width in largest]:
-        return
-    sizes = {"frames": 4 * frames - 3, "height": height * scale, "width": width * scale}
-    fitting = ", ".join(f"model.{key}={size}" for key, size in sizes.items())
-    if model.causal is not None:
-        size = max(model.causal.partition)
-        chunks = [*[frames % size] * (frames % size > 0), *[size] * (frames // size)]
-        fitting += f", model.causal.partition=[{','.join(map(str, chunks))}]"
-    cut = "; or cut the clips to the recipe's frames with data.truncate=true" if frames > wanted[0] else ""
-    raise UsageError(
-        f"{data.storage} has latents of {frames} frames of {height}x{width}; the recipe's {model.frames} "
-        f"frames of {model.height}x{model.width} have {wanted[0]} of {wanted[1]}x{wanted[2]}.",
-        f"Set {fitting}{cut}.",
-        everywhere=True,
-    )
 
 
 def _check_data(recipe: schema.Recipe, backbone: Backbone, data: LatentData) -> None:

@@ -91,6 +91,12 @@ def test_another_size_is_refused_with_the_settings_that_fit(
     assert "model.causal.partition=[1,2,2]" in said
 
 
+def test_a_dry_run_refuses_another_size(wan: Path, tmp_path: Path, capsys: Capture) -> None:
+    data = own_data(tmp_path / "d", "rcm", wan)
+    said = refused(capsys, wan, data, tmp_path, "--set", "model.frames=5", "--dry-run")
+    assert "has latents of 3 frames of 4x4" in " ".join(said.split())
+
+
 def test_longer_clips_are_cut_by_a_key_that_a_run_keeps(wan: Path, tmp_path: Path, capsys: Capture) -> None:
     data = make_fastvideo(tmp_path / "d", frames=5)
     cut = trained(wan, data, tmp_path, "--set", "data.truncate=true")
