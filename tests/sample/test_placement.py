@@ -31,7 +31,7 @@ from tests.plan.small import CONFIG, LATENT, TEXT
 
 PROMPT = "a small red circle moving left"
 EXACT = 0.0
-# mean difference of a pixel, of 255; products in bf16 alone make 0.06
+# mean difference of a pixel, of 255; products in bf16 alone make 0.13
 PLACEMENTS: dict[str, tuple[dict[str, str], float]] = {
     "text encoder freed": ({"text_encoder": "freed"}, EXACT),
     "text encoder streamed": ({"text_encoder": "streamed"}, EXACT),
@@ -39,8 +39,8 @@ PLACEMENTS: dict[str, tuple[dict[str, str], float]] = {
     "network alternating": ({"network": "alternating", "text_encoder": "freed"}, EXACT),
     "network streamed": ({"network": "streamed", "vae": "on-demand"}, EXACT),
     "network block by block": ({"network": "blocks", "text_encoder": "streamed"}, EXACT),
-    "fp8": ({"weights": "fp8"}, 1.2),
-    "fp8, streamed": ({"weights": "fp8", "network": "streamed"}, 1.2),
+    "fp8": ({"weights": "fp8"}, 1.5),
+    "fp8, streamed": ({"weights": "fp8", "network": "streamed"}, 1.5),
 }
 
 
@@ -179,7 +179,7 @@ def test_kept_weights_in_fp8_are_a_quarter_of_those_in_fp32() -> None:
 
 
 def test_tiles_are_blended_to_nearly_the_whole_picture() -> None:
-    """The mean difference of a pixel, of 1, in tiles of 32 pixels with 8 in common."""
+    """The mean difference of a pixel, of 1, in tiles of 48 pixels with 16 in common."""
     clip = from_pixels(sampled().astype(np.uint8)[None])
     whole, tiled = (VideoVAE.load(resolve_pipeline("tiny"), placement=one) for one in ("kept", "tiled"))
     latents = whole.encode(clip[:, :5])
