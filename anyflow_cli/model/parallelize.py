@@ -76,11 +76,11 @@ def apply_checkpointing(network: FlowMapTransformer, model: schema.ModelSection)
     network.checkpoint_every_n_blocks = model.checkpoint_every_n_blocks
 
 
-def apply_compile(network: FlowMapTransformer) -> None:
-    """Compile each block at its first call. Call it before the network is sharded."""
+def apply_compile(network: FlowMapTransformer, mode: str | None = None) -> None:
+    """Compile each block at its first call, in a mode of torch.compile. Call it before sharding."""
     torch._dynamo.config.recompile_limit = COMPILED_VERSIONS
     for block in network.blocks:
-        block.forward = torch.compile(block.forward, dynamic=False)
+        block.forward = torch.compile(block.forward, dynamic=False, mode=mode)
 
 
 def apply_attention(

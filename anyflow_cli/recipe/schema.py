@@ -554,6 +554,10 @@ class SampleSection(Section):
     frames: FrameCount | None = Field(None, description="Frames per video; null: the model's.")
     seed: Seed = 0
     batch_size: BatchSize = 1
+    compile: bool = Field(
+        False,
+        description="torch.compile every block, on a GPU as CUDA graphs; slow first steps of each shape.",
+    )
     teacher_steps: EvaluationCount = 50
     teacher_sampler: Literal["euler", "unipc"] = Field(
         "euler", description="Of teachers, in synthesize and evaluate too; Wan's folders name unipc."

@@ -40,7 +40,7 @@ from anyflow_cli.model.encoders import PictureEncoder, TextEncoder, VideoVAE
 from anyflow_cli.model.experts import bind as bind_network
 from anyflow_cli.model.experts import guidance_of, networks_of
 from anyflow_cli.model.network import FlowMapTransformer
-from anyflow_cli.model.parallelize import apply_attention, apply_context
+from anyflow_cli.model.parallelize import apply_attention, apply_compile, apply_context
 from anyflow_cli.model.pictures import PictureConditioner, check_pictures
 from anyflow_cli.model.placement import PlacedNetwork, storage_of
 from anyflow_cli.model.precision import DTYPES_OF_PRECISION, autocast, resolve_precision
@@ -189,6 +189,14 @@ class VideoSampler:
         shape = vae.latent_shape(recipe.model.frames, recipe.model.height, recipe.model.width)
         apply_context([network], context, target)
         apply_attention([network], recipe.model.attention, shape, precision, target)
+        if recipe.sample.compile:
+            if memory.opens_on_host:
+                raise UsageError(
+                    "Compiled blocks need the whole network on the device.",
+                    "Set sample.compile=false, or leave out --memory.",
+                )
+            for each in networks_of(network):  # CUDA graphs, where there are any
+                apply_compile(each, "reduce-overhead" if target.type == "cuda" else None)
         return cls(
             network,
             recipe.model,

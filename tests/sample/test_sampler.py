@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 import threading
@@ -29,6 +30,7 @@ from anyflow_cli.model.config import CausalConfig
 from anyflow_cli.model.kv_cache import KeyCache
 from anyflow_cli.model.network import two_time_from
 from anyflow_cli.model.pipeline_io import load_network, save_pipeline
+from anyflow_cli.recipe.load import load_recipe
 from anyflow_cli.recipe.schema import ModelSection, Recipe
 from anyflow_cli.recipe.schema import SampleSection as SampleSection
 from anyflow_cli.runs.open import ModelChoice, open_model
@@ -483,3 +485,25 @@ def test_directories_are_numbered_and_a_used_one_is_refused(tmp_path: Path) -> N
     with pytest.raises(UsageError, match="already contains files"):
         make_directory(mine, tmp_path)
     assert (mine / "video.mp4").read_text() == "kept"
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method:DeprecationWarning")
+@pytest.mark.parametrize("kind", ["bidirectional", "causal"])
+def test_compiled_blocks_sample_the_same_video(
+    causal: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stops before code is made: what may go wrong is what is traced."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    if kind == "causal":
+        address, recipe = str(causal), recipe_for(causal, frames=13, height=64, width=64)
+    else:
+        address, recipe = "tiny-anyflow", load_recipe("tiny", ["model.precision=fp32", "sample.frames=9"])
+    videos = [
+        next(
+            VideoSampler.load(
+                address, recipe.model_copy(update={"sample": SampleSection(compile=on)}), device="cpu"
+            ).latents(PROMPTS[:1], [1], 2)
+        )
+        for on in (False, True)
+    ]
+    torch.testing.assert_close(*videos, rtol=1e-5, atol=1e-5)
