@@ -100,6 +100,9 @@ MODELS = {
         tuple(verb for verb in COMMANDS if verb != "evaluate"),  # no suite has last frames
         ("model.pictures=first-last",),
     ),
+    "Wan 2.2 I2V, one expert": Model(
+        partial(make_i2v_folder, kind="2.2 I2V"), settings=("model.pictures=first", "evaluate.task=i2v")
+    ),
     "Wan 2.2 I2V A14B, two experts": Model(
         partial(make_expert_folder, boundary=0.9, in_channels=2 * CHANNELS + 4),
         settings=("model.pictures=first", "evaluate.task=i2v"),

@@ -99,6 +99,18 @@ def test_without_sizes_the_published_ones_are_used(models: Path, capsys: pytest.
     assert json.loads(printed.out)["nfe"] == [4]
 
 
+def test_a_preset_streams_and_changes_the_prompt_on_the_way(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    arguments = command(models, "sample", FILES["krea-realtime"][0], "krea-realtime", "-p", "a red circle")
+    arguments += ["--set=model.frames=45", "--stream", "--then", "21: a blue square", "--out", str(out)]
+    assert main(arguments) == 0, capsys.readouterr().err
+    (sampled,) = json.loads((out / "samples.json").read_text())["samples"]
+    # chunks of 3 latent frames in rollouts of 6 that share 3
+    assert [frames for _, frames in sampled["parts"]] == [9, 21, 33, 45]
+
+
 def test_longlive_is_its_base_with_its_lora(
     models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
