@@ -39,7 +39,12 @@ from anyflow_cli.model.causal import partition_for
 from anyflow_cli.model.encoders import VideoVAE
 from anyflow_cli.model.network import FlowMapTransformer
 from anyflow_cli.model.parallelize import parallelize
-from anyflow_cli.model.pipeline_io import PIPELINES, load_network, write_transformer
+from anyflow_cli.model.pipeline_io import (
+    PIPELINES,
+    load_network,
+    transformer_weights_of,
+    write_transformer,
+)
 from anyflow_cli.model.precision import autocast
 from anyflow_cli.plan.estimate import MACHINE, PLANNED_STAGES, Target, step_moments, target_of, training_setup
 from anyflow_cli.plan.hardware import this_machine
@@ -135,14 +140,16 @@ class Runner:
         return recipe.sample.frames or recipe.model.frames
 
     def load(self) -> Iterator[tuple[str, Row]]:
-        """Open the network from a file in the page cache, onto the device."""
+        """Open the network, or two experts, from files in the page cache, onto the device."""
         network = random_backbone(self.target.setup(None, None), torch.device("cpu")).network_of("student")
         size = _bytes_of(network)
         with tempfile.TemporaryDirectory(prefix="anyflow-bench-") as place:
-            folder = Path(place) / "transformer"
-            write_transformer(folder, network.config, network.lazy_weights())
-            del network
-            seconds = self._seconds({"load": lambda: load_network(folder, dtype=None).to(self.device)})
+            folders = {Path(place) / name: own for name, own in transformer_weights_of(network).items()}
+            for folder, weights in folders.items():
+                write_transformer(folder, network.config, weights)
+            del network, folders, weights
+            where = Path(",".join(map(str, sorted(Path(place).iterdir()))))
+            seconds = self._seconds({"load": lambda: load_network(where, dtype=None).to(self.device)})
         yield "load", Row(seconds["load"], self.machine.floor(0, size))
 
     def sampling(self) -> Iterator[tuple[str, Row]]:
@@ -224,6 +231,8 @@ class Runner:
 
         warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
         model, config = self.target.recipe.model, network.config
+        if config.boundary is not None:
+            return None  # it has no pipeline of two any-step experts
         with self.device:
             theirs: Any = getattr(diffusers, config.class_name).from_config(config.to_diffusers())
         theirs.load_state_dict(network.state_dict(), assign=True)
@@ -260,7 +269,7 @@ class Runner:
             objective_of(recipe.model, settings, backbone, condition.text[0]),
             RandomBatches(Batch(latents, condition, [""] * count, [0] * count)),
             settings,
-            accelerator=make_accelerator(partly=recipe.model.causal is not None),
+            accelerator=make_accelerator(partly=True),
             precision=setup.precision,
         )
         batches = trainer.source.stream(0)

@@ -13,6 +13,7 @@ from anyflow_cli.errors import UsageError
 from anyflow_cli.model.config import NetworkConfig
 from anyflow_cli.model.known_models import KNOWN_MODELS
 from anyflow_cli.model.layouts.components import component_config
+from anyflow_cli.model.layouts.expert_files import split_places
 from anyflow_cli.model.lora_formats import split_loras
 from anyflow_cli.model.pipeline_io import BUILT_IN, component, has_components, read_config, resolve_pipeline
 
@@ -58,7 +59,8 @@ def pipeline_sizes(address: str, components: str | None = None) -> PipelineSizes
     if address in KNOWN_MODELS:
         known = KNOWN_MODELS[address]
         return PipelineSizes(known.network, vae=known.vae)
-    if address not in BUILT_IN and not Path(address).expanduser().exists():
+    is_here = Path(address).expanduser().exists() or split_places(address) is not None
+    if address not in BUILT_IN and not is_here:
         hint = f"Name a local folder, or one of {', '.join(KNOWN_MODELS)}."
         raise UsageError(f"The sizes of {address} are not known without its files.", hint)
     folder = resolve_pipeline(address)

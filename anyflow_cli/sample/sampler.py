@@ -123,6 +123,7 @@ class VideoSampler:
                 "The sampler unipc is for teachers, and this is an any-step model.", "Omit --sampler."
             )
         self.model, self.shape, self.guidance = model, latent_shape, guidance
+        self._scale = None if guidance is None else guidance_of(network, guidance)
         self.lineage, self.preset, self._placed = lineage or {}, preset, placed
         self.device = network.device
         self.precision = resolve_precision(model.precision, self.device)
@@ -361,9 +362,8 @@ class VideoSampler:
             with autocast(self.precision, self.device):
                 condition = self._condition(prompts)
                 velocity = self._bind(condition)
-                if self.guidance is not None:
-                    scale = guidance_of(self._network, self.guidance)
-                    velocity = guided(velocity, self._null_condition(condition), scale)
+                if self._scale is not None:
+                    velocity = guided(velocity, self._null_condition(condition), self._scale)
                 with self._timed("network"):
                     (times,) = self._grids(nfe)
                     if self.method == "unipc":

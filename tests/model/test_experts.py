@@ -27,6 +27,7 @@ from anyflow_cli.model.pipeline_io import (
     resolve_pipeline,
     save_pipeline,
 )
+from anyflow_cli.model.pipeline_sizes import pipeline_sizes
 from anyflow_cli.recipe.schema import ExpertGuidance, ModelSection
 from anyflow_cli.sample.sampler import VideoSampler
 from tests.tiny_pipeline import CHANNELS, TEXT_DIM, make_expert_folder, wan_transformer
@@ -95,6 +96,11 @@ def test_two_places_are_one_model(folder: Path, tmp_path: Path, suffix: str) -> 
     assert same(opened(twice), opened(folder))
     assert has_components(twice)
     assert component(twice, "vae") == folder / "vae"
+
+
+def test_two_places_have_sizes_to_plan_with(folder: Path) -> None:
+    sizes = pipeline_sizes(f"{folder},{folder}@0.9")
+    assert (sizes.network.boundary, sizes.vae["z_dim"]) == (0.9, CHANNELS)
 
 
 @pytest.mark.parametrize("missing", ["high", "low"])

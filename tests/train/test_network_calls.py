@@ -65,6 +65,8 @@ CASES: list[tuple[Kind, dict[str, Any]]] = [
     ("on-policy", {"matching": "none", "flow_map": TEACHER}),
     ("on-policy", {"flow_map": changed(TEACHER, objective="composition")}),
     ("flow-map", {"boundary": 0.875}),
+    ("flow-map", {"boundary": 0.875, "flow_map": TEACHER}),
+    ("flow-map", {"boundary": 0.875, "flow_map": changed(TEACHER, objective="composition")}),
     ("flow-map", {"boundary": 0.875, "lora": False, "flow_map": MOSTLY_EMPTY}),
     ("flow-matching", {"boundary": 0.875}),
     ("consistency-ode", {"boundary": 0.875}),
