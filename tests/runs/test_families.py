@@ -20,6 +20,8 @@ from tests.tiny_pipeline import sizes
         ("nvidia/AnyFlow-Wan2.1-T2V-1.3B-Diffusers", "bidirectional1b"),
         ("nvidia/AnyFlow-FAR-Wan2.1-14B-Diffusers", "causal14b"),
         ("Wan-AI/Wan2.2-TI2V-5B-Diffusers", "bidirectional5b"),
+        ("Wan-AI/Wan2.1-I2V-14B-720P-Diffusers", "i2v14b"),
+        ("Wan-AI/Wan2.1-FLF2V-14B-720P-diffusers", "flf2v14b"),
         ("someone/unknown", None),
         ("no/where/at/all", None),
     ],
@@ -32,7 +34,9 @@ def test_every_known_model_has_a_recipe_of_its_kind() -> None:
     for address, known in KNOWN_MODELS.items():
         recipe = load_recipe(str(family_recipe(address)))
         assert (recipe.model.causal is not None) == (known.network.causal is not None)
-        size = (704, 1280) if known.network.out_channels == 48 else (480, 832)
+        between = known.network.image_tokens is not None  # a first and a last frame
+        size = (704, 1280) if known.network.out_channels == 48 else (720, 1280) if between else (480, 832)
+        assert recipe.model.needs_pictures == (known.network.image_dim is not None)
         assert (recipe.model.height, recipe.model.width, recipe.model.max_text_tokens) == (*size, 512)
         assert recipe.model.vae_scale == known.vae.get("scale_factor_spatial", 8)
 
