@@ -114,6 +114,8 @@ def _check_type(name: str, info: TensorInfo) -> None:
 
 
 def _load_mapped(file: Path) -> Any:
+    if file.exists() and not file.is_file():
+        raise UsageError(f"{file} is not a regular file.", FETCH)
     try:
         # torch can map zip files, which it writes since version 1.6
         with file.open("rb") as start:

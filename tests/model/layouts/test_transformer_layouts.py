@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import Tensor
 from anyflow_cli.errors import UsageError
 from anyflow_cli.export import write_comfyui, write_merged
 from anyflow_cli.model.config import CausalConfig
+from anyflow_cli.model.layouts.tensor_files import TensorFiles
 from anyflow_cli.model.layouts.transformer import open_transformer
 from anyflow_cli.model.network import FlowMapTransformer
 from anyflow_cli.model.pipeline_io import load_network, resolve_pipeline
@@ -292,6 +294,13 @@ def test_pickled_files_that_are_cut_or_hold_themselves_are_refused(wan: Any, tmp
         (tmp_path / "cut.pth").write_bytes(file.read_bytes()[: size + 100_000])
         with pytest.raises(UsageError, match="is damaged"):
             load_network(tmp_path / "cut.pth")
+
+
+@pytest.mark.parametrize("name", ["model.pt", "model.safetensors"])
+def test_a_pipe_is_not_read(tmp_path: Path, name: str) -> None:
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(UsageError, match="not a regular file"):
+        TensorFiles.open((tmp_path / name,))
 
 
 def test_missing_and_extra_tensors_are_named(wan: Any, tmp_path: Path) -> None:
