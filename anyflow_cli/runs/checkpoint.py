@@ -234,14 +234,20 @@ def load(path: Path, like: Mapping[str, Tensor] | None = None) -> CheckpointStat
         if (path / SHARDS).is_dir():
             tensors, optimizers = dcp.unflattened(dcp.read(path, like), record.optimiser_settings)
         else:
-            tensors = {name: load_file(safe_child(path, f"{name}.safetensors")) for name in record.tensors}
+            tensors = {name: load_file(_stored(path, f"{name}.safetensors")) for name in record.tensors}
             optimizers = {
-                name: torch.load(
-                    safe_child(path, f"optimiser-{name}.pt"), map_location="cpu", weights_only=True
-                )
+                name: torch.load(_stored(path, f"optimiser-{name}.pt"), map_location="cpu", weights_only=True)
                 for name in record.optimisers
             }
         return CheckpointState(record.step, tensors, optimizers, record.extra)
+
+
+def _stored(checkpoint: Path, name: str) -> Path:
+    """A file of a checkpoint; the reading of a pipe would never end."""
+    path = safe_child(checkpoint, name)
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{name} is not a regular file")
+    return path
 
 
 def trained_weights(checkpoint: Path) -> dict[str, Tensor]:
@@ -251,7 +257,7 @@ def trained_weights(checkpoint: Path) -> dict[str, Tensor]:
         if (checkpoint / SHARDS).is_dir():
             found = dcp.read(checkpoint, part=f"{AVERAGE}/")
             return {key.partition("/")[2]: value for key, value in found.items()}
-        return load_file(checkpoint / f"{AVERAGE}.safetensors")
+        return load_file(_stored(checkpoint, f"{AVERAGE}.safetensors"))
 
 
 def trained_names(checkpoint: Path) -> list[str]:
@@ -260,7 +266,7 @@ def trained_names(checkpoint: Path) -> list[str]:
         read_state(checkpoint)
         if (checkpoint / SHARDS).is_dir():
             return [key.partition("/")[2] for key in dcp.shard_keys(checkpoint, part=f"{AVERAGE}/")]
-        with safe_open(checkpoint / f"{AVERAGE}.safetensors", framework="pt") as file:
+        with safe_open(_stored(checkpoint, f"{AVERAGE}.safetensors"), framework="pt") as file:
             return list(file.keys())
 
 

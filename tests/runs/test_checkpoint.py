@@ -277,6 +277,19 @@ def test_metadata_of_shards_executes_nothing(tmp_path: Path, monkeypatch: pytest
     assert not (tmp_path / "pickle-was-executed").exists()
 
 
+@pytest.mark.parametrize("name", ["student.safetensors", "ema.safetensors", "optimiser-student.pt"])
+def test_a_pipe_in_place_of_a_file_is_not_read(tmp_path: Path, name: str) -> None:
+    path = save(tmp_path, state(1), keep=1)
+    (path / name).unlink()
+    os.mkfifo(path / name)
+    with pytest.raises(UsageError, match=f"{name} is not a regular file"):
+        load(path)
+    if name.startswith("ema"):
+        for read in (trained_names, trained_weights):
+            with pytest.raises(UsageError, match="is not a regular file"):
+                read(path)
+
+
 @pytest.mark.parametrize(
     ("damage", "words"), [("absent", "missing"), ("cut", "damaged"), ("pipe", "regular")]
 )
