@@ -99,7 +99,7 @@ def sample(
             list(range(settings.sample.seed, last_seed + 1)),
             read_steps(nfe, preview=preview) or default,
             read_prompt_switches(then, settings.model.frames),
-            read_conditioning_frames(settings, image, video, video_frames, last_image),
+            read_conditioning_frames(settings, image, video, video_frames, last_image, allow_missing=dry_run),
             options.with_lora_files(model, lora),
             method=sampler,
             preset=preset,
@@ -150,7 +150,12 @@ def _sample(
         settings.name, shape.frames, shape.height, shape.width, shape.fps, shape.shift, shape.max_text_tokens,
     )  # fmt: skip
     named = settings.model.teacher if teacher else chosen.model
-    needs = inputs(settings, paths, "sample", Given(named, prompts=bool(chosen.prompts)))
+    needs = inputs(
+        settings,
+        paths,
+        "sample",
+        Given(named, prompts=bool(chosen.prompts), pictures=chosen.frames is not None),
+    )
     if chosen.preset is not None:
         chosen.preset.check_request(shape.frames, chosen.steps)
         if is_ready(needs):

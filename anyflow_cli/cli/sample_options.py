@@ -131,7 +131,13 @@ def read_prompt_switches(texts: list[str] | None, frames: int) -> tuple[PromptSw
 
 
 def read_conditioning_frames(
-    settings: Recipe, image: Path | None, video: Path | None, count: int | None, last: Path | None = None
+    settings: Recipe,
+    image: Path | None,
+    video: Path | None,
+    count: int | None,
+    last: Path | None = None,
+    *,
+    allow_missing: bool = False,
 ) -> ConditioningFrames | None:
     """Read the first frames from a picture or a video, and maybe the last one, at the recipe's size and rate.
 
@@ -141,6 +147,7 @@ def read_conditioning_frames(
         video: Value of ``--video``.
         count: Frames to take from the video; by default at most half of what is sampled.
         last: Value of ``--last-image``.
+        allow_missing: Whether a model that needs pictures may be without any, as in a dry run.
 
     Raises:
         UsageError: They do not go together or with the recipe's model, or a file cannot be read.
@@ -148,8 +155,9 @@ def read_conditioning_frames(
     refuse_together({"--image": image, "--video": video}, "what a video starts with")
     if video is None and count is not None:
         raise UsageError("--video-frames needs --video.", "Add --video, or omit --video-frames.")
-    _check_pictures(settings, image, last)
     path = image or video
+    if not (allow_missing and path is None and last is None):
+        _check_pictures(settings, image, last)
     if path is None:
         return None
     for file in filter(None, (path, last)):

@@ -65,11 +65,13 @@ class Given(NamedTuple):
         model: Address of ``--model``, where that does not set a recipe key.
         data: Directory of videos or latents (``--data``, ``--from-videos``, ``--videos``).
         prompts: Whether prompts are given, so that those of the recipe are not read.
+        pictures: Whether the pictures are given that videos start with, or start and end with.
     """
 
     model: str | None = None
     data: Path | None = None
     prompts: bool = False
+    pictures: bool = False
 
 
 NOTHING = Given()
@@ -203,7 +205,11 @@ def _has_latents(data: Path) -> bool:
 
 def _sample(recipe: Recipe, paths: RunPaths, given: Given) -> list[Resource]:
     prompts = [] if given.prompts else _prompts(recipe)
-    return [*_broken_ffmpeg(), *_attention(recipe), *_any_step(recipe, paths, given), *prompts]
+    needs = [*_broken_ffmpeg(), *_attention(recipe), *_any_step(recipe, paths, given), *prompts]
+    if recipe.model.needs_pictures and not given.pictures:
+        options = "--image FILE" + " and --last-image FILE" * (recipe.model.pictures == "first-last")
+        needs.append(Resource("pictures", "the first frame", "missing", f"give {options}"))
+    return needs
 
 
 def _evaluate(recipe: Recipe, paths: RunPaths, given: Given) -> list[Resource]:

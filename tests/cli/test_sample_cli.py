@@ -462,7 +462,7 @@ def test_a_video_shorter_than_asked_for_is_said_and_continued(
         (["--image", "{text}"], "unreadable"),
         (["--video", "{text}"], "unreadable"),
         (["--video-frames", "5"], "needs --video"),
-        (["--image", "{picture}", "--model", "{bidirectional}"], "bidirectional"),
+        (["--image", "{picture}", "--model", "{bidirectional}"], "makes videos from text alone"),
         (["--nfe", "2:1", "--model", "{bidirectional}"], "bidirectional"),
         (["--then", "5: a square", "--model", "{bidirectional}"], "bidirectional"),
         (["--stream", "--model", "{bidirectional}"], "bidirectional"),

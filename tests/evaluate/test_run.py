@@ -290,7 +290,7 @@ def test_image_to_video_conditions_each_video_on_its_own_image(tmp_path: Path) -
 
 
 def test_image_to_video_refuses_a_bidirectional_model(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="cannot continue an image") as error:
+    with pytest.raises(UsageError, match="makes no videos from text and a first frame") as error:
         make_job(tmp_path, task="i2v")
     assert "causal" in str(error.value.hint)
 
