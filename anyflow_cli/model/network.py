@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
 from anyflow_cli.model.attention import AttentionShape, Kernel
@@ -325,12 +326,23 @@ class FlowMapTransformer(nn.Module):
         return tokens.to(self.compute_dtype)  # it may be trained in fp32 on a bf16 base
 
     def _run(self, number: int, block: nn.Module, *args: object) -> Tensor:
-        """Run a block, checkpointed if it is its turn."""
+        """Run a block, checkpointed if it is its turn; its last argument is the cache, or None."""
         chosen = self.gradient_checkpointing and number % self.checkpoint_every_n_blocks == 0
         if chosen and torch.is_grad_enabled():
+            # Flat, since a checkpoint keeps what is not a tensor: a cache would stay until the backward pass
+            # even where an outer checkpoint makes it again.
+            leaves, structure = tree_flatten(args)
+
+            def run(*leaves: object) -> Tensor:
+                *others, cache = tree_unflatten(leaves, structure)
+                # a chunk's own keys, written again by each of its calls, are not read from the cache here
+                unversioned = cache and tuple(part.data for part in cache)
+                result: Tensor = block(*others, unversioned)
+                return result
+
             out = checkpoint(
-                block,
-                *args,
+                run,
+                *leaves,
                 use_reentrant=False,
                 preserve_rng_state=False,
                 context_fn=self.checkpoint_contexts,

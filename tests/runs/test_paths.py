@@ -22,7 +22,7 @@ def test_every_objective_and_simulation_has_a_directory_of_its_own() -> None:
     simulations = get_args(DistillSection.model_fields["simulation"].annotation)
     assert set(objectives) == set(STAGE_1)
     assert set(simulations) == set(STAGE_2)
-    assert len({*map(PATHS.stage_1, objectives), *map(PATHS.stage_2, simulations)}) == 5
+    assert len({*map(PATHS.stage_1, objectives), *map(PATHS.stage_2, simulations)}) == 6
 
 
 def test_the_furthest_finished_model_is_taken(tmp_path: Path) -> None:

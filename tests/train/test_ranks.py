@@ -119,7 +119,8 @@ def go_on(directory: Path, cases: list[Case]) -> None:
 
 def test_a_run_goes_on_with_another_number_of_processes_sharded_or_not(tmp_path: Path, two: Path) -> None:
     """Half the steps in two processes, half in one, and the other way round."""
-    alone, sharded = Case("on-policy", lora=True), CASES[-1]
+    alone = Case("on-policy", lora=True)
+    sharded = Case("on-policy", lora=True, sharding="full", checkpointing=True)
     alone.run(tmp_path / "whole", steps=6)
     alone.run(tmp_path / "first alone")
     for name, source, case in (
