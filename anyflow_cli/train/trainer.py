@@ -37,7 +37,7 @@ from anyflow_cli.train.metrics import Metrics, finish_trackers, start_trackers
 from anyflow_cli.train.objectives import Objective, Phase, Sums, micro_batch
 from anyflow_cli.train.rng import BoundaryMean, StepRng, micro_positions, stream_seed
 from anyflow_cli.utils.distributed import COLLECTIVE_TIMEOUT, world_size
-from anyflow_cli.utils.signals import stop_requests
+from anyflow_cli.utils.signals import fatal_signals, stop_requests
 
 log = logging.getLogger(__name__)
 
@@ -419,7 +419,8 @@ def make_accelerator(launch: schema.LaunchSection = NOT_SHARDED, *, partly: bool
         DistributedDataParallelKwargs(gradient_as_bucket_view=True, find_unused_parameters=partly),
         InitProcessGroupKwargs(backend=backend, timeout=COLLECTIVE_TIMEOUT),
     ]
-    return Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=handlers)
+    with fatal_signals():  # while it waits for the other processes, which may have been ended
+        return Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=handlers)
 
 
 def _is_due(step: int, every: int) -> bool:

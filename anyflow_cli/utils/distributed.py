@@ -13,6 +13,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
 
 from anyflow_cli.errors import AnyflowError
+from anyflow_cli.utils.signals import fatal_signals
 
 if TYPE_CHECKING:
     import torch
@@ -76,7 +77,8 @@ def join_group() -> None:
 
     if world_size() > 1 and not distributed.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        distributed.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
+        with fatal_signals():  # the others may have been ended
+            distributed.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
 
 
 def from_first(value: Shared, group: torch.distributed.ProcessGroup | None = None) -> Shared:

@@ -42,7 +42,14 @@ def stop_requests() -> Iterator[threading.Event]:
 
 
 @contextmanager
-def _handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+def fatal_signals() -> Iterator[None]:
+    """Let the signals end the process at once in the block, which waits where no Python handler runs."""
+    with _handled_by(signal.SIG_DFL):
+        yield
+
+
+@contextmanager
+def _handled_by(handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
         yield
         return
