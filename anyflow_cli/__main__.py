@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-
-from anyflow_cli.cli.app import main
+from anyflow_cli.cli.app import run_command_line
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command_line()

@@ -9,7 +9,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, NoReturn
 
 import typer
 
@@ -34,7 +34,7 @@ from anyflow_cli.cli.launch import command_line
 from anyflow_cli.cli.options import examples
 from anyflow_cli.errors import ExitCode
 from anyflow_cli.utils.environment import check_environment
-from anyflow_cli.utils.signals import interruptible
+from anyflow_cli.utils.signals import ignore_signals, interruptible
 
 TRAIN = "Data and training, in order"
 USE = "Sample and evaluate"
@@ -173,6 +173,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return _flushed(code if isinstance(code, int) else ExitCode.DONE)
 
 
+def run_command_line() -> NoReturn:
+    """Run the command of this process and end it; a signal that comes after its work changes nothing."""
+    code = main()
+    ignore_signals()
+    sys.exit(code)
+
+
 def _flushed(code: int) -> int:
     """Flush stdout and return the exit code; at the interpreter's end a full disk would choose its own."""
     try:
@@ -200,4 +207,4 @@ def _report(error: BaseException) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command_line()

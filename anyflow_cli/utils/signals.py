@@ -41,6 +41,12 @@ def stop_requests() -> Iterator[threading.Event]:
         yield requested
 
 
+def ignore_signals() -> None:
+    """Ignore the signals from now on, as a process does that has done its work and is about to end."""
+    for number in stop_signals():
+        signal.signal(number, signal.SIG_IGN)
+
+
 @contextmanager
 def fatal_signals() -> Iterator[None]:
     """Let the signals end the process at once in the block, which waits where no Python handler runs."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -215,3 +216,22 @@ def test_only_the_first_of_several_processes_prints() -> None:
     assert [(done.returncode, done.stderr) for done in processes] == [(0, "")] * 2
     assert "tiny" in processes[0].stdout
     assert processes[1].stdout == ""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_after_the_work_changes_nothing(number: signal.Signals) -> None:
+    ends = """
+import atexit, sys, time
+from anyflow_cli.cli.app import run_command_line
+atexit.register(lambda: (print("ends", flush=True), time.sleep(1)))
+sys.argv = ["anyflow", "--version"]
+run_command_line()
+"""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    process = subprocess.Popen([sys.executable, "-c", ends], env=environment, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    with process.stdout as output:
+        assert output.readline().startswith(b"anyflow")
+        assert output.readline() == b"ends\n"
+        process.send_signal(number)
+        assert process.wait(30) == 0
