@@ -118,7 +118,7 @@ def test_missing_and_needless_pictures_are_refused_before_a_model_loads(
 ) -> None:
     chain = Chain(tmp_path, "2.1 FLF2V")
     asked = ["sample", "-p", "a circle", "--dry-run"]
-    assert "makes videos from pictures" in refusal(capsys, chain.command(*asked))
+    assert "makes videos from pictures" in refusal(capsys, chain.command(*asked[:-1]))
     assert "between two pictures" in refusal(capsys, chain.command(*asked, "--image", tmp_path / "0.png"))
     both = ["--image", tmp_path / "0.png", "--last-image", tmp_path / "0.png"]
     said = refusal(capsys, chain.command(*asked, *both, "--set", "model.pictures=none"))
