@@ -12,6 +12,7 @@ import io
 import pickle
 import warnings
 from collections.abc import Mapping
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +49,20 @@ class _MetadataUnpickler(pickle.Unpickler):
     """Finds the classes of metadata alone, so that nothing in a pickle is executed."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """Find a class of metadata or a type of tensors."""
+        """Find a class of metadata or a type of tensors; some Pythons name members of enums by getattr."""
+        if (module, name) == ("builtins", "getattr"):
+            return _enum_member
         is_type = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if not is_type and name not in METADATA_CLASSES.get(module, ()):
             raise pickle.UnpicklingError(f"its {METADATA} names {module}.{name}, which is not executed")
         return super().find_class(module, name)
+
+
+def _enum_member(owner: Any, name: str) -> Enum:
+    """A member of an enum, and nothing else that getattr would give."""
+    if not (isinstance(owner, type) and issubclass(owner, Enum)):
+        raise pickle.UnpicklingError(f"its {METADATA} names builtins.getattr, which is not executed")
+    return owner[name]
 
 
 class ShardReader(FileSystemReader):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import pickle
@@ -16,6 +17,7 @@ import torch
 from safetensors import SafetensorError
 
 from anyflow_cli.errors import AnyflowError, UsageError
+from anyflow_cli.runs import dcp
 from anyflow_cli.runs.checkpoint import (
     CHECKPOINT_FORMAT,
     AlarmState,
@@ -275,6 +277,30 @@ def test_metadata_of_shards_executes_nothing(tmp_path: Path, monkeypatch: pytest
         with pytest.raises(UsageError, match=r"names builtins\.exec, which is not executed"):
             read(path)
     assert not (tmp_path / "pickle-was-executed").exists()
+
+
+class Attribute:
+    """Pickled as an attribute of something, as Python 3.11.0 to 3.11.3 pickle members of enums."""
+
+    def __init__(self, owner: Any, name: str) -> None:
+        self.owner, self.name = owner, name
+
+    def __reduce__(self) -> Any:
+        return getattr, (self.owner, self.name)
+
+
+def test_metadata_may_name_members_of_enums_and_no_other_attribute() -> None:
+    from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata
+
+    def read(owner: Any, name: str) -> Any:
+        return dcp._MetadataUnpickler(io.BytesIO(pickle.dumps(Attribute(owner, name)))).load()
+
+    member = next(iter(_MEM_FORMAT_ENCODING))
+    assert read(_MEM_FORMAT_ENCODING, member.name) is member
+    with pytest.raises(pickle.UnpicklingError, match=r"builtins\.getattr, which is not executed"):
+        read(Metadata, "__init__")
+    with pytest.raises(KeyError):
+        read(_MEM_FORMAT_ENCODING, "__class__")
 
 
 @pytest.mark.parametrize("name", ["student.safetensors", "ema.safetensors", "optimiser-student.pt"])
