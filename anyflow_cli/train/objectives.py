@@ -504,7 +504,7 @@ class OnPolicyTerms:
             return batch.condition.put_back(simulate(checkpointed(model) if recomputes else model, start, 0))
         given = batch.latents[:, : self._conditioning_frames(rng, stream, frames)]
         return causal_windows.roll_out(
-            model, noise, partition_for(CausalConfig.from_recipe(self.causal), frames + skipped), simulate,
+            model, noise, self._rollout_partition(frames, skipped), simulate,
             given=given, recomputes=recomputes, skipped=skipped,
         )  # fmt: skip
 
@@ -540,10 +540,9 @@ class OnPolicyTerms:
         if self.causal is None:
             return simulated
         skipped = self._skipped_frames(rng, stream)
-        longer = (latent[0] + skipped, *latent[1:])
         return causal_windows.rollout_calls(
-            simulated, self.backbone.network_of("student"),
-            partition_for(CausalConfig.from_recipe(self.causal), longer[0]), longer,
+            simulated, self.backbone.network_of("student"), self._rollout_partition(latent[0], skipped),
+            (latent[0] + skipped, *latent[1:]),
             known=self._conditioning_frames(rng, stream, latent[0]), recomputes=recomputes, skipped=skipped,
         )  # fmt: skip
 
@@ -559,6 +558,13 @@ class OnPolicyTerms:
         size, own = max(self.causal.partition), sum(self.causal.partition)
         most = (schema.latent_frames(longest) - own) // size
         return size * int(torch.randint(most + 1, (), generator=rng.generator(f"{stream}-length")))
+
+    def _rollout_partition(self, frames: int, skipped: int) -> tuple[int, ...]:
+        """Chunks of a rollout of videos of ``frames``: the recipe's, or those of sampling in a longer one."""
+        assert self.causal is not None
+        if not skipped:
+            return causal_windows.first_chunks(self.causal, frames).partition
+        return partition_for(CausalConfig.from_recipe(self.causal), frames + skipped)
 
     def _exit_step(self, generator: torch.Generator, *, gradient: bool) -> tuple[int, Tensor]:
         """Draw the step that ends a rollout over a grid (N + 1,); fixed steps without gradient run to 0."""

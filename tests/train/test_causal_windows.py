@@ -522,3 +522,11 @@ def test_keys_of_a_longer_rollout_do_not_grow_with_it() -> None:
         return cache.bytes
 
     assert held(4) == held(16)
+
+
+def test_a_rollout_of_a_shorter_video_has_the_first_chunks_of_the_partition() -> None:
+    """As stage 1 has; chunks of the largest size would be others."""
+    causal = schema.CausalSection(partition=(1, 1, 1, 3), full_chunks=2)
+    terms = OnPolicyTerms(roles(), NEGATIVE, schema.DistillSection(), SHIFT, causal)
+    assert [terms._rollout_partition(frames, 0) for frames in (3, 6)] == [(1, 1, 1), (1, 1, 1, 3)]
+    assert terms._rollout_partition(6, 3) == (1, 3, 3, 2)
