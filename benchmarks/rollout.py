@@ -22,7 +22,7 @@ from anyflow_cli.model.pipeline_io import load_network, resolve_pipeline
 from anyflow_cli.model.precision import autocast, resolve_precision
 from anyflow_cli.recipe.load import load_recipe
 from anyflow_cli.recipe.schema import Recipe, latent_frames
-from anyflow_cli.train.objectives import OnPolicyTerms
+from anyflow_cli.train.on_policy import OnPolicyTerms
 from anyflow_cli.train.rng import StepRng
 from tests.plan.small import Live
 

@@ -33,8 +33,9 @@ from anyflow_cli.runs.checkpoint import LoopState
 from anyflow_cli.train.alarms import AlarmError, Alarms
 from anyflow_cli.train.checkpointer import Checkpointer
 from anyflow_cli.train.ema import WeightEma
+from anyflow_cli.train.loss_terms import Sums, micro_batch
 from anyflow_cli.train.metrics import Metrics, finish_trackers, start_trackers
-from anyflow_cli.train.objectives import Objective, Phase, Sums, micro_batch
+from anyflow_cli.train.objectives import Objective, Phase
 from anyflow_cli.train.rng import BoundaryMean, StepRng, micro_positions, stream_seed
 from anyflow_cli.utils.distributed import COLLECTIVE_TIMEOUT, world_size
 from anyflow_cli.utils.signals import fatal_signals, stop_requests

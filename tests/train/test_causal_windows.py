@@ -41,7 +41,8 @@ from anyflow_cli.train.causal_windows import (
     draw_conditioning_frames,
     roll_out,
 )
-from anyflow_cli.train.objectives import FlowMapTerm, OnPolicyTerms
+from anyflow_cli.train.objectives import FlowMapTerm
+from anyflow_cli.train.on_policy import OnPolicyTerms
 from anyflow_cli.train.rng import StepRng
 from tests.train import small
 from tests.train.small import CONFIG, NEGATIVE, trainer

@@ -19,7 +19,8 @@ from anyflow_cli.flow.noise import batch_noise
 from anyflow_cli.flow.simulation import BUDGETS
 from anyflow_cli.flow.times import shift
 from anyflow_cli.recipe import schema
-from anyflow_cli.train.objectives import FlowMapTerm, FunctionTerm, drop_text, sums, weighted
+from anyflow_cli.train.loss_terms import FunctionTerm, drop_text, sums, weighted
+from anyflow_cli.train.objectives import FlowMapTerm
 from anyflow_cli.train.rng import StepRng
 from tests.train import small
 from tests.train.small import Kind, RandomData, trainer

@@ -16,7 +16,8 @@ from anyflow_cli.model.backbone import Backbone
 from anyflow_cli.model.network import FlowMapTransformer, two_time_from
 from anyflow_cli.recipe import schema
 from anyflow_cli.train.causal_windows import WholeVideo
-from anyflow_cli.train.objectives import FlowMapTerm, FlowMatchingTerm, OnPolicyTerms
+from anyflow_cli.train.objectives import FlowMapTerm, FlowMatchingTerm
+from anyflow_cli.train.on_policy import OnPolicyTerms
 from anyflow_cli.train.rng import StepRng
 from tests.train.small import CONFIG, NEGATIVE
 

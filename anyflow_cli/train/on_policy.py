@@ -1,0 +1,222 @@
+"""Stage 2 on the student's own samples (Alg. 2): matching with the teacher, and the fake score's training.
+
+Legend: N global batch, B micro-batch, F latent frames, C channels, H W latent height and width, L text
+tokens, D text width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from anyflow_cli.data.dataset import Batch
+from anyflow_cli.errors import UsageError
+from anyflow_cli.flow import matching, simulation, times
+from anyflow_cli.flow.velocity import Velocity, checkpointed
+from anyflow_cli.model.backbone import Backbone
+from anyflow_cli.model.causal import partition_for
+from anyflow_cli.model.config import CausalConfig
+from anyflow_cli.recipe import schema
+from anyflow_cli.train import causal_windows
+from anyflow_cli.train.causal_windows import NetworkCall
+from anyflow_cli.train.loss_terms import LatentShape, Sums, power_and_motion, sums, uncond_velocity
+from anyflow_cli.train.rng import StepRng
+from anyflow_cli.train.trained_expert import ONE_NETWORK, TrainedExpert
+
+
+class OnPolicyTerms:
+    """Algorithm 2: distribution matching on the student's samples, and the fake score, which follows them.
+
+    ``reuse_rollout`` trains the fake score on the samples that the student was just trained on, which saves
+    the second rollout. Without it, the updated student generates new ones, as in the paper.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        negative: Tensor,
+        settings: schema.DistillSection,
+        shift: float,
+        causal: schema.CausalSection | None = None,
+        experts: TrainedExpert = ONE_NETWORK,
+    ) -> None:
+        self.backbone, self.negative, self.settings, self.shift = backbone, negative, settings, shift
+        self.score_shift = settings.score_shift or shift
+        self.causal, self.experts = causal, experts
+        self.window_of = causal_windows.WholeVideo(settings.flow_map.conditioning_prob)
+        self._rollouts: dict[tuple[int, ...], Tensor] = {}  # of this step, by the positions of a micro-batch
+
+    def matching(self, batch: Batch, rng: StepRng) -> tuple[Tensor, Sums]:
+        """Evaluate distribution matching (Eq. 5) on a rollout with gradient."""
+        settings = self.settings
+        batch = self._conditioned(batch, rng, "rollout")
+        x = self._rollout(batch, rng, "rollout")
+        if settings.reuse_rollout:
+            self._rollouts[rng.positions] = x.detach()
+        expert = self.experts.of_step(rng)
+        t = times.sample_uniform(
+            rng.count,
+            self.score_shift,
+            rng.generator("matching-times"),
+            settings.t_min,
+            settings.t_max,
+            expert.interval,
+        )
+        loss = matching.distribution_matching_loss(
+            x,
+            self.backbone.velocity("fake", batch.condition),
+            self.backbone.velocity("real", batch.condition),
+            uncond_velocity(self.backbone, "real", self.negative, batch),
+            rng.local(t).to(x),
+            batch.condition.put_back(rng.noise("matching-noise", x.shape[1:]).to(x)),
+            matching.guidance_until(settings.real_guidance_until, expert.scale(settings.real_guidance)),
+        )
+        return loss, {
+            "matching": sums(loss, len(x)),
+            **power_and_motion("sample", x),
+            **power_and_motion("data", batch.latents),
+        }
+
+    def matching_calls(self, latent: LatentShape, rng: StepRng) -> list[NetworkCall]:
+        """A rollout with gradient, then both scores without; the real score is guided: 2B samples."""
+        fake = NetworkCall("fake", len(rng.positions), gradient=False)
+        real = NetworkCall("real", 2 * fake.samples, gradient=False, joined=True)
+        return [*self._rollout_calls(latent, rng, "rollout", gradient=True), fake, real]
+
+    def fake_score(self, batch: Batch, rng: StepRng, update: int = 0) -> tuple[Tensor, Sums]:
+        """Evaluate flow matching of the fake score on the student's samples.
+
+        All updates of a step use the same samples, with times and noise of their own.
+        """
+        stream = "rollout" if self.settings.reuse_rollout else "fake-rollout"
+        batch = self._conditioned(batch, rng, stream)
+        if update == 0 and not self.settings.reuse_rollout:
+            with torch.no_grad():
+                self._rollouts[rng.positions] = self._rollout(batch, rng, stream)
+        is_last = update == self.settings.fake_updates - 1
+        x = self._rollouts.pop(rng.positions) if is_last else self._rollouts[rng.positions]
+        interval, more = self.experts.of_step(rng).interval, f"-{update}" if update else ""
+        generator = rng.generator(f"fake-times{more}")
+        t = times.sample_logit_normal(rng.count, self.score_shift, generator, interval)
+        noise = rng.noise(f"fake-noise{more}", x.shape[1:]).to(x)
+        eps, t = batch.condition.put_back(noise), rng.local(t).to(x)
+        loss = matching.fake_score_loss(self.backbone.velocity("fake", batch.condition), x, eps, t)
+        return loss, {"fake": sums(loss, len(x))}
+
+    def fake_score_calls(self, latent: LatentShape, rng: StepRng, update: int = 0) -> list[NetworkCall]:
+        """A rollout without gradient, unless one is reused, then the fake score with gradient."""
+        reused = self.settings.reuse_rollout or update > 0
+        rollout = [] if reused else self._rollout_calls(latent, rng, "fake-rollout", gradient=False)
+        return [*rollout, NetworkCall("fake", len(rng.positions), gradient=True)]
+
+    def _rollout(self, batch: Batch, rng: StepRng, stream: str) -> Tensor:
+        """Generate samples of the student, (B, F, C, H, W); of a longer rollout, the last F frames."""
+        model, skipped = self.backbone.velocity("student", batch.condition), self._skipped_frames(rng, stream)
+        if skipped and batch.condition.present != ("text",):
+            raise UsageError(
+                "Rollouts that are longer than the videos of the data set cannot start with its pictures.",
+                "Leave distill.rollout_frames null.",
+                everywhere=True,
+            )
+        frames, *size = batch.latents.shape[1:]
+        noise = rng.noise(f"{stream}-start", (frames + skipped, *size)).to(batch.latents)
+        simulate = self._simulation(rng, stream)
+        recomputes = self.settings.recompute_rollout and torch.is_grad_enabled()
+        if self.causal is None:
+            start = batch.condition.put_back(noise)
+            return batch.condition.put_back(simulate(checkpointed(model) if recomputes else model, start, 0))
+        given = batch.latents[:, : self._conditioning_frames(rng, stream, frames)]
+        return causal_windows.roll_out(
+            model, noise, self._rollout_partition(frames, skipped), simulate,
+            given=given, recomputes=recomputes, skipped=skipped,
+        )  # fmt: skip
+
+    def _conditioned(self, batch: Batch, rng: StepRng, stream: str) -> Batch:
+        """The batch with the first frames given that student and scores share (bidirectional models)."""
+        if self.causal is not None:
+            return batch
+        given = self.window_of.draw(rng.generator(f"{stream}-given"))
+        return replace(batch, condition=batch.condition.with_frames(batch.latents[:, :given]))
+
+    def _rollout_calls(
+        self, latent: LatentShape, rng: StepRng, stream: str, *, gradient: bool
+    ) -> list[NetworkCall]:
+        """List the calls of ``_rollout``; of a consistency rollout only the last one has a gradient."""
+        settings, generator = self.settings, rng.generator(stream)
+        if settings.simulation == "flow-map":
+            steps, k = simulation.draw_segment(settings.step_budgets, generator)
+            jumps = [(t, r, gradient) for t, r in simulation.rollout_jumps(steps, k, self.shift)]
+        else:
+            exit_step, grid = self._exit_step(generator, gradient=gradient)
+            starts = grid.tolist()[: exit_step + 1]
+            ends = grid.tolist()[1:] if settings.simulation == "fixed-steps" else [0.0] * len(starts)
+            jumps = [
+                (t, r, gradient and n == exit_step)
+                for n, (t, r) in enumerate(zip(starts, ends, strict=False))
+            ]
+        recomputes = settings.recompute_rollout and gradient
+        simulated = [
+            NetworkCall("student", len(rng.positions), carries, group=n if recomputes and carries else None)
+            for n, (t, r, carries) in enumerate(jumps)
+            for _ in range(self.experts.evaluations(t, r))
+        ]
+        if self.causal is None:
+            return simulated
+        skipped = self._skipped_frames(rng, stream)
+        return causal_windows.rollout_calls(
+            simulated, self.backbone.network_of("student"), self._rollout_partition(latent[0], skipped),
+            (latent[0] + skipped, *latent[1:]),
+            known=self._conditioning_frames(rng, stream, latent[0]), recomputes=recomputes, skipped=skipped,
+        )  # fmt: skip
+
+    def _skipped_frames(self, rng: StepRng, stream: str) -> int:
+        """Draw how many frames of a rollout precede those that are matched: chunks of the largest size.
+
+        To the scores the frames after them are a video of its own. Its first latent frame, one frame of
+        pixels in Wan, is then the last of a chunk; it has no gradient.
+        """
+        longest = self.settings.rollout_frames
+        if self.causal is None or longest is None:
+            return 0
+        size, own = max(self.causal.partition), sum(self.causal.partition)
+        most = (schema.latent_frames(longest) - own) // size
+        return size * int(torch.randint(most + 1, (), generator=rng.generator(f"{stream}-length")))
+
+    def _rollout_partition(self, frames: int, skipped: int) -> tuple[int, ...]:
+        """Chunks of a rollout of videos of ``frames``: the recipe's, or those of sampling in a longer one."""
+        assert self.causal is not None
+        if not skipped:
+            return causal_windows.first_chunks(self.causal, frames).partition
+        return partition_for(CausalConfig.from_recipe(self.causal), frames + skipped)
+
+    def _exit_step(self, generator: torch.Generator, *, gradient: bool) -> tuple[int, Tensor]:
+        """Draw the step that ends a rollout over a grid (N + 1,); fixed steps without gradient run to 0."""
+        count = self.settings.consistency_steps
+        drawn = int(torch.randint(count, (), generator=generator))
+        whole = self.settings.simulation == "fixed-steps" and not gradient
+        return count - 1 if whole else drawn, times.grid(count, self.shift)
+
+    def _conditioning_frames(self, rng: StepRng, stream: str, frames: int) -> int:
+        """Draw how many frames of a causal rollout of videos of ``frames`` come from the data."""
+        assert self.causal is not None
+        causal = causal_windows.first_chunks(self.causal, frames)
+        share = self.settings.flow_map.conditioning_prob
+        return causal_windows.draw_conditioning_frames(causal, share, rng.generator(f"{stream}-given"))
+
+    def _simulation(self, rng: StepRng, stream: str) -> causal_windows.Simulate:
+        """Draw how the student jumps from noise to time 0: alike on every process and for every chunk."""
+        settings, generator = self.settings, rng.generator(stream)
+        if settings.simulation == "flow-map":
+            steps, k = simulation.draw_segment(settings.step_budgets, generator)
+            return lambda model, noise, _: simulation.flow_map_rollout(model, noise, steps, k, self.shift)
+        exit_step, grid = self._exit_step(generator, gradient=torch.is_grad_enabled())
+        if settings.simulation == "fixed-steps":
+            return lambda model, noise, _: simulation.fixed_steps_rollout(model, noise, grid, exit_step)
+
+        def consistency(model: Velocity, noise: Tensor, chunk: int) -> Tensor:
+            streams = rng.generators(f"{stream}-noise-{chunk}")  # new ones: a chunk may be recomputed
+            return simulation.consistency_rollout(model, noise, grid, exit_step, streams)
+
+        return consistency
