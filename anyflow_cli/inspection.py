@@ -25,9 +25,9 @@ from anyflow_cli.model.pipeline_io import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     BUILT_IN,
-    FROZEN,
     INDEX,
     component,
+    components_of,
     has_components,
     load_adapter,
     read_config,
@@ -41,6 +41,11 @@ from anyflow_cli.sample.presets import presets_of
 from anyflow_cli.utils.hub import cached_snapshot, is_hub_name
 
 Facts = dict[str, Any]
+COMPONENTS = {
+    "vae": ("VAE", "z_dim", "base_dim"),
+    "text_encoder": ("text encoder", "d_model", "num_layers"),
+    "image_encoder": ("image encoder (CLIP)", "hidden_size", "num_hidden_layers"),
+}
 LORA_KEY = re.compile(r"lora_|\.lora\.|\.diff(_[bm])?$|\.set_weight$")
 TYPE_NAMES = {
     "F64": "fp64", "F32": "fp32", "F16": "fp16", "BF16": "bf16", "F8_E4M3": "fp8_e4m3", "F8_E5M2": "fp8_e5m2",
@@ -116,20 +121,17 @@ def _adapter(path: Path) -> Facts:
 
 
 def _component(path: Path) -> Facts | None:
-    """A VAE or a text encoder in a file of its own; None if it is neither."""
+    """A VAE, a text encoder or an image encoder in a file of its own; None if it is none of them."""
     try:
         opened = open_component(path)
     except UsageError:
         return None
-    is_vae = "z_dim" in opened.config
-    sizes = {
-        key: opened.config[key] for key in (("z_dim", "base_dim") if is_vae else ("d_model", "num_layers"))
-    }
+    kind, *keys = COMPONENTS[opened.name]
     return {
-        "kind": "VAE" if is_vae else "text encoder",
+        "kind": kind,
         "usable": False,
         "layout": opened.weights.layout,
-        **sizes,
+        **{key: opened.config[key] for key in keys},
         **_stored(opened.weights.files.tensors.values()),
         "instead": "Put it beside the transformer's file; it is found by its published name.",
     }
@@ -181,10 +183,11 @@ def _transformer(path: Path) -> Facts:
         one.tensors.stored(name) for one in opened.transformers for name in one.tensors.stored_names
     )
     if has_components(path):
-        facts |= {"shift": read_shift(path)} | {name: _place(path, name) for name in FROZEN}
+        names = [name for name in components_of(config) if name != "image_processor"]
+        facts |= {"shift": read_shift(path)} | {name: _place(path, name) for name in names}
     problems = check_folder(path) if path.is_dir() or not path.exists() else []
     presets = [preset.name for preset in presets_of(str(path))]
-    facts |= {"missing": _missing(path), "problems": problems, "sampler_presets": presets}
+    facts |= {"missing": _missing(path, config), "problems": problems, "sampler_presets": presets}
     return facts | {"notes": _notes(transformer)}
 
 
@@ -236,14 +239,14 @@ def _place(pipeline: Path, name: str) -> str:
     return f"{place} ({config.get('z_dim', 16)} channels)"
 
 
-def _missing(path: Path) -> list[str]:
+def _missing(path: Path, config: NetworkConfig) -> list[str]:
     if has_components(path):
-        names = [name for name in FROZEN if _place(path, name) == "missing"]
+        names = [name for name in components_of(config) if _place(path, name) == "missing"]
         return [
             *names,
             *(["scheduler"] if (path / INDEX).is_file() and not (path / "scheduler").is_dir() else []),
         ]
-    return [f"{', '.join(FROZEN)}: taken from the recipe's teacher (model.teacher)"]
+    return [f"{', '.join(components_of(config))}: taken from the recipe's teacher (model.teacher)"]
 
 
 def _notes(transformer: TransformerFiles) -> list[str]:

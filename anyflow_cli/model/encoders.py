@@ -27,11 +27,7 @@ from anyflow_cli.model.config import Size
 from anyflow_cli.model.layouts.components import ComponentFiles, open_component, open_component_folder
 from anyflow_cli.model.pipeline_io import component
 from anyflow_cli.model.placement import free_cached, stream_weights
-from anyflow_cli.model.weights_io import (
-    FETCH,
-    TEXT_ENCODER_STEM,
-    TRANSFORMER_STEM,
-)
+from anyflow_cli.model.weights_io import FETCH
 from anyflow_cli.utils.records import read_record
 
 WAN_21_CHANNELS = 16
@@ -150,7 +146,7 @@ class TextEncoder:
             raise UsageError(f"The tokenizer in {folder} has no padding token.", FETCH)
         with _library_errors(folder):
             tokenizer(["", "a"], padding="max_length", max_length=2, truncation=True)
-        files, config = _open(pipeline, "text_encoder", TextEncoderConfig, TEXT_ENCODER_STEM)
+        files, config = _open(pipeline, "text_encoder", TextEncoderConfig)
         return cls(tokenizer, config, partial(_load_weights, files, dtype), torch.device(device), placement)
 
     @property
@@ -216,11 +212,14 @@ class PictureEncoder:
     def load(
         cls, pipeline: Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
     ) -> PictureEncoder:
-        """Load the image encoder of a pipeline folder."""
+        """Load the image encoder of a pipeline folder, or of an original folder or file."""
         import transformers
 
         processor_class = getattr(transformers, "CLIPImageProcessorPil", transformers.CLIPImageProcessor)
         place = component(pipeline, "image_encoder")
+        if place.is_file():
+            files = open_component(place)
+            return cls(processor_class(**files.processor), _load_weights(files, dtype, torch.device(device)))
         processor = _load(processor_class, component(pipeline, "image_processor"))
         model, info = _load(transformers.CLIPVisionModel, place, dtype=dtype, output_loading_info=True)
         if info["missing_keys"]:
@@ -263,7 +262,7 @@ class VideoVAE:
     @classmethod
     def load(cls, pipeline: Path, device: torch.device | str = "cpu", placement: str = "kept") -> VideoVAE:
         """Load the VAE of a pipeline folder, see ``MemorySection.vae`` for placements."""
-        files, _ = _open(pipeline, "vae", VaeConfig, TRANSFORMER_STEM)
+        files, _ = _open(pipeline, "vae", VaeConfig)
         place = torch.device(device if placement in ("auto", "kept") else "cpu")
         return cls(_load_weights(files, torch.float32, place), torch.device(device), placement)
 
@@ -368,14 +367,14 @@ class ChunkDecoder:
         return (video.transpose(1, 2) / 2 + 0.5).clamp(0, 1)
 
 
-def _open(pipeline: Path, name: str, config: type[Config], stem: str) -> tuple[ComponentFiles, Config]:
+def _open(pipeline: Path, name: str, config: type[Config]) -> tuple[ComponentFiles, Config]:
     """The files and the checked configuration of a component."""
     place = component(pipeline, name)
     if place.is_file():
         files = open_component(place)
         return files, config.model_validate(files.config)
     sizes = read_record(place / "config.json", config, FETCH)
-    return open_component_folder(place, stem), sizes
+    return open_component_folder(place, name), sizes
 
 
 def _load_weights(files: ComponentFiles, dtype: torch.dtype, device: torch.device) -> Any:

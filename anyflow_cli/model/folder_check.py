@@ -12,7 +12,7 @@ from pathlib import Path
 
 from anyflow_cli.errors import AnyflowError, UsageError
 from anyflow_cli.model.encoders import TextEncoderConfig, VaeConfig
-from anyflow_cli.model.layouts.components import open_component
+from anyflow_cli.model.layouts.components import STEMS, component_config, open_component
 from anyflow_cli.model.layouts.expert_files import open_network
 from anyflow_cli.model.lora import adapter_problems
 from anyflow_cli.model.network import on_meta
@@ -56,6 +56,7 @@ def check_folder(path: Path) -> list[str]:
             lambda: _check_text_encoder(path),
             lambda: _check_tokenizer(path),
             lambda: _check_vae(path),
+            lambda: _check_image_encoder(path),
         ]
     return _problems(checks)
 
@@ -116,6 +117,19 @@ def _check_vae(path: Path) -> Iterator[str]:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UsageError(f"{folder / 'config.json'} does not describe a VAE ({reason}).", FETCH) from error
     yield from _compare(folder, TRANSFORMER_STEM, expected)
+
+
+def _check_image_encoder(path: Path) -> Iterator[str]:
+    """CLIP's vision tower, where the network takes its tokens."""
+    width = open_network(path).config.image_dim
+    if width is None:
+        return
+    place, _ = component(path, "image_encoder"), component(path, "image_processor")
+    if place.is_dir():
+        read_headers(place, STEMS["image_encoder"])
+    found = component_config(place).get("hidden_size")
+    if found != width:
+        yield f"The image encoder {place} has the width {found}, and the network takes tokens of {width}"
 
 
 def _check_adapter(path: Path) -> Iterator[str]:

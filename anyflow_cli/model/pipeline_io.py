@@ -72,9 +72,11 @@ HUB_FILES = [
     *("*.json", "*.safetensors", "*.txt", "*.model"),
     *ORIGINAL_FILES["vae"],
     *ORIGINAL_FILES["text_encoder"],
+    *ORIGINAL_FILES["image_encoder"],
 ]
-ORIGINAL_SHIFT = 5.0  # of Wan's own generate.py for every model but the text-to-video one of two experts
-ORIGINAL_EXPERTS_SHIFT = 12.0
+ORIGINAL_SHIFT = 5.0  # of Wan's own generate.py for every model but these
+ORIGINAL_EXPERTS_SHIFT = 12.0  # of two experts that make videos from text
+ORIGINAL_FIRST_LAST_SHIFT = 16.0
 ORIGINAL_SCHEDULER: dict[str, Any] = {
     "_class_name": "UniPCMultistepScheduler", "prediction_type": "flow_prediction", "use_flow_sigmas": True
 }  # fmt: skip
@@ -226,6 +228,11 @@ def component(pipeline: Path, name: str) -> Path:
     return original
 
 
+def components_of(config: NetworkConfig) -> tuple[str, ...]:
+    """Components that a network is used with, and saved with."""
+    return (*FROZEN, *(PICTURE_ENCODER if config.image_dim is not None else ()))
+
+
 def has_components(pipeline: Path) -> bool:
     """Whether a folder, or the folder of a file, also holds the VAE, the text encoder and the tokenizer."""
     pipeline = component_home(pipeline)
@@ -300,7 +307,7 @@ def save_pipeline(
         raise UsageError(f"{target} exists already.", "Choose another directory, or remove it.")
     source_pipeline, config = component_home(source_pipeline), network.config
     with atomic_directory(target) as folder:
-        for name in (*FROZEN, *(PICTURE_ENCODER if config.image_dim is not None else ())):
+        for name in components_of(config):
             _write_component(component(source_pipeline, name), folder / name)
         _write_scheduler(folder / "scheduler", source_pipeline, config, shift)
         for name, weights in transformer_weights_of(network).items():
@@ -340,7 +347,10 @@ def write_transformer(
 
 
 def _write_component(source: Path, target: Path) -> None:
-    if source.is_file():
+    if source.is_file() and target.name == "image_processor":
+        target.mkdir()
+        write_json(target / "preprocessor_config.json", open_component(source).processor)
+    elif source.is_file():
         open_component(source).write(target)
     else:
         link_tree(source, target)
@@ -363,7 +373,10 @@ def read_shift(pipeline: Path) -> float:
     """Timestep shift of a pipeline's scheduler; 1 where its class has none, Wan's in an original folder."""
     pipeline = component_home(pipeline)
     if not (pipeline / INDEX).is_file() and original_place(pipeline, "vae") is not None:
-        experts = (pipeline / ORIGINAL_FOLDERS["high"]).is_dir() and read_config(pipeline).in_channels == 16
+        config = read_config(pipeline)
+        if config.image_tokens is not None:
+            return ORIGINAL_FIRST_LAST_SHIFT
+        experts = (pipeline / ORIGINAL_FOLDERS["high"]).is_dir() and config.in_channels == 16
         return ORIGINAL_EXPERTS_SHIFT if experts else ORIGINAL_SHIFT
     file = component(pipeline, "scheduler") / "scheduler_config.json"
     scheduler = read_record(file, SchedulerConfig, FETCH)

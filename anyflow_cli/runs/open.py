@@ -30,10 +30,10 @@ from anyflow_cli.model.lora_formats import LoraMerged, LoraRequest, add_loras, s
 from anyflow_cli.model.network import FlowMapTransformer
 from anyflow_cli.model.pipeline_io import (
     ADAPTER_CONFIG,
-    FROZEN,
     INDEX,
     PipelineIndex,
     component,
+    components_of,
     each_place,
     has_components,
     load_network,
@@ -159,7 +159,7 @@ def _describe(path: Path, recipe: Recipe) -> ModelInfo:
     weights = (path,) if path.exists() or places is None else tuple(places.values())
     sources = weights if is_pipeline else (*weights, pipeline)
     if is_pipeline and not path.is_dir():
-        sources = (*weights, *(component(path, name) for name in FROZEN))
+        sources = (*weights, *dict.fromkeys(component(path, name) for name in components_of(config)))
     return ModelInfo(path, pipeline, config.two_time, causal, lineage, sources)
 
 

@@ -24,6 +24,7 @@ from anyflow_cli.data.segments import CUTS_FILE, ClipSegment, SegmentRules, reme
 from anyflow_cli.data.shards import PROVENANCE, ShardRecord, bucketed_ranges, read_shard_record, shard_path
 from anyflow_cli.data.video import ClipFormat
 from anyflow_cli.errors import UsageError
+from anyflow_cli.model.layouts.components import ORIGINAL_FILES
 from anyflow_cli.model.lora_formats import split_loras
 from anyflow_cli.model.pipeline_io import (
     FROZEN,
@@ -243,7 +244,7 @@ def _contents(
     files = {Path(model).name: Path(model)} if Path(model).is_file() else pipeline_files(Path(model))
     contents = {"encoder_files": hashes.combined(frozen_files(components))}
     if clips is None:
-        frozen = (*FROZEN, *PICTURE_ENCODER)
+        frozen = (*FROZEN, *PICTURE_ENCODER, ORIGINAL_FILES["tokenizer"][0].partition("/")[0])
         network = {n: file for n, file in files.items() if n.partition("/")[0] not in frozen and "/" in n}
         merged = {f"lora {n} {lora.manner}": lora.path for n, lora in enumerate(loras)}
         contents["transformer_files"] = hashes.combined((network or files) | merged)

@@ -1,4 +1,4 @@
-"""The VAE and the text encoder, in a pipeline's folder or in the files of Wan's own releases and of ComfyUI.
+"""VAE, text and image encoder, in a pipeline's folder or in the files of Wan's own releases and of ComfyUI.
 
 They become the classes of diffusers and transformers, read tensor by tensor. The sizes of single files are
 inferred from the tensors; they are found by the names under which they are published.
@@ -6,8 +6,10 @@ inferred from the tensors; they are found by the names under which they are publ
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,13 @@ import torch
 
 from anyflow_cli.errors import UsageError
 from anyflow_cli.model.layouts.named_weights import NamedWeights
-from anyflow_cli.model.layouts.names import TEXT_ENCODER_NAMES, VAE_21_NAMES, VAE_22_NAMES, substituted
+from anyflow_cli.model.layouts.names import (
+    IMAGE_ENCODER_NAMES,
+    TEXT_ENCODER_NAMES,
+    VAE_21_NAMES,
+    VAE_22_NAMES,
+    substituted,
+)
 from anyflow_cli.model.layouts.quantized import is_quantization
 from anyflow_cli.model.layouts.tensor_files import TensorFiles
 from anyflow_cli.model.weights_io import (
@@ -30,6 +38,9 @@ from anyflow_cli.model.weights_io import (
 )
 from anyflow_cli.utils.files import read_json, write_json
 
+IMAGE_ENCODER_FILES = (
+    "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth", "clip_vision_h.safetensors",
+)  # fmt: skip
 ORIGINAL_FILES = {
     "vae": ("Wan2.1_VAE.pth", "Wan2.2_VAE.pth", "wan_2.1_vae.safetensors", "wan2.2_vae.safetensors"),
     "text_encoder": (
@@ -37,9 +48,14 @@ ORIGINAL_FILES = {
         "umt5_xxl_fp8_e4m3fn_scaled.safetensors",
     ),
     "tokenizer": ("google/umt5-xxl",),
+    "image_encoder": IMAGE_ENCODER_FILES,
+    "image_processor": IMAGE_ENCODER_FILES,  # its settings follow from the encoder's sizes
 }  # fmt: skip
 EMBED_TOKENS = "encoder.embed_tokens.weight"
 REST_OF_UMT5 = ("decoder.", "lm_head.")  # a whole model is more than its encoder
+STEMS = {"vae": TRANSFORMER_STEM, "text_encoder": TEXT_ENCODER_STEM, "image_encoder": "model"}
+VISION = "vision_model."  # before the names of an image encoder on disk
+CLIP_HEAD = 80  # channels of a head of CLIP ViT-H/14
 DIM_MULT = (1, 2, 4, 4)  # widths of the VAE's levels, relative to the first; the same in both VAEs
 
 # Mean and standard deviation of each latent channel: vae/config.json of the published folders.
@@ -70,6 +86,14 @@ STATISTICS_22 = {
 }  # fmt: skip
 
 
+# What Wan's own code does with a picture before CLIP: resize the whole of it, without a crop.
+IMAGE_PROCESSOR: dict[str, Any] = {
+    "image_processor_type": "CLIPImageProcessor", "do_convert_rgb": True, "do_resize": True, "resample": 3,
+    "do_center_crop": False, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
+    "image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711],
+}  # fmt: skip
+
+
 # vae/config.json of Wan 2.2 TI2V-5B, where it differs from the defaults of diffusers' class.
 VAE_22: dict[str, Any] = {
     "base_dim": 160, "decoder_base_dim": 256, "z_dim": 48, "is_residual": True, "in_channels": 12,
@@ -80,45 +104,59 @@ VAE_22: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class ComponentFiles:
-    """A VAE or a text encoder on disk.
+    """A VAE, a text encoder or an image encoder on disk.
 
     Attributes:
+        name: Component of a pipeline that it is, a key of ``STEMS``.
         path: A folder, or an original file.
         weights: Its tensors under the names of the class.
         config: Configuration of the class.
-        stem: Name of the weight file in the folder of a pipeline.
     """
 
+    name: str
     path: Path
     weights: NamedWeights
     config: Mapping[str, Any]
-    stem: str
 
     def load(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> Any:
         """Load the component with weights of a type, straight onto a device."""
         with torch.device("meta"):
             model = self._build()
+        model = getattr(model, "vision_model", model)  # CLIP's tower is inside the class in some versions
         expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         reference = "config.json" if self.path.is_dir() else "each other"
         check_names_and_shapes(expected, self.weights.shapes, self.path, reference)
         fill_module(model, self.weights.lazy(), lambda name: dtype, device)
         if hasattr(model, "tie_weights"):
             model.tie_weights()
+        if self.name == "image_encoder":  # a buffer that is not stored
+            positions = torch.arange(expected["embeddings.position_embedding.weight"][0], device=device)
+            model.embeddings.position_ids = positions[None]
         return model.eval()
 
     def _build(self) -> Any:
         from diffusers import AutoencoderKLWan
-        from transformers import UMT5Config, UMT5EncoderModel
+        from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
 
-        if self.stem == TEXT_ENCODER_STEM:
+        if self.name == "text_encoder":
             return UMT5EncoderModel(UMT5Config(**self.config))
+        if self.name == "image_encoder":
+            return CLIPVisionModel(CLIPVisionConfig(**self.config))
         return AutoencoderKLWan.from_config(self.config)
 
     def write(self, folder: Path) -> None:
         """Write the component as a folder of a diffusers pipeline, with its type kept."""
         folder.mkdir(parents=True)
         write_json(folder / "config.json", self.config)
-        write_weights(folder / f"{self.stem}.safetensors", self.weights.lazy(), {"format": "pt"})
+        prefix = VISION if self.name == "image_encoder" else ""
+        stored = {prefix + name: weight for name, weight in self.weights.lazy().items()}
+        write_weights(folder / f"{STEMS[self.name]}.safetensors", stored, {"format": "pt"})
+
+    @property
+    def processor(self) -> dict[str, Any]:
+        """Settings of ``CLIPImageProcessor`` for the pictures of an image encoder in an original file."""
+        size = self.config["image_size"]
+        return IMAGE_PROCESSOR | {"size": {"height": size, "width": size}}
 
 
 def original_place(pipeline: Path, name: str) -> Path | None:
@@ -141,32 +179,42 @@ def component_config(place: Path) -> dict[str, Any]:
     return dict(open_component(place).config)
 
 
-def open_component_folder(folder: Path, stem: str) -> ComponentFiles:
-    """Open the folder of a VAE or a text encoder (by the name of its weight files); only headers are read."""
+def open_component_folder(folder: Path, component: str) -> ComponentFiles:
+    """Open the folder of a VAE or a text encoder; only headers are read."""
+    stem = STEMS[component]
     read_headers(folder, stem)  # refuses a damaged file in words
     files = TensorFiles.open(component_files(folder, stem))
     names = {name: name for name in files.tensors}
-    if stem == TEXT_ENCODER_STEM:
+    if component == "text_encoder":
         names = {name: name for name in names if not name.startswith(REST_OF_UMT5)}
         table = names.pop(EMBED_TOKENS, None)  # the same embeddings, stored under either name or both
         if table is not None:
             names.setdefault("shared.weight", table)
     weights = NamedWeights(files, names, "names of diffusers and transformers")
-    return ComponentFiles(folder, weights, read_json(folder / "config.json"), stem)
+    return ComponentFiles(component, folder, weights, read_json(folder / "config.json"))
 
 
 def open_component(path: Path) -> ComponentFiles:
-    """Open a file with a VAE or a text encoder; only headers are read.
+    """Open a file with a VAE, a text encoder or an image encoder; only headers are read.
 
     Raises:
-        UsageError: It holds neither.
+        UsageError: It holds none of them.
     """
     files = TensorFiles.open((path,))
     if "encoder.conv1.weight" in files.tensors:
         return _open_vae(path, files)
     if files.tensors.keys() & {"token_embedding.weight", "shared.weight"}:
         return _open_text_encoder(path, files)
-    raise UsageError(f"{path} holds neither a Wan VAE nor a UMT5 encoder.", FETCH)
+    if files.tensors.keys() & {f"{VISION}pre_layrnorm.weight", "visual.pre_norm.weight"}:
+        return _open_image_encoder(path, files)
+    raise UsageError(f"{path} holds neither a Wan VAE nor a UMT5 encoder nor CLIP's vision tower.", FETCH)
+
+
+def _size(path: Path, weights: NamedWeights, name: str, axis: int) -> int:
+    """Length of an axis of a tensor, which an incomplete file lacks."""
+    if name not in weights.stored_names:
+        raise UsageError(f"{path} is incomplete: {name} is missing.", FETCH)
+    return weights.shape(name)[axis]
 
 
 def _open_vae(path: Path, files: TensorFiles) -> ComponentFiles:
@@ -175,11 +223,7 @@ def _open_vae(path: Path, files: TensorFiles) -> ComponentFiles:
     weights = NamedWeights(
         files, {substituted(name, table): name for name in files.tensors}, "original Wan names"
     )
-
-    def size(name: str, axis: int) -> int:
-        if name not in weights.stored_names:
-            raise UsageError(f"{path} is incomplete: {name} is missing.", FETCH)
-        return weights.shape(name)[axis]
+    size = partial(_size, path, weights)
 
     channels = size("post_quant_conv.weight", 0)
     statistics = {16: STATISTICS_21, 48: STATISTICS_22}.get(channels)
@@ -197,7 +241,7 @@ def _open_vae(path: Path, files: TensorFiles) -> ComponentFiles:
             "in_channels": pixels, "out_channels": pixels, "patch_size": 2, "scale_factor_spatial": 16,
             "scale_factor_temporal": 4,
         }  # fmt: skip
-    return ComponentFiles(path, weights, config, TRANSFORMER_STEM)
+    return ComponentFiles("vae", path, weights, config)
 
 
 def _open_text_encoder(path: Path, files: TensorFiles) -> ComponentFiles:
@@ -212,11 +256,7 @@ def _open_text_encoder(path: Path, files: TensorFiles) -> ComponentFiles:
         },
         "original Wan names" if original else "names of transformers",
     )
-
-    def size(name: str, axis: int) -> int:
-        if name not in weights.stored_names:
-            raise UsageError(f"{path} is incomplete: {name} is missing.", FETCH)
-        return weights.shape(name)[axis]
+    size = partial(_size, path, weights)
 
     attention = "encoder.block.0.layer.0.SelfAttention"
     heads = size(f"{attention}.relative_attention_bias.weight", 1)
@@ -228,4 +268,40 @@ def _open_text_encoder(path: Path, files: TensorFiles) -> ComponentFiles:
         "d_ff": size("encoder.block.0.layer.1.DenseReluDense.wi_0.weight", 0),
         "relative_attention_num_buckets": size(f"{attention}.relative_attention_bias.weight", 0),
     }  # fmt: skip
-    return ComponentFiles(path, weights, config, TEXT_ENCODER_STEM)
+    return ComponentFiles("text_encoder", path, weights, config)
+
+
+def _open_image_encoder(path: Path, files: TensorFiles) -> ComponentFiles:
+    """CLIP's vision tower; the text tower of Wan's own file and the projections are not used."""
+    original = "visual.pre_norm.weight" in files.tensors
+    names: dict[str, str] = {}
+    parts: dict[str, tuple[int, int]] = {}
+    for stored in files.tensors:
+        if original and stored.startswith("visual.") and stored != "visual.head":
+            name = IMAGE_ENCODER_NAMES.from_original(stored)
+            fused = [name.replace("to_qkv", f"{one}_proj") for one in "qkv"] if "to_qkv" in name else [name]
+            names |= dict.fromkeys(fused, stored)
+            parts |= {one: (n, 3) for n, one in enumerate(fused) if len(fused) > 1}
+        elif stored.startswith(VISION) and not stored.endswith("position_ids"):
+            names[stored.removeprefix(VISION)] = stored
+    kernel, table = "embeddings.patch_embedding.weight", "embeddings.position_embedding.weight"
+    reshaped = {}
+    if original and {"visual.cls_embedding", "visual.pos_embedding"} <= files.tensors.keys():
+        reshaped = {
+            "embeddings.class_embedding": files.tensors["visual.cls_embedding"].shape[-1:],
+            table: files.tensors["visual.pos_embedding"].shape[-2:],
+        }
+    naming = "original Wan names" if original else "names of transformers"
+    weights = NamedWeights(files, names, naming, reshaped, parts=parts)
+    size = partial(_size, path, weights)
+    dim, patch = size(kernel, 0), size(kernel, -1)
+    if dim % CLIP_HEAD:
+        raise UsageError(f"{path} is not CLIP ViT-H/14: its width is {dim}.", FETCH)
+    config = {
+        "architectures": ["CLIPVisionModel"], "model_type": "clip_vision_model", "hidden_act": "gelu",
+        "hidden_size": dim, "num_attention_heads": dim // CLIP_HEAD, "patch_size": patch,
+        "intermediate_size": size("encoder.layers.0.mlp.fc1.weight", 0),
+        "num_hidden_layers": 1 + max(int(name.split(".")[2]) for name in names if ".layers." in name),
+        "image_size": patch * math.isqrt(size(table, 0) - 1), "projection_dim": 1024,
+    }  # fmt: skip
+    return ComponentFiles("image_encoder", path, weights, config)

@@ -24,6 +24,7 @@ class NamedWeights:
         naming: How the names are written, in words.
         reshaped: Shapes of tensors that are stored with the same values in another shape.
         added: What is added to a tensor when it is read.
+        parts: Tensors that are one of N equal parts of a stored one along its first axis, as (which, N).
     """
 
     files: TensorFiles
@@ -31,6 +32,7 @@ class NamedWeights:
     naming: str
     reshaped: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     added: Mapping[str, Callable[[], Tensor]] = field(default_factory=dict)
+    parts: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     scales: Mapping[str, str] = field(init=False)  # stored name of a weight -> stored name of its scale
 
     def __post_init__(self) -> None:
@@ -54,7 +56,8 @@ class NamedWeights:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor in the module."""
-        return self.reshaped.get(name, self.stored(name).shape)
+        shape = self.reshaped.get(name, self.stored(name).shape)
+        return (shape[0] // self.parts[name][1], *shape[1:]) if name in self.parts else shape
 
     def dtype(self, name: str) -> torch.dtype:
         """Type of a tensor as stored; bf16 where it is quantized."""
@@ -74,6 +77,9 @@ class NamedWeights:
         check_finite({name: weight}, str(file))
         if file.suffix in PICKLE_SUFFIXES and scale is None:
             weight = weight.clone()  # a view would keep the pages of other tensors in memory
+        if name in self.parts:
+            which, count = self.parts[name]
+            weight = weight.chunk(count)[which]
         if name in self.added:
             weight = (weight.float() + self.added[name]()).to(weight.dtype)
         return weight.reshape(self.shape(name))

@@ -101,6 +101,25 @@ TEXT_ENCODER_NAMES = NameTable(
     ),
 )  # fmt: skip
 
+IMAGE_ENCODER_NAMES = NameTable(
+    blocks=("encoder.layers", "visual.transformer"),
+    outside=(
+        ("embeddings.class_embedding",           "visual.cls_embedding"),
+        ("embeddings.patch_embedding",           "visual.patch_embedding"),
+        ("embeddings.position_embedding.weight", "visual.pos_embedding"),
+        ("pre_layrnorm",                         "visual.pre_norm"),  # spelled so in transformers
+        ("post_layernorm",                       "visual.post_norm"),
+    ),
+    inside=(
+        ("layer_norm1",        "norm1"),
+        ("self_attn.to_qkv",   "attn.to_qkv"),  # three matrices in one, which transformers has as q, k and v
+        ("self_attn.out_proj", "attn.proj"),
+        ("layer_norm2",        "norm2"),
+        ("mlp.fc1",            "mlp.0"),
+        ("mlp.fc2",            "mlp.2"),
+    ),
+)  # fmt: skip
+
 # Original VAE names to ours, as regular expressions applied in order. Both VAEs share the first rows.
 _VAE_COMMON = (
     (r"^conv1\.",                            "quant_conv."),

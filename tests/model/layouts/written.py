@@ -42,6 +42,10 @@ def originals(layers: int = 2) -> dict[str, str]:
         "time_embedding.2": "condition_embedder.time_embedder.linear_2",
         "time_projection.1": "condition_embedder.time_proj",
         "head.head": "proj_out",
+        "img_emb.proj.0": "condition_embedder.image_embedder.norm1",
+        "img_emb.proj.1": "condition_embedder.image_embedder.ff.net.0.proj",
+        "img_emb.proj.3": "condition_embedder.image_embedder.ff.net.2",
+        "img_emb.proj.4": "condition_embedder.image_embedder.norm2",
     }
     for n in range(layers):
         for theirs, ours in (("self_attn", "attn1"), ("cross_attn", "attn2")):
@@ -49,6 +53,12 @@ def originals(layers: int = 2) -> dict[str, str]:
                 names[f"blocks.{n}.{theirs}.{letter}"] = f"blocks.{n}.{ours}.{module}"
             for norm in ("norm_q", "norm_k"):
                 names[f"blocks.{n}.{theirs}.{norm}"] = f"blocks.{n}.{ours}.{norm}"
+        for theirs, ours in (
+            ("k_img", "add_k_proj"),
+            ("v_img", "add_v_proj"),
+            ("norm_k_img", "norm_added_k"),
+        ):
+            names[f"blocks.{n}.cross_attn.{theirs}"] = f"blocks.{n}.attn2.{ours}"
         names[f"blocks.{n}.norm3"] = f"blocks.{n}.norm2"
         names[f"blocks.{n}.ffn.0"] = f"blocks.{n}.ffn.net.0.proj"
         names[f"blocks.{n}.ffn.2"] = f"blocks.{n}.ffn.net.2"
@@ -58,9 +68,10 @@ def originals(layers: int = 2) -> dict[str, str]:
 def as_original(weights: Mapping[str, Tensor]) -> Weights:
     """Weights of diffusers under Wan's own names."""
     modules = {ours: theirs for theirs, ours in originals().items()}
-    tables = {"scale_shift_table": "head.modulation"} | {
-        f"blocks.{n}.scale_shift_table": f"blocks.{n}.modulation" for n in range(2)
-    }
+    tables = {
+        "scale_shift_table": "head.modulation",
+        "condition_embedder.image_embedder.pos_embed": "img_emb.emb_pos",
+    } | {f"blocks.{n}.scale_shift_table": f"blocks.{n}.modulation" for n in range(2)}
     renamed = {}
     for name, tensor in weights.items():
         module, _, last = name.rpartition(".")
