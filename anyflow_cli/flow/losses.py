@@ -27,6 +27,7 @@ from anyflow_cli.flow.times import TimeWeight
 from anyflow_cli.flow.velocity import (
     Velocity,
     VelocityInputs,
+    along_path,
     batch_time,
     evaluate_together,
     flow_map,
@@ -300,15 +301,9 @@ def _null_and_derivative(
     Beyond, the quotient is one-sided and the error O(delta); for t < r + delta Eq. 3 multiplies it by t - r <
     delta.
     """
-    z, t, r = cond.z, cond.t, cond.r
+    z = cond.z
     index = _samples(inner).to(z.device)  # (I,)
-    t_plus = (t + delta).clamp(max=t_max)
-    t_minus = torch.maximum(t - delta, r)
-    z_plus = z + per_frame(t_plus - t, z) * v
-    z_minus = z - per_frame(t - t_minus, z) * v
-
-    plus = VelocityInputs(cond.model, z_plus, t_plus, r).select(index)
-    minus = VelocityInputs(cond.model, z_minus, t_minus, r).select(index)
+    plus, minus = (each.select(index) for each in along_path(cond, v, delta, t_max))
     if uncond is None:
         u_null, (u_plus, u_minus) = torch.zeros_like(z), evaluate_together(plus, minus)
     else:

@@ -46,6 +46,16 @@ class VelocityInputs:
         return VelocityInputs(self.model.select(index), self.z[index], self.t[index], self.r[index])
 
 
+def along_path(
+    inputs: VelocityInputs, v: Tensor, delta: float, t_max: float = 1.0
+) -> tuple[VelocityInputs, VelocityInputs]:
+    """The inputs at t + delta and t - delta on the path of velocity v (B, F, C, H, W), within [r, t_max]."""
+    z, t, r = inputs.z, inputs.t, inputs.r
+    t_plus, t_minus = (t + delta).clamp(max=t_max), torch.maximum(t - delta, r)
+    plus, minus = z + per_frame(t_plus - t, z) * v, z - per_frame(t - t_minus, z) * v
+    return VelocityInputs(inputs.model, plus, t_plus, r), VelocityInputs(inputs.model, minus, t_minus, r)
+
+
 def evaluate_together(*inputs: VelocityInputs) -> tuple[Tensor, ...]:
     """Evaluate one network on several inputs in one call; each result has the shape and dtype of its z.
 

@@ -462,9 +462,14 @@ class DistillSection(TrainingSection):
         None, description="Optimizer of the fake score; missing keys, or null: as the student's."
     )
     ema: EmaSection = EmaSection(decay=0.99, start=200)
-    matching: Literal["distribution", "none"] = Field(
+    matching: Literal["distribution", "fake-free", "none"] = Field(
         "distribution",
-        description="none: the joint loss alone, without scores; the control for what matching adds.",
+        description="fake-free: the student's own jumps in place of the fake score (bidirectional models); "
+        "none: the joint loss alone, without scores, the control for what matching adds.",
+    )
+    matching_gradient: Literal["full", "orthogonal"] = Field(
+        "full",
+        description="orthogonal: without its part along the fake score's residual x0_fake - x (PDMD).",
     )
     simulation: Literal["flow-map", "consistency", "fixed-steps"] = Field(
         "flow-map",
@@ -486,6 +491,11 @@ class DistillSection(TrainingSection):
     )
     real_guidance_until: Fraction = Field(
         1.0, description="Largest time at which the real score is guided; above it the scale is 1."
+    )
+    guidance_times: Literal["shared", "own"] = Field(
+        "shared",
+        description="own: the real score is guided at times and noise of its own, below the start of the "
+        "rollout's drawn jump, while both scores are compared at any time (decoupled DMD).",
     )
     t_min: Fraction = 0.02
     t_max: Fraction = 0.98
@@ -513,6 +523,32 @@ class DistillSection(TrainingSection):
         None,
         description="Tuned teacher; null: the one trained with flow-matching if it exists, else the teacher.",
     )
+
+    @field_validator("matching_gradient")
+    @classmethod
+    def _changes_a_gradient(cls, gradient: str, info: ValidationInfo) -> str:
+        return require(
+            gradient == "full" or info.data.get("matching") != "none",
+            gradient,
+            "be full where matching is none",
+        )
+
+    @field_validator("fake_updates")
+    @classmethod
+    def _update_a_fake_score(cls, updates: int, info: ValidationInfo) -> int:
+        must = "be 1 where matching is fake-free: there is no fake score to update"
+        return require(updates == 1 or info.data.get("matching") != "fake-free", updates, must)
+
+    @field_validator("guidance_times")
+    @classmethod
+    def _guides_elsewhere(cls, times: str, info: ValidationInfo) -> str:
+        own, matching, guidance = (
+            times == "own",
+            info.data.get("matching"),
+            info.data.get("real_guidance", 4.0),
+        )
+        require(not own or matching == "distribution", times, f"be shared where matching is {matching}")
+        return require(not own or scales_of(guidance) != (1, 1), times, "be shared where real_guidance is 1")
 
     @field_validator("joint")
     @classmethod
@@ -750,6 +786,14 @@ class Recipe(Section):
         return require(
             model is None or model.causal is None or section.flow_map.target == "data", section, must
         )
+
+    @field_validator("distill")
+    @classmethod
+    def _compare_whole_videos(cls, distill: DistillSection, info: ValidationInfo) -> DistillSection:
+        model = info.data.get("model")
+        must = "have another matching than fake-free for a causal model, whose jumps see one chunk"
+        is_causal = model is not None and model.causal is not None
+        return require(not is_causal or distill.matching != "fake-free", distill, must)
 
     @field_validator("distill")
     @classmethod

@@ -82,12 +82,13 @@ class Objective:
 
 def roles_of(settings: schema.TrainingSection | None) -> tuple[Role, ...]:
     """The roles that a stage, or sampling (None), evaluates."""
-    if isinstance(settings, schema.DistillSection) and settings.matching == "distribution":
+    matching = settings.matching if isinstance(settings, schema.DistillSection) else "none"
+    if matching == "distribution":
         return ("student", "real", "fake")
     flow_map = getattr(settings, "flow_map", None)
     learns_flow_map = getattr(settings, "objective", "flow-map") == "flow-map"
     with_teacher = flow_map is not None and learns_flow_map and flow_map.target == "teacher"
-    return ("student", "real") if with_teacher else ("student",)
+    return ("student", "real") if with_teacher or matching == "fake-free" else ("student",)
 
 
 def objective_of(
@@ -176,7 +177,7 @@ def on_policy(
         causal: Chunks of a causal student; None: bidirectional.
         experts: Which expert each step trains, of a model that has two.
     """
-    matches = settings.matching == "distribution"
+    matches, has_fake = settings.matching != "none", "fake" in backbone.roles
     policy = OnPolicyTerms(backbone, negative, settings, shift, causal, experts)
     student: tuple[LossTerm, ...] = (FunctionTerm(policy.matching, policy.matching_calls),) * matches
     if settings.joint:
@@ -192,7 +193,7 @@ def on_policy(
     )
     own = settings.fake_optimizer or settings.optimizer
     fake = Phase("fake", own, fake_scores, settings.fake_updates)
-    return Objective(backbone, (Phase("student", settings.optimizer, student), *(fake,) * matches))
+    return Objective(backbone, (Phase("student", settings.optimizer, student), *(fake,) * has_fake))
 
 
 def windows_for(

@@ -14,7 +14,8 @@ from torch import Tensor
 from anyflow_cli.data.dataset import Batch
 from anyflow_cli.errors import UsageError
 from anyflow_cli.flow import matching, simulation, times
-from anyflow_cli.flow.velocity import Velocity, checkpointed
+from anyflow_cli.flow.matching import Renoising
+from anyflow_cli.flow.velocity import Velocity, checkpointed, in_fp32
 from anyflow_cli.model.backbone import Backbone
 from anyflow_cli.model.causal import partition_for
 from anyflow_cli.model.config import CausalConfig
@@ -49,30 +50,15 @@ class OnPolicyTerms:
         self._rollouts: dict[tuple[int, ...], Tensor] = {}  # of this step, by the positions of a micro-batch
 
     def matching(self, batch: Batch, rng: StepRng) -> tuple[Tensor, Sums]:
-        """Evaluate distribution matching (Eq. 5) on a rollout with gradient."""
+        """Evaluate the matching loss (Eq. 5) on a rollout with gradient."""
         settings = self.settings
         batch = self._conditioned(batch, rng, "rollout")
         x = self._rollout(batch, rng, "rollout")
-        if settings.reuse_rollout:
+        if settings.reuse_rollout and settings.matching == "distribution":
             self._rollouts[rng.positions] = x.detach()
-        expert = self.experts.of_step(rng)
-        t = times.sample_uniform(
-            rng.count,
-            self.score_shift,
-            rng.generator("matching-times"),
-            settings.t_min,
-            settings.t_max,
-            expert.interval,
-        )
-        loss = matching.distribution_matching_loss(
-            x,
-            self.backbone.velocity("fake", batch.condition),
-            self.backbone.velocity("real", batch.condition),
-            uncond_velocity(self.backbone, "real", self.negative, batch),
-            rng.local(t).to(x),
-            batch.condition.put_back(rng.noise("matching-noise", x.shape[1:]).to(x)),
-            matching.guidance_until(settings.real_guidance_until, expert.scale(settings.real_guidance)),
-        )
+        t = self._matching_times(rng, "matching-times", self.experts.of_step(rng).interval).to(x)
+        eps = batch.condition.put_back(rng.noise("matching-noise", x.shape[1:]).to(x))
+        loss = self._match(batch, rng, x, Renoising(t, eps))
         return loss, {
             "matching": sums(loss, len(x)),
             **power_and_motion("sample", x),
@@ -80,10 +66,63 @@ class OnPolicyTerms:
         }
 
     def matching_calls(self, latent: LatentShape, rng: StepRng) -> list[NetworkCall]:
-        """A rollout with gradient, then both scores without; the real score is guided: 2B samples."""
-        fake = NetworkCall("fake", len(rng.positions), gradient=False)
-        real = NetworkCall("real", 2 * fake.samples, gradient=False, joined=True)
-        return [*self._rollout_calls(latent, rng, "rollout", gradient=True), fake, real]
+        """A rollout with gradient, then the scores without: the real one guided, 2B samples.
+
+        Where guidance has times of its own, it is 3B. Without a fake score the student follows, 3B.
+        """
+        settings, samples = self.settings, len(rng.positions)
+        call = NetworkCall("real", samples, gradient=False, joined=True)
+        if settings.matching == "fake-free":
+            scores = [call._replace(samples=2 * samples), call._replace(role="student", samples=3 * samples)]
+        else:
+            guided = 2 if settings.guidance_times == "shared" else 3
+            scores = [call._replace(role="fake", joined=False), call._replace(samples=guided * samples)]
+        return [*self._rollout_calls(latent, rng, "rollout", gradient=True), *scores]
+
+    def _match(self, batch: Batch, rng: StepRng, x: Tensor, at: Renoising) -> Tensor:
+        """Evaluate the recipe's matching loss () of samples x, noised again."""
+        settings, expert = self.settings, self.experts.of_step(rng)
+        real = self.backbone.velocity("real", batch.condition)
+        null = uncond_velocity(self.backbone, "real", self.negative, batch)
+        scale = expert.scale(settings.real_guidance)
+        orthogonal = settings.matching_gradient == "orthogonal"
+        guidance = matching.guidance_until(settings.real_guidance_until, scale)
+        if settings.matching == "fake-free":
+            student = self.backbone.velocity("student", batch.condition)
+            precise = settings.flow_map.derivative_precision == "fp32"
+            return matching.fake_free_matching_loss(
+                x, in_fp32(student) if precise else student, real, null, at.t, at.eps, guidance,
+                r=torch.full_like(at.t, expert.interval.low), delta=settings.flow_map.delta,
+                t_max=expert.interval.high, orthogonal=orthogonal,
+            )  # fmt: skip
+        fake, elsewhere = self.backbone.velocity("fake", batch.condition), None
+        if settings.guidance_times == "own":
+            until = min(settings.real_guidance_until, self._jump_start(rng, "rollout"))
+            interval = expert.interval
+            interval = interval._replace(high=max(interval.low, min(interval.high, until)))
+            eps = batch.condition.put_back(rng.noise("guidance-noise", x.shape[1:]).to(x))
+            t = self._matching_times(rng, "guidance-times", interval).to(x)
+            elsewhere, guidance = Renoising(t, eps), scale
+        return matching.distribution_matching_loss(
+            x, fake, real, null, at.t, at.eps, guidance, guidance_at=elsewhere, orthogonal=orthogonal
+        )
+
+    def _matching_times(self, rng: StepRng, stream: str, interval: times.TimeInterval) -> Tensor:
+        """Draw the times (B,) at which scores are evaluated on samples."""
+        own = self.settings
+        t = times.sample_uniform(
+            rng.count, self.score_shift, rng.generator(stream), own.t_min, own.t_max, interval
+        )
+        return rng.local(t)
+
+    def _jump_start(self, rng: StepRng, stream: str) -> float:
+        """Time at which the drawn segment of Alg. 2 starts, or a baseline's jump with gradient."""
+        settings, generator = self.settings, rng.generator(stream)
+        if settings.simulation == "flow-map":
+            steps, k = simulation.draw_segment(settings.step_budgets, generator)
+            return float(times.grid(steps, self.shift)[k])
+        exit_step, grid = self._exit_step(generator, gradient=True)
+        return float(grid[exit_step])
 
     def fake_score(self, batch: Batch, rng: StepRng, update: int = 0) -> tuple[Tensor, Sums]:
         """Evaluate flow matching of the fake score on the student's samples.

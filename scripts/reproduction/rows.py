@@ -208,6 +208,9 @@ BEYOND_2: Mapping[str, Row] = {
     "fixed-steps": stage_2("one gradient step of four fixed ones (FastVideo)", simulation="fixed-steps"),
     "fake-updates-5": stage_2("5 fake updates on reused samples", reuse_rollout=True, fake_updates=5),
     "guided-until-0.7": stage_2("real score guided up to 0.7", real_guidance_until=0.7),
+    "guidance-times": stage_2("guidance at times of its own (decoupled DMD)", guidance_times="own"),
+    "orthogonal": stage_2("gradient orthogonal to the residual (PDMD)", matching_gradient="orthogonal"),
+    "fake-free": stage_2("no fake score (FSF-DMD)", matching="fake-free"),
     "joint-composition": stage_2("joint loss: composition, teacher's velocity", joint=COMPOSED),
     "composition-simulation": stage_2(
         "the same, from such a stage 1", "composition-teacher", joint=COMPOSED),

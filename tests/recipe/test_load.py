@@ -254,6 +254,19 @@ def test_the_hint_for_an_unknown_name_lists_all() -> None:
     [
         ("tiny", ["train_flowmap.flow_map.target=teacher"], "adaptive must be off where target is teacher"),
         ("tiny", ["distill.matching=none", "distill.joint=false"], "joint must be true where matching is no"),
+        ("tiny", ["distill.matching=none", "distill.matching_gradient=orthogonal"], "be full where matching"),
+        ("tiny", ["distill.matching=fake-free", "distill.fake_updates=5"], "no fake score to update"),
+        (
+            "tiny",
+            ["distill.matching=fake-free", "distill.guidance_times=own"],
+            "shared where matching is fake-",
+        ),
+        (
+            "tiny",
+            ["distill.real_guidance=1", "distill.guidance_times=own"],
+            "shared where real_guidance is 1",
+        ),
+        ("tiny-causal", ["distill.matching=fake-free"], "another matching than fake-free for a causal"),
         ("tiny-causal", ["finetune.flow_map={target: teacher, adaptive: off}"], "target data for a causal"),
         ("tiny-causal", ["distill.simulation=fixed-steps"], "another simulation than fixed-steps"),
         ("bidirectional1b", ["train_flowmap.flow_map.derivative_precision=fp32"], "precision same"),

@@ -16,8 +16,8 @@ from anyflow_cli.errors import UsageError
 from anyflow_cli.flow import matching
 from anyflow_cli.flow.condition import Condition
 from anyflow_cli.flow.noise import batch_noise
-from anyflow_cli.flow.simulation import BUDGETS
-from anyflow_cli.flow.times import shift
+from anyflow_cli.flow.simulation import BUDGETS, draw_segment
+from anyflow_cli.flow.times import grid, shift
 from anyflow_cli.recipe import schema
 from anyflow_cli.train.loss_terms import FunctionTerm, drop_text, sums, weighted
 from anyflow_cli.train.objectives import FlowMapTerm
@@ -163,6 +163,48 @@ def test_without_matching_only_the_student_is_there_and_learns_the_joint_loss(tm
     assert run.backbone.roles == ("student",)
     assert {"flow_map_loss", "student_gradient"} <= values.keys()
     assert not {"fake", "matching"} & values.keys()
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_without_a_fake_score_the_student_matches_with_its_own_jumps(tmp_path: Path, lora: bool) -> None:
+    changes = {"matching": "fake-free", "reuse_rollout": True}
+    run = trainer(tmp_path, "on-policy", lora=lora, changes=changes)
+    run.step = 1
+    values = run.train_step(batch())
+    assert run.backbone.roles == ("student", "real")
+    assert values["matching"] > 0
+    assert "fake" not in values
+
+
+def test_without_a_fake_score_jumps_that_are_no_flow_map_have_a_loss_from_the_start(tmp_path: Path) -> None:
+    """The student then predicts the teacher's velocity at every t, whatever r is."""
+    changes = {"matching": "fake-free", "joint": False, "real_guidance": 1.0}
+    run = trainer(tmp_path, "on-policy", changes=changes)
+    loss, _ = run.optimizers[0].terms[0](batch(), StepRng(0, 1, 4, (0, 1, 2, 3)))
+    assert loss.item() > 1e-8
+
+
+@pytest.mark.parametrize("simulation", ["flow-map", "consistency"])
+def test_guidance_times_of_their_own_end_where_the_drawn_jump_starts(tmp_path: Path, simulation: str) -> None:
+    changes = {"guidance_times": "own", "simulation": simulation, "real_guidance_until": 0.9}
+    run = trainer(tmp_path, "on-policy", changes=changes)
+    starts = set()
+    for step in range(1, 12):
+        rng = StepRng(0, step, 4, (0, 1, 2, 3))
+        with patch.object(
+            matching, "distribution_matching_loss", wraps=matching.distribution_matching_loss
+        ) as on_x:
+            run.optimizers[0].terms[0](batch(), rng)
+        elsewhere = on_x.call_args.kwargs["guidance_at"]
+        if simulation == "flow-map":
+            steps, k = draw_segment(BUDGETS, rng.generator("rollout"))
+        else:
+            steps, k = 4, int(torch.randint(4, (), generator=rng.generator("rollout")))
+        start = float(grid(steps, 5.0)[k])
+        assert elsewhere.t.max() <= min(start, 0.9) + 1e-6
+        assert not torch.equal(elsewhere.eps, on_x.call_args.args[5])
+        starts.add(start)
+    assert len(starts) > 2
 
 
 @pytest.mark.parametrize("objective", ["quotient", "composition"])
