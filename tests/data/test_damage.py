@@ -151,6 +151,30 @@ def test_an_index_may_not_lead_outside_its_archive(data: Path) -> None:
         LatentData(data, 8).batch([2])
 
 
+def test_indexes_are_read_in_threads(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before Python 3.11.8 two threads that parse Python text at once can fail (CPython issue 106905)."""
+
+    def fail(text: str) -> None:
+        raise SystemError("AST constructor recursion depth mismatch (before=33, after=29)")
+
+    monkeypatch.setattr("ast.literal_eval", fail)  # as NumPy parses the header of an npy file
+    assert verify(data).problems == ()
+    assert len(LatentData(data, 8).batch([0, 2]).latents) == 2
+
+
+def test_an_index_is_one_list_of_rows(data: Path) -> None:
+    path = data / "00001.npy"
+    rows, written = np.load(path), path.read_bytes()
+    for wrong in (rows[None], rows["crc"], np.asfortranarray(np.stack([rows, rows]))):
+        np.save(path, wrong)
+        with pytest.raises(UsageError, match="damaged or belongs to another shard"):
+            LatentData(data, 8).batch([2])
+    for other in (written[:-1], written[:8] + b"\x00\x00" + written[10:], b""):
+        path.write_bytes(other)
+        with pytest.raises(UsageError, match="damaged or belongs to another shard"):
+            LatentData(data, 8).batch([2])
+
+
 @pytest.mark.parametrize("name", ["manifest.json", "00001.npy", "00001.tar", "negative.safetensors"])
 def test_pipes_and_loops_in_place_of_files_end_in_sentences(data: Path, name: str) -> None:
     (data / name).unlink()
