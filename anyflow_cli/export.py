@@ -33,7 +33,13 @@ from anyflow_cli.model.layouts.names import TRANSFORMER_NAMES
 from anyflow_cli.model.lora import LoraSize
 from anyflow_cli.model.lora_formats import split_loras
 from anyflow_cli.model.network import folded, stored_as, two_time_from
-from anyflow_cli.model.pipeline_io import Adapter, load_adapter, save_adapter, save_pipeline
+from anyflow_cli.model.pipeline_io import (
+    Adapter,
+    load_adapter,
+    refusal_of_diffusers,
+    save_adapter,
+    save_pipeline,
+)
 from anyflow_cli.model.transplant import Transplanted
 from anyflow_cli.model.weights_io import LazyWeight, WeightSource, write_weights
 from anyflow_cli.recipe.schema import Recipe
@@ -92,6 +98,8 @@ def export_model(
         network, other = transplanted(address, onto, recipe)
         pipeline, lineage = other.pipeline, lineage | {"transplant": onto._asdict()}
     if kind == "diffusers":
+        if refusal := refusal_of_diffusers(network.config):
+            log.info(refusal)
         as_type = DTYPES[dtype] if dtype else None
         return save_pipeline(target, network, pipeline, lineage, shift=info.shift, dtype=as_type)
     write = write_merged if kind == "merged" else write_comfyui

@@ -383,6 +383,16 @@ def read_shift(pipeline: Path) -> float:
     return scheduler.flow_shift or scheduler.shift or 1.0
 
 
+def refusal_of_diffusers(config: NetworkConfig) -> str | None:
+    """What of a network's folder diffusers has no class for, as a sentence; None: it opens the folder."""
+    if not config.two_time or (config.boundary is None and config.in_channels == config.out_channels):
+        return None
+    if config.image_dim is not None:
+        return "Diffusers has no class for an any-step network with CLIP's tokens; anyflow opens this folder."
+    kind = "two any-step experts" if config.boundary is not None else "an any-step model that takes pictures"
+    return f"Diffusers has no pipeline for {kind}; it opens each transformer of this folder by itself."
+
+
 def _model_index(config: NetworkConfig, source: Path) -> dict[str, Any]:
     if (source / INDEX).is_file():
         index = read_record(source / INDEX, PipelineIndex, FETCH)

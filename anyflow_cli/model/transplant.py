@@ -2,17 +2,17 @@
 
     other + strength (distilled - base)
 
-Strength 0 is the other base, and strength 1 onto the own base is the distilled model. The second time
-embedder of an any-step model has no counterpart in a base with one time. It began as a copy of the base's
-time embedder and is treated as that: its change is added to the other base's time embedder, so that at
-strength 0 and r = t the result is the other base. A causal model's compressed patch embedding is copied at
-any strength.
+Strength 0 is the other base, and strength 1 onto the own base is the distilled model, both to the bit. Bases
+with one time are first written as the flow map that training began with (``as_begun``), which equals them at
+r = t: its second time embedder is a copy of the first, so its change is added to the other base's time
+embedder. A causal model's compressed patch embedding is copied at any strength.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -20,9 +20,13 @@ from torch import Tensor
 from anyflow_cli.errors import UsageError
 from anyflow_cli.model.causal import FAR
 from anyflow_cli.model.config import NetworkConfig
+from anyflow_cli.model.experts import by_expert
+from anyflow_cli.model.network import folded
 from anyflow_cli.model.weights_io import LazyWeight, WeightSource, listed, shown
 
-SECOND_TIME, FIRST_TIME, PROJECTION = "delta_embedder.", "time_embedder.", "delta_proj."
+FIRST_TIME, SECOND_TIME = "condition_embedder.time_embedder.", "condition_embedder.delta_embedder."
+PROJECTION = "condition_embedder.delta_proj.weight"
+FOLDED = (0.5, "t-r")  # gate and input of the second time in a folded zero-init network
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,8 @@ class Transplanted:
         Raises:
             UsageError: The three models differ in their tensors.
         """
-        trained, base, other = (one.lazy_weights() for one in (self.distilled, self.base, self.other))
+        trained = self.distilled.lazy_weights()
+        base, other = (as_begun(one, self.config) for one in (self.base, self.other))
         for weights, name in ((base, self.names[1]), (other, self.names[2])):
             self._check(trained, weights, name)
         return {name: self._weight(name, weight, base, other) for name, weight in trained.items()}
@@ -64,23 +69,17 @@ class Transplanted:
     ) -> None:
         """Refuse a base with other tensors."""
         hint = "Name models of the same family and size, as one folder or as HIGH,LOW."
-        found = {_counterpart(name, weights) for name in trained}
-        missing = sorted(
-            name
-            for name in trained
-            if _counterpart(name, weights) is None and PROJECTION not in name and FAR not in name
-        )
-        if names := missing or sorted(weights.keys() - found):
+        missing = sorted(name for name in trained.keys() - weights.keys() if FAR not in name)
+        if names := missing or sorted(weights.keys() - trained.keys()):
             where = place if missing else self.names[0]
             raise UsageError(
                 f"{place} is not of the shapes of {self.names[0]}: {listed(names)} missing in {where}.", hint
             )
-        for name, weight in trained.items():
-            own = weights.get(_counterpart(name, weights) or "")
-            if own is not None and own.shape != weight.shape:
+        for name, own in weights.items():
+            if own.shape != trained[name].shape:
                 raise UsageError(
-                    f"{shown(name)} has shape {tuple(own.shape)} in {place} and {tuple(weight.shape)} in "
-                    f"{self.names[0]}.",
+                    f"{shown(name)} has shape {tuple(own.shape)} in {place} and "
+                    f"{tuple(trained[name].shape)} in {self.names[0]}.",
                     hint,
                 )
 
@@ -96,18 +95,39 @@ class Transplanted:
         self, name: str, weight: LazyWeight, base: Mapping[str, LazyWeight], other: Mapping[str, LazyWeight]
     ) -> Tensor:
         trained = weight.load().float()
-        before, target = (
-            weights[found].load().float() if found else torch.zeros_like(trained)
-            for weights in (base, other)
-            for found in [_counterpart(name, weights)]
-        )
-        change = trained - before.to(trained.device)
-        return (target.to(trained.device) + self.strength * change).to(weight.dtype)
+        before, target = (weights[name].load().float().to(trained.device) for weights in (base, other))
+        return (target - self.strength * before + self.strength * trained).to(weight.dtype)
 
 
-def _counterpart(name: str, weights: Mapping[str, LazyWeight]) -> str | None:
-    """Name of the weight of a base that a trained one began as; None: it began as zero, or as a copy."""
-    if name in weights:
-        return name
-    first = name.replace(SECOND_TIME, FIRST_TIME)
-    return first if first in weights else None
+def as_begun(source: WeightSource, config: NetworkConfig) -> dict[str, LazyWeight]:
+    """The weights of a base as the flow map of some settings that training begins with, read when used.
+
+    A base with two times is that already. Weights of the zero-init conditioning are folded where those of the
+    trained model are, see ``network.folded``: they are known by its gate and their t - r.
+
+    Raises:
+        UsageError: The base has two times, but conditions on them in another way.
+    """
+    weights = source.lazy_weights()
+    if not config.two_time:
+        return weights
+    if source.config.two_time:
+        settings = [(one.gate, one.delta, one.conditioning) for one in (config, source.config)]
+        if settings[0] != settings[1]:
+            raise UsageError(
+                "The models condition on the second time in two ways (gate, input, kind): "
+                f"{settings[0]} and {settings[1]}.",
+                "Name the plain Wan that both began as, or one trained with the same settings.",
+            )
+        return weights
+    begun: dict[str, LazyWeight] = {}
+    is_folded = config.conditioning == "interpolate" and (config.gate, config.delta) == FOLDED
+    for expert, own in by_expert(weights).items():
+        own |= {name.replace(FIRST_TIME, SECOND_TIME): one for name, one in own.items() if FIRST_TIME in name}
+        if is_folded or config.conditioning == "zero-init":
+            shape = own[f"{FIRST_TIME}linear_2.weight"].shape
+            own[PROJECTION] = LazyWeight(shape, torch.float32, partial(torch.zeros, shape))
+        if is_folded:
+            _, own = folded(replace(config, conditioning="zero-init"), own)
+        begun |= {f"{expert}.{name}" if expert else name: one for name, one in own.items()}
+    return begun
