@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 
 from anyflow_cli.cli import options
 from anyflow_cli.cli.console import print_dry_run, print_result
-from anyflow_cli.cli.launch import start_processes
+from anyflow_cli.cli.launch import count_processes, start_processes
 from anyflow_cli.cli.progress import Progress, in_words
 from anyflow_cli.errors import UsageError
 from anyflow_cli.runs.paths import RunPaths
+from anyflow_cli.utils.distributed import process_group
 
 if TYPE_CHECKING:
     from anyflow_cli.evaluate.diffusers_pipeline import FoundPipeline
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from anyflow_cli.evaluate.run import EvaluationRequest, FinishedEvaluation
     from anyflow_cli.evaluate.store import OtherVariants
     from anyflow_cli.plan.hardware import Hardware
+    from anyflow_cli.recipe.schema import Recipe
     from anyflow_cli.runs.open import ModelChoice
 
 MEGABYTE = 1e6
@@ -90,8 +92,7 @@ def evaluate(
     named = recipe or options.recipe_of_model(model)
     settings = options.load_settings(named, assignments, overrides, defaults)
     model = options.with_lora_files(model, lora)
-    if export is not None and settings.evaluate.suite == "shapes":
-        raise UsageError("--export is for the VBench suites.", "Add --suite vbench, or omit --export.")
+    _check_settings(settings, given)
 
     from anyflow_cli.evaluate.run import EvaluationRequest, check_total
     from anyflow_cli.runs.resources import is_ready, require_inputs
@@ -112,7 +113,8 @@ def evaluate(
         return print_dry_run("evaluate", _facts(job), needs, as_json=as_json)
     if start_processes(settings.launch):
         return None
-    finished = _run(job, export=export, prune=prune)
+    with process_group():
+        finished = _run(job, export=export, prune=prune)
     if finished is not None:
         _show(finished, job.out, prune=prune, as_json=as_json)
         if fail_below is not None:
@@ -153,7 +155,8 @@ def _compare(
         return print_dry_run("evaluate", facts, as_json=as_json)
     if jobs and start_processes(request.recipe.launch):
         return None
-    finished = {address: _run(job) for address, job in jobs.items()}
+    with process_group():
+        finished = {address: _run(job) for address, job in jobs.items()}
     evaluated = {address: one.evaluation for address, one in finished.items() if one is not None}
     if len(evaluated) < len(jobs):
         return None  # one of the other processes
@@ -166,10 +169,10 @@ def _run(job: EvaluationJob, *, export: Path | None = None, prune: bool = False)
     from anyflow_cli.evaluate.generate import WorkShare, remaining_cost
     from anyflow_cli.evaluate.run import evaluate_and_report
 
-    share = WorkShare.of_process()
-    if job.external is None and not share.rank:
+    share = WorkShare.of_process(job.recipe.launch.context_parallel or 1)
+    if job.external is None and not share.rank and share.leads:
         left = remaining_cost(job, share.world)
-        time = _time(job, left.seconds, share.world) if left.videos else None
+        time = _time(job, left.seconds, share.world * share.size) if left.videos else None
         log.info(
             "%d videos, %d of them still to sample: about %.1f MB%s.",
             job.videos, left.videos, left.size / MEGABYTE, f" and {time}" if time else "",
@@ -231,7 +234,9 @@ def _facts(job: EvaluationJob) -> dict[str, object]:
     """What a dry run reports: the protocol, what is finished, and what the rest needs."""
     from anyflow_cli.evaluate.generate import remaining_cost
 
-    processes = job.recipe.launch.processes or 1
+    launch = job.recipe.launch
+    processes = count_processes(launch)
+    groups = processes // (launch.context_parallel or 1)
     facts: dict[str, object] = {
         "suite": job.protocol.suite.name,
         "comparable": not job.protocol.deviations,
@@ -240,7 +245,7 @@ def _facts(job: EvaluationJob) -> dict[str, object]:
         "videos": job.videos,
     }
     if job.external is None:
-        left = remaining_cost(job, processes)
+        left = remaining_cost(job, groups)
         facts |= {
             "to sample": left.videos,
             "disk": f"about {left.size / MEGABYTE:.1f} MB",
@@ -276,6 +281,20 @@ def network_seconds(job: EvaluationJob, processes: int, hardware: Hardware) -> f
         cost = sampling_cost(setup, job.recipe.evaluate.batch_size, is_guided=one.model.teacher)
         flops += len(job.missing(one)) * (one.steps * cost.step_flops + cost.cache_flops)
     return hardware.seconds(flops / processes, "sample")
+
+
+def _check_settings(settings: Recipe, given: Mapping[str, object]) -> None:
+    """Refuse options that do not go with the recipe."""
+    if given["--export"] is not None and settings.evaluate.suite == "shapes":
+        raise UsageError("--export is for the VBench suites.", "Add --suite vbench, or omit --export.")
+    if given["--videos"] is None:
+        count_processes(settings.launch)
+    if given["--pipeline"] is not None and (settings.launch.context_parallel or 1) > 1:
+        raise UsageError(
+            "A pipeline of diffusers samples each video with one process.",
+            "Set launch.context_parallel=null.",
+            everywhere=True,
+        )
 
 
 def _find_pipeline(folder: Path) -> FoundPipeline:

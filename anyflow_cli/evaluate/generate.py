@@ -1,8 +1,10 @@
 """Sampling and scoring of the videos an evaluation lacks, by one process or several.
 
 Videos are assigned to processes by their position in the protocol, so processes need no communication: each
-appends to a records file of its own, and the first one waits until all videos are there. Videos finished
-before a kill are kept; damaged ones are detected by size and hash and sampled again.
+appends to a records file of its own, and the first one waits until all videos are there. Processes that share
+each video (``launch.context_parallel``) are assigned videos as a group, whose first process looks at what is
+missing, writes and scores. Videos finished before a kill are kept; damaged ones are detected by size and hash
+and sampled again.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from anyflow_cli.evaluate.protocol import EvaluatedModel, Protocol, Variant, Vid
 from anyflow_cli.evaluate.store import VariantStore, VideoRecord, size_and_digest, video_name
 from anyflow_cli.evaluate.suite import VideoPixels
 from anyflow_cli.recipe.schema import Recipe
-from anyflow_cli.utils.distributed import rank, world_size
+from anyflow_cli.utils.distributed import from_all, join_group, rank, world_size
 
 OnProgress = Callable[[int], None]  # called with the number of finished videos
 
@@ -62,15 +64,24 @@ OpenModel = Callable[[EvaluatedModel, Recipe], VideoGenerator]
 
 @dataclass(frozen=True)
 class WorkShare:
-    """Which of several processes this is."""
+    """Which of several processes, or groups of processes that share each video, this is."""
 
     rank: int = 0
     world: int = 1
+    size: int = 1  # processes in a group
+    leads: bool = True  # whether this is the first of its group
 
     @classmethod
-    def of_process(cls) -> WorkShare:
+    def of_process(cls, size: int = 1) -> WorkShare:
         """The share of this process, by RANK and WORLD_SIZE."""
-        return cls(rank(), world_size())
+        return cls(rank() // size, world_size() // size, size, rank() % size == 0)
+
+    def agreed(self, missing: list[list[VideoRequest]]) -> list[list[VideoRequest]]:
+        """What the first process of the group found missing; with groups, all processes call this."""
+        if self.size == 1:
+            return missing
+        join_group()
+        return from_all(missing)[self.rank * self.size]
 
 
 SINGLE_PROCESS = WorkShare()
@@ -145,12 +156,13 @@ def generate_videos(
     """Sample and score this process's missing videos, one model at a time."""
     for one in job.variants:
         job.store(one).create(one)
-    _remove_damaged(job, share)
+    if share.leads:
+        _remove_damaged(job, share)
+    missing = share.agreed([job.missing(one, share) for one in job.variants])
     counter = _ProgressCounter(job, on_progress, share)
     opened: tuple[EvaluatedModel, VideoGenerator] | None = None
     batch_size = job.recipe.evaluate.batch_size
-    for one in job.variants:
-        requests = job.missing(one, share)
+    for one, requests in zip(job.variants, missing, strict=True):
         if requests and (opened is None or opened[0] is not one.model):
             log.info("Loading %s (%s).", one.model.address, one.model.reason)
             opened = (one.model, open_model(one.model, job.recipe))
@@ -159,7 +171,7 @@ def generate_videos(
         for start in range(0, len(requests), batch_size):
             assert opened is not None
             batch = requests[start : start + batch_size]
-            for record in _sampled(job, one, opened[1], batch):
+            for record in _sampled(job, one, opened[1], batch, writes=share.leads):
                 job.store(one).append(record, share.rank)
             counter.add(len(batch))
 
@@ -214,15 +226,22 @@ def _remove_damaged(job: EvaluationJob, share: WorkShare) -> None:
 
 
 def _sampled(
-    job: EvaluationJob, one: Variant, generator: VideoGenerator, requests: Sequence[VideoRequest]
+    job: EvaluationJob,
+    one: Variant,
+    generator: VideoGenerator,
+    requests: Sequence[VideoRequest],
+    *,
+    writes: bool,
 ) -> Iterator[VideoRecord]:
-    """Sample one batch, then write each video as mp4 and score it from its pixels."""
+    """Sample one batch, then write each video as mp4 and score it from its pixels, if this process does."""
     suite = job.protocol.suite
     prompts, seeds = [request.prompt for request in requests], [request.seed for request in requests]
     images = suite.images(prompts, seeds)
     if images is not None:
         generator.condition_on(np.stack(images)[:, None])
     videos = list(generator.videos(prompts, seeds, one.steps, len(requests)))
+    if not writes:
+        return
     network, decode = generator.latency
     scores = suite.score(videos, prompts, images)
     for request, video, score in zip(requests, videos, scores, strict=True):

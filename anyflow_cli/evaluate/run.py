@@ -176,7 +176,7 @@ def run_evaluation(
 
 
 def generate_share(job: EvaluationJob, share: WorkShare, open_model: OpenModel | None = None) -> None:
-    """Generate this process's share of the videos, in the other processes."""
+    """Generate this process's share of the videos, or its part of a group's, in the other processes."""
     generate_videos(job, open_model or _open_sampler, lambda done: None, share)
 
 
@@ -210,7 +210,7 @@ def evaluate_and_report(
     from anyflow_cli.evaluate.report.page import write_results
     from anyflow_cli.evaluate.vbench.leaderboard import check_export, export_leaderboard
 
-    if share.rank:
+    if share.rank or not share.leads:
         generate_share(job, share)
         return None
     if export is not None:
@@ -365,4 +365,5 @@ def _open_sampler(of: EvaluatedModel, recipe: Recipe) -> VideoGenerator:
         method=of.sampler,
         preset=of.preset,
         device=default_device(),
+        context=recipe.launch.context_parallel or 1,
     )

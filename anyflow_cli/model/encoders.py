@@ -24,9 +24,11 @@ from torch import Tensor
 
 from anyflow_cli.errors import UsageError
 from anyflow_cli.model.config import Size
+from anyflow_cli.model.context_parallel import ContextGroup
 from anyflow_cli.model.layouts.components import ComponentFiles, open_component, open_component_folder
 from anyflow_cli.model.pipeline_io import component
 from anyflow_cli.model.placement import free_cached, stream_weights
+from anyflow_cli.model.vae_parallel import DecoderRows
 from anyflow_cli.model.weights_io import FETCH
 from anyflow_cli.utils.records import read_record
 
@@ -265,6 +267,10 @@ class VideoVAE:
         files, _ = _open(pipeline, "vae", VaeConfig)
         place = torch.device(device if placement in ("auto", "kept") else "cpu")
         return cls(_load_weights(files, torch.float32, place), torch.device(device), placement)
+
+    def share(self, group: ContextGroup) -> None:
+        """Decode each video with the processes of a group, which all decode the same videos from now on."""
+        DecoderRows(self._model.decoder, group)
 
     @contextmanager
     def at_work(self) -> Iterator[Any]:

@@ -135,7 +135,9 @@ class VideoSampler:
         self._clip = clip
         self._first_latents: Tensor | None = None
         self._pictures: dict[str, Tensor] = {}  # parts of conditions
-        self.overlaps = self.device.type == "cuda" and not self.memory.opens_on_host
+        # processes that share videos exchange rows of the decoder and tokens of the network in one order
+        alone = self.context_group is None
+        self.overlaps = alone and self.device.type == "cuda" and not self.memory.opens_on_host
         self._reset_clock()
 
     @classmethod
@@ -189,6 +191,8 @@ class VideoSampler:
         placed = PlacedNetwork(network, memory, dtype, target)
         shape = vae.latent_shape(recipe.model.frames, recipe.model.height, recipe.model.width)
         apply_context([network], context, target)
+        if network.context is not None:
+            vae.share(network.context)
         apply_attention([network], recipe.model.attention, shape, precision, target)
         if recipe.sample.compile:
             if memory.opens_on_host:

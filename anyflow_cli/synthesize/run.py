@@ -226,6 +226,8 @@ class TeacherSource:
         check_pictures(network.config, model, job.teacher)
         precision = resolve_precision(model.precision, device)
         apply_context([network], context, device)
+        if network.context is not None:
+            self._encoders.vae.share(network.context)
         apply_attention([network], model.attention, shape, precision, device)
         self._sampler = VideoSampler(
             network, model, shape, method=job.recipe.sample.teacher_sampler,

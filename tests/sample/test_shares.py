@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -48,12 +49,19 @@ def sample_together(directory: Path) -> None:
     shared, alone = (VideoSampler.load("tiny-anyflow", recipe, device="cpu", context=n) for n in (2, 1))
     one, other = (next(sampler.latents(PROMPTS[:1], [3], 2)) for sampler in (shared, alone))
     assert distance(one, other) < 1e-5
+    pixels = [sampler.vae.decode(one) for sampler in (shared, alone)]
+    assert distance(*pixels) < 1e-5
     runs = ["--runs", str(directory)]
     for prompts, more in ((PROMPTS[:1], []), (PROMPTS, []), (PROMPTS, ["launch.context_parallel=2"])):
         named = [part for prompt in prompts for part in ("--prompt", prompt)]
         keys = [part for key in more for part in ("--set", key)]
         torch.distributed.barrier()
         assert main(["sample", *named, *COMMON, *runs, *keys]) == 0
+    for name, context in (("shared", "2"), ("divided", "null")):
+        torch.distributed.barrier()
+        keys = [f"launch.context_parallel={context}", "evaluate.teacher=false"]
+        more = [part for key in keys for part in ("--set", key)]
+        assert main(["evaluate", "--limit", "2", *COMMON, *more, "--out", str(directory / name)]) == 0
 
 
 def test_two_processes_write_the_files_of_one(tmp_path: Path) -> None:
@@ -66,12 +74,26 @@ def test_two_processes_write_the_files_of_one(tmp_path: Path) -> None:
         files = {entry["file"] for entry in record["samples"]}
         assert {path.name for path in folder.iterdir()} == files | {"sheet.png", "samples.json"}
         assert all(entry["network_seconds"] > 0 for entry in record["samples"])
+    evaluations = {name: records_of(tmp_path / name) for name in ("shared", "divided")}
+    assert {name: [len(part) for part in parts] for name, parts in evaluations.items()} == {
+        "shared": [2], "divided": [1, 1],
+    }  # fmt: skip
+    scores = [
+        {one["prompt"]: one["score"] for part in parts for one in part} for parts in evaluations.values()
+    ]
+    assert scores[0].keys() == scores[1].keys()
+
+
+def records_of(out: Path) -> list[list[dict[str, Any]]]:
+    """Records of an evaluation's videos, by the process that wrote them."""
+    files = sorted(out.glob("*/scores*.jsonl"))
+    return [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
 
 
 def test_processes_that_form_no_groups_are_refused_by_a_dry_run(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    for verb in (["sample", "--prompt", "a circle"], ["distill"]):
+    for verb in (["sample", "--prompt", "a circle"], ["evaluate"], ["distill"]):
         assert main([*verb, "--dry-run", "--nproc", "3", "--set", "launch.context_parallel=2"]) == 2
         shown = capsys.readouterr().err
         assert "launch.context_parallel is 2, and 3 processes do not form groups of 2" in shown
