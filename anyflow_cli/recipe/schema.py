@@ -826,10 +826,10 @@ class Recipe(Section):
         if model is None:
             return made
         scale, own = 2 * model.vae_scale, (model.height, model.width, model.frames)
-        must = "have no buckets, since the model starts from pictures"
-        require(not (made.buckets and model.needs_pictures), made, must)
         for bucket in made.buckets:
             height, width, frames = bucket
+            must = "have no bucket of one frame, which the model is given already"
+            require(frames > 1 or not model.needs_pictures, made, must)
             whole = height % scale == width % scale == (frames - 1) % 4 == 0
             must = f"have buckets of multiples of {scale} pixels and 4 n + 1 frames, not {list(bucket)}"
             require(whole, made, must)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -389,7 +389,8 @@ class Encoders:
         self.vae.check_scale(model.vae_scale)
         self.latent_shape = self.vae.latent_shape(model.frames, model.height, model.width)
         self.negative = self.text([model.negative_prompt])[0].to(job.stored)
-        takes_clip = model.needs_pictures and read_config(folder).image_dim is not None
+        network = read_config(resolve_pipeline(job.teacher)) if model.needs_pictures else None
+        takes_clip = network is not None and network.image_dim is not None
         clip = PictureEncoder.load(folder, dtype, device) if takes_clip else None
         self._pictures = PictureConditioner(model.pictures, model.frames, self.vae, clip)
 
@@ -431,7 +432,8 @@ class Encoders:
         model = self._job.recipe.model
         if not model.needs_pictures:
             return {}
-        parts = self._pictures(video[:1], video[-1:] if model.pictures == "first-last" else None)
+        conditioner = replace(self._pictures, frames=len(video))  # a bucket has a length of its own
+        parts = conditioner(video[:1], video[-1:] if model.pictures == "first-last" else None)
         return {name: part[0] for name, part in parts.items()}
 
     def sample(

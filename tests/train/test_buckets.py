@@ -27,7 +27,7 @@ from anyflow_cli.data.verify import verify
 from anyflow_cli.data.video import write_mp4
 from anyflow_cli.errors import UsageError
 from anyflow_cli.recipe.compare import dump
-from tests.tiny_pipeline import CHANNELS, TEXT_DIM, make_wan_folder
+from tests.tiny_pipeline import CHANNELS, TEXT_DIM, make_i2v_folder, make_wan_folder
 from tests.train.small import same_run
 from tests.train.stage import inputs_of, make_recipe, paths, train
 
@@ -197,3 +197,37 @@ def test_buckets_that_do_not_fit_the_model_are_refused(capsys: Capture) -> None:
 def test_plan_names_the_largest_bucket(capsys: Capture) -> None:
     assert main(["plan", "-r", "tiny", "--set", "synthesize.buckets=[[32,64,9]]"]) == 0
     assert "the largest of 2 buckets" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(("kind", "rule"), [("2.1 I2V", "first"), ("2.1 FLF2V", "first-last")])
+def test_a_clip_gives_a_picture_of_its_buckets_size(
+    tmp_path: Path, capsys: Capture, kind: str, rule: str
+) -> None:
+    videos = tmp_path / "videos"
+    for name, frames, size in (("long", 9, (32, 32)), ("wide", 12, (32, 64)), ("short", 5, (32, 32))):
+        write_mp4(videos / f"{name}.mp4", moving(frames, *size), 16)
+        (videos / f"{name}.txt").write_text("a caption")
+    teacher = make_i2v_folder(tmp_path / "wan", kind)
+    made = {"clips": "slide", "buckets": ((16, 32, 9), (32, 32, 5)), "shard_size": 2}
+    recipe = make_recipe(
+        teacher,
+        "",
+        model={"pictures": rule},
+        synthesize=made,
+        data={"path": None},
+        train_flowmap={"steps": 6},
+    )
+    (tmp_path / "test.yaml").write_text(dump(recipe))
+    command = ["-r", f"{tmp_path}/test.yaml", "--runs", f"{tmp_path}/runs"]
+    assert main(["synthesize", *command, "--from-videos", str(videos)]) == 0
+    data = LatentData(tmp_path / "runs" / "test" / "data", 8)
+    given = [data.batch(bucket.positions[:1]).condition for bucket in data.buckets]
+    shapes = [one.channels.shape[1:] for one in given if one.channels is not None]
+    assert shapes == [(3, 12, 4, 4), (2, 12, 4, 4), (3, 12, 2, 4)]
+    for one in given:
+        assert one.channels is not None
+        assert one.channels[:, 0, :4].eq(1).all()
+        assert one.channels[:, -1, 3].eq(float(rule == "first-last")).all()
+    assert main(["train-flowmap", *command]) == 0
+    assert main(["synthesize", *command, "--set", "synthesize.buckets=[[32,32,1]]", "--dry-run"]) == 2
+    assert "no bucket of one frame, which the model is given" in " ".join(capsys.readouterr().err.split())
