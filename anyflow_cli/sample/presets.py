@@ -30,6 +30,7 @@ from anyflow_cli.model.pipeline_io import BUILT_IN, read_config
 from anyflow_cli.recipe.load import Override
 from anyflow_cli.recipe.schema import Recipe, latent_frames
 from anyflow_cli.runs.open import describe
+from anyflow_cli.sample.unipc import sample_unipc
 
 EVERYTHING = 10**6  # chunks that a window without a limit holds
 
@@ -57,11 +58,13 @@ class SamplerPreset:
         weights: Where its weights are published.
         files: Regular expression that the path of a published file or folder matches.
         shift: Timestep shift, also of ``table``.
-        times: Time of each step; empty: a teacher, sampled by its recipe's solver, steps and guidance.
+        times: Time of each step, which UniPC only counts; empty: a teacher, sampled by its recipe's solver,
+            steps and guidance.
         first_times: Times of the first chunk, if others.
         table: Whether each time stands for the nearest of 1,000 shifted times, as in the projects whose
             scheduler looks its noise levels up; the network is still given the time itself.
-        method: From one time to the next: by predicting the video and noising it anew, or by Euler.
+        method: From one time to the next: by predicting the video and noising it anew, by Euler, or by UniPC
+            at times of its own, begun anew for each chunk.
         chunk: Latent frames per chunk; None: bidirectional.
         first_chunk: Latent frames of the first chunk, if others.
         window: Latent frames that a chunk attends to, itself and the sink included; None: all.
@@ -85,7 +88,7 @@ class SamplerPreset:
     times: tuple[float, ...] = ()
     first_times: tuple[float, ...] = ()
     table: bool = False
-    method: Literal["consistency", "euler"] = "consistency"
+    method: Literal["consistency", "euler", "unipc"] = "consistency"
     chunk: int | None = None
     first_chunk: int | None = None
     window: int | None = None
@@ -135,7 +138,9 @@ class SamplerPreset:
     @property
     def sampler(self) -> Sampler:
         """From one time of a grid to the next."""
-        if self.method != "consistency":
+        if self.method == "unipc":
+            return lambda model, z, grid, generator=None: sample_unipc(model, z, len(grid) - 1, self.shift)
+        if self.method == "euler":
             return SAMPLERS[self.method]
         known = {
             level: time / 1000
@@ -152,6 +157,7 @@ class SamplerPreset:
         """Everything that determines a video, in one line."""
         kind = "renoise" if self.method == "consistency" else "Euler"
         steps = f"{kind} at {_listed(self.times)}" if self.times else "solver of the recipe"
+        steps = f"UniPC, {self.steps} steps" if self.method == "unipc" else steps
         first = f", first chunk {_listed(self.first_times)}" if self.first_times else ""
         rule = "bidirectional"
         if self.chunk is not None:
@@ -308,7 +314,12 @@ PRESETS = {
         replace(
             _SELF_FORCING, name="longlive", system="LongLive 1.0 1.3B",
             weights="Efficient-Large-Model/LongLive-1.3B: models/longlive_base.pt with --lora models/lora.pt",
-            files=r"longlive", window=12, sink=3, longest=None,
+            files=r"longlive(?!-2)", window=12, sink=3, longest=None,
+        ),
+        SamplerPreset(
+            "longlive-2", "LongLive 2.0 5B", "Efficient-Large-Model/LongLive-2.0-5B: model_bf16.pt",
+            r"LongLive-2\.0-5B", times=FOUR_STEPS, method="unipc", chunk=8, window=32, sink=8, channels=48,
+            shape=VideoShape(509, 704, 1280, 24), settings={"model.vae_scale": 16},
         ),
         SamplerPreset(
             "krea-realtime", "Krea Realtime 14B",
