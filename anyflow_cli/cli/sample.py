@@ -135,7 +135,14 @@ def _sample(
 ) -> Path | None:
     """Sample and write the files; return their directory, None if there is none."""
     from anyflow_cli.runs.paths import RunPaths
-    from anyflow_cli.runs.resources import Given, find_model, inputs, is_ready, require_inputs
+    from anyflow_cli.runs.resources import (
+        TEACHER_METHODS,
+        Given,
+        find_model,
+        inputs,
+        is_ready,
+        require_inputs,
+    )
     from anyflow_cli.sample.output import SampleRequest, check_directory
     from anyflow_cli.sample.presets import check_model
     from anyflow_cli.sample.shares import VideoShare
@@ -150,12 +157,9 @@ def _sample(
         settings.name, shape.frames, shape.height, shape.width, shape.fps, shape.shift, shape.max_text_tokens,
     )  # fmt: skip
     named = settings.model.teacher if teacher else chosen.model
-    needs = inputs(
-        settings,
-        paths,
-        "sample",
-        Given(named, prompts=bool(chosen.prompts), pictures=chosen.frames is not None),
-    )
+    guided = chosen.method in TEACHER_METHODS and (chosen.preset is None or not chosen.preset.steps)
+    given = Given(named, prompts=bool(chosen.prompts), pictures=chosen.frames is not None, guided=guided)
+    needs = inputs(settings, paths, "sample", given)
     if chosen.preset is not None:
         chosen.preset.check_request(shape.frames, chosen.steps)
         if is_ready(needs):

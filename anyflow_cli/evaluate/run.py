@@ -54,7 +54,7 @@ from anyflow_cli.evaluate.suite import Assessment, SuiteClip, result_of
 from anyflow_cli.recipe.schema import Recipe
 from anyflow_cli.runs.open import ModelChoice
 from anyflow_cli.runs.paths import RunPaths
-from anyflow_cli.runs.resources import Given, Resource, find_model, inputs
+from anyflow_cli.runs.resources import TEACHER_METHODS, Given, Resource, find_model, inputs
 from anyflow_cli.sample.presets import SamplerPreset
 from anyflow_cli.sample.sampler import VideoSampler
 from anyflow_cli.utils.distributed import default_device
@@ -113,7 +113,8 @@ class EvaluationRequest:
         suite = suite_resources(self.recipe)
         if self.pipeline is not None:
             return [*suite, Resource("pipeline", str(self.pipeline.folder), "ready")]
-        given = Given(self.model, self.videos)
+        guided = self.recipe.evaluate.sampler in TEACHER_METHODS and self.preset is None
+        given = Given(self.model, self.videos, guided=guided)
         return [*suite, *inputs(self.recipe, self.paths, "evaluate", given)]
 
     def protocol(self) -> Protocol:

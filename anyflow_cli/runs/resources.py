@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -18,13 +19,14 @@ from anyflow_cli.data.shards import MANIFEST, PROVENANCE, Manifest, read_manifes
 from anyflow_cli.data.video import require_ffmpeg
 from anyflow_cli.errors import AnyflowError, UsageError
 from anyflow_cli.model.attention import backend_problem
+from anyflow_cli.model.config import NetworkConfig
 from anyflow_cli.model.known_models import KNOWN_MODELS
 from anyflow_cli.model.lora_formats import check_lora, split_loras
 from anyflow_cli.model.pipeline_io import BUILT_IN, has_components, read_config
-from anyflow_cli.recipe.schema import Recipe
+from anyflow_cli.recipe.schema import ExpertGuidance, Recipe
 from anyflow_cli.runs.checkpoint import is_checkpoint
 from anyflow_cli.runs.latents import check_sizes
-from anyflow_cli.runs.open import ModelChoice, locate, model_problems
+from anyflow_cli.runs.open import ModelChoice, describe_checkpoint, locate, model_problems
 from anyflow_cli.runs.paths import MODEL, RunPaths
 from anyflow_cli.utils.distributed import default_device
 from anyflow_cli.utils.hub import cached_snapshot, is_hub_name
@@ -32,6 +34,7 @@ from anyflow_cli.utils.hub import cached_snapshot, is_hub_name
 ResourceState = Literal["ready", "to download", "missing", "optional", "unusable"]
 log = logging.getLogger(__name__)
 
+TEACHER_METHODS = (None, "euler", "unipc")  # samplers of a model with one time that is guided
 UNTRAINED = "not trained yet"
 TUNE = "anyflow train-flowmap --objective flow-matching"
 
@@ -66,12 +69,14 @@ class Given(NamedTuple):
         data: Directory of videos or latents (``--data``, ``--from-videos``, ``--videos``).
         prompts: Whether prompts are given, so that those of the recipe are not read.
         pictures: Whether the pictures are given that videos start with, or start and end with.
+        guided: Whether a model with one time is sampled with guidance, as a teacher.
     """
 
     model: str | None = None
     data: Path | None = None
     prompts: bool = False
     pictures: bool = False
+    guided: bool = True
 
 
 NOTHING = Given()
@@ -147,16 +152,15 @@ def _synthesize(recipe: Recipe, paths: RunPaths, given: Given) -> list[Resource]
         ]
     teacher = model_resource("teacher", recipe.synthesize.teacher or recipe.model.teacher, recipe)
     broken = _broken_ffmpeg() if recipe.synthesize.previews else []
-    return [*broken, *_attention(recipe), *_prompts(recipe), teacher]
+    scales = _guidance(teacher, {"synthesize.guidance": recipe.synthesize.guidance})
+    return [*broken, *_attention(recipe), *_prompts(recipe), teacher, *scales]
 
 
 def _train(recipe: Recipe, paths: RunPaths, given: Given) -> list[Resource]:
     latents = _latents(recipe.data.path or str(paths.data), recipe)
-    return [
-        latents,
-        model_resource("teacher", recipe.model.teacher, recipe),
-        *_attention(recipe, trains=True),
-    ]
+    teacher = model_resource("teacher", recipe.model.teacher, recipe)
+    guidance = {"train_flowmap.flow_map.guidance": recipe.train_flowmap.flow_map.guidance}
+    return [latents, teacher, *_guidance(teacher, guidance), *_attention(recipe, trains=True)]
 
 
 def _distill(recipe: Recipe, paths: RunPaths, given: Given) -> list[Resource]:
@@ -175,11 +179,15 @@ def _distill(recipe: Recipe, paths: RunPaths, given: Given) -> list[Resource]:
     if real.state == "missing":
         how = f"`{TUNE} -r {recipe.name}` makes it; without it the teacher is the real score"
         real = real._replace(state="optional", how_to_get_it=how)
-    return [*_train(recipe, paths, given), start, real]
+    teacher = real if real.state == "ready" else model_resource("teacher", recipe.model.teacher, recipe)
+    scales = _guidance(start, {"distill.flow_map.guidance": settings.flow_map.guidance})
+    scales += _guidance(teacher, {"distill.real_guidance": settings.real_guidance})
+    return [*_train(recipe, paths, given), start, real, *scales]
 
 
 def _finetune(recipe: Recipe, paths: RunPaths, given: Given) -> list[Resource]:
     start = _any_step(recipe, paths, Given(recipe.finetune.init_from))
+    start += _guidance(start[0], {"finetune.flow_map.guidance": recipe.finetune.flow_map.guidance})
     start += _attention(recipe, trains=True)
     data = given.data
     if data is not None and _has_latents(data):
@@ -205,7 +213,11 @@ def _has_latents(data: Path) -> bool:
 
 def _sample(recipe: Recipe, paths: RunPaths, given: Given) -> list[Resource]:
     prompts = [] if given.prompts else _prompts(recipe)
-    needs = [*_broken_ffmpeg(), *_attention(recipe), *_any_step(recipe, paths, given), *prompts]
+    models = _any_step(recipe, paths, given)
+    if given.guided:
+        scales = {"sample.teacher_guidance": recipe.sample.teacher_guidance}
+        models += _guidance(models[0], scales, sampled=True)
+    needs = [*_broken_ffmpeg(), *_attention(recipe), *models, *prompts]
     if recipe.model.needs_pictures and not given.pictures:
         options = "--image FILE" + " and --last-image FILE" * (recipe.model.pictures == "first-last")
         needs.append(Resource("pictures", "the first frame", "missing", f"give {options}"))
@@ -216,7 +228,11 @@ def _evaluate(recipe: Recipe, paths: RunPaths, given: Given) -> list[Resource]:
     if given.data is not None:
         return [*_broken_ffmpeg(), _videos(given.data)]
     teacher = [model_resource("teacher", recipe.model.teacher, recipe)] if recipe.evaluates_teacher else []
-    return [*_broken_ffmpeg(), *_attention(recipe), *_any_step(recipe, paths, given), *teacher]
+    models = [*_any_step(recipe, paths, given), *teacher]
+    scales = {"sample.teacher_guidance": recipe.sample.teacher_guidance}
+    for one in tuple(models) if given.guided else teacher:
+        models += _guidance(one, scales, sampled=True)
+    return [*_broken_ffmpeg(), *_attention(recipe), *models]
 
 
 def _any_step(recipe: Recipe, paths: RunPaths, given: Given) -> list[Resource]:
@@ -365,6 +381,42 @@ def _broken_ffmpeg() -> list[Resource]:
     except UsageError as error:
         return [_unusable("ffmpeg", "IMAGEIO_FFMPEG_EXE or imageio-ffmpeg", error)]
     return []
+
+
+def _guidance(
+    model: Resource, scales: Mapping[str, float | ExpertGuidance], *, sampled: bool = False
+) -> list[Resource]:
+    """Scales for each of two experts that a model of one network cannot take; others need no line.
+
+    Args:
+        model: The model, whose network is looked up where it is here or known.
+        scales: Scales of guidance by the recipe's key.
+        sampled: Whether they are for sampling, which guides only models with one time.
+    """
+    pairs = {key: scale for key, scale in scales.items() if isinstance(scale, ExpertGuidance)}
+    known = KNOWN_MODELS.get(model.place)
+    if not pairs or not (known or model.state == "ready"):
+        return []
+    config = known.network if known else _network(model.place)
+    if config.boundary is not None or (sampled and config.two_time):
+        return []
+    problem = "{} has a scale for each of two experts ({:g} and {:g}), and {} is one network."
+    return [
+        Resource("guidance", key, "unusable", f"set {key} to one number",
+                 problem.format(key, pair.high, pair.low, model.place))
+        for key, pair in pairs.items()
+    ]  # fmt: skip
+
+
+def _network(address: str) -> NetworkConfig:
+    """The network of a model that is here."""
+    model = split_loras(address)[0]
+    on_hub = model not in BUILT_IN and is_hub_name(model)
+    path = locate(str(cached_snapshot(model)) if on_hub else model)
+    if not is_checkpoint(path):
+        return read_config(path)
+    info = describe_checkpoint(path)
+    return replace(read_config(info.pipeline if info.run is None else info.run.base), two_time=info.two_time)
 
 
 def _attention(recipe: Recipe, *, trains: bool = False) -> list[Resource]:

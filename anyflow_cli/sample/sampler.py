@@ -46,6 +46,7 @@ from anyflow_cli.model.placement import PlacedNetwork, storage_of
 from anyflow_cli.model.precision import DTYPES_OF_PRECISION, autocast, resolve_precision
 from anyflow_cli.recipe.schema import ExpertGuidance, MemorySection, ModelSection, Recipe
 from anyflow_cli.runs.open import open_model
+from anyflow_cli.runs.resources import TEACHER_METHODS
 from anyflow_cli.sample.presets import SamplerPreset
 from anyflow_cli.sample.unipc import sample_unipc
 from anyflow_cli.utils.distributed import default_device
@@ -118,7 +119,8 @@ class VideoSampler:
                 "The flow-map sampler needs an any-step model, and this one takes a single time.",
                 "Omit --sampler: a plain Wan model is sampled as a teacher.",
             )
-        if self.method == "unipc" and (network.config.two_time or network.config.causal is not None):
+        chunks = preset is None and network.config.causal is not None
+        if self.method == "unipc" and (network.config.two_time or chunks):
             raise UsageError(
                 "The sampler unipc is for teachers, and this is an any-step model.", "Omit --sampler."
             )
@@ -186,7 +188,7 @@ class VideoSampler:
         takes_clip = opened.network.config.image_dim is not None
         clip = PictureEncoder.load(opened.pipeline, text_dtype, target) if takes_clip else None
         is_student = preset is not None and preset.steps is not None
-        is_teacher = not two_time and not is_student and method in (None, "euler", "unipc")
+        is_teacher = not two_time and not is_student and method in TEACHER_METHODS
         network = opened.network.eval()
         placed = PlacedNetwork(network, memory, dtype, target)
         shape = vae.latent_shape(recipe.model.frames, recipe.model.height, recipe.model.width)

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 from anyflow_cli.cli.app import main
+from anyflow_cli.model.network import two_time_from
+from anyflow_cli.model.pipeline_io import load_network, save_pipeline
 from tests.tiny_pipeline import make_expert_folder, make_wan_folder
 
 Capture = pytest.CaptureFixture[str]
@@ -70,8 +72,35 @@ def test_a_dry_run_names_what_two_experts_lack(tmp_path: Path, capsys: Capture) 
     assert "transformer_2 holds no diffusion_pytorch_model.safetensors" in capsys.readouterr().err
 
 
-def test_guidance_per_expert_is_refused_for_one_network(tmp_path: Path, capsys: Capture) -> None:
-    recipe = write_recipe(tmp_path, make_wan_folder(tmp_path / "teacher"))
-    command = ["sample", "--teacher", "-p", "a circle", "-r", str(recipe), "--runs", str(tmp_path)]
-    assert main(command) == 2
-    assert "the model is one network" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("command", "key"),
+    [
+        (["sample", "--teacher", "-p", "a circle"], "sample.teacher_guidance"),
+        (["synthesize"], "synthesize.guidance"),
+        (["evaluate", "--limit", "1", "--model", "{teacher}"], "sample.teacher_guidance"),
+        (["train-flowmap", "--set", "train_flowmap.flow_map.guidance={{high: 2, low: 3}}"],
+         "train_flowmap.flow_map.guidance"),
+        (["distill"], "distill.real_guidance"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value[0],
+)  # fmt: skip
+def test_guidance_per_expert_is_refused_for_one_network(
+    tmp_path: Path, capsys: Capture, command: list[str], key: str
+) -> None:
+    teacher = make_wan_folder(tmp_path / "teacher")
+    recipe = write_recipe(tmp_path, teacher)
+    named = [part.format(teacher=teacher) for part in command]
+    assert main([*named, "--dry-run", "-r", str(recipe), "--runs", str(tmp_path)]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"{key} has a scale for each of two experts" in said
+    assert f"{teacher} is one network" in said
+
+
+def test_guidance_per_expert_is_no_matter_where_nothing_is_guided(tmp_path: Path, capsys: Capture) -> None:
+    folder = make_wan_folder(tmp_path / "teacher")
+    recipe = write_recipe(tmp_path, folder)
+    any_step = save_pipeline(tmp_path / "any-step", two_time_from(load_network(folder)), folder, {})
+    asked = ["sample", "-p", "a circle", "--dry-run", "-r", str(recipe), "--runs", str(tmp_path)]
+    assert main([*asked, "--model", str(any_step)]) == 0
+    assert main([*asked, "--model", str(folder), "--sampler", "consistency"]) == 0
+    assert main([*asked, "--model", str(folder)]) == 2
