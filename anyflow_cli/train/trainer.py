@@ -37,7 +37,7 @@ from anyflow_cli.train.loss_terms import Sums, micro_batch
 from anyflow_cli.train.metrics import Metrics, finish_trackers, start_trackers
 from anyflow_cli.train.objectives import Objective, Phase
 from anyflow_cli.train.rng import BoundaryMean, StepRng, micro_positions, stream_seed
-from anyflow_cli.utils.distributed import COLLECTIVE_TIMEOUT, world_size
+from anyflow_cli.utils.distributed import COLLECTIVE_TIMEOUT, computed_by_first, world_size
 from anyflow_cli.utils.signals import fatal_signals, stop_requests
 
 log = logging.getLogger(__name__)
@@ -232,11 +232,11 @@ class Trainer:
             StoppedError: A signal asked for the end; the state is saved.
             AlarmError: A loss or gradient is not finite, or an alarm's action is to stop.
         """
-        settings, part = self.settings, slice(self.rank, None, self.ranks)
+        settings = self.settings
         self.resume()
         start_trackers(self.accelerator, settings.trackers, self.directory, settings.model_dump(mode="json"))
         with stop_requests() as stop, closing(self.metrics):
-            batches = self.source.stream(self.step, part, self.workers)
+            batches = self._batches(self.step)
             while self.step < settings.steps:
                 self.step += 1
                 try:
@@ -245,7 +245,7 @@ class Trainer:
                     self._log_step(values)
                 except AlarmError as alarm:
                     self._roll_back(alarm)
-                    batches = self.source.stream(self.step, part, self.workers)
+                    batches = self._batches(self.step)
                     continue
                 self.checkpointer.poll()
                 if self.on_step is not None:
@@ -263,6 +263,13 @@ class Trainer:
                     raise StoppedError(self.step, settings.steps)
         self.checkpointer.finish()
         finish_trackers(self.accelerator)
+
+    def _batches(self, start: int) -> Iterator[Batch]:
+        """This process's part of each batch from a step on; of processes that share it, the first reads."""
+        batches = self.source.stream(start, slice(self.rank, None, self.ranks), self.workers)
+        context = self.backbone.network_of("student").context
+        while True:
+            yield next(batches) if context is None else computed_by_first(batches.__next__, context.everyone)
 
     def train_step(self, batch: Batch) -> dict[str, float]:
         """Update every role from this process's part of a global batch; return the values to report."""
@@ -415,7 +422,9 @@ def make_accelerator(launch: schema.LaunchSection = NOT_SHARDED, *, partly: bool
             "Start the processes with --nproc, torchrun or accelerate launch.",
         )
     cpu = not torch.cuda.is_available()  # unless told so, accelerate does not see several processes on CPUs
-    backend = "cpu:gloo,cuda:nccl" if launch.offload and not cpu else None  # offloaded gradients are on CPUs
+    # offloaded gradients are on CPUs, and so are batches that processes share
+    on_cpu = launch.offload or (launch.context_parallel or 1) > 1
+    backend = "cpu:gloo,cuda:nccl" if on_cpu and not cpu else None
     handlers = [
         DistributedDataParallelKwargs(gradient_as_bucket_view=True, find_unused_parameters=partly),
         InitProcessGroupKwargs(backend=backend, timeout=COLLECTIVE_TIMEOUT),

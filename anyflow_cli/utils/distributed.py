@@ -7,12 +7,12 @@ It is read from the environment, so it is known before torch is imported or a pr
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
 
-from anyflow_cli.errors import AnyflowError
+from anyflow_cli.errors import AnyflowError, UsageError
 from anyflow_cli.utils.signals import fatal_signals
 
 if TYPE_CHECKING:
@@ -91,6 +91,36 @@ def from_first(value: Shared, group: torch.distributed.ProcessGroup | None = Non
     values = [value]
     distributed.broadcast_object_list(values, group_src=0, group=group, device=torch.device("cpu"))
     return values[0]
+
+
+def computed_by_first(
+    compute: Callable[[], Shared], group: torch.distributed.ProcessGroup | None = None
+) -> Shared:
+    """What the first process of a group computes, on all of them, which also share its failure.
+
+    Raises:
+        AnyflowError: The first process raised it; only that one prints it.
+    """
+    from torch import distributed
+
+    if not distributed.is_initialized():
+        return compute()
+    found: list[Shared] = []
+    error: AnyflowError | None = None
+    if distributed.get_rank(group) == 0:
+        try:
+            found.append(compute())
+        except AnyflowError as raised:
+            error = raised
+    failure = None if error is None else (error.exit_code, error.message, error.hint)
+    found, failure = from_first((found, failure), group)
+    if error is not None:
+        raise error
+    if failure is not None:
+        code, message, hint = failure
+        kind = UsageError if code == UsageError.exit_code else AnyflowError
+        raise kind(message, hint, everywhere=True)
+    return found[0]
 
 
 def from_all(value: Shared) -> list[Shared]:
