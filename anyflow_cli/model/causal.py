@@ -27,7 +27,7 @@ from anyflow_cli.flow.velocity import Velocity
 from anyflow_cli.model.conditioned import Conditioned
 from anyflow_cli.model.config import CausalConfig, NetworkConfig
 from anyflow_cli.model.experts import one_network
-from anyflow_cli.model.layout import Layout, Segment
+from anyflow_cli.model.layout import Layout, Patch, Segment
 from anyflow_cli.model.network import FlowMapTransformer, on_meta
 
 if TYPE_CHECKING:
@@ -196,6 +196,46 @@ def teacher_forcing(
     return causal_layout(config, segments, height, width)
 
 
+@lru_cache(maxsize=64)
+def replaying(
+    config: NetworkConfig, partition: tuple[int, ...], height: int, width: int, known: int = 0
+) -> Layout:
+    """All chunks of a finished video in one pass: ``[clean past of each | noisy chunks]``.
+
+    Each noisy chunk attends to what the cache holds when it is sampled (``kv_cache``). The keys of a clean
+    chunk depend on which chunks before it are compressed, so it has a copy for each such state.
+
+    Args:
+        config: The network.
+        partition: Latent frames per chunk.
+        height: Latent height.
+        width: Latent width.
+        known: First latent frames, whole chunks, that are clean only.
+    """
+    chunks, causal = chunks_of(partition), causal_of(config)
+    segments: list[Segment] = []
+    copies: dict[tuple[int, int], int] = {}  # by the first chunk in the window (-1: left it), and the chunk
+    pasts: list[tuple[Chunk, list[int]]] = []
+    for number, noisy in enumerate(chunks):
+        if noisy.first < known:
+            continue
+        sink = min(causal.sink_chunks, number)
+        border = max(number + 1 - causal.full_chunks, sink)
+        past: list[int] = []
+        for i, chunk in enumerate(chunks[:number]):
+            key = (border if i >= border else -1, i)
+            if key not in copies:
+                copies[key] = len(segments)
+                patch: Patch = "compressed" if sink <= i < border else "full"
+                attends_to = (*past, copies[key])
+                segments.append(Segment(chunk.first, chunk.frames, attends_to, patch, is_output=False))
+            past.append(copies[key])
+        pasts.append((noisy, past))
+    for noisy, past in pasts:
+        segments.append(Segment(noisy.first, noisy.frames, (*past, len(segments))))
+    return causal_layout(config, segments, height, width)
+
+
 class TeacherForced:
     """Velocity of noisy chunks over the clean video x (B, F, C, H, W) that they come from.
 
@@ -212,35 +252,55 @@ class TeacherForced:
         full = causal_of(config).full_chunks
         self.layout = teacher_forcing(config, partition, height, width, noisy)
         self.window = slice(sum(partition[: -(noisy or full)]), None)
-        self._copies = slice(sum(partition[:-full]), sum(partition[:-1]))
         self._model = model.with_layout(self.layout)
-        self._x = x
+        start = sum(partition[:-full])
+        self._context, self._copies = x[:, :start], x[:, start : sum(partition[:-1])]
 
     def __call__(self, z: Tensor, t: Tensor, r: Tensor) -> Tensor:
         """Predict the velocity of the window z (B, F', C, H, W) at t and r, (B,) or (B, F')."""
-        context, copies = self._x[:, : self._copies.start], self._x[:, self._copies]
-        tokens = torch.cat((context, z, copies), dim=1)
+        tokens = torch.cat((self._context, z, self._copies), dim=1)
         return self._model(tokens, self._times(t, z), self._times(r, z))
 
     def select(self, index: Tensor) -> TeacherForced:
         """Conditions of the samples ``index`` (N,); it may repeat and reorder."""
-        return self._with(self._model.select(index), self._x[index])
+        return self._with(self._model.select(index), self._context[index], self._copies[index])
 
     def concat(self, *others: Velocity) -> TeacherForced:
         """Concatenate the conditions of several batches."""
         parts = cast("tuple[TeacherForced, ...]", others)
         model = self._model.concat(*(part._model for part in parts))
-        return self._with(model, torch.cat([self._x, *(part._x for part in parts)]))
+        context, copies = (
+            torch.cat([getattr(part, name) for part in (self, *parts)]) for name in ("_context", "_copies")
+        )
+        return self._with(model, context, copies)
 
     def _times(self, t: Tensor, z: Tensor) -> Tensor:
         """Times of all input frames from those of the window, (B,) or (B, F'); 0 for clean frames."""
         noisy = t.unsqueeze(1).expand(z.shape[:2]) if t.dim() == 1 else t
-        return nnf.pad(noisy, (self._copies.start, self._copies.stop - self._copies.start))
+        return nnf.pad(noisy, (self._context.shape[1], self._copies.shape[1]))
 
-    def _with(self, model: Conditioned, x: Tensor) -> TeacherForced:
+    def _with(self, model: Conditioned, context: Tensor, copies: Tensor) -> TeacherForced:
         other = copy.copy(self)
-        other._model, other._x = model, x
+        other._model, other._context, other._copies = model, context, copies
         return other
+
+
+class Replayed(TeacherForced):
+    """Velocity of all chunks of a finished video x (B, F, C, H, W) at once, each over its own clean past.
+
+    A ``Velocity`` of the frames after the ``known`` first ones. In sampling the past is in the cache, which
+    has no gradient; here it is part of the pass, so the weights that encode it have one.
+    """
+
+    def __init__(self, model: Velocity, x: Tensor, partition: tuple[int, ...], known: int = 0) -> None:
+        check_partition(partition, x.shape[1])
+        model = one_network(model)
+        self.layout = replaying(model.network.config, partition, *x.shape[-2:], known)
+        self.window = slice(known, None)
+        self._model = model.with_layout(self.layout)
+        past = [segment for segment in self.layout.segments if not segment.is_output]
+        clean = [x[:, segment.first : segment.first + segment.frames] for segment in past]
+        self._context, self._copies = torch.cat((x[:, :0], *clean), dim=1), x[:, :0]
 
 
 def as_causal(network: FlowMapTransformer, causal: CausalConfig) -> FlowMapTransformer:

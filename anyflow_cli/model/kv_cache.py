@@ -126,9 +126,7 @@ class KeyCache:
             self._memory = LayerKeys(
                 tuple(tuple(part.clone() for part in layer) for layer in self._memory.layers)
             )
-        for i in after.cached:
-            if i not in inputs:
-                self._move(i, after)
+        self._move([i for i in after.cached if i not in inputs], after)
         self._state = after
         self._window = [latents[i] for i in range(after.border, after.done)]
         if inputs:
@@ -184,14 +182,18 @@ class KeyCache:
         compressed = self._frames(state.first, state.border) * small
         return compressed + before * self._tokens(compressed=False)
 
-    def _move(self, i: int, after: _CacheState) -> None:
-        """Shift a cached chunk to the place it has in the next state, over what is dropped before it."""
-        old, new = self._offset(i, self._state), self._offset(i, after)
-        if old == new:
-            return
-        count = self.chunks[i].frames * self._tokens(compressed=after.is_compressed(i))
-        for stored in (part for layer in self._memory.layers for part in layer):
-            stored[..., new : new + count, :, :] = stored[..., old : old + count, :, :].clone()
+    def _move(self, kept: Sequence[int], after: _CacheState) -> None:
+        """Shift cached chunks to the places they have in the next state, over what is dropped.
+
+        Those that move right begin with the last one, so that none overwrites another.
+        """
+        places = [(i, self._offset(i, self._state), self._offset(i, after)) for i in kept]
+        left = [place for place in places if place[2] < place[1]]
+        right = [place for place in places if place[2] > place[1]]
+        for i, old, new in (*left, *reversed(right)):
+            count = self.chunks[i].frames * self._tokens(compressed=after.is_compressed(i))
+            for stored in (part for layer in self._memory.layers for part in layer):
+                stored[..., new : new + count, :, :] = stored[..., old : old + count, :, :].clone()
 
     def _frames(self, start: int, stop: int) -> int:
         """Latent frames of the chunks ``[start, stop)``."""

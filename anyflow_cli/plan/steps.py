@@ -167,8 +167,8 @@ def sampling_cost(setup: Setup, samples: int, *, is_guided: bool = False) -> Sam
     network = fake_backbone(setup, DEPTHS[0]).network_of("student")
     calls = [NetworkCall("student", samples * (1 + is_guided), gradient=False, joined=is_guided)]
     if network.config.causal is not None:
-        causal, frames = causal_of(network.config), setup.latent[0]
-        calls = rollout_calls(calls, network, partition_for(causal, frames), setup.latent)
+        causal, frames, step = causal_of(network.config), setup.latent[0], calls
+        calls = rollout_calls(lambda number: step, network, partition_for(causal, frames), setup.latent)
     costs, flops = CallCosts(setup, calls), {True: 0.0, False: 0.0}
     for call in calls:
         flops[call.only_caches] += costs.flops(call) / samples

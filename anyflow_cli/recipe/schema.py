@@ -477,6 +477,11 @@ class DistillSection(TrainingSection):
         " Alg. 2 (a baseline).",
     )
     step_budgets: Budgets = (2, 4, 8, 16, 50)  # N of Alg. 2
+    first_chunk_budgets: Budgets | None = Field(
+        None,
+        description="N of Alg. 2 for the first chunk of a causal student's rollout, which has no past; null: "
+        "as the other chunks.",
+    )
     consistency_steps: EvaluationCount = 4
     reuse_rollout: bool = Field(
         False, description="Train the fake score on the student's rollout instead of a fresh one."
@@ -509,6 +514,11 @@ class DistillSection(TrainingSection):
         description="Longest rollout of a causal student. The last model.frames of it are matched and have a "
         "gradient; null: rollouts of model.frames.",
     )
+    replay_rollout: bool = Field(
+        False,
+        description="Roll a causal student out without gradient, then once more with it, all chunks in one "
+        "pass, so that gradient reaches how earlier chunks are encoded (self gradient forcing).",
+    )
     recompute_rollout: bool = Field(
         False,
         description="Recompute a jump (for a causal model, a chunk) in the backward pass to save memory.",
@@ -523,6 +533,20 @@ class DistillSection(TrainingSection):
         None,
         description="Tuned teacher; null: the one trained with flow-matching if it exists, else the teacher.",
     )
+
+    @field_validator("first_chunk_budgets")
+    @classmethod
+    def _starts_otherwise(cls, budgets: Budgets | None, info: ValidationInfo) -> Budgets | None:
+        flow_map = info.data.get("simulation") == "flow-map"
+        return require(flow_map or budgets is None, budgets, "be null where simulation is not flow-map")
+
+    @field_validator("replay_rollout")
+    @classmethod
+    def _replays_alike(cls, replays: bool, info: ValidationInfo) -> bool:
+        others = {"simulation": "flow-map", "first_chunk_budgets": None, "rollout_frames": None}
+        changed = [key for key, plain in others.items() if info.data.get(key, plain) != plain]
+        must = f"be false where {changed and changed[0]} is set: all chunks are replayed by the same jumps"
+        return require(not (replays and changed), replays, must)
 
     @field_validator("matching_gradient")
     @classmethod
@@ -786,6 +810,14 @@ class Recipe(Section):
         return require(
             model is None or model.causal is None or section.flow_map.target == "data", section, must
         )
+
+    @field_validator("distill")
+    @classmethod
+    def _have_chunks(cls, distill: DistillSection, info: ValidationInfo) -> DistillSection:
+        model = info.data.get("model")
+        by_chunk = distill.replay_rollout or distill.first_chunk_budgets is not None
+        must = "have replay_rollout and first_chunk_budgets only for a causal model"
+        return require(model is None or model.causal is not None or not by_chunk, distill, must)
 
     @field_validator("distill")
     @classmethod

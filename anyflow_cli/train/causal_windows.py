@@ -24,13 +24,15 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from anyflow_cli.flow.condition import Condition
-from anyflow_cli.flow.velocity import Velocity
+from anyflow_cli.flow.velocity import Velocity, checkpointed
 from anyflow_cli.model.backbone import Role
 from anyflow_cli.model.causal import (
+    Replayed,
     TeacherForced,
     causal_of,
     chunks_of,
     remembered_for,
+    replaying,
     split_after,
     teacher_forcing,
 )
@@ -259,8 +261,48 @@ def roll_out(
     return made[:, skipped:]
 
 
-def rollout_calls(
+def replay_rollout(
+    model: Velocity,
+    noise: Tensor,
+    partition: tuple[int, ...],
+    simulate: Simulate,
+    *,
+    given: Tensor,
+    recomputes: bool = False,
+) -> Tensor:
+    """Generate videos by ``roll_out`` without gradient, then again with it, all chunks at once.
+
+    In the second pass a chunk starts from the same noise and attends to the finished chunks before it, which
+    are part of the pass (``Replayed``). The result is that of the first pass up to rounding, but its gradient
+    also reaches how earlier chunks are encoded for later ones (self gradient forcing). The chunks themselves
+    get none through their clean copies.
+    """
+    known = given.shape[1]
+    with torch.no_grad():
+        x = roll_out(model, noise, partition, simulate, given=given)
+    velocity: Velocity = Replayed(model, x, split_after(partition, known), known)
+    again = simulate(checkpointed(velocity) if recomputes else velocity, noise[:, known:], 1)
+    return torch.cat((given, again), dim=1)
+
+
+def replay_calls(
     simulated: Sequence[NetworkCall],
+    network: FlowMapTransformer,
+    partition: tuple[int, ...],
+    latent: tuple[int, int, int, int],
+    known: int,
+) -> list[NetworkCall]:
+    """List the network calls of ``replay_rollout``, in order; arguments as in ``rollout_calls``."""
+    alone = [call._replace(gradient=False, group=None) for call in simulated]
+    layout = replaying(network.config, split_after(partition, known), *latent[2:], known)
+    return [
+        *rollout_calls(lambda number: alone, network, partition, latent, known=known),
+        *(call._replace(layout=layout) for call in simulated),
+    ]
+
+
+def rollout_calls(
+    simulated: Callable[[int], Sequence[NetworkCall]],
     network: FlowMapTransformer,
     partition: tuple[int, ...],
     latent: tuple[int, int, int, int],
@@ -272,7 +314,7 @@ def rollout_calls(
     """List the network calls of ``roll_out``, in order.
 
     Args:
-        simulated: The calls that generate one chunk.
+        simulated: The calls that generate a chunk, by its number.
         network: The causal network; only its configuration counts.
         partition: Latent frames of each chunk.
         latent: Shape of a video's latents, (F, C, H, W).
@@ -285,19 +327,21 @@ def rollout_calls(
     remember = remembered_for(causal_of(network.config), latent[0])
     empty = partial(KeyCache, model.network, chunks, latent[2:], 1, remember=remember)
     prefills = recomputes and not skipped
-    copies = (network.gradient_checkpointing or recomputes) and any(call.gradient for call in simulated)
+    copies = (network.gradient_checkpointing or recomputes) and any(call.gradient for call in simulated(0))
     cache, calls = empty(), list[NetworkCall]()
     for number, chunk in enumerate(chunks_of(chunks)):
         state, trains = number if copies else 0, chunk.first >= skipped
         group = number if recomputes and trains else None
-        keep = simulated[0]._replace(gradient=False, group=group if prefills else None, cache=state)
+        keep = simulated(number)[0]._replace(gradient=False, group=group if prefills else None, cache=state)
         if chunk.slice.stop > known:
             if prefills:
                 cache = empty()
                 cache.prefill(torch.empty(1, chunk.first, *latent[1:], device="meta"), model)
                 calls += [keep._replace(layout=probe.layout)] * (number > 0)
             cache.next_velocity(model)
-            jumps = [call._replace(gradient=call.gradient and trains, group=group) for call in simulated]
+            jumps = [
+                call._replace(gradient=call.gradient and trains, group=group) for call in simulated(number)
+            ]
             calls += [jump._replace(layout=probe.layout, cache=state) for jump in jumps]
         if not prefills and number + 1 < len(chunks):
             cache.append(torch.empty(1, chunk.frames, *latent[1:], device="meta"), model)

@@ -117,11 +117,10 @@ class OnPolicyTerms:
 
     def _jump_start(self, rng: StepRng, stream: str) -> float:
         """Time at which the drawn segment of Alg. 2 starts, or a baseline's jump with gradient."""
-        settings, generator = self.settings, rng.generator(stream)
-        if settings.simulation == "flow-map":
-            steps, k = simulation.draw_segment(settings.step_budgets, generator)
+        if self.settings.simulation == "flow-map":
+            steps, k = self._segment(rng, stream)
             return float(times.grid(steps, self.shift)[k])
-        exit_step, grid = self._exit_step(generator, gradient=True)
+        exit_step, grid = self._exit_step(rng.generator(stream), gradient=True)
         return float(grid[exit_step])
 
     def fake_score(self, batch: Batch, rng: StepRng, update: int = 0) -> tuple[Tensor, Sums]:
@@ -167,10 +166,14 @@ class OnPolicyTerms:
             start = batch.condition.put_back(noise)
             return batch.condition.put_back(simulate(checkpointed(model) if recomputes else model, start, 0))
         given = batch.latents[:, : self._conditioning_frames(rng, stream, frames)]
+        partition = self._rollout_partition(frames, skipped)
+        if self.settings.replay_rollout and torch.is_grad_enabled():
+            return causal_windows.replay_rollout(
+                model, noise, partition, simulate, given=given, recomputes=recomputes
+            )
         return causal_windows.roll_out(
-            model, noise, self._rollout_partition(frames, skipped), simulate,
-            given=given, recomputes=recomputes, skipped=skipped,
-        )  # fmt: skip
+            model, noise, partition, simulate, given=given, recomputes=recomputes, skipped=skipped
+        )
 
     def _conditioned(self, batch: Batch, rng: StepRng, stream: str) -> Batch:
         """The batch with the first frames given that student and scores share (bidirectional models)."""
@@ -183,12 +186,28 @@ class OnPolicyTerms:
         self, latent: LatentShape, rng: StepRng, stream: str, *, gradient: bool
     ) -> list[NetworkCall]:
         """List the calls of ``_rollout``; of a consistency rollout only the last one has a gradient."""
-        settings, generator = self.settings, rng.generator(stream)
+        if self.causal is None:
+            return self._jump_calls(rng, stream, gradient=gradient)
+        skipped, settings = self._skipped_frames(rng, stream), self.settings
+        network, partition = self.backbone.network_of("student"), self._rollout_partition(latent[0], skipped)
+        known = self._conditioning_frames(rng, stream, latent[0])
+        if settings.replay_rollout and gradient:
+            jumps = self._jump_calls(rng, stream, gradient=True)
+            return causal_windows.replay_calls(jumps, network, partition, latent, known)
+        return causal_windows.rollout_calls(
+            lambda chunk: self._jump_calls(rng, stream, gradient=gradient, chunk=chunk),
+            network, partition, (latent[0] + skipped, *latent[1:]),
+            known=known, recomputes=settings.recompute_rollout and gradient, skipped=skipped,
+        )  # fmt: skip
+
+    def _jump_calls(self, rng: StepRng, stream: str, *, gradient: bool, chunk: int = 1) -> list[NetworkCall]:
+        """List the calls that roll a video, or a chunk of this number, out."""
+        settings = self.settings
         if settings.simulation == "flow-map":
-            steps, k = simulation.draw_segment(settings.step_budgets, generator)
-            jumps = [(t, r, gradient) for t, r in simulation.rollout_jumps(steps, k, self.shift)]
+            segment = self._segment(rng, stream, chunk)
+            jumps = [(t, r, gradient) for t, r in simulation.rollout_jumps(*segment, self.shift)]
         else:
-            exit_step, grid = self._exit_step(generator, gradient=gradient)
+            exit_step, grid = self._exit_step(rng.generator(stream), gradient=gradient)
             starts = grid.tolist()[: exit_step + 1]
             ends = grid.tolist()[1:] if settings.simulation == "fixed-steps" else [0.0] * len(starts)
             jumps = [
@@ -196,19 +215,18 @@ class OnPolicyTerms:
                 for n, (t, r) in enumerate(zip(starts, ends, strict=False))
             ]
         recomputes = settings.recompute_rollout and gradient
-        simulated = [
+        return [
             NetworkCall("student", len(rng.positions), carries, group=n if recomputes and carries else None)
             for n, (t, r, carries) in enumerate(jumps)
             for _ in range(self.experts.evaluations(t, r))
         ]
-        if self.causal is None:
-            return simulated
-        skipped = self._skipped_frames(rng, stream)
-        return causal_windows.rollout_calls(
-            simulated, self.backbone.network_of("student"), self._rollout_partition(latent[0], skipped),
-            (latent[0] + skipped, *latent[1:]),
-            known=self._conditioning_frames(rng, stream, latent[0]), recomputes=recomputes, skipped=skipped,
-        )  # fmt: skip
+
+    def _segment(self, rng: StepRng, stream: str, chunk: int = 1) -> simulation.SimulationSegment:
+        """Draw N and k of Alg. 2; the first chunk may have its own."""
+        first = self.settings.first_chunk_budgets if chunk == 0 else None
+        if first is not None:
+            return simulation.draw_segment(first, rng.generator(f"{stream}-first-chunk"))
+        return simulation.draw_segment(self.settings.step_budgets, rng.generator(stream))
 
     def _skipped_frames(self, rng: StepRng, stream: str) -> int:
         """Draw how many frames of a rollout precede those that are matched: chunks of the largest size.
@@ -245,12 +263,16 @@ class OnPolicyTerms:
         return causal_windows.draw_conditioning_frames(causal, share, rng.generator(f"{stream}-given"))
 
     def _simulation(self, rng: StepRng, stream: str) -> causal_windows.Simulate:
-        """Draw how the student jumps from noise to time 0: alike on every process and for every chunk."""
-        settings, generator = self.settings, rng.generator(stream)
+        """Draw how the student jumps from noise to time 0, alike on every process.
+
+        Chunks share the drawn steps, but for the first one where it has budgets of its own.
+        """
+        settings = self.settings
         if settings.simulation == "flow-map":
-            steps, k = simulation.draw_segment(settings.step_budgets, generator)
-            return lambda model, noise, _: simulation.flow_map_rollout(model, noise, steps, k, self.shift)
-        exit_step, grid = self._exit_step(generator, gradient=torch.is_grad_enabled())
+            return lambda model, noise, chunk: simulation.flow_map_rollout(
+                model, noise, *self._segment(rng, stream, chunk), self.shift
+            )
+        exit_step, grid = self._exit_step(rng.generator(stream), gradient=torch.is_grad_enabled())
         if settings.simulation == "fixed-steps":
             return lambda model, noise, _: simulation.fixed_steps_rollout(model, noise, grid, exit_step)
 

@@ -180,11 +180,17 @@ def stage_1(title: str, data: str = "guided", **flow_map: Any) -> Row:
     return Row(title, changes=keys, data=data, kinds=SOME)
 
 
-def stage_2(title: str, start: str = "flow-map", joint: Overrides | None = None, **distill: Any) -> Row:
+def stage_2(
+    title: str,
+    start: str = "flow-map",
+    joint: Overrides | None = None,
+    kinds: tuple[Kind, ...] = SOME,
+    **distill: Any,
+) -> Row:
     """Stage 2 with other keys of ``distill`` and of its joint loss."""
     keys = {f"distill.{key}": value for key, value in distill.items()}
     keys |= {f"distill.flow_map.{key}": value for key, value in (joint or {}).items()}
-    return Row(title, "distill", start, keys, kinds=SOME)
+    return Row(title, "distill", start, keys, kinds=kinds)
 
 
 # the data were made with guidance 3, and so is the teacher's velocity
@@ -217,6 +223,10 @@ BEYOND_2: Mapping[str, Row] = {
     "composition-alone": stage_2(
         "the same, no matching", "composition-teacher", joint=COMPOSED, matching="none"),
 }  # fmt: skip
+BEYOND_CAUSAL: Mapping[str, Row] = {
+    "replay": stage_2("self gradient forcing", kinds=("causal",), replay_rollout=True),
+    "first-chunk": stage_2("first chunk at 4 or 8 steps", kinds=("causal",), first_chunk_budgets=[4, 8]),
+}
 
 TABLES: Mapping[str, Mapping[str, Row]] = {
     "Table 2": TABLE_2,
@@ -226,6 +236,7 @@ TABLES: Mapping[str, Mapping[str, Row]] = {
     },
     "Stage 1 beyond the paper": BEYOND_1,
     "Stage 2 beyond the paper": BEYOND_2,
+    "Causal stage 2 beyond the paper": BEYOND_CAUSAL,
     "Fig. 10": FIGURE_10,
     "Fig. 11": FIGURE_11,
     "Figs. 7 and 8": FIGURES_7_8,

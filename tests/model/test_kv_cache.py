@@ -72,7 +72,7 @@ def test_a_step_over_the_cache_equals_one_masked_pass(partition: tuple[int, ...]
 
 
 @pytest.mark.parametrize("sink", [0, 2])
-@pytest.mark.parametrize(("partition", "full_chunks"), CASES)
+@pytest.mark.parametrize(("partition", "full_chunks"), [*CASES, ((1, 1, 2, 1, 1), 2)])
 def test_prefilling_equals_appending(partition: tuple[int, ...], full_chunks: int, sink: int) -> None:
     network = with_sink(ours(far(full_chunks)), sink)
     x, z, model = video(partition), video(partition).flip(1), model_of(network)

@@ -266,6 +266,23 @@ def test_the_hint_for_an_unknown_name_lists_all() -> None:
             ["distill.real_guidance=1", "distill.guidance_times=own"],
             "shared where real_guidance is 1",
         ),
+        ("tiny", ["distill.replay_rollout=true"], "only for a causal model"),
+        ("tiny", ["distill.first_chunk_budgets=[8]"], "only for a causal model"),
+        (
+            "tiny-causal",
+            ["distill.replay_rollout=true", "distill.rollout_frames=65"],
+            "where rollout_frames is",
+        ),
+        (
+            "tiny-causal",
+            ["distill.first_chunk_budgets=[8]", "distill.simulation=consistency"],
+            "be null where",
+        ),
+        (
+            "tiny-causal",
+            ["distill.replay_rollout=true", "distill.first_chunk_budgets=[8]"],
+            "false where first_chunk_budgets is set",
+        ),
         ("tiny-causal", ["distill.matching=fake-free"], "another matching than fake-free for a causal"),
         ("tiny-causal", ["finetune.flow_map={target: teacher, adaptive: off}"], "target data for a causal"),
         ("tiny-causal", ["distill.simulation=fixed-steps"], "another simulation than fixed-steps"),

@@ -22,6 +22,7 @@ from anyflow_cli.flow.times import TimeRatios, loss_weight, sample_times
 from anyflow_cli.flow.velocity import Velocity, batch_time, flow_map
 from anyflow_cli.model.backbone import Backbone
 from anyflow_cli.model.causal import (
+    Replayed,
     TeacherForced,
     causal_from,
     partition_for,
@@ -39,6 +40,7 @@ from anyflow_cli.train.causal_windows import (
     TrainingWindow,
     Window,
     draw_conditioning_frames,
+    replay_rollout,
     roll_out,
 )
 from anyflow_cli.train.objectives import FlowMapTerm
@@ -437,6 +439,106 @@ def test_the_scores_see_the_whole_video_bidirectionally(monkeypatch: pytest.Monk
     assert layouts[-2:] == [(None, SHAPE[0])] * 2  # fake; then real, guided in one batch
     assert sum(layout is None for layout, _ in layouts) == 2
     assert CONFIG.causal is None
+
+
+# --- self gradient forcing: the rollout again, all chunks at once
+
+FIVE = (1, 2, 1, 1, 1)  # with 2 full chunks some are compressed, and a clean chunk has copies
+
+
+def replayed(known: int = 0, sink: int = 0, lora: bool = False) -> tuple[Backbone, Tensor, Tensor]:
+    """A backbone, and videos by ``roll_out`` and by ``replay_rollout`` with gradient."""
+    backbone = roles(lora=lora)
+    network = backbone.network_of("student")
+    causal = replace(CausalConfig.from_recipe(CAUSAL), partition=FIVE, sink_chunks=sink)
+    network.config = replace(network.config, causal=causal)
+    model, noise = backbone.velocity("student", batch().condition), videos()
+
+    def simulate(model: Velocity, noise: Tensor, _: int) -> Tensor:
+        return simulation.flow_map_rollout(model, noise, 4, 1, SHIFT)
+
+    given = videos(seed=4)[:, :known]
+    x, again = (rolled(model, noise, FIVE, simulate, given=given) for rolled in (roll_out, replay_rollout))
+    return backbone, x, again
+
+
+@pytest.mark.parametrize(("known", "sink"), [(0, 0), (1, 0), (2, 0), (0, 1), (0, 2), (3, 1)])
+def test_a_replayed_rollout_is_the_one_over_the_cache(known: int, sink: int) -> None:
+    """Whatever is compressed, given, or kept as a sink: the layout has what the cache held."""
+    _, x, again = replayed(known, sink)
+    torch.testing.assert_close(again, x, rtol=1e-4, atol=1e-5)
+    assert again[:, known:].requires_grad
+
+
+def test_a_replayed_chunk_has_gradient_through_the_keys_of_those_before_it() -> None:
+    """The keys of a chunk's past depend on its latents; the cache's carry no gradient."""
+    backbone, x, _ = replayed()
+    model = backbone.velocity("student", batch().condition)
+    clean = x.detach().requires_grad_()
+    velocity = Replayed(model, clean, FIVE)
+    t = torch.full((2,), 0.7)
+    u = velocity(videos(seed=9), t, torch.zeros(2))
+    ends = [sum(FIVE[: i + 1]) for i in range(len(FIVE))]
+    for number, (frames, end) in enumerate(zip(FIVE, ends, strict=True)):
+        part = u[:, end - frames : end].square().sum()
+        (gradient,) = torch.autograd.grad(part, clean, retain_graph=True)
+        reached = gradient.abs().flatten(2).sum((0, 2)) > 0
+        assert reached.tolist() == [frame < end - frames for frame in range(sum(FIVE))], number
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_the_gradient_of_a_replay_is_that_of_each_chunk_over_its_past(lora: bool) -> None:
+    """All weights of each chunk's pass count, those that encode its clean past included."""
+    backbone, x, again = replayed(lora=lora)
+    parameters = backbone.parameters_of("student")
+    target, model = videos(seed=5), backbone.velocity("student", batch().condition)
+    ours = torch.autograd.grad((again - target).square().sum(), parameters, allow_unused=True)
+    chunks, done = [], 0
+    for number, frames in enumerate(FIVE):
+        past, part = x.detach()[:, :done], slice(done, done + frames)
+        seen = torch.cat((past, torch.zeros_like(x[:, part])), dim=1)
+        # over the whole of its past: a replay of the chunks so far whose others are given
+        velocity = Replayed(model, seen, FIVE[: number + 1], done)
+        chunks.append(simulation.flow_map_rollout(velocity, videos()[:, part], 4, 1, SHIFT))
+        done += frames
+    alone = (torch.cat(chunks, dim=1) - target).square().sum()
+    theirs = torch.autograd.grad(alone, parameters, allow_unused=True)
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None and b is not None:
+            torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-4)
+
+
+def test_a_replayed_rollout_trains_what_the_cache_hides() -> None:
+    """Its loss is the plain rollout's, its gradient is not; recomputed jumps give the same one."""
+    backbone = roles("student", "real", "fake")
+    losses, found = [], []
+    for changes in ({}, {"replay_rollout": True}, {"replay_rollout": True, "recompute_rollout": True}):
+        loss, _ = policy(backbone, **changes).matching(batch(), rng_of(3))
+        parameters = backbone.parameters_of("student")
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        losses.append(loss.item())
+        found.append(torch.cat([g.flatten() for g in gradients if g is not None]))
+    assert losses[1:] == pytest.approx([losses[0]] * 2, rel=1e-4)
+    assert found[0].shape != found[1].shape or (found[0] - found[1]).norm() > 1e-2 * found[0].norm()
+    torch.testing.assert_close(found[2], found[1], rtol=1e-4, atol=1e-5)
+
+
+# --- budgets of the first chunk
+
+
+def test_the_first_chunk_has_budgets_of_its_own() -> None:
+    terms, plain = policy(roles(), first_chunk_budgets=(50,)), policy(roles())
+    for step in range(1, 5):
+        first, *others = (terms._segment(rng_of(step), "rollout", chunk) for chunk in range(4))
+        assert first.steps == 50
+        assert others == [plain._segment(rng_of(step), "rollout")] * 3
+        x, same = (each._rollout(batch(), rng_of(step), "rollout") for each in (terms, plain))
+        assert not torch.equal(x[:, : CAUSAL.partition[0]], same[:, : CAUSAL.partition[0]])
+    one = policy(roles(), first_chunk_budgets=(4,), step_budgets=(4,))
+    assert {one._segment(rng_of(step), "rollout", 0) for step in range(1, 40)} == {
+        simulation.SimulationSegment(4, k) for k in range(4)
+    }
 
 
 LONG = 4 * (sum(CAUSAL.partition) + 2 * max(CAUSAL.partition)) - 3  # pixel frames: two chunks more
