@@ -43,6 +43,7 @@ RECIPES: dict[Kind, str] = {
     "bidirectional": "scripts/reproduction/paper.yaml",
     "causal": "scripts/reproduction/paper-causal.yaml",
 }
+LONG_SHARE = 8  # long videos have one in so many prompts
 Outcome = Literal["done", "busy", "waits"]
 log = logging.getLogger(__name__)
 
@@ -85,10 +86,11 @@ class Workshop:
         return "done"
 
     def _make(self, cell: Cell, home: Path) -> None:
+        from reproduction.long_videos import measure_long
         from reproduction.measure import measure
 
         trained = self._train(cell, home)
-        recipe, row, points = self.recipe_of(cell), cell.of, []
+        recipe, row, points, videos = self.recipe_of(cell), cell.of, [], []
         for sampled in row.sampled:
             for steps in sampled.steps:
                 part = home / f"{sampled.method}-{steps}-{row.world}.json"
@@ -98,10 +100,16 @@ class Workshop:
                     )
                     write_json(part, point.as_json())
                 points.append(json.loads(part.read_text()))
+        for long in row.long:
+            part = home / f"long-{long.length}-{long.steps}{'-switched' * long.switches}.json"
+            if not part.is_file():
+                prompts = max(1, self.scale.prompts // LONG_SHARE)
+                write_json(part, measure_long(self.address_of(cell), recipe, long, prompts))
+            videos.append(json.loads(part.read_text()))
         content = {
             "row": cell.row, "kind": cell.kind, "seed": cell.seed, "start": row.start,
             "changes": dict(row.changes), **trained, "prompts": self.scale.prompts, "points": points,
-            "made": provenance(),
+            **({"long": videos} if videos else {}), "made": provenance(),
         }  # fmt: skip
         write_json(self.record(cell), content)
         shutil.rmtree(self.directory_of(cell) / "checkpoints", ignore_errors=True)

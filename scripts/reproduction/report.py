@@ -15,7 +15,9 @@ from typing import Any
 import numpy as np
 from reproduction.costs import cost_table
 from reproduction.exactness import exactness_section
+from reproduction.long_videos import long_section
 from reproduction.measure import unpack, video_scores
+from reproduction.paper_figures import FIGURES, exposure_bias
 from reproduction.rows import KINDS, REFERENCE, ROWS, TABLES, Kind
 
 from anyflow_cli.evaluate.bootstrap import DRAW_COUNT, Draws, Interval, draw_seeds, draw_totals, interval
@@ -100,9 +102,14 @@ def write_report(directory: Path, page: Path) -> None:
     for title, rows in TABLES.items():
         body = [table_of(records, list(rows), kind) for kind in KINDS]
         parts = [part for part in body if part]
+        if parts and title in FIGURES:
+            parts = [*parts, *filter(None, [FIGURES[title](records, directory)])]
         if parts:
             sections.append(f"## {title}\n\n" + "\n\n".join(parts))
-    sections += filter(None, [embedding_norms(records), along_the_video(records), cost_table(records)])
+    sections += filter(
+        None, [embedding_norms(records), along_the_video(records, directory), cost_table(records)]
+    )
+    sections += filter(None, [long_section(records, directory)])
     sections += filter(None, [exactness_section(directory)])
     page.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
 
@@ -194,7 +201,7 @@ def embedding_norms(records: Records) -> str:
         "to the first.\n\n" + markdown([["row", "seed", "norm"], *lines])  # fmt: skip
 
 
-def along_the_video(records: Records) -> str:
+def along_the_video(records: Records, directory: Path) -> str:
     """Exposure bias: quality of the stills of each latent frame, causal rows."""
     lines = []
     for row in TABLES["Table 2"]:
@@ -206,7 +213,9 @@ def along_the_video(records: Records) -> str:
     if not lines:
         return ""
     head = ["row", "sampler", "steps", "quality of each latent frame"]
-    return "## Along the video (exposure bias)\n\nCausal rows, seed 0.\n\n" + markdown([head, *lines])
+    picture = exposure_bias(records, directory)
+    heading = "## Along the video (exposure bias)\n\nCausal rows, seed 0; the picture has all seeds."
+    return "\n\n".join([heading, picture, markdown([head, *lines])])
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:

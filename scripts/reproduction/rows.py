@@ -30,7 +30,23 @@ class Sampled:
     steps: tuple[int, ...] = (4, 32)
 
 
+@dataclass(frozen=True)
+class LongSampled:
+    """Videos of a causal model of several times the trained length.
+
+    Attributes:
+        length: How many times.
+        switches: Whether another prompt follows half way.
+        steps: Step count of each chunk.
+    """
+
+    length: int
+    switches: bool = False
+    steps: int = 4
+
+
 OWN = (Sampled("flow-map"),)
+LONG = (LongSampled(4), LongSampled(16), LongSampled(4, switches=True))
 CONSISTENCY = (Sampled("consistency"), Sampled("flow-map"))
 
 
@@ -44,6 +60,7 @@ class Row:
         start: Row whose model it starts from, or measures; None: the teacher.
         changes: Recipe keys, laid over the recipe of the kind.
         sampled: How it is measured.
+        long: How it is measured in long videos.
         model: Built-in model, where nothing is trained.
         world: World of the prompts.
         data: Data set that it trains on.
@@ -56,6 +73,7 @@ class Row:
     start: str | None = None
     changes: Overrides = field(default_factory=dict)
     sampled: tuple[Sampled, ...] = OWN
+    long: tuple[LongSampled, ...] = ()
     model: str | None = None
     world: str = "shapes"
     data: str = "guided"
@@ -68,7 +86,7 @@ class Scale:
     """How large everything is: the paper's tables, or a rehearsal of the same code in minutes.
 
     Attributes:
-        prompts: Prompts of a comparison, the same ones for every cell.
+        prompts: Prompts of a comparison, the same ones for every cell; of long videos an eighth.
         steps: Steps of each command's reference row, per kind.
         common: Recipe keys of every cell, laid over its recipe.
         data: Recipe keys of every data set.
@@ -169,8 +187,12 @@ def weighted(weight: str) -> dict[str, Row]:
 
 
 FIGURE_10 = {**weighted("uniform"), **weighted("normal")}
+ZERO_INIT = {"model.conditioning": "zero-init"}
 FIGURE_11 = {
-    "zero-init": Row("zero-init conditioning", changes={"model.conditioning": "zero-init"}, kinds=SOME)
+    "zero-init": Row("zero-init conditioning", changes=ZERO_INIT, kinds=SOME),
+    "zero-init-simulation": Row(
+        "zero-init conditioning + flow-map simulation", "distill", "zero-init", ZERO_INIT, kinds=SOME
+    ),
 }
 
 
@@ -227,6 +249,17 @@ BEYOND_CAUSAL: Mapping[str, Row] = {
     "replay": stage_2("self gradient forcing", kinds=("causal",), replay_rollout=True),
     "first-chunk": stage_2("first chunk at 4 or 8 steps", kinds=("causal",), first_chunk_budgets=[4, 8]),
 }
+LONGER = {"distill.rollout_frames": 129}  # four times the trained length
+LONG_VIDEOS: Mapping[str, Row] = {
+    "long-as-trained": Row(
+        "flow map + flow-map simulation", None, "flow-map-simulation", sampled=(), long=LONG,
+        kinds=("causal",)),
+    "long-rollouts": Row("rollouts of up to 4 times the length", "distill", "flow-map", LONGER, long=LONG,
+                         kinds=("causal",)),
+    "long-rollouts-sink": Row(
+        "the same, the first chunk kept in full", "distill", "flow-map",
+        {**LONGER, "model.causal.sink_chunks": 1}, long=LONG, kinds=("causal",)),
+}  # fmt: skip
 
 TABLES: Mapping[str, Mapping[str, Row]] = {
     "Table 2": TABLE_2,
@@ -237,6 +270,7 @@ TABLES: Mapping[str, Mapping[str, Row]] = {
     "Stage 1 beyond the paper": BEYOND_1,
     "Stage 2 beyond the paper": BEYOND_2,
     "Causal stage 2 beyond the paper": BEYOND_CAUSAL,
+    "Long videos": LONG_VIDEOS,
     "Fig. 10": FIGURE_10,
     "Fig. 11": FIGURE_11,
     "Figs. 7 and 8": FIGURES_7_8,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -139,6 +140,32 @@ def test_the_report_compares_rows_seed_by_seed(paper: ModuleType, rows: ModuleTy
     assert lines[rows.ROWS["flow-map-simulation"].title].count("to") == 1  # not against itself
 
 
+def test_each_figure_is_drawn_from_the_records_it_needs(
+    paper: ModuleType, rows: ModuleType, tmp_path: Path
+) -> None:
+    figures = sys.modules["reproduction.paper_figures"]
+    powers = [{"sample_power": 1.2, "data_power": 1.0}] * 3
+    records: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    assert [draw(records, tmp_path) for title, draw in figures.FIGURES.items() if title != "Fig. 10"] == [
+        ""
+    ] * 3
+    for name, row in rows.ROWS.items():
+        if row.sampled:
+            own = record(rows, name, 0, 0.7)
+            own["metrics"] = own["metrics"] if row.command == "train-flowmap" else powers
+            records[name, "bidirectional"] = records[name, "causal"] = [own]
+    lines = [draw(records, tmp_path) for draw in figures.FIGURES.values()]
+    lines.append(figures.exposure_bias(records, tmp_path))
+    shown = [name for line in lines for name in re.findall(r"paper/([a-z0-9-]+\.png)", line)]
+    assert shown == [
+        "figure-1.png", "figures-7-8.png", "figure-10-weights.png", "figure-10.png", "figure-11.png",
+        "along-the-video.png",
+    ]  # fmt: skip
+    assert all((tmp_path / name).stat().st_size > 5_000 for name in shown)
+    one = figures.by_kind(records, {"flow map": ("flow-map", "flow-map-scaling")}, seed=0)
+    assert list(one["causal"]["flow map"].x) == [1, 2, 4, 8, 16, 32, 50]
+
+
 def test_seeds_widen_the_interval(paper: ModuleType, rows: ModuleType, tmp_path: Path) -> None:
     report = sys.modules["reproduction.report"]
     alike, apart = (
@@ -146,6 +173,60 @@ def test_seeds_widen_the_interval(paper: ModuleType, rows: ModuleType, tmp_path:
         for gap in (0.0, 0.03)
     )
     assert apart.bounds.high - apart.bounds.low > 1.5 * (alike.bounds.high - alike.bounds.low)
+
+
+# Long videos
+
+
+def test_a_long_video_is_cut_into_windows_that_share_a_frame(paper: ModuleType) -> None:
+    long_videos = sys.modules["reproduction.long_videos"]
+    video = np.arange(13)[:, None, None, None]
+    windows = [window[:, 0, 0, 0].tolist() for window in long_videos.windows_of(video, 5)]
+    assert windows == [[0, 1, 2, 3, 4], [4, 5, 6, 7, 8], [8, 9, 10, 11, 12]]
+
+
+def long_record(rows: ModuleType, row: str, seed: int, drift: float) -> dict[str, Any]:
+    """A record whose long videos lose ``drift`` of every score per window."""
+    from importlib import import_module
+
+    measure = import_module("reproduction.measure")
+    suite, noise = measure.ShapesSuite(), np.random.default_rng(seed).uniform(-0.05, 0.05, (24, 1))
+    entries = []
+    for sampled in rows.LONG:
+        levels = [0.8 - drift * window for window in range(sampled.length)]
+        scores = [level + np.repeat(noise, len(suite.dimensions), axis=1) for level in levels]
+        stills = np.repeat(levels, 8)[None] + noise
+        stills = np.concatenate((stills[:, :1], stills), axis=1)
+        entries.append({
+            "length": sampled.length, "switches": sampled.switches, "steps": sampled.steps,
+            "totals": [100 * level for level in levels],
+            "windows": [measure.pack(each.tolist()) for each in scores],
+            "pieces": measure.pack(stills.tolist()),
+        })  # fmt: skip
+    return {"row": row, "kind": "causal", "seed": seed, "points": [], "long": entries}
+
+
+def test_drift_along_long_videos_is_reported_with_its_interval(
+    paper: ModuleType, rows: ModuleType, tmp_path: Path
+) -> None:
+    long_videos = sys.modules["reproduction.long_videos"]
+    drifts = {"long-as-trained": 0.03, "long-rollouts": 0.0}
+    records = {
+        (row, "causal"): [long_record(rows, row, seed, drift) for seed in (0, 1)]
+        for row, drift in drifts.items()
+    }
+    section = long_videos.long_section(records, tmp_path)
+    lines = [line for line in section.splitlines() if line.startswith("| ")][2:]
+    assert len(lines) == 6
+    assert "-9.0 (-9.0 to -9.0)" in lines[0]
+    assert "-45.0 (" in lines[1]
+    assert "another prompt half way" in lines[2]
+    assert "+0.0 (+0.0 to +0.0)" in lines[3]
+    assert (tmp_path / "long-videos.png").stat().st_size > 10_000
+    curve = long_videos.along([record["long"][0] for record in records["long-as-trained", "causal"]])
+    assert len(curve.x) == 17  # 33 latent frames: 1, then 2 per chunk
+    assert curve.y[0] - curve.y[-1] == pytest.approx(9, abs=0.1)
+    assert all(low < y < high for low, y, high in zip(curve.low, curve.y, curve.high, strict=True))
 
 
 # The exactness
