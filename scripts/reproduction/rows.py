@@ -215,8 +215,8 @@ def stage_2(
     return Row(title, "distill", start, keys, kinds=kinds)
 
 
-# the data were made with guidance 3, and so is the teacher's velocity
-TEACHER: dict[str, Any] = {"target": "teacher", "adaptive": "off", "guidance": 3.0}
+# the data were made with guidance 1.5, and so is the teacher's velocity
+TEACHER: dict[str, Any] = {"target": "teacher", "adaptive": "off", "guidance": 1.5}
 BEYOND_1: Mapping[str, Row] = {
     "guided-path": stage_1("guided path", guidance_path="guided"),
     "weighted-scale": stage_1("Eq. 7 levels w(t) times the error, as released", loss_scale="weighted"),
