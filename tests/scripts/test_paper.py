@@ -80,28 +80,42 @@ def test_a_cell_waits_for_its_start_and_for_another_process(
     paper.make_all(workshop, [first, second])  # all done
 
 
-REHEARSED = (
-    "tiny", "flow-map", "flow-map-simulation", "joint-alone", "consistency-ode", "consistency-simulation",
-    "composition-teacher", "composition-simulation", "fake-updates-5", "finetune-flow-map",
-)  # fmt: skip
+def test_a_rehearsal_has_a_row_of_each_table_and_what_it_starts_from(
+    paper: ModuleType, rows: ModuleType
+) -> None:
+    rehearsed = {name for names in rows.REHEARSED.values() for name in names}
+    assert all(rehearsed & set(table) for table in rows.TABLES.values())
+    for kind, names in rows.REHEARSED.items():
+        assert {rows.ROWS[name].start for name in names} - {None} <= set(names)
+        assert all(kind in rows.ROWS[name].kinds for name in names)
 
 
 @pytest.mark.slow
-def test_a_rehearsal_leaves_a_record_of_each_cell_and_then_does_nothing(tmp_path: Path) -> None:
-    command = [
-        sys.executable, str(SCRIPTS / "paper.py"), "run", "--quick", "--runs", str(tmp_path),
-        "--only", *(f"bidirectional/{row}-0" for row in REHEARSED), "causal/flow-map-0",
-        "causal/flow-map-simulation-0",
-    ]  # fmt: skip
-    first = subprocess.run(command, capture_output=True, text=True, check=True)
-    again = subprocess.run(command, capture_output=True, text=True, check=True)
+def test_a_rehearsal_leaves_a_record_of_each_cell_and_then_does_nothing(
+    paper: ModuleType, rows: ModuleType, tmp_path: Path
+) -> None:
+    command = [sys.executable, str(SCRIPTS / "paper.py"), "--quick", "--runs", str(tmp_path)]
+    spent = sys.modules["reproduction.cells"].children_seconds
+    before = spent()
+    first = subprocess.run([*command, "run"], capture_output=True, text=True)
+    assert first.returncode == 0, first.stderr[-2000:]
+    assert spent() - before < 600
+    again = subprocess.run([*command, "run"], capture_output=True, text=True, check=True)
     assert "anyflow" in first.stderr
     assert "anyflow" not in again.stderr
-    records = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("records/*/*.json"))]
-    assert {record["row"] for record in records} >= {*REHEARSED}
-    for record in records:
-        assert record["points"]
-        assert all(0 < point["total"] < 100 for point in record["points"])
+    records = {}
+    for path in tmp_path.glob("records/*/*.json"):
+        content = json.loads(path.read_text())
+        records[content["kind"], content["row"]] = content
+    assert set(records) == {(kind, name) for kind, names in rows.REHEARSED.items() for name in names}
+    for content in records.values():
+        assert content["points"]
+        assert all(0 <= point["total"] <= 100 for point in content["points"])
+    long = records["causal", "long-rollouts"]["long"]
+    assert [len(entry["windows"]) for entry in long] == [sampled.length for sampled in rows.LONG]
+    subprocess.run([*command, "report"], check=True)
+    page = (tmp_path / "records.md").read_text()
+    assert all(f"## {title}" in page for title in rows.TABLES)
 
 
 # The report
