@@ -1,4 +1,4 @@
-"""``anyflow finetune``: go on training an any-step model on one's own videos, and say what it changed."""
+"""``anyflow finetune``: continue training an any-step model on your own videos; compare before and after."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from anyflow_cli.runs.open import ModelChoice
     from anyflow_cli.train.prepare import TrainingResult
 
-STEPS = (4, 32)  # at which a model is scored before and after
-LOOKED_AT = 64  # captions that decide whether the built-in suite can score
+STEPS = (4, 32)  # at which a model is scored, before and after
+INSPECTED = 64  # captions that decide whether the built-in suite can score the videos
 
 log = logging.getLogger(__name__)
 
@@ -74,17 +74,17 @@ def _encode_videos(data: Path | None, recipe: Recipe, paths: RunPaths, dry_run: 
             draw_clips(data, recipe.finetune.world, recipe.finetune.clips)
     out = paths.finetune_data
     job = prepare_synthesis(recipe, out, data, dry_run=dry_run, choose_another="--runs")
-    todo = job.videos_left()
-    if not todo and (out / MANIFEST).exists():
+    left = job.videos_left()
+    if not left and (out / MANIFEST).exists():
         return out
     if dry_run:
         return None
     if world_size() > 1:
         raise UsageError(
-            "Videos are encoded by one process, and this is one of several.",
+            "Videos are encoded by a single process, and this is one of several.",
             f"First run `anyflow synthesize --from-videos {data} --out {out}`, then give --data {out}.",
         )
-    with Progress("encode videos", todo, "videos") as progress:
+    with Progress("encode videos", left, "videos") as progress:
         report = run_synthesis(job, progress.update)
     log.info("%d of %d videos are in %s.", report.samples, report.wanted, out)
     return out
@@ -93,7 +93,7 @@ def _encode_videos(data: Path | None, recipe: Recipe, paths: RunPaths, dry_run: 
 def _compare(
     recipe: Recipe, paths: RunPaths, inputs: RunInputs, finished: TrainingResult
 ) -> dict[str, dict[str, Any]]:
-    """Scores or errors of the model before and after."""
+    """Score the model before and after training, or measure its error where the suite cannot."""
     from anyflow_cli.data.dataset import LatentData
     from anyflow_cli.runs.latents import open_latents
     from anyflow_cli.runs.open import ModelChoice
@@ -109,30 +109,30 @@ def _compare(
 
 
 def _world_of(settings: Recipe, clips: LatentData) -> str | None:
-    """The world whose captions these are, if the suite can score this recipe's videos."""
+    """Name of the world that all captions belong to; None where the suite cannot score the videos."""
     from anyflow_cli.data.shapes_world import FRAMES, HEIGHT, WIDTH, WORLDS, parse_caption
 
     model = settings.model
-    if model.needs_pictures:  # its suite has only prompts
+    if model.needs_pictures:  # the suite's prompts come without pictures
         return None
     if (model.frames, model.height, model.width) != (FRAMES, HEIGHT, WIDTH):
         return None
-    captions = clips.batch(clips.buckets[0].positions[:LOOKED_AT]).captions
-    named = [parse_caption(caption) for caption in captions]
+    captions = clips.batch(clips.buckets[0].positions[:INSPECTED]).captions
+    attributes = [parse_caption(caption) for caption in captions]
     for world in WORLDS.values():
-        if all("shape" in one and one.get("colour") in world.colors for one in named):
+        if all("shape" in named and named.get("colour") in world.colors for named in attributes):
             return world.name
     return None
 
 
 def _scores(choice: ModelChoice, settings: Recipe, paths: RunPaths, world: str) -> dict[str, Any]:
-    """Total of the suite at each step count, from the same prompts and seeds."""
+    """Total of the suite at each step count, on the same prompts and seeds for all models."""
     from anyflow_cli.evaluate.registry import protocol_for
     from anyflow_cli.evaluate.run import prepare_evaluation, run_evaluation
 
-    wanted = settings.evaluate.model_copy(update={"suite": "shapes", "nfe": STEPS, "teacher": False})
+    evaluate = settings.evaluate.model_copy(update={"suite": "shapes", "nfe": STEPS, "teacher": False})
     data = settings.data.model_copy(update={"world": world})
-    recipe = settings.model_copy(update={"evaluate": wanted, "data": data})
+    recipe = settings.model_copy(update={"evaluate": evaluate, "data": data})
     job = prepare_evaluation(recipe, protocol_for(recipe), choice, paths.evaluate)
     with Progress("score", job.videos, "videos") as progress:
         result = run_evaluation(job, on_progress=progress.update)
@@ -142,6 +142,7 @@ def _scores(choice: ModelChoice, settings: Recipe, paths: RunPaths, world: str) 
 
 
 def _error(choice: ModelChoice, settings: Recipe, clips: LatentData) -> dict[str, Any]:
+    """Flow-map error on held-out clips, for videos that the suite cannot score."""
     from anyflow_cli.runs.open import open_model
     from anyflow_cli.train.validation import flow_map_error
 

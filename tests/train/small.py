@@ -149,7 +149,7 @@ def rows(directory: Path) -> list[dict[str, Any]]:
 
 
 def same_run(a: Path, b: Path) -> None:
-    """Fail unless two runs ended alike, bit for bit."""
+    """Fail unless two runs end with the same bits."""
     paths = [checkpoint.newest(directory / "checkpoints") for directory in (a, b)]
     first, second = (checkpoint.load(path) for path in paths if path is not None)
     assert first.step == second.step

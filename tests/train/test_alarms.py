@@ -37,7 +37,7 @@ def test_each_alarm_needs_several_bad_rows_in_a_row(name: str, key: str, value: 
     assert error.value.step == 4
 
 
-def test_a_warning_is_given_once_and_survives_a_restart(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_warning_is_logged_once_and_survives_a_restart(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         alarms = Alarms(schema.AlarmsSection(patience=2))
         alarms.look(1, GOOD)
@@ -76,7 +76,7 @@ class PoisonedOnce(RandomData):
             yield batch
 
 
-def test_a_run_rolls_back_to_the_last_good_checkpoint_and_draws_anew(
+def test_a_run_rolls_back_to_the_last_good_checkpoint_with_new_random_numbers(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     alarms = schema.AlarmsSection(action="roll-back")
@@ -90,7 +90,7 @@ def test_a_run_rolls_back_to_the_last_good_checkpoint_and_draws_anew(
         same_run(tmp_path / "a", tmp_path / "plain")
 
 
-def test_it_rolls_back_a_limited_number_of_times(tmp_path: Path) -> None:
+def test_the_number_of_roll_backs_is_limited(tmp_path: Path) -> None:
     class Poisoned(RandomData):
         def stream(self, start: int, part: slice = slice(None), workers: int = 0) -> Any:
             for step, batch in enumerate(super().stream(start, part, workers), start=start + 1):

@@ -77,7 +77,7 @@ def test_a_data_set_of_several_shapes_is_of_version_2(tmp_path: Path) -> None:
     assert read_manifest(make_buckets(tmp_path / "one", {(3, 4, 4): 5})).version == 1
 
 
-def test_every_batch_has_one_shape_and_every_clip_its_turn(tmp_path: Path) -> None:
+def test_every_batch_has_one_shape_and_every_clip_is_drawn(tmp_path: Path) -> None:
     data = LatentData(make_buckets(tmp_path / "d"), 8)
     batches = Batches(data, 2, seed=3)
     steps = [batches.positions(step) for step in range(50)]  # four epochs of 25 clips
@@ -101,7 +101,7 @@ def test_the_bucket_of_a_step_follows_from_seed_and_step(tmp_path: Path) -> None
     assert torch.equal(torch.cat(parts), one.load(7).latents)
 
 
-def test_a_bucket_smaller_than_a_batch_has_its_share(tmp_path: Path) -> None:
+def test_a_bucket_smaller_than_a_batch_is_drawn_in_proportion(tmp_path: Path) -> None:
     data = LatentData(make_buckets(tmp_path / "d", {(3, 4, 4): 7, (1, 4, 4): 1}), 8)
     turns = Counter(Batches(data, 4, seed=0).turn(step)[0] for step in range(64))
     assert turns == {0: 56, 1: 8}

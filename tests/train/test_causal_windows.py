@@ -56,7 +56,7 @@ SHIFT = 5.0
 
 
 def roles(*names: Any, lora: bool = False) -> Backbone:
-    """A causal student, all of whose parts matter."""
+    """A causal student with no weight at zero, so that every part has an effect."""
     network = causal_from(small.network(), CausalConfig.from_recipe(CAUSAL))
     draw = torch.Generator().manual_seed(3)
     for parameter in network.parameters():
@@ -80,7 +80,7 @@ def batch(count: int = 2, seed: int = 0) -> Batch:
 # --- windows
 
 
-def test_half_of_the_steps_see_chunks_in_full_alone_and_half_any_number() -> None:
+def test_half_of_the_steps_have_only_full_chunks_and_half_any_number() -> None:
     view = TeacherForcing(PAPER)
     windows = Counter(view.window(rng_of(step)) for step in range(3000))
     assert {(len(partition), noisy) for partition, noisy in windows} == {(n, 3) for n in range(3, 9)}
@@ -97,7 +97,7 @@ def test_a_step_has_one_window_on_every_process() -> None:
         assert view.window(here) == view.window(there)
 
 
-def test_given_frames_are_seen_clean_and_the_rest_is_noised() -> None:
+def test_conditioning_frames_are_clean_and_the_rest_is_noised() -> None:
     view = TeacherForcing(PAPER, conditioning_prob=1.0)
     images = 0
     for step in range(500):
@@ -110,13 +110,13 @@ def test_given_frames_are_seen_clean_and_the_rest_is_noised() -> None:
     assert images / 500 == pytest.approx(0.5 + 0.5 / 20, abs=0.07)
 
 
-def test_a_video_shorter_than_the_window_is_noised_whole() -> None:
+def test_a_video_shorter_than_the_window_is_noised_entirely() -> None:
     short = schema.CausalSection(partition=(1, 2), full_chunks=3)
     assert TeacherForcing(short).window(rng_of()) == Window((1, 2), 2)
     assert draw_conditioning_frames(schema.CausalSection(partition=(3,)), 1.0, torch.Generator()) == 0
 
 
-def test_each_chunk_has_times_of_its_own() -> None:
+def test_each_chunk_has_its_own_times() -> None:
     view = TeacherForcing(CAUSAL)(videos(), rng_of())
     assert view.times_per_sample == 2
     assert view.chunks is not None
@@ -127,7 +127,7 @@ def test_each_chunk_has_times_of_its_own() -> None:
     assert not torch.equal(parts[0][:, 0], parts[1][:, 0])
 
 
-def test_times_of_a_sample_are_of_one_kind() -> None:
+def test_times_of_a_sample_are_all_of_the_same_kind() -> None:
     t, r = sample_times(16, SHIFT, TimeRatios(), torch.Generator().manual_seed(0), each=3)
     assert t.shape == r.shape == (16, 3)
     assert (set((t == r).sum(1).tolist()), set((r == 0).sum(1).tolist())) == ({0, 3}, {0, 3})
@@ -156,20 +156,20 @@ def direct_loss(backbone: Backbone, x: Tensor, text: Tensor, step: StepRng, g: f
         clean, noise = video[:, start:], eps[i : i + 1]
         v, z = noise - clean, interpolate(clean, noise, at)
 
-        def ask(condition: Tensor, z: Tensor, at: Tensor, to: Tensor, video: Tensor = video) -> Tensor:
+        def evaluate(condition: Tensor, z: Tensor, at: Tensor, to: Tensor, video: Tensor = video) -> Tensor:
             return TeacherForced(backbone.velocity("student", Condition(condition)), video, partition, noisy)(
                 z, at, to
             )
 
         with torch.no_grad():
-            null = ask(NEGATIVE[None], z, at, to)
+            null = evaluate(NEGATIVE[None], z, at, to)
             up, down = (at + d).clamp(max=1), torch.maximum(at - d, to)
             column = (..., None, None, None)
-            plus = ask(text[i : i + 1], z + (up - at)[column] * v, up, to)
-            minus = ask(text[i : i + 1], z - (at - down)[column] * v, down, to)
+            plus = evaluate(text[i : i + 1], z + (up - at)[column] * v, up, to)
+            minus = evaluate(text[i : i + 1], z - (at - down)[column] * v, down, to)
             du = (plus - minus) / ((up - down)[column] * g)
             du = torch.where((at > to)[column], du, 0)
-        u = (ask(text[i : i + 1], z, at, to) - (1 - g) * null) / g
+        u = (evaluate(text[i : i + 1], z, at, to) - (1 - g) * null) / g
         errors.append((u - v + (at - to)[column] * du).square().mean((2, 3, 4)))
     error = torch.cat(errors)
     boundary = t == r
@@ -239,7 +239,7 @@ def _untouched(view: TrainingWindow, changed: int) -> int:
     return max((end for end in ends if view.frames.start + end <= changed), default=0)
 
 
-def test_a_bidirectional_step_is_taken_now_and_then(tmp_path: Path) -> None:
+def test_a_share_of_the_steps_is_bidirectional(tmp_path: Path) -> None:
     seen: list[bool] = []
     run = trainer(
         tmp_path, "causal-flow-map", steps=40, checkpoint_every=40,
@@ -256,7 +256,7 @@ def policy(backbone: Backbone, **changes: Any) -> OnPolicyTerms:
     return OnPolicyTerms(backbone, NEGATIVE, schema.DistillSection(**changes), SHIFT, CAUSAL)
 
 
-def test_every_chunk_is_made_by_three_jumps_over_the_clean_past() -> None:
+def test_every_chunk_is_sampled_by_three_jumps_over_the_clean_past() -> None:
     """Without a cache: each jump in one teacher-forcing pass over the chunks before it, all kept in full."""
     causal = schema.CausalSection(partition=(1, 2, 1, 2), full_chunks=4)
     network = causal_from(small.network(), CausalConfig.from_recipe(causal))
@@ -280,7 +280,7 @@ def test_every_chunk_is_made_by_three_jumps_over_the_clean_past() -> None:
 
 
 class Jumps:
-    """A velocity that notes its outputs, to ask later whether a gradient came to them."""
+    """A velocity that keeps its outputs, to check later which of them received a gradient."""
 
     def __init__(self, made: list[Tensor]) -> None:
         self.made = made
@@ -356,7 +356,7 @@ def test_recomputing_jumps_gives_the_same_gradient(lora: bool, simulated: str, c
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_block_checkpointing_alone_finds_the_cache_as_it_was() -> None:
+def test_block_checkpointing_recomputes_over_the_same_cache() -> None:
     backbone = roles("student", "real", "fake")
     kept = matching_gradients(backbone)
     backbone.network_of("student").gradient_checkpointing = True
@@ -364,7 +364,7 @@ def test_block_checkpointing_alone_finds_the_cache_as_it_was() -> None:
         torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
-def test_recomputing_holds_no_more_for_more_chunks() -> None:
+def test_recomputed_rollouts_keep_the_graph_of_one_chunk() -> None:
     """Bytes kept between forward and backward: of each chunk its latents, instead of its graph."""
     held = {}
     for recomputes in (False, True):
@@ -394,7 +394,7 @@ def saved_bytes() -> Iterator[list[int]]:
         yield saved
 
 
-def test_a_rollout_continues_what_is_given() -> None:
+def test_a_rollout_continues_its_conditioning_frames() -> None:
     backbone, data = roles(), batch()
     terms = policy(backbone, flow_map={"conditioning_prob": 1.0})
     for step in range(1, 4):
@@ -423,7 +423,7 @@ def test_consistency_simulation_ends_every_chunk_at_one_step() -> None:
     torch.testing.assert_close(x, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_the_scores_see_the_whole_video_bidirectionally(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_scores_evaluate_the_whole_video_bidirectionally(monkeypatch: pytest.MonkeyPatch) -> None:
     backbone = roles("student", "real", "fake", lora=True)
     network, layouts = backbone.network_of("real"), []
     forward = type(network).forward

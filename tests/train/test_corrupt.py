@@ -1,4 +1,4 @@
-"""Corrupt samples while training: replaced and counted alike on one process and on two."""
+"""Corrupt samples in training: replaced and counted in the same way by one process and by two."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def test_two_processes_replace_and_count_as_one(tmp_path: Path, two: Path) -> None:
+def test_two_processes_replace_and_count_the_same_samples_as_one(tmp_path: Path, two: Path) -> None:
     alone = {allowed: run(tmp_path / f"alone-{allowed}", two / "data", allowed) for allowed in (3, 1)}
     assert alone[3] == str(list(BAD))
     assert "samples of" in alone[1]

@@ -23,7 +23,7 @@ def test_before_its_start_the_average_is_the_weights() -> None:
     assert ema.shadow["w"].item() == 3.0
 
 
-def test_average_is_the_geometric_sum() -> None:
+def test_the_average_is_the_geometric_sum() -> None:
     ema, _ = moving(0.9, 2, [5.0, 1.0, 2.0, 3.0])
     assert ema.shadow["w"].item() == pytest.approx(0.81 * 1 + 0.09 * 2 + 0.1 * 3, rel=1e-12)
 
@@ -33,7 +33,7 @@ def test_constant_weights_are_their_own_average() -> None:
     assert ema.shadow["w"].item() == pytest.approx(2.0)
 
 
-def test_swap_gives_the_average_and_then_the_weights_back() -> None:
+def test_swap_exchanges_the_average_and_the_weights() -> None:
     ema, weight = moving(0.5, 1, [0.0, 4.0])
     seen = []
 

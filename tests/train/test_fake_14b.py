@@ -50,10 +50,10 @@ def test_all_roles_of_14b_are_adapters_on_one_base(setup: Setup) -> None:
 
 
 @pytest.mark.parametrize("layers", [2, pytest.param(40, marks=pytest.mark.slow)])
-def test_stage_two_of_14b_is_divided_and_stepped_without_memory(
+def test_stage_two_of_14b_is_sharded_and_stepped_without_memory(
     group: None, setup: Setup, layers: int
 ) -> None:
-    """Blocks are alike: two of them tell the fast tests what forty do."""
+    """All blocks are equal: two of them are enough for the fast tests."""
     backbone = fake_backbone(setup, layers)
     sizes = {name: parameter.numel() for name, parameter in backbone.named_parameters()}
     apply_fsdp(backbone.networks(), schema.LaunchSection(sharding="full"), torch.device("cpu"))

@@ -91,7 +91,9 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("waits", [True, False])
-def test_a_full_disk_of_one_process_ends_all_and_keeps_the_checkpoint_before(two: Path, waits: bool) -> None:
+def test_a_full_disk_of_one_process_ends_all_and_keeps_the_previous_checkpoint(
+    two: Path, waits: bool
+) -> None:
     home = two / f"waits {waits}"
     (first, hint, code, quiet), (same, *_, second_quiet) = (
         json.loads((home / f"said-{rank}.json").read_text()) for rank in (0, 1)
@@ -107,11 +109,11 @@ def test_a_full_disk_of_one_process_ends_all_and_keeps_the_checkpoint_before(two
 
 
 @pytest.mark.parametrize("waits", [True, False])
-def test_after_a_full_disk_the_next_start_ends_as_if_nothing_had_been(two: Path, waits: bool) -> None:
+def test_after_a_full_disk_the_next_start_equals_an_undisturbed_run(two: Path, waits: bool) -> None:
     same_run(two / "undisturbed", two / f"waits {waits}")
 
 
-def test_a_process_that_dies_within_a_step_ends_the_others(two: Path) -> None:
+def test_a_process_that_dies_during_a_step_ends_the_others(two: Path) -> None:
     message, hint, code, quiet = json.loads((two / "died" / "said-0.json").read_text())
     assert message == "Another process of this run ended, so this one cannot go on."
     assert "Start the same command again" in hint
@@ -119,7 +121,7 @@ def test_a_process_that_dies_within_a_step_ends_the_others(two: Path) -> None:
     assert float((two / "died" / "seconds.txt").read_text()) < PATIENCE
 
 
-def test_after_a_death_the_one_that_is_left_can_go_on_alone(two: Path) -> None:
+def test_after_a_process_died_the_run_continues_on_the_other_alone(two: Path) -> None:
     left = checkpoint.newest(two / "died" / "checkpoints")
     assert left is not None
     assert checkpoint.checkpoint_step(left) == STEPS - 1

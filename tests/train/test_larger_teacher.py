@@ -54,7 +54,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return Case(*with_real_score(recipe, place, large), large)
 
 
-def test_scores_are_of_the_larger_network_and_start_as_it(case: Case) -> None:
+def test_the_scores_are_the_larger_network_at_the_start(case: Case) -> None:
     backbone = load_backbone(case.recipe, case.inputs, "fp32")
     assert [len(backbone.network_of(role).blocks) for role in backbone.roles] == [2, 3, 3]
     batch = LatentData(case.inputs.data, 8).batch([0, 1])
@@ -66,7 +66,7 @@ def test_scores_are_of_the_larger_network_and_start_as_it(case: Case) -> None:
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_the_real_score_is_frozen_and_each_phase_moves_its_own_role(case: Case) -> None:
+def test_the_real_score_is_frozen_and_each_phase_trains_its_own_role(case: Case) -> None:
     backbone = load_backbone(case.recipe, case.inputs, "fp32")
     data = LatentData(case.inputs.data, 8)
     objective = objectives.on_policy(backbone, data.negative, case.recipe.distill, case.recipe.model.shift)

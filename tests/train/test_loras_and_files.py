@@ -88,7 +88,7 @@ def test_training_with_a_lora_file_equals_that_on_the_merged_model(
     assert recorded.base == f"{home}/wan+{home}/style.safetensors:0.5"
 
 
-def test_a_run_continues_with_the_same_lora_file_alone(home: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_a_run_continues_only_with_the_same_lora_file(home: Path, tmp_path: Path, capsys: Capture) -> None:
     style = tmp_path / "style.safetensors"
     shutil.copyfile(home / "style.safetensors", style)
     recipe = write_recipe(home, tmp_path / "a")

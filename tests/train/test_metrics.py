@@ -32,14 +32,14 @@ def rows(directory: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in json.loads(line).items() if k not in ("seconds", "memory")} for line in lines]
 
 
-def test_a_row_holds_the_means_since_the_row_before(tmp_path: Path) -> None:
+def test_a_row_has_the_means_since_the_previous_row(tmp_path: Path) -> None:
     run = metrics(tmp_path)
     for step, loss in enumerate([1.0, 3.0, 10.0, 20.0, 7.0], start=1):
         run.add(step, {"loss": loss})
     assert rows(tmp_path) == [{"step": 2, "loss": 2.0}, {"step": 4, "loss": 15.0}]
 
 
-def test_a_value_that_some_steps_lack_is_the_mean_of_the_others(tmp_path: Path) -> None:
+def test_a_value_missing_in_some_steps_is_averaged_over_the_others(tmp_path: Path) -> None:
     run = metrics(tmp_path)
     run.add(1, {"loss": 1.0, "boundary": 4.0})
     run.add(2, {"loss": 1.0})
@@ -75,7 +75,7 @@ def test_a_damaged_row_names_file_and_line(tmp_path: Path, line: str) -> None:
     assert (tmp_path / "metrics.jsonl").read_text() == before
 
 
-def test_a_start_from_nothing_drops_rows_of_a_start_that_saved_nothing(tmp_path: Path) -> None:
+def test_a_fresh_start_drops_rows_of_a_start_without_checkpoint(tmp_path: Path) -> None:
     first = metrics(tmp_path)
     first.add(1, {"loss": 1.0})
     first.add(2, {"loss": 1.0})
@@ -132,7 +132,7 @@ def begin(run: Metrics) -> None:
 
 
 def fill_disk(patch: pytest.MonkeyPatch, start: Path) -> None:
-    """Appending to a file whose path starts so fails as Linux's always full device does."""
+    """Make appending to files with this path prefix fail as on a full disk."""
     opened = io.open
 
     def full(path: Any, mode: str = "r", *rest: Any, **options: Any) -> Any:

@@ -84,11 +84,11 @@ def test_gradients_reach_the_role_of_the_phase_alone(
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-def test_the_fake_score_moves_and_the_real_one_stands(tmp_path: Path, lora: bool) -> None:
+def test_the_fake_score_is_trained_and_the_real_score_is_frozen(tmp_path: Path, lora: bool) -> None:
     run = trainer(tmp_path, "on-policy", lora=lora, steps=3)
     z, t = torch.randn(2, *small.LATENT, generator=torch.manual_seed(1)), torch.tensor([0.3, 0.8])
 
-    def answers() -> dict[str, Tensor]:
+    def predictions() -> dict[str, Tensor]:
         text = batch(2).condition.text
         with torch.no_grad():
             return {
@@ -96,16 +96,16 @@ def test_the_fake_score_moves_and_the_real_one_stands(tmp_path: Path, lora: bool
                 for role in ("student", "real", "fake")
             }
 
-    before = answers()
+    before = predictions()
     torch.testing.assert_close(before["fake"], before["real"])
     run.run()
-    after = answers()
+    after = predictions()
     assert torch.equal(before["real"], after["real"])
     assert not torch.allclose(before["fake"], after["fake"], atol=1e-4)
     assert not torch.allclose(before["student"], after["student"], atol=1e-4)
 
 
-def test_matching_has_nothing_to_say_while_the_scores_agree_without_guidance(tmp_path: Path) -> None:
+def test_the_matching_loss_is_zero_while_the_scores_agree_without_guidance(tmp_path: Path) -> None:
     run = trainer(tmp_path, "on-policy", changes={"joint": False, "real_guidance": 1.0})
     loss, _ = run.optimizers[0].terms[0](batch(), StepRng(0, 1, 4, (0, 1, 2, 3)))
     assert loss.item() == pytest.approx(0, abs=1e-10)
@@ -125,15 +125,15 @@ def test_the_joint_loss_is_alg_1_on_the_data_times_its_weight(tmp_path: Path) ->
 @pytest.mark.parametrize("reuse", [False, True])
 def test_the_fake_score_learns_from_fresh_samples_or_those_of_the_step(tmp_path: Path, reuse: bool) -> None:
     run = trainer(tmp_path, "on-policy", changes={"reuse_rollout": reuse, "joint": False})
-    asked: list[int] = []
+    calls: list[int] = []
     student = run.backbone.network_of("student")
-    student.register_forward_hook(lambda *_: asked.append(1))
+    student.register_forward_hook(lambda *_: calls.append(1))
     rng = StepRng(0, 1, 4, (0, 1, 2, 3))
     run.optimizers[0].terms[0](batch(), rng)
-    of_student = len(asked)
+    of_student = len(calls)
     assert 1 <= of_student <= 3
     run.optimizers[1].terms[0](batch(), rng)
-    assert (len(asked) == of_student) is reuse
+    assert (len(calls) == of_student) is reuse
 
 
 @pytest.mark.parametrize("reuse", [False, True])
@@ -156,7 +156,7 @@ def test_more_fake_updates_use_the_same_samples_at_other_times(tmp_path: Path, r
     assert values["fake"] > 0
 
 
-def test_without_matching_only_the_student_is_there_and_learns_the_joint_loss(tmp_path: Path) -> None:
+def test_without_matching_the_student_alone_trains_on_the_joint_loss(tmp_path: Path) -> None:
     run = trainer(tmp_path, "on-policy", changes={"matching": "none"})
     run.step = 1
     values = run.train_step(batch())
@@ -228,7 +228,7 @@ def test_against_its_frozen_teacher_a_student_starts_without_a_boundary_loss(
         assert lora or torch.equal(weight, first)
 
 
-def test_the_scores_have_a_shift_of_their_own(tmp_path: Path) -> None:
+def test_the_scores_have_their_own_shift(tmp_path: Path) -> None:
     """The same rng, unshifted; t_max holds a few of the matching times."""
 
     def of_scores(name: str, score_shift: float | None) -> tuple[Tensor, Tensor]:
@@ -250,7 +250,7 @@ def test_the_scores_have_a_shift_of_their_own(tmp_path: Path) -> None:
     torch.testing.assert_close(shift(plain[1], 5.0), shifted[1])
 
 
-def test_jumps_made_again_give_the_same_gradient(tmp_path: Path) -> None:
+def test_recomputed_jumps_give_the_same_gradient(tmp_path: Path) -> None:
     kept, again = (
         gradients(
             trainer(tmp_path / str(recomputes), "on-policy", changes={"recompute_rollout": recomputes}),
@@ -301,7 +301,7 @@ def test_shares_of_times_hold_for_the_global_batch(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("share", "dropped"), [(0.0, 0), (1.0, 4)])
-def test_dropped_text_is_the_negative_prompts(share: float, dropped: int) -> None:
+def test_dropped_text_is_replaced_by_the_negative_prompt(share: float, dropped: int) -> None:
     negative = torch.full_like(small.NEGATIVE, 3.0)
     result, mask = drop_text(batch(), negative, share, StepRng(0, 1, 4, (0, 1, 2, 3)))
     assert int(mask.sum()) == dropped
@@ -316,7 +316,7 @@ def test_text_is_dropped_by_position() -> None:
     assert torch.equal(part, whole[[3, 1, 0, 2]])
 
 
-def test_tallies_add_up_over_micro_batches() -> None:
+def test_sums_add_up_over_micro_batches() -> None:
     values, mask = torch.tensor([1.0, 2.0, 6.0]), torch.tensor([True, False, True])
     assert (sums(values[:2], mask[:2]) + sums(values[2:], mask[2:])).tolist() == [7.0, 2.0]
     assert sums(torch.tensor(0.5), 4).tolist() == [2.0, 4.0]
@@ -331,7 +331,9 @@ def test_a_weight_scales_the_loss_and_not_the_report() -> None:
     assert report["x_loss"].tolist() == [2.0, 1.0]
 
 
-def test_ode_init_starts_from_the_noise_each_video_was_made_from(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ode_init_starts_from_the_noise_that_each_video_was_sampled_from(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Otherwise the target of a state is the mean of many videos, and the baseline is a denoiser."""
     seen: list[Tensor] = []
 

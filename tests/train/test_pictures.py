@@ -58,7 +58,9 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
 
 
 @pytest.mark.parametrize("kind", ["flow-map", "flow-matching"])
-def test_a_given_first_frame_is_neither_noised_nor_trained_on(seen: list[tuple[Any, ...]], kind: str) -> None:
+def test_a_conditioning_first_frame_is_neither_noised_nor_trained_on(
+    seen: list[tuple[Any, ...]], kind: str
+) -> None:
     roles, data = backbone(), batch()
     settings = schema.FlowMapSection(conditioning_prob=1.0, text_dropout=0.0)
     if kind == "flow-map":
@@ -77,7 +79,9 @@ def test_a_given_first_frame_is_neither_noised_nor_trained_on(seen: list[tuple[A
 
 
 @pytest.mark.parametrize("simulation", ["flow-map", "consistency"])
-def test_student_and_scores_share_the_given_frame(seen: list[tuple[Any, ...]], simulation: Any) -> None:
+def test_student_and_scores_share_the_conditioning_frame(
+    seen: list[tuple[Any, ...]], simulation: Any
+) -> None:
     roles, data = backbone(), batch()
     flow_map = schema.FlowMapSection(conditioning_prob=1.0)
     settings = schema.DistillSection(simulation=simulation, flow_map=flow_map, step_budgets=(2, 4))
@@ -95,7 +99,7 @@ def test_student_and_scores_share_the_given_frame(seen: list[tuple[Any, ...]], s
     assert torch.equal(x[:, :1], data.latents[:, :1])
 
 
-def test_a_share_of_the_steps_gives_the_frame() -> None:
+def test_a_share_of_the_steps_conditions_on_the_first_frame() -> None:
     window, video = WholeVideo(0.5), batch().latents
     given = [window(video, StepRng(0, step, 2, (0, 1))).given for step in range(200)]
     assert 70 < sum(given) < 130

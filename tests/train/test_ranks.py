@@ -84,7 +84,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_two_processes_are_one(tmp_path: Path, two: Path, case: Case) -> None:
+def test_two_processes_equal_one(tmp_path: Path, two: Path, case: Case) -> None:
     alone = Case(case.kind, case.lora)
     alone.run(tmp_path)
     same_training(tmp_path / str(alone), two / str(case))
@@ -117,7 +117,7 @@ def go_on(directory: Path, cases: list[Case]) -> None:
     run_all(directory, cases, {"steps": 6})
 
 
-def test_a_run_goes_on_with_another_number_of_processes_sharded_or_not(tmp_path: Path, two: Path) -> None:
+def test_a_run_continues_on_another_number_of_processes_sharded_or_not(tmp_path: Path, two: Path) -> None:
     """Half the steps in two processes, half in one, and the other way round."""
     alone = Case("on-policy", lora=True)
     sharded = Case("on-policy", lora=True, sharding="full", checkpointing=True)

@@ -78,7 +78,7 @@ def test_killed_while_a_checkpoint_is_written(
     same_run(tmp_path, undisturbed / "flow-map")
 
 
-def test_killed_time_and_again_with_adapters(tmp_path: Path) -> None:
+def test_killed_repeatedly_with_adapters(tmp_path: Path) -> None:
     trainer(tmp_path / "b", "on-policy", lora=True).run()
     for step in (2, 3, 5):
         with pytest.raises(Killed):

@@ -19,7 +19,7 @@ def test_a_sample_draws_the_same_noise_in_any_micro_batch() -> None:
     assert torch.equal(rng((5, 2)).noise("noise", SHAPE), whole[[5, 2]])
 
 
-def test_a_shared_draw_is_cut_by_position() -> None:
+def test_a_shared_draw_is_indexed_by_position() -> None:
     values = torch.rand(8, generator=rng((0,)).generator("times"))
     again = torch.rand(8, generator=rng((3,)).generator("times"))
     assert torch.equal(rng((3, 6)).local(again), values[[3, 6]])
@@ -55,11 +55,11 @@ def test_mean_is_complete_when_the_first_other_sample_needs_it(micro: int, bound
             assert value == pytest.approx(losses[mask].mean().item(), rel=1e-6)
 
 
-def test_mean_over_nothing_is_no_number() -> None:
+def test_the_mean_over_nothing_is_nan() -> None:
     assert BoundaryMean(lambda values: values)(torch.ones(2), torch.zeros(2, dtype=torch.bool)).isnan()
 
 
-def test_mean_sums_over_processes() -> None:
+def test_the_mean_is_over_all_processes() -> None:
     others = torch.tensor([9.0, 3.0])  # sum and count elsewhere
     mean = BoundaryMean(lambda values: values + others)
     assert mean(torch.tensor([1.0, 5.0]), torch.tensor([True, False])) == pytest.approx(10 / 4)

@@ -57,7 +57,7 @@ def chain(
     return Chain(wan, data, tmp_path_factory.mktemp("chain"), request.param)
 
 
-def test_each_stage_leaves_its_model_where_the_next_looks(chain: Chain) -> None:
+def test_each_stage_saves_its_model_where_the_next_one_looks(chain: Chain) -> None:
     home = chain.paths.home
     assert chain.teacher.model == home / "teacher" / "model"
     assert chain.first.model == home / "train-flowmap" / "model"
@@ -85,7 +85,7 @@ def test_the_finished_model_is_the_average(chain: Chain) -> None:
         torch.testing.assert_close(finished.state_dict()[name], value, rtol=1e-5, atol=1e-6)
 
 
-def test_a_stage_moves_the_model_it_started_from(chain: Chain) -> None:
+def test_a_stage_trains_the_model_it_started_from(chain: Chain) -> None:
     start, end = (load_network(stage.model).state_dict() for stage in (chain.first, chain.second))
     assert any(not torch.allclose(start[name], end[name], atol=1e-5) for name in start)
 
@@ -99,7 +99,7 @@ def test_stage_2_shares_one_base_among_adapters(chain: Chain) -> None:
 
 
 @torch.no_grad()
-def test_stage_2_begins_at_the_student_and_the_tuned_teacher(chain: Chain) -> None:
+def test_stage_2_starts_from_the_student_and_the_tuned_teacher(chain: Chain) -> None:
     inputs = inputs_of("distill", chain.recipe, chain.paths)
     backbone = load_backbone(chain.recipe, inputs, "fp32")
     batch = LatentData(inputs.data, 8).batch([0, 1])
@@ -115,7 +115,7 @@ def test_stage_2_begins_at_the_student_and_the_tuned_teacher(chain: Chain) -> No
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_adapters_are_left_beside_the_model(chain: Chain) -> None:
+def test_adapters_are_saved_beside_the_model(chain: Chain) -> None:
     lora = chain.recipe.model.lora is not None
     assert (chain.first.adapter is not None) is lora
     if chain.first.adapter is not None:
@@ -124,15 +124,15 @@ def test_adapters_are_left_beside_the_model(chain: Chain) -> None:
         assert adapter.base == chain.recipe.model.teacher
 
 
-def test_a_finished_stage_started_again_changes_nothing(chain: Chain) -> None:
+def test_restarting_a_finished_stage_changes_nothing(chain: Chain) -> None:
     before = load_network(chain.first.model).state_dict()
     again = train(chain.recipe, inputs_of("train-flowmap", chain.recipe, chain.paths))
     after = load_network(again.model).state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_training_again_before_a_later_stage_is_noticed(chain: Chain, tmp_path: Path) -> None:
-    """A run must not go on from a start that is no longer what it was."""
+def test_retraining_an_earlier_stage_is_noticed(chain: Chain, tmp_path: Path) -> None:
+    """A run must not continue from a start that has changed."""
     other = paths(tmp_path)
     recipe = chain.recipe
     train(recipe, inputs_of("train-flowmap", recipe, other))
@@ -143,7 +143,7 @@ def test_training_again_before_a_later_stage_is_noticed(chain: Chain, tmp_path: 
         train(longer, inputs_of("distill", longer, other))
 
 
-def test_finetuning_goes_on_from_a_checkpoint(chain: Chain, tmp_path: Path) -> None:
+def test_finetuning_continues_from_a_checkpoint(chain: Chain, tmp_path: Path) -> None:
     newest = checkpoint.newest(chain.second.model.parent / "checkpoints")
     data = Path(chain.recipe.data.path or "")
     finetune = chain.recipe.finetune.model_copy(update={"init_from": str(newest)})
@@ -187,7 +187,7 @@ def test_without_stage_1_the_command_that_makes_it_is_named(
     assert "anyflow train-flowmap -r test" in str(error.value.hint)
 
 
-def test_without_data_the_command_that_makes_them_is_named(wan: Path, tmp_path: Path) -> None:
+def test_without_data_the_command_that_makes_it_is_named(wan: Path, tmp_path: Path) -> None:
     recipe = make_recipe(wan, tmp_path / "absent")
     with pytest.raises(UsageError, match="no data set at") as error:
         inputs_of("train-flowmap", recipe, paths(tmp_path))
@@ -222,7 +222,7 @@ def test_a_start_of_the_wrong_kind_is_refused(
             train(recipe, inputs_of("distill", recipe, paths(tmp_path)))
 
 
-def test_data_for_another_model_are_refused(wan: Path, tmp_path: Path) -> None:
+def test_data_for_another_model_is_refused(wan: Path, tmp_path: Path) -> None:
     recipe = make_recipe(wan, make_data(tmp_path / "data", channels=4))
     with pytest.raises(UsageError, match="latents of 4 channels; the model takes 8"):
         train(recipe, inputs_of("train-flowmap", recipe, paths(tmp_path)))
@@ -235,7 +235,7 @@ def test_a_tenth_is_held_out(tmp_path: Path) -> None:
     assert len(TrainingPart(make_data(tmp_path / "few", count=5), 8)) == 5
 
 
-def test_the_error_on_held_out_clips_is_fixed_and_says_what_it_is_of(chain: Chain) -> None:
+def test_the_error_on_held_out_clips_is_deterministic_and_names_its_clips(chain: Chain) -> None:
     recipe, data = chain.recipe, Path(chain.recipe.data.path or "")
     network = load_network(chain.first.model)
     first, second = (flow_map_error(network, recipe, LatentData(data, 8)) for _ in range(2))
@@ -244,12 +244,12 @@ def test_the_error_on_held_out_clips_is_fixed_and_says_what_it_is_of(chain: Chai
     assert first.error > 0
 
 
-def test_runs_of_several_recipes_do_not_meet(tmp_path: Path) -> None:
+def test_runs_of_several_recipes_are_in_separate_directories(tmp_path: Path) -> None:
     assert RunPaths(tmp_path, "a").finetune != RunPaths(tmp_path, "b").finetune
 
 
 def test_precision_is_kept(wan: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run begun in one arithmetic does not silently go on in another."""
+    """A run started in one precision does not silently continue in another."""
     recipe = make_recipe(wan, data)
     train(recipe, inputs_of("train-flowmap", recipe, paths(tmp_path)))
     auto = _with_precision(recipe, "auto")
@@ -296,7 +296,7 @@ def test_adapters_share_the_teacher_under_a_relative_address_too(
     assert backbone.network_of("student") is backbone.network_of("real")
 
 
-def test_a_run_that_did_not_share_the_teacher_goes_on_as_it_began(
+def test_a_run_that_did_not_share_the_teacher_continues_unshared(
     wan: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As version 0.1 began it under a relative address: its checkpoints hold adapters on the start."""

@@ -36,7 +36,7 @@ class Board(ModuleType):
         self.finished += 1
 
 
-def test_a_tracker_gets_every_row_and_knows_the_run_again(
+def test_a_tracker_gets_every_row_and_recognizes_a_resumed_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     board = Board()
@@ -48,7 +48,7 @@ def test_a_tracker_gets_every_row_and_knows_the_run_again(
     assert (board.started[0]["project"], board.finished) == ("anyflow", 2)
 
 
-def test_a_tracker_that_is_not_installed_is_named_before_a_step(tmp_path: Path) -> None:
+def test_a_missing_tracker_is_named_before_the_first_step(tmp_path: Path) -> None:
     run = trainer(tmp_path, trackers=("wandb",))
     with pytest.raises(UsageError, match="wandb is not installed"):
         run.run()

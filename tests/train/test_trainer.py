@@ -21,7 +21,7 @@ from tests.train import small
 from tests.train.small import RandomData, same_run, trainer
 
 
-def test_a_run_leaves_checkpoints_metrics_and_its_last_step(tmp_path: Path) -> None:
+def test_a_run_saves_checkpoints_metrics_and_its_last_step(tmp_path: Path) -> None:
     run = trainer(tmp_path, steps=5)
     run.run()
     assert [path.name for path in complete(tmp_path / "checkpoints")] == ["step-000004", "step-000005"]
@@ -37,7 +37,7 @@ def test_a_finished_run_given_more_steps_equals_a_longer_one(tmp_path: Path) -> 
     same_run(tmp_path / "a", tmp_path / "b")
 
 
-def test_a_finished_run_started_again_does_nothing(tmp_path: Path) -> None:
+def test_restarting_a_finished_run_does_nothing(tmp_path: Path) -> None:
     trainer(tmp_path, steps=2).run()
     seen: list[int] = []
     trainer(tmp_path, steps=2, hooks={"on_step": lambda step, _: seen.append(step)}).run()
@@ -80,7 +80,7 @@ def test_the_average_starts_where_the_recipe_says(tmp_path: Path) -> None:
     assert any(not torch.equal(longer.ema.shadow[name], value) for name, value in moved.items())
 
 
-def test_previews_see_the_average_and_leave_the_weights(tmp_path: Path) -> None:
+def test_previews_use_the_average_and_restore_the_weights(tmp_path: Path) -> None:
     seen: dict[int, torch.Tensor] = {}
     name = "proj_out.weight"
     run = trainer(tmp_path, steps=4, preview_every=2, ema=schema.EmaSection(decay=0.9, start=1))
@@ -93,7 +93,7 @@ def test_previews_see_the_average_and_leave_the_weights(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
-def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(tmp_path: Path, number: int) -> None:
+def test_a_signal_finishes_the_step_saves_and_says_how_to_continue(tmp_path: Path, number: int) -> None:
     before = signal.getsignal(number)
 
     def ask(step: int, _: object) -> None:
@@ -169,7 +169,7 @@ def test_bf16_gives_gradients_close_to_those_of_fp32(tmp_path: Path, monkeypatch
 
 
 @pytest.mark.parametrize(("gpu", "offload"), [(False, True), (True, False), (True, True)])
-def test_processes_wait_long_for_the_first_one_and_sum_where_gradients_lie(
+def test_processes_wait_long_for_the_main_one_and_reduce_on_the_gradients_device(
     gpu: bool, offload: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Previews of a large model, and saving one, take longer than NCCL waits by itself."""

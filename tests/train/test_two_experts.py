@@ -35,7 +35,7 @@ def generator() -> torch.Generator:
 
 
 @pytest.mark.parametrize("name", ["high", "low"])
-def test_all_times_of_a_step_are_those_of_its_expert(name: Any) -> None:
+def test_all_times_of_a_step_belong_to_its_expert(name: Any) -> None:
     interval = expert_times(B, name)
     t, r = sample_times(4000, K, TimeRatios(), generator(), interval=interval)
     single = torch.cat((
@@ -58,13 +58,13 @@ def test_times_of_an_expert_are_distributed_as_those_of_the_whole_within_its_int
     assert float(own.std()) == pytest.approx(float(inside.std()), abs=1e-3)
 
 
-def test_one_network_draws_what_it_always_drew() -> None:
+def test_one_network_draws_the_same_times_as_before() -> None:
     whole = sample_uniform(64, K, generator())
     assert torch.equal(whole, shift(torch.rand(64, generator=generator()), K))
     assert TimeInterval() == WHOLE
 
 
-def test_each_step_trains_one_expert_and_both_have_their_turn() -> None:
+def test_each_step_trains_one_expert_and_both_are_drawn() -> None:
     experts = TrainedExpert(B)
     names = [experts.of_step(StepRng(0, step, 4, (0,))).name for step in range(200)]
     assert 70 < names.count("high") < 130
@@ -104,7 +104,7 @@ def changed(model: Path, teacher: Path, name: str) -> bool:
           for case in (("high", False), ("low", True), ("low", False), ("both", True))),
     ],
 )  # fmt: skip
-def test_stages_train_the_chosen_expert_and_leave_a_model_of_two(
+def test_stages_train_the_chosen_expert_and_save_a_model_of_two(
     expert: str, lora: bool, teacher: Path, data: Path, tmp_path: Path
 ) -> None:
     model = {"expert": expert, "lora": LORA if lora else None, "shift": K}

@@ -137,7 +137,7 @@ def test_a_training_step_reads_one_tensor_per_role(tmp_path: Path, kind: Kind) -
     assert dict(watch.waits) == {"tolist": len(run.optimizers)}
 
 
-def test_the_watch_sees_what_waits() -> None:
+def test_the_watch_detects_waits() -> None:
     x = torch.ones(3)
     watch = DeviceWatch([x])
     with watch, Reads(watch):
