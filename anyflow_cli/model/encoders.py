@@ -204,15 +204,26 @@ class TextEncoder:
 
 
 class PictureEncoder:
-    """CLIP's vision tower: the tokens of its last layer but one, which Wan 2.1 I2V takes."""
+    """CLIP's vision tower: the tokens of its last layer but one, which Wan 2.1 I2V takes.
 
-    def __init__(self, processor: Any, model: Any) -> None:
-        self._processor = processor
-        self._model = model.eval().requires_grad_(False)
+    Args:
+        processor: Image processor of transformers.
+        model: On its device, or on the CPU where it is on its device only while it works.
+        device: Device that encodes; None: where the weights are.
+    """
+
+    def __init__(self, processor: Any, model: Any, device: torch.device | None = None) -> None:
+        self._processor, self._model = processor, model.eval().requires_grad_(False)
+        self._device, self._place = device or model.device, model.device
 
     @classmethod
     def load(
-        cls, pipeline: Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+        cls,
+        pipeline: Path,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        *,
+        stays: bool = True,
     ) -> PictureEncoder:
         """Load the image encoder of a pipeline folder, or of an original folder or file."""
         import transformers
@@ -221,21 +232,26 @@ class PictureEncoder:
         place = component(pipeline, "image_encoder")
         if place.is_file():
             files = open_component(place)
-            return cls(processor_class(**files.processor), _load_weights(files, dtype, torch.device(device)))
+            weights = _load_weights(files, dtype, torch.device(device if stays else "cpu"))
+            return cls(processor_class(**files.processor), weights, torch.device(device))
         processor = _load(processor_class, component(pipeline, "image_processor"))
         model, info = _load(transformers.CLIPVisionModel, place, dtype=dtype, output_loading_info=True)
         if info["missing_keys"]:
             missing = ", ".join(sorted(info["missing_keys"])[:3])
             raise UsageError(f"The weights of {place} do not fit config.json: {missing} missing.", FETCH)
-        return cls(processor, model.to(device))
+        return cls(processor, model.to(device) if stays else model, torch.device(device))
 
     @torch.no_grad()
     def encode(self, pictures: Tensor) -> Tensor:
         """Encode pictures (B, 3, H, W) in [0, 1] as tokens (B, P, 1280), fp32."""
         images = [(255 * picture).round().byte().permute(1, 2, 0).numpy() for picture in pictures.cpu()]
         pixels = self._processor(images=images, return_tensors="pt").pixel_values
-        inputs = pixels.to(self._model.device, self._model.dtype)
-        hidden: Tensor = self._model(pixel_values=inputs, output_hidden_states=True).hidden_states[-2]
+        inputs = pixels.to(self._device, self._model.dtype)
+        model = self._model.to(self._device)
+        hidden: Tensor = model(pixel_values=inputs, output_hidden_states=True).hidden_states[-2]
+        if self._place != self._device:
+            model.to(self._place)
+            free_cached(self._device)
         return hidden.float()
 
 

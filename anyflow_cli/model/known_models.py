@@ -44,6 +44,9 @@ KNOWN_MODELS = {
     "Wan-AI/Wan2.1-T2V-14B-Diffusers": KnownModel(_WAN_14B, APACHE, 80),
     "Wan-AI/Wan2.2-TI2V-5B-Diffusers": KnownModel(_WAN_5B, APACHE, 45, VAE_22),
     "Wan-AI/Wan2.2-T2V-A14B-Diffusers": KnownModel(replace(_WAN_14B, boundary=0.875), APACHE, 126),
+    "Wan-AI/Wan2.2-I2V-A14B-Diffusers": KnownModel(
+        replace(_WAN_14B, in_channels=36, boundary=0.9), APACHE, 126
+    ),
     "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers": KnownModel(_I2V_14B, APACHE, 91),
     "Wan-AI/Wan2.1-I2V-14B-720P-Diffusers": KnownModel(_I2V_14B, APACHE, 91),
     "Wan-AI/Wan2.1-FLF2V-14B-720P-diffusers": KnownModel(replace(_I2V_14B, image_tokens=514), APACHE, 91),

@@ -23,12 +23,22 @@ UMT5_XXL = {
 }  # fmt: skip
 
 
+CLIP_H = {
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+    "image_size": 224,
+    "patch_size": 14,
+}
+
+
 class PipelineSizes(NamedTuple):
     """Configurations of a pipeline's parts."""
 
     network: NetworkConfig
     text: Mapping[str, Any] = UMT5_XXL
     vae: Mapping[str, Any] = {}  # of diffusers' class, whose defaults are those of Wan 2.1
+    image: Mapping[str, Any] = CLIP_H
 
     @property
     def text_sizes(self) -> dict[str, int]:
@@ -43,6 +53,16 @@ class PipelineSizes(NamedTuple):
         attention = 4 * dim * heads * size["d_kv"] + size["relative_attention_num_buckets"] * heads
         layer = attention + 3 * dim * size["d_ff"] + 2 * dim
         return int(size["vocab_size"] * dim + size["num_layers"] * layer + dim)
+
+    @property
+    def image_parameters(self) -> int:
+        """Weights of CLIP's vision tower, where the network takes its tokens."""
+        if self.network.image_dim is None:
+            return 0
+        dim, inner, layers, image, patch = (self.image.get(key, value) for key, value in CLIP_H.items())
+        embeddings = dim * (3 * patch**2 + 1 + (image // patch) ** 2 + 1)
+        layer = 4 * dim * (dim + 1) + 2 * dim * inner + inner + dim + 4 * dim
+        return int(embeddings + layers * layer + 4 * dim)
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """(F, C, H, W) of a video's latents."""
@@ -66,6 +86,7 @@ def pipeline_sizes(address: str, components: str | None = None) -> PipelineSizes
     folder = resolve_pipeline(address)
     if not has_components(folder) and components is not None:
         other = pipeline_sizes(components)
-        return PipelineSizes(read_config(folder), other.text, other.vae)
-    text, vae = (component_config(component(folder, part)) for part in ("text_encoder", "vae"))
-    return PipelineSizes(read_config(folder), text, vae)
+        return other._replace(network=read_config(folder))
+    network = read_config(folder)
+    parts = ("text_encoder", "vae", "image_encoder")[: 2 if network.image_dim is None else 3]
+    return PipelineSizes(network, *(component_config(component(folder, part)) for part in parts))

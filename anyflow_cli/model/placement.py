@@ -8,6 +8,7 @@ casting: each layer is cast to the type of the products for its own forward. int
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Literal
 
 import torch
@@ -103,13 +104,16 @@ def stream_weights(module: nn.Module, device: torch.device, *, prefetch: bool, w
     """
     from diffusers.hooks import apply_group_offloading
 
+    pins = prefetch and device.type == "cuda"
+    for tensor in chain(module.parameters(), module.buffers()) if pins else ():
+        tensor.data = tensor.data.pin_memory()  # now, or the unpinned one would stay until the first forward
     apply_group_offloading(
         module,
         onload_device=device,
         offload_device=HOST,
         offload_type="block_level" if whole_blocks else "leaf_level",
         num_blocks_per_group=1,
-        use_stream=prefetch and device.type == "cuda",
+        use_stream=pins,
     )
 
 

@@ -21,7 +21,7 @@ from anyflow_cli.model.pipeline_sizes import PipelineSizes, pipeline_sizes
 from anyflow_cli.model.precision import Precision, resolve_precision
 from anyflow_cli.plan.advice import Advice, advise
 from anyflow_cli.plan.hardware import PINNED_LINK, Hardware, this_machine
-from anyflow_cli.plan.ladder import SampledParts, rung_in_words, rungs, settings_of
+from anyflow_cli.plan.ladder import SampledParts, network_bytes, rung_in_words, rungs, settings_of
 from anyflow_cli.plan.networks import Setup, condition_of, decoding_cost, fake_backbone, role_sizes
 from anyflow_cli.plan.steps import Moment, keeps_gradients, sampling_cost, step_cost
 from anyflow_cli.recipe import schema
@@ -68,6 +68,19 @@ class Target(NamedTuple):
         if limit == "auto":
             return self.hardware.usable
         return min(self.hardware.usable, replace(self.hardware, memory=int(limit * GIB)).usable)
+
+    def budget(self, key: str) -> int:
+        """Bytes of tensors that a stage may hold on a device."""
+        return self.hardware.usable if key in TRAINING else self.sampling_budget
+
+    def fits_host(self, stage: StagePlan) -> bool:
+        """Whether the machine's own memory takes what its processes keep there."""
+        here = self.hardware.count if stage.key in TRAINING else self.recipe.launch.processes or MACHINE
+        return stage.host * min(here, self.hardware.count, MACHINE) <= self.hardware.usable_host
+
+    def fits(self, stage: StagePlan) -> bool:
+        """Whether a stage fits the device and the machine's own memory."""
+        return stage.peak.total <= self.budget(stage.key) and self.fits_host(stage)
 
     def setup(self, settings: schema.TrainingSection | None, frames: int | None, **other: Any) -> Setup:
         """What one process runs, on videos of so many frames (None: the recipe's)."""
@@ -150,8 +163,7 @@ def make_plan(recipe: schema.Recipe, hardware: Hardware, paths: RunPaths) -> Pla
     stages = {
         key: plan_stage(target, key) for key in PLANNED_STAGES if key != "stream" or recipe.model.causal
     }
-    budgets = {key: hardware.usable if key in TRAINING else target.sampling_budget for key in stages}
-    too_large = [key for key, stage in stages.items() if stage.peak.total > budgets[key]]
+    too_large = [key for key, stage in stages.items() if stage.peak.total > target.budget(key)]
     advice = {key: advise_stage(target, key) for key in too_large}
     commands = dict.fromkeys(command.split()[0] for _, command, _ in PLANNED_STAGES.values())
     needs = {name: inputs(recipe, paths, name) for name in commands}
@@ -184,6 +196,12 @@ def place(recipe: schema.Recipe, key: str, model: str | None = None) -> tuple[sc
     plan = plan_stage(target, key)
     assert plan.rung is not None
     held, budget = memory_size(plan.peak.total), memory_size(target.sampling_budget)
+    if plan.peak.total <= target.sampling_budget and not target.fits_host(plan):
+        raise UsageError(
+            f"Sampling keeps {memory_size(plan.host)} per process in the host's memory, and this machine has "
+            f"{memory_size(hardware.host or 0)}.",
+            "Raise --memory, or start fewer processes.",
+        )
     if plan.peak.total > target.sampling_budget:
         raise UsageError(
             f"Sampling needs {held} at {plan.peak.name}, and may use {budget}.",
@@ -191,6 +209,7 @@ def place(recipe: schema.Recipe, key: str, model: str | None = None) -> tuple[sc
         )
     parts = ", ".join(f"{part} {memory_size(size)}" for part, size in plan.peak.parts.items() if size)
     said = f"Memory: {rung_in_words(plan.rung)}. Peak {held} of {budget}, at {plan.peak.name} ({parts})."
+    said += f" In the host's memory: {memory_size(plan.host)}." if plan.host else ""
     values: dict[str, Any] = dict(settings_of(plan.rung))
     return with_values(recipe, values), said
 
@@ -210,8 +229,7 @@ def advise_stage(target: Target, key: str) -> Advice:
     def peak_of(recipe: schema.Recipe) -> int:
         return plan_stage(target._replace(recipe=recipe), key).peak.total
 
-    budget = target.hardware.usable if key in TRAINING else target.sampling_budget
-    return advise(peak_of, PLANNED_STAGES[key][2], target.recipe, target.hardware, budget)
+    return advise(peak_of, PLANNED_STAGES[key][2], target.recipe, target.hardware, target.budget(key))
 
 
 def training_setup(target: Target, key: str) -> Setup:
@@ -395,11 +413,14 @@ def _sampling(target: Target, key: str) -> StagePlan:
     if key == "synthesize":
         address = recipe.synthesize.teacher or recipe.model.teacher
         target = target._replace(pipeline=pipeline_sizes(address))
-    plans = (_on_rung(target, key, job, rung)
-             for rung in rungs(recipe.memory, is_gpu=hardware.is_gpu, streams=job.streams))  # fmt: skip
+    every = list(rungs(recipe.memory, is_gpu=hardware.is_gpu, streams=job.streams))
+    setup, budget = target.setup(None, None), target.sampling_budget
+    # the size of a network is known long before the costs of its calls
+    small = [one for one in every if network_bytes(setup, one.weights).on_device(one) <= budget]
     least: StagePlan | None = None
-    for plan in plans:
-        if plan.peak.total <= target.sampling_budget:
+    for rung in small or every:
+        plan = _on_rung(target, key, job, rung)
+        if target.fits(plan):
             return plan
         least = plan if least is None or plan.peak.total < least.peak.total else least
     assert least is not None
@@ -468,7 +489,7 @@ def _stage_values(plan: Plan, key: str, stage: StagePlan) -> dict[str, Any]:
     hardware, advice = plan.target.hardware, plan.advice.get(key)
     values = {
         "command": f"anyflow {stage.command}", "memory": dict(stage.peak.parts), "peak": stage.peak.total,
-        "at": stage.peak.name, "fits": advice is None, "activations": stage.activations,
+        "at": stage.peak.name, "fits": plan.target.fits(stage), "activations": stage.activations,
         "rollout": stage.rollout, "host": stage.host, "flops": stage.flops, "repeats": stage.repeats,
         "tokens": stage.tokens, "seconds": stage.seconds(hardware), "hours": stage.hours(hardware),
     }  # fmt: skip

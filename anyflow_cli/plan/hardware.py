@@ -10,7 +10,9 @@ from anyflow_cli.errors import UsageError
 from anyflow_cli.utils.units import GIB
 from anyflow_cli.utils.user_text import shortened
 
-RESERVE = 3 * GIB  # assumed to be lost to the driver, cuBLAS, NCCL and fragmentation
+# Assumed to be lost on a GPU to the driver, cuBLAS, NCCL and fragmentation; in the host's memory, to the
+# system and to Python.
+RESERVE = 3 * GIB
 GPUS = {  # name: memory in GiB as sold, dense bf16 TFLOPS
     "A100": (80, 312), "H100": (80, 989), "H200": (141, 989), "B200": (180, 2250), "L40S": (48, 362),
     "RTX4090": (24, 165),
@@ -32,11 +34,17 @@ class Hardware:
     mfu: float = 0.4  # model FLOPs utilization
     is_gpu: bool = True
     rates: Mapping[str, float] = field(default_factory=dict)  # measured FLOPs per second, by stage of a plan
+    host: int | None = None  # bytes of the machine's own memory; None where it is unknown
 
     @property
     def usable(self) -> int:
         """Bytes per device that a process may fill with tensors."""
         return self.memory - RESERVE if self.is_gpu else self.memory
+
+    @property
+    def usable_host(self) -> float:
+        """Bytes of the machine's own memory that its processes may fill with weights."""
+        return float("inf") if self.host is None else self.host - RESERVE
 
     def seconds(self, flops: float, stage: str = "") -> float | None:
         """Time that one device takes for the work of a stage, at its measured speed where there is one."""
@@ -71,10 +79,10 @@ def this_machine(teraflops: float | None = None, mfu: float = Hardware.mfu) -> H
     import psutil
     import torch
 
-    peak = teraflops and 1e12 * teraflops
+    peak, host = teraflops and 1e12 * teraflops, int(psutil.virtual_memory().total)
     if not torch.cuda.is_available():
-        return Hardware(1, int(psutil.virtual_memory().total), peak, mfu, is_gpu=False)
+        return Hardware(1, host, peak, mfu, is_gpu=False)
     properties = torch.cuda.get_device_properties(0)
     label = properties.name.upper().replace(" ", "")
     known = next((1e12 * speed for name, (_, speed) in GPUS.items() if name in label), None)
-    return Hardware(torch.cuda.device_count(), properties.total_memory, peak or known, mfu)
+    return Hardware(torch.cuda.device_count(), properties.total_memory, peak or known, mfu, host=host)

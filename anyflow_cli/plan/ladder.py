@@ -43,6 +43,11 @@ RUNG_WORDS = {
 }
 
 
+def pinned_bytes(size: int) -> int:
+    """What torch takes from the host for a pinned tensor: the next power of two."""
+    return 1 << max(size - 1, 0).bit_length()
+
+
 class NetworkBytes(NamedTuple):
     """Bytes of a network's weights."""
 
@@ -50,6 +55,7 @@ class NetworkBytes(NamedTuple):
     block: int  # one
     blocks: int  # how many there are
     matrix: int  # the largest, as the products take it
+    pinned: int  # all of them in pinned memory of the host
     experts: int = 1  # of which one works at a time; the other figures are of all
 
     @property
@@ -75,7 +81,10 @@ class SampledParts(NamedTuple):
     streams: bool  # whether chunks are decoded while later ones are sampled
 
     def moments(self, memory: MemorySection) -> Iterator[Moment]:
-        """The moments of sampling on a rung, and the bytes on the device by part."""
+        """The moments of sampling on a rung, and the bytes on the device by part.
+
+        Encoding a video takes no more than decoding it (two thirds, of Wan 2.1).
+        """
         network, text = network_bytes(self.setup, memory.weights), self._text(memory)
         vae, decoding = self._decoding(memory)
         there = network.on_device(memory)
@@ -86,17 +95,44 @@ class SampledParts(NamedTuple):
         kept_text = text["text encoder"] if memory.text_encoder == "kept" else 0
         kept_vae = vae if memory.vae == "kept" or self.streams else 0
         before = 0 if memory.opens_on_host else there
-        yield Moment("encoding prompts", {**text, "network": before, "VAE": vae * (memory.vae == "kept")})
+        clip = self.pipeline.image_parameters * self._element
+        kept_clip = 0 if memory.frees_text_encoder else clip
+        others = {"image encoder": kept_clip, "network": before, "VAE": vae * (memory.vae == "kept")}
+        yield Moment("encoding prompts", {**text, **others})
+        if self.setup.model.needs_pictures:
+            parts = {"text encoder": kept_text, **others, "image encoder": clip, "VAE": vae}
+            yield Moment("encoding pictures", {**parts, "activations": decoding})
         working = self.cost.activations + (network.matrix if memory.weights != "full" else 0)
-        sampling = {"text encoder": kept_text, "network": there, "VAE": kept_vae}
+        encoders = {"text encoder": kept_text, "image encoder": kept_clip}
+        sampling = {**encoders, "network": there, "VAE": kept_vae}
         yield Moment("network", {**sampling, "cache": self.cost.cache, "activations": working})
-        pixels = {"text encoder": kept_text, "network": there if self.streams else stays, "VAE": vae}
+        pixels = {**encoders, "network": there if self.streams else stays, "VAE": vae}
         yield Moment("decoding", {**pixels, "cache": self.cost.cache * self.streams, "activations": decoding})
 
     def host(self, memory: MemorySection) -> int:
-        """Bytes of the network in the host's memory."""
-        waits = memory.network in ("alternating", "streamed", "blocks")
-        return network_bytes(self.setup, memory.weights).whole if waits else 0
+        """Bytes of weights in the host's memory at most; pinned ones take more than others."""
+        if not self.setup.gpu:
+            return 0
+        network, (vae, _) = network_bytes(self.setup, memory.weights), self._decoding(memory)
+        whole = network.pinned if memory.network == "streamed" else network.whole
+        waiting_vae = 0 if memory.vae == "kept" else vae
+        waiting_clip = self.pipeline.image_parameters * self._element * memory.frees_text_encoder
+        text = self._pinned_text() * (memory.text_encoder == "streamed")
+        return whole * memory.opens_on_host + waiting_vae + waiting_clip + text
+
+    @property
+    def _element(self) -> int:
+        """Bytes of a weight of the text and the image encoder."""
+        return 2 if self.setup.gpu else 4
+
+    def _pinned_text(self) -> int:
+        sizes = self.pipeline.text_sizes
+        attention, inner = sizes["num_heads"] * sizes["d_kv"], sizes["d_ff"]
+        embedding, projection, feed_forward = (
+            pinned_bytes(self._element * sizes["d_model"] * one)
+            for one in (sizes["vocab_size"], attention, inner)
+        )
+        return embedding + sizes["num_layers"] * (4 * projection + 3 * feed_forward)
 
     def moved(self, memory: MemorySection, steps: int, hardware: Hardware) -> float:
         """Seconds in which one video's copies between host and device take the link; 0 on a CPU."""
@@ -108,18 +144,17 @@ class SampledParts(NamedTuple):
         return steps * whole / (PINNED_LINK if memory.network == "streamed" else PAGEABLE_LINK)
 
     def _text(self, memory: MemorySection) -> dict[str, int]:
-        element = 2 if self.setup.gpu else 4
         sizes = {**self.pipeline.text_sizes}
         layer = max(sizes["vocab_size"], 2 * sizes["d_ff"]) * sizes["d_model"]
         held = layer if memory.text_encoder == "streamed" else self.pipeline.text_parameters
         together = TOGETHER.get(memory.text_encoder, TOGETHER["freed"])
         activations = encoding_cost(sizes, together, self.setup.text[0], gpu=self.setup.gpu)
-        return {"text encoder": held * element, "activations": activations}
+        return {"text encoder": held * self._element, "activations": activations}
 
     def _decoding(self, memory: MemorySection) -> tuple[int, int]:
         latent = (self.decoded, *self.setup.latent[1:])
         cost = tiled_cost if memory.vae == "tiled" and not self.streams else decoding_cost
-        return cost(self.pipeline.vae, latent)
+        return cost(self.pipeline.vae, latent, self.setup.context)
 
 
 def network_bytes(setup: Setup, weights: str) -> NetworkBytes:
@@ -132,8 +167,13 @@ def network_bytes(setup: Setup, weights: str) -> NetworkBytes:
     block = sum(size for name, size in sizes.items() if "blocks.0." in name)
     outside = sum(size for name, size in sizes.items() if "blocks." not in name)
     matrix = setup.network.dim * setup.network.ffn_dim * dtype.itemsize
+    pinned = sum(
+        pinned_bytes(size) * (setup.network.layers if "blocks." in name else 1)
+        for name, size in sizes.items()
+        if "blocks." not in name or "blocks.0." in name
+    )
     experts = 1 if setup.network.boundary is None else 2
-    return NetworkBytes(outside, block, setup.network.layers, matrix, experts)
+    return NetworkBytes(outside, block, setup.network.layers, matrix, pinned, experts)
 
 
 def rungs(memory: MemorySection, *, is_gpu: bool, streams: bool) -> Iterator[MemorySection]:

@@ -43,7 +43,6 @@ from anyflow_cli.utils.memory_tracker import MemoryTracker
 
 FAKE = FakeTensorMode(allow_non_fake_inputs=True)
 DEPTHS = (1, 2)  # times the blocks after which checkpointing repeats itself
-DECODED_FRAMES = (3, 4)  # from which the cost of decoding any number follows
 START, SCORES = Path("start"), Path("scores")  # stand for the folders that a stage loads
 BASE = "frozen base"
 CLIP_TOKENS = 257  # of one picture
@@ -243,37 +242,60 @@ def _cache_of(setup: Setup, network: FlowMapTransformer, samples: int, tokens: i
         return allocate_keys(network, samples, tokens, torch.device("cpu"))
 
 
-def decoding_cost(vae: Mapping[str, Any], latent: Sequence[int]) -> tuple[int, int]:
+def decoding_cost(vae: Mapping[str, Any], latent: Sequence[int], context: int = 1) -> tuple[int, int]:
     """Bytes of the VAE's weights, and of what decoding latents (F, C, H, W) adds.
 
-    The VAE of this configuration decodes one latent frame after another: the cost is linear in their number.
+    It decodes one latent frame after another, and each costs at most what the third one does, when the caches
+    of its convolutions are full; then it joins them.
+
+    Args:
+        vae: Configuration of diffusers' class.
+        latent: Shape of the latents.
+        context: Processes of which each decodes a part of the rows.
     """
-    config, frames = json.dumps(dict(vae)), latent[0]
-    if frames <= DECODED_FRAMES[1]:
-        return _decode(config, *latent)
-    (weights, low), (_, high) = (_decode(config, some, *latent[1:]) for some in DECODED_FRAMES)
-    return weights, low + (high - low) * (frames - DECODED_FRAMES[0])
+    cost, later = _decode(json.dumps(dict(vae)), context, *latent[1:]), latent[0] - 1
+    before = cost.first + max(later - 1, 0) * cost.frame
+    both = 2 * (cost.first + later * cost.frame)
+    return cost.weights, cost.caches + FP32_BYTES * math.prod(latent) + max(before + cost.work, both)
+
+
+class DecodingCost(NamedTuple):
+    """Bytes of decoding: weights, caches of convolutions, pixels, and the most beside them at work."""
+
+    weights: int
+    caches: int
+    first: int  # pixels of the first latent frame
+    frame: int  # pixels of each following one
+    work: int  # the frame's own pixels included
 
 
 @lru_cache(maxsize=16)
-def _decode(vae: str, *latent: int) -> tuple[int, int]:
+def _decode(vae: str, context: int, *latent: int) -> DecodingCost:
     from diffusers import AutoencoderKLWan
 
     with torch.device("meta"):
         model: Any = AutoencoderKLWan.from_config(json.loads(vae))
     with fake_tensors():
         weights = list(model.to_empty(device="cpu").parameters())
+        shared = VideoVAE(model)
+        if context > 1:  # the last has most rows
+            shared.share(ContextGroup(context, context - 1, context))
         with MemoryTracker(weights) as tracker:
-            VideoVAE(model).decode(torch.empty(1, *latent))
-    return sum(weight.nbytes for weight in weights), tracker.peak
+            z, decoding = torch.empty(1, 1, *latent), shared.decoding()
+            done = [decoding(z), decoding(z)]
+            held = tracker.restart()
+            done.append(decoding(z))
+    first, frame = done[0].nbytes, done[1].nbytes
+    caches = held - z.nbytes - first - frame
+    return DecodingCost(sum(one.nbytes for one in weights), caches, first, frame, tracker.peak - held)
 
 
-def tiled_cost(vae: Mapping[str, Any], latent: Sequence[int]) -> tuple[int, int]:
+def tiled_cost(vae: Mapping[str, Any], latent: Sequence[int], context: int = 1) -> tuple[int, int]:
     """The same where the VAE decodes in tiles: one tile's, and the whole video as tiles and as a picture."""
     config = {"scale_factor_spatial": 8, "scale_factor_temporal": 4, **{k: v for k, v in vae.items() if v}}
     space, frames = int(config["scale_factor_spatial"]), latent[0]
     tile, stride = TILE // space, STRIDE // space
-    weights, one = decoding_cost(vae, (*latent[:2], *(min(side, tile) for side in latent[2:])))
+    weights, one = decoding_cost(vae, (*latent[:2], *(min(side, tile) for side in latent[2:])), context)
     video = 3 * FP32_BYTES * ((frames - 1) * int(config["scale_factor_temporal"]) + 1) * space**2
     plain = video * math.prod(latent[2:])
     covered = [sum(min(tile, side - start) for start in range(0, side, stride)) for side in latent[2:]]

@@ -15,7 +15,7 @@ from anyflow_cli.plan.networks import role_sizes
 from anyflow_cli.utils.units import GIB, duration, in_units, memory_size
 
 PARTS = {
-    "text encoder": "text encoder", "network": "network", "VAE": "VAE",
+    "text encoder": "text encoder", "image encoder": "image encoder", "network": "network", "VAE": "VAE",
     "weights": "weights", "gradients": "gradients", "optimizer": "optimizer", "ema": "EMA", "data": "batch",
     "cache": "key-value cache", "activations": "activations",
 }  # fmt: skip
@@ -63,7 +63,7 @@ def _memory(plan: Plan) -> Table:
             row(label, sizes)
     row("total", [stage.peak.total for stage in stages], "bold", is_last=True)
     yes, no = Text("yes", style="green"), Text("no", style="bold red")
-    table.add_row("fits", *(no if key in plan.advice else yes for key in plan.stages))
+    table.add_row("fits", *(yes if plan.target.fits(stage) else no for stage in stages))
     for label in CHECKPOINTING:
         row(f"activations {label}", [found.get(label) for found in kinds], "dim")
     row("rollout and its graph", [stage.rollout or None for stage in stages], "dim")
@@ -106,6 +106,9 @@ def _notes(plan: Plan) -> Text:
     for stage in plan.stages.values():
         if stage.rung is not None and stage.rung != EVERYTHING_KEPT:
             notes.append(f"{stage.name}: {rung_in_words(stage.rung)}.")
+        if not plan.target.fits_host(stage):
+            has = memory_size(hardware.host or 0)
+            notes.append(f"{stage.name}: {memory_size(stage.host)} per process do not fit the host's {has}.")
     if hardware.is_gpu:
         reserve = f"{RESERVE / GIB:.0f} GiB of each GPU are reserved for driver, libraries and fragmentation."
         setup = plan.stages["distill"].setup

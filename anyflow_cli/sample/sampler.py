@@ -186,7 +186,8 @@ class VideoSampler:
         vae.check_scale(recipe.model.vae_scale)
         check_pictures(opened.network.config, recipe.model, address)
         takes_clip = opened.network.config.image_dim is not None
-        clip = PictureEncoder.load(opened.pipeline, text_dtype, target) if takes_clip else None
+        stays = not memory.frees_text_encoder
+        clip = PictureEncoder.load(opened.pipeline, text_dtype, target, stays=stays) if takes_clip else None
         is_student = preset is not None and preset.steps is not None
         is_teacher = not two_time and not is_student and method in TEACHER_METHODS
         network = opened.network.eval()
@@ -256,6 +257,7 @@ class VideoSampler:
         """
         if frames is None and not switches:
             return
+        self.make_room("vae")
         batch = None if frames is None else frames if frames.ndim == 5 else frames[None]
         if batch is not None and batch.shape[1] == 1 and not self.is_causal and not switches:
             conditioner = PictureConditioner(self.model.pictures, self.model.frames, self.vae, self._clip)

@@ -391,7 +391,8 @@ class Encoders:
         self.negative = self.text([model.negative_prompt])[0].to(job.stored)
         network = read_config(resolve_pipeline(job.teacher)) if model.needs_pictures else None
         takes_clip = network is not None and network.image_dim is not None
-        clip = PictureEncoder.load(folder, dtype, device) if takes_clip else None
+        stays = not job.recipe.memory.frees_text_encoder
+        clip = PictureEncoder.load(folder, dtype, device, stays=stays) if takes_clip else None
         self._pictures = PictureConditioner(model.pictures, model.frames, self.vae, clip)
 
     def text(self, captions: Sequence[str]) -> list[Tensor]:

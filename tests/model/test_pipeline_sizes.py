@@ -11,7 +11,7 @@ from anyflow_cli.model.known_models import KNOWN_MODELS
 from anyflow_cli.model.pipeline_sizes import PipelineSizes, pipeline_sizes
 from anyflow_cli.plan.networks import Setup, role_sizes
 from anyflow_cli.recipe import schema
-from tests.tiny_pipeline import CHANNELS, TEXT_DIM, make_wan_folder
+from tests.tiny_pipeline import CHANNELS, TEXT_DIM, make_i2v_folder, make_wan_folder
 
 PUBLISHED = {  # of the safetensors of the transformers on the Hub
     "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": 1_418_996_800,
@@ -47,6 +47,26 @@ def test_the_sizes_are_those_of_the_diffusers_class(address: str) -> None:
 def test_the_text_encoder_is_umt5_xxl() -> None:
     network = KNOWN_MODELS[next(iter(PUBLISHED))].network
     assert PipelineSizes(network).text_parameters == UMT5_XXL
+
+
+def test_the_image_encoder_is_clip_h(tmp_path: Path) -> None:
+    import torch
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    sizes = {
+        "hidden_size": 1280,
+        "intermediate_size": 5120,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 16,
+    }
+    with torch.device("meta"):
+        model = CLIPVisionModel(CLIPVisionConfig(**sizes, image_size=224, patch_size=14))
+    counted = pipeline_sizes("Wan-AI/Wan2.1-I2V-14B-480P-Diffusers").image_parameters
+    assert counted == sum(p.numel() for p in model.parameters())
+    assert pipeline_sizes("Wan-AI/Wan2.1-T2V-14B-Diffusers").image_parameters == 0
+    own = CLIPVisionModel.from_pretrained(make_i2v_folder(tmp_path / "i2v") / "image_encoder")
+    read = pipeline_sizes(str(tmp_path / "i2v")).image_parameters
+    assert read == sum(p.numel() for p in own.parameters())
 
 
 def test_a_local_folder_says_its_own_sizes(tmp_path: Path) -> None:

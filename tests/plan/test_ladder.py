@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,17 +11,20 @@ import pytest
 import torch
 
 from anyflow_cli.cli.app import main
+from anyflow_cli.errors import UsageError
 from anyflow_cli.model.encoders import VideoVAE
 from anyflow_cli.model.network import FlowMapTransformer
+from anyflow_cli.model.pipeline_sizes import pipeline_sizes
 from anyflow_cli.model.placement import FP8
-from anyflow_cli.plan.estimate import plan_stage, target_of
+from anyflow_cli.plan.estimate import StagePlan, Target, place, plan_stage, target_of
 from anyflow_cli.plan.hardware import PINNED_LINK, RESERVE, Hardware, parse_hardware
-from anyflow_cli.plan.ladder import EVERYTHING_KEPT, network_bytes, rung_in_words, rungs
+from anyflow_cli.plan.ladder import EVERYTHING_KEPT, network_bytes, pinned_bytes, rung_in_words, rungs
 from anyflow_cli.plan.networks import encoding_cost, fake_tensors, tiled_cost
 from anyflow_cli.recipe.load import load_recipe
 from anyflow_cli.recipe.schema import MemorySection
 from anyflow_cli.utils.memory_tracker import MemoryTracker
 from tests.plan.small import CONFIG, setup
+from tests.tiny_pipeline import make_expert_folder, make_i2v_folder
 
 AUTO = MemorySection()
 
@@ -87,9 +91,9 @@ def test_encoding_holds_what_the_plan_says() -> None:
     assert tracker.peak <= encoding_cost(sizes, 3, 64, gpu=False) <= 3 * tracker.peak
 
 
-def small(memory: int, **values: object) -> Any:
-    """The plan of sampling tiny on a GPU with so many bytes for tensors."""
-    hardware = Hardware(1, memory + RESERVE, peak=1e12)
+def small(memory: int, host: int | None = None, /, **values: object) -> Any:
+    """The plan of sampling tiny on a GPU and a host with so many bytes for tensors."""
+    hardware = Hardware(1, memory + RESERVE, peak=1e12, host=host and host + RESERVE)
     recipe = load_recipe("tiny", [f"{key}={value}" for key, value in values.items()])
     return plan_stage(target_of(recipe, hardware), "sample"), hardware
 
@@ -108,9 +112,66 @@ def test_less_memory_leads_up_the_ladder() -> None:
     assert least.rung != plan.rung
 
 
+def test_a_host_without_room_for_the_weights_leads_up_the_ladder() -> None:
+    """Pinned tensors take powers of two; blocks that are not copied ahead need not be pinned."""
+    fixed = {"memory.vae": "kept", "memory.text_encoder": "kept", "memory.network": "streamed"}
+    roomy, _ = small(10**12, 10**12, **fixed)
+    sizes = network_bytes(roomy.setup, "full")
+    assert (roomy.rung.weights, roomy.host) == ("full", sizes.pinned)
+    assert sizes.pinned > sizes.whole
+    cramped, _ = small(10**12, sizes.pinned - 1, **fixed)
+    assert (cramped.rung.weights, cramped.host) == ("fp8", network_bytes(roomy.setup, "fp8").pinned)
+    unpinned = {**fixed, "memory.network": "blocks", "memory.weights": "full"}
+    blocks, hardware = small(10**12, sizes.whole - 1, **unpinned)
+    assert blocks.host == sizes.whole
+    assert not Target(load_recipe("tiny"), pipeline_sizes("tiny-anyflow"), hardware).fits(blocks)
+
+
+def test_a_host_that_is_too_small_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    hardware = Hardware(1, 10**12, peak=1e12, host=RESERVE + 1)
+    monkeypatch.setattr("anyflow_cli.plan.estimate.this_machine", lambda: hardware)
+    with pytest.raises(UsageError, match="per process in the host's memory, and this machine has"):
+        place(load_recipe("tiny", ["memory.network=blocks"]), "sample")
+
+
+def test_pinned_memory_comes_in_powers_of_two() -> None:
+    assert [pinned_bytes(size) for size in (0, 1, 3, 4, 5, 1025)] == [1, 1, 4, 4, 8, 2048]
+
+
+def test_the_idle_expert_waits_in_the_host(tmp_path: Path) -> None:
+    folder = make_expert_folder(tmp_path / "experts")
+    one, both = planned(folder, "alternating"), planned(folder, "kept")
+    sizes = network_bytes(one.setup, "full")
+    assert sizes.experts == 2
+    assert held_at(both, "network")["network"] == sizes.whole == one.host
+    assert held_at(one, "network")["network"] == held_at(one, "decoding")["network"] == sizes.whole // 2
+
+
+def test_the_image_encoder_is_counted_where_it_is(tmp_path: Path) -> None:
+    """CLIP stays while the text encoder does, and else is on the device while it encodes."""
+    folder = make_i2v_folder(tmp_path / "i2v")
+    size = 2 * pipeline_sizes(str(folder)).image_parameters
+    kept, freed = (planned(folder, "kept", text=text, pictures="first") for text in ("kept", "freed"))
+    assert held_at(freed, "network")["image encoder"] == 0
+    assert held_at(kept, "network")["image encoder"] == size > 0
+    assert held_at(freed, "encoding pictures")["image encoder"] == size
+    assert freed.host - kept.host == size + network_bytes(kept.setup, "full").whole
+
+
+def planned(folder: Path, network: str, text: str = "kept", pictures: str = "none") -> StagePlan:
+    """The plan of sampling a folder's model on a large GPU."""
+    values = [f"model.teacher={folder}", f"memory.network={network}", f"memory.text_encoder={text}"]
+    recipe = load_recipe("tiny", [*values, "memory.vae=kept", f"model.pictures={pictures}"])
+    return plan_stage(target_of(recipe, Hardware(1, 10**12, peak=1e12)), "sample")
+
+
+def held_at(plan: StagePlan, moment: str) -> Mapping[str, int]:
+    return next(one.parts for one in plan.moments if one.name == moment)
+
+
 def test_copies_take_time_where_they_are_not_overlapped() -> None:
-    streamed, hardware = small(10**12, **{"memory.network": "streamed"})
-    blocks, _ = small(10**12, **{"memory.network": "blocks"})
+    streamed, hardware = small(10**12, None, **{"memory.network": "streamed"})
+    blocks, _ = small(10**12, None, **{"memory.network": "blocks"})
     computed = hardware.seconds(streamed.flops)
     assert streamed.copies == pytest.approx(32 * network_bytes(streamed.setup, "full").whole / PINNED_LINK)
     assert streamed.seconds(hardware) == max(computed, streamed.copies)
@@ -144,6 +205,9 @@ def test_a_limit_that_nothing_keeps_is_refused_by_a_dry_run(
         ("bidirectional1b", "1x8GB", "alternating"),
         ("bidirectional14b", "1x24GB", "streamed"),
         ("bidirectional14b", "1x12GB", "streamed"),
+        ("bidirectional-a14b", "1x48GB", "alternating"),
+        ("bidirectional-a14b", "1x24GB", "streamed"),
+        ("i2v14b", "1x24GB", "streamed"),
     ],
 )
 def test_wan_samples_on_small_cards(name: str, gpus: str, network: str) -> None:

@@ -17,9 +17,10 @@ from anyflow_cli.model.kv_cache import KeyCache
 from anyflow_cli.model.network import FlowMapTransformer
 from anyflow_cli.plan.estimate import StagePlan, Target, plan_stage, target_of, training_setup
 from anyflow_cli.plan.hardware import Hardware, parse_hardware
-from anyflow_cli.plan.networks import BASE, DECODED_FRAMES, RoleSize, _decode, decoding_cost, role_sizes
+from anyflow_cli.plan.networks import BASE, RoleSize, decoding_cost, fake_tensors, role_sizes
 from anyflow_cli.plan.steps import sampling_cost
 from anyflow_cli.recipe import schema
+from anyflow_cli.utils.memory_tracker import MemoryTracker
 from anyflow_cli.utils.units import GIB
 from tests.plan.small import Live
 from tests.tiny_pipeline import make_wan_folder
@@ -156,7 +157,7 @@ def test_previews_count_where_there_are_any(folder: Path) -> None:
 
 def test_decoding_holds_what_the_real_vae_holds(folder: Path) -> None:
     vae = VideoVAE.load(folder)
-    latent = (DECODED_FRAMES[1] + 3, vae.channels, 4, 4)
+    latent = (7, vae.channels, 4, 4)
     z = torch.randn(1, *latent)
     live = Live([*vae._model.parameters()])
     held = live.now
@@ -168,9 +169,22 @@ def test_decoding_holds_what_the_real_vae_holds(folder: Path) -> None:
     assert peak == pytest.approx(live.peak - held, rel=0.05)
 
 
-def test_decoding_is_a_straight_line_in_the_frames() -> None:
-    shape = (16, 8, 8)
-    assert decoding_cost({}, (9, *shape)) == _decode("{}", 9, *shape)
+@pytest.mark.parametrize("context", [1, 2])
+def test_frames_after_the_third_cost_what_it_costs(context: int) -> None:
+    """Also where each of two processes decodes a part of the rows."""
+    from diffusers import AutoencoderKLWan
+
+    latent = (4, 4, 5, 2)
+    statistics: dict[str, Any] = {"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}
+    with torch.device("meta"):
+        model = AutoencoderKLWan(base_dim=8, z_dim=4, num_res_blocks=1, **statistics)
+    with fake_tensors():
+        vae = VideoVAE(model.to_empty(device="cpu"))
+        if context > 1:
+            vae.share(ContextGroup(context, context - 1, context))
+        with MemoryTracker(list(model.parameters())) as tracker:
+            vae.decode(torch.empty(1, *latent))
+    assert decoding_cost(dict(model.config), latent, context)[1] == tracker.peak
 
 
 def test_a_batch_that_cannot_be_divided_is_refused(folder: Path) -> None:
