@@ -16,7 +16,7 @@ from typing import Literal, cast
 import torch
 from torch import Tensor
 
-from anyflow_cli.flow.velocity import Velocity, per_frame
+from anyflow_cli.flow.velocity import Velocity, from_function, per_frame
 
 ExpertName = Literal["high", "low"]
 EXPERTS: tuple[ExpertName, ExpertName] = ("high", "low")
@@ -48,19 +48,42 @@ class ByTime:
             return self.expert("high")(z, t, r)
         if len(high) == 0:
             return self.expert("low")(z, t, r)
-        between = torch.minimum(t, r.clamp(min=b))  # where the high expert's part of the jump ends
-        u_high = self._evaluate("high", high, z, t, between)
-        at_b = z - per_frame(t - between, z) * u_high
-        u_low = self._evaluate("low", low, at_b, between, r)
-        share = per_frame(torch.where(t > r, (t - between) / (t - r), 0), z)
-        across = share * u_high + (1 - share) * u_low
+        across, u_high, u_low = self._across(z, t, r, high, low)
         return torch.where(
             per_frame(is_high & is_low, z), across, torch.where(per_frame(is_high, z), u_high, u_low)
         )
 
-    def _evaluate(self, name: ExpertName, index: Tensor, z: Tensor, t: Tensor, r: Tensor) -> Tensor:
-        """Evaluate an expert on the samples ``index``; 0 elsewhere."""
-        if len(index) == len(z):
+    def at_times(self, t: float, r: float) -> Velocity:
+        """The velocity of a batch that is at times t and r as a whole, chosen as for tensors of times."""
+        t, r, b = torch.tensor((t, r, self.boundary)).tolist()  # in single precision, like tensors of times
+        if r >= b:
+            return self.expert("high")
+        if t <= b:
+            return self.expert("low")
+        return from_function(lambda *inputs: self._across(*inputs)[0])
+
+    def _across(
+        self, z: Tensor, t: Tensor, r: Tensor, high: Tensor | None = None, low: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Velocities of jumps across the boundary, and of their parts by the high and the low expert.
+
+        Args:
+            z: States (B, F, C, H, W).
+            t: Times where the jumps start, (B,) or (B, F).
+            r: Times where they end.
+            high: Samples that the high expert is evaluated on; None: all.
+            low: The same of the low expert.
+        """
+        between = torch.minimum(t, r.clamp(min=self.boundary))  # where the high expert's part ends
+        u_high = self._evaluate("high", high, z, t, between)
+        at_b = z - per_frame(t - between, z) * u_high
+        u_low = self._evaluate("low", low, at_b, between, r)
+        share = per_frame(torch.where(t > r, (t - between) / (t - r), 0), z)
+        return share * u_high + (1 - share) * u_low, u_high, u_low
+
+    def _evaluate(self, name: ExpertName, index: Tensor | None, z: Tensor, t: Tensor, r: Tensor) -> Tensor:
+        """Evaluate an expert on the samples ``index``, by default all; 0 elsewhere."""
+        if index is None or len(index) == len(z):
             return self.expert(name)(z, t, r)
         u = self.expert(name).select(index)(z[index], t[index], r[index])
         return torch.zeros_like(z, dtype=u.dtype).index_copy(0, index, u)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from anyflow_cli.flow.losses import interpolate
 from anyflow_cli.flow.noise import Generators, noise_like
-from anyflow_cli.flow.velocity import Velocity, batch_time, flow_map, per_frame
+from anyflow_cli.flow.velocity import Velocity, at_times, batch_time, jump, per_frame
 
 
 class Sampler(Protocol):
@@ -32,16 +32,16 @@ class Sampler(Protocol):
 @torch.no_grad()
 def flow_map_euler(model: Velocity, z: Tensor, grid: Tensor, generator: Generators = None) -> Tensor:
     """Jump from time to time with the flow map (Eq. 2): ``z_r = z_t - (t - r) u(z_t, t, r)``."""
-    for t, r in _steps(z, grid):
-        z = flow_map(model, z, t, r)
+    for t, r in pairwise(grid.tolist()):
+        z = jump(model, z, t, r)
     return z
 
 
 @torch.no_grad()
 def euler(model: Velocity, z: Tensor, grid: Tensor, generator: Generators = None) -> Tensor:
     """Integrate the ODE with the instantaneous velocity: ``z_r = z_t - (t - r) u(z_t, t, t)``."""
-    for t, r in _steps(z, grid):
-        z = z - per_frame(t - r, z) * model(z, t, t)
+    for time, (t, r) in zip(grid.tolist(), _steps(z, grid), strict=False):
+        z = z - per_frame(t - r, z) * at_times(model, time, time)(z, t, t)
     return z
 
 
@@ -62,9 +62,9 @@ def consistency(
         generator: Fresh noise.
         network_times: What the network is given as a time of the grid, where the two differ.
     """
-    for (t, r), time in zip(_steps(z, grid), grid.tolist(), strict=False):
-        at = batch_time(network_times.get(time, time), z)
-        x = z - per_frame(t, z) * model(z, at, torch.zeros_like(t))
+    for time, (t, r) in zip(grid.tolist(), _steps(z, grid), strict=False):
+        at = network_times.get(time, time)
+        x = z - per_frame(t, z) * at_times(model, at, 0.0)(z, batch_time(at, z), torch.zeros_like(t))
         z = interpolate(x, noise_like(z, generator), r)
     return z
 
@@ -94,8 +94,9 @@ def expert_consistency(
     """
     for t, r in pairwise(grid.tolist()):
         end = boundary if t >= boundary else 0.0
-        at = batch_time(network_times.get(t, t), z)
-        z, noise = z - (t - end) * model(z, at, at), noise_like(z, generator)
+        at = network_times.get(t, t)
+        u = at_times(model, at, at)(z, batch_time(at, z), batch_time(at, z))
+        z, noise = z - (t - end) * u, noise_like(z, generator)
         if r >= end:
             alpha = (1 - r) / (1 - end)
             z = alpha * z + max(r**2 - (alpha * end) ** 2, 0) ** 0.5 * noise

@@ -19,7 +19,7 @@ from torch import Tensor
 from anyflow_cli.flow.noise import Generators
 from anyflow_cli.flow.samplers import consistency, flow_map_euler
 from anyflow_cli.flow.times import grid
-from anyflow_cli.flow.velocity import Velocity, batch_time, flow_map
+from anyflow_cli.flow.velocity import Velocity, jump
 
 BUDGETS = (2, 4, 8, 16, 50)  # N of Alg. 2
 
@@ -47,7 +47,7 @@ def flow_map_rollout(model: Velocity, noise: Tensor, steps: int, k: int, shift: 
     """
     z = noise
     for t, r in rollout_jumps(steps, k, shift):
-        z = flow_map(model, z, batch_time(t, z), batch_time(r, z))
+        z = jump(model, z, t, r)
     return z
 
 
@@ -74,8 +74,7 @@ def consistency_rollout(
         The prediction ``f(z, s_exit, 0)``, (B, F, C, H, W).
     """
     z = consistency(model, noise, times[: exit_step + 1], generator)
-    t = float(times[exit_step])
-    return flow_map(model, z, batch_time(t, z), batch_time(0.0, z))
+    return jump(model, z, float(times[exit_step]), 0.0)
 
 
 def fixed_steps_rollout(model: Velocity, noise: Tensor, times: Tensor, step: int) -> Tensor:
@@ -93,8 +92,7 @@ def fixed_steps_rollout(model: Velocity, noise: Tensor, times: Tensor, step: int
         The state at ``times[step + 1]``, (B, F, C, H, W).
     """
     z = flow_map_euler(model, noise, times[: step + 1])
-    t, r = (batch_time(float(time), z) for time in times[step : step + 2])
-    return flow_map(model, z, t, r)
+    return jump(model, z, *times[step : step + 2].tolist())
 
 
 def _below(bound: int, generator: torch.Generator) -> int:

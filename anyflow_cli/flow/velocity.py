@@ -69,12 +69,26 @@ def evaluate_together(*inputs: VelocityInputs) -> tuple[Tensor, ...]:
     return torch.split(u.to(z.dtype), [len(each.z) for each in inputs])
 
 
+def at_times(model: Velocity, t: float, r: float) -> Velocity:
+    """The same velocity, to be evaluated on a batch whose samples are all at times t and r.
+
+    Of two experts it is the one at work there, found on the host instead of by reading a device's times. A
+    velocity that depends on times in this way has a method of this name.
+    """
+    choose: Callable[[float, float], Velocity] | None = getattr(model, "at_times", None)
+    return model if choose is None else choose(t, r)
+
+
 @dataclass(frozen=True)
 class _Unconditional:
     function: Callable[[Tensor, Tensor, Tensor], Tensor]
+    choose: Callable[[float, float], Velocity] | None = None
 
     def __call__(self, z: Tensor, t: Tensor, r: Tensor) -> Tensor:
         return self.function(z, t, r)
+
+    def at_times(self, t: float, r: float) -> Velocity:
+        return self if self.choose is None else self.choose(t, r)
 
     def select(self, index: Tensor) -> Velocity:
         return self
@@ -83,9 +97,12 @@ class _Unconditional:
         return self
 
 
-def from_function(function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Velocity:
-    """Velocity model of a function of (z, t, r) that has no condition."""
-    return _Unconditional(function)
+def from_function(
+    function: Callable[[Tensor, Tensor, Tensor], Tensor],
+    choose: Callable[[float, float], Velocity] | None = None,
+) -> Velocity:
+    """Velocity model of a function of (z, t, r) that has no condition; ``choose`` serves ``at_times``."""
+    return _Unconditional(function, choose)
 
 
 GuidanceScale = float | Callable[[Tensor], Tensor]
@@ -104,9 +121,10 @@ class _Guided:
         return self.cond.concat(self.uncond)
 
     def __call__(self, z: Tensor, t: Tensor, r: Tensor) -> Tensor:
-        u, u_null = self._both(*(torch.cat((x, x)) for x in (z, t, r))).to(z.dtype).chunk(2)
-        scale = per_frame(self.scale(t), z) if callable(self.scale) else self.scale
-        return u_null + scale * (u - u_null)
+        return guided_halves(self._both, self.scale)(z, t, r)
+
+    def at_times(self, t: float, r: float) -> Velocity:
+        return guided_halves(at_times(self._both, t, r), self.scale)
 
     def select(self, index: Tensor) -> Velocity:
         return _Guided(self.cond.select(index), self.uncond.select(index), self.scale)
@@ -122,6 +140,16 @@ class _Guided:
 def guided(cond: Velocity, uncond: Velocity, scale: GuidanceScale) -> Velocity:
     """Classifier-free guidance, ``u_null + scale (u - u_null)``, in one call of twice the batch."""
     return _Guided(cond, uncond, scale)
+
+
+def guided_halves(both: Velocity, scale: GuidanceScale) -> Velocity:
+    """Guidance of a velocity of both conditions; the negative one is that of its batch's second half."""
+
+    def velocity(z: Tensor, t: Tensor, r: Tensor) -> Tensor:
+        u, u_null = both(*(torch.cat((x, x)) for x in (z, t, r))).to(z.dtype).chunk(2)
+        return u_null + (per_frame(scale(t), z) if callable(scale) else scale) * (u - u_null)
+
+    return from_function(velocity, lambda t, r: guided_halves(at_times(both, t, r), scale))
 
 
 @dataclass(frozen=True)
@@ -183,3 +211,8 @@ def flow_map(model: Velocity, z: Tensor, t: Tensor, r: Tensor) -> Tensor:
 def batch_time(t: float, z: Tensor) -> Tensor:
     """Repeat one time for the batch of z (B, ...): (B,)."""
     return z.new_full((z.shape[0],), t)
+
+
+def jump(model: Velocity, z: Tensor, t: float, r: float) -> Tensor:
+    """``flow_map`` of a batch from one time to another."""
+    return flow_map(at_times(model, t, r), z, batch_time(t, z), batch_time(r, z))

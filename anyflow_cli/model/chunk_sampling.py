@@ -15,7 +15,7 @@ from torch import Tensor
 
 from anyflow_cli.flow.noise import Generators
 from anyflow_cli.flow.samplers import Sampler
-from anyflow_cli.flow.velocity import Velocity, from_function
+from anyflow_cli.flow.velocity import Velocity, guided_halves
 from anyflow_cli.model.causal import check_partition, split_after
 from anyflow_cli.model.experts import networks_under, with_networks
 from anyflow_cli.model.kv_cache import KeyCache
@@ -81,7 +81,7 @@ def sample_chunks(
             x = given[:, chunk.slice]
         else:
             velocity = cache.next_velocity(model)
-            velocity = velocity if guidance is None else _guided(velocity, guidance.scale)
+            velocity = velocity if guidance is None else guided_halves(velocity, guidance.scale)
             times = grids[min(sampled, len(grids) - 1)]
             x = sampler(velocity, noise[:, chunk.slice], times, generator)
             sampled += 1
@@ -137,13 +137,3 @@ def sample_rollouts(
         if done < noise.shape[1]:
             given = continued(torch.cat(finished, dim=1))
             known = given.shape[1]
-
-
-def _guided(both: Velocity, scale: float) -> Velocity:
-    """Guidance over a cache that holds both conditions, the negative one in the second half of the batch."""
-
-    def velocity(z: Tensor, t: Tensor, r: Tensor) -> Tensor:
-        u, u_null = both(*(torch.cat((x, x)) for x in (z, t, r))).chunk(2)
-        return u_null + scale * (u - u_null)
-
-    return from_function(velocity)

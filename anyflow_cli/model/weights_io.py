@@ -106,10 +106,12 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
 def check_finite(weights: Mapping[str, Tensor], source: str) -> None:
     """Refuse weights with a NaN or an infinity; ``source`` names where they are from.
 
-    One sum per tensor finds them; only where it overflows are the values looked at.
+    One sum per tensor finds them; only where it overflows are the values looked at. It is a sum in the
+    tensor's own type: a CPU copies the whole tensor to sum it in another.
     """
     for name, tensor in weights.items():
-        if tensor.is_floating_point() and not tensor.sum(dtype=torch.float32).isfinite():
+        summed = tensor if tensor.itemsize > 1 else tensor.float()  # fp8 has no sum
+        if tensor.is_floating_point() and not summed.sum().isfinite():
             bad = int(tensor.isfinite().logical_not().sum())
             if bad:
                 raise UsageError(

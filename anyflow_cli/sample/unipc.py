@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from anyflow_cli.flow.velocity import Velocity, batch_time
+from anyflow_cli.flow.velocity import Velocity, at_times, batch_time
 
 
 @torch.no_grad()
@@ -23,9 +23,10 @@ def sample_unipc(model: Velocity, z: Tensor, steps: int, shift: float, *, overwr
     scheduler = UniPCMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift
     )
-    scheduler.set_timesteps(steps, device=z.device)
+    scheduler.set_timesteps(steps)  # on the host, where they are read
     for timestep in scheduler.timesteps:
-        t = batch_time(timestep.item() / scheduler.config.num_train_timesteps, z)
-        (after,) = scheduler.step(model(z, t, t), timestep, z, return_dict=False)
+        time = timestep.item() / scheduler.config.num_train_timesteps
+        t = batch_time(time, z)
+        (after,) = scheduler.step(at_times(model, time, time)(z, t, t), timestep, z, return_dict=False)
         z = z.copy_(after) if overwrites else after
     return z

@@ -14,6 +14,7 @@ from anyflow_cli.flow.times import grid
 from anyflow_cli.flow.velocity import (
     Velocity,
     VelocityInputs,
+    at_times,
     evaluate_together,
     flow_map,
     from_function,
@@ -78,6 +79,22 @@ def test_each_expert_is_evaluated_once_and_only_on_its_samples() -> None:
     by_time(lambda name: watched[name], B)(Z, T, R)
     assert [call[0] for call in watched["high"].calls] == [4]
     assert [call[0] for call in watched["low"].calls] == [3]
+
+
+@pytest.mark.parametrize("is_guided", [False, True])
+@pytest.mark.parametrize("index", range(len(T)))
+def test_known_times_choose_the_experts_that_tensors_of_times_choose(index: int, is_guided: bool) -> None:
+    t, r = T[index].item(), R[index].item()
+    watched = {name: Watched(Gaussian(MEANS[:1])) for name in EXPERTS}
+    model: Velocity = by_time(lambda name: watched[name], B)
+    if is_guided:
+        model = guided(model, model, 2.0)
+    velocities, evaluated = [], []
+    for velocity in (model, at_times(model, t, r)):
+        velocities.append(velocity(Z, torch.full_like(T, t), torch.full_like(R, r)))
+        evaluated.append({name: len(one.calls) for name, one in watched.items()})
+    assert torch.equal(*velocities)
+    assert evaluated[1] == {name: 2 * count for name, count in evaluated[0].items()}
 
 
 def test_an_expert_that_is_not_evaluated_is_not_asked_for() -> None:

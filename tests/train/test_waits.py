@@ -19,13 +19,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from anyflow_cli.flow.condition import Condition
-from anyflow_cli.flow.samplers import SAMPLERS
+from anyflow_cli.flow.experts import ExpertScale
+from anyflow_cli.flow.samplers import SAMPLERS, expert_consistency
 from anyflow_cli.flow.times import grid
-from anyflow_cli.flow.velocity import guided
+from anyflow_cli.flow.velocity import Velocity, guided
 from anyflow_cli.model.chunk_sampling import Guidance, sample_chunks
-from anyflow_cli.model.conditioned import Conditioned
+from anyflow_cli.model.experts import ExpertPair, bind
 from anyflow_cli.model.rotary import rotation
-from tests.train.small import LATENT, NEGATIVE, Kind, RandomData, backbone, network, trainer
+from anyflow_cli.sample.unipc import sample_unipc
+from tests.train.small import BOUNDARY, LATENT, NEGATIVE, Kind, RandomData, backbone, network, trainer
 
 WAITS = (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.equal,
          torch.ops.aten.masked_select)  # fmt: skip
@@ -83,25 +85,40 @@ class Reads(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def conditions(network: Any) -> tuple[Conditioned, Conditioned]:
+def conditions(network: Any) -> tuple[Velocity, Velocity]:
     text = torch.randn(2, *NEGATIVE.shape, generator=torch.Generator().manual_seed(3))
-    return Conditioned(network, Condition(text)), Conditioned(network, Condition(torch.zeros_like(text)))
+    return bind(network, Condition(text)), bind(network, Condition(torch.zeros_like(text)))
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_a_guided_sampling_waits_for_nothing_and_joins_the_text_s_keys_once(sampler: str) -> None:
+def solve(method: str, model: Velocity, z: Tensor, steps: int) -> Tensor:
+    if method == "unipc":
+        return sample_unipc(model, z, steps, 5.0)
+    generator = torch.Generator().manual_seed(0)
+    if method == "expert-consistency":
+        return expert_consistency(model, z, grid(steps, 5.0), generator, BOUNDARY)
+    return SAMPLERS[method](model, z, grid(steps, 5.0), generator)
+
+
+@pytest.mark.parametrize("experts", [1, 2])
+@pytest.mark.parametrize("method", [*SAMPLERS, "unipc", "expert-consistency"])
+def test_a_guided_sampling_waits_for_nothing_and_joins_the_text_s_keys_once(
+    method: str, experts: int
+) -> None:
     net = network().requires_grad_(False)
-    model = guided(*conditions(net), 3.0)
+    if experts == 2:
+        net = ExpertPair(net, network(1).requires_grad_(False), BOUNDARY)
+    scale = 3.0 if experts == 1 else ExpertScale(4.0, 3.0, BOUNDARY)
+    model = guided(*conditions(net), scale)
     z, joined = torch.randn(2, *LATENT, generator=torch.Generator().manual_seed(5)), []
-    SAMPLERS[sampler](model, z, grid(1, 5.0))  # text keys, rotations, layouts
+    solve(method, model, z, 4)  # text keys, rotations, layouts
     remade = rotation.cache_info().misses
     for steps in (1, 3):
         watch = DeviceWatch([*net.parameters(), z])
         with watch, Reads(watch):
-            SAMPLERS[sampler](model, z, grid(steps, 5.0), torch.Generator().manual_seed(0))
+            solve(method, model, z, steps)
         assert not watch.waits
         joined.append(watch.joined)
-    assert joined[1] <= 3 * joined[0] <= 3 * 2.5 * z.numel()  # only states and times
+    assert joined[1] <= 3 * joined[0] <= 3 * 2.5 * experts * z.numel()  # only states and times
     assert rotation.cache_info().misses == remade
 
 
