@@ -115,7 +115,7 @@ def test_opening_allocates_one_tensor_above_what_stays(
         network = load_network(tmp_path / "saved", dtype)
     largest = max(p.nbytes for p in network.parameters() if p.dtype == dtype)
     held = peak = 0
-    for event in sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns()):  # type: ignore[union-attr]
+    for event in sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
         if event.name() == "[memory]" and abs(event.nbytes()) != file.stat().st_size:
             held += event.nbytes()
             peak = max(peak, held)
