@@ -404,6 +404,11 @@ class FlowMapSection(Section):
         description="Velocity of the target: eps - x, or the frozen teacher's own prediction, guided by"
         " `guidance` (1 for a teacher that is distilled from guidance).",
     )
+    states: Literal["data", "own"] = Field(
+        "data",
+        description="Noisy states that the loss is taken at: noised data, or the network's own jumps from "
+        "noise, which need a teacher and no data but its prompts.",
+    )
     derivative_precision: Literal["same", "fp32"] = Field(
         "same", description="Precision of the calls that make the target; fp32 needs weights in fp32."
     )
@@ -438,6 +443,12 @@ class FlowMapSection(Section):
             "boundary's loss and with it every weight is 0"
         )
         return require(value == "off" or info.data.get("target") != "teacher", value, must)
+
+    @field_validator("states")
+    @classmethod
+    def _have_a_target(cls, states: str, info: ValidationInfo) -> str:
+        must = "be data where target is data: a state of the network's own has no clean video"
+        return require(states == "data" or info.data.get("target") == "teacher", states, must)
 
     @field_validator("to_zero")
     @classmethod

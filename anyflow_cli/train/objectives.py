@@ -31,7 +31,7 @@ from anyflow_cli.data.dataset import Batch
 from anyflow_cli.errors import UsageError
 from anyflow_cli.flow import losses, times
 from anyflow_cli.flow.noise import batch_noise
-from anyflow_cli.flow.velocity import Velocity, guided
+from anyflow_cli.flow.velocity import Velocity, flow_map, guided
 from anyflow_cli.model.backbone import Backbone, Role
 from anyflow_cli.model.experts import guidance_of
 from anyflow_cli.recipe import schema
@@ -224,11 +224,15 @@ class FlowMapTerm:
         t, r = map(window.by_frame, self._times(rng, window.times_per_sample))
         batch, dropped = drop_text(batch, self.negative, settings.text_dropout, rng)
         batch = replace(batch, condition=window.condition(batch.condition))
-        scale = expert.scale(settings.guidance)
+        scale, eps = expert.scale(settings.guidance), window.noise(rng.noise("noise", x.shape[1:]))
+        student = window.bind(self.backbone.velocity("student", batch.condition))
+        if settings.states == "own":
+            with torch.no_grad():  # between equal ends there is one state; the teacher says where it moves
+                x = eps = flow_map(student, eps, torch.ones_like(t), t.to(eps.device))
         result = losses.flow_map_loss(
-            window.bind(self.backbone.velocity("student", batch.condition)),
+            student,
             window.bind(uncond_velocity(self.backbone, "student", self.negative, batch)),
-            x, window.noise(rng.noise("noise", x.shape[1:])), t, r,
+            x, eps, t, r,
             guidance=scale,
             delta=settings.delta,
             weight=times.loss_weight(settings.weight, self.shift),
@@ -250,7 +254,7 @@ class FlowMapTerm:
         }
 
     def network_calls(self, latent: LatentShape, rng: StepRng) -> list[NetworkCall]:
-        """Calls of ``losses.flow_map_loss``: those without gradient, then all B samples with it."""
+        """Calls of the network's own states, if any, of the target, and of all B samples with gradient."""
         layout, times_per_sample = causal_windows.layout_of(
             self.window_of, self.backbone.network_of("student"), latent, rng
         )
@@ -260,6 +264,9 @@ class FlowMapTerm:
             call._replace(role=role, samples=n, gradient=False, joined=True)
             for role, n in self._target_calls(rng, times_per_sample)
         ]
+        if self.settings.states == "own":
+            jumps = self.experts.evaluations(1.0, self.experts.of_step(rng).interval.low)
+            others = [*[call._replace(gradient=False)] * jumps, *others]
         return [*others, call]
 
     def _target_calls(self, rng: StepRng, times_per_sample: int | None) -> list[tuple[Role, int]]:

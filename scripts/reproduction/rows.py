@@ -226,6 +226,7 @@ BEYOND_1: Mapping[str, Row] = {
     "composition": stage_1("composition", objective="composition"),
     "teacher": stage_1("teacher's velocity", **TEACHER),
     "composition-teacher": stage_1("composition, teacher's velocity", objective="composition", **TEACHER),
+    "own-states": stage_1("the same, at its own states", objective="composition", states="own", **TEACHER),
     "unguided-3": stage_1("unguided data, g = 3", "unguided", guidance=3.0),
     "unguided-3-guided-path": stage_1("unguided data, g = 3, guided path", "unguided", guidance=3.0,
                                       guidance_path="guided"),

@@ -80,6 +80,18 @@ def test_the_gradient_pulls_back_to_the_teachers_flow(options: dict[str, Any]) -
     assert abs(slope(0.0)) < 1e-4
 
 
+@pytest.mark.parametrize("options", [{}, {"s": S}], ids=["quotient", "composition"])
+def test_states_between_equal_ends_need_no_data(options: dict[str, Any]) -> None:
+    """Jumps of the network's own from noise: the exact student has no loss there, and another one has."""
+    for student, bound in ((DATA, 1e-6), (Gaussian(DATA.mean, 0.9), None)):
+        z = student.flow(EPS, torch.ones(B).double(), T)
+        result = flow_map_loss(
+            student, student, z, z, T, R, guidance=1.0, adaptive="off", teacher=DATA, **options
+        )
+        assert bound is None or result.errors.max() < bound
+        assert bound is not None or result.errors[-1] > 1e-3
+
+
 # Composition
 
 

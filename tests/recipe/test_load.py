@@ -253,6 +253,7 @@ def test_the_hint_for_an_unknown_name_lists_all() -> None:
     ("recipe", "overrides", "must"),
     [
         ("tiny", ["train_flowmap.flow_map.target=teacher"], "adaptive must be off where target is teacher"),
+        ("tiny", ["train_flowmap.flow_map.states=own"], "states must be data where target is data"),
         ("tiny", ["distill.matching=none", "distill.joint=false"], "joint must be true where matching is no"),
         ("tiny", ["distill.matching=none", "distill.matching_gradient=orthogonal"], "be full where matching"),
         ("tiny", ["distill.matching=fake-free", "distill.fake_updates=5"], "no fake score to update"),

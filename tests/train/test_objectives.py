@@ -228,6 +228,20 @@ def test_against_its_frozen_teacher_a_student_starts_without_a_boundary_loss(
         assert lora or torch.equal(weight, first)
 
 
+def test_states_of_the_networks_own_do_not_depend_on_the_data(tmp_path: Path) -> None:
+    """Of the data only the shape counts; the loss is that at jumps from the step's noise."""
+    own = {"target": "teacher", "adaptive": "off", "states": "own"}
+    run, data = trainer(tmp_path, "flow-map", changes=own), batch()
+    term, rng = run.optimizers[0].terms[0], StepRng(0, 1, 4, (0, 1, 2, 3))
+    found, other = (
+        term(replace(data, latents=latents), rng)[0] for latents in (data.latents, 0 * data.latents)
+    )
+    assert found.item() > 1e-6
+    assert torch.equal(found, other)
+    plain = trainer(tmp_path / "data", "flow-map", changes={**own, "states": "data"}).optimizers[0].terms[0]
+    assert plain(data, rng)[0].item() != pytest.approx(found.item(), rel=1e-3)
+
+
 def test_the_scores_have_their_own_shift(tmp_path: Path) -> None:
     """The same rng, unshifted; t_max holds a few of the matching times."""
 
