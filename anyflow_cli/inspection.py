@@ -84,7 +84,7 @@ def _described(path: Path) -> Facts:
     if loras:
         facts = _described(Path(model))
         for lora in loras if not is_checkpoint(Path(model)) else ():
-            check_lora(lora.path, read_config(Path(model)))
+            check_lora(lora, read_config(Path(model)))
         return facts | {"loras": [f"{lora.path} {lora.manner}" for lora in loras]}
     if is_checkpoint(path):
         return _checkpoint(path)
@@ -113,10 +113,10 @@ def _adapter(path: Path) -> Facts:
         "usable": False,
         "rank": adapter.size.rank,
         "alpha": adapter.size.alpha,
-        "base": adapter.base,
+        "base": adapter.base or None,
         "tensors": len(adapter.weights),
         "file": str(path / ADAPTER_WEIGHTS),
-        "instead": "The model it belongs to is beside it.",
+        "instead": f"Pass {path / ADAPTER_WEIGHTS} with --lora beside its model.",
     }
 
 
@@ -165,8 +165,8 @@ def _lora_file(path: Path) -> Facts | None:
         "instead": "Pass it with --lora FILE[:STRENGTH] beside a model that it fits.",
     }
     if not fitting:
-        place = f"{len(plan.unfit)} of {len(files.tensors)} keys without a place in {nearest}, the nearest"
-        facts |= {"refused": f"{place}: {listed(list(plan.unfit))}"}
+        count = f"{len(plan.unfit)} of {len(files.tensors)} keys"
+        facts |= {"refused": f"{count}: {listed(list(plan.unfit))} without a place in {nearest}, the nearest"}
     return facts
 
 
@@ -185,9 +185,10 @@ def _transformer(path: Path) -> Facts:
     if has_components(path):
         names = [name for name in components_of(config) if name != "image_processor"]
         facts |= {"shift": read_shift(path)} | {name: _place(path, name) for name in names}
-    problems = check_folder(path) if path.is_dir() or not path.exists() else []
+    problems = check_folder(path)
     presets = [preset.name for preset in presets_of(str(path))]
-    facts |= {"missing": _missing(path, config), "problems": problems, "sampler_presets": presets}
+    facts |= {"usable": not problems, "missing": _missing(path, config), "problems": problems}
+    facts |= {"sampler_presets": presets}
     return facts | {"notes": _notes(transformer)}
 
 

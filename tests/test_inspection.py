@@ -15,6 +15,7 @@ from anyflow_cli.errors import UsageError
 from anyflow_cli.inspection import inspect_address
 from anyflow_cli.model import pipeline_io
 from anyflow_cli.model.layouts.named_weights import NamedWeights
+from anyflow_cli.model.lora import LoraSize
 from anyflow_cli.model.network import two_time_from
 from anyflow_cli.model.pipeline_io import load_network, save_pipeline
 from tests.model.layouts import written
@@ -118,6 +119,24 @@ def test_what_cannot_be_used_says_why(tmp_path: Path) -> None:
         inspected(tmp_path / "nothing")
 
 
+def test_a_file_that_lacks_a_tensor_is_not_usable(tmp_path: Path) -> None:
+    weights = written.as_original(written.reference().state_dict())
+    del weights["blocks.1.ffn.0.weight"]
+    save_file(weights, tmp_path / "wan.safetensors")
+    facts = inspected(tmp_path / "wan.safetensors")
+    assert not facts["usable"]
+    assert "do not fit each other: blocks.1.ffn.net.0.proj.weight is missing" in facts["problems"][0]
+
+
+def test_an_adapter_of_peft_may_state_no_base(tmp_path: Path) -> None:
+    weights = {f"blocks.0.attn1.to_q.lora_{one}.weight": torch.ones(4, 4) for one in "AB"}
+    pipeline_io.save_adapter(tmp_path / "adapter", weights, LoraSize(4, 8), "base")
+    file = tmp_path / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": None}))
+    facts = inspect_address(str(tmp_path / "adapter"))
+    assert (facts["kind"], facts["rank"], facts["base"]) == ("LoRA adapter of PEFT", 4, None)
+
+
 def test_parts_of_a_pipeline(tmp_path: Path) -> None:
     tensors = {
         "encoder.conv1.weight": torch.zeros(96, 3, 3, 3, 3),
@@ -179,7 +198,7 @@ def test_a_lora_file_that_fits_nothing_says_which_keys_are_refused(tmp_path: Pat
     path = lora_file(tmp_path / "a.safetensors", "diffusion_model.", network, None, layers=9)
     facts = inspect_address(str(path))
     assert facts["fits"] == []
-    assert "keys without a place in tiny" in facts["refused"]
+    assert facts["refused"].endswith(" and 3 more are without a place in tiny, the nearest")
     assert "blocks.6.self_attn.q" in facts["refused"]
 
 

@@ -653,6 +653,6 @@ def with_lora_files(model: str | None, files: list[str] | None) -> str | None:
     if len(found) != len(files):
         raise UsageError(
             f"--lora takes FILE or FILE:STRENGTH, not {', '.join(files)}.",
-            "Files end with .safetensors or .pt.",
+            "Files end with .safetensors or .pt; of a PEFT folder, name its adapter_model.safetensors.",
         )
     return address

@@ -18,6 +18,7 @@ from pydantic import BaseModel, Field
 from pydantic_core import to_json
 
 from anyflow_cli.errors import UsageError
+from anyflow_cli.model.layouts.families import refuse_type
 from anyflow_cli.model.weights_io import FETCH
 from anyflow_cli.utils.records import parse_record, read_bytes
 
@@ -281,6 +282,7 @@ def _causal(config: TransformerConfig) -> CausalConfig:
 
 
 def _refuse_unsupported(config: TransformerConfig) -> None:
+    refuse_type(config.class_name, "The transformer")
     if config.class_name not in (*CLASSES, ANYFLOW_IMAGE):
         raise UsageError(
             f"The transformer is a {config.class_name!a}, which anyflow cannot run.",

@@ -104,6 +104,24 @@ class VaeConfig(BaseModel):
         return self
 
 
+def check_channels(network: int, vae: int) -> None:
+    """Refuse a network that makes latents of other channels than the VAE's."""
+    if network != vae:
+        raise UsageError(
+            f"The model makes latents of {network} channels; the VAE has {vae}.",
+            "Use the pipeline folder that this model was trained with; of a file, model.components names it.",
+        )
+
+
+def check_scale(vae: int, recipe: int) -> None:
+    """Refuse a recipe that states another factor (pixels per latent) than the VAE's."""
+    if vae != recipe:
+        raise UsageError(
+            f"The VAE has {vae} pixels per latent, and the recipe's model.vae_scale is {recipe}.",
+            f"Set model.vae_scale to {vae}, or name the model's own recipe.",
+        )
+
+
 class TextEncoder:
     """UMT5 encoder and its tokenizer.
 
@@ -299,15 +317,6 @@ class VideoVAE:
             if not (self._stays or self._works):
                 self._model.to("cpu")
                 free_cached(self._device)
-
-    def check_scale(self, scale: int) -> None:
-        """Refuse a recipe that states another factor than the VAE's."""
-        if scale != self.spatial_factor:
-            raise UsageError(
-                f"The VAE has {self.spatial_factor} pixels per latent, and the recipe's model.vae_scale is "
-                f"{scale}.",
-                f"Set model.vae_scale to {self.spatial_factor}, or name the model's own recipe.",
-            )
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """Shape (F, C, h, w) of the latents of a video; refuses sizes that the factors do not divide."""

@@ -77,7 +77,7 @@ def _check_transformer(path: Path) -> Iterator[str]:
     expected = shapes_of(on_meta(replace(opened.config, boundary=None)).state_dict())
     for transformer in opened.transformers:
         for problem in differences(expected, transformer.tensors.shapes):
-            yield f"The weights of {transformer.path} do not fit config.json: {problem}"
+            yield f"The weights of {transformer.path} do not fit {transformer.reference}: {problem}"
 
 
 def _check_scheduler(path: Path) -> Iterator[str]:

@@ -261,9 +261,10 @@ def plan_lora(files: TensorFiles, parameters: Mapping[str, tuple[int, ...]]) -> 
     return LoraPlan(prefix, pairs, additions, replacements, tuple(sorted(files.tensors.keys() - used)))
 
 
-def check_lora(path: Path, config: NetworkConfig) -> None:
+def check_lora(lora: LoraRequest, config: NetworkConfig) -> None:
     """Refuse a LoRA file of which a part does not fit a network, by headers alone."""
-    _require_whole(path, plan_lora(TensorFiles.open((path,)), shapes_of_network(config)))
+    _experts_of(lora.path, config, lora.expert)
+    _require_whole(lora.path, plan_lora(TensorFiles.open((lora.path,)), shapes_of_network(config)))
 
 
 def shapes_of_network(config: NetworkConfig) -> dict[str, tuple[int, ...]]:
@@ -288,6 +289,9 @@ def read_lora(path: Path, base: WeightSource, expert: ExpertName | None = None) 
         UsageError: The network has no place for some of its keys, or other shapes.
     """
     files, experts = TensorFiles.open((path,)), _experts_of(path, base.config, expert)
+    if base.config.boundary is not None:
+        names = "- and the ".join(one.removesuffix(".") for one in experts)
+        log.info("%s is merged into the %s-noise expert.", path.name, names)
     weights = base.lazy_weights().items()
     shapes = {n.removeprefix(experts[0]): tuple(w.shape) for n, w in weights if n.startswith(experts[0])}
     plan = plan_lora(files, shapes)
@@ -319,7 +323,6 @@ def _experts_of(path: Path, config: NetworkConfig, expert: ExpertName | None) ->
         return ("",)
     named = expert or expert_of_name(path)
     experts = EXPERTS if named is None else (named,)
-    log.info("%s is merged into the %s-noise expert.", path.name, "- and the ".join(experts))
     return tuple(f"{name}." for name in experts)
 
 

@@ -53,7 +53,8 @@ class PictureConditioner:
         if self.rule == "none":
             raise UsageError(
                 "The model makes videos from text alone.",
-                "Use an image-to-video model, Wan 2.2 TI2V-5B, or a causal model.",
+                "Use an image-to-video or causal model; for Wan 2.2 TI2V-5B set model.pictures to "
+                "optional-first.",
             )
         if last is not None and self.rule == "optional-first":
             raise UsageError("The model takes a first frame, not a last one.", "Omit --last-image.")

@@ -106,7 +106,7 @@ class AdapterConfig(BaseModel):
 
     r: Annotated[int, Field(ge=1, le=1 << 16)]
     lora_alpha: _Positive
-    base_model_name_or_path: str
+    base_model_name_or_path: str | None = None  # PEFT knows it of some models only
 
 
 def resolve_pipeline(address: str) -> Path:
@@ -482,7 +482,7 @@ def _write_adapter(folder: Path, weights: Mapping[str, Tensor], size: LoraSize, 
 
 
 class Adapter(NamedTuple):
-    """A LoRA adapter: weights named as in ``Backbone.state_dict_of``, its size, and its base's address."""
+    """A LoRA adapter: weights named as in ``Backbone.state_dict_of``, its size, and its base or ""."""
 
     weights: dict[str, Tensor]
     size: LoraSize
@@ -504,4 +504,4 @@ def load_adapter(folder: Path) -> Adapter:
     weights = {name.removeprefix(ADAPTER_PREFIX): weight for name, weight in read_tensors(file).items()}
     for problem in adapter_problems(shapes_of(weights), config.r):
         raise UsageError(f"{file} is not an adapter of rank {config.r}: {problem}.", FETCH)
-    return Adapter(weights, LoraSize(config.r, config.lora_alpha), config.base_model_name_or_path)
+    return Adapter(weights, LoraSize(config.r, config.lora_alpha), config.base_model_name_or_path or "")

@@ -30,6 +30,7 @@ from anyflow_cli.model.lora_formats import LoraMerged, LoraRequest, add_loras, s
 from anyflow_cli.model.network import FlowMapTransformer
 from anyflow_cli.model.pipeline_io import (
     ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
     INDEX,
     PipelineIndex,
     component,
@@ -123,7 +124,10 @@ def model_problems(address: str) -> list[str]:
         describe_checkpoint(path)
         return []
     if (path / ADAPTER_CONFIG).is_file():
-        return [f"{path} is a LoRA adapter, not a model; the model it belongs to is beside it"]
+        raise UsageError(
+            f"{path} is a LoRA adapter, not a model.",
+            f"Name the model beside it, or a base with --lora {path / ADAPTER_WEIGHTS}.",
+        )
     return check_folder(path)
 
 

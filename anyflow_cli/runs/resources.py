@@ -20,9 +20,11 @@ from anyflow_cli.data.video import require_ffmpeg
 from anyflow_cli.errors import AnyflowError, UsageError
 from anyflow_cli.model.attention import backend_problem
 from anyflow_cli.model.config import NetworkConfig
+from anyflow_cli.model.encoders import VaeConfig, check_channels, check_scale
 from anyflow_cli.model.known_models import KNOWN_MODELS
+from anyflow_cli.model.layouts.components import component_config
 from anyflow_cli.model.lora_formats import check_lora, split_loras
-from anyflow_cli.model.pipeline_io import BUILT_IN, has_components, read_config
+from anyflow_cli.model.pipeline_io import BUILT_IN, component, has_components, read_config, resolve_pipeline
 from anyflow_cli.recipe.schema import ExpertGuidance, Recipe
 from anyflow_cli.runs.checkpoint import is_checkpoint
 from anyflow_cli.runs.latents import check_sizes
@@ -274,10 +276,11 @@ def model_resource(name: str, address: str, recipe: Recipe) -> Resource:
         if problems:
             more = f" (and {len(problems) - 1} more problems)" if len(problems) > 1 else ""
             problem = f"{problems[0].rstrip('.')}{more}."
+            read_config(locate(model))  # another architecture is refused with what to use instead
             return Resource(name, address, "unusable", "fetch or save the model again", problem)
         path = locate(str(snapshot or model))
         for lora in loras if not is_checkpoint(path) else ():
-            check_lora(lora.path, read_config(path))
+            check_lora(lora, read_config(path))
     except AnyflowError as error:
         return _unusable(name, address, error)
     except OSError as error:
@@ -292,9 +295,18 @@ def model_resource(name: str, address: str, recipe: Recipe) -> Resource:
 def _whole(found: Resource, path: Path, recipe: Recipe) -> Resource:
     """A model whose VAE, text encoder and tokenizer are used too, or saved with what is trained from it."""
     other = recipe.model.components or recipe.model.teacher
-    if is_checkpoint(path) or has_components(path):
+    if is_checkpoint(path):
         return found
-    if other in BUILT_IN or is_hub_name(other) or has_components(Path(other).expanduser()):
+    own = has_components(path)
+    is_here = own or other in BUILT_IN or has_components(Path(other).expanduser())
+    if is_here:
+        try:
+            _check_vae(path, path if own else resolve_pipeline(other), recipe.model.vae_scale)
+        except AnyflowError as error:
+            return _unusable(found.name, found.place, error)
+    if own:
+        return found
+    if is_here or is_hub_name(other):
         return found._replace(how_to_get_it=f"VAE, text encoder and tokenizer: those of {other}")
     how = (
         "set model.components to a pipeline folder or Hub name, or put Wan's own files beside it, or run "
@@ -304,6 +316,14 @@ def _whole(found: Resource, path: Path, recipe: Recipe) -> Resource:
     if other == found.place:
         problem = f"{path} has a transformer but no VAE, text encoder and tokenizer."
     return Resource(found.name, found.place, "unusable", how, problem)
+
+
+def _check_vae(network: Path, pipeline: Path, scale: int) -> None:
+    """Refuse the VAE of a pipeline whose configuration does not fit a network or the recipe's scale."""
+    vae, defaults = component_config(component(pipeline, "vae")), VaeConfig.model_fields
+    channels, factor = (vae.get(n, defaults[n].default) for n in ("z_dim", "scale_factor_spatial"))
+    check_channels(read_config(network).out_channels, channels)
+    check_scale(factor, scale)
 
 
 def _on_hub(name: str, address: str) -> Resource:

@@ -36,7 +36,7 @@ from anyflow_cli.flow.times import grid
 from anyflow_cli.flow.velocity import Velocity, guided
 from anyflow_cli.model.causal import causal_of, partition_for, remembered_for
 from anyflow_cli.model.chunk_sampling import sample_chunks, sample_rollouts
-from anyflow_cli.model.encoders import PictureEncoder, TextEncoder, VideoVAE
+from anyflow_cli.model.encoders import PictureEncoder, TextEncoder, VideoVAE, check_channels, check_scale
 from anyflow_cli.model.experts import bind as bind_network
 from anyflow_cli.model.experts import guidance_of, networks_of
 from anyflow_cli.model.network import FlowMapTransformer
@@ -183,7 +183,7 @@ class VideoSampler:
         encoder = TextEncoder.load(opened.pipeline, text_dtype, target, memory.text_encoder)
         vae = VideoVAE.load(opened.pipeline, target, memory.vae)
         check_fit(opened.network, encoder, vae)
-        vae.check_scale(recipe.model.vae_scale)
+        check_scale(vae.spatial_factor, recipe.model.vae_scale)
         check_pictures(opened.network.config, recipe.model, address)
         takes_clip = opened.network.config.image_dim is not None
         stays = not memory.frees_text_encoder
@@ -522,12 +522,9 @@ def one_ahead(items: Iterator[Computed]) -> Iterator[Computed]:
 def check_fit(network: FlowMapTransformer, encoder: TextEncoder, vae: VideoVAE) -> None:
     """Refuse a network trained on other latents or with another text encoder."""
     config = network.config
-    hint = "Use the pipeline folder that this model was trained with."
-    if config.out_channels != vae.channels:
-        raise UsageError(
-            f"The model makes latents of {config.out_channels} channels; the VAE has {vae.channels}.", hint
-        )
+    check_channels(config.out_channels, vae.channels)
     if config.text_dim != encoder.dim:
         raise UsageError(
-            f"The model takes text of width {config.text_dim}; the encoder has width {encoder.dim}.", hint
+            f"The model takes text of width {config.text_dim}; the encoder has width {encoder.dim}.",
+            "Use the pipeline folder that this model was trained with.",
         )

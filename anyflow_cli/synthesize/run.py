@@ -51,7 +51,7 @@ from anyflow_cli.data.video import (
 )
 from anyflow_cli.errors import AnyflowError, UsageError
 from anyflow_cli.flow.condition import Condition
-from anyflow_cli.model.encoders import PictureEncoder, TextEncoder, VideoVAE
+from anyflow_cli.model.encoders import PictureEncoder, TextEncoder, VideoVAE, check_scale
 from anyflow_cli.model.parallelize import apply_attention, apply_context
 from anyflow_cli.model.pictures import PictureConditioner, check_pictures
 from anyflow_cli.model.pipeline_io import load_network, read_config, resolve_pipeline
@@ -386,7 +386,7 @@ class Encoders:
         self._truncated, self._first_truncated = 0, ""
         self._text = TextEncoder.load(folder, dtype, device, job.recipe.memory.text_encoder)
         self.vae = VideoVAE.load(folder, device, job.recipe.memory.vae)
-        self.vae.check_scale(model.vae_scale)
+        check_scale(self.vae.spatial_factor, model.vae_scale)
         self.latent_shape = self.vae.latent_shape(model.frames, model.height, model.width)
         self.negative = self.text([model.negative_prompt])[0].to(job.stored)
         network = read_config(resolve_pipeline(job.teacher)) if model.needs_pictures else None

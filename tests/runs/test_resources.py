@@ -6,6 +6,8 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from anyflow_cli.errors import UsageError
 from anyflow_cli.recipe.load import load_recipe
@@ -19,8 +21,9 @@ from anyflow_cli.recipe.schema import (
 )
 from anyflow_cli.runs.paths import RunPaths
 from anyflow_cli.runs.resources import Given, find_model, inputs, is_ready, require_inputs
-from tests.tiny_pipeline import make_wan_folder
+from tests.tiny_pipeline import make_ti2v_folder, make_wan_folder
 
+SAME_FAMILY = "use the text-to-video model of the same family"
 MANIFEST = """{
   "version": 1, "shards": [], "latent_shape": [2, 16, 4, 4], "count": 0, "samples": 0
 }"""
@@ -208,6 +211,54 @@ def test_an_adapter_is_not_a_model(paths: RunPaths, tmp_path: Path) -> None:
     model = inputs(Recipe(name="t"), paths, "sample", Given(str(tmp_path / "adapter")))[0]
     assert model.state == "unusable"
     assert "is a LoRA adapter, not a model" in model.problem
+    assert "name the model beside it" in model.how_to_get_it
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "problem", "instead"),
+    [
+        ("a.gguf", b"GGUF", "is a GGUF file", "use the same model as safetensors"),
+        ("vace.safetensors", ["vace_blocks.0.before_proj.weight"], "is a Wan VACE model", SAME_FAMILY),
+        ("b.safetensors", ["blocks.0.self_attn.q.lora_down.weight"], "pass it with --lora", "name a file of"),
+        ("config.json", b'{"_class_name": "WanVACETransformer3DModel"}', "a Wan VACE model", SAME_FAMILY),
+        ("config.json", b'{"_class_name": "WanAnimateTransformer3DModel"}', "Wan Animate", SAME_FAMILY),
+    ],
+)
+def test_another_model_is_refused_with_what_to_use_instead(
+    paths: RunPaths, tmp_path: Path, name: str, content: bytes | list[str], problem: str, instead: str
+) -> None:
+    place = tmp_path / name
+    if isinstance(content, bytes):
+        place.write_bytes(content)
+        save_file({}, tmp_path / "diffusion_pytorch_model.safetensors")
+    else:
+        save_file({key: torch.zeros(1) for key in content}, place)
+    address = tmp_path if name == "config.json" else place
+    model = inputs(Recipe(name="t"), paths, "sample", Given(str(address)))[0]
+    assert model.state == "unusable"
+    assert problem in model.problem
+    assert instead in model.how_to_get_it
+
+
+def test_a_vae_of_other_latents_is_refused_before_anything_loads(paths: RunPaths, tmp_path: Path) -> None:
+    ti2v = make_ti2v_folder(tmp_path / "ti2v", in_channels=12, out_channels=12)
+    recipe = Recipe(name="t", model=ModelSection(vae_scale=16))
+    model = inputs(recipe, paths, "sample", Given(str(ti2v / "transformer")))[0]
+    assert (model.state, model.problem) == (
+        "unusable",
+        "The model makes latents of 12 channels; the VAE has 8.",
+    )
+    make_ti2v_folder(tmp_path / "whole")
+    other = inputs(Recipe(name="t"), paths, "sample", Given(str(tmp_path / "whole")))[0]
+    assert (other.state, other.how_to_get_it.split(",")[0]) == ("unusable", "set model.vae_scale to 16")
+    assert states(recipe, paths, "sample", Given(str(tmp_path / "whole")))["any-step model"] == "ready"
+
+
+def test_a_lora_for_one_of_two_experts_is_refused_for_one_network(paths: RunPaths, tmp_path: Path) -> None:
+    save_file({"diffusion_model.blocks.0.self_attn.q.diff_b": torch.zeros(256)}, tmp_path / "a.safetensors")
+    address = f"tiny+high={tmp_path / 'a.safetensors'}"
+    model = inputs(Recipe(name="t"), paths, "sample", Given(address))[0]
+    assert "is given for the high-noise expert, and the model is one network" in model.problem
 
 
 @pytest.mark.parametrize("command", ["synthesize", "finetune", "sample", "evaluate"])

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from anyflow_cli.errors import UsageError
-from anyflow_cli.model.config import NetworkConfig
+
+if TYPE_CHECKING:
+    from anyflow_cli.model.config import NetworkConfig
 
 SAME_TEXT_MODEL = "Use the text-to-video model of the same family."
 PLAIN_WAN = "Use a plain Wan 2.1 or 2.2 text-to-video model."
@@ -57,9 +59,10 @@ FOREIGN = (
     Foreign(r"(^|\.)videodit_blocks\.layers\.", "a MAGI-1 model", PLAIN_WAN),
 )
 
-# model_type in the config.json of an original folder
+# model_type in the config.json of an original folder, and classes of diffusers
 FOREIGN_TYPES = {
     "vace": "a Wan VACE model", "animate": "a Wan Animate model", "s2v": "a Wan S2V (speech-to-video) model",
+    "WanVACETransformer3DModel": "a Wan VACE model", "WanAnimateTransformer3DModel": "a Wan Animate model",
 }  # fmt: skip
 
 
@@ -79,7 +82,7 @@ def refuse_foreign(names: Iterable[str], place: object) -> None:
 
 
 def refuse_type(model_type: object, place: object) -> None:
-    """Raise a UsageError that names the model if an original ``config.json`` is not a plain Wan's."""
+    """Raise a UsageError that names the model if the type or class of a ``config.json`` is no plain Wan's."""
     name = FOREIGN_TYPES.get(str(model_type))
     if name is not None:
         raise UsageError(f"{place} is {name}, which anyflow does not run.", SAME_TEXT_MODEL)

@@ -114,6 +114,11 @@ class TransformerFiles:
         return replace(config, image_dim=image_dim, image_tokens=tokens)
 
     @property
+    def reference(self) -> str:
+        """What states the shapes that its tensors must have, in words."""
+        return "config.json" if self.stated else "each other"
+
+    @property
     def transformers(self) -> tuple[TransformerFiles, ...]:
         """This one; a model of two experts has two."""
         return (self,)
@@ -127,9 +132,7 @@ class TransformerFiles:
         """Weights by name, bf16 where they are quantized; see ``WeightSource``."""
         network, source = on_meta(self.config), self.tensors
         expected = {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
-        check_names_and_shapes(
-            expected, source.shapes, self.path, "config.json" if self.stated else "each other"
-        )
+        check_names_and_shapes(expected, source.shapes, self.path, self.reference)
         return source.lazy()
 
 
