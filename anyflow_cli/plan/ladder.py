@@ -35,7 +35,7 @@ RUNG_WORDS = {
         "tiled": "the VAE is on the device while it works, in blended tiles",
     },
     "network": {
-        "alternating": "the network leaves the device while the VAE works",
+        "alternating": "the network leaves the device while the VAE works (of two experts, the idle one)",
         "streamed": "the network is streamed block by block, the next one copied ahead",
         "blocks": "the network is streamed block by block, without copying ahead",
     },

@@ -706,7 +706,8 @@ class MemorySection(Section):
     )
     text_encoder: Literal["auto", "kept", "freed", "streamed"] = Field(
         "auto",
-        description="freed: loaded to encode the prompts, then freed; streamed: layer by layer, then freed.",
+        description="freed: loaded to encode the prompts, then freed; streamed: layer by layer, then freed. "
+        "An image encoder is then on the device only while it works.",
     )
     vae: Literal["auto", "kept", "on-demand", "tiled"] = Field(
         "auto",
@@ -715,8 +716,9 @@ class MemorySection(Section):
     )
     network: Literal["auto", "kept", "alternating", "streamed", "blocks"] = Field(
         "auto",
-        description="alternating: off the device while the VAE works; streamed: block by block from the "
-        "host's memory, the next one copied ahead; blocks: without copying ahead.",
+        description="alternating: off the device while the VAE works, or of two experts the idle one; "
+        "streamed: block by block from the host's memory, the next one copied ahead; blocks: without copying "
+        "ahead.",
     )
     weights: Literal["auto", "full", "fp8", "int8"] = Field(
         "auto",
@@ -761,8 +763,8 @@ class LaunchSection(Section):
     )
     context_parallel: Annotated[int, Field(ge=1, le=1024)] | None = Field(
         None,
-        description="Processes that share the tokens of one video; null: 1, or in `sample` as many as it "
-        "takes to keep all processes busy.",
+        description="Processes that share the tokens of one video and its decoding; null: 1, or in `sample` "
+        "as many as it takes to keep all processes busy.",
     )
     offload: bool = Field(
         False,
