@@ -6,10 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from anyflow_cli.cli.app import main
+from anyflow_cli.model.causal import causal_from
+from anyflow_cli.model.config import CausalConfig
+from anyflow_cli.model.pipeline_io import load_network, resolve_pipeline, save_pipeline
 from anyflow_cli.recipe.load import load_recipe
 from anyflow_cli.sample.sampler import VideoSampler
 from anyflow_cli.sample.shares import VideoShare
@@ -51,6 +55,12 @@ def sample_together(directory: Path) -> None:
     assert distance(one, other) < 1e-5
     pixels = [sampler.vae.decode(one) for sampler in (shared, alone)]
     assert distance(*pixels) < 1e-5
+    short = load_recipe("tiny", ["model.precision=fp32", "model.frames=9"])
+    streams = [
+        np.concatenate(list(sampler.stream(PROMPTS[0], 3, 2))).astype(int)
+        for sampler in (VideoSampler.load(str(directory / "causal"), short, context=n) for n in (2, 1))
+    ]
+    assert np.abs(streams[0] - streams[1]).max() <= 1
     runs = ["--runs", str(directory)]
     for prompts, more in ((PROMPTS[:1], []), (PROMPTS, []), (PROMPTS, ["launch.context_parallel=2"])):
         named = [part for prompt in prompts for part in ("--prompt", prompt)]
@@ -65,6 +75,8 @@ def sample_together(directory: Path) -> None:
 
 
 def test_two_processes_write_the_files_of_one(tmp_path: Path) -> None:
+    folder, chunks = resolve_pipeline("tiny-anyflow"), CausalConfig(full_chunks=2, partition=(1, 2))
+    save_pipeline(tmp_path / "causal", causal_from(load_network(folder), chunks), folder, {})
     assert start(2, sample_together, tmp_path) == [0, 0]
     folders = sorted((tmp_path / "tiny" / "samples").iterdir())
     assert [folder.name for folder in folders] == ["0001", "0002", "0003"]
