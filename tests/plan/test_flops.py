@@ -82,7 +82,9 @@ def counted_by_torch(wanted: Setup, draws: StepRng) -> int:
         ("flow-matching", {"checkpointing": True}),
         ("on-policy", {"checkpointing": True}),
         ("on-policy", {"recompute_rollout": True}),
+        ("on-policy", {"matching": "fake-free"}),
         ("flow-map", {"causal": CAUSAL}),
+        ("on-policy", {"causal": CAUSAL, "replay_rollout": True}),
         ("on-policy", {"causal": CAUSAL, "checkpointing": True, "recompute_rollout": True}),
     ],
 )

@@ -43,6 +43,8 @@ CASES += [
     ("on-policy", {"causal": CAUSAL, "lora": False, "global_batch": 2, "recompute_rollout": True}),
     ("on-policy", {"causal": CAUSAL, "checkpointing": True, "global_batch": 2, "recompute_rollout": True}),
     ("on-policy", {"lora": False, "joint": False, "global_batch": 4, "recompute_rollout": True}),
+    ("on-policy", {"matching": "fake-free", "global_batch": 4}),
+    ("on-policy", {"causal": CAUSAL, "lora": False, "global_batch": 2, "replay_rollout": True}),
 ]
 
 
