@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 import torch
 from reproduction.long_videos import along
 from reproduction.pictures import Curve, draw_curves
@@ -84,7 +85,7 @@ def weights(records: Records, directory: Path) -> str:
 
 
 def conditioning(records: Records, directory: Path) -> str:
-    """Fig. 11: norm of the time embedding in stage 1, and saturation of the samples in stage 2."""
+    """Fig. 11: norm of the time embedding in stage 1, power of the samples in stage 2; bands: all seeds."""
     panels: dict[str, dict[str, Curve]] = {}
     wanted: dict[str, tuple[tuple[str, str], Callable[[Mapping[str, float]], float | None]]] = {
         "norm of the time embedding": (("flow-map", "zero-init"), lambda row: row.get("embedding_norm")),
@@ -95,13 +96,18 @@ def conditioning(records: Records, directory: Path) -> str:
     }
     for title, (names, value) in wanted.items():
         for name in names:
-            for record in records.get((name, "bidirectional"), []):
-                found = [known for row in record["metrics"] if (known := value(row)) is not None]
-                if found:
-                    scale = found[0] if "norm" in title else 1.0
-                    label = f"{ROWS[name].title}, seed {record['seed']}"
-                    curve = Curve([i / len(found) for i in range(len(found))], [v / scale for v in found])
-                    panels.setdefault(title, {})[label] = curve
+            runs = [
+                [known for row in record["metrics"] if (known := value(row)) is not None]
+                for record in records.get((name, "bidirectional"), [])
+            ]
+            if not any(runs):
+                continue
+            length = min(len(run) for run in runs)
+            seeds = np.array([run[:length] for run in runs])
+            seeds = seeds / seeds[:, :1] if "norm" in title else seeds
+            shares = [i / length for i in range(length)]
+            curve = Curve(shares, seeds.mean(0), seeds.min(0), seeds.max(0))
+            panels.setdefault(title, {})[ROWS[name].title] = curve
     return _shown(panels, directory, "figure-11", "conditioning on r", "share of training", "relative")
 
 

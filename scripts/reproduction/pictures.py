@@ -58,6 +58,6 @@ def draw_curves(
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
         axes.grid(color=LIGHT_FIGURE.faint, lw=0.6)
-        axes.legend(frameon=False, fontsize=7)
+        axes.legend(frameon=False, fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.16))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
