@@ -97,6 +97,7 @@ class RoleOptimizer(nn.Module):
             betas=self.settings.betas,
             weight_decay=self.settings.weight_decay,
         )
+        self._set_rate(self.settings.lr)
         # in a tuple, since a module cannot contain itself
         self._replicated = (self if sharded else accelerator.prepare_model(self),)
 
@@ -118,10 +119,16 @@ class RoleOptimizer(nn.Module):
     def update(self, step: int, norm: float) -> None:
         """Take step ``step`` (from 1) if the gradient's norm is finite, and clear the gradient."""
         if math.isfinite(norm):
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.settings.lr * min(1.0, step / max(self.settings.warmup_steps, 1))
+            rate = self.settings.lr * min(1.0, step / max(self.settings.warmup_steps, 1))
+            # torchao's step takes a tensor; a checkpoint keeps numbers
+            self._set_rate(rate if self.settings.states == "fp32" else torch.tensor(rate))
             self.optimizer.step()
+            self._set_rate(rate)
         self.optimizer.zero_grad(set_to_none=True)
+
+    def _set_rate(self, rate: float | Tensor) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
 
     def load_optimizer(self, state: Mapping[str, Any]) -> None:
         """Restore a saved optimizer state, whether it was saved sharded or not.

@@ -7,11 +7,16 @@ import signal
 import subprocess
 import sys
 import textwrap
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from anyflow_cli.runs import checkpoint
+from tests.train import small
 from tests.train.small import Kind, same_run, trainer
 
 KINDS: tuple[Kind, ...] = ("flow-map", "on-policy", "causal-flow-map", "causal-on-policy")
@@ -85,6 +90,22 @@ def test_killed_repeatedly_with_adapters(tmp_path: Path) -> None:
             trainer(tmp_path / "a", "on-policy", lora=True, hooks={"on_step": die_at(step)}).run()
     trainer(tmp_path / "a", "on-policy", lora=True).run()
     same_run(tmp_path / "a", tmp_path / "b")
+
+
+def test_moments_in_8_bits_go_on_to_the_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torchao")
+    monkeypatch.setattr(small, "OPTIMISER", small.OPTIMISER.model_copy(update={"states": "8bit"}))
+    monkeypatch.setattr(small, "CONFIG", replace(small.CONFIG, ffn_dim=256))  # 4096 weights at least
+    for name, hooks in (("whole", {}), ("killed", {"on_step": die_at(3)}), ("killed", {})):
+        ends = pytest.raises(Killed) if hooks else nullcontext()
+        with torch.compiler.set_stance("force_eager"), ends:  # torchao compiles its step
+            trainer(tmp_path / name, hooks=hooks).run()
+    newest = checkpoint.newest(tmp_path / "whole" / "checkpoints")
+    assert newest is not None
+    (states,) = checkpoint.load(newest).optimizers.values()
+    moments = [one["exp_avg"] for one in states["state"].values()]
+    assert {type(one).__name__ for one in moments} == {"Tensor", "OptimState8bit"}
+    same_run(tmp_path / "killed", tmp_path / "whole")
 
 
 def test_sigkill(tmp_path: Path, undisturbed: Path) -> None:
