@@ -92,7 +92,12 @@ def test_a_package_that_is_missing_is_named(
         optimizer_class("8bit")
 
 
-def test_a_base_in_int8_trains_its_adapters_nearly_alike() -> None:
-    pytest.importorskip("torchao")
-    found = trained_gradients(lambda network: store_base(network, "int8"))
-    assert 0 < distance_of(found, trained_gradients()) < 0.05
+@pytest.mark.parametrize(
+    ("weights", "package", "bound"), [("int8", "torchao", 0.05), ("nf4", "bitsandbytes", 0.2)]
+)
+def test_a_base_in_fewer_bits_trains_its_adapters_nearly_alike(
+    weights: Any, package: str, bound: float
+) -> None:
+    pytest.importorskip(package)
+    found = trained_gradients(lambda network: store_base(network, weights))
+    assert 0 < distance_of(found, trained_gradients()) < bound
