@@ -24,6 +24,7 @@ from anyflow_cli.model.encoders import VideoVAE
 from anyflow_cli.recipe.schema import ExpertGuidance, ModelSection
 from anyflow_cli.sample.sampler import Method, VideoSampler
 from anyflow_cli.utils.contact_sheet import SheetRow, contact_sheet
+from anyflow_cli.utils.distributed import computed_by_first
 from anyflow_cli.utils.files import atomic_write
 
 
@@ -57,7 +58,9 @@ def make_preview(
         model: Shift and precision.
         writes: Whether this process writes. All processes call a network that is sharded or shares videos.
     """
-    batch = data.batch(data.buckets[0].positions[: settings.captions])
+    read = partial(data.batch, data.buckets[0].positions[: settings.captions])
+    context = backbone.network_of("student").context
+    batch = read() if context is None else computed_by_first(read, context.everyone)
     condition, seeds = batch.condition, range(len(batch.captions))
 
     @torch.no_grad()

@@ -21,7 +21,7 @@ from anyflow_cli.model.conditioned import Conditioned
 from anyflow_cli.model.config import CausalConfig
 from anyflow_cli.model.network import FlowMapTransformer, is_quantizable
 from anyflow_cli.model.pipeline_io import load_network, resolve_pipeline, save_pipeline
-from anyflow_cli.model.placement import FP8, PlacedNetwork, storage_of
+from anyflow_cli.model.placement import FP8, PlacedNetwork, storage_of, stream_weights
 from anyflow_cli.plan.networks import fake_tensors
 from anyflow_cli.recipe.load import load_recipe
 from anyflow_cli.recipe.schema import MemorySection
@@ -130,6 +130,25 @@ def test_a_file_in_fp8_is_opened_as_what_fp8_weights_are(tmp_path: Path) -> None
     sizes = [sum(f.stat().st_size for f in (one / "transformer").glob("*.safetensors"))
              for one in (tmp_path / "fp8", folder)]  # fmt: skip
     assert sizes[0] < 0.75 * sizes[1]
+
+
+def test_weights_that_are_copied_ahead_are_pinned_before_they_are_grouped(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Otherwise an unpinned copy of all of them stays until the first forward."""
+    seen: list[object] = []
+
+    def pin(tensor: Tensor) -> Tensor:
+        seen.append(tensor.numel())
+        return tensor
+
+    monkeypatch.setattr(Tensor, "pin_memory", pin)
+    monkeypatch.setattr(
+        "diffusers.hooks.apply_group_offloading", lambda module, **options: seen.append(options["use_stream"])
+    )
+    for device, prefetch in (("cuda", True), ("cuda", False), ("cpu", True)):
+        stream_weights(nn.Linear(3, 5), torch.device(device), prefetch=prefetch, whole_blocks=False)
+    assert seen == [15, 5, True, False, False]
 
 
 class OnSecondDevice:

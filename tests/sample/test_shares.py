@@ -109,5 +109,9 @@ def test_processes_that_form_no_groups_are_refused_by_a_dry_run(
         assert main([*verb, "--dry-run", "--nproc", "3", "--set", "launch.context_parallel=2"]) == 2
         shown = capsys.readouterr().err
         assert "launch.context_parallel is 2, and 3 processes do not form groups of 2" in shown
+    pipeline = str(resolve_pipeline("tiny"))
+    together = ["--nproc", "2", "--set", "launch.context_parallel=2", "--dry-run"]
+    assert main(["evaluate", "--pipeline", pipeline, *together]) == 2
+    assert "samples each video with one process" in capsys.readouterr().err
     assert main(["sample", "--prompt", "a circle", "--dry-run", "--nproc", "4"]) == 0
     assert "4 share the tokens of each video" in capsys.readouterr().out

@@ -12,9 +12,11 @@ import torch
 from anyflow_cli.data.dataset import Batches, LatentData
 from anyflow_cli.data.shards import LatentSample, shard_path, write_manifest, write_negative, write_shard
 from anyflow_cli.errors import UsageError
-from anyflow_cli.recipe.schema import LaunchSection
+from anyflow_cli.model.parallelize import parallelize
+from anyflow_cli.recipe.schema import LaunchSection, ModelSection
+from anyflow_cli.train.preview import PreviewSettings, make_preview
 from tests.train.ranks import start
-from tests.train.small import LATENT, NEGATIVE, rows, trainer
+from tests.train.small import LATENT, NEGATIVE, backbone, rows, trainer
 
 BATCH, COUNT, BAD = 4, 12, (2, 3, 9)
 
@@ -40,6 +42,11 @@ def run_all(directory: Path, data: Path, others: Path) -> None:
     for name, places in (("shared", (data, others)), ("lost", (others, data))):
         said = run(directory / name, places[rank], 3, context=2)
         (directory / f"{name}-{rank}.txt").write_text(said)
+    roles, together = backbone("flow-map"), LaunchSection(context_parallel=2)
+    parallelize(roles.networks(), ModelSection(), together, torch.device("cpu"))
+    latents = LatentData((data, others)[rank], len(NEGATIVE))
+    how = PreviewSettings("flow-map", (1,), captions=2)
+    make_preview(directory, roles, latents, directory, how, ModelSection(precision="fp32"), writes=False)(0)
 
 
 def write_data(directory: Path, bad: Collection[int]) -> Path:
@@ -79,7 +86,7 @@ def test_two_processes_replace_and_count_the_same_samples_as_one(tmp_path: Path,
 
 
 def test_processes_that_share_samples_train_on_what_the_first_one_reads(tmp_path: Path, two: Path) -> None:
-    """The other one's copies of the samples are all corrupt."""
+    """The other one's copies of the samples are all corrupt. Previews are of what the first reads, too."""
     found = run(tmp_path / "alone", two / "data", 3)
     assert [(two / f"shared-{rank}.txt").read_text() for rank in (0, 1)] == [found, found]
     for here, there in zip(rows(tmp_path / "alone"), rows(two / "shared"), strict=True):
