@@ -239,7 +239,9 @@ class PublishedData:
         missing = {file: captions for file, captions in files.items() if not file.exists()}
         if not missing or self._model is None:
             return
-        log.info("The text encoder embeds captions for %s (%d files).", self.storage, len(missing))
+        log.info(
+            "The text encoder embeds the texts that %s does not store (%d files).", self.storage, len(missing)
+        )
         pending: deque[tuple[Path, Iterable[str]]] = deque()
 
         def batches() -> Iterator[list[str]]:

@@ -83,20 +83,21 @@ def validation_error(
     details = error.errors(include_url=False)
     containers = {key[:depth] for key in map(_key, details) for depth in range(len(key))}
     # a part says it better than the section that contains it
-    found: list[Mistake | ErrorDetails] = [detail for detail in details if _key(detail) not in containers]
-    found += others
+    by_key: dict[Key, list[ErrorDetails]] = {}
+    for detail in details:
+        if _key(detail) not in containers:
+            by_key.setdefault(_key(detail), []).append(detail)
 
-    def place_of(item: Mistake | ErrorDetails) -> YamlLocation:
+    def place_of(key: Key) -> YamlLocation:
         """Where a key was written, or else the nearest section around it."""
-        if isinstance(item, Mistake):
-            return item.place
-        key = _key(item)
         return next((places[key[:n]] for n in range(len(key), 0, -1) if key[:n] in places), whole)
 
-    in_order = sorted(found, key=lambda item: (place_of(item).source, place_of(item).line))
+    found: list[tuple[YamlLocation, Key | Mistake]] = [(place_of(key), key) for key in by_key]
+    found += [(mistake.place, mistake) for mistake in others]
+    in_order = sorted(found, key=lambda item: (item[0].source, item[0].line))
     shown = [
-        item if isinstance(item, Mistake) else Mistake(place_of(item), _key(item), _words(item))
-        for item in in_order[:SHOWN_MISTAKES]
+        item if isinstance(item, Mistake) else Mistake(place, item, _words(item, by_key[item]))
+        for place, item in in_order[:SHOWN_MISTAKES]
     ]
     return recipe_error(shown, len(found) - len(shown))
 
@@ -124,7 +125,19 @@ def known_keys(section: type[BaseModel] = Recipe, prefix: Key = ()) -> Iterator[
 
 
 def _key(detail: ErrorDetails) -> Key:
-    return tuple(detail["loc"])
+    """The key of a mistake, without pydantic's names of the alternatives that a field has."""
+    *outer, last = detail["loc"]
+    key: list[str | int] = []
+    section: type[BaseModel] | None = Recipe
+    for part in outer:
+        known = section.model_fields if section is not None else {}
+        if isinstance(part, int) or part in known:
+            key.append(part)
+            section = _section(known[part].annotation) if part in known else section
+    is_name = section is None or last not in section.model_fields
+    if isinstance(last, str) and is_name and key and detail["type"] != "extra_forbidden":
+        return tuple(key)
+    return (*key, last)
 
 
 def _section(annotation: Any) -> type[Section] | None:
@@ -136,20 +149,24 @@ def _section(annotation: Any) -> type[Section] | None:
     return next((kind for kind in classes if issubclass(kind, Section)), None)
 
 
-def _words(detail: ErrorDetails) -> str:
-    kind, key, value = detail["type"], _key(detail), detail["input"]
+def _words(key: Key, details: Sequence[ErrorDetails]) -> str:
+    """What is wrong with the value of a key, of which each alternative of its field says its own."""
+    kind, value = details[0]["type"], details[0]["input"]
     if kind == "extra_forbidden":
         guess = _meant(key)
         return "is not a key of recipes" + (f"; did you mean {guess}?" if guess else "")
     if kind == "missing":
         return "is missing"
     if kind == "value_error":
-        return f"must {detail['ctx']['error']}, got {in_yaml(value)}"
-    expected = EXPECTED.get(kind, detail["msg"]).format(**detail.get("ctx", {}))
+        return f"must {details[0]['ctx']['error']}, got {in_yaml(value)}"
+    expected = [EXPECTED.get(one["type"], one["msg"]).format(**one.get("ctx", {})) for one in details]
     guess = (
-        closest(str(value), detail["ctx"]["expected"].split("'")[1::2]) if kind == "literal_error" else None
+        closest(str(value), details[0]["ctx"]["expected"].split("'")[1::2])
+        if kind == "literal_error"
+        else None
     )
-    return f"must be {expected}, got {in_yaml(value)}" + (f"; did you mean {guess}?" if guess else "")
+    wanted = " or ".join(dict.fromkeys(expected))
+    return f"must be {wanted}, got {in_yaml(value)}" + (f"; did you mean {guess}?" if guess else "")
 
 
 def _meant(key: Key) -> str | None:

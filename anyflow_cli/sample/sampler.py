@@ -47,7 +47,7 @@ from anyflow_cli.model.precision import DTYPES_OF_PRECISION, autocast, resolve_p
 from anyflow_cli.recipe.schema import ExpertGuidance, MemorySection, ModelSection, Recipe
 from anyflow_cli.runs.open import open_model
 from anyflow_cli.runs.resources import TEACHER_METHODS
-from anyflow_cli.sample.presets import SamplerPreset
+from anyflow_cli.sample.presets import SamplerPreset, presets_of
 from anyflow_cli.sample.unipc import sample_unipc
 from anyflow_cli.utils.distributed import default_device
 
@@ -190,6 +190,10 @@ class VideoSampler:
         clip = PictureEncoder.load(opened.pipeline, text_dtype, target, stays=stays) if takes_clip else None
         is_student = preset is not None and preset.steps is not None
         is_teacher = not two_time and not is_student and method in TEACHER_METHODS
+        own = [one.name for one in presets_of(address) if one.steps is not None]
+        if is_teacher and own:
+            text = "%s is a model of few steps; without --sampler-preset %s it is sampled as a teacher."
+            log.warning(text, address, " or ".join(own))
         network = opened.network.eval()
         placed = PlacedNetwork(network, memory, dtype, target)
         shape = vae.latent_shape(recipe.model.frames, recipe.model.height, recipe.model.width)

@@ -79,6 +79,19 @@ def test_a_published_file_is_sampled_by_one_command(
     assert record["samples"][0]["network_seconds"] > 0
 
 
+def test_a_published_file_without_its_preset_is_sampled_with_a_warning(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = command(models, "sample", "self_forcing_dmd.pt", "self-forcing", "-p", "a red circle")
+    place = arguments.index("--sampler-preset")
+    del arguments[place : place + 2]
+    arguments += ["--nfe", "1", "--set=model.frames=5", "--out", str(tmp_path / "out")]
+    assert main(arguments) == 0
+    assert "without --sampler-preset self-forcing it is sampled as a teacher" in capsys.readouterr().err
+    assert main([*arguments[:-1], str(tmp_path / "renoised"), "--sampler", "consistency"]) == 0
+    assert "--sampler-preset" not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("preset", ["causalwan2.2", "self-forcing"])
 def test_a_causal_preset_continues_a_picture(
     models: Path, tmp_path: Path, preset: str, capsys: pytest.CaptureFixture[str]
@@ -218,6 +231,7 @@ def test_an_any_step_model_is_refused() -> None:
 
 
 PUBLISHED = {
+    "Efficient-Large-Model/LongLive-2.0-5B/model_bf16.pt": "longlive-2",
     "gdhe17/Self-Forcing/checkpoints/self_forcing_sid.pt": "self-forcing",
     "wlsaidhi/SFWan2.1-T2V-1.3B-Diffusers": "self-forcing",
     "CausVid/autoregressive_checkpoint/model.pt": "causvid",
