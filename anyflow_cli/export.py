@@ -102,6 +102,8 @@ def export_model(
             log.info(refusal)
         as_type = DTYPES[dtype] if dtype else None
         return save_pipeline(target, network, pipeline, lineage, shift=info.shift, dtype=as_type)
+    if kind == "comfyui" and network.config.two_time:
+        log.info("ComfyUI's own Wan nodes pass one time; this file needs a node that passes two.")
     write = write_merged if kind == "merged" else write_comfyui
     if network.config.boundary is None:
         write(target, network, lineage, dtype)

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 from anyflow_cli.cli.app import main
 from tests.model.layouts import written
+from tests.model.layouts.test_components import write_both
 from tests.sample.test_skyreels import skyreels
 from tests.tiny_pipeline import (
     CHANNELS,
@@ -88,6 +89,7 @@ FIRST = ("model.vae_scale=16", "model.pictures=optional-first")
 MODELS = {
     "Wan 2.1 T2V, a diffusers folder": Model(make_wan_folder),
     "Wan 2.1 T2V, one file of Wan's names": Model(single_file, settings=("model.components={components}",)),
+    "Wan 2.1 T2V, a folder of Wan's own": Model(lambda target: write_both(target).original),
     "Wan 2.2 TI2V-5B": Model(make_ti2v_folder, settings=FIRST),
     "Wan 2.2 A14B T2V, two experts": Model(make_expert_folder),
     "Wan 2.1 T2V, made causal": Model(make_wan_folder, recipe="tiny-causal"),

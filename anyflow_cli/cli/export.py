@@ -66,6 +66,4 @@ def export(
         log.info("What it was trained to is its difference from %s.", onto.base)
     extraction = None if base is None or onto is not None else job.Extraction(base, rank)
     made = job.export_model(choice.address, settings, kind, out, dtype, extraction, onto)
-    if kind == "comfyui":
-        log.info("ComfyUI's own Wan nodes pass one time; this file needs a node that passes two.")
     print_result({"model": choice.address, "format": kind, "out": made}, as_json=as_json, text=str(made))

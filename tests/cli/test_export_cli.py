@@ -37,6 +37,16 @@ def test_a_model_in_each_format(model: Path, tmp_path: Path, capsys: Run, kind: 
     assert "exists already" in capsys.readouterr().err
 
 
+def test_a_model_with_one_time_needs_no_other_node_of_comfyui(
+    model: Path, tmp_path: Path, capsys: Run
+) -> None:
+    wan = model.with_name("wan")
+    assert (
+        app.main(["export", "--model", str(wan), "--format", "comfyui", "--out", str(tmp_path / "out")]) == 0
+    )
+    assert "ComfyUI" not in capsys.readouterr().err
+
+
 def test_a_dry_run_writes_nothing(model: Path, tmp_path: Path, capsys: Run) -> None:
     given = ["export", "--model", str(model), "--out", str(tmp_path / "out"), "--dry-run"]
     assert app.main(given) == 0

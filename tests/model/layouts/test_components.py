@@ -25,7 +25,7 @@ from anyflow_cli.recipe.load import load_recipe
 from anyflow_cli.runs.open import describe, open_model
 from tests.model.helpers import distance
 from tests.model.layouts import written
-from tests.tiny_pipeline import make_wan_folder
+from tests.tiny_pipeline import WAN21_SIZES, make_wan_folder
 
 Weights = dict[str, Tensor]
 
@@ -203,13 +203,11 @@ class Folders(NamedTuple):
     original: Path
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
+def write_both(place: Path) -> Folders:
+    """Write the same random weights in both layouts, in sizes that original files may have."""
     from transformers import UMT5EncoderModel
 
-    place = tmp_path_factory.mktemp("folders")
-    sizes = {"in_channels": 16, "out_channels": 16, "attention_head_dim": 128}
-    both = Folders(make_wan_folder(place / "diffusers", **sizes), place / "original")
+    both = Folders(make_wan_folder(place / "diffusers", **WAN21_SIZES), place / "original")
     autoencoder = vae(z_dim=16)
     autoencoder.save_pretrained(both.diffusers / "vae")
     config = written.ORIGINAL_CONFIG | {"in_dim": 16, "out_dim": 16}
@@ -220,6 +218,11 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
     torch.save(text, both.original / "models_t5_umt5-xxl-enc-bf16.pth")
     shutil.copytree(both.diffusers / "tokenizer", both.original / "google" / "umt5-xxl")
     return both
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
+    return write_both(tmp_path_factory.mktemp("folders"))
 
 
 PROMPT = "a small red circle moving left"
