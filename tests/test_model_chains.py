@@ -17,8 +17,10 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from anyflow_cli.cli.app import main
+from tests.evaluate.vbench.stand_in import install
 from tests.model.layouts import written
 from tests.model.layouts.test_components import write_both
+from tests.model.layouts.test_image_encoder import make_folders
 from tests.sample.test_skyreels import skyreels
 from tests.tiny_pipeline import (
     CHANNELS,
@@ -35,6 +37,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 COMMANDS = ("inspect", "sample", "synthesize", "train-flowmap", "distill", "finetune", "evaluate", "export")
 TEACHER = COMMANDS
 STUDENT = ("inspect", "sample", "evaluate", "export")
+STARTS = tuple(verb for verb in COMMANDS if verb != "synthesize")
 NEEDS = {"train-flowmap": "synthesize", "distill": "train-flowmap", "finetune": "distill"}
 SHORT = [
     f"--set={stage}.{key}"
@@ -76,15 +79,19 @@ def skyreels_folder(target: Path) -> Path:
 
 
 class Model(NamedTuple):
-    """A kind of model: how its checkpoint is made, its settings, and the commands that take it."""
+    """A kind of model: how its checkpoint is made, its settings, the commands that take it, and its suite."""
 
     make: Callable[[Path], Path]
     commands: tuple[str, ...] = TEACHER
     settings: tuple[str, ...] = ()
     recipe: str = "tiny"
     preset: str | None = None
+    suite: str = "shapes"
 
 
+# A student is trained on as a start; its data and its real score are of the model it was distilled from.
+START_KEYS = ("model.components", "synthesize.teacher", "distill.real_score")
+START = tuple(f"{key}={{components}}" for key in START_KEYS)
 FIRST = ("model.vae_scale=16", "model.pictures=optional-first")
 MODELS = {
     "Wan 2.1 T2V, a diffusers folder": Model(make_wan_folder),
@@ -97,6 +104,9 @@ MODELS = {
         make_ti2v_folder, settings=("model.vae_scale=16",), recipe="tiny-causal"
     ),
     "Wan 2.1 I2V": Model(make_i2v_folder, settings=("model.pictures=first", "evaluate.task=i2v")),
+    "Wan 2.1 I2V, an original folder": Model(
+        lambda target: make_folders(target).original, settings=("model.pictures=first", "evaluate.task=i2v")
+    ),
     "Wan 2.1 FLF2V": Model(
         partial(make_i2v_folder, kind="2.1 FLF2V"),
         tuple(verb for verb in COMMANDS if verb != "evaluate"),  # no suite has last frames
@@ -111,17 +121,15 @@ MODELS = {
     ),
     "SkyReels-V2 DF": Model(skyreels_folder, preset="skyreels-v2"),
     "Self-Forcing": Model(
-        student_file("self_forcing_dmd.pt", written.self_forcing), STUDENT,
-        ("model.components={components}",), preset="self-forcing",
+        student_file("self_forcing_dmd.pt", written.self_forcing), STARTS, START, "tiny-causal",
+        preset="self-forcing",
     ),
     "FastVideo CausalWan2.2 A14B": Model(
-        partial(make_wan21_folder, make=make_expert_folder),
-        tuple(verb for verb in STUDENT if verb != "evaluate"),  # its chunks do not make up the suite's clips
-        ("model.frames=37",), preset="causalwan2.2",
+        partial(make_wan21_folder, make=make_expert_folder), STUDENT, ("model.frames=37",),
+        preset="causalwan2.2", suite="vbench",  # its chunks do not make up the clips of shapes
     ),
     "rCM": Model(
-        student_file("rCM_Wan2.1_T2V_1.3B_480p.pt", written.rcm), STUDENT,
-        ("model.components={components}",), preset="rcm",
+        student_file("rCM_Wan2.1_T2V_1.3B_480p.pt", written.rcm), STARTS, START, preset="rcm"
     ),
 }  # fmt: skip
 
@@ -131,6 +139,7 @@ class Chain:
 
     def __init__(self, name: str, place: Path) -> None:
         self.model, self.place, self.done = MODELS[name], place, set[str]()
+        self.benchmark: list[str] = []  # options of an installed VBench
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             self.checkpoint = self.model.make(place / "model")
@@ -157,7 +166,8 @@ class Chain:
         if verb == "evaluate":
             trained = place / "runs" / self.model.recipe / "distill"
             if preset or not trained.exists():
-                return [verb, "--model", checkpoint, "--limit", "1", *preset, *common]
+                suite = ["--suite", self.model.suite, "--set=evaluate.samples=1", *self.benchmark]
+                return [verb, "--model", checkpoint, "--limit", "1", *preset, *common, *suite]
             return [verb, "--model", str(trained), "--limit", "1", *common]
         if verb == "export":
             return [verb, "--model", checkpoint, "--out", str(place / "exported"), *common]
@@ -186,10 +196,15 @@ def chains(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Chain]:
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "verb"), CELLS, ids=[f"{name}-{verb}" for name, verb in CELLS])
 def test_a_command_runs(
-    name: str, verb: str, chains: dict[str, Chain], tmp_path_factory: pytest.TempPathFactory
+    name: str,
+    verb: str,
+    chains: dict[str, Chain],
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if name not in chains:
         chains[name] = Chain(name, tmp_path_factory.mktemp("chain"))
+    _, chains[name].benchmark = install(monkeypatch, chains[name].place / "vbench")
     chains[name].run(verb)
 
 

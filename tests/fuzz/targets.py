@@ -64,7 +64,8 @@ from anyflow_cli.runs.open import describe, open_model
 from anyflow_cli.utils.files import write_json
 from tests.data import datasets
 from tests.evaluate.drawn import Drawn, make_job
-from tests.evaluate.vbench.test_suite_vbench import Answers, environment, prompt_of
+from tests.evaluate.vbench.stand_in import Answers, environment
+from tests.evaluate.vbench.test_suite_vbench import prompt_of
 from tests.fuzz.harness import Target, run
 from tests.model.helpers import ours, theirs
 from tests.model.layouts import test_components as original

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from PIL import Image
 
@@ -21,20 +20,15 @@ from anyflow_cli.evaluate.vbench import suite as vbench_suite
 from anyflow_cli.evaluate.vbench.dimensions import FLICKERING
 from anyflow_cli.evaluate.vbench.environment import (
     SETUP_COMMAND,
-    Environment,
     find_python,
     offline_setup,
     open_environment,
 )
 from anyflow_cli.evaluate.vbench.prompts import BenchmarkPrompt
 from anyflow_cli.evaluate.vbench.suite import VBenchSuite
-from anyflow_cli.evaluate.vbench.weights import REQUIREMENTS
-from anyflow_cli.evaluate.vbench.worker_pool import DimensionAnswer, JobFailure, WorkerJob
+from anyflow_cli.evaluate.vbench.worker_pool import JobFailure
 from anyflow_cli.recipe.schema import EvaluateSection, ModelSection, Recipe
-
-
-def environment(root: Path, modules: tuple[str, ...] = ()) -> Environment:
-    return Environment(root, root / "bin" / "python", {"vbench": "0"}, modules, 0, root / "full_info.json")
+from tests.evaluate.vbench.stand_in import Answers, environment, with_weights
 
 
 def prompt_of(number: int, *dimensions: str, **more: Any) -> BenchmarkPrompt:
@@ -42,29 +36,6 @@ def prompt_of(number: int, *dimensions: str, **more: Any) -> BenchmarkPrompt:
     return BenchmarkPrompt(
         number, prompt, prompt, ({"prompt_en": prompt, "dimension": list(dimensions), **more},)
     )
-
-
-class Answers:
-    """A stand-in for the workers that returns fixed values and records the jobs."""
-
-    def __init__(self, **values: Any) -> None:
-        self.values, self.asked = values, list[tuple[str, list[str]]]()
-
-    def __call__(
-        self, python: Path, jobs: Sequence[WorkerJob], scratch: Path, devices: Sequence[str],
-        done: Callable[[WorkerJob, Any], None],
-    ) -> None:  # fmt: skip
-        for job in jobs:
-            paths = [path for line in job.request["entries"] for path in line["video_list"]]
-            self.asked.append((job.name, [Path(path).name for path in paths]))
-            value = self.values.get(job.name, 0.5)
-            if isinstance(value, JobFailure):
-                done(job, value)
-                continue
-            values = value if isinstance(value, list) else [value] * len(paths)
-            each = {path: one for path, one in zip(paths, values, strict=True) if one is not None}
-            score = None if job.name == "static_filter" else float(np.mean(list(each.values())))
-            done(job, DimensionAnswer(score, each, {}, dict.fromkeys(job.request["files"], "f" * 64)))
 
 
 Workers = Callable[..., Answers]
@@ -86,14 +57,6 @@ def clips(directory: Path, number: int, count: int) -> list[SuiteClip]:
     for path in paths:
         path.write_text("video")
     return [SuiteClip(number, path, VideoScore({})) for path in paths]
-
-
-def with_weights(root: Path, *dimensions: str) -> Path:
-    for name in dimensions:
-        for file in REQUIREMENTS[name].files:
-            (root / file.path).parent.mkdir(parents=True, exist_ok=True)
-            (root / file.path).write_text("weights")
-    return root
 
 
 def test_a_dimension_that_cannot_run_names_what_it_needs(tmp_path: Path) -> None:

@@ -141,11 +141,9 @@ class Folders(NamedTuple):
     original: Path
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
+def make_folders(place: Path) -> Folders:
     from transformers import UMT5EncoderModel
 
-    place = tmp_path_factory.mktemp("folders")
     sizes: dict[str, Any] = {"in_channels": 36, "out_channels": 16, "attention_head_dim": 128}
     clip: dict[str, Any] = {"image_dim": WIDTH, "added_kv_proj_dim": 256}
     both = Folders(make_i2v_folder(place / "diffusers", **sizes, **clip), place / "original")
@@ -160,6 +158,11 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
     shutil.copytree(both.diffusers / "tokenizer", both.original / "google" / "umt5-xxl")
     write(both.original, WAN_FILE, original(bare(tower())))
     return both
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
+    return make_folders(tmp_path_factory.mktemp("folders"))
 
 
 SMALL = ["--set=model.pictures=first", "--set=model.precision=fp32", "--set=model.height=32",
