@@ -556,7 +556,10 @@ class DistillSection(TrainingSection):
     def _replays_alike(cls, replays: bool, info: ValidationInfo) -> bool:
         others = {"simulation": "flow-map", "first_chunk_budgets": None, "rollout_frames": None}
         changed = [key for key, plain in others.items() if info.data.get(key, plain) != plain]
-        must = f"be false where {changed and changed[0]} is set: all chunks are replayed by the same jumps"
+        value = info.data[changed[0]] if changed else None
+        must = (
+            f"be false where {changed and changed[0]} is {value}: one pass replays the video by equal jumps"
+        )
         return require(not (replays and changed), replays, must)
 
     @field_validator("matching_gradient")

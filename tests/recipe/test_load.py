@@ -286,7 +286,7 @@ def test_the_hint_for_an_unknown_name_lists_all() -> None:
         (
             "tiny-causal",
             ["distill.replay_rollout=true", "distill.first_chunk_budgets=[8]"],
-            "false where first_chunk_budgets is set",
+            "false where first_chunk_budgets is",
         ),
         ("tiny-causal", ["distill.matching=fake-free"], "another matching than fake-free for a causal"),
         ("tiny-causal", ["finetune.flow_map={target: teacher, adaptive: off}"], "target data for a causal"),
