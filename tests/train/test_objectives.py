@@ -280,14 +280,18 @@ def test_budgets_of_the_recipe_are_those_of_the_paper() -> None:
     assert schema.DistillSection().step_budgets == BUDGETS
 
 
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("micro", [1, 2, 3])
-def test_micro_batches_give_the_gradient_of_the_whole(
-    tmp_path: Path, kind: Kind, lora: bool, micro: int
-) -> None:
+VARIANTS: list[tuple[Kind, dict[str, Any]]] = [
+    ("on-policy", {"matching": "fake-free"}),
+    ("on-policy", {"guidance_times": "own", "matching_gradient": "orthogonal"}),
+    ("causal-on-policy", {"replay_rollout": True}),
+    ("causal-on-policy", {"first_chunk_budgets": (1, 8)}),
+    ("flow-map", {"target": "teacher", "adaptive": "off", "states": "own"}),
+]
+
+
+def check_micro_batches(directory: Path, kind: Kind, micro: int, **settings: Any) -> None:
     """Equal up to the order of fp32 sums: the means over the global batch are exact, Eq. 7's too."""
-    both = [trainer(tmp_path / str(m), kind, lora=lora, global_batch=6, micro_batch=m) for m in (micro, 6)]
+    both = [trainer(directory / str(m), kind, global_batch=6, micro_batch=m, **settings) for m in (micro, 6)]
     for phase in range(len(both[0].optimizers)):
         cut, whole = (gradients(run, phase, run.optimizers[phase].name) for run in both)
         scale = max(float(gradient.abs().max()) for gradient in whole if gradient is not None)
@@ -295,6 +299,20 @@ def test_micro_batches_give_the_gradient_of_the_whole(
             torch.testing.assert_close(a, b, rtol=2e-4, atol=2e-5 * scale)
         for run in both:
             run.optimizers[phase].optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("micro", [1, 2, 3])
+def test_micro_batches_give_the_gradient_of_the_whole(
+    tmp_path: Path, kind: Kind, lora: bool, micro: int
+) -> None:
+    check_micro_batches(tmp_path, kind, micro, lora=lora)
+
+
+@pytest.mark.parametrize(("kind", "changes"), VARIANTS)
+def test_micro_batches_of_each_variant_do_too(tmp_path: Path, kind: Kind, changes: dict[str, Any]) -> None:
+    check_micro_batches(tmp_path, kind, 2, changes=changes)
 
 
 def test_reports_do_not_depend_on_the_micro_batch(tmp_path: Path) -> None:
