@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -18,6 +17,7 @@ from anyflow_cli.export import (
     DIFFUSERS_LORA,
     Extraction,
     export_model,
+    transplant_of,
     write_comfyui,
     write_merged,
 )
@@ -309,17 +309,16 @@ def test_adapters_trained_in_bf16_leave_the_base_as_it_was_read(wan: Path, tmp_p
 # --- adapters for other loaders
 
 
-def anyflow_pipeline_of(base: Path, folder: Path) -> Any:
-    """The two-time start of a run as diffusers' pipeline."""
+def test_diffusers_loads_an_adapter_at_its_strength(wan: Path, tmp_path: Path) -> None:
     from diffusers import AnyFlowPipeline
 
-    return AnyFlowPipeline.from_pretrained(save_pipeline(folder, two_time_from(load_network(base)), base, {}))
-
-
-def test_diffusers_loads_an_adapter_at_its_strength(wan: Path, tmp_path: Path) -> None:
     expected = make_run(tmp_path / "run", wan, lora=True)
-    made = export_model(str(tmp_path / "run"), recipe_for(wan), "adapter", tmp_path / "out")
-    pipeline = anyflow_pipeline_of(wan, tmp_path / "start")
+    run, recipe = str(tmp_path / "run"), recipe_for(wan)
+    made = export_model(run, recipe, "adapter", tmp_path / "out")
+    base = transplant_of(f"{wan}:0", run, None)  # with a second time embedder, and nothing of the run
+    pipeline = AnyFlowPipeline.from_pretrained(
+        export_model(run, recipe, "diffusers", tmp_path / "start", onto=base)
+    )
     pipeline.load_lora_weights(made)
     pipeline.fuse_lora()
     pipeline.unload_lora_weights()
