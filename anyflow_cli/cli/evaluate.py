@@ -166,13 +166,14 @@ def _compare(
 
 
 def _run(job: EvaluationJob, *, export: Path | None = None, prune: bool = False) -> FinishedEvaluation | None:
-    from anyflow_cli.evaluate.generate import WorkShare, remaining_cost
+    from anyflow_cli.evaluate.generate import remaining_cost
     from anyflow_cli.evaluate.run import evaluate_and_report
+    from anyflow_cli.sample.shares import VideoShare
 
-    share = WorkShare.of_process(job.recipe.launch.context_parallel or 1)
-    if job.external is None and not share.rank and share.leads:
-        left = remaining_cost(job, share.world)
-        time = _time(job, left.seconds, share.world * share.size) if left.videos else None
+    share = VideoShare.of_process(job.videos, job.recipe.launch.context_parallel or 1)
+    if job.external is None and not share.group and share.writes:
+        left = remaining_cost(job, share.groups)
+        time = _time(job, left.seconds, share.groups * share.size) if left.videos else None
         log.info(
             "%d videos, %d of them still to sample: about %.1f MB%s.",
             job.videos, left.videos, left.size / MEGABYTE, f" and {time}" if time else "",
@@ -233,10 +234,11 @@ def _planned_facts(
 def _facts(job: EvaluationJob) -> dict[str, object]:
     """What a dry run reports: the protocol, what is finished, and what the rest needs."""
     from anyflow_cli.evaluate.generate import remaining_cost
+    from anyflow_cli.sample.shares import VideoShare
 
     launch = job.recipe.launch
     processes = count_processes(launch)
-    groups = processes // (launch.context_parallel or 1)
+    share = VideoShare.of_process(job.videos, launch.context_parallel or 1, processes)
     facts: dict[str, object] = {
         "suite": job.protocol.suite.name,
         "comparable": not job.protocol.deviations,
@@ -245,12 +247,13 @@ def _facts(job: EvaluationJob) -> dict[str, object]:
         "videos": job.videos,
     }
     if job.external is None:
-        left = remaining_cost(job, groups)
+        left = remaining_cost(job, share.groups)
         facts |= {
             "to sample": left.videos,
             "disk": f"about {left.size / MEGABYTE:.1f} MB",
             "time": _time(job, left.seconds, processes) or "not known before the first videos",
         }
+    facts |= {"processes": str(share)} if processes > 1 else {}
     return facts | {"out": str(job.out)}
 
 

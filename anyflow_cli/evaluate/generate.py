@@ -25,7 +25,7 @@ from anyflow_cli.evaluate.protocol import EvaluatedModel, Protocol, Variant, Vid
 from anyflow_cli.evaluate.store import VariantStore, VideoRecord, size_and_digest, video_name
 from anyflow_cli.evaluate.suite import VideoPixels
 from anyflow_cli.recipe.schema import Recipe
-from anyflow_cli.utils.distributed import from_all, join_group, rank, world_size
+from anyflow_cli.sample.shares import ALL_VIDEOS, VideoShare
 
 OnProgress = Callable[[int], None]  # called with the number of finished videos
 
@@ -60,31 +60,6 @@ class VideoGenerator(Interface):
 
 
 OpenModel = Callable[[EvaluatedModel, Recipe], VideoGenerator]
-
-
-@dataclass(frozen=True)
-class WorkShare:
-    """Which of several processes, or groups of processes that share each video, this is."""
-
-    rank: int = 0
-    world: int = 1
-    size: int = 1  # processes in a group
-    leads: bool = True  # whether this is the first of its group
-
-    @classmethod
-    def of_process(cls, size: int = 1) -> WorkShare:
-        """The share of this process, by RANK and WORLD_SIZE."""
-        return cls(rank() // size, world_size() // size, size, rank() % size == 0)
-
-    def agreed(self, missing: list[list[VideoRequest]]) -> list[list[VideoRequest]]:
-        """What the first process of the group found missing; with groups, all processes call this."""
-        if self.size == 1:
-            return missing
-        join_group()
-        return from_all(missing)[self.rank * self.size]
-
-
-SINGLE_PROCESS = WorkShare()
 
 
 @dataclass(frozen=True)
@@ -135,12 +110,10 @@ class EvaluationJob:
                 found[request] = record
         return found
 
-    def missing(self, one: Variant, share: WorkShare = SINGLE_PROCESS) -> list[VideoRequest]:
+    def missing(self, one: Variant, share: VideoShare = ALL_VIDEOS) -> list[VideoRequest]:
         """Videos of a variant that this process has to sample."""
         done = self.finished(one)
-        return [
-            request for request in self.protocol.requests[share.rank :: share.world] if request not in done
-        ]
+        return [request for request in share.own(self.protocol.requests) if request not in done]
 
     def done(self) -> int:
         """Number of finished videos, by any process."""
@@ -151,12 +124,12 @@ def generate_videos(
     job: EvaluationJob,
     open_model: OpenModel,
     on_progress: OnProgress,
-    share: WorkShare = SINGLE_PROCESS,
+    share: VideoShare = ALL_VIDEOS,
 ) -> None:
     """Sample and score this process's missing videos, one model at a time."""
     for one in job.variants:
         job.store(one).create(one)
-    if share.leads:
+    if share.writes:
         _remove_damaged(job, share)
     missing = share.agreed([job.missing(one, share) for one in job.variants])
     counter = _ProgressCounter(job, on_progress, share)
@@ -171,8 +144,8 @@ def generate_videos(
         for start in range(0, len(requests), batch_size):
             assert opened is not None
             batch = requests[start : start + batch_size]
-            for record in _sampled(job, one, opened[1], batch, writes=share.leads):
-                job.store(one).append(record, share.rank)
+            for record in _sampled(job, one, opened[1], batch, writes=share.writes):
+                job.store(one).append(record, share.group)
             counter.add(len(batch))
 
 
@@ -196,8 +169,8 @@ def wait_for_others(job: EvaluationJob, on_progress: OnProgress) -> None:
 class _ProgressCounter:
     """Counts finished videos: this process's at once, those of others every few seconds."""
 
-    def __init__(self, job: EvaluationJob, on_progress: OnProgress, share: WorkShare) -> None:
-        self._job, self._on_progress, self._several = job, on_progress, share.world > 1
+    def __init__(self, job: EvaluationJob, on_progress: OnProgress, share: VideoShare) -> None:
+        self._job, self._on_progress, self._several = job, on_progress, share.groups > 1
         self._done, self._polled = job.done(), time.monotonic()
         on_progress(self._done)
 
@@ -208,14 +181,14 @@ class _ProgressCounter:
         self._on_progress(self._done)
 
 
-def _remove_damaged(job: EvaluationJob, share: WorkShare) -> None:
+def _remove_damaged(job: EvaluationJob, share: VideoShare) -> None:
     """Delete this process's videos that differ from their record, so that they are sampled again."""
     damaged = 0
     for one in job.variants:
         store = job.store(one)
-        store.drop_partial_line(share.rank)
+        store.drop_partial_line(share.group)
         records = store.records()
-        for request in job.protocol.requests[share.rank :: share.world]:
+        for request in share.own(job.protocol.requests):
             record, path = records.get((request.prompt, request.seed)), job.path(one, request)
             is_whole = record and path.is_file() and size_and_digest(path) == (record.size, record.digest)
             if record and not is_whole:

@@ -20,12 +20,10 @@ from anyflow_cli.evaluate.compare import Comparison, compare, is_finished, read_
 from anyflow_cli.evaluate.diffusers_pipeline import FoundPipeline, PipelineVideos, prepare_pipeline
 from anyflow_cli.evaluate.external_videos import prepare_external, score_external_videos
 from anyflow_cli.evaluate.generate import (
-    SINGLE_PROCESS,
     EvaluationJob,
     OnProgress,
     OpenModel,
     VideoGenerator,
-    WorkShare,
     check_free_space,
     generate_videos,
     remaining_cost,
@@ -57,6 +55,7 @@ from anyflow_cli.runs.paths import RunPaths
 from anyflow_cli.runs.resources import TEACHER_METHODS, Given, Resource, find_model, inputs
 from anyflow_cli.sample.presets import SamplerPreset
 from anyflow_cli.sample.sampler import VideoSampler
+from anyflow_cli.sample.shares import ALL_VIDEOS, VideoShare
 from anyflow_cli.utils.distributed import default_device
 from anyflow_cli.utils.run_lock import RunLock
 
@@ -169,14 +168,14 @@ def run_evaluation(
     job: EvaluationJob,
     open_model: OpenModel | None = None,
     on_progress: OnProgress = lambda done: None,
-    share: WorkShare = SINGLE_PROCESS,
+    share: VideoShare = ALL_VIDEOS,
 ) -> Evaluation:
     """Generate what is missing and score it, in the first of several processes."""
     with RunLock(job.out):
         return _run(job, open_model, on_progress, share)
 
 
-def generate_share(job: EvaluationJob, share: WorkShare, open_model: OpenModel | None = None) -> None:
+def generate_share(job: EvaluationJob, share: VideoShare, open_model: OpenModel | None = None) -> None:
     """Generate this process's share of the videos, or its part of a group's, in the other processes."""
     generate_videos(job, open_model or _open_sampler, lambda done: None, share)
 
@@ -194,7 +193,7 @@ class FinishedEvaluation:
 def evaluate_and_report(
     job: EvaluationJob,
     *,
-    share: WorkShare = SINGLE_PROCESS,
+    share: VideoShare = ALL_VIDEOS,
     on_progress: OnProgress = lambda done: None,
     export: Path | None = None,
     prune: bool = False,
@@ -211,13 +210,13 @@ def evaluate_and_report(
     from anyflow_cli.evaluate.report.page import write_results
     from anyflow_cli.evaluate.vbench.leaderboard import check_export, export_leaderboard
 
-    if share.rank or not share.leads:
+    if share.group or not share.writes:
         generate_share(job, share)
         return None
     if export is not None:
         check_export(export)
     if job.external is None:
-        check_free_space(job.out, remaining_cost(job, share.world).size)
+        check_free_space(job.out, remaining_cost(job, share.groups).size)
     EvaluationDirectory(job.out).check()
     with RunLock(job.out):
         evaluation = _run(job, None, on_progress, share)
@@ -285,7 +284,7 @@ def compare_and_report(
 
 
 def _run(
-    job: EvaluationJob, open_model: OpenModel | None, on_progress: OnProgress, share: WorkShare
+    job: EvaluationJob, open_model: OpenModel | None, on_progress: OnProgress, share: VideoShare
 ) -> Evaluation:
     if job.external is not None:
         score_external_videos(job)

@@ -26,7 +26,7 @@ from anyflow_cli.recipe.schema import Recipe, guidance_record
 from anyflow_cli.runs.open import ModelChoice
 from anyflow_cli.sample.fragmented_mp4 import growing_mp4, partial_path
 from anyflow_cli.sample.sampler import Steps, VideoSampler
-from anyflow_cli.sample.shares import VideoShare
+from anyflow_cli.sample.shares import ALL_VIDEOS, VideoShare
 from anyflow_cli.sample.streaming import FramePicker, stream_video
 from anyflow_cli.utils.contact_sheet import SheetRow, contact_sheet, pick_frames, spaced_frames
 from anyflow_cli.utils.distributed import is_main_process
@@ -36,7 +36,6 @@ from anyflow_cli.utils.run_lock import RUN_LOCK
 SAMPLES_JSON = "samples.json"
 SHEET_ROWS = 8  # videos per step count on the sheet; the mp4s have all
 SHEET_FRAMES = 5
-ALL_VIDEOS = VideoShare()
 BORDER_NOTE = "frames with a border are conditioning frames"
 
 log = logging.getLogger(__name__)

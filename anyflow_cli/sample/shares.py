@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from anyflow_cli.utils.distributed import from_all, rank, world_size
+from anyflow_cli.utils.distributed import from_all, join_group, rank, world_size
 
 Item = TypeVar("Item")
 
@@ -39,6 +39,13 @@ class VideoShare:
         together = f"{groups} the tokens of each video"
         return f"{self.groups}, each with videos of its own" if self.size == 1 else together
 
+    def agreed(self, found: Item) -> Item:
+        """What the first process of each group found; with groups of several, all processes call this."""
+        if self.size == 1:
+            return found
+        join_group()
+        return from_all(found)[self.group * self.size]
+
     def own(self, items: Sequence[Item]) -> list[Item]:
         """Those of all videos that this process's group samples."""
         return list(items[self.group :: self.groups])
@@ -49,3 +56,6 @@ class VideoShare:
             return own
         by_group = from_all(own)[:: self.size]
         return [by_group[number % self.groups][number // self.groups] for number in range(count)]
+
+
+ALL_VIDEOS = VideoShare()

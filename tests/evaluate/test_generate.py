@@ -11,8 +11,9 @@ import pytest
 from anyflow_cli.data.video import write_mp4
 from anyflow_cli.errors import AnyflowError, UsageError
 from anyflow_cli.evaluate import generate
-from anyflow_cli.evaluate.generate import WorkShare, check_free_space, remaining_cost
+from anyflow_cli.evaluate.generate import check_free_space, remaining_cost
 from anyflow_cli.evaluate.run import generate_share, run_evaluation
+from anyflow_cli.sample.shares import VideoShare
 from tests.evaluate import drawn
 from tests.evaluate.drawn import Drawn, KilledError, make_job
 
@@ -22,8 +23,8 @@ def test_processes_share_the_videos_and_the_first_sums_up(tmp_path: Path, world:
     alone = run_evaluation(make_job(tmp_path / "alone"), Drawn().open)
     job, drawn = make_job(tmp_path / "shared"), [Drawn() for _ in range(world)]
     for rank in range(1, world):
-        generate_share(job, WorkShare(rank, world), drawn[rank].open)
-    together = run_evaluation(job, drawn[0].open, share=WorkShare(0, world))
+        generate_share(job, VideoShare(group=rank, groups=world), drawn[rank].open)
+    together = run_evaluation(job, drawn[0].open, share=VideoShare(group=0, groups=world))
     asked = [each for one in drawn for each in one.requests]
     assert len(asked) == len(set(asked)) == 12
     assert all(one.requests for one in drawn)
@@ -36,10 +37,10 @@ def test_the_first_process_waits_for_the_videos_of_the_others(
 ) -> None:
     monkeypatch.setattr(generate, "POLL_SECONDS", 0.02)
     job = make_job(tmp_path, teacher=False)
-    other = threading.Timer(0.5, generate_share, (job, WorkShare(1, 2), Drawn().open))
+    other = threading.Timer(0.5, generate_share, (job, VideoShare(group=1, groups=2), Drawn().open))
     other.start()
     progress: list[int] = []
-    run_evaluation(job, Drawn().open, progress.append, WorkShare(0, 2))
+    run_evaluation(job, Drawn().open, progress.append, VideoShare(group=0, groups=2))
     other.join()
     assert progress[0] == 0
     assert progress[-1] == job.videos == 8
@@ -49,12 +50,12 @@ def test_a_stalled_process_is_reported(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(generate, "POLL_SECONDS", 0.01)
     monkeypatch.setattr(generate, "STALL_SECONDS", 0.05)
     with pytest.raises(AnyflowError, match="6 videos of other processes are missing"):
-        run_evaluation(make_job(tmp_path), Drawn().open, share=WorkShare(0, 2))
+        run_evaluation(make_job(tmp_path), Drawn().open, share=VideoShare(group=0, groups=2))
 
 
 def test_another_number_of_processes_continues_with_what_is_there(tmp_path: Path) -> None:
     job = make_job(tmp_path, nfe=(1,), teacher=False)
-    generate_share(job, WorkShare(2, 3), Drawn().open)
+    generate_share(job, VideoShare(group=2, groups=3), Drawn().open)
     rest = Drawn()
     run_evaluation(job, rest.open)
     assert [seed for _, seed, _ in rest.requests] == [7, 8, 10]
@@ -105,7 +106,7 @@ def test_a_video_replaced_by_another_process_is_used(tmp_path: Path, monkeypatch
     found.models[0].files[1].unlink()
     draw = drawn.drawn
     monkeypatch.setattr(drawn, "drawn", lambda number, nfe: draw(number, 2))  # as on another GPU
-    generate_share(job, WorkShare(1, 2), Drawn().open)
+    generate_share(job, VideoShare(group=1, groups=2), Drawn().open)
     kept = (
         run_evaluation(job, lambda of, recipe: pytest.fail("it was sampled once more")).models[0].records[1]
     )

@@ -115,3 +115,6 @@ def test_processes_that_form_no_groups_are_refused_by_a_dry_run(
     assert "samples each video with one process" in capsys.readouterr().err
     assert main(["sample", "--prompt", "a circle", "--dry-run", "--nproc", "4"]) == 0
     assert "4 share the tokens of each video" in capsys.readouterr().out
+    together = ["--nproc", "4", "--set", "launch.context_parallel=2", "--dry-run", "--json"]
+    assert main(["evaluate", *together]) == 0
+    assert "2 groups of 2, which share the tokens of each video" in capsys.readouterr().out
