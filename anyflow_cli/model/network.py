@@ -15,12 +15,13 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
@@ -386,8 +387,18 @@ def kept_in_fp32(name: str) -> bool:
 
 def on_meta(config: NetworkConfig) -> FlowMapTransformer:
     """A network without storage, to be filled by ``load_state_dict(..., assign=True)``."""
-    with torch.device("meta"):
+    with torch.device("meta"), _Undrawn():
         return FlowMapTransformer(config)
+
+
+INITIAL = (Tensor.uniform_, Tensor.normal_, Tensor.div, Tensor.__truediv__)
+
+
+class _Undrawn(TorchFunctionMode):
+    """Skips what draws initial weights: to divide on the meta device, torch imports its compiler (0.6 s)."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return args[0] if func in INITIAL else func(*args, **(kwargs or {}))
 
 
 def is_quantizable(name: str) -> bool:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import textwrap
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -121,3 +124,16 @@ def test_opening_allocates_one_tensor_above_what_stays(
             peak = max(peak, held)
     assert peak - held <= largest
     assert held <= sum(p.nbytes for p in network.parameters())
+
+
+def test_a_network_without_storage_does_not_import_the_compiler() -> None:
+    """The import takes 0.6 s of every command that opens a model."""
+    script = """
+    import sys
+    from anyflow_cli.model.config import NetworkConfig
+    from anyflow_cli.model.network import on_meta
+    network = on_meta(NetworkConfig(heads=2, head_dim=8, layers=1, ffn_dim=32, in_channels=4, out_channels=4))
+    assert {p.device.type for p in network.parameters()} == {"meta"}
+    assert "torch._dynamo" not in sys.modules
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True)
