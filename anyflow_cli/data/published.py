@@ -10,6 +10,7 @@ it is built by one process and read by the others. Files that change make anothe
 from __future__ import annotations
 
 import logging
+import math
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -92,6 +93,32 @@ class PublishedFiles(NamedTuple):
     def sha256(self) -> str:
         """Hash of what tells data sets apart without reading them: names and sizes."""
         return json_sha256([self.kind.title, dict(self.sizes)])
+
+    def first_shapes(self) -> list[StoredShape]:
+        """Latent shapes in the first file of each folder, the largest first; other files are not opened.
+
+        Raises:
+            UsageError: A file is damaged, or none of its first samples can be read.
+        """
+        first: dict[str, str] = {}
+        for name in self.sizes:
+            first.setdefault(name.rpartition("/")[0], name)
+        found: set[StoredShape] = set()
+        for name in list(first.values())[:MAX_TRIED]:
+            index = self.kind.index(*self.storage.below(name))
+            shapes: Any = index.shapes or [tuple(self.first_sample(name, index.rows).latents.shape)]
+            found |= set(shapes)
+        return sorted(found, key=math.prod, reverse=True)
+
+    def first_sample(self, name: str, rows: NDArray[Any]) -> PublishedSample:
+        """The first sample of a file that can be read."""
+        storage, file = self.storage.below(name)
+        for row in rows[:MAX_TRIED]:
+            try:
+                return self.kind.read(storage, file, row)
+            except CorruptSampleError as error:
+                last = error
+        raise UsageError(last.message, DOWNLOAD) from last
 
     def __str__(self) -> str:
         """Format and number of files, for people."""
@@ -296,7 +323,7 @@ class PublishedData:
         for name, one in zip(names, found, strict=True):
             folder = name.rpartition("/")[0]
             if folder not in first and len(one.rows):
-                first[folder] = self._first(name, one.rows)
+                first[folder] = self.files.first_sample(name, one.rows)
             sample = first.get(folder)
             if sample is not None and sample.text is not None:
                 text_dim = text_dim or sample.text.shape[-1]
@@ -310,16 +337,6 @@ class PublishedData:
     def _index_file(self, name: str) -> FileIndex:
         storage, file = self.storage.below(name)
         return self.kind.index(storage, file)
-
-    def _first(self, name: str, rows: NDArray[Any]) -> PublishedSample:
-        """The first sample of a file that can be read."""
-        storage, file = self.storage.below(name)
-        for row in rows[:MAX_TRIED]:
-            try:
-                return self.kind.read(storage, file, row)
-            except CorruptSampleError as error:
-                last = error
-        raise UsageError(last.message, DOWNLOAD) from last
 
     def _raw(self, position: int) -> PublishedSample:
         """Read a sample as it is stored."""

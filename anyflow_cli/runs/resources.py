@@ -352,6 +352,12 @@ def _latents(address: str, recipe: Recipe) -> Resource:
     except AnyflowError as error:
         return _unusable("data set", address, error)
     if published is not None:
+        try:
+            shapes = published.first_shapes()
+            if len(shapes) == 1 and not recipe.data.truncate:
+                check_sizes(recipe.model, address, shapes)
+        except AnyflowError as error:
+            return _unusable("data set", address, error)
         return Resource("data set", address, "ready", f"{published}, read where it is")
     if not (Path(address) / MANIFEST).is_file():
         begun = " to complete it" if (Path(address) / PROVENANCE).exists() else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,20 @@ def test_training_equals_that_on_our_format_to_the_bit(kind: str, wan: Path, tmp
     assert theirs.keys() == ours.keys()
     assert all(torch.equal(theirs[name], ours[name]) for name in ours)
     assert sorted(path.name[:5] for path in (tmp_path / "a/runs/test/cache").iterdir()) == ["index", "text-"]
+
+
+@pytest.mark.parametrize("make", [make_rcm, make_fastvideo])
+def test_a_dry_run_refuses_latents_of_another_size(
+    make: Callable[[Path], Path], wan: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    (tmp_path / "test.yaml").write_text(dump(make_recipe(wan, make(tmp_path / "theirs"))))
+    command = ["train-flowmap", "-r", f"{tmp_path}/test.yaml", "--runs", f"{tmp_path}/runs", "--dry-run"]
+    assert main(command) == 0
+    assert main([*command, "--set", "model.height=64"]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "theirs has latents of 3 frames of 4x4" in said
+    assert "model.height=32" in said
+    assert not (tmp_path / "runs").exists()
 
 
 def one_rank(wan: Path, data: Path, directory: Path) -> None:
