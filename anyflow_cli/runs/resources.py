@@ -24,7 +24,14 @@ from anyflow_cli.model.encoders import VaeConfig, check_channels, check_scale
 from anyflow_cli.model.known_models import KNOWN_MODELS
 from anyflow_cli.model.layouts.components import component_config
 from anyflow_cli.model.lora_formats import check_lora, split_loras
-from anyflow_cli.model.pipeline_io import BUILT_IN, component, has_components, read_config, resolve_pipeline
+from anyflow_cli.model.pipeline_io import (
+    BUILT_IN,
+    component,
+    components_of,
+    has_components,
+    read_config,
+    resolve_pipeline,
+)
 from anyflow_cli.recipe.schema import ExpertGuidance, Recipe
 from anyflow_cli.runs.checkpoint import is_checkpoint
 from anyflow_cli.runs.latents import check_sizes
@@ -301,7 +308,10 @@ def _whole(found: Resource, path: Path, recipe: Recipe) -> Resource:
     is_here = own or other in BUILT_IN or has_components(Path(other).expanduser())
     if is_here:
         try:
-            _check_vae(path, path if own else resolve_pipeline(other), recipe.model.vae_scale)
+            pipeline = path if own else resolve_pipeline(other)
+            for name in components_of(read_config(path)):
+                component(pipeline, name)  # refuses one that is not there, such as CLIP
+            _check_vae(path, pipeline, recipe.model.vae_scale)
         except AnyflowError as error:
             return _unusable(found.name, found.place, error)
     if own:

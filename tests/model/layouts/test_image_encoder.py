@@ -230,3 +230,16 @@ def test_a_data_set_knows_the_transformer_of_an_original_folder(folders: Folders
     save_file({name: tensor + 1 for name, tensor in weights.items()}, folder / written.SINGLE)
     there, now = hashes(folders.original), hashes(folder)
     assert (there[0] == now[0], there[1] == now[1]) == (True, False)
+
+
+def test_components_without_clip_are_refused_by_a_dry_run(
+    folders: Folders, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = shutil.copy(folders.original / written.SINGLE, tmp_path)
+    components = shutil.copytree(folders.original, tmp_path / "components")
+    command = ["synthesize", "-r", "tiny", "--dry-run", "--runs", str(tmp_path / "runs"), SMALL[0]]
+    command += [f"--set=model.teacher={file}", f"--set=model.components={components}"]
+    assert main(command) == 0
+    (components / WAN_FILE).unlink()
+    assert main(command) == 2
+    assert "components has no image_encoder directory" in " ".join(capsys.readouterr().err.split())
