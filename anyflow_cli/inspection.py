@@ -15,7 +15,12 @@ from anyflow_cli.errors import AnyflowError, UsageError
 from anyflow_cli.model.config import NetworkConfig
 from anyflow_cli.model.folder_check import check_folder
 from anyflow_cli.model.known_models import KNOWN_MODELS
-from anyflow_cli.model.layouts.components import component_config, open_component
+from anyflow_cli.model.layouts.components import (
+    STEMS,
+    component_config,
+    open_component,
+    open_component_folder,
+)
 from anyflow_cli.model.layouts.expert_files import open_network
 from anyflow_cli.model.layouts.families import family_of
 from anyflow_cli.model.layouts.tensor_files import PICKLE_SUFFIXES, WEIGHT_SUFFIXES, TensorFiles
@@ -90,8 +95,9 @@ def _described(path: Path) -> Facts:
         return _checkpoint(path)
     if (path / ADAPTER_CONFIG).is_file():
         return _adapter(path)
-    if path.is_file() and path.suffix in WEIGHT_SUFFIXES:
-        part = _component(path) or _lora_file(path)
+    is_file = path.is_file() and path.suffix in WEIGHT_SUFFIXES
+    if is_file or (path.name in STEMS and path.is_dir()):
+        part = _component(path) or (_lora_file(path) if is_file else None)
         if part is not None:
             return part
     return _transformer(path)
@@ -121,9 +127,9 @@ def _adapter(path: Path) -> Facts:
 
 
 def _component(path: Path) -> Facts | None:
-    """A VAE, a text encoder or an image encoder in a file of its own; None if it is none of them."""
+    """A VAE, a text encoder or an image encoder in a file or a folder of its own; None if it is none."""
     try:
-        opened = open_component(path)
+        opened = open_component_folder(path, path.name) if path.is_dir() else open_component(path)
     except UsageError:
         return None
     kind, *keys = COMPONENTS[opened.name]
@@ -131,9 +137,11 @@ def _component(path: Path) -> Facts | None:
         "kind": kind,
         "usable": False,
         "layout": opened.weights.layout,
-        **{key: opened.config[key] for key in keys},
+        **{key: opened.config.get(key) for key in keys},
         **_stored(opened.weights.files.tensors.values()),
-        "instead": "Put it beside the transformer's file; it is found by its published name.",
+        "instead": "Name the folder that it is part of."
+        if path.is_dir()
+        else "Put it beside the transformer's file; it is found by its published name.",
     }
 
 

@@ -147,6 +147,13 @@ def test_parts_of_a_pipeline(tmp_path: Path) -> None:
     assert (facts["kind"], facts["z_dim"], facts["base_dim"]) == ("VAE", 16, 96)
 
 
+@pytest.mark.parametrize(("name", "kind"), [("vae", "VAE"), ("text_encoder", "text encoder")])
+def test_the_folder_of_a_part_is_described(wan: Path, name: str, kind: str) -> None:
+    facts = inspected(wan / name)
+    assert (facts["kind"], facts["usable"]) == (kind, False)
+    assert facts["instead"] == "Name the folder that it is part of."
+
+
 def test_a_model_of_the_hub_is_not_downloaded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipeline_io, "_from_hub", lambda name: pytest.fail("downloaded"))
     monkeypatch.setenv("HF_HUB_CACHE", "/nowhere")
