@@ -186,7 +186,7 @@ class LoraMerged:
                 value = lora.change(name, value, strength) if name in lora.changes() else value
             return value
 
-        return LazyWeight(weight.shape, weight.dtype, load)
+        return replace(weight, load=load)
 
 
 class LoraPair(NamedTuple):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -201,11 +201,14 @@ class LazyWeight:
         shape: Its shape.
         dtype: Type to store it as; ``load`` may return a more precise one.
         load: Computes it.
+        is_view: Whether ``load`` may return a view of a mapped file, which would keep the pages of other
+            tensors in memory; who keeps the tensor copies it then.
     """
 
     shape: torch.Size
     dtype: torch.dtype
     load: Callable[[], Tensor]
+    is_view: bool = False
 
     @classmethod
     def of(cls, tensor: Tensor) -> LazyWeight:
@@ -214,7 +217,7 @@ class LazyWeight:
 
     def to(self, dtype: torch.dtype) -> LazyWeight:
         """The same, cast when it is loaded."""
-        return LazyWeight(self.shape, dtype, lambda: self.load().to(dtype))
+        return replace(self, dtype=dtype, load=lambda: self.load().to(dtype))
 
     @property
     def nbytes(self) -> int:
@@ -249,7 +252,8 @@ def fill_module(
     """
     for name in [name for name, _ in module.named_parameters()]:
         path, _, last = name.rpartition(".")
-        value = weights[name].load().detach().to(device, dtype_of(name))
+        weight = weights[name]
+        value = weight.load().detach().to(device, dtype_of(name), copy=weight.is_view)
         setattr(module.get_submodule(path), last, nn.Parameter(value, requires_grad=False))
 
 

@@ -73,10 +73,7 @@ class NamedWeights:
         stored = self.stored_names[name]
         scale = self.scales.get(stored)
         weight = dequantized(self.files.read(stored), None if scale is None else self.files.read(scale))
-        file = self.stored(name).file
-        check_finite({name: weight}, str(file))
-        if file.suffix in PICKLE_SUFFIXES and scale is None:
-            weight = weight.clone()  # a view would keep the pages of other tensors in memory
+        check_finite({name: weight}, str(self.stored(name).file))
         if name in self.parts:
             which, count = self.parts[name]
             weight = weight.chunk(count)[which]
@@ -87,6 +84,11 @@ class NamedWeights:
     def lazy(self) -> dict[str, LazyWeight]:
         """Every tensor, to be read when it is used."""
         return {
-            name: LazyWeight(torch.Size(self.shape(name)), self.dtype(name), partial(self.read, name))
+            name: LazyWeight(
+                torch.Size(self.shape(name)),
+                self.dtype(name),
+                partial(self.read, name),
+                is_view=self.stored(name).file.suffix in PICKLE_SUFFIXES,
+            )
             for name in self.stored_names
         }
