@@ -137,7 +137,7 @@ def test_opening_a_pickled_file_allocates_its_weights_and_no_copies(
 
 
 def allocations(model: Path, dtype: torch.dtype, mapped: int) -> tuple[FlowMapTransformer, list[int]]:
-    """An opened network, and the bytes that were allocated and freed, without mappings of ``mapped`` bytes."""
+    """An opened network, and the bytes allocated and freed for it, without mappings of ``mapped`` bytes."""
     with torch.profiler.profile(profile_memory=True) as profile:
         network = load_network(model, dtype)
     events = sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns())

@@ -36,7 +36,7 @@ def test_every_known_model_has_a_recipe_of_its_kind() -> None:
         assert (recipe.model.causal is not None) == (known.network.causal is not None)
         between = known.network.image_tokens is not None  # a first and a last frame
         size = (704, 1280) if known.network.out_channels == 48 else (720, 1280) if between else (480, 832)
-        assert recipe.model.needs_pictures == (known.network.image_dim is not None)
+        assert recipe.model.needs_pictures == (known.network.in_channels != known.network.out_channels)
         assert (recipe.model.height, recipe.model.width, recipe.model.max_text_tokens) == (*size, 512)
         assert recipe.model.vae_scale == known.vae.get("scale_factor_spatial", 8)
 
