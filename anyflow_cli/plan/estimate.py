@@ -203,9 +203,13 @@ def place(recipe: schema.Recipe, key: str, model: str | None = None) -> tuple[sc
             "Raise --memory, or start fewer processes.",
         )
     if plan.peak.total > target.sampling_budget:
+        gpu = f"1x{max(round(target.sampling_budget / 2**30), 1)}GB"
         raise UsageError(
             f"Sampling needs {held} at {plan.peak.name}, and may use {budget}.",
-            "Raise --memory, or sample fewer videos at once or smaller ones.",
+            "Raise --memory, or sample fewer videos at once or smaller ones."
+            if hardware.is_gpu
+            else "Raise --memory. A GPU could take parts from the host's memory when they work: "
+            f"`anyflow plan -r {recipe.name} --gpus {gpu}`.",
         )
     parts = ", ".join(f"{part} {memory_size(size)}" for part, size in plan.peak.parts.items() if size)
     said = f"Memory: {rung_in_words(plan.rung)}. Peak {held} of {budget}, at {plan.peak.name} ({parts})."

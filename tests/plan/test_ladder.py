@@ -188,7 +188,8 @@ def test_a_limit_is_planned_and_said_before_sampling_starts(
 
 
 @pytest.mark.parametrize(
-    ("limit", "words"), [("0.001", "Sampling needs"), ("much", "auto or a number"), ("-1", "above 0")]
+    ("limit", "words"),
+    [("0.001", "anyflow plan -r tiny --gpus 1x1GB"), ("much", "auto or a number"), ("-1", "above 0")],
 )
 def test_a_limit_that_nothing_keeps_is_refused_by_a_dry_run(
     limit: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
