@@ -555,12 +555,11 @@ class DistillSection(TrainingSection):
     @classmethod
     def _replays_alike(cls, replays: bool, info: ValidationInfo) -> bool:
         others = {"simulation": "flow-map", "first_chunk_budgets": None, "rollout_frames": None}
-        changed = [key for key, plain in others.items() if info.data.get(key, plain) != plain]
-        value = info.data[changed[0]] if changed else None
-        must = (
-            f"be false where {changed and changed[0]} is {value}: one pass replays the video by equal jumps"
-        )
-        return require(not (replays and changed), replays, must)
+        for key, plain in others.items():
+            value = info.data.get(key, plain)
+            must = f"be false where {key} is {value}: one pass replays the video by equal jumps"
+            require(value == plain or not replays, replays, must)
+        return replays
 
     @field_validator("matching_gradient")
     @classmethod
@@ -829,19 +828,16 @@ class Recipe(Section):
 
     @field_validator("distill")
     @classmethod
-    def _have_chunks(cls, distill: DistillSection, info: ValidationInfo) -> DistillSection:
+    def _roll_out_as_the_model(cls, distill: DistillSection, info: ValidationInfo) -> DistillSection:
         model = info.data.get("model")
-        by_chunk = distill.replay_rollout or distill.first_chunk_budgets is not None
-        must = "have replay_rollout and first_chunk_budgets only for a causal model"
-        return require(model is None or model.causal is not None or not by_chunk, distill, must)
-
-    @field_validator("distill")
-    @classmethod
-    def _compare_whole_videos(cls, distill: DistillSection, info: ValidationInfo) -> DistillSection:
-        model = info.data.get("model")
+        if model is None:
+            return distill
+        if model.causal is None:
+            by_chunk = distill.replay_rollout or distill.first_chunk_budgets is not None
+            must = "have replay_rollout and first_chunk_budgets only for a causal model"
+            return require(not by_chunk, distill, must)
         must = "have another matching than fake-free for a causal model, whose jumps see one chunk"
-        is_causal = model is not None and model.causal is not None
-        return require(not is_causal or distill.matching != "fake-free", distill, must)
+        return require(distill.matching != "fake-free", distill, must)
 
     @field_validator("distill")
     @classmethod
