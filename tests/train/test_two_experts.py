@@ -151,6 +151,6 @@ def test_guidance_per_expert_needs_two_experts(data: Path, tmp_path: Path) -> No
     plain = make_wan_folder(tmp_path / "wan")
     guidance = {"flow_map": {"guidance": {"high": 4.0, "low": 3.0}}}
     recipe = make_recipe(plain, data, train_flowmap=guidance)
-    said = r"train_flowmap.flow_map.guidance has a scale for each of two experts \(4 and 3\), .* is one network"
+    said = r"flow_map.guidance has a scale for each of two experts \(4 and 3\), .* is one network"
     with pytest.raises(UsageError, match=said):
         prepare_training(recipe, inputs_of("train-flowmap", recipe, paths(tmp_path)))
