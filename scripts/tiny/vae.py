@@ -225,15 +225,16 @@ class Muon:
         self.adam.step()
 
 
-def orthogonal(matrix: Tensor) -> Tensor:
-    """Approximate the closest matrix with orthonormal rows or columns, by five Newton-Schulz iterations."""
-    wide = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
-    x = wide / (wide.norm() + 1e-7)
+def orthogonal(matrices: Tensor) -> Tensor:
+    """Approximate the closest (..., M, N) with orthonormal rows or columns: five Newton-Schulz iterations."""
+    rows, columns = matrices.shape[-2:]
+    x = matrices.mT if rows > columns else matrices
+    x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
     for _ in range(5):
-        gram = x @ x.T
+        gram = x @ x.mT
         x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-    x = x * max(1.0, matrix.shape[0] / matrix.shape[1]) ** 0.5
-    return x.T if matrix.shape[0] > matrix.shape[1] else x
+    x = x * max(1.0, rows / columns) ** 0.5
+    return x.mT if rows > columns else x
 
 
 @dataclass(frozen=True)
