@@ -140,10 +140,8 @@ def main() -> None:
     network = load_network(args.pipeline, device=device)
     network.requires_grad_(True).train()
     first = {name: value.clone() for name, value in network.state_dict().items()}
-    draws, trainer = (
-        Draws(LatentData(args.data, TEXT_TOKENS), args.batch, args.seed, device),
-        Trainer(network),
-    )
+    draws = Draws(LatentData(args.data, TEXT_TOKENS), args.batch, args.seed, device)
+    trainer = Trainer(network)
     begun, total = time.monotonic(), torch.zeros((), device=device)
     for step in itertools.count():
         done = (time.monotonic() - begun) / (60 * args.minutes)
