@@ -42,6 +42,7 @@ DIRECTIONS: dict[str, tuple[float, float]] = {
 DOT_COLOR: Rgb = (250, 250, 250)
 DOT_COUNT = 4
 DOT_RADIUS = 2.2
+DOT_REACH = 5  # pixels from a dot's center within which it is drawn
 DOT_DISTANCE = 9.0  # between centres, so that dots never touch
 # How often a caption leaves an attribute out.
 OMITTED = {"size": 0.1, "direction": 0.1, "speed": 0.4, "background": 0.1}
@@ -126,8 +127,9 @@ def render(scene: Scene, frames: int = FRAMES, first: int = 0) -> RgbPixels:
     video = np.broadcast_to(np.asarray(BACKGROUNDS[scene.background], np.float32), (frames, HEIGHT, WIDTH, 3))
     video = _paint(video, outline_distance(scene.shape, dx, dy, scene.radius), RGB[scene.color])
     for x, y in scene.dots:
-        dot = np.hypot(_axis(WIDTH)[None, :] - x, _axis(HEIGHT)[:, None] - y) - DOT_RADIUS
-        video = _paint(video, dot[None], DOT_COLOR)
+        columns, rows = (slice(max(int(c) - DOT_REACH, 0), max(int(c) + DOT_REACH, 0)) for c in (x, y))
+        dot = np.hypot(_axis(WIDTH)[None, columns] - x, _axis(HEIGHT)[rows, None] - y) - DOT_RADIUS
+        video[:, rows, columns] = _paint(video[:, rows, columns], dot[None], DOT_COLOR)
     return np.round(video).astype(np.uint8)
 
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
+import pytest
 
 from anyflow_cli.data.shapes_world import render
+from anyflow_cli.evaluate.shapes.observe import observe, observe_parts
 from anyflow_cli.evaluate.shapes.score import latent_frame_slices, piece_scores
+from anyflow_cli.evaluate.shapes.suite import ShapesSuite
 from tests.evaluate import damage
-from tests.evaluate.damage import SCENES
+from tests.evaluate.damage import SCENES, Damage
 
 
 def test_each_frame_belongs_to_one_latent_frame() -> None:
@@ -30,3 +35,24 @@ def test_a_defect_affects_only_its_own_latent_frames() -> None:
     assert mixed[:4] == piece_scores(whole, {})[:4]
     assert mixed[4:] == piece_scores(spoiled, {})[4:]
     assert max(piece["sharpness"] for piece in mixed[4:]) < 0.5
+
+
+@pytest.mark.parametrize(
+    "spoil", [damage.noise, damage.vanishing, damage.ghost, damage.flicker, damage.no_dots]
+)
+def test_parts_are_measured_together_as_alone(spoil: Damage) -> None:
+    video, parts = spoil(SCENES[2]), latent_frame_slices(33)
+    for part, together in zip(parts, observe_parts(video, parts), strict=True):
+        alone = observe(video[part])
+        for name, value in vars(alone.track).items():
+            assert np.array_equal(value, getattr(together.track, name)), name
+        for name, value in vars(alone.dots).items():
+            assert np.array_equal(value, getattr(together.dots, name)), name
+        for name in ("forms", "steepness", "unexplained", "background_share"):
+            assert getattr(alone, name) == getattr(together, name), name
+
+
+def test_latent_frames_are_left_out_on_request() -> None:
+    videos, prompts = [render(scene) for scene in SCENES[:2]], [scene.caption for scene in SCENES[:2]]
+    scored = ShapesSuite().score(videos, prompts)
+    assert ShapesSuite(pieces=False).score(videos, prompts) == [replace(s, pieces=()) for s in scored]

@@ -102,6 +102,30 @@ def test_random_pixels_score_close_to_zero() -> None:
     assert result.total < 10
 
 
+# Sums of all quality scores, of all semantic scores, and of all scores of latent frames, of scene 3.
+SUMS = {
+    "clean": (6.000000, 6.000000, 63.000000),
+    "noise": (4.686083, 5.969697, 51.109180),
+    "blur": (4.394310, 5.727273, 45.509256),
+    "ghost": (2.930019, 5.268853, 36.871873),
+    "flicker": (4.928058, 5.989707, 61.696601),
+    "vanishing": (4.454545, 4.454545, 42.000000),
+    "a dot more": (5.560299, 6.000000, 59.043753),
+    "jitter": (5.405105, 5.999992, 62.994778),
+}
+
+
+@pytest.mark.parametrize("name", SUMS)
+def test_scores_are_the_recorded_ones(name: str) -> None:
+    damage_of = DEFECTS[name][0] if name in DEFECTS else render
+    score = score_video(damage_of(SCENES[3]), PROMPTS[3])
+    quality = [value for key, value in score.scores.items() if key not in score.right]
+    semantic = [score.scores[key] for key in score.right]
+    pieces = [value for piece in score.pieces for value in piece.values()]
+    sums = [sum(map(float, values)) for values in (quality, semantic, pieces)]
+    assert sums == pytest.approx(SUMS[name], abs=1e-5)
+
+
 def test_only_attributes_named_by_the_prompt_are_scored() -> None:
     score = score_video(render(SCENES[0]), f"a {SCENES[0].color} {SCENES[0].shape}")
     assert set(score.right) == {"colour", "shape"}

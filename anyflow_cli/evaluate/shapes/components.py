@@ -33,12 +33,14 @@ def largest_component(mask: Mask, weight: Floats) -> Mask:
         return np.zeros_like(mask)
     runs = _runs(mask)
     labels = _joined(runs, mask.shape[1])
-    mass = np.bincount(labels, _run_sums(runs, weight), minlength=len(labels))
+    mass = np.bincount(labels, _run_sums(runs, weight[mask]), minlength=len(labels))
     frame = runs.row // mask.shape[1]
     best = np.zeros(mask.shape[0])
     np.maximum.at(best, frame, mass[labels])
     kept = mass[labels] == best[frame]
-    return _painted(runs, kept, mask.shape)
+    largest = mask.copy()
+    largest[mask] = np.repeat(kept, runs.after - runs.first)
+    return largest
 
 
 def component_labels(mask: Mask) -> Ints:
@@ -46,20 +48,20 @@ def component_labels(mask: Mask) -> Ints:
     labels = np.zeros(mask.shape, np.intp)
     if mask.any():
         runs = _runs(mask[None])
-        _, numbers = np.unique(_joined(runs, mask.shape[0]), return_inverse=True)
-        for row, first, after, number in zip(runs.row, runs.first, runs.after, numbers, strict=True):
-            labels[row, first:after] = number + 1
+        joined = _joined(runs, mask.shape[0])
+        numbers = np.cumsum(joined == np.arange(len(joined)))  # of the first run of each component
+        labels[mask] = np.repeat(numbers[joined], runs.after - runs.first)
     return labels
 
 
 def _runs(mask: Mask) -> Runs:
     frames, height, width = mask.shape
-    padded = np.zeros((frames * height, width + 2), np.int8)
-    padded[:, 1:-1] = mask.reshape(-1, width)
-    change = np.diff(padded, axis=1)
-    row, first = np.nonzero(change == 1)
-    _, after = np.nonzero(change == -1)
-    return Runs(row, first, after)
+    padded = np.zeros((frames * height, width + 1), bool)  # a clear pixel between rows ends every run
+    padded[:, 1:] = mask.reshape(-1, width)
+    flat = padded.ravel()
+    ends = np.flatnonzero(np.append(flat[1:] != flat[:-1], flat[-1]))
+    row, first = np.divmod(ends[::2], width + 1)
+    return Runs(row, first, ends[1::2] - row * (width + 1))
 
 
 def _joined(runs: Runs, height: int) -> Ints:
@@ -91,13 +93,7 @@ def _touching(runs: Runs, height: int) -> tuple[Ints, Ints]:
 
 
 def _run_sums(runs: Runs, weight: Floats) -> NDArray[np.float64]:
-    width = weight.shape[2]
-    total = np.concatenate([[0.0], np.cumsum(weight.ravel(), dtype=np.float64)])
-    return np.asarray(total[runs.row * width + runs.after] - total[runs.row * width + runs.first])
-
-
-def _painted(runs: Runs, kept: Mask, shape: tuple[int, ...]) -> Mask:
-    marks = np.zeros((shape[0] * shape[1], shape[2] + 1), np.int8)
-    marks[runs.row[kept], runs.first[kept]] += 1
-    marks[runs.row[kept], runs.after[kept]] -= 1
-    return np.asarray(np.cumsum(marks, axis=1)[:, :-1].reshape(shape) > 0)
+    """Sum the weights of each run, from those of all set pixels in order."""
+    total = np.concatenate([[0.0], np.cumsum(weight, dtype=np.float64)])
+    after = np.cumsum(runs.after - runs.first)
+    return np.diff(total[after], prepend=0.0)

@@ -8,6 +8,7 @@ Legend: T frames, H W height and width, D dots, S sectors of the angular profile
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import inf
@@ -29,7 +30,7 @@ from anyflow_cli.data.shapes_world import (
     render,
 )
 from anyflow_cli.evaluate.shapes.components import Floats, Mask, component_labels, largest_component
-from anyflow_cli.evaluate.shapes.unmix import PALETTE_NAMES, Mixture, unmix
+from anyflow_cli.evaluate.shapes.unmix import PALETTE_NAMES, Mixture, nearest_labels, square_norms, unmix
 
 SECTORS = 16
 SHAPE_SHARE = 0.25  # share of the shape's color above which a pixel may belong to the shape
@@ -89,28 +90,49 @@ class Observation:
 
 def observe(video: RgbPixels) -> Observation:
     """Measure a clip (T, H, W, 3)."""
-    mixture = unmix(video)
-    dots = _dots(mixture.white)
-    presence = _filled(mixture.shape, mixture.white, dots.centers)
+    return observe_parts(video, [slice(0, len(video))])[0]
+
+
+def observe_parts(video: RgbPixels, parts: Sequence[slice]) -> list[Observation]:
+    """Measure consecutive parts of a clip (T, H, W, 3), each as a clip of its own.
+
+    The parts differ in their estimated colors and their dots; the other measurements of a frame are taken in
+    all frames at once.
+    """
+    labels = nearest_labels(video)
+    mixtures = [unmix(video[part], labels[part]) for part in parts]
+    dots = [_dots(mixture.white) for mixture in mixtures]
+    white = np.concatenate([mixture.white for mixture in mixtures])
+    presence = _filled(np.concatenate([mixture.shape for mixture in mixtures]), white, parts, dots)
     inside = largest_component(presence > SHAPE_SHARE, presence)
-    track = _track(video, presence, mixture.white, inside)
-    seen = track.profile[track.seen]
-    shape = _forms(seen.mean(0, keepdims=True))[0] if len(seen) else None
-    outside = ~(_grown(inside) | (mixture.white > 0.05))
-    return Observation(
-        mixture=mixture,
-        presence=presence,
-        inside=inside,
-        dots=dots,
-        track=track,
-        shape=shape,
-        forms=_forms(seen),
-        radius=_radius(track, shape),
-        background_share=_background_share(mixture, outside),
-        background_levels=_levels(video, outside, mixture.background_rgb),
-        unexplained=float(mixture.unexplained.sum() / len(video)),
-        steepness=0.0 if shape is None else _steepness(video, mixture, dots, track, shape),
-    )
+    grown = _grown(inside)
+    outside = ~(grown | (white > 0.05))
+    ground = np.concatenate([np.tile(m.background_rgb, (len(m.white), 1)) for m in mixtures])
+    levels = _levels(video, outside, ground)
+    observations = []
+    for part, mixture, found, track in zip(
+        parts, mixtures, dots, _tracks(video, presence, white, inside, grown, parts), strict=True
+    ):
+        seen = track.profile[track.seen]
+        forms = _forms(np.vstack([seen, seen.mean(0)])) if len(seen) else ()
+        shape = forms[-1] if forms else None
+        observations.append(
+            Observation(
+                mixture=mixture,
+                presence=presence[part],
+                inside=inside[part],
+                dots=found,
+                track=track,
+                shape=shape,
+                forms=forms[:-1],
+                radius=_radius(track, shape),
+                background_share=_background_share(mixture, outside[part]),
+                background_levels=levels[part],
+                unexplained=float(mixture.unexplained.sum() / len(mixture.unexplained)),
+                steepness=_steepness(video[part], mixture, found, track, shape) if shape else 0.0,
+            )
+        )
+    return observations
 
 
 # -- dots ----------------------------------------------------------------------------------------------------
@@ -125,13 +147,14 @@ def _dots(white: Floats) -> Dots:
     found = []
     for number in np.flatnonzero(mass >= LEAST_DOT):
         weight = mean * (labels == number + 1)
-        center = ((weight * x).sum() / weight.sum(), (weight * y).sum() / weight.sum())
+        total = weight.sum()
+        center = ((weight * x).sum() / total, (weight * y).sum() / total)
         found.append((dot_likeness(white, center), center))
     found.sort(reverse=True)
     best = found[:DOT_COUNT]
     near = np.zeros((HEIGHT, WIDTH), bool)
     for _, (cx, cy) in best:
-        near |= (abs(x - cx) <= REACH) & (abs(y - cy) <= REACH)
+        near |= (abs(x[:1] - cx) <= REACH) & (abs(y[:, :1] - cy) <= REACH)
     centers = np.array([center for _, center in best], np.float32).reshape(-1, 2)
     likeness = np.array([value for value, _ in best], np.float32)
     return Dots(centers, likeness, len(found) - len(best), (white * ~near).sum((1, 2)))
@@ -152,16 +175,27 @@ def dot_likeness(white: Floats, center: tuple[float, float]) -> float:
 # -- the moving shape ----------------------------------------------------------------------------------------
 
 
-def _filled(shape: Floats, white: Floats, centers: Floats) -> Floats:
-    """Shares of the shape (T, H, W), inpainted under each dot."""
-    filled = shape.copy()
-    for x, y in centers:
-        window = (slice(None), *(slice(max(int(c) - 2 * REACH, 0), int(c) + 2 * REACH) for c in (y, x)))
-        covered = white[window] > 0.05
-        free = np.where(covered, 0, 1).astype(np.float32)
-        around = _box(shape[window] * free) / np.maximum(_box(free), 1e-3)
-        filled[window] = np.where(covered, around, shape[window])
-    return filled
+def _filled(shape: Floats, white: Floats, parts: Sequence[slice], dots: Sequence[Dots]) -> Floats:
+    """Shares of the shape (T, H, W), inpainted under each dot of each part."""
+    reach = 2 * REACH
+    margin = ((0, 0), (reach, reach), (reach, reach))
+    filled, visible = np.pad(shape, margin), np.pad((white <= 0.05).astype(np.float32), margin)
+    windows = [
+        (part, slice(int(y), int(y) + 2 * reach), slice(int(x), int(x) + 2 * reach))
+        for part, found in zip(parts, dots, strict=True)
+        for x, y in found.centers
+    ]
+    if not windows:
+        return shape
+    within, free = (np.concatenate([a[window] for window in windows]) for a in (filled, visible))
+    around = within * free
+    near = around.any((1, 2))
+    around[near] = _box(around[near]) / np.maximum(_box(free[near]), 1e-3)
+    within = np.where(free == 0, around, within)
+    for window in windows:
+        count = window[0].stop - window[0].start
+        filled[window], within = within[:count], within[count:]
+    return filled[:, reach:-reach, reach:-reach]
 
 
 def _box(values: Floats, reach: int = 3) -> Floats:
@@ -186,28 +220,42 @@ def _grown(mask: Mask) -> Mask:
     return grown
 
 
-def _track(video: RgbPixels, presence: Floats, white: Floats, inside: Mask) -> Track:
-    own = np.where(_grown(inside), presence, 0)
-    frames = len(own)
-    t, y, x = np.nonzero(own)
-    weight = own[t, y, x]
+def _tracks(
+    video: RgbPixels, presence: Floats, white: Floats, inside: Mask, grown: Mask, parts: Sequence[slice]
+) -> list[Track]:
+    frames = len(video)
+    t, y, x = _nonzero(grown & (presence > 0))
+    weight = presence[t, y, x]
     area = np.bincount(t, weight, minlength=frames)
     seen = area >= LEAST_AREA
     safe = np.maximum(area, 1e-6)
     center = np.stack([np.bincount(t, weight * (axis + 0.5), minlength=frames) / safe for axis in (x, y)], 1)
     dx, dy = x + 0.5 - center[t, 0], y + 0.5 - center[t, 1]
-    start, step, residual = _straight(center, seen)
-    return Track(
-        seen=seen,
-        area=area.astype(np.float32),
-        center=center.astype(np.float32),
-        color=_core_colors(video, inside & (presence > 0.9) & (white < 0.05)),
-        profile=(_sectors(t, dx, dy, weight, frames) / safe[:, None]).astype(np.float32),
-        stray=np.where(_grown(inside), 0, presence).sum((1, 2)),
-        start=start,
-        step=step,
-        residual=residual,
-    )
+    color = _core_colors(video, inside & (presence > 0.9) & (white < 0.05))
+    profile = (_sectors(t, dx, dy, weight, frames) / safe[:, None]).astype(np.float32)
+    stray = np.where(grown, 0, presence).sum((1, 2))
+    tracks = []
+    for part in parts:
+        start, step, residual = _straight(center[part], seen[part])
+        tracks.append(
+            Track(
+                seen=seen[part],
+                area=area[part].astype(np.float32),
+                center=center[part].astype(np.float32),
+                color=color[part],
+                profile=profile[part],
+                stray=stray[part],
+                start=start,
+                step=step,
+                residual=residual,
+            )
+        )
+    return tracks
+
+
+def _nonzero(mask: Mask) -> tuple[NDArray[np.intp], ...]:
+    """Indices of the set pixels of a mask (T, H, W); faster than NumPy's for a few of many."""
+    return np.unravel_index(np.flatnonzero(mask), mask.shape)
 
 
 def _sectors(t: NDArray[np.intp], dx: Floats, dy: Floats, weight: Floats, frames: int) -> NDArray[np.float64]:
@@ -223,7 +271,7 @@ def _sectors(t: NDArray[np.intp], dx: Floats, dy: Floats, weight: Floats, frames
 
 def _core_colors(video: RgbPixels, core: Mask) -> Floats:
     """Mean color of the inner part of the shape in each frame, (T, 3)."""
-    t, y, x = np.nonzero(core)
+    t, y, x = _nonzero(core)
     pixels = video[t, y, x].astype(np.float32)
     count = np.maximum(np.bincount(t, minlength=len(video)), 1)
     sums = [np.bincount(t, pixels[:, c], minlength=len(video)) for c in range(3)]
@@ -270,8 +318,9 @@ def _drawn_track(name: str, radius: float) -> Track:
     # A fractional step, so that the mean covers all sub-pixel positions of the edge.
     color, start, step = next(iter(RGB)), (24, 26), (0.37, 0.23)
     video = render(Scene(name, color, "", "right", "slowly", "black", radius, start, step, ()))
-    mixture = unmix(video)
-    return _track(video, mixture.shape, mixture.white, mixture.shape > SHAPE_SHARE)
+    mixture = unmix(video, nearest_labels(video))
+    inside = mixture.shape > SHAPE_SHARE
+    return _tracks(video, mixture.shape, mixture.white, inside, _grown(inside), [slice(0, len(video))])[0]
 
 
 def _forms(profiles: Floats) -> tuple[str, ...]:
@@ -314,14 +363,12 @@ def edge_error(seen: Observation) -> float:
 
 def _background_share(mixture: Mixture, outside: Mask) -> dict[str, float]:
     counts = np.bincount(mixture.labels[outside], minlength=len(PALETTE_NAMES))
-    return {
-        name: float(count / max(counts.sum(), 1)) for name, count in zip(PALETTE_NAMES, counts, strict=True)
-    }
+    return dict(zip(PALETTE_NAMES, (counts / max(counts.sum(), 1)).tolist(), strict=True))
 
 
 def _levels(video: RgbPixels, outside: Mask, ground: Floats) -> Floats:
-    """Mean color outside the shape and the dots in each frame, (T, 3)."""
-    t, y, x = np.nonzero(~outside)  # few pixels, so their sum is subtracted from that of the frame
+    """Mean color outside the shape and the dots in each frame, (T, 3); ``ground`` if there is none."""
+    t, y, x = _nonzero(~outside)  # few pixels, so their sum is subtracted from that of the frame
     inner = np.stack([np.bincount(t, video[t, y, x, c], minlength=len(video)) for c in range(3)], 1)
     count = outside.sum((1, 2))[:, None]
     whole = np.ones(HEIGHT * WIDTH, np.float32) @ video.reshape(len(video), -1, 3).astype(np.float32)
@@ -358,8 +405,7 @@ def _edge_steepness(video: RgbPixels) -> float:
     levels = video.astype(np.float32)
     cubes = squares = 0.0
     for axis in (1, 2):
-        difference = np.diff(levels, axis=axis)
-        square = np.einsum("thwc,thwc->thw", difference, difference)
+        square = square_norms(np.diff(levels, axis=axis))
         edge = square[square > FAINT**2]
         cubes, squares = cubes + float((edge**1.5).sum()), squares + float(edge.sum())
     return cubes / squares if squares else 0.0

@@ -10,14 +10,13 @@ Legend: T frames, H W height and width, F latent frames.
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import hypot, inf, log
+from math import hypot, inf, log, prod
 
 import numpy as np
 
 from anyflow_cli.data.shapes_world import BACKGROUNDS, DIRECTIONS, DOT_COUNT, RGB, SHAPE_RADII, SPEEDS, Rgb
 from anyflow_cli.evaluate.shapes.components import Floats
-from anyflow_cli.evaluate.shapes.observe import Observation, edge_error, observe
-from anyflow_cli.evaluate.shapes.unmix import rgb_array
+from anyflow_cli.evaluate.shapes.observe import Observation, edge_error, observe_parts
 from anyflow_cli.evaluate.suite import Dimension, VideoPixels
 
 DIMENSIONS = (
@@ -68,7 +67,7 @@ VAE_STRIDE = 4  # frames per latent frame of Wan's VAE, whose first latent frame
 def ramp(value: float, name: str) -> float:
     """Map ``best`` and better to 1, ``worst`` and worse to 0, linearly between them."""
     best, worst = LIMITS[name]
-    return float(np.clip((value - worst) / (best - worst), 0, 1))
+    return min(max((value - worst) / (best - worst), 0.0), 1.0)
 
 
 # -- quality -------------------------------------------------------------------------------------------------
@@ -77,38 +76,49 @@ def ramp(value: float, name: str) -> float:
 def quality_notes(seen: Observation) -> dict[str, float]:
     """Measurements behind the quality scores, by the names of their limits."""
     track = seen.track
-    strays = track.stray.mean() + seen.dots.stray.mean() + seen.unexplained
-    return {
-        "steepness": seen.steepness,
+    return _still_notes(seen) | {
         "residual": track.residual,
         "area change": _spread(track.area[track.seen]),
         "form change": float(_distances(track.profile[track.seen], 1).mean()) if track.seen.any() else inf,
         "colour change": float(_distances(track.color[track.seen], 2).mean()) if track.seen.any() else inf,
         "background change": float(_distances(seen.background_levels, 2).mean()),
+        "speed": pace_of(seen),
+    }
+
+
+def _still_notes(seen: Observation) -> dict[str, float]:
+    track = seen.track
+    strays = track.stray.mean() + seen.dots.stray.mean() + seen.unexplained
+    return {
+        "steepness": seen.steepness,
         "stray area": float(strays),
         "colour offset": _offset(seen.mixture.color_rgb, RGB) if seen.mixture.color else inf,
         "background offset": _offset(seen.mixture.background_rgb, BACKGROUNDS),
         "seen": float(track.seen.mean()),
-        "speed": pace_of(seen),
     }
 
 
 def quality_scores(seen: Observation, named: dict[str, str]) -> dict[str, float]:
     """Score all quality dimensions; the prompt only affects the dynamic degree."""
     notes = quality_notes(seen)
-
-    def product(*names: str) -> float:
-        return float(np.prod([ramp(notes[name], name) for name in names]))
-
-    steady = product("area change", "form change", "colour change", "background change")
-    return {
-        "sharpness": notes["seen"] * product("steepness"),
+    steady = _product(notes, "area change", "form change", "colour change", "background change")
+    return _still_quality(seen, notes) | {
         "temporal consistency": notes["seen"] * steady,
-        "motion smoothness": notes["seen"] * product("residual"),
+        "motion smoothness": notes["seen"] * ramp(notes["residual"], "residual"),
         "dynamic degree": _dynamic_degree(notes["speed"], named.get("speed")),
-        "details": _details(seen),
-        "artefacts": product("stray area", "colour offset", "background offset"),
     }
+
+
+def _still_quality(seen: Observation, notes: dict[str, float]) -> dict[str, float]:
+    return {
+        "sharpness": notes["seen"] * ramp(notes["steepness"], "steepness"),
+        "details": _details(seen),
+        "artefacts": _product(notes, "stray area", "colour offset", "background offset"),
+    }
+
+
+def _product(notes: dict[str, float], *names: str) -> float:
+    return prod(ramp(notes[name], name) for name in names)
 
 
 def _dynamic_degree(pace: float, speed: str | None) -> float:
@@ -206,12 +216,12 @@ def piece_scores(video: VideoPixels, named: dict[str, str]) -> tuple[dict[str, f
     Only dimensions that a still image shows, because the first latent frame has a single frame. A model's
     chunks consist of latent frames, so their scores are means of these.
     """
-    return tuple(_still_scores(video[part], named) for part in latent_frame_slices(len(video)))
+    return tuple(_still_scores(seen, named) for seen in observe_parts(video, latent_frame_slices(len(video))))
 
 
-def _still_scores(piece: VideoPixels, named: dict[str, str]) -> dict[str, float]:
-    seen = observe(piece)
-    scores = quality_scores(seen, named) | semantic_scores(seen, named)
+def _still_scores(seen: Observation, named: dict[str, str]) -> dict[str, float]:
+    shown = {name: value for name, value in named.items() if name in STILL}
+    scores = _still_quality(seen, _still_notes(seen)) | semantic_scores(seen, shown)
     return {name: scores[name] for name in STILL if name in scores}
 
 
@@ -244,11 +254,13 @@ def _distances(values: Floats, order: int) -> Floats:
 
 
 def _offset(color: Floats, palette: dict[str, Rgb]) -> float:
-    return float(min(np.linalg.norm(color - rgb_array(rgb)) for rgb in palette.values()))
+    differences = color - np.array(list(palette.values()), np.float32)
+    return float(np.sqrt(min(each @ each for each in differences)))
 
 
 def _nearest_color(color: Floats, palette: dict[str, Rgb]) -> str:
-    return min(palette, key=lambda name: float(np.linalg.norm(color - rgb_array(palette[name]))))
+    differences = color - np.array(list(palette.values()), np.float32)
+    return list(palette)[int(np.linalg.norm(differences, axis=1).argmin())]
 
 
 def _nearest_ratio(value: float, known: dict[str, float]) -> str:

@@ -49,12 +49,16 @@ PROMPT_SEED = 2**41  # scene of the first prompt; far from the training and the 
 
 @dataclass(frozen=True)
 class ShapesSuite:
-    """The suite of one world; with the task ``i2v``, each video is conditioned on its first frame."""
+    """The suite of one world; with the task ``i2v``, each video is conditioned on its first frame.
+
+    ``pieces`` says whether to score each latent frame too, which takes longer than all other scores.
+    """
 
     world: str = "shapes"
     task: Task = "t2v"
     version: int = 2
     from_files: bool = False
+    pieces: bool = True
 
     @property
     def name(self) -> str:
@@ -100,7 +104,8 @@ class ShapesSuite:
     ) -> list[VideoScore]:
         """Score clips one by one."""
         conditions = [None] * len(videos) if images is None else images
-        return [score_video(*each) for each in zip(videos, prompts, conditions, strict=True)]
+        each = zip(videos, prompts, conditions, strict=True)
+        return [score_video(*clip, pieces=self.pieces) for clip in each]
 
     def assess(self, clips: Sequence[SuiteClip], directory: Path) -> Assessment:
         """Average the scores that were taken while the videos were generated."""
@@ -122,8 +127,13 @@ def score_videos(videos: Iterable[VideoPixels], prompts: Sequence[str], world: s
     return summarize(suite, suite.score(clips, prompts))
 
 
-def score_video(video: VideoPixels, prompt: str, image: Image | None = None) -> VideoScore:
-    """Score one clip (T, H, W, 3) uint8, also against its conditioning image (H, W, 3) if there is one."""
+def score_video(
+    video: VideoPixels, prompt: str, image: Image | None = None, *, pieces: bool = True
+) -> VideoScore:
+    """Score one clip (T, H, W, 3) uint8, also against its conditioning image (H, W, 3) if there is one.
+
+    Without ``pieces``, its latent frames are not scored.
+    """
     _check(video)
     named = parse_caption(prompt)
     seen = observe(video)
@@ -134,7 +144,7 @@ def score_video(video: VideoPixels, prompt: str, image: Image | None = None) -> 
         right=right_attributes(seen, named),
         features=features(video),
         notes={name: value for name, value in notes.items() if isfinite(value)},
-        pieces=piece_scores(video, named),
+        pieces=piece_scores(video, named) if pieces else (),
     )
 
 

@@ -50,20 +50,22 @@ class Mixture:
     color_rgb: Floats
 
 
-def unmix(video: RgbPixels) -> Mixture:
-    """Decompose a clip (T, H, W, 3)."""
-    labels = nearest_labels(video)
+def unmix(video: RgbPixels, labels: Labels) -> Mixture:
+    """Decompose a clip (T, H, W, 3) with the nearest palette color of each pixel (T, H, W)."""
     counts = np.bincount(labels.ravel(), minlength=len(PALETTE_NAMES))
     background = max(BACKGROUNDS, key=lambda name: counts[PALETTE_NAMES.index(name)])
     ground = _median_color(video[::4][labels[::4] == PALETTE_NAMES.index(background)])
-    squares = (np.arange(256, dtype=np.float32)[:, None] - ground) ** 2  # of each level, exact
-    where = sum(squares[video[..., c], c] for c in range(3)) > FOREGROUND**2
-    found = video[where] - ground  # (K, 3)
+    pixels = video.reshape(-1, 3)
+    distance = sum((pixels[:, c] - ground[c]) ** 2 for c in range(3))  # squared, exact
+    where = np.flatnonzero(distance > FOREGROUND**2)
+    found = pixels[where] - ground  # (K, 3)
     color = _dominant_color(found, ground)
     rgb = _core_color(found, ground, rgb_array(RGB[color])) if color else ground
-    shares = np.zeros((3, *where.shape), np.float32)
-    shares[:, where] = _shares(found, rgb - ground, WHITE - ground)
-    shape, white, unexplained = shares
+    shares = np.zeros((3, len(pixels)), np.float32)
+    mixed = _shares(found, rgb - ground, WHITE - ground)
+    left = found - mixed[0][:, None] * (rgb - ground) - mixed[1][:, None] * (WHITE - ground)
+    shares[:, where] = *mixed, np.sqrt(square_norms(left)) / 255
+    shape, white, unexplained = shares.reshape(3, *labels.shape)
     return Mixture(labels, shape, white, unexplained, background, ground, color, rgb)
 
 
@@ -81,6 +83,12 @@ def _label_table() -> Labels:
     return np.asarray(distance.argmin(1), np.uint8)
 
 
+def square_norms(vectors: Floats) -> Floats:
+    """Squared length of each vector (..., 3)."""
+    x, y, z = vectors[..., 0], vectors[..., 1], vectors[..., 2]
+    return np.asarray(x * x + y * y + z * z)
+
+
 def _median_color(pixels: RgbPixels) -> Floats:
     """Median of each channel of (K, 3), by counting, which is much faster than sorting."""
     if not len(pixels):
@@ -95,7 +103,7 @@ def _dominant_color(contrast: Floats, ground: Floats) -> str | None:
         return None
     white = (WHITE - ground) / np.linalg.norm(WHITE - ground)
     chroma = contrast - (contrast @ white)[:, None] * white
-    strength = np.linalg.norm(chroma, axis=1)
+    strength = np.sqrt(square_norms(chroma))
     towards = np.array(list(RGB.values()), np.float32) - ground
     towards -= (towards @ white)[:, None] * white
     towards /= np.linalg.norm(towards, axis=1, keepdims=True)
@@ -106,21 +114,19 @@ def _dominant_color(contrast: Floats, ground: Floats) -> str | None:
 
 def _core_color(contrast: Floats, ground: Floats, color: Floats) -> Floats:
     """Median color inside the shape, which the palette's color locates."""
-    share, white, _ = _shares(contrast, color - ground, WHITE - ground)
+    share, white = _shares(contrast, color - ground, WHITE - ground)
     if not share.any():
         return color
     core = (share >= CORE * np.quantile(share[share > 0], 0.9)) & (white < 0.2)
     return np.asarray(ground + np.median(contrast[core], axis=0), np.float32) if core.any() else color
 
 
-def _shares(contrast: Floats, color: Floats, white: Floats) -> tuple[Floats, Floats, Floats]:
-    """Least-squares shares (K,) of color and white, each in 0..1, and the residual as a fraction of 255."""
+def _shares(contrast: Floats, color: Floats, white: Floats) -> tuple[Floats, Floats]:
+    """Least-squares shares (K,) of color and white, each in 0..1."""
     axes = np.stack([color, white], axis=1)
     gram = axes.T @ axes + np.eye(2, dtype=np.float32)
     shape_share, white_share = np.linalg.solve(gram, axes.T @ contrast.T)
     alone = contrast @ color / max(float(color @ color), 1.0)
     shape_share = np.where(white_share < 0, alone, shape_share)
     white_share = np.where(shape_share < 0, contrast @ white / (white @ white), white_share)
-    shape_share, white_share = np.clip(shape_share, 0, 1), np.clip(white_share, 0, 1)
-    left = contrast - shape_share[:, None] * color - white_share[:, None] * white
-    return shape_share, white_share, np.linalg.norm(left, axis=1) / 255
+    return np.clip(shape_share, 0, 1), np.clip(white_share, 0, 1)
