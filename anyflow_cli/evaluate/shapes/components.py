@@ -33,13 +33,15 @@ def largest_component(mask: Mask, weight: Floats) -> Mask:
         return np.zeros_like(mask)
     runs = _runs(mask)
     labels = _joined(runs, mask.shape[1])
-    mass = np.bincount(labels, _run_sums(runs, weight[mask]), minlength=len(labels))
+    length = runs.after - runs.first
+    sums = np.diff(np.cumsum(weight[mask], dtype=np.float64)[np.cumsum(length) - 1], prepend=0.0)
+    mass = np.bincount(labels, sums, minlength=len(labels))
     frame = runs.row // mask.shape[1]
     best = np.zeros(mask.shape[0])
     np.maximum.at(best, frame, mass[labels])
     kept = mass[labels] == best[frame]
     largest = mask.copy()
-    largest[mask] = np.repeat(kept, runs.after - runs.first)
+    largest[mask] = np.repeat(kept, length)
     return largest
 
 
@@ -90,10 +92,3 @@ def _touching(runs: Runs, height: int) -> tuple[Ints, Ints]:
     upper = np.repeat(np.arange(len(count)), count)
     lower = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count) + np.repeat(low, count)
     return upper, lower
-
-
-def _run_sums(runs: Runs, weight: Floats) -> NDArray[np.float64]:
-    """Sum the weights of each run, from those of all set pixels in order."""
-    total = np.concatenate([[0.0], np.cumsum(weight, dtype=np.float64)])
-    after = np.cumsum(runs.after - runs.first)
-    return np.diff(total[after], prepend=0.0)

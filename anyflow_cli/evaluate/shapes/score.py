@@ -216,13 +216,12 @@ def piece_scores(video: VideoPixels, named: dict[str, str]) -> tuple[dict[str, f
     Only dimensions that a still image shows, because the first latent frame has a single frame. A model's
     chunks consist of latent frames, so their scores are means of these.
     """
-    return tuple(_still_scores(seen, named) for seen in observe_parts(video, latent_frame_slices(len(video))))
-
-
-def _still_scores(seen: Observation, named: dict[str, str]) -> dict[str, float]:
     shown = {name: value for name, value in named.items() if name in STILL}
-    scores = _still_quality(seen, _still_notes(seen)) | semantic_scores(seen, shown)
-    return {name: scores[name] for name in STILL if name in scores}
+    scored = []
+    for seen in observe_parts(video, latent_frame_slices(len(video))):
+        scores = _still_quality(seen, _still_notes(seen)) | semantic_scores(seen, shown)
+        scored.append({name: scores[name] for name in STILL if name in scores})
+    return tuple(scored)
 
 
 def latent_frame_slices(frames: int) -> list[slice]:
