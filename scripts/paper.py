@@ -7,8 +7,10 @@
     python scripts/paper.py report                 docs/paper.md from the records
     python scripts/paper.py run --quick            one row of each table at a few steps, to test the code
 
-Records go to docs/paper, data sets and models to runs/paper. Several processes share the work if each is
-started with the same command. ``scripts/reproduction/rows.py`` has all cells as one table.
+    python scripts/paper.py run --jobs 16          by so many processes, which may share a GPU
+
+Records go to docs/paper, data sets and models to runs/paper. Commands that are started side by side share the
+work, too. ``scripts/reproduction/rows.py`` has all cells as one table.
 """
 
 from __future__ import annotations
@@ -19,17 +21,19 @@ import sys
 import time
 from collections.abc import Sequence
 from fnmatch import fnmatch
+from itertools import chain
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))  # for a caller that imports this file
 
 from reproduction.cells import ROOT, Workshop
 from reproduction.exactness import measure_exactness
+from reproduction.processes import share
 from reproduction.report import write_report
 from reproduction.rows import PAPER, QUICK, REHEARSED, Cell, cells
 
 EXACT_STEPS = 3000
-POLL_SECONDS = 20  # while all that is left waits for what other processes make
+POLL_SECONDS = 3  # while all that is left waits for what other processes make
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -39,20 +43,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     made.add_argument(
         "--quick", action="store_true", help="a rehearsal in minutes: one row of each table, seed 0"
     )
-    made.add_argument("--only", nargs="+", help="patterns of cells, KIND/ROW-SEED")
+    made.add_argument("--only", nargs="+", help="patterns of cells, KIND/ROW-SEED, the first wanted first")
+    made.add_argument("--jobs", type=int, default=1, help="processes, as many as cores on a GPU")
     made.add_argument("--records", type=Path, help="directory of the records")
     made.add_argument("--runs", type=Path, help="directory of data sets and models")
     given = made.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     name = "paper-quick" if given.quick else "paper"
     runs = given.runs or Path("runs") / name
     records = given.records or (runs / "records" if given.quick else ROOT / "docs" / "paper")
     workshop = Workshop(QUICK if given.quick else PAPER, runs, records)
     rehearsed = [f"{kind}/{row}-0" for kind, names in REHEARSED.items() for row in names]
     patterns = given.only or (rehearsed if given.quick else ["*"])
-    wanted = [cell for cell in cells() if any(fnmatch(cell.name, pattern) for pattern in patterns)]
+    matching = ([cell for cell in cells() if fnmatch(cell.name, pattern)] for pattern in patterns)
+    wanted = list(dict.fromkeys(chain.from_iterable(matching)))
     if given.command == "run":
-        make_all(workshop, wanted)
+        workshop.prepare(wanted)
+        share(given.jobs, make_all, workshop, wanted)
     elif given.command == "exactness":
         measure_exactness(records, EXACT_STEPS // (100 if given.quick else 1))
     elif given.command == "report":
@@ -65,11 +71,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def make_all(workshop: Workshop, wanted: Sequence[Cell]) -> None:
     """Make the cells in order; those that other processes are making are waited for."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     while left := [cell for cell in wanted if not workshop.is_done(cell)]:
         outcomes = {cell.name: workshop.make(cell) for cell in left}
-        if set(outcomes.values()) == {"waits"}:
+        found = set(outcomes.values())
+        if "failed" in found and found <= {"waits", "failed"}:
+            failed = [name for name, outcome in outcomes.items() if outcome == "failed"]
+            raise SystemExit(f"Failed: {', '.join(failed)}")
+        if found == {"waits"}:
             raise SystemExit(f"Add the rows that these start from: {', '.join(outcomes)}")
-        if "done" not in outcomes.values():
+        if "done" not in found:
             time.sleep(POLL_SECONDS)
 
 

@@ -10,19 +10,20 @@ import json
 import logging
 import os
 import platform
-import resource
 import shutil
 import subprocess
-import sys
-from collections.abc import Mapping
+import traceback
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import date
 from functools import lru_cache
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from reproduction.processes import run
 from reproduction.rows import DATA, REFERENCE, Cell, Kind, Overrides, Row, Scale
 
 import anyflow_cli
@@ -44,7 +45,9 @@ RECIPES: dict[Kind, str] = {
     "causal": "scripts/reproduction/paper-causal.yaml",
 }
 LONG_SHARE = 8  # long videos have one in so many prompts
-Outcome = Literal["done", "busy", "waits"]
+FAILED = "failed.txt"  # the traceback, beside what a cell has so far
+PLANNED = "planned.json"
+Outcome = Literal["done", "busy", "waits", "failed"]
 log = logging.getLogger(__name__)
 
 
@@ -56,11 +59,13 @@ class Workshop:
         scale: Prompts, steps and data.
         runs: Directory of data sets and training runs.
         records: Directory of the records.
+        planned: FLOPs of a training step by what is planned, as far as they are known.
     """
 
     scale: Scale
     runs: Path
     records: Path
+    planned: dict[str, float] = field(default_factory=dict)
 
     def record(self, cell: Cell) -> Path:
         """The record of a cell."""
@@ -71,19 +76,38 @@ class Workshop:
         return self.record(cell).is_file()
 
     def make(self, cell: Cell) -> Outcome:
-        """Make a cell, unless its start is not trained or another process is making it."""
+        """Make a cell, unless its start is not trained, another process is making it, or it failed."""
         start, home = cell.start, self.runs / cell.name
+        if (home / FAILED).exists():
+            return "failed"
         if start is not None and not self.model_of(start).is_dir():
             return "waits"
         with ExitStack() as stack:
             try:
                 stack.enter_context(RunLock(home))
+                if not self.is_done(cell):
+                    self._make_data(cell)
             except UsageError:
                 return "busy"
-            if not self.is_done(cell):
-                log.info("== %s", cell.name)
-                self._make(cell, home)
+            try:
+                if not self.is_done(cell):
+                    log.info("== %s", cell.name)
+                    self._make(cell, home)
+            except Exception:
+                log.exception("%s failed", cell.name)
+                (home / FAILED).write_text(traceback.format_exc())
+                return "failed"
         return "done"
+
+    def prepare(self, cells: Sequence[Cell]) -> None:
+        """Forget earlier failures, and plan what training costs, once for all processes."""
+        known = self.runs / PLANNED
+        if known.is_file():
+            self.planned.update(json.loads(known.read_text()))
+        for cell in cells:
+            (self.runs / cell.name / FAILED).unlink(missing_ok=True)
+            self.steps_of(cell)
+        write_json(known, self.planned)
 
     def _make(self, cell: Cell, home: Path) -> None:
         from reproduction.long_videos import measure_long
@@ -120,17 +144,15 @@ class Workshop:
         if row.command is None:
             return {"command": None, "steps": 0, "step_tflop": 0.0, "processor_seconds": 0.0}
         if not part.is_file():
-            self._make_data(cell)
             words = ["anyflow", row.command, "--recipe", RECIPES[cell.kind], "--runs", str(home)]
             if row.start is not None and cell.start is not None:
                 words += ["--model", str(self.model_of(cell.start))]
             words += [f"--set={key}={json.dumps(value)}" for key, value in self.overrides(cell).items()]
-            begun = children_seconds()
-            run(words)
+            seconds = run(words)
             values = {
                 "command": " ".join(words), "steps": self.steps_of(cell),
-                "step_tflop": round(step_flops(cell, self.scale) / 1e12, 6),
-                "processor_seconds": round(children_seconds() - begun, 1),
+                "step_tflop": round(self.step_flops(cell) / 1e12, 6),
+                "processor_seconds": round(seconds, 1),
             }  # fmt: skip
             write_json(part, values | {"metrics": self._metrics(cell)})
         found: dict[str, Any] = json.loads(part.read_text())
@@ -145,12 +167,14 @@ class Workshop:
 
     def _make_data(self, cell: Cell) -> None:
         name = cell.of.data
-        if cell.of.command == "finetune" or (self.data_of(cell) / MANIFEST).is_file():
+        if cell.of.command in (None, "finetune") or (self.data_of(cell) / MANIFEST).is_file():
             return
         home = self.runs / "data" / name
         words = ["anyflow", "synthesize", "--recipe", RECIPES["bidirectional"], "--runs", str(home)]
         keys = {**DATA[name], **self.scale.data}
-        run([*words, *(f"--set={key}={json.dumps(value)}" for key, value in keys.items())])
+        with RunLock(home):
+            if not (self.data_of(cell) / MANIFEST).is_file():
+                run([*words, *(f"--set={key}={json.dumps(value)}" for key, value in keys.items())])
 
     # --- places
 
@@ -198,9 +222,17 @@ class Workshop:
         command = cell.of.command
         if command is None:
             return 0
-        reference = replace(cell, row=REFERENCE[command])
-        ratio = step_flops(reference, self.scale) / step_flops(cell, self.scale)
+        ratio = self.step_flops(replace(cell, row=REFERENCE[command])) / self.step_flops(cell)
         return max(1, int(self.scale.steps[command][cell.kind] * ratio + 0.5))
+
+    def step_flops(self, cell: Cell) -> float:
+        """FLOPs of an average training step of a cell's row, as planned; the same for all seeds."""
+        cell = replace(cell, seed=0)
+        recipe = self.recipe_of(cell).model_dump_json()
+        key = sha256(f"{cell.kind} {cell.of.command} {recipe}".encode()).hexdigest()[:16]
+        if key not in self.planned:
+            self.planned[key] = step_cost(setup_of(cell, self.scale, cell.of)).flops
+        return self.planned[key]
 
 
 def section_of(cell: Cell) -> str:
@@ -221,11 +253,6 @@ def recipe_with(kind: Kind, overrides: Mapping[str, Any]) -> Recipe:
     return load_recipe(str(ROOT / RECIPES[kind]), texts)
 
 
-def step_flops(cell: Cell, scale: Scale) -> float:
-    """FLOPs of an average training step of a cell's row, as planned; the same for all seeds."""
-    return step_cost(setup_of(replace(cell, seed=0), scale, cell.of)).flops
-
-
 def setup_of(cell: Cell, scale: Scale, row: Row) -> Setup:
     """What one process of a row's command runs, of the kind and seed of a cell."""
     return _setup_of(cell.kind, row.command or "train-flowmap", json.dumps(overrides_of(cell, scale, row)))
@@ -240,19 +267,6 @@ def _setup_of(kind: Kind, command: str, overrides: str) -> Setup:
         command = "train-flowmap"
     tunes = command == "train-flowmap" and recipe.train_flowmap.objective == "flow-matching"
     return training_setup(target_of(recipe, this_machine()), "tune" if tunes else command)
-
-
-def run(words: list[str]) -> None:
-    """Run a command of anyflow by this interpreter."""
-    log.info("%s", " ".join(words))
-    command = [sys.executable, "-m", "anyflow_cli", *words[1:]]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-
-
-def children_seconds() -> float:
-    """Processor seconds of all finished commands."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
 
 
 def provenance() -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from reproduction.measure import BATCH, FIRST_SEED, pack, still_quality, unpack, video_scores
+from reproduction.measure import FIRST_SEED, Clock, pack, still_quality, unpack, video_scores, videos
 from reproduction.pictures import Curve, draw_curves
 from reproduction.rows import ROWS, TABLES, Kind, LongSampled
 
@@ -23,6 +23,7 @@ from anyflow_cli.evaluate.suite import VideoPixels, summarize
 from anyflow_cli.recipe.schema import Recipe
 from anyflow_cli.sample.sampler import PromptSwitch, VideoSampler
 
+TOGETHER = 16  # videos of a batch, which switch to the same prompt
 CHUNK = 2  # latent frames of a chunk, after the first one
 
 
@@ -35,13 +36,13 @@ def measure_long(address: str, recipe: Recipe, sampled: LongSampled, prompts: in
     texts = suite.prompts(2 * prompts)
     windows: list[list[Any]] = [[] for _ in range(sampled.length)]
     stills = []
-    for start in range(0, prompts, BATCH):
-        own = texts[start : min(start + BATCH, prompts)]
+    for start in range(0, prompts, TOGETHER):
+        own = texts[start : min(start + TOGETHER, prompts)]
         after = texts[prompts + start]  # of all videos of a batch
         if sampled.switches:
             sampler.condition_on(switches=[PromptSwitch(sampled.length // 2 * step + 1, after)])
         seeds = range(FIRST_SEED + start, FIRST_SEED + start + len(own))
-        for prompt, video in zip(own, sampler.videos(own, seeds, sampled.steps, BATCH), strict=True):
+        for prompt, video in zip(own, videos(sampler, own, seeds, sampled.steps, Clock()), strict=True):
             pieces: list[dict[str, float]] = []
             for number, window in enumerate(windows_of(video, size)):
                 changed = sampled.switches and number >= sampled.length // 2

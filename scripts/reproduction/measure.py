@@ -1,7 +1,7 @@
 """Measuring a model: sample the suite's prompts, decode, score; scores of single videos in a few bytes.
 
-The VAE decodes all frames of a clip in one pass (``scripts/tiny/vae.py``) in bf16, in 0.4 of the time of the
-package's decoder; Total moves by hundredths (docs/log.md). Nothing is written as a video.
+The VAE decodes all frames of a clip in one pass (``scripts/tiny/vae.py``) in bf16, on a CPU in 0.4 of the
+time of the package's decoder; Total moves by hundredths (docs/log.md). Nothing is written as a video.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import time
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,9 @@ from anyflow_cli.evaluate.suite import VideoPixels, VideoScore, summarize
 from anyflow_cli.recipe.schema import Recipe
 from anyflow_cli.sample.sampler import VideoSampler
 
-BATCH = 16
+BATCH = {"cpu": 16, "cuda": 128}  # videos that are sampled together
+DECODED_FRAMES = {"cpu": 1, "cuda": 288}  # latent frames that are decoded together; at least a video
+FOLLOWED_SHARE = 4  # one in so many videos of a causal model is scored along its frames
 FIRST_SEED = 1000  # of the noise of the first prompt; the same for every model
 STEP = 20_000  # levels per unit of a packed score
 UNKNOWN = 65_535
@@ -49,7 +51,7 @@ class Point:
         correct: Share of videos that show everything their prompt names, in percent.
         distance: Fréchet distance to fresh clips of the world.
         scores: Raw scores of all videos by dimension, packed.
-        pieces: Quality of the stills of each latent frame of each video, packed.
+        pieces: Quality of the stills of each latent frame of the first videos, packed, of a causal model.
         seconds: Processor seconds in the network, in the decoder and for the scores.
     """
 
@@ -63,7 +65,7 @@ class Point:
     correct: float | None
     distance: float | None
     scores: str
-    pieces: str
+    pieces: str | None
     seconds: dict[str, float]
 
     def as_json(self) -> dict[str, Any]:
@@ -81,16 +83,18 @@ def measure(address: str, recipe: Recipe, method: Method, steps: int, prompts: i
     texts, clock = suite.prompts(prompts), Clock()
     scores: list[VideoScore] = []
     seeds = range(FIRST_SEED, FIRST_SEED + prompts)
-    with one_pass_decoding():
-        for latents in clock.iterate("network", sampler.latents(texts, seeds, steps, BATCH)):
-            for video in clock.iterate("decoder", pixels(sampler, latents)):
-                with clock.part("scores"):
-                    scores += suite.score([video], texts[len(scores) : len(scores) + 1])
+    followed = prompts // FOLLOWED_SHARE if sampler.is_causal else 0
+    plain = replace(suite, pieces=False)
+    for video in videos(sampler, texts, seeds, steps, clock):
+        with clock.part("scores"):
+            number = len(scores)
+            own = suite if number < followed else plain
+            scores += own.score([video], texts[number : number + 1])
     result, draws = summarize(suite, scores), draw_totals(suite, scores, range(prompts))
     bounds = None if draws is None else interval(draws)
     assert result.total is not None
     names = [dimension.name for dimension in suite.dimensions]
-    stills = [[still_quality(piece) for piece in score.pieces] for score in scores]
+    stills = [[still_quality(piece) for piece in score.pieces] for score in scores[:followed]]
     return Point(
         method=method,
         steps=steps,
@@ -102,7 +106,7 @@ def measure(address: str, recipe: Recipe, method: Method, steps: int, prompts: i
         correct=result.correct and round(result.correct, 2),
         distance=result.distance and round(result.distance, 3),
         scores=pack([[score.scores.get(name, np.nan) for name in names] for score in scores]),
-        pieces=pack(stills),
+        pieces=pack(stills) if stills else None,
         seconds=clock.seconds,
     )
 
@@ -146,14 +150,25 @@ def one_pass_decoding() -> Iterator[None]:
         WanCausalConv3d.forward, WanResample.forward = before
 
 
+def videos(
+    sampler: VideoSampler, prompts: Sequence[str], seeds: Sequence[int], steps: int, clock: Clock
+) -> Iterator[VideoPixels]:
+    """Sample videos (T, H, W, 3), and count what that takes."""
+    batch = BATCH[sampler.device.type]
+    with one_pass_decoding():
+        for latents in clock.iterate("network", sampler.latents(prompts, seeds, steps, batch)):
+            yield from clock.iterate("decoder", pixels(sampler, latents))
+
+
 @torch.no_grad()
 def pixels(sampler: VideoSampler, latents: torch.Tensor) -> Iterator[VideoPixels]:
-    """Decode latents (B, F, C, H, W) clip by clip, (T, H, W, 3) each; the VAE stays in bf16."""
+    """Decode latents (B, F, C, H, W) to videos (T, H, W, 3); the VAE stays in bf16."""
     vae = sampler.vae
     model = vae._model.bfloat16()
-    for clip in torch.split(latents.float(), 1):
-        video = decode(model, (clip.transpose(1, 2) * vae._std + vae._mean).bfloat16()).float()
-        yield to_pixels((video.transpose(1, 2) / 2 + 0.5).clamp(0, 1))[0]
+    frames = DECODED_FRAMES[latents.device.type]
+    for clips in torch.split(latents.float(), max(frames // latents.shape[1], 1)):
+        video = decode(model, (clips.transpose(1, 2) * vae._std + vae._mean).bfloat16()).float()
+        yield from to_pixels((video.transpose(1, 2) / 2 + 0.5).clamp(0, 1))
 
 
 def pack(values: Sequence[Sequence[float]]) -> str:
