@@ -18,6 +18,8 @@ from typing import Any
 
 from anyflow_cli.cli.app import main
 
+# Otherwise torch.cuda.is_available(), which diffusers calls, prevents CUDA in forked processes.
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload([
     "anyflow_cli.cli.app", "anyflow_cli.train.trainer", "anyflow_cli.train.stages",
