@@ -10,10 +10,13 @@ import logging
 import multiprocessing
 import os
 import resource
+import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 from anyflow_cli.cli.app import main
@@ -41,13 +44,12 @@ def run(words: Sequence[str]) -> float:
     log.info("%s", " ".join(words))
     ours, theirs = SERVER.Pipe(duplex=False)
     process = SERVER.Process(target=_command, args=(list(words[1:]), theirs))
-    process.start()
-    theirs.close()
-    try:
-        seconds = float(ours.recv())
-    except EOFError:
-        seconds = 0.0
-    process.join()
+    with _running([process]):
+        theirs.close()
+        try:
+            seconds = float(ours.recv())
+        except EOFError:
+            seconds = 0.0
     if process.exitcode:
         raise subprocess.CalledProcessError(process.exitcode, list(words))
     return seconds
@@ -56,12 +58,26 @@ def run(words: Sequence[str]) -> float:
 def share(count: int, work: Callable[..., None], *arguments: Any) -> None:
     """Let ``count`` processes do the same work, which they divide among themselves."""
     workers = [SERVER.Process(target=work, args=arguments) for _ in range(count)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
+    with _running(workers):
+        pass
     if any(worker.exitcode for worker in workers):
         raise SystemExit(1)
+
+
+@contextmanager
+def _running(processes: Sequence[BaseProcess]) -> Iterator[None]:
+    """Run processes until they end, or end them where this process is ended."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    for process in processes:
+        process.start()
+    try:
+        yield
+        for process in processes:
+            process.join()
+    finally:
+        for process in processes:
+            process.terminate()
+            process.join()
 
 
 def _command(arguments: list[str], seconds: Connection) -> None:
