@@ -97,6 +97,15 @@ def _torch_kernel(kind: SDPBackend | None) -> Kernel:
     return kernel
 
 
+def _in_half(half: Kernel) -> Kernel:
+    """A kernel that takes ``HALF`` alone; calls in fp32, such as a target's, go to torch's choice."""
+
+    def kernel(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return (half if query.dtype in HALF else SDPA)(query, key, value)
+
+    return kernel
+
+
 def _package_kernel(package: str, function: str, **options: Any) -> Kernel:
     """A function of another package, which is imported at the first call."""
 
@@ -108,19 +117,20 @@ def _package_kernel(package: str, function: str, **options: Any) -> Kernel:
     return kernel
 
 
+SDPA = _torch_kernel(None)
 BACKENDS = {
-    "sdpa": AttentionBackend(_torch_kernel(None), on_cpu=True),
-    "flash": AttentionBackend(_torch_kernel(SDPBackend.FLASH_ATTENTION), dtypes=HALF),
+    "sdpa": AttentionBackend(SDPA, on_cpu=True),
+    "flash": AttentionBackend(_in_half(_torch_kernel(SDPBackend.FLASH_ATTENTION)), dtypes=HALF),
     "efficient": AttentionBackend(_torch_kernel(SDPBackend.EFFICIENT_ATTENTION)),
-    "cudnn": AttentionBackend(_torch_kernel(SDPBackend.CUDNN_ATTENTION), dtypes=HALF),
+    "cudnn": AttentionBackend(_in_half(_torch_kernel(SDPBackend.CUDNN_ATTENTION)), dtypes=HALF),
     "flash3": AttentionBackend(
-        _package_kernel("flash_attn_interface", "flash_attn_func"),
+        _in_half(_package_kernel("flash_attn_interface", "flash_attn_func")),
         package="flash_attn_interface",
         install="build FlashAttention 3 from the folder hopper of github.com/Dao-AILab/flash-attention",
         dtypes=HALF,
     ),
     "sage": AttentionBackend(
-        _package_kernel("sageattention", "sageattn", tensor_layout="NHD"),
+        _in_half(_package_kernel("sageattention", "sageattn", tensor_layout="NHD")),
         package="sageattention",
         install="pip install sageattention",
         dtypes=HALF,
@@ -128,7 +138,6 @@ BACKENDS = {
         is_exact=False,
     ),
 }  # fmt: skip
-SDPA = BACKENDS["sdpa"].kernel
 OTHER = "set model.attention to auto"
 
 

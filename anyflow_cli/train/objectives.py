@@ -228,7 +228,8 @@ class FlowMapTerm:
         student = window.bind(self.backbone.velocity("student", batch.condition))
         if settings.states == "own":
             with torch.no_grad():  # between equal ends there is one state; the teacher says where it moves
-                x = eps = flow_map(student, eps, torch.ones_like(t), t.to(eps.device))
+                until = t.to(eps.device)
+                x = eps = flow_map(student, eps, torch.ones_like(until), until)
         result = losses.flow_map_loss(
             student,
             window.bind(uncond_velocity(self.backbone, "student", self.negative, batch)),

@@ -246,6 +246,19 @@ BEYOND_2: Mapping[str, Row] = {
     "composition-alone": stage_2(
         "the same, no matching", "composition-teacher", joint=COMPOSED, matching="none"),
 }  # fmt: skip
+ALONE = {"distill.joint": False}
+PARTS: Mapping[str, Row] = {  # what parts consistency simulation in Table 2 from the row above it
+    "simulation-alone": Row("flow map + flow-map simulation, no joint loss", "distill", "flow-map", ALONE,
+                            kinds=SOME),
+    "ode-simulation-alone": Row("consistency, ODE-init + flow-map simulation, no joint loss", "distill",
+                                "consistency-ode", ALONE, kinds=SOME),
+    "consistency-simulation-alone": Row(
+        "flow map + consistency simulation, no joint loss", "distill", "flow-map",
+        {**ALONE, "distill.simulation": "consistency"}, CONSISTENCY, kinds=SOME),
+    "composition-simulation-only": Row(
+        "composition, teacher's velocity + flow-map simulation, no joint loss", "distill",
+        "composition-teacher", ALONE, kinds=SOME),
+}  # fmt: skip
 BEYOND_CAUSAL: Mapping[str, Row] = {
     "replay": stage_2("self gradient forcing", kinds=("causal",), replay_rollout=True),
     "first-chunk": stage_2("first chunk at 4 or 8 steps", kinds=("causal",), first_chunk_budgets=[4, 8]),
@@ -270,6 +283,7 @@ TABLES: Mapping[str, Mapping[str, Row]] = {
     },
     "Stage 1 beyond the paper": BEYOND_1,
     "Stage 2 beyond the paper": BEYOND_2,
+    "The parts of stage 2": PARTS,
     "Causal stage 2 beyond the paper": BEYOND_CAUSAL,
     "Long videos": LONG_VIDEOS,
     "Fig. 10": FIGURE_10,

@@ -116,6 +116,12 @@ def test_what_cannot_be_used_is_known_before_a_model_loads(monkeypatch: pytest.M
     assert backend_problem("sdpa", "cpu", dtype=torch.float32, trains=True) is None
 
 
+@pytest.mark.parametrize("name", [name for name, backend in BACKENDS.items() if backend.dtypes is not None])
+def test_a_kernel_of_half_precision_leaves_calls_in_fp32_to_torch(name: str) -> None:
+    query, key, value = (torch.randn(2, 16, 2, 16, generator=torch.manual_seed(i)) for i in range(3))
+    torch.testing.assert_close(BACKENDS[name].kernel(query, key, value), SDPA(query, key, value))
+
+
 def test_a_package_s_function_is_called_with_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
     """Both packages take (B, L, E, d); FlashAttention 3 returned a tuple in its first versions."""
 
