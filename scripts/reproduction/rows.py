@@ -296,7 +296,7 @@ ROWS: Mapping[str, Row] = {name: row for table in TABLES.values() for name, row 
 REHEARSED: Mapping[Kind, tuple[str, ...]] = {  # by --quick: a row of each table, and what it starts from
     "bidirectional": (
         "flow-map", "consistency-ode", "flow-map-simulation", "consistency-simulation", "tiny",
-        "composition-teacher", "fake-free", "uniform-weight", "zero-init", "finetune-flow-map",
+        "composition-teacher", "fake-free", "simulation-alone", "uniform-weight", "zero-init", "finetune-flow-map",
         "flow-map-scaling",
     ),
     "causal": ("flow-map", "flow-map-simulation", "replay", "long-rollouts"),
