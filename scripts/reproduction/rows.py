@@ -226,7 +226,8 @@ BEYOND_1: Mapping[str, Row] = {
     "composition": stage_1("composition", objective="composition"),
     "teacher": stage_1("teacher's velocity", **TEACHER),
     "composition-teacher": stage_1("composition, teacher's velocity", objective="composition", **TEACHER),
-    "own-states": stage_1("the same, at its own states", objective="composition", states="own", **TEACHER),
+    "own-states": stage_1("composition, teacher's velocity, own states", objective="composition",
+                          states="own", **TEACHER),
     "unguided-3": stage_1("unguided data, g = 3", "unguided", guidance=3.0),
     "unguided-3-guided-path": stage_1("unguided data, g = 3, guided path", "unguided", guidance=3.0,
                                       guidance_path="guided"),
@@ -242,9 +243,10 @@ BEYOND_2: Mapping[str, Row] = {
     "fake-free": stage_2("no fake score (FSF-DMD)", matching="fake-free"),
     "joint-composition": stage_2("joint loss: composition, teacher's velocity", joint=COMPOSED),
     "composition-simulation": stage_2(
-        "the same, from such a stage 1", "composition-teacher", joint=COMPOSED),
+        "composition, teacher's velocity in both stages", "composition-teacher", joint=COMPOSED),
     "composition-alone": stage_2(
-        "the same, no matching", "composition-teacher", joint=COMPOSED, matching="none"),
+        "composition, teacher's velocity in both stages, no matching", "composition-teacher",
+        joint=COMPOSED, matching="none"),
 }  # fmt: skip
 ALONE = {"distill.joint": False}
 PARTS: Mapping[str, Row] = {  # what parts consistency simulation in Table 2 from the row above it
@@ -271,7 +273,7 @@ LONG_VIDEOS: Mapping[str, Row] = {
     "long-rollouts": Row("rollouts of up to 4 times the length", "distill", "flow-map", LONGER, long=LONG,
                          kinds=("causal",)),
     "long-rollouts-sink": Row(
-        "the same, the first chunk kept in full", "distill", "flow-map",
+        "rollouts of up to 4 times the length, the first chunk kept in full", "distill", "flow-map",
         {**LONGER, "model.causal.sink_chunks": 1}, long=LONG, kinds=("causal",)),
 }  # fmt: skip
 
@@ -296,8 +298,8 @@ ROWS: Mapping[str, Row] = {name: row for table in TABLES.values() for name, row 
 REHEARSED: Mapping[Kind, tuple[str, ...]] = {  # by --quick: a row of each table, and what it starts from
     "bidirectional": (
         "flow-map", "consistency-ode", "flow-map-simulation", "consistency-simulation", "tiny",
-        "composition-teacher", "fake-free", "simulation-alone", "uniform-weight", "zero-init", "finetune-flow-map",
-        "flow-map-scaling",
+        "composition-teacher", "fake-free", "simulation-alone", "uniform-weight", "zero-init",
+        "finetune-flow-map", "flow-map-scaling",
     ),
     "causal": ("flow-map", "flow-map-simulation", "replay", "long-rollouts"),
 }  # fmt: skip
