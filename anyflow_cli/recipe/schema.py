@@ -404,6 +404,11 @@ class FlowMapSection(Section):
         description="Velocity of the target: eps - x, or the frozen teacher's own prediction, guided by"
         " `guidance` (1 for a teacher that is distilled from guidance).",
     )
+    noise: Literal["fresh", "paired"] = Field(
+        "fresh",
+        description="Noise of each video: drawn anew, or the very noise that the teacher sampled it from, "
+        "between which paths are nearly straight (rectified flow).",
+    )
     states: Literal["data", "own"] = Field(
         "data",
         description="Noisy states that the loss is taken at: noised data, or the network's own jumps from "
@@ -448,7 +453,9 @@ class FlowMapSection(Section):
     @classmethod
     def _have_a_target(cls, states: str, info: ValidationInfo) -> str:
         must = "be data where target is data: a state of the network's own has no clean video"
-        return require(states == "data" or info.data.get("target") == "teacher", states, must)
+        states = require(states == "data" or info.data.get("target") == "teacher", states, must)
+        must = "be data where noise is paired: a state of the network's own has no video behind it"
+        return require(states == "data" or info.data.get("noise") == "fresh", states, must)
 
     @field_validator("to_zero")
     @classmethod

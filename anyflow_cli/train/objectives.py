@@ -224,7 +224,11 @@ class FlowMapTerm:
         t, r = map(window.by_frame, self._times(rng, window.times_per_sample))
         batch, dropped = drop_text(batch, self.negative, settings.text_dropout, rng)
         batch = replace(batch, condition=window.condition(batch.condition))
-        scale, eps = expert.scale(settings.guidance), window.noise(rng.noise("noise", x.shape[1:]))
+        scale = expert.scale(settings.guidance)
+        if settings.noise == "paired":
+            eps = paired_noise(batch, window)
+        else:
+            eps = window.noise(rng.noise("noise", x.shape[1:]))
         student = window.bind(self.backbone.velocity("student", batch.condition))
         if settings.states == "own":
             with torch.no_grad():  # between equal ends there is one state; the teacher says where it moves
@@ -347,6 +351,17 @@ class FlowMatchingTerm:
         return [NetworkCall("student", len(rng.positions), gradient=True)]
 
 
+def paired_noise(batch: Batch, window: causal_windows.TrainingWindow) -> Tensor:
+    """The noise that the teacher sampled each video of a window from, drawn again from its seed."""
+    seeds = [seed for seed in batch.seeds if seed is not None]
+    if len(seeds) < len(batch.latents):
+        raise UsageError(
+            "Training needs the noise behind each video, and the data set has real clips.",
+            "Train on videos that `anyflow synthesize` sampled from the teacher.",
+        )
+    return window.noise(window.of(batch_noise(seeds, batch.latents.shape[1:])))
+
+
 @dataclass(frozen=True)
 class ConsistencyTerm:
     """Consistency ODE initialization: one jump from any t of a path to the teacher's video at its end.
@@ -364,19 +379,12 @@ class ConsistencyTerm:
     def __call__(self, batch: Batch, rng: StepRng) -> tuple[Tensor, Sums]:
         """Evaluate ``losses.consistency_loss``."""
         videos, window = batch.latents, self.window_of(batch.latents, rng)
-        seeds = [seed for seed in batch.seeds if seed is not None]
-        if len(seeds) < len(videos):
-            raise UsageError(
-                "consistency-ode needs the noise behind each video, and the data set has real clips.",
-                "Train it on videos that `anyflow synthesize` sampled from the teacher.",
-            )
         shape = (rng.count, *([] if window.times_per_sample is None else [window.times_per_sample]))
         interval = self.experts.of_step(rng).interval
         drawn = times.sample_uniform(math.prod(shape), self.shift, rng.generator("times"), interval=interval)
         t = drawn.reshape(shape)
         t = window.by_frame(rng.local(t)).to(videos)
-        eps = window.noise(window.of(batch_noise(seeds, videos.shape[1:])))
-        z = losses.interpolate(window.x, eps, t)
+        z = losses.interpolate(window.x, paired_noise(batch, window), t)
         weight = times.loss_weight(self.settings.weight, self.shift)
         model = window.bind(self.backbone.velocity("student", window.condition(batch.condition)))
         loss = losses.consistency_loss(model, z, t, window.x, weight)

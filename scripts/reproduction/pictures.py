@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from anyflow_cli.evaluate.report.figures import LIGHT_FIGURE, MARKERS, STYLES
 
@@ -54,6 +55,8 @@ def draw_curves(
             ticks = sorted({x for curve in curves.values() for x in curve.x})
             axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
             axes.minorticks_off()
+        else:
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_title(title, fontsize=9)
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)

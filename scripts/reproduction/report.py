@@ -38,6 +38,7 @@ PUBLISHED: Mapping[str, Mapping[Kind, tuple[float, float]]] = {
 }  # fmt: skip
 SAMPLERS = {"flow-map": "Euler on the flow map", "euler": "Euler", "consistency": "consistency",
             "teacher": "guided Euler"}  # fmt: skip
+FINDINGS = "findings.md"  # beside the records: what the tables say, in words
 STREAM = 0  # seeds of two rows are paired
 
 
@@ -98,7 +99,10 @@ def scored(records: Sequence[Mapping[str, Any]], method: str, steps: int) -> Sco
 def write_report(directory: Path, page: Path) -> None:
     """Write the page."""
     records = read_records(directory)
+    findings = directory / FINDINGS
     sections = [introduction(records)]
+    if findings.is_file():
+        sections.append(findings.read_text(encoding="utf-8").strip())
     for title, rows in TABLES.items():
         body = [table_of(records, list(rows), kind) for kind in KINDS]
         parts = [part for part in body if part]

@@ -228,6 +228,7 @@ BEYOND_1: Mapping[str, Row] = {
     "composition-teacher": stage_1("composition, teacher's velocity", objective="composition", **TEACHER),
     "own-states": stage_1("composition, teacher's velocity, own states", objective="composition",
                           states="own", **TEACHER),
+    "paired": stage_1("the noise that each video was made from, g = 1", noise="paired", guidance=1.0),
     "unguided-3": stage_1("unguided data, g = 3", "unguided", guidance=3.0),
     "unguided-3-guided-path": stage_1("unguided data, g = 3, guided path", "unguided", guidance=3.0,
                                       guidance_path="guided"),
@@ -254,6 +255,9 @@ PARTS: Mapping[str, Row] = {  # what parts consistency simulation in Table 2 fro
                             kinds=SOME),
     "ode-simulation-alone": Row("consistency, ODE-init + flow-map simulation, no joint loss", "distill",
                                 "consistency-ode", ALONE, kinds=SOME),
+    "paired-simulation-alone": Row(
+        "flow map on the videos' own noise, g = 1 + flow-map simulation, no joint loss", "distill", "paired",
+        ALONE, kinds=SOME),
     "consistency-simulation-alone": Row(
         "flow map + consistency simulation, no joint loss", "distill", "flow-map",
         {**ALONE, "distill.simulation": "consistency"}, CONSISTENCY, kinds=SOME),

@@ -40,11 +40,11 @@ class Gaussian:
         return slope / self.scale(t) * (z - (1 - t) * self.mean) - self.mean
 
     def select(self, index: Tensor) -> Gaussian:
-        return self if len(self.mean) == 1 else Gaussian(self.mean[index], self.std)
+        return self if len(self.mean) == 1 else type(self)(self.mean[index], self.std)
 
     def concat(self, *others: Velocity) -> Gaussian:
         parts = [self.mean, *(cast("Gaussian", other).mean for other in others)]
-        return self if len(self.mean) == 1 else Gaussian(torch.cat(parts), self.std)
+        return self if len(self.mean) == 1 else type(self)(torch.cat(parts), self.std)
 
     def scale(self, t: Tensor) -> Tensor:
         """s_t."""
@@ -64,6 +64,16 @@ class Gaussian:
         """x and eps whose straight path passes through z at t with velocity v(z, t)."""
         v = self(z, t, t)
         return z - per_frame(t, z) * v, z + per_frame(1 - t, z) * v
+
+
+class Chords(Gaussian):
+    """Exact velocity of the straight lines between noise and what the flow makes of it."""
+
+    def __call__(self, z: Tensor, t: Tensor, r: Tensor) -> Tensor:
+        """The same all along a line."""
+        time = per_frame(t, z)
+        start = (z - (1 - time) * self.mean) / ((1 - time) * self.std + time)
+        return (1 - self.std) * start - self.mean
 
 
 @dataclass(frozen=True)

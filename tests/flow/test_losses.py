@@ -25,7 +25,7 @@ from anyflow_cli.flow.losses import (
 )
 from anyflow_cli.flow.times import TimeRatios, loss_weight, sample_times, shift
 from anyflow_cli.flow.velocity import Velocity, flow_map, per_frame
-from tests.flow.gaussian import SHAPE, Bent, Fused, Gaussian, GuidedFlow, Watched, normal
+from tests.flow.gaussian import SHAPE, Bent, Chords, Fused, Gaussian, GuidedFlow, Watched, normal
 
 B = 8
 DATA = Gaussian(normal(0, B, *SHAPE))
@@ -70,6 +70,16 @@ def test_the_exact_student_has_no_loss_up_to_delta_squared(guidance: float) -> N
     assert errors[-1].max() < 1e-6
     assert errors[0][-1] < 1e-28
     check_falls([error[:-1] for error in errors], 16)
+
+
+@pytest.mark.parametrize("paired", [True, False])
+def test_videos_and_the_noise_they_were_made_from_have_the_flow_map_of_their_chords(paired: bool) -> None:
+    """A chord keeps its velocity, so all its jumps are exact; videos with other noise have other ones."""
+    chords = Chords(DATA.mean)
+    x = DATA.flow(Z, torch.ones(B), torch.zeros(B))
+    eps = Z if paired else Z.flip(0)
+    loss = flow_map_loss(chords, chords, x, eps, INSIDE, BELOW, guidance=1.0, adaptive="off")
+    assert (loss.errors.max() < 1e-9) == paired
 
 
 def test_near_noise_the_quotient_is_one_sided_and_first_order_in_delta() -> None:

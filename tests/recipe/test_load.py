@@ -258,6 +258,13 @@ def test_the_hint_for_an_unknown_name_lists_all() -> None:
     [
         ("tiny", ["train_flowmap.flow_map.target=teacher"], "adaptive must be off where target is teacher"),
         ("tiny", ["train_flowmap.flow_map.states=own"], "states must be data where target is data"),
+        (
+            "tiny",
+            [
+                "train_flowmap.flow_map={target: teacher, adaptive: off, states: own, noise: paired}",
+            ],
+            "states must be data where noise is paired",
+        ),
         ("tiny", ["distill.matching=none", "distill.joint=false"], "joint must be true where matching is no"),
         ("tiny", ["distill.matching=none", "distill.matching_gradient=orthogonal"], "be full where matching"),
         ("tiny", ["distill.matching=fake-free", "distill.fake_updates=5"], "no fake score to update"),

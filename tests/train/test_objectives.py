@@ -380,7 +380,27 @@ def test_ode_init_starts_from_the_noise_that_each_video_was_sampled_from(
     torch.testing.assert_close(seen[0], batch_noise([0, 1, 2, 3], small.LATENT), rtol=1e-3, atol=1e-3)
 
 
-def test_ode_init_refuses_real_clips() -> None:
-    term = small.objective("consistency-ode", small.backbone("consistency-ode")).phases[0].terms[0]
+def test_paired_noise_is_the_one_that_each_video_was_sampled_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Tensor] = []
+
+    def loss(model: Any, null: Any, x: Tensor, eps: Tensor, *_: Any, **__: Any) -> Any:
+        seen.append(eps)
+        raise StopIteration
+
+    monkeypatch.setattr("anyflow_cli.flow.losses.flow_map_loss", loss)
+    for changes in ({"noise": "paired"}, {}):
+        objective = small.objective("flow-map", small.backbone("flow-map"), **changes)
+        with pytest.raises(StopIteration):
+            objective.phases[0].terms[0](batch(4), StepRng(0, 1, 4, (0, 1, 2, 3)))
+    paired = batch_noise([0, 1, 2, 3], small.LATENT)
+    torch.testing.assert_close(seen[0], paired)
+    assert (seen[1] - paired).abs().mean() > 0.5
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"), [("consistency-ode", {}), ("flow-map", {"noise": "paired"})], ids=["ode", "paired"]
+)
+def test_real_clips_have_no_noise_behind_them(kind: Kind, changes: dict[str, Any]) -> None:
+    term = small.objective(kind, small.backbone(kind), **changes).phases[0].terms[0]
     with pytest.raises(UsageError, match="real clips"):
         term(replace(batch(2), seeds=[3, None]), StepRng(0, 1, 2, (0, 1)))
