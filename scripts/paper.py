@@ -6,8 +6,8 @@
     python scripts/paper.py exactness              flow maps of a Gaussian mixture, learned and exact
     python scripts/paper.py report                 docs/paper.md from the records
     python scripts/paper.py run --quick            one row of each table at a few steps, to test the code
-
-    python scripts/paper.py run --jobs 16          by so many processes, which may share a GPU
+    python scripts/paper.py run --jobs 16          by so many processes, which may share a GPU: start NVIDIA's
+                                                   MPS first (nvidia-cuda-mps-control -d), or they take turns
 
 Records go to docs/paper, data sets and models to runs/paper. Commands that are started side by side share the
 work, too. ``scripts/reproduction/rows.py`` has all cells as one table.

@@ -196,10 +196,10 @@ FIGURE_11 = {
 }
 
 
-def stage_1(title: str, data: str = "guided", **flow_map: Any) -> Row:
+def stage_1(title: str, data: str = "guided", kinds: tuple[Kind, ...] = SOME, **flow_map: Any) -> Row:
     """Stage 1 with other keys of ``flow_map``."""
     keys = {f"train_flowmap.flow_map.{key}": value for key, value in flow_map.items()}
-    return Row(title, changes=keys, data=data, kinds=SOME)
+    return Row(title, changes=keys, data=data, kinds=kinds)
 
 
 def stage_2(
@@ -228,7 +228,8 @@ BEYOND_1: Mapping[str, Row] = {
     "composition-teacher": stage_1("composition, teacher's velocity", objective="composition", **TEACHER),
     "own-states": stage_1("composition, teacher's velocity, own states", objective="composition",
                           states="own", **TEACHER),
-    "paired": stage_1("the noise that each video was made from, g = 1", noise="paired", guidance=1.0),
+    "paired": stage_1("the noise that each video was made from, g = 1", kinds=KINDS, noise="paired",
+                      guidance=1.0),
     "unguided-3": stage_1("unguided data, g = 3", "unguided", guidance=3.0),
     "unguided-3-guided-path": stage_1("unguided data, g = 3, guided path", "unguided", guidance=3.0,
                                       guidance_path="guided"),
@@ -251,17 +252,16 @@ BEYOND_2: Mapping[str, Row] = {
 }  # fmt: skip
 ALONE = {"distill.joint": False}
 PARTS: Mapping[str, Row] = {  # what parts consistency simulation in Table 2 from the row above it
-    "simulation-alone": Row("flow map + flow-map simulation, no joint loss", "distill", "flow-map", ALONE,
-                            kinds=SOME),
-    "ode-simulation-alone": Row("consistency, ODE-init + flow-map simulation, no joint loss", "distill",
-                                "consistency-ode", ALONE, kinds=SOME),
-    "paired-simulation-alone": Row(
-        "flow map on the videos' own noise, g = 1 + flow-map simulation, no joint loss", "distill", "paired",
-        ALONE, kinds=SOME),
+    "simulation-alone": Row("flow map + flow-map simulation, no joint loss", "distill", "flow-map", ALONE),
+    "ode-simulation-alone": Row(
+        "consistency, ODE-init + flow-map simulation, no joint loss", "distill", "consistency-ode", ALONE),
     "consistency-simulation-alone": Row(
         "flow map + consistency simulation, no joint loss", "distill", "flow-map",
-        {**ALONE, "distill.simulation": "consistency"}, CONSISTENCY, kinds=SOME),
-    "composition-simulation-only": Row(
+        {**ALONE, "distill.simulation": "consistency"}, CONSISTENCY),
+    "paired-simulation-alone": Row(
+        "flow map on the videos' own noise, g = 1 + flow-map simulation, no joint loss", "distill", "paired",
+        ALONE),
+    "composition-simulation-alone": Row(
         "composition, teacher's velocity + flow-map simulation, no joint loss", "distill",
         "composition-teacher", ALONE, kinds=SOME),
 }  # fmt: skip
