@@ -281,6 +281,14 @@ class LatentData:
         return torch.nn.functional.pad(text, (0, 0, 0, missing))
 
 
+def no_noise(data: str) -> UsageError:
+    """The refusal of a data set whose videos no model sampled, or from noise that is not known."""
+    return UsageError(
+        f"Training on pairs needs the noise behind each video, which {data} does not have.",
+        "Train on videos that `anyflow synthesize` sampled, or set flow_map.noise=fresh.",
+    )
+
+
 def _noise_seed(sample: LatentSample) -> int | None:
     """Seed of the noise that a teacher sampled this video from; None for real clips."""
     seed = sample.facts.get("seed")

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from anyflow_cli.data.clips import VIDEO_SUFFIXES
+from anyflow_cli.data.dataset import no_noise
 from anyflow_cli.data.published import recognize
 from anyflow_cli.data.shards import MANIFEST, PROVENANCE, Manifest, read_manifest
 from anyflow_cli.data.video import require_ffmpeg
@@ -166,7 +167,14 @@ def _synthesize(recipe: Recipe, paths: RunPaths, given: Given) -> list[Resource]
 
 
 def _train(recipe: Recipe, paths: RunPaths, given: Given) -> list[Resource]:
-    latents = _latents(recipe.data.path or str(paths.data), recipe)
+    stage = recipe.train_flowmap
+    paired = stage.objective == "flow-map" and stage.flow_map.noise == "paired"
+    return _training(recipe, paths, paired or stage.objective == "consistency-ode")
+
+
+def _training(recipe: Recipe, paths: RunPaths, paired: bool) -> list[Resource]:
+    """What both stages need; ``paired``: videos whose noise is known."""
+    latents = _latents(recipe.data.path or str(paths.data), recipe, paired)
     teacher = model_resource("teacher", recipe.model.teacher, recipe)
     guidance = {"train_flowmap.flow_map.guidance": recipe.train_flowmap.flow_map.guidance}
     return [latents, teacher, *_guidance(teacher, guidance), *_attention(recipe, trains=True)]
@@ -191,7 +199,8 @@ def _distill(recipe: Recipe, paths: RunPaths, given: Given) -> list[Resource]:
     teacher = real if real.state == "ready" else model_resource("teacher", recipe.model.teacher, recipe)
     scales = _guidance(start, {"distill.flow_map.guidance": settings.flow_map.guidance})
     scales += _guidance(teacher, {"distill.real_guidance": settings.real_guidance})
-    return [*_train(recipe, paths, given), start, real, *scales]
+    paired = settings.joint and settings.flow_map.noise == "paired"
+    return [*_training(recipe, paths, paired), start, real, *scales]
 
 
 def _finetune(recipe: Recipe, paths: RunPaths, given: Given) -> list[Resource]:
@@ -353,8 +362,8 @@ def _trained(recipe: Recipe, name: str, given: str | None, place: Path, command:
     return Resource(name, str(place), "missing", f"run `{command} -r {recipe.name}`")
 
 
-def _latents(address: str, recipe: Recipe) -> Resource:
-    """A data set of latents."""
+def _latents(address: str, recipe: Recipe, paired: bool = False) -> Resource:
+    """A data set of latents; ``paired``: of videos whose noise is known."""
     if "://" in address:
         return Resource("data set", address, "ready", "read over the network while training")
     try:
@@ -363,6 +372,8 @@ def _latents(address: str, recipe: Recipe) -> Resource:
         return _unusable("data set", address, error)
     if published is not None:
         try:
+            if paired:
+                raise no_noise(address)
             shapes = published.first_shapes()
             if len(shapes) == 1 and not recipe.data.truncate:
                 check_sizes(recipe.model, address, shapes)
@@ -375,6 +386,8 @@ def _latents(address: str, recipe: Recipe) -> Resource:
     try:
         manifest = read_manifest(address)
         _check_given(recipe, manifest, address)
+        if paired and manifest.provenance.get("kind") == "videos":
+            raise no_noise(address)
         if manifest.version == 1 and not recipe.data.truncate:
             check_sizes(recipe.model, address, [manifest.latent_shape])
     except AnyflowError as error:

@@ -27,8 +27,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from anyflow_cli.data.dataset import Batch
-from anyflow_cli.errors import UsageError
+from anyflow_cli.data.dataset import Batch, no_noise
 from anyflow_cli.flow import losses, times
 from anyflow_cli.flow.noise import batch_noise
 from anyflow_cli.flow.velocity import Velocity, flow_map, guided
@@ -355,10 +354,7 @@ def paired_noise(batch: Batch, window: causal_windows.TrainingWindow) -> Tensor:
     """The noise that the teacher sampled each video of a window from, drawn again from its seed."""
     seeds = [seed for seed in batch.seeds if seed is not None]
     if len(seeds) < len(batch.latents):
-        raise UsageError(
-            "Training needs the noise behind each video, and the data set has real clips.",
-            "Train on videos that `anyflow synthesize` sampled from the teacher.",
-        )
+        raise no_noise("the data set")
     return window.noise(window.of(batch_noise(seeds, batch.latents.shape[1:])))
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from anyflow_cli.data.shards import Manifest
 from anyflow_cli.errors import UsageError
 from anyflow_cli.recipe.load import load_recipe
 from anyflow_cli.recipe.schema import (
@@ -76,6 +77,27 @@ def test_a_damaged_manifest_is_unusable(paths: RunPaths) -> None:
     data = inputs(Recipe(name="t"), paths, "train-flowmap")[0]
     assert data.state == "unusable"
     assert "manifest.json is damaged" in data.problem
+
+
+@pytest.mark.parametrize("kind", ["teacher", "videos"])
+def test_clips_have_no_noise_to_train_pairs_on(
+    paths: RunPaths, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stage 2 needs it only where its joint loss does."""
+    paths.data.mkdir(parents=True)
+    (paths.data / "manifest.json").touch()
+    manifest = Manifest(1, (), (21, 16, 60, 104), 4096, {"kind": kind})
+    monkeypatch.setattr("anyflow_cli.runs.resources.read_manifest", lambda address: manifest)
+    pairs, plain = ({"flow_map": {"noise": noise}} for noise in ("paired", "fresh"))
+    wanted = "ready" if kind == "teacher" else "unusable"
+    for stage, other, command in (
+        (pairs, plain, "train-flowmap"), ({"objective": "consistency-ode"}, plain, "train-flowmap"),
+        (plain, pairs, "distill"),
+    ):  # fmt: skip
+        recipe = Recipe.model_validate({"name": "t", "train_flowmap": stage, "distill": other})
+        assert inputs(recipe, paths, command)[0].state == wanted
+    recipe = Recipe.model_validate({"name": "t", "train_flowmap": pairs, "distill": plain})
+    assert inputs(recipe, paths, "distill")[0].state == "ready"
 
 
 def test_stage_2_names_everything_that_is_missing_at_once(paths: RunPaths, folder: Path) -> None:

@@ -402,5 +402,5 @@ def test_paired_noise_is_the_one_that_each_video_was_sampled_from(monkeypatch: p
 )
 def test_real_clips_have_no_noise_behind_them(kind: Kind, changes: dict[str, Any]) -> None:
     term = small.objective(kind, small.backbone(kind), **changes).phases[0].terms[0]
-    with pytest.raises(UsageError, match="real clips"):
+    with pytest.raises(UsageError, match="the noise behind each video"):
         term(replace(batch(2), seeds=[3, None]), StepRng(0, 1, 2, (0, 1)))
