@@ -1,6 +1,6 @@
 """Draw the figures of the README and the log from the output of commands.
 
-python scripts/figures.py chain  --recipe tiny-long --out docs/images/chain.png
+python scripts/figures.py chain  --recipe tiny-best --out docs/images/chain.png
 python scripts/figures.py given  --recipe tiny-causal --frames 9 --out docs/images/v2v.png
 python scripts/figures.py along  "stage 2=runs/tiny-causal/evaluate/distill" ... --out docs/images/along.png
 python scripts/figures.py stream runs/tiny-causal/stream --out docs/images/stream.png
@@ -28,7 +28,7 @@ from anyflow_cli.evaluate.shapes.suite import PROMPT_SEED, ShapesSuite
 from anyflow_cli.evaluate.store import RESULTS
 from anyflow_cli.recipe.load import load_recipe
 from anyflow_cli.recipe.schema import Recipe
-from anyflow_cli.runs.paths import RunPaths
+from anyflow_cli.runs.paths import MODEL, RunPaths
 from anyflow_cli.sample.output import BORDER_NOTE, SAMPLES_JSON
 from anyflow_cli.sample.sampler import VideoSampler
 from anyflow_cli.utils.contact_sheet import SheetRow, contact_sheet
@@ -48,11 +48,13 @@ def chain(args: argparse.Namespace) -> None:
     """Sample the teacher and both stages."""
     recipe = load_recipe(args.recipe)
     paths = RunPaths(args.runs, recipe.name)
+    stage_1 = paths.stage_1(recipe.train_flowmap.objective) / MODEL
+    stage_2 = paths.stage_2(recipe.distill.simulation) / MODEL
     columns = {
         "teacher, 50 x 2 evaluations": (recipe.model.teacher, 50),
-        "stage 1, 4 evaluations": (str(paths.stage_1() / "model"), 4),
-        "stage 2, 4 evaluations": (str(paths.stage_2("flow-map") / "model"), 4),
-        "stage 2, 32 evaluations": (str(paths.stage_2("flow-map") / "model"), 32),
+        "stage 1, 4 evaluations": (str(stage_1), 4),
+        "stage 2, 4 evaluations": (str(stage_2), 4),
+        "stage 2, 32 evaluations": (str(stage_2), 32),
     }
     prompts = ShapesSuite().prompts(PROMPTS)
     videos = [
@@ -67,7 +69,7 @@ def given(args: argparse.Namespace) -> None:
     """Continue the first frames of clips outside the training data with the run's model."""
     recipe = load_recipe(args.recipe)
     scenes = [WORLDS[recipe.data.world].scene(PROMPT_SEED + i) for i in range(PROMPTS)]
-    sampler = VideoSampler.load(str(RunPaths(args.runs, recipe.name).stage_2("flow-map") / "model"), recipe)
+    sampler = VideoSampler.load(str(RunPaths(args.runs, recipe.name).stage_2("flow-map") / MODEL), recipe)
     sampler.condition_on(np.stack([render(scene, args.frames) for scene in scenes]))
     prompts = [scene.caption for scene in scenes]
     videos = [list(sampler.videos(prompts, _seeds(recipe), steps, PROMPTS)) for steps in STEPS]
@@ -137,7 +139,7 @@ def _arguments() -> argparse.Namespace:
     for name, options in drawn.items():
         options.set_defaults(draw=globals()[name])
         options.add_argument("--out", type=Path, required=True)
-    for name, recipe in (("chain", "tiny-long"), ("given", "tiny-causal")):
+    for name, recipe in (("chain", "tiny-best"), ("given", "tiny-causal")):
         drawn[name].add_argument("--runs", type=Path, default=Path("runs"))
         drawn[name].add_argument("--recipe", default=recipe)
     drawn["given"].add_argument("--frames", type=int, default=1, help="conditioning frames: 1, 5, 9, ...")

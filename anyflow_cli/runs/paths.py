@@ -68,8 +68,3 @@ class RunPaths:
     def bench(self) -> Path:
         """Measurements of ``bench``."""
         return self.home / "bench.json"
-
-    def any_step_model(self) -> Path | None:
-        """The furthest any-step model trained here: from ``distill``, else ``train-flowmap``, else None."""
-        candidates = (self.stage_2() / MODEL, self.stage_1() / MODEL)
-        return next((path for path in candidates if path.is_dir()), None)

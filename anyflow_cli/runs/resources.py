@@ -139,15 +139,21 @@ def find_model(recipe: Recipe, paths: RunPaths, address: str | None, *, teacher:
         return ModelChoice(address, "given with --model")
     if teacher:
         return ModelChoice(recipe.model.teacher, f"the teacher of recipe {recipe.name}")
-    trained = paths.any_step_model()
-    if trained is not None:
-        return ModelChoice(str(trained), f"the furthest model trained with recipe {recipe.name}")
+    for trained in (paths.stage_2(recipe.distill.simulation) / MODEL, _stage_1(recipe, paths)):
+        if trained.is_dir():
+            return ModelChoice(str(trained), f"the furthest model trained with recipe {recipe.name}")
     pretrained = recipe.model.pretrained_any_step
     if pretrained is None:
-        return ModelChoice(str(paths.stage_1() / MODEL), UNTRAINED)
+        return ModelChoice(str(_stage_1(recipe, paths)), UNTRAINED)
     why = f"the recipe's pretrained model; {paths.home} has no trained one"
     known = KNOWN_MODELS.get(pretrained)
     return ModelChoice(pretrained, why if known is None else f"{why}; license: {known.license}")
+
+
+def _stage_1(recipe: Recipe, paths: RunPaths) -> Path:
+    """Where the recipe's stage 1 puts its any-step model; tuning the teacher makes none."""
+    objective = recipe.train_flowmap.objective
+    return paths.stage_1("flow-map" if objective == "flow-matching" else objective) / MODEL
 
 
 # --- by command
@@ -188,7 +194,7 @@ def _distill(recipe: Recipe, paths: RunPaths, given: Given) -> list[Resource]:
         recipe,
         "stage-1 model",
         settings.init_from,
-        ode if from_ode else paths.stage_1() / MODEL,
+        ode if from_ode else _stage_1(recipe, paths),
         "anyflow train-flowmap",
     )
     tuned = paths.stage_1("flow-matching") / MODEL

@@ -23,13 +23,3 @@ def test_every_objective_and_simulation_has_a_directory_of_its_own() -> None:
     assert set(objectives) == set(STAGE_1)
     assert set(simulations) == set(STAGE_2)
     assert len({*map(PATHS.stage_1, objectives), *map(PATHS.stage_2, simulations)}) == 6
-
-
-def test_the_furthest_finished_model_is_taken(tmp_path: Path) -> None:
-    paths = RunPaths(tmp_path, "tiny")
-    assert paths.any_step_model() is None
-    (paths.stage_1() / "model").mkdir(parents=True)
-    (paths.stage_2() / "checkpoints").mkdir(parents=True)  # begun, not finished
-    assert paths.any_step_model() == paths.stage_1() / "model"
-    (paths.stage_2() / "model").mkdir()
-    assert paths.any_step_model() == paths.stage_2() / "model"

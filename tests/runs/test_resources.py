@@ -159,12 +159,21 @@ def test_finetune_needs_videos_or_a_world(paths: RunPaths) -> None:
     assert is_ready(inputs(world, paths, "finetune"))
 
 
+@pytest.mark.parametrize(
+    ("objective", "simulation", "stage_1"),
+    [("flow-map", "flow-map", "train-flowmap"), ("flow-matching", "flow-map", "train-flowmap"),
+     ("consistency-ode", "consistency", "consistency-ode")],
+)  # fmt: skip
 def test_the_given_model_comes_before_a_trained_one_before_the_pretrained_one(
-    paths: RunPaths, folder: Path
+    paths: RunPaths, folder: Path, objective: str, simulation: str, stage_1: str
 ) -> None:
-    recipe = Recipe(name="t", model=ModelSection(teacher=str(folder), pretrained_any_step="tiny-anyflow"))
+    recipe = Recipe.model_validate({
+        "name": "t", "model": {"teacher": str(folder), "pretrained_any_step": "tiny-anyflow"},
+        "train_flowmap": {"objective": objective}, "distill": {"simulation": simulation},
+    })  # fmt: skip
     assert find_model(recipe, paths, None).address == "tiny-anyflow"
-    for run in (paths.stage_1(), paths.stage_2()):
+    for run in (paths.home / stage_1, paths.stage_2(simulation)):
+        assert find_model(recipe, paths, None).address != str(run / "model")
         put(folder, run / "model")
         assert find_model(recipe, paths, None).address == str(run / "model")
     assert find_model(recipe, paths, "mine").address == "mine"
