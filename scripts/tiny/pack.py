@@ -1,7 +1,8 @@
 r"""Copy a tiny model into the package, its large weights in half precision, so that the wheel stays small.
 
     python scripts/tiny/pack.py --model build/teacher --vae build/tiny/vae --out anyflow_cli/assets/tiny
-    python scripts/tiny/pack.py --model runs/tiny-long/distill/model --out anyflow_cli/assets/tiny-anyflow
+    python scripts/tiny/pack.py --model runs/tiny-best/distill-consistency/model \
+        --out anyflow_cli/assets/tiny-anyflow
 
 Loading converts to the precision of the recipe. The built-in models share one VAE, text encoder and
 tokenizer, stored with the teacher; without ``--vae`` they are left out. The lineage of a trained model is
