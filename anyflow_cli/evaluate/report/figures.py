@@ -123,7 +123,7 @@ def _draw_latency(axes: Axes, evaluation: Evaluation, theme: FigureTheme) -> Non
         axes.axhline(evaluation.teacher.seconds, color=theme.lines[0], ls="--", lw=1.2, label=label)
     axes.set_yscale("log")
     axes.set_title("seconds per video")
-    axes.legend(frameon=False, labelcolor=theme.ink, fontsize=8, loc="upper left")
+    axes.legend(frameon=False, labelcolor=theme.ink, fontsize=8, loc="lower right")
 
 
 def _dress(axes: Axes, ticks: Sequence[float], label: str, theme: FigureTheme) -> None:
