@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -113,6 +116,31 @@ def test_a_rehearsal_leaves_a_record_of_each_cell_and_then_does_nothing(
     subprocess.run([*command, "report"], check=True)
     page = (tmp_path / "records.md").read_text()
     assert all(f"## {title}" in page for title in rows.TABLES)
+
+
+@pytest.mark.slow
+def test_the_workers_end_with_the_process_that_started_them() -> None:
+    lines = [
+        f"import sys, time; sys.path[:0] = [{str(SCRIPTS)!r}]",
+        "from reproduction.processes import share",
+        "print('ready', flush=True)",
+        "share(2, time.sleep, 600)",
+    ]
+    with subprocess.Popen(
+        [sys.executable, "-c", "\n".join(lines)], stdout=subprocess.PIPE, text=True
+    ) as parent:
+        assert parent.stdout is not None
+        assert parent.stdout.readline() == "ready\n"
+        deadline = time.monotonic() + 60
+        while (
+            len(workers := psutil.Process(parent.pid).children(recursive=True)) < 4
+        ):  # and server and tracker
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        parent.terminate()
+        assert parent.wait(20) == 128 + signal.SIGTERM
+    _, alive = psutil.wait_procs(workers, timeout=20)
+    assert alive == []
 
 
 # The report
