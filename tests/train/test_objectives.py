@@ -242,6 +242,27 @@ def test_states_of_the_networks_own_do_not_depend_on_the_data(tmp_path: Path) ->
     assert plain(data, rng)[0].item() != pytest.approx(found.item(), rel=1e-3)
 
 
+def test_states_of_the_networks_own_are_made_on_the_device_of_the_latents(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Times are drawn on the CPU."""
+    seen: list[str] = []
+
+    def student(z: Tensor, t: Tensor, r: Tensor) -> Tensor:
+        seen.extend(tensor.device.type for tensor in (z, t, r))
+        raise StopIteration
+
+    own: dict[str, Any] = {"target": "teacher", "adaptive": "off", "states": "own"}
+    roles = small.backbone("flow-map", **own)
+    monkeypatch.setattr(type(roles), "velocity", lambda *_: student)
+    elsewhere = replace(batch(4), latents=batch(4).latents.to("meta"))
+    with pytest.raises(StopIteration):
+        small.objective("flow-map", roles, **own).phases[0].terms[0](
+            elsewhere, StepRng(0, 1, 4, (0, 1, 2, 3))
+        )
+    assert seen == ["meta"] * 3
+
+
 def test_the_scores_have_their_own_shift(tmp_path: Path) -> None:
     """The same rng, unshifted; t_max holds a few of the matching times."""
 
