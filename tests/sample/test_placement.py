@@ -53,7 +53,7 @@ PLACEMENTS: dict[str, tuple[dict[str, str], float]] = {
 
 
 def sampled(precision: str = "fp32", tile: str = "", base: str = "", **memory: str) -> Any:
-    values = {"model.precision": precision, "model.frames": 9} | {f"memory.{k}": v for k, v in memory.items()}
+    values = {"model.precision": precision} | {f"memory.{k}": v for k, v in memory.items()}
     settings = load_recipe("tiny", [f"{key}={value}" for key, value in values.items()])
     sampler = VideoSampler.load("tiny-anyflow", settings, device="cpu")
     if tile:
@@ -62,7 +62,7 @@ def sampled(precision: str = "fp32", tile: str = "", base: str = "", **memory: s
         keep_base_on_host(sampler._network, sampler.device)
     elif base:
         store_base(sampler._network, cast("Any", base))
-    return next(sampler.videos([PROMPT], [0], 2)).astype(np.int64)
+    return next(sampler.videos([PROMPT], [0], 4)).astype(np.int64)
 
 
 @pytest.fixture(scope="module")
