@@ -85,11 +85,13 @@ class Workshop:
         with ExitStack() as stack:
             try:
                 stack.enter_context(RunLock(home))
-                if not self.is_done(cell):
-                    self._make_data(cell)
+                if needs_data := not self.is_done(cell) and self._needs_data(cell):
+                    stack.enter_context(RunLock(self._data_home(cell)))
             except UsageError:
                 return "busy"
             try:
+                if needs_data:
+                    self._make_data(cell)
                 if not self.is_done(cell):
                     log.info("== %s", cell.name)
                     self._make(cell, home)
@@ -165,16 +167,17 @@ class Workshop:
         left_out = ("seconds", "memory")
         return [{k: round(float(v), 5) for k, v in row.items() if k not in left_out} for row in kept]
 
+    def _needs_data(self, cell: Cell) -> bool:
+        """Whether the cell trains on a data set that is not there yet."""
+        trains = cell.of.command not in (None, "finetune")
+        return trains and not (self.data_of(cell) / MANIFEST).is_file()
+
     def _make_data(self, cell: Cell) -> None:
-        name = cell.of.data
-        if cell.of.command in (None, "finetune") or (self.data_of(cell) / MANIFEST).is_file():
-            return
-        home = self.runs / "data" / name
-        words = ["anyflow", "synthesize", "--recipe", RECIPES["bidirectional"], "--runs", str(home)]
-        keys = {**DATA[name], **self.scale.data}
-        with RunLock(home):
-            if not (self.data_of(cell) / MANIFEST).is_file():
-                run([*words, *(f"--set={key}={json.dumps(value)}" for key, value in keys.items())])
+        """Make the data set of a cell, which another process may have done before this one had its lock."""
+        if self._needs_data(cell):
+            home, keys = self._data_home(cell), {**DATA[cell.of.data], **self.scale.data}
+            words = ["anyflow", "synthesize", "--recipe", RECIPES["bidirectional"], "--runs", str(home)]
+            run([*words, *(f"--set={key}={json.dumps(value)}" for key, value in keys.items())])
 
     # --- places
 
@@ -184,7 +187,10 @@ class Workshop:
 
     def data_of(self, cell: Cell) -> Path:
         """The data set that a cell trains on."""
-        return RunPaths(self.runs / "data" / cell.of.data, Path(RECIPES["bidirectional"]).stem).data
+        return RunPaths(self._data_home(cell), Path(RECIPES["bidirectional"]).stem).data
+
+    def _data_home(self, cell: Cell) -> Path:
+        return self.runs / "data" / cell.of.data
 
     def directory_of(self, cell: Cell) -> Path:
         """Directory of a cell's training run."""

@@ -17,6 +17,7 @@ import psutil
 import pytest
 import torch
 
+from anyflow_cli.errors import UsageError
 from anyflow_cli.utils.run_lock import RunLock
 from tests.flow.gaussian import Gaussian
 from tests.scripts.script import SCRIPTS, load
@@ -81,6 +82,25 @@ def test_a_cell_waits_for_its_start_and_for_another_process(
         workshop.record(cell).parent.mkdir(parents=True, exist_ok=True)
         workshop.record(cell).write_text("{}")
     paper.make_all(workshop, [first, second])  # all done
+
+
+@pytest.mark.parametrize("error", [UsageError("No."), subprocess.CalledProcessError(1, "anyflow")])
+def test_a_cell_whose_data_cannot_be_made_has_failed(
+    paper: ModuleType, rows: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """It is not retried, and the others go on."""
+
+    def run(words: list[str]) -> float:
+        raise error
+
+    cells = sys.modules["reproduction.cells"]
+    monkeypatch.setattr(cells, "run", run)
+    workshop = cells.Workshop(rows.QUICK, tmp_path / "runs", tmp_path / "records")
+    cell = rows.Cell("flow-map", "bidirectional", 0)
+    assert [workshop.make(cell), workshop.make(cell)] == ["failed", "failed"]
+    assert (tmp_path / "runs" / cell.name / cells.FAILED).is_file()
+    with pytest.raises(SystemExit, match="Failed: bidirectional/flow-map-0"):
+        paper.make_all(workshop, [cell])
 
 
 def test_a_rehearsal_has_a_row_of_each_table_and_what_it_starts_from(
