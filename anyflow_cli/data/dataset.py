@@ -282,7 +282,7 @@ class LatentData:
 
 
 def no_noise(data: str) -> UsageError:
-    """The refusal of a data set whose videos no model sampled, or from noise that is not known."""
+    """The error for a data set without the noise behind its videos, such as one of real clips."""
     return UsageError(
         f"Training on pairs needs the noise behind each video, which {data} does not have.",
         "Train on videos that `anyflow synthesize` sampled, or set flow_map.noise=fresh.",

@@ -406,8 +406,8 @@ class FlowMapSection(Section):
     )
     noise: Literal["fresh", "paired"] = Field(
         "fresh",
-        description="Noise of each video: drawn anew, or the very noise that the teacher sampled it from, "
-        "between which paths are nearly straight (rectified flow).",
+        description="Noise of each video: drawn anew, or the noise that the teacher sampled the video from; "
+        "the paths of such pairs are nearly straight (rectified flow).",
     )
     states: Literal["data", "own"] = Field(
         "data",

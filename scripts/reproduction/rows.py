@@ -251,7 +251,7 @@ BEYOND_2: Mapping[str, Row] = {
         joint=COMPOSED, matching="none"),
 }  # fmt: skip
 ALONE = {"distill.joint": False}
-PARTS: Mapping[str, Row] = {  # what parts consistency simulation in Table 2 from the row above it
+PARTS: Mapping[str, Row] = {  # what separates consistency simulation in Table 2 from flow-map simulation
     "simulation-alone": Row("flow map + flow-map simulation, no joint loss", "distill", "flow-map", ALONE),
     "ode-simulation-alone": Row(
         "consistency, ODE-init + flow-map simulation, no joint loss", "distill", "consistency-ode", ALONE),
