@@ -9,7 +9,8 @@
     python scripts/paper.py run --jobs 16          by so many processes, which may share a GPU: start NVIDIA's
                                                    MPS first (nvidia-cuda-mps-control -d), or they take turns
 
-Records go to docs/paper, data sets and models to runs/paper. Commands that are started side by side share the
+Records go to docs/paper, data sets and models to runs/paper. A model that a cell starts from is trained
+where it is not there, though its own record may be. Commands that are started side by side share the
 work, too. ``scripts/reproduction/rows.py`` has all cells as one table.
 """
 
@@ -72,14 +73,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def make_all(workshop: Workshop, wanted: Sequence[Cell]) -> None:
     """Make the cells in order; those that other processes are making are waited for."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    while left := [cell for cell in wanted if not workshop.is_done(cell)]:
-        outcomes = {cell.name: workshop.make(cell) for cell in left}
+    asked = set(wanted)
+    while left := workshop.left(wanted):
+        outcomes = {cell.name: workshop.make(cell, measured=cell in asked) for cell in left}
         found = set(outcomes.values())
-        if "failed" in found and found <= {"waits", "failed"}:
+        if found <= {"waits", "failed"}:
             failed = [name for name, outcome in outcomes.items() if outcome == "failed"]
             raise SystemExit(f"Failed: {', '.join(failed)}")
-        if found == {"waits"}:
-            raise SystemExit(f"Add the rows that these start from: {', '.join(outcomes)}")
         if "done" not in found:
             time.sleep(POLL_SECONDS)
 

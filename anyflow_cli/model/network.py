@@ -12,7 +12,7 @@ Legend: B batch, F latent frames, C channels, H W latent height and width, L tok
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, cast
@@ -268,11 +268,11 @@ class FlowMapTransformer(nn.Module):
         queries = frames if causal is None else min(max(causal.partition), frames)
         return AttentionShape(queries * tokens, frames * tokens, config.heads, config.head_dim)
 
-    def key_parameters(self) -> list[nn.Parameter]:
-        """Parameters that ``condition_keys`` depends on."""
+    def key_parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters that ``condition_keys`` depends on."""
         own = ("text_embedder", "image_embedder", "attn2.to_k", "attn2.to_v", "attn2.norm_k", "attn2.add_",
                "attn2.norm_added_k")  # fmt: skip
-        return [parameter for name, parameter in self.named_parameters() if any(part in name for part in own)]
+        return (parameter for name, parameter in self.named_parameters() if any(part in name for part in own))
 
     @torch.no_grad()
     def embedding_norm(self) -> Tensor:

@@ -26,8 +26,8 @@ class WeightEma:
     def update(self, step: int) -> None:
         """Update after an optimizer step: ``shadow = decay * shadow + (1 - decay) * weight``."""
         decay = self.decay if step >= self.start else 0.0
-        for name, value in self.parameters.items():
-            self.shadow[name].lerp_(value, 1 - decay)
+        shadow = [self.shadow[name] for name in self.parameters]
+        torch._foreach_lerp_(shadow, list(self.parameters.values()), 1 - decay)
 
     @contextmanager
     def swapped(self) -> Iterator[None]:

@@ -45,6 +45,7 @@ RECIPES: dict[Kind, str] = {
     "causal": "scripts/reproduction/paper-causal.yaml",
 }
 LONG_SHARE = 8  # long videos have one in so many prompts
+TRAINING = "training.json"  # what it took
 FAILED = "failed.txt"  # the traceback, beside what a cell has so far
 PLANNED = "planned.json"
 Outcome = Literal["done", "busy", "waits", "failed"]
@@ -75,26 +76,37 @@ class Workshop:
         """Whether the cell has its record."""
         return self.record(cell).is_file()
 
-    def make(self, cell: Cell) -> Outcome:
-        """Make a cell, unless its start is not trained, another process is making it, or it failed."""
-        start, home = cell.start, self.runs / cell.name
+    def left(self, wanted: Sequence[Cell]) -> list[Cell]:
+        """What is still to be made: cells without a record, behind the starts whose model they lack."""
+        undone = [cell for cell in wanted if not self.is_done(cell)]
+        return list(dict.fromkeys(one for cell in undone for one in [*self._missing_starts(cell), cell]))
+
+    def make(self, cell: Cell, *, measured: bool = True) -> Outcome:
+        """Make a cell, unless its start is not trained, another process is making it, or it failed.
+
+        A cell that has its record, and one that is not to be ``measured``, is only trained.
+        """
+        home = self.runs / cell.name
         if (home / FAILED).exists():
             return "failed"
-        if start is not None and not self.model_of(start).is_dir():
+        if self._missing_starts(cell):
             return "waits"
         with ExitStack() as stack:
             try:
                 stack.enter_context(RunLock(home))
-                if needs_data := not self.is_done(cell) and self._needs_data(cell):
+                if needs_data := self._needs_data(cell):
                     stack.enter_context(RunLock(self._data_home(cell)))
             except UsageError:
                 return "busy"
+            if self._is_made(cell, measured):
+                return "done"
             try:
                 if needs_data:
                     self._make_data(cell)
-                if not self.is_done(cell):
-                    log.info("== %s", cell.name)
-                    self._make(cell, home)
+                log.info("== %s", cell.name)
+                trained = self._train(cell, home)
+                if measured and not self.is_done(cell):
+                    self._measure(cell, home, trained)
             except Exception:
                 log.exception("%s failed", cell.name)
                 (home / FAILED).write_text(traceback.format_exc())
@@ -106,16 +118,16 @@ class Workshop:
         known = self.runs / PLANNED
         if known.is_file():
             self.planned.update(json.loads(known.read_text()))
-        for cell in cells:
+        for cell in self.left(cells):
             (self.runs / cell.name / FAILED).unlink(missing_ok=True)
             self.steps_of(cell)
         write_json(known, self.planned)
 
-    def _make(self, cell: Cell, home: Path) -> None:
+    def _measure(self, cell: Cell, home: Path, trained: Mapping[str, Any]) -> None:
+        """Measure a trained cell, and leave its record."""
         from reproduction.long_videos import measure_long
         from reproduction.measure import measure
 
-        trained = self._train(cell, home)
         recipe, row, points, videos = self.recipe_of(cell), cell.of, [], []
         for sampled in row.sampled:
             for steps in sampled.steps:
@@ -142,10 +154,10 @@ class Workshop:
 
     def _train(self, cell: Cell, home: Path) -> dict[str, Any]:
         """Train a cell; return the command, the steps and what they cost."""
-        row, part = cell.of, home / "training.json"
+        row, part = cell.of, home / TRAINING
         if row.command is None:
             return {"command": None, "steps": 0, "step_tflop": 0.0, "processor_seconds": 0.0}
-        if not part.is_file():
+        if not self._is_trained(cell):
             words = ["anyflow", row.command, "--recipe", RECIPES[cell.kind], "--runs", str(home)]
             if row.start is not None and cell.start is not None:
                 words += ["--model", str(self.model_of(cell.start))]
@@ -167,9 +179,23 @@ class Workshop:
         left_out = ("seconds", "memory")
         return [{k: round(float(v), 5) for k, v in row.items() if k not in left_out} for row in kept]
 
+    def _is_made(self, cell: Cell, measured: bool) -> bool:
+        trained = cell.of.command is None or self._is_trained(cell)
+        return trained and (self.is_done(cell) or not measured)
+
+    def _is_trained(self, cell: Cell) -> bool:
+        return (self.runs / cell.name / TRAINING).is_file() and self.model_of(cell).is_dir()
+
+    def _missing_starts(self, cell: Cell) -> list[Cell]:
+        """The starts, the first one first, that have to be trained before the cell can be made."""
+        start = cell.start
+        if start is None or self._is_trained(start) or (cell.of.command and self._is_trained(cell)):
+            return []
+        return [*self._missing_starts(start), start]
+
     def _needs_data(self, cell: Cell) -> bool:
         """Whether the cell trains on a data set that is not there yet."""
-        trains = cell.of.command not in (None, "finetune")
+        trains = cell.of.command not in (None, "finetune") and not self._is_trained(cell)
         return trains and not (self.data_of(cell) / MANIFEST).is_file()
 
     def _make_data(self, cell: Cell) -> None:

@@ -76,12 +76,49 @@ def test_a_cell_waits_for_its_start_and_for_another_process(
     assert workshop.make(second) == "waits"
     with RunLock(tmp_path / "runs" / first.name):
         assert workshop.make(first) == "busy"
-    with pytest.raises(SystemExit, match="Add the rows that these start from: bidirectional/joint-alone-0"):
-        paper.make_all(workshop, [second])
     for cell in (first, second):
-        workshop.record(cell).parent.mkdir(parents=True, exist_ok=True)
-        workshop.record(cell).write_text("{}")
+        leave_record(workshop, cell)
     paper.make_all(workshop, [first, second])  # all done
+
+
+def test_a_start_whose_model_is_not_there_is_trained_and_not_measured(
+    paper: ModuleType, rows: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Records are committed and models are not, so what is left must not need the models of before."""
+    cells = sys.modules["reproduction.cells"]
+    workshop = cells.Workshop(rows.QUICK, tmp_path / "runs", tmp_path / "records")
+    first, second, third = (
+        rows.Cell(name, "bidirectional", 0)
+        for name in ("flow-map", "flow-map-simulation", "finetune-flow-map")
+    )
+    trained, measured = [], []
+
+    def run(words: list[str]) -> float:
+        cell = next(one for one in (first, second, third) if str(workshop.runs / one.name) in words)
+        trained.append(cell.row)
+        workshop.model_of(cell).mkdir(parents=True)
+        return 1.0
+
+    def measure(workshop: Any, cell: Any, home: Path, trained: Any) -> None:
+        measured.append(cell.row)
+        leave_record(workshop, cell)
+
+    monkeypatch.setattr(cells, "run", run)
+    monkeypatch.setattr(cells.Workshop, "_measure", measure)
+    monkeypatch.setattr(cells.Workshop, "_metrics", lambda workshop, cell: [])
+    monkeypatch.setattr(cells.Workshop, "_make_data", lambda workshop, cell: None)
+    leave_record(workshop, first)
+    assert workshop.left([first, third]) == [first, second, third]
+    paper.make_all(workshop, [first, third])
+    assert trained == ["flow-map", "flow-map-simulation", "finetune-flow-map"]
+    assert measured == ["finetune-flow-map"]
+    assert workshop.left([first, third]) == []
+
+
+def leave_record(workshop: Any, cell: Any) -> None:
+    """Leave an empty record of a cell."""
+    workshop.record(cell).parent.mkdir(parents=True, exist_ok=True)
+    workshop.record(cell).write_text("{}")
 
 
 @pytest.mark.parametrize("error", [UsageError("No."), subprocess.CalledProcessError(1, "anyflow")])
