@@ -250,12 +250,12 @@ class Workshop:
         return recipe_with(cell.kind, overrides_of(cell, self.scale))
 
     def steps_of(self, cell: Cell) -> int:
-        """As many steps as cost what the reference row of the command costs."""
+        """As many steps as cost what the reference row of the command costs, or the row's share of it."""
         command = cell.of.command
         if command is None:
             return 0
         ratio = self.step_flops(replace(cell, row=REFERENCE[command])) / self.step_flops(cell)
-        return max(1, int(self.scale.steps[command][cell.kind] * ratio + 0.5))
+        return max(1, int(self.scale.steps[command][cell.kind] * ratio * cell.of.share + 0.5))
 
     def step_flops(self, cell: Cell) -> float:
         """FLOPs of an average training step of a cell's row, as planned; the same for all seeds."""

@@ -11,7 +11,7 @@ from typing import Any, get_args
 
 import numpy as np
 import torch
-from reproduction.long_videos import along
+from reproduction.long_videos import along, by_chunk
 from reproduction.pictures import Curve, draw_curves
 from reproduction.rows import FIGURE_1, FIGURES_7_8, KINDS, ROWS, TABLE_2, Kind
 
@@ -125,7 +125,9 @@ def exposure_bias(records: Records, directory: Path) -> str:
                 if (point["method"], point["steps"]) == (sampled.method, 4)
             ]
             if points:
-                panels.setdefault(SAMPLERS[sampled.method], {})[ROWS[row].title] = along(points)
+                panels.setdefault(SAMPLERS[sampled.method], {})[ROWS[row].title] = along(
+                    [by_chunk(point["pieces"]) for point in points]
+                )
     return _shown(
         panels, directory, "along-the-video", "quality along the video", "chunk", "stills (0 to 100)"
     )

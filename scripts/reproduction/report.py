@@ -7,7 +7,7 @@ training seeds as a second level. With one seed it covers the prompts alone, and
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,8 @@ from reproduction.exactness import exactness_section
 from reproduction.long_videos import long_section
 from reproduction.measure import unpack, video_scores
 from reproduction.paper_figures import FIGURES, exposure_bias
-from reproduction.rows import KINDS, REFERENCE, ROWS, TABLES, Kind
+from reproduction.pictures import Difference, draw_differences
+from reproduction.rows import KINDS, REFERENCE, ROWS, TABLES, Kind, Sampled
 
 from anyflow_cli.evaluate.bootstrap import DRAW_COUNT, Draws, Interval, draw_seeds, draw_totals, interval
 from anyflow_cli.evaluate.shapes.suite import ShapesSuite
@@ -51,13 +52,34 @@ class Scored:
     seeds: tuple[int, ...]
     bounds: Interval
 
-    def against(self, other: Scored) -> str:
-        """The difference from another row, over the seeds that both have, with its interval."""
+    def against(self, other: Scored) -> Difference:
+        """The difference from another row, over the seeds that both have."""
         bounds = interval(self.draws - other.draws)
         assert bounds is not None
-        sign = " **" if bounds.low > 0 or bounds.high < 0 else " "
-        end = sign.strip()
-        return f"{sign.strip()}{self.total - other.total:+.1f} ({bounds.low:+.1f} to {bounds.high:+.1f}){end}"
+        return Difference(self.total - other.total, bounds)
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of a table: a row under one sampler at one step count."""
+
+    row: str
+    kind: Kind
+    sampled: Sampled
+    steps: int
+    found: Scored
+    against: Difference | None
+
+    @property
+    def cells(self) -> list[str]:
+        """Its cells, the paper's number last."""
+        published = PUBLISHED.get(self.row, {}).get(self.kind)
+        paper = str(published[(4, 32).index(self.steps)]) if published and self.steps in (4, 32) else ""
+        label = f"{self.steps}x2" if self.sampled.method == "teacher" else str(self.steps)
+        bounds = self.found.bounds
+        return [ROWS[self.row].title, SAMPLERS[self.sampled.method], label, f"{self.found.total:.1f}",
+                f"{bounds.low:.1f} to {bounds.high:.1f}", str(len(self.found.seeds)),
+                str(self.against or ""), paper]  # fmt: skip
 
 
 Records = Mapping[tuple[str, Kind], Sequence[Mapping[str, Any]]]
@@ -100,12 +122,12 @@ def write_report(directory: Path, page: Path) -> None:
     """Write the page."""
     records = read_records(directory)
     findings = directory / FINDINGS
-    sections = [introduction(records)]
+    lines = {title: {kind: lines_of(records, rows, kind) for kind in KINDS} for title, rows in TABLES.items()}
+    sections = [introduction(records), at_a_glance(lines, directory)]
     if findings.is_file():
         sections.append(findings.read_text(encoding="utf-8").strip())
-    for title, rows in TABLES.items():
-        body = [table_of(records, list(rows), kind) for kind in KINDS]
-        parts = [part for part in body if part]
+    for title, by_kind in lines.items():
+        parts = [table_of(own, kind) for kind, own in by_kind.items() if own]
         if parts and title in FIGURES:
             parts = [*parts, *filter(None, [FIGURES[title](records, directory)])]
         if parts:
@@ -132,7 +154,8 @@ def introduction(records: Records) -> str:
         "tiny one (1.8 million weights), the suite `shapes`, Total from 0 to 100.",
         f"**{len(done)} of {planned} cells have run**, {seconds / 3600:.1f} processor hours of training, on "
         f"{', '.join(devices) or 'no device'}. Rows without a record are left out.",
-        f"Every row of a command costs as many planned FLOPs as the row `{REFERENCE['train-flowmap']}` or "
+        "Unless its title says otherwise, a row of a command costs as many planned FLOPs as the row "
+        f"`{REFERENCE['train-flowmap']}` or "
         f"`{REFERENCE['distill']}`; prompts per score: {', '.join(map(str, prompts)) or '384'}, the same for "
         "all. Intervals are the central 95 % of a bootstrap over prompts and, where there are several, over "
         "training seeds. Differences are paired by prompt and seed; bold ones exclude 0.",
@@ -152,17 +175,47 @@ def wrapped(text: str, width: int = 110) -> str:
     return "\n".join([*lines, line])
 
 
-def table_of(records: Records, rows: Sequence[str], kind: Kind) -> str:
-    """Rows of a table that have records, with the paper's numbers and the difference from the reference."""
-    lines = [line for row in rows if (row, kind) in records for line in lines_of(records, row, kind)]
-    if not lines:
-        return ""
+def at_a_glance(lines: Mapping[str, Mapping[Kind, Sequence[Line]]], directory: Path) -> str:
+    """Differences from the reference rows of stage 1 and stage 2, drawn row by row."""
+    text = (
+        "Each row against `flow-map` (stage 1) or `flow-map-simulation` (stage 2) at the same number of "
+        "steps, with 95 % intervals and the number of seeds. A filled point excludes 0; an arrow stands for "
+        "a loss beyond the axis."
+    )
+    parts = ["## At a glance", wrapped(text)]
+    for kind in KINDS:
+        groups = {title: differences_of(by_kind[kind]) for title, by_kind in lines.items()}
+        groups = {title: entries for title, entries in groups.items() if entries}
+        if groups:
+            draw_differences(groups, directory / f"differences-{kind}.png", "difference in Total")
+            parts.append(f"{kind.capitalize()}:\n\n![{kind} rows](paper/differences-{kind}.png)")
+    return "\n\n".join(parts)
+
+
+def differences_of(lines: Sequence[Line]) -> dict[str, dict[int, Difference]]:
+    """Differences by step count, by row and sampler."""
+    found: dict[str, dict[int, Difference]] = {}
+    for line in lines:
+        if line.against is not None:
+            row = ROWS[line.row]
+            label = row.title + (f" [{SAMPLERS[line.sampled.method]}]" if len(row.sampled) > 1 else "")
+            label += f" ({len(line.found.seeds)})"
+            found.setdefault(label, {})[line.steps] = line.against
+    return found
+
+
+def table_of(lines: Sequence[Line], kind: Kind) -> str:
+    """A table, with the paper's numbers and the difference from the reference."""
     head = ["row", "sampler", "steps", "Total", "95 %", "seeds", "against the reference", "paper"]
-    return f"{kind.capitalize()}:\n\n" + markdown([head, *lines])
+    return f"{kind.capitalize()}:\n\n" + markdown([head, *(line.cells for line in lines)])
 
 
-def lines_of(records: Records, row: str, kind: Kind) -> Iterator[list[str]]:
-    """One line per sampler and step count."""
+def lines_of(records: Records, rows: Iterable[str], kind: Kind) -> list[Line]:
+    """One line per sampler and step count of each row that has records."""
+    return [line for row in rows if (row, kind) in records for line in _lines(records, row, kind)]
+
+
+def _lines(records: Records, row: str, kind: Kind) -> Iterator[Line]:
     own, of = records[row, kind], ROWS[row]
     reference = records.get((REFERENCE.get(of.command or "distill", ""), kind), [])
     for sampled in of.sampled:
@@ -170,17 +223,12 @@ def lines_of(records: Records, row: str, kind: Kind) -> Iterator[list[str]]:
             found = scored(own, sampled.method, steps)
             if found is None:
                 continue
-            ours, theirs = common(own, reference)
-            this, other = scored(ours, sampled.method, steps), scored(theirs, "flow-map", steps)
-            against = ""
-            if own is not reference and of.world == "shapes" and this is not None and other is not None:
-                against = this.against(other)
-            published = PUBLISHED.get(row, {}).get(kind)
-            paper = str(published[(4, 32).index(steps)]) if published and steps in (4, 32) else ""
-            label = f"{steps}x2" if sampled.method == "teacher" else str(steps)
-            yield [of.title, SAMPLERS[sampled.method], label, f"{found.total:.1f}",
-                   f"{found.bounds.low:.1f} to {found.bounds.high:.1f}", str(len(found.seeds)), against,
-                   paper]  # fmt: skip
+            against = None
+            if own is not reference and of.world == "shapes":
+                ours, theirs = common(own, reference)
+                this, other = scored(ours, sampled.method, steps), scored(theirs, "flow-map", steps)
+                against = None if this is None or other is None else this.against(other)
+            yield Line(row, kind, sampled, steps, found, against)
 
 
 def common(

@@ -5,8 +5,8 @@ Nothing but recipe keys tells rows apart. A row that starts from another one use
 the model of the same kind and seed, so the cells are a graph, and stage 1 of a seed is trained once for all
 rows of stage 2.
 
-Every row of a command costs the same: its number of steps follows from the planned FLOPs of a step
-(``anyflow plan``) and those of the command's reference row.
+Every row of a command costs the same, unless it says which share: its number of steps follows from the
+planned FLOPs of a step (``anyflow plan``) and those of the command's reference row.
 """
 
 from __future__ import annotations
@@ -66,6 +66,7 @@ class Row:
         data: Data set that it trains on.
         kinds: Kinds that have the row.
         seeds: Seeds that have the row.
+        share: Its cost as a share of what the reference row of the command costs.
     """
 
     title: str
@@ -79,6 +80,7 @@ class Row:
     data: str = "guided"
     kinds: tuple[Kind, ...] = KINDS
     seeds: tuple[int, ...] = (0, 1, 2)
+    share: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -253,6 +255,9 @@ BEYOND_2: Mapping[str, Row] = {
 ALONE = {"distill.joint": False}
 PARTS: Mapping[str, Row] = {  # what separates consistency simulation in Table 2 from flow-map simulation
     "simulation-alone": Row("flow map + flow-map simulation, no joint loss", "distill", "flow-map", ALONE),
+    "simulation-alone-0.6": Row(
+        "flow map + flow-map simulation, no joint loss, 0.6 of the cost", "distill", "flow-map", ALONE,
+        kinds=SOME, share=0.6),
     "ode-simulation-alone": Row(
         "consistency, ODE-init + flow-map simulation, no joint loss", "distill", "consistency-ode", ALONE),
     "consistency-simulation-alone": Row(

@@ -56,6 +56,8 @@ def test_rows_of_a_command_cost_the_same(paper: ModuleType, rows: ModuleType, tm
         for cell in (rows.Cell(name, "bidirectional", 1) for name in names)
     ]
     assert max(costs) < 1.01 * min(costs)
+    cheap = rows.Cell("simulation-alone-0.6", "bidirectional", 0)
+    assert workshop.steps_of(cheap) * workshop.step_flops(cheap) == pytest.approx(0.6 * costs[0], rel=0.01)
 
 
 def test_packed_scores_keep_four_digits_and_unknown_ones() -> None:
@@ -228,12 +230,21 @@ def test_the_report_compares_rows_seed_by_seed(paper: ModuleType, rows: ModuleTy
             path.parent.mkdir(exist_ok=True)
             path.write_text(json.dumps(record(rows, row, seed, level + 0.001 * seed)))
     report = sys.modules["reproduction.report"]
-    table = report.table_of(report.read_records(tmp_path), list(rows.TABLES["Table 2"]), "bidirectional")
+    found = report.lines_of(report.read_records(tmp_path), rows.TABLES["Table 2"], "bidirectional")
+    table = report.table_of(found, "bidirectional")
     lines = {line.split("|")[1].strip(): line for line in table.splitlines()[2:]}
     assert "82.96" in table  # the paper's consistency simulation at 4 steps
     assert "**-10.0 (-10.0 to -10.0)**" in lines[rows.ROWS["consistency-simulation"].title]
     assert "+0.5 (+0.5 to +0.5)" in lines[rows.ROWS["joint-alone"].title]
     assert lines[rows.ROWS["flow-map-simulation"].title].count("to") == 1  # not against itself
+    drawn = report.differences_of(found)
+    assert len(drawn) == 3  # two samplers of the consistency model, and the joint loss alone
+    alone = drawn[f"{rows.ROWS['joint-alone'].title} (2)"]
+    assert {step: round(one.value, 2) for step, one in alone.items()} == {4: 0.5, 32: 0.5}
+    by_kind = {"bidirectional": found, "causal": []}
+    shown = report.at_a_glance({"Table 2": by_kind}, tmp_path)
+    assert re.findall(r"paper/(.+\.png)", shown) == ["differences-bidirectional.png"]
+    assert (tmp_path / "differences-bidirectional.png").stat().st_size > 5_000
 
 
 def test_each_figure_is_drawn_from_the_records_it_needs(
@@ -318,8 +329,11 @@ def test_drift_along_long_videos_is_reported_with_its_interval(
     assert "-45.0 (" in lines[1]
     assert "another prompt half way" in lines[2]
     assert "+0.0 (+0.0 to +0.0)" in lines[3]
-    assert (tmp_path / "long-videos.png").stat().st_size > 10_000
-    curve = long_videos.along([record["long"][0] for record in records["long-as-trained", "causal"]])
+    assert lines[0].count("-9.0 (-9.0 to -9.0)") == 2  # of Total and of how the shape looks
+    for name in ("long-videos.png", "long-videos-stills.png"):
+        assert (tmp_path / name).stat().st_size > 10_000
+    entries = [record["long"][0] for record in records["long-as-trained", "causal"]]
+    curve = long_videos.along([long_videos.by_chunk(entry["pieces"]) for entry in entries])
     assert len(curve.x) == 17  # 33 latent frames: 1, then 2 per chunk
     assert curve.y[0] - curve.y[-1] == pytest.approx(9, abs=0.1)
     assert all(low < y < high for low, y, high in zip(curve.low, curve.y, curve.high, strict=True))
