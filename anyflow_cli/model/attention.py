@@ -45,7 +45,7 @@ class AttentionBackend(NamedTuple):
     """A kernel and where it can run.
 
     Attributes:
-        kernel: Computes attention of tensors of one type.
+        function: Computes attention of tensors of a type that it takes.
         package: Python package that it needs besides torch.
         install: How to get that package.
         on_cpu: Whether it runs on a CPU.
@@ -54,13 +54,28 @@ class AttentionBackend(NamedTuple):
         is_exact: Whether it computes in its inputs' type; ``auto`` never chooses a quantized one.
     """
 
-    kernel: Kernel
+    function: Kernel
     package: str | None = None
     install: str = ""
     on_cpu: bool = False
     dtypes: tuple[torch.dtype, ...] | None = None
     trains: bool = True
     is_exact: bool = True
+
+    @property
+    def kernel(self) -> Kernel:
+        """Attention of tensors of one type.
+
+        Calls in a type that it does not take, such as those of a target in fp32, go to torch's choice.
+        """
+        function, dtypes = self.function, self.dtypes
+        if dtypes is None:
+            return function
+
+        def kernel(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            return (function if query.dtype in dtypes else SDPA)(query, key, value)
+
+        return kernel
 
 
 class AttentionShape(NamedTuple):
@@ -97,15 +112,6 @@ def _torch_kernel(kind: SDPBackend | None) -> Kernel:
     return kernel
 
 
-def _in_half(half: Kernel) -> Kernel:
-    """A kernel that takes ``HALF`` alone; calls in fp32, such as a target's, go to torch's choice."""
-
-    def kernel(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return (half if query.dtype in HALF else SDPA)(query, key, value)
-
-    return kernel
-
-
 def _package_kernel(package: str, function: str, **options: Any) -> Kernel:
     """A function of another package, which is imported at the first call."""
 
@@ -120,17 +126,17 @@ def _package_kernel(package: str, function: str, **options: Any) -> Kernel:
 SDPA = _torch_kernel(None)
 BACKENDS = {
     "sdpa": AttentionBackend(SDPA, on_cpu=True),
-    "flash": AttentionBackend(_in_half(_torch_kernel(SDPBackend.FLASH_ATTENTION)), dtypes=HALF),
+    "flash": AttentionBackend(_torch_kernel(SDPBackend.FLASH_ATTENTION), dtypes=HALF),
     "efficient": AttentionBackend(_torch_kernel(SDPBackend.EFFICIENT_ATTENTION)),
-    "cudnn": AttentionBackend(_in_half(_torch_kernel(SDPBackend.CUDNN_ATTENTION)), dtypes=HALF),
+    "cudnn": AttentionBackend(_torch_kernel(SDPBackend.CUDNN_ATTENTION), dtypes=HALF),
     "flash3": AttentionBackend(
-        _in_half(_package_kernel("flash_attn_interface", "flash_attn_func")),
+        _package_kernel("flash_attn_interface", "flash_attn_func"),
         package="flash_attn_interface",
         install="build FlashAttention 3 from the folder hopper of github.com/Dao-AILab/flash-attention",
         dtypes=HALF,
     ),
     "sage": AttentionBackend(
-        _in_half(_package_kernel("sageattention", "sageattn", tensor_layout="NHD")),
+        _package_kernel("sageattention", "sageattn", tensor_layout="NHD"),
         package="sageattention",
         install="pip install sageattention",
         dtypes=HALF,

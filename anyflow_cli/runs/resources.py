@@ -175,15 +175,15 @@ def _synthesize(recipe: Recipe, paths: RunPaths, given: Given) -> list[Resource]
 def _train(recipe: Recipe, paths: RunPaths, given: Given) -> list[Resource]:
     stage = recipe.train_flowmap
     paired = stage.objective == "flow-map" and stage.flow_map.noise == "paired"
-    return _training(recipe, paths, paired or stage.objective == "consistency-ode")
+    found = _training(recipe, paths, paired or stage.objective == "consistency-ode")
+    return [*found, *_guidance(found[1], {"train_flowmap.flow_map.guidance": stage.flow_map.guidance})]
 
 
 def _training(recipe: Recipe, paths: RunPaths, paired: bool) -> list[Resource]:
     """What both stages need; ``paired``: videos whose noise is known."""
     latents = _latents(recipe.data.path or str(paths.data), recipe, paired)
     teacher = model_resource("teacher", recipe.model.teacher, recipe)
-    guidance = {"train_flowmap.flow_map.guidance": recipe.train_flowmap.flow_map.guidance}
-    return [latents, teacher, *_guidance(teacher, guidance), *_attention(recipe, trains=True)]
+    return [latents, teacher, *_attention(recipe, trains=True)]
 
 
 def _distill(recipe: Recipe, paths: RunPaths, given: Given) -> list[Resource]:

@@ -96,6 +96,13 @@ def test_guidance_per_expert_is_refused_for_one_network(
     assert f"{teacher} is one network" in said
 
 
+def test_guidance_of_stage_1_is_no_matter_in_stage_2(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, make_wan_folder(tmp_path / "teacher"))
+    stage_1 = ["--set", "train_flowmap.flow_map.guidance={high: 2, low: 3}"]
+    asked = ["--set", "distill.real_guidance=1.5", *stage_1, "--dry-run", "--runs", str(tmp_path)]
+    assert main(["distill", "-r", str(recipe), *asked]) == 0
+
+
 def test_guidance_per_expert_is_no_matter_where_nothing_is_guided(tmp_path: Path, capsys: Capture) -> None:
     folder = make_wan_folder(tmp_path / "teacher")
     recipe = write_recipe(tmp_path, folder)

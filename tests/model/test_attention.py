@@ -124,19 +124,22 @@ def test_a_kernel_of_half_precision_leaves_calls_in_fp32_to_torch(name: str) -> 
 
 def test_a_package_s_function_is_called_with_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
     """Both packages take (B, L, E, d); FlashAttention 3 returned a tuple in its first versions."""
+    called = []
 
     class Package:
         def sageattn(self, query: Tensor, key: Tensor, value: Tensor, *, tensor_layout: str) -> Tensor:
-            assert tensor_layout == "NHD"
+            called.append(tensor_layout)
             return SDPA(query, key, value)
 
         def flash_attn_func(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, None]:
+            called.append("flash3")
             return SDPA(query, key, value), None
 
     monkeypatch.setattr(attention, "import_module", lambda name: Package())
-    drawn = attention._random_inputs(SHAPE, CPU, torch.float32)
+    drawn = attention._random_inputs(SHAPE, CPU, torch.bfloat16)
     for name in ("sage", "flash3"):
         assert torch.equal(BACKENDS[name].kernel(*drawn), SDPA(*drawn))
+    assert called == ["NHD", "flash3"]
 
 
 def test_every_attention_of_a_network_goes_through_the_chosen_kernel() -> None:
