@@ -47,6 +47,7 @@ class LongSampled:
 
 OWN = (Sampled("flow-map"),)
 LONG = (LongSampled(4), LongSampled(16), LongSampled(4, switches=True))
+FEW = (Sampled("flow-map", (1, 4, 32)),)
 CONSISTENCY = (Sampled("consistency"), Sampled("flow-map"))
 
 
@@ -260,6 +261,9 @@ PARTS: Mapping[str, Row] = {  # what separates consistency simulation in Table 2
         kinds=SOME, share=0.6),
     "ode-simulation-alone": Row(
         "consistency, ODE-init + flow-map simulation, no joint loss", "distill", "consistency-ode", ALONE),
+    "ode-few-steps-alone": Row(
+        "consistency, ODE-init + flow-map simulation of 1, 2 or 4 steps, no joint loss", "distill",
+        "consistency-ode", {**ALONE, "distill.step_budgets": [1, 2, 4]}, FEW, kinds=SOME),
     "consistency-simulation-alone": Row(
         "flow map + consistency simulation, no joint loss", "distill", "flow-map",
         {**ALONE, "distill.simulation": "consistency"}, CONSISTENCY),
