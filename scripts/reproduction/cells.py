@@ -123,7 +123,7 @@ class Workshop:
             self.steps_of(cell)
         write_json(known, self.planned)
 
-    def _measure(self, cell: Cell, home: Path, trained: Mapping[str, Any]) -> None:
+    def _measure(self, cell: Cell, home: Path, trained: dict[str, Any]) -> None:
         """Measure a trained cell, and leave its record."""
         from reproduction.long_videos import measure_long
         from reproduction.measure import measure
@@ -136,18 +136,20 @@ class Workshop:
                     point = measure(
                         self.address_of(cell), recipe, sampled.method, steps, self.scale.prompts, row.world
                     )
-                    write_json(part, point.as_json())
+                    write_json(part, point.as_json() | {"device": device()})
                 points.append(json.loads(part.read_text()))
         for long in row.long:
             part = home / f"long-{long.length}-{long.steps}{'-switched' * long.switches}.json"
             if not part.is_file():
                 prompts = max(1, self.scale.prompts // LONG_SHARE)
-                write_json(part, measure_long(self.address_of(cell), recipe, long, prompts))
+                long_videos = measure_long(self.address_of(cell), recipe, long, prompts)
+                write_json(part, long_videos | {"device": device()})
             videos.append(json.loads(part.read_text()))
+        devices = [part.pop("device") for part in (trained, *points, *videos) if "device" in part]
         content = {
             "row": cell.row, "kind": cell.kind, "seed": cell.seed, "start": row.start,
             "changes": dict(row.changes), **trained, "prompts": self.scale.prompts, "points": points,
-            **({"long": videos} if videos else {}), "made": provenance(),
+            **({"long": videos} if videos else {}), "made": provenance(devices),
         }  # fmt: skip
         write_json(self.record(cell), content)
         shutil.rmtree(self.directory_of(cell) / "checkpoints", ignore_errors=True)
@@ -168,7 +170,7 @@ class Workshop:
                 "step_tflop": round(self.step_flops(cell) / 1e12, 6),
                 "processor_seconds": round(seconds, 1),
             }  # fmt: skip
-            write_json(part, values | {"metrics": self._metrics(cell)})
+            write_json(part, values | {"metrics": self._metrics(cell), "device": device()})
         found: dict[str, Any] = json.loads(part.read_text())
         return found
 
@@ -301,11 +303,16 @@ def _setup_of(kind: Kind, command: str, overrides: str) -> Setup:
     return training_setup(target_of(recipe, this_machine()), "tune" if tunes else command)
 
 
-def provenance() -> dict[str, Any]:
-    """Where and by what a record was made."""
+def provenance(devices: Sequence[str]) -> dict[str, Any]:
+    """By what a record was made, and on which devices, one after the other."""
     git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
     return {
         "date": date.today().isoformat(), "commit": git.stdout.strip(), "anyflow": anyflow_cli.__version__,
-        "torch": torch.__version__, "device": f"{device}, {os.environ.get('OMP_NUM_THREADS', 'all')} threads",
+        "torch": torch.__version__, "device": "; ".join(dict.fromkeys(devices)),
     }  # fmt: skip
+
+
+def device() -> str:
+    """The device of this process, and its threads."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
+    return f"{name}, {os.environ.get('OMP_NUM_THREADS', 'all')} threads"

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from reproduction.cells import provenance
+from reproduction.cells import device, provenance
 from torch import Tensor, nn
 
 from anyflow_cli.flow.losses import flow_map_loss
@@ -179,7 +179,7 @@ def measure_exactness(directory: Path, steps: int) -> None:
             seconds = round(time.process_time() - begun, 1)
             content["variants"][name] = {"errors": found, "seconds": seconds}
             directory.mkdir(parents=True, exist_ok=True)
-            write_json(path, content | {"steps": steps, "grid": GRID, "made": provenance()})
+            write_json(path, content | {"steps": steps, "grid": GRID, "made": provenance([device()])})
 
 
 def exactness_section(directory: Path) -> str:

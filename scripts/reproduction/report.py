@@ -143,7 +143,7 @@ def write_report(directory: Path, page: Path) -> None:
 def introduction(records: Records) -> str:
     """What the page is, what has run, and on which device."""
     done = [record for rows in records.values() for record in rows]
-    devices = sorted({record["made"]["device"] for record in done})
+    devices = sorted({device for record in done for device in record["made"]["device"].split("; ")})
     planned = sum(len(row.kinds) * len(row.seeds) for row in ROWS.values())
     seconds = sum(record["processor_seconds"] for record in done)
     prompts = sorted({record["prompts"] for record in done})

@@ -117,6 +117,22 @@ def test_a_start_whose_model_is_not_there_is_trained_and_not_measured(
     assert workshop.left([first, third]) == []
 
 
+def test_a_record_names_every_device_that_its_cell_was_made_on(
+    paper: ModuleType, rows: ModuleType, tmp_path: Path
+) -> None:
+    workshop = sys.modules["reproduction.cells"].Workshop(rows.QUICK, tmp_path / "runs", tmp_path / "records")
+    cell = rows.Cell("flow-map", "bidirectional", 0)
+    workshop.model_of(cell).mkdir(parents=True)
+    parts = {"training": "a GPU", "flow-map-4-shapes": "a GPU", "flow-map-32-shapes": "a CPU"}
+    for name, device in parts.items():
+        (tmp_path / "runs" / cell.name / f"{name}.json").write_text(json.dumps({"device": device}))
+    assert workshop.make(cell) == "done"
+    content = json.loads(workshop.record(cell).read_text())
+    assert content["made"]["device"] == "a GPU; a CPU"
+    assert content["points"] == [{}, {}]
+    assert "device" not in content
+
+
 def leave_record(workshop: Any, cell: Any) -> None:
     """Leave an empty record of a cell."""
     workshop.record(cell).parent.mkdir(parents=True, exist_ok=True)
