@@ -180,7 +180,7 @@ def _train(recipe: Recipe, paths: RunPaths, given: Given) -> list[Resource]:
 
 
 def _training(recipe: Recipe, paths: RunPaths, paired: bool) -> list[Resource]:
-    """What both stages need; ``paired``: videos whose noise is known."""
+    """The data set, the teacher and the attention of both stages; ``paired``: videos whose noise is known."""
     latents = _latents(recipe.data.path or str(paths.data), recipe, paired)
     teacher = model_resource("teacher", recipe.model.teacher, recipe)
     return [latents, teacher, *_attention(recipe, trains=True)]

@@ -23,9 +23,14 @@ class Difference:
     value: float
     bounds: Interval
 
+    @property
+    def excludes_zero(self) -> bool:
+        """Whether the interval does."""
+        return self.bounds.low > 0 or self.bounds.high < 0
+
     def __str__(self) -> str:
         """As a cell; bold where the interval excludes 0."""
-        end = "**" if self.bounds.low > 0 or self.bounds.high < 0 else ""
+        end = "**" if self.excludes_zero else ""
         return f"{end}{self.value:+.1f} ({self.bounds.low:+.1f} to {self.bounds.high:+.1f}){end}"
 
 
@@ -84,7 +89,11 @@ def draw_curves(
 def draw_differences(
     groups: Mapping[str, Mapping[str, Mapping[int, Difference]]], path: Path, x_label: str
 ) -> None:
-    """Draw differences by step count, by label, by group: a line per label, filled where it excludes 0."""
+    """Draw differences by step count, by label, by group.
+
+    A label has a line of its own. A point is filled where its interval excludes 0, and an arrow at the edge
+    stands for a difference below ``WIDEST``.
+    """
     count = sum(len(entries) + 1 for entries in groups.values())
     figure = Figure(figsize=(10, 0.8 + 0.24 * count), dpi=100, layout="constrained")
     axes = figure.subplots()
@@ -103,9 +112,8 @@ def draw_differences(
                     axes.plot(WIDEST + 0.15, y, marker="<", ms=5, color=colors[step])
                     continue
                 axes.plot([found.bounds.low, found.bounds.high], [y, y], color=colors[step], lw=1.2)
-                clear = found.bounds.low > 0 or found.bounds.high < 0
                 axes.plot(found.value, y, marker="o", ms=4, color=colors[step],
-                          mfc=colors[step] if clear else "white")  # fmt: skip
+                          mfc=colors[step] if found.excludes_zero else "white")  # fmt: skip
             place += 1
     axes.axvline(0, color=LIGHT_FIGURE.faint, lw=1.2, zorder=0)
     axes.set_yticks([y for y, _ in ticks], [label for _, label in ticks], fontsize=7)

@@ -19,7 +19,7 @@ from reproduction.long_videos import long_section
 from reproduction.measure import unpack, video_scores
 from reproduction.paper_figures import FIGURES, exposure_bias
 from reproduction.pictures import Difference, draw_differences
-from reproduction.rows import KINDS, REFERENCE, ROWS, TABLES, Kind, Sampled
+from reproduction.rows import KINDS, REFERENCE, ROWS, TABLES, Kind, Method
 
 from anyflow_cli.evaluate.bootstrap import DRAW_COUNT, Draws, Interval, draw_seeds, draw_totals, interval
 from anyflow_cli.evaluate.shapes.suite import ShapesSuite
@@ -65,7 +65,7 @@ class Line:
 
     row: str
     kind: Kind
-    sampled: Sampled
+    method: Method
     steps: int
     found: Scored
     against: Difference | None
@@ -75,9 +75,9 @@ class Line:
         """Its cells, the paper's number last."""
         published = PUBLISHED.get(self.row, {}).get(self.kind)
         paper = str(published[(4, 32).index(self.steps)]) if published and self.steps in (4, 32) else ""
-        label = f"{self.steps}x2" if self.sampled.method == "teacher" else str(self.steps)
+        label = f"{self.steps}x2" if self.method == "teacher" else str(self.steps)
         bounds = self.found.bounds
-        return [ROWS[self.row].title, SAMPLERS[self.sampled.method], label, f"{self.found.total:.1f}",
+        return [ROWS[self.row].title, SAMPLERS[self.method], label, f"{self.found.total:.1f}",
                 f"{bounds.low:.1f} to {bounds.high:.1f}", str(len(self.found.seeds)),
                 str(self.against or ""), paper]  # fmt: skip
 
@@ -155,9 +155,9 @@ def introduction(records: Records) -> str:
         f"**{len(done)} of {planned} cells have run**, {seconds / 3600:.1f} processor hours of training, on "
         f"{', '.join(devices) or 'no device'}. Rows without a record are left out.",
         "Unless its title says otherwise, a row of a command costs as many planned FLOPs as the row "
-        f"`{REFERENCE['train-flowmap']}` or "
-        f"`{REFERENCE['distill']}`; prompts per score: {', '.join(map(str, prompts)) or '384'}, the same for "
-        "all. Intervals are the central 95 % of a bootstrap over prompts and, where there are several, over "
+        f"`{REFERENCE['train-flowmap']}` or `{REFERENCE['distill']}`; prompts per score: "
+        f"{', '.join(map(str, prompts)) or '384'}, the same for all. "
+        "Intervals are the central 95 % of a bootstrap over prompts and, where there are several, over "
         "training seeds. Differences are paired by prompt and seed; bold ones exclude 0.",
     ]
     return "\n\n".join(wrapped(line) for line in lines)
@@ -198,7 +198,7 @@ def differences_of(lines: Sequence[Line]) -> dict[str, dict[int, Difference]]:
     for line in lines:
         if line.against is not None:
             row = ROWS[line.row]
-            label = row.title + (f" [{SAMPLERS[line.sampled.method]}]" if len(row.sampled) > 1 else "")
+            label = row.title + (f" [{SAMPLERS[line.method]}]" if len(row.sampled) > 1 else "")
             label += f" ({len(line.found.seeds)})"
             found.setdefault(label, {})[line.steps] = line.against
     return found
@@ -228,7 +228,7 @@ def _lines(records: Records, row: str, kind: Kind) -> Iterator[Line]:
                 ours, theirs = common(own, reference)
                 this, other = scored(ours, sampled.method, steps), scored(theirs, "flow-map", steps)
                 against = None if this is None or other is None else this.against(other)
-            yield Line(row, kind, sampled, steps, found, against)
+            yield Line(row, kind, sampled.method, steps, found, against)
 
 
 def common(
