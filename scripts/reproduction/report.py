@@ -123,7 +123,7 @@ def write_report(directory: Path, page: Path) -> None:
     records = read_records(directory)
     findings = directory / FINDINGS
     lines = {title: {kind: lines_of(records, rows, kind) for kind in KINDS} for title, rows in TABLES.items()}
-    sections = [introduction(records), at_a_glance(lines, directory)]
+    sections = [introduction(records), *filter(None, [at_a_glance(lines, directory)])]
     if findings.is_file():
         sections.append(findings.read_text(encoding="utf-8").strip())
     for title, by_kind in lines.items():
@@ -176,20 +176,20 @@ def wrapped(text: str, width: int = 110) -> str:
 
 
 def at_a_glance(lines: Mapping[str, Mapping[Kind, Sequence[Line]]], directory: Path) -> str:
-    """Differences from the reference rows of stage 1 and stage 2, drawn row by row."""
+    """Differences from the reference rows of stage 1 and stage 2, drawn row by row; none, no text."""
     text = (
         "Each row against `flow-map` (stage 1) or `flow-map-simulation` (stage 2) at the same number of "
         "steps, with 95 % intervals and the number of seeds. A filled point excludes 0; an arrow stands for "
         "a loss beyond the axis."
     )
-    parts = ["## At a glance", wrapped(text)]
+    pictures = []
     for kind in KINDS:
         groups = {title: differences_of(by_kind[kind]) for title, by_kind in lines.items()}
         groups = {title: entries for title, entries in groups.items() if entries}
         if groups:
             draw_differences(groups, directory / f"differences-{kind}.png", "difference in Total")
-            parts.append(f"{kind.capitalize()}:\n\n![{kind} rows](paper/differences-{kind}.png)")
-    return "\n\n".join(parts)
+            pictures.append(f"{kind.capitalize()}:\n\n![{kind} rows](paper/differences-{kind}.png)")
+    return "\n\n".join(["## At a glance", wrapped(text), *pictures]) if pictures else ""
 
 
 def differences_of(lines: Sequence[Line]) -> dict[str, dict[int, Difference]]:
