@@ -1,7 +1,7 @@
 """Draw the figures of the README and the log from the output of commands.
 
 python scripts/figures.py chain  --recipe tiny-best --out docs/images/chain.png
-python scripts/figures.py given  --recipe tiny-causal --frames 9 --out docs/images/v2v.png
+python scripts/figures.py given  --recipe tiny-causal-best --frames 9 --out docs/images/v2v.png
 python scripts/figures.py along  "stage 2=runs/tiny-causal/evaluate/distill" ... --out docs/images/along.png
 python scripts/figures.py stream runs/tiny-causal/stream --out docs/images/stream.png
 
@@ -69,7 +69,8 @@ def given(args: argparse.Namespace) -> None:
     """Continue the first frames of clips outside the training data with the run's model."""
     recipe = load_recipe(args.recipe)
     scenes = [WORLDS[recipe.data.world].scene(PROMPT_SEED + i) for i in range(PROMPTS)]
-    sampler = VideoSampler.load(str(RunPaths(args.runs, recipe.name).stage_2("flow-map") / MODEL), recipe)
+    stage_2 = RunPaths(args.runs, recipe.name).stage_2(recipe.distill.simulation)
+    sampler = VideoSampler.load(str(stage_2 / MODEL), recipe)
     sampler.condition_on(np.stack([render(scene, args.frames) for scene in scenes]))
     prompts = [scene.caption for scene in scenes]
     videos = [list(sampler.videos(prompts, _seeds(recipe), steps, PROMPTS)) for steps in STEPS]
@@ -139,7 +140,7 @@ def _arguments() -> argparse.Namespace:
     for name, options in drawn.items():
         options.set_defaults(draw=globals()[name])
         options.add_argument("--out", type=Path, required=True)
-    for name, recipe in (("chain", "tiny-best"), ("given", "tiny-causal")):
+    for name, recipe in (("chain", "tiny-best"), ("given", "tiny-causal-best")):
         drawn[name].add_argument("--runs", type=Path, default=Path("runs"))
         drawn[name].add_argument("--recipe", default=recipe)
     drawn["given"].add_argument("--frames", type=int, default=1, help="conditioning frames: 1, 5, 9, ...")
