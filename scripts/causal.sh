@@ -2,7 +2,7 @@
 # Train and evaluate the small causal model (recipe tiny-causal), and draw its figures. In order:
 #
 #   1. data, stage 1, stage 2
-#   2. the consistency baseline, from the same start and for as many steps as stage 2
+#   2. the consistency baseline, from the same start and for as many steps as stage 2 (as in tiny-causal-best)
 #   3. scores of all three at 1 to 32 steps, from text and from a given picture, with the teacher at 50x2
 #   4. a streamed video
 #   5. figures: quality chunk by chunk before and after stage 2, image-to-video and video-to-video sheets,
