@@ -25,7 +25,7 @@ class Difference:
 
     @property
     def excludes_zero(self) -> bool:
-        """Whether the interval does."""
+        """Whether the interval excludes 0."""
         return self.bounds.low > 0 or self.bounds.high < 0
 
     def __str__(self) -> str:

@@ -123,7 +123,7 @@ def write_report(directory: Path, page: Path) -> None:
     records = read_records(directory)
     findings = directory / FINDINGS
     lines = {title: {kind: lines_of(records, rows, kind) for kind in KINDS} for title, rows in TABLES.items()}
-    sections = [introduction(records), *filter(None, [at_a_glance(lines, directory)])]
+    sections = [introduction(records), at_a_glance(lines, directory)]
     if findings.is_file():
         sections.append(findings.read_text(encoding="utf-8").strip())
     for title, by_kind in lines.items():
@@ -132,12 +132,9 @@ def write_report(directory: Path, page: Path) -> None:
             parts = [*parts, *filter(None, [FIGURES[title](records, directory)])]
         if parts:
             sections.append(f"## {title}\n\n" + "\n\n".join(parts))
-    sections += filter(
-        None, [embedding_norms(records), along_the_video(records, directory), cost_table(records)]
-    )
-    sections += filter(None, [long_section(records, directory)])
-    sections += filter(None, [exactness_section(directory)])
-    page.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
+    sections += [embedding_norms(records), along_the_video(records, directory), cost_table(records)]
+    sections += [long_section(records, directory), exactness_section(directory)]
+    page.write_text("\n\n".join(filter(None, sections)) + "\n", encoding="utf-8")
 
 
 def introduction(records: Records) -> str:
@@ -176,7 +173,7 @@ def wrapped(text: str, width: int = 110) -> str:
 
 
 def at_a_glance(lines: Mapping[str, Mapping[Kind, Sequence[Line]]], directory: Path) -> str:
-    """Differences from the reference rows of stage 1 and stage 2, drawn row by row; none, no text."""
+    """Differences from the reference rows of stage 1 and stage 2, drawn row by row; empty without any."""
     text = (
         "Each row against `flow-map` (stage 1) or `flow-map-simulation` (stage 2) at the same number of "
         "steps, with 95 % intervals and the number of seeds. A filled point excludes 0; an arrow stands for "
